@@ -1,0 +1,1 @@
+"""Incremental unified RGB-D anomaly detection in JAX."""
