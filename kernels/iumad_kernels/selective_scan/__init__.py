@@ -1,0 +1,5 @@
+"""The selective scan of Mamba (S6): one function, several implementations."""
+
+from iumad_kernels.selective_scan.api import selective_scan
+
+__all__ = ["selective_scan"]
