@@ -1,0 +1,35 @@
+"""Render the embedded dataset: `python -m iumad_jax.data.candies --root=DIR`."""
+
+import argparse
+import sys
+from typing import NoReturn
+
+from iumad_jax.data.candies.dataset import render
+from iumad_jax.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help.")
+
+
+def main() -> None:
+    """Read the flags and render; a user's mistake is one sentence and exit code 2."""
+    parser = _Parser(prog="python -m iumad_jax.data.candies", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--root", required=True, help="directory to make")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
+    parser.add_argument("--train", type=int, default=24, help="good samples per object (%(default)s)")
+    parser.add_argument("--val", type=int, default=4, help="good samples per object (%(default)s)")
+    parser.add_argument("--test", type=int, default=16, help="samples per object, half with defects (%(default)s)")
+    parser.add_argument("--size", type=int, default=256, help="of the square pictures, pixels (%(default)s)")
+    parser.add_argument("--objects", default="all", help="names separated by commas, or all (%(default)s)")
+    try:
+        root = render(**vars(parser.parse_args()))
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(2)
+    print(f"candies: {root}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""Candies on disk: the Eyecandies layout, complete or not there at all."""
+
+import colorsys
+import hashlib
+import json
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import yaml
+from PIL import Image
+from tqdm import tqdm
+
+from iumad_jax.data.candies import defects as flaws
+from iumad_jax.data.candies import draw
+from iumad_jax.data.candies.defects import KINDS, Defects
+from iumad_jax.data.candies.scene import POSE, TILES, Surface, photograph, surveyor
+from iumad_jax.data.candies.sweets import SWEETS, Look
+from iumad_jax.errors import UserError
+
+OBJECTS = tuple(SWEETS)
+SPLITS = {"train": 3, "val": 2, "test_public": 2}  # digits in a sample's id
+SIZES = 64, 1024
+MANIFEST = "candies.json"
+MASK_LIMITS = 0.0005, 0.03  # of the picture
+
+
+def render(
+    root: str | Path,
+    *,
+    seed: int = 0,
+    train: int = 24,
+    val: int = 4,
+    test: int = 16,
+    size: int = 256,
+    objects: str = "all",
+    progress: bool = True,
+) -> Path:
+    """Render the embedded dataset in the Eyecandies layout.
+
+    A sample depends only on (seed, object, split, index, size). The pictures grow in `<root>.partial`, which becomes
+    `root` when the last is written; an interrupted run goes on from there, and a finished one is used as it is.
+
+    Args:
+        root: directory to make.
+        seed: of everything random.
+        train: good samples per object in `train`.
+        val: good samples per object in `val`.
+        test: samples per object in `test_public`; every second one has a defect.
+        size: of the square pictures, pixels.
+        objects: "all", or names separated by commas.
+        progress: show a progress bar.
+
+    Returns:
+        The root.
+
+    Raises:
+        UserError: a setting out of range; a root with other settings or other files in it; a disk that refuses.
+    """
+    root = Path(root).absolute()
+    names = OBJECTS if objects == "all" else tuple(sorted(set(objects.split(","))))
+    if unknown := [name for name in names if name not in SWEETS]:
+        raise UserError(f"--objects: candies has no {unknown[0]!r}; choose from {', '.join(OBJECTS)}, or 'all'.")
+    limits = {"seed": (0, 2**32 - 1), "train": (1, 1000), "val": (1, 100), "test": (1, 100), "size": SIZES}
+    settings = {"seed": seed, "train": train, "val": val, "test": test, "size": size}
+    for key, (low, high) in limits.items():
+        if not low <= settings[key] <= high:
+            raise UserError(f"--{key}={settings[key]}: give a whole number from {low} to {high}.")
+    manifest = {**settings, "objects": list(names), "renderer": fingerprint()}
+
+    unfinished = root.with_name(root.name + ".partial")
+    try:
+        if root.exists() and any(root.iterdir()):
+            check_manifest(root, manifest)
+            return root
+        if unfinished.exists():
+            check_manifest(unfinished, manifest)
+        unfinished.mkdir(parents=True, exist_ok=True)
+        write_atomically(unfinished / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        counts = dict(zip(SPLITS, (train, val, test), strict=True))
+        jobs = [(name, split, i) for split in SPLITS for i in range(counts[split]) for name in names]
+        with tqdm(total=len(jobs), desc="candies", unit="sample", disable=None if progress else True) as bar:
+            pool = ThreadPoolExecutor(os.cpu_count())
+            try:
+                for _ in pool.map(partial(write_sample, unfinished, seed, size), *zip(*jobs, strict=True)):
+                    bar.update()
+            finally:
+                pool.shutdown(cancel_futures=True)
+        unfinished.replace(root)
+    except OSError as error:
+        raise UserError(f"{error.filename or root}: cannot write the dataset ({error.strerror}).") from error
+    return root
+
+
+@lru_cache
+def fingerprint() -> str:
+    """Of the code that makes the pictures: a dataset made by another version is not the same dataset."""
+    return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()[:16]
+
+
+def check_manifest(directory: Path, wanted: dict) -> None:
+    """Refuse a directory that holds anything but the dataset with these settings."""
+    try:
+        found = json.loads((directory / MANIFEST).read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{directory}: holds files, but no candies dataset; choose another --root.") from None
+    if differing := [key for key in wanted if found.get(key) != wanted[key]]:
+        raise UserError(
+            f"{directory}: was made with other settings ({', '.join(differing)}); delete it or choose another --root."
+        )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+# ---- one sample ----------------------------------------------------------------------------------------------------
+
+
+def kinds_of(name: str, split: str, index: int) -> tuple[str, ...]:
+    """The kinds of defect of a sample: none, one, or all at once (combined)."""
+    if split != "test_public" or index % 2 == 0:
+        return ()
+    turn = (index // 2 + OBJECTS.index(name)) % 5  # objects begin at different kinds: small test sets have them all
+    return (KINDS[turn],) if turn < 4 else KINDS
+
+
+@jax.jit
+def inside(points: jax.Array, defects: Defects) -> jax.Array:
+    """Which points (3, n) in the sweet's frame lie in each patch: (4, n) bool."""
+    return jnp.stack([flaws.profile(points, defects, slot) for slot in range(4)]) > flaws.EDGE
+
+
+def sample(seed: int, size: int, name: str, split: str, index: int) -> tuple[Surface, dict[str, np.ndarray], Look]:
+    """One sample: what its pixels show, the mask (n,) bool of each kind of defect, and what makes the instance."""
+    rng = np.random.default_rng((seed, OBJECTS.index(name), list(SPLITS).index(split), index))
+    look = draw.instance(SWEETS[name], rng)
+    survey = surveyor(name, size)
+    good = survey(look, flaws.NONE)
+    kinds = kinds_of(name, split, index)
+    if not kinds:
+        return good, {kind: np.zeros(size * size, bool) for kind in KINDS}, look
+    while True:
+        defects = draw.defects(kinds, good, size, rng)
+        bad = survey(look, defects)
+        patches = (inside(good.local, defects) & good.hit[None]) | (inside(bad.local, defects) & bad.hit[None])
+        masks = dict(zip(KINDS, np.asarray(patches), strict=True))
+        low, high = MASK_LIMITS
+        if all(masks[kind].mean() >= low / len(kinds) for kind in kinds) and low <= patches.any(0).mean() <= high:
+            return bad, masks, look
+
+
+def write_sample(root: Path, seed: int, size: int, name: str, split: str, index: int) -> None:
+    """Write a sample's 17 files, the metadata last: a sample that has them is complete."""
+    directory = root / name / split / "data"
+    directory.mkdir(parents=True, exist_ok=True)
+    prefix = f"{index:0{SPLITS[split]}d}_"
+    if (directory / f"{prefix}metadata.yaml").exists():
+        return
+    surface, masks, look = sample(seed, size, name, split, index)
+    images, normals = photograph(surface, SWEETS[name].material, look.belt, size)
+
+    def save(file: str, pixels: np.ndarray) -> None:
+        Image.fromarray(pixels.reshape(size, size, *pixels.shape[2:])).save(
+            directory / f"{prefix}{file}.png", compress_level=1
+        )
+
+    for light, image in enumerate(np.asarray(images)):
+        save(f"image_{light}", image)
+    depth = np.asarray(surface.depth, np.float64)
+    low, high = np.min(depth), np.max(depth)
+    save("depth", np.round((depth - low) / (high - low) * 65535).astype(np.uint16))
+    save("normals", np.round((np.asarray(normals) + 1) * 127.5).astype(np.uint8))
+    for kind, mask in masks.items():
+        save(f"{kind}_mask", mask.astype(np.uint8) * 255)
+    save("mask", np.any(list(masks.values()), axis=0).astype(np.uint8) * 255)
+
+    def write(file: str, content: dict) -> None:
+        write_atomically(directory / f"{prefix}{file}.yaml", yaml.safe_dump(content, sort_keys=False))
+
+    np.savetxt(directory / f"{prefix}pose.txt", POSE)
+    write("info_depth", {"normalization": {"max": float(high), "min": float(low)}})
+    write("object_params", parameters(look, seed))
+    kinds = {f"anomalous_{kind}": int(mask.any()) for kind, mask in masks.items()}
+    write("metadata", {"anomalous": int(any(kinds.values())), **kinds})
+
+
+def parameters(look: Look, seed: int) -> dict:
+    """What varies between samples, under Eyecandies' names where it has one; lengths in metres, angles in radians."""
+    x, y = map(float, look.place)
+    shift = float(look.belt)
+    hues = [colorsys.rgb_to_hsv(*map(float, colour))[0] for colour in look.palette]
+    return {
+        "scene": {"Count": TILES, "GeomOffset": shift, "Seed": seed, "ShadingOffset": shift, "Y": y, "Z": 0.0},
+        "object": {
+            "Angle": 2 * math.pi * float(look.phase),
+            "Hue1": hues[0],
+            "Hue2": hues[1],
+            "RotationZ": float(look.turn),
+            "Scale": float(look.scale),
+            "Shape": [float(v) for v in look.shape],
+            "X": x,
+        },
+    }

@@ -1,0 +1,66 @@
+"""One RGB-D image, and what every reader of an on-disk format offers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from jaxtyping import Bool, Float32, UInt8
+
+Split = Literal["train", "calibration", "test"]  # good images to learn from, good images for thresholds, all kinds
+
+
+@dataclass(frozen=True)
+class Camera:
+    """A pinhole camera: the point (x, y, z) falls on column fx x/z + cx and row fy y/z + cy.
+
+    Pixels; the centre of the first pixel is (0, 0). x points right, y down, z along the optical axis.
+    """
+
+    fx: float
+    fy: float
+    cx: float
+    cy: float
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One image as the dataset has it, nothing resized or filled in."""
+
+    object: str
+    id: str
+    defect: str  # "good", or the dataset's own name
+    rgb: UInt8[np.ndarray, "h w 3"]
+    depth: Float32[np.ndarray, "h w"] | None  # metres along the optical axis, NaN where missing
+    mask: Bool[np.ndarray, "h w"]  # True on the defect
+    anomalous: bool  # the dataset's own label
+    camera: Camera | None
+
+
+class Reader(Protocol):
+    """One per on-disk format. Opening one checks all that is cheap to check, so that no run fails late."""
+
+    @property
+    def objects(self) -> tuple[str, ...]:
+        """The selected objects, in the order in which a protocol learns them."""
+
+    @property
+    def object_height(self) -> float:
+        """Metres above the background plane from which a pixel is the object's."""
+
+    @property
+    def height_range(self) -> float:
+        """Metres above the background plane that the `height` encoding spans."""
+
+    def ids(self, object: str, split: Split) -> tuple[str, ...]:
+        """The samples of one object and split, in a fixed order."""
+
+    def files(self, object: str, split: Split, id: str) -> tuple[Path, ...]:
+        """The files one sample is read from."""
+
+    def read(self, object: str, split: Split, id: str) -> Sample:
+        """One sample.
+
+        Raises:
+            UserError: one of its files is missing or unusable.
+        """

@@ -1,0 +1,53 @@
+"""The legend of array dimensions, and the values that pass between the rooms.
+
+    b  images in a batch              n  images in a set
+    h, w  pixels of an input image    g  side of the token grid, p = g * g tokens
+    f  feature channels               d  width of the models
+    k  objects (classes) known        l  positions of a sequence, e channels of a scan
+    m  side of the anomaly map (224)
+Arrays are channels-last everywhere.
+"""
+
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+
+MAP_SIZE = 224  # every map and mask is compared at this size, whatever the input size (evaluation.md)
+
+Modality = str  # "rgb" or "depth"
+Image = Float[Array, "h w 3"]  # a network's input, 0..255
+Grid = Float[Array, "g g f"]  # a feature extractor's output
+Tokens = Float[Array, "p f"]  # the same, as a sequence
+Condition = tuple[Float[Array, "p d"], ...]  # one per encoder layer: what object the Mamba decoder sees
+Logits = Float[Array, " k"]
+AnomalyMap = Float[Array, "m m"]
+Keys = PRNGKeyArray  # one key per image: randomness does not depend on how a batch is spread over devices
+Variables = dict[str, Any]  # {"params": trained by gradients, "statistics": gathered, never trained}
+Scalars = dict[str, Float[Array, ""]]
+
+
+class Batch(NamedTuple):
+    """Images as a method sees them; arrays of jax, or of numpy (also memory-mapped)."""
+
+    features: dict[Modality, Float[Array, "b p f"]]
+    images: dict[Modality, Float[Array, "b h w 3"]]
+    object_id: Int[Array, " b"]
+
+
+class Prediction(NamedTuple):
+    """What a method says about a batch."""
+
+    map: Float[Array, "b m m"]
+    score: Float[Array, " b"]
+    object_logits: Float[Array, "b k"] | None
+
+
+class GroundTruth(NamedTuple):
+    """What evaluation knows about a set of images; numpy arrays."""
+
+    mask: Bool[Array, "n m m"]
+    object: Bool[Array, "n m m"]  # what rises above the plane, with a rim: where object-only metrics take negatives
+    workpiece: Bool[Array, "n m m"]  # the same without what the image cuts off, such as walls
+    anomalous: Bool[Array, " n"]
+    thumbnail: UInt8[Array, "n m m 3"]
+    depth: Float[Array, "n m m"]  # metres, NaN where missing

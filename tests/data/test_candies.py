@@ -1,0 +1,327 @@
+"""The embedded dataset: what it writes, against the real files; and what it shows, against geometry done by hand."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from iumad_jax.data.candies import OBJECTS, defects, draw, render
+from iumad_jax.data.candies.__main__ import main
+from iumad_jax.data.candies.dataset import kinds_of, sample, write_sample
+from iumad_jax.data.candies.defects import KINDS
+from iumad_jax.data.candies.scene import FOCAL, PLATE, POSE, photograph, surveyor
+from iumad_jax.data.candies.sweets import SWEETS
+from iumad_jax.data.eyecandies import Eyecandies
+from iumad_jax.errors import UserError
+
+SIZE = 96
+SMALL = {"seed": 3, "train": 2, "val": 1, "test": 10, "size": SIZE, "objects": "CandyCane,GummyBear", "progress": False}
+REAL_SETS = {"train": ("000", "001"), "test_public": ("05", "06", "13", "26", "43")}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return render(tmp_path_factory.mktemp("candies") / "root", **SMALL)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def read(directory: Path, prefix: str) -> dict:
+    """All files of one sample: arrays by PNG name, mappings by YAML name, the pose."""
+    files = {}
+    for path in sorted(directory.glob(f"{prefix}_*")):
+        name = path.stem.removeprefix(f"{prefix}_")
+        match path.suffix:
+            case ".png":
+                files[name] = np.asarray(Image.open(path))
+            case ".yaml":
+                files[name] = yaml.safe_load(path.read_text())
+            case _:
+                files[name] = np.loadtxt(path)
+    return files
+
+
+def points_of(files: dict) -> np.ndarray:
+    """World coordinates (h, w, 3) of every pixel, from depth, focal length and pose alone, in float64."""
+    limits = files["info_depth"]["normalization"]
+    depth = files["depth"] / 65535 * (limits["max"] - limits["min"]) + limits["min"]
+    size = len(depth)
+    row, column = np.mgrid[:size, :size]
+    focal, centre = 711.11 * size / 512, (size - 1) / 2
+    camera = np.stack([(column - centre) * depth / focal, (centre - row) * depth / focal, -depth], -1)
+    return camera @ files["pose"][:3, :3].T + files["pose"][:3, 3]
+
+
+# ---- the files -----------------------------------------------------------------------------------------------------
+
+
+def test_a_sample_has_the_kinds_of_files_that_real_ones_have(root, eyecandies_root):
+    for split, prefixes in REAL_SETS.items():
+        theirs = eyecandies_root / "CandyCane" / split / "data"
+        ours = root / "CandyCane" / split / "data"
+        for prefix in prefixes:
+            real = {p.name.removeprefix(prefix): p for p in theirs.glob(f"{prefix}_*")}
+            made = {p.name[len(prefix) :]: p for p in ours.glob(f"{'1'.zfill(len(prefix))}_*")}
+            assert made.keys() == real.keys()
+            assert len(made) == 17
+            for name, path in real.items():
+                if path.suffix == ".png":
+                    a, b = Image.open(path), Image.open(made[name])
+                    assert (a.mode, a.format) == (b.mode, b.format), name
+                    assert np.asarray(a).dtype == np.asarray(b).dtype
+                elif path.suffix == ".yaml":
+                    a, b = (yaml.safe_load(p.read_text()) for p in (path, made[name]))
+                    assert list(a) == list(b), name
+                    for key in a.keys() - {"object"}:  # each object has parameters of its own
+                        assert type(a[key]) is type(b[key])
+                        assert not isinstance(a[key], dict) or a[key].keys() == b[key].keys()
+                else:
+                    np.testing.assert_allclose(np.loadtxt(made[name]), np.loadtxt(path), atol=1e-12)
+
+
+def test_values_mean_what_they_mean_in_real_files(root, eyecandies_root):
+    real = read(eyecandies_root / "CandyCane" / "test_public" / "data", "26")
+    made = read(root / "CandyCane" / "test_public" / "data", "01")
+    for files in (real, made):
+        assert (files["depth"].min(), files["depth"].max()) == (0, 65535)
+        assert set(np.unique(files["mask"])) == {0, 255}
+        kinds = np.any([files[f"{kind}_mask"] > 0 for kind in KINDS], axis=0)
+        np.testing.assert_array_equal(files["mask"] > 0, kinds)
+        flags = [files["metadata"][f"anomalous_{kind}"] for kind in KINDS]
+        assert flags == [int(files[f"{kind}_mask"].any()) for kind in KINDS]
+        assert files["metadata"]["anomalous"] == max(flags)
+        assert 2.2 < files["info_depth"]["normalization"]["min"] < 2.4
+        assert 4.8 < files["info_depth"]["normalization"]["max"] < 5.1
+        # Normals in the camera's frame: x right, y up, z towards the camera.
+        points = points_of(files)
+        across = np.cross(np.gradient(points, axis=0), np.gradient(points, axis=1))
+        from_depth = across / np.linalg.norm(across, axis=-1, keepdims=True) @ files["pose"][:3, :3]
+        written = files["normals"] / 127.5 - 1
+        assert np.median(np.abs(from_depth - written)) < 0.01
+
+
+def test_ids_and_labels(root):
+    reader = Eyecandies(root, "GummyBear")
+    assert reader.ids("GummyBear", "train") == ("000", "001")
+    assert reader.ids("GummyBear", "calibration") == ("00",)
+    test = [reader.read("GummyBear", "test", i) for i in reader.ids("GummyBear", "test")]
+    assert [s.anomalous for s in test] == [False, True] * 5
+    assert sorted(s.defect for s in test[1::2]) == ["bumps", "colors", "combined", "dents", "normals"]
+    assert all(s.mask.any() == s.anomalous for s in test)
+
+
+def test_every_kind_equally_often_in_the_default_test_split():
+    kinds = [kinds_of(name, "test_public", i) for name in OBJECTS for i in range(16)]
+    assert kinds.count(()) == 80
+    assert {kind: kinds.count(kind) for kind in {*kinds} - {()}} == {**{(k,): 16 for k in KINDS}, KINDS: 16}
+    assert not any(kinds_of(name, split, i) for name in OBJECTS for split in ("train", "val") for i in range(24))
+
+
+def test_lights_differ_and_the_default_one_is_bright_enough(root):
+    files = read(root / "GummyBear" / "train" / "data", "000")
+    brightness = [files[f"image_{light}"].mean() for light in range(6)]
+    assert max(brightness[1:4]) < min(brightness[0], brightness[4], brightness[5])
+    assert brightness[4] > 70
+    assert len({files[f"image_{light}"].tobytes() for light in range(6)}) == 6
+
+
+# ---- same settings, same files -------------------------------------------------------------------------------------
+
+
+def test_a_sample_depends_only_on_seed_object_split_and_index(root, tmp_path):
+    write_sample(tmp_path, 3, SIZE, "GummyBear", "test_public", 5)
+    written = contents(tmp_path)
+    assert len(written) == 17
+    assert all((root / path).read_bytes() == data for path, data in written.items())
+    instances = {
+        tuple(sample(seed, SIZE, name, split, index)[2].shape)
+        for seed, name, split, index in (
+            (3, "GummyBear", "train", 0),
+            (4, "GummyBear", "train", 0),
+            (3, "CandyCane", "train", 0),
+            (3, "GummyBear", "val", 0),
+            (3, "GummyBear", "train", 1),
+        )
+    }
+    assert len(instances) == 5
+
+
+def test_an_interrupted_rendering_goes_on_and_is_no_dataset_before(root, tmp_path):
+    unfinished = tmp_path / "root.partial"
+    shutil.copytree(root, unfinished)
+    data = unfinished / "GummyBear" / "test_public" / "data"
+    kept = (data / "08_depth.png").stat().st_mtime_ns
+    (data / "09_metadata.yaml").unlink()  # written last: without it, the sample is not complete
+    (data / "09_image_2.png").write_bytes((data / "09_image_2.png").read_bytes()[:100])
+    obstacle = data / "09_depth.png"
+    obstacle.unlink()
+    obstacle.mkdir()  # as a full disk would, this stops the run
+    with pytest.raises(UserError, match=r"09_depth\.png: cannot write"):
+        render(tmp_path / "root", **SMALL)
+    assert not (tmp_path / "root").exists()
+    obstacle.rmdir()
+    render(tmp_path / "root", **SMALL)
+    assert contents(tmp_path / "root") == contents(root)
+    assert (tmp_path / "root/GummyBear/test_public/data/08_depth.png").stat().st_mtime_ns == kept
+    assert not unfinished.exists()
+
+
+def test_a_finished_dataset_is_used_as_it_is(root):
+    before = {p: p.stat().st_mtime_ns for p in root.rglob("*")}
+    render(root, **SMALL)
+    assert {p: p.stat().st_mtime_ns for p in root.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"seed": 4}, r"other settings \(seed\)"),
+        ({"train": 3, "objects": "all"}, r"other settings \(train, objects\)"),
+        ({"objects": "CandyCane,Gummibear"}, "no 'Gummibear'"),
+        ({"size": 32}, "--size=32: give a whole number from 64 to 1024"),
+        ({"test": 0}, "--test=0"),
+        ({"seed": -1}, "--seed=-1"),
+    ],
+)
+def test_bad_settings_are_refused_and_nothing_is_touched(root, change, sentence):
+    before = contents(root)
+    with pytest.raises(UserError, match=sentence):
+        render(root, **{**SMALL, **change})
+    assert contents(root) == before
+
+
+def test_a_directory_with_other_files_is_refused(tmp_path):
+    (tmp_path / "holiday.jpg").touch()
+    with pytest.raises(UserError, match="no candies dataset"):
+        render(tmp_path, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ([], "the following arguments are required: --root; see --help."),
+        (["--root=a", "--size=big"], "argument --size: invalid int value: 'big'; see --help."),
+        (["--root=a", "--objects=Toffee"], "--objects: candies has no 'Toffee'; choose from "),
+    ],
+)
+def test_the_command_answers_a_mistake_with_one_sentence(flags, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["candies", *flags])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(sentence)
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+# ---- what it shows -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "split", "prefix"), [("CandyCane", "train", "000"), ("GummyBear", "val", "00")])
+def test_the_belt_is_a_plane_to_a_millimetre(root, name, split, prefix):
+    height = points_of(read(root / name / split / "data", prefix))[..., 2]
+    on_belt, beside = np.abs(height) < 1e-3, np.abs(height - PLATE) < 1e-3
+    sweet = height > 8e-3
+    assert on_belt.mean() > 0.5
+    assert 0.03 < sweet.mean() < 0.25
+    assert (on_belt | beside | sweet).mean() > 0.995
+    assert height.max() < 0.6
+    assert not sweet.sum() - sweet[2:-2, 2:-2].sum()  # whole within the picture
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_rays_end_where_the_surface_is(name):
+    """Against a search along the ray in 4 mm steps that trusts nothing but the sign of the distance."""
+    size, sweet = 64, SWEETS[name]
+    rng = np.random.default_rng(7)
+    look = draw.instance(sweet, rng)
+    surface = surveyor(name, size)(look, defects.NONE)
+    hit = np.asarray(surface.hit)
+    assert 0.03 < hit.mean() < 0.25
+
+    pixels = rng.choice(size * size, 256, replace=False)
+    x, y = pixels % size - (size - 1) / 2, (size - 1) / 2 - pixels // size
+    ray = POSE[:3, :3] @ np.stack([x / (FOCAL * size), y / (FOCAL * size), -np.ones(256)])
+    depths = np.arange(1.5, 5.1, 0.004)
+    world = POSE[:3, 3, None, None] + ray[:, :, None] * depths
+    c, s = np.cos(look.turn), np.sin(look.turn)
+    x, y = world[0] - look.place[0], world[1] - look.place[1]
+    local = np.stack([c * x + s * y, c * y - s * x, world[2]]) / look.scale
+    distance = np.asarray(sweet.distance(local.reshape(3, -1).astype(np.float32), look)).reshape(256, -1)
+    inside = (distance < 0) & (world[2] > 0)
+    entry = np.where(inside.any(1), depths[inside.argmax(1)], np.nan)
+    met = hit[pixels]
+    disagree = met != ~np.isnan(entry)
+    assert disagree.mean() < 0.03  # rays that only graze it
+    both = met & ~disagree
+    error = np.asarray(surface.depth)[pixels][both] - entry[both]
+    assert np.percentile(error, 5) > -0.008
+    assert np.percentile(error, 95) < 0.002
+
+
+@pytest.mark.parametrize("index", [1, 3, 5, 7, 9])
+def test_masks_are_where_the_defect_changes_something(index):
+    """Against the same instance without its defects: what differs lies in the masks, each kind changes its own."""
+    name, seed = "CandyCane", 3
+    bad, masks, look = sample(seed, SIZE, name, "test_public", index)
+    good = surveyor(name, SIZE)(look, defects.NONE)
+    kinds = {kind for kind, mask in masks.items() if mask.any()}
+    assert kinds == set(kinds_of(name, "test_public", index))
+    images, normals = {}, {}
+    for key, surface in (("good", good), ("bad", bad)):
+        image, normal = photograph(surface, SWEETS[name].material, look.belt, SIZE)
+        images[key] = np.asarray(image, int).reshape(6, -1, 3)
+        normals[key] = np.asarray(normal).reshape(-1, 3)
+    nearer = np.asarray(good.depth) - np.asarray(bad.depth)
+    bent = np.degrees(np.arccos(np.clip((normals["good"] * normals["bad"]).sum(1), -1, 1)))
+    recoloured = np.abs(np.asarray(good.albedo) - np.asarray(bad.albedo)).max(0)
+    geometry = masks["bumps"] | masks["dents"]
+    anything = np.any(list(masks.values()), axis=0)
+
+    assert np.abs(nearer[~geometry]).max() < 2e-3
+    assert recoloured[~anything & np.asarray(good.hit)].max() < (0.1 if geometry.any() else 1e-6)
+    assert np.percentile(bent[~anything], 99.9) < (3 if geometry.any() else 0.1)
+    if kinds == {"bumps"}:
+        assert np.median(nearer[masks["bumps"]]) > 5e-3
+    if kinds == {"dents"}:
+        assert np.median(nearer[masks["dents"]]) < -3e-3
+    if kinds == {"colors"}:
+        assert np.median(recoloured[masks["colors"]]) > 0.05
+        assert bent.max() < 0.1
+        assert not nearer.any()
+    if kinds == {"normals"}:
+        assert np.median(bent[masks["normals"]]) > 5
+        assert not nearer.any()
+    # It shows in the default picture; outside the mask only its shadow may.
+    change = np.abs(images["good"][4] - images["bad"][4]).max(-1)
+    assert change[anything].mean() > 8
+    assert (change[~anything] > 12).mean() < 0.01
+
+
+def test_masks_are_sparse_but_never_lost(root, monkeypatch):
+    monkeypatch.setattr(draw, "AREA", (0.0002, 0.06))  # what falls outside the limits is drawn again
+    masks = [sample(seed, SIZE, "CandyCane", "test_public", 1)[1]["bumps"] for seed in range(20)]
+    masks += [np.asarray(Image.open(p)) > 0 for p in root.glob("*/test_public/data/?[13579]_mask.png")]
+    assert len(masks) == 30
+    shares = [mask.mean() for mask in masks]
+    assert min(shares) >= 0.0005
+    assert max(shares) <= 0.03
+
+
+def test_good_instances_vary_in_place_shape_and_colour_but_moderately():
+    rng = np.random.default_rng(0)
+    looks = [draw.instance(SWEETS["GummyBear"], rng) for _ in range(64)]
+    for field in ("place", "turn", "scale", "shape", "phase", "belt"):
+        values = np.stack([getattr(look, field) for look in looks])
+        assert (values.std(0) > 0.01).all(), field
+    assert np.abs([look.place for look in looks]).max() < 0.1
+    colours = np.stack([look.palette[0] for look in looks])
+    assert 0.01 < colours.std(0).max() < 0.15
