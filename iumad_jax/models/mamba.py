@@ -1,0 +1,165 @@
+"""The Mamba decoder: learns what kind of object it sees, so that objects do not interfere (IB-IUMAD, section 3).
+
+Modules take one image; batches are made with `jax.vmap`.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from iumad_kernels import selective_scan
+from jaxtyping import Array, Float
+
+from iumad_jax.models.efficientnet import DepthwiseConv
+from iumad_jax.shapes import Condition, Image, Logits
+
+
+def split_by_parity(grid: Float[Array, "h w e"]) -> Float[Array, "4 l e"]:
+    """The four sub-grids of the rows' and columns' parity, as sequences (EfficientVMamba's ES2D).
+
+    (even, even) and (even, odd) are read row by row, (odd, even) and (odd, odd) column by column.
+    Odd sides are padded with zeros.
+    """
+    h, w, e = grid.shape
+    padded = jnp.pad(grid, ((0, h % 2), (0, w % 2), (0, 0)))
+    quarters = padded.reshape((h + 1) // 2, 2, (w + 1) // 2, 2, e).transpose(1, 3, 0, 2, 4)
+    rows = quarters[0].reshape(2, -1, e)
+    columns = quarters[1].swapaxes(1, 2).reshape(2, -1, e)
+    return jnp.concatenate([rows, columns])
+
+
+def merge_by_parity(sequences: Float[Array, "4 l e"], h: int, w: int) -> Float[Array, "h w e"]:
+    """The inverse of `split_by_parity` for a grid of h x w: every output goes back to its own position."""
+    e = sequences.shape[-1]
+    half_h, half_w = (h + 1) // 2, (w + 1) // 2
+    rows = sequences[:2].reshape(2, half_h, half_w, e)
+    columns = sequences[2:].reshape(2, half_w, half_h, e).swapaxes(1, 2)
+    quarters = jnp.stack([rows, columns])
+    return quarters.transpose(2, 0, 3, 1, 4).reshape(2 * half_h, 2 * half_w, e)[:h, :w]
+
+
+def _uniform(bound: float) -> nn.initializers.Initializer:
+    return lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def _step_size_bias(key: Array, shape: tuple[int, ...]) -> Array:
+    """Biases b with softplus(b) log-uniform in [1e-3, 1e-1] (Mamba)."""
+    step = jnp.exp(jax.random.uniform(key, shape, minval=math.log(1e-3), maxval=math.log(1e-1)))
+    return jnp.log(jnp.expm1(step))
+
+
+class ES2D(nn.Module):
+    """Efficient 2-D scan: one selective scan (Mamba-1, S6) per parity sub-grid, each with its own parameters."""
+
+    states: int
+    rank: int
+
+    @nn.compact
+    def __call__(self, grid: Float[Array, "h w e"]) -> Float[Array, "h w e"]:
+        """Scan a grid of features."""
+        h, w, e = grid.shape
+        n, r = self.states, self.rank
+        project = self.param("x_proj", nn.initializers.lecun_normal(batch_axis=0), (4, e, r + 2 * n))
+        expand = self.param("dt_proj", _uniform(r**-0.5), (4, r, e))
+        step_bias = self.param("dt_bias", _step_size_bias, (4, e))
+        a_log = self.param("A_log", lambda _: jnp.tile(jnp.log(jnp.arange(1.0, n + 1)), (4, e, 1)))
+        skip = self.param("D", nn.initializers.ones, (4, e))
+
+        x = split_by_parity(grid)
+        dt, b, c = jnp.split(jnp.einsum("qle,qem->qlm", x, project), [r, r + n], axis=-1)
+        delta = jnp.einsum("qlr,qre->qle", dt, expand)
+
+        def as_groups(sequences: Float[Array, "4 l c"]) -> Float[Array, "1 l 4 c"]:
+            return sequences.swapaxes(0, 1)[None]
+
+        length = x.shape[1]
+        y = selective_scan(
+            as_groups(x).reshape(1, length, 4 * e),
+            as_groups(delta).reshape(1, length, 4 * e),
+            -jnp.exp(a_log).reshape(4 * e, n),
+            as_groups(b),
+            as_groups(c),
+            D=skip.reshape(4 * e),
+            delta_bias=step_bias.reshape(4 * e),
+            delta_softplus=True,
+        )
+        return merge_by_parity(y.reshape(length, 4, e).swapaxes(0, 1), h, w)
+
+
+class ESSM(nn.Module):
+    """The gated state-space mixer of a Mamba block."""
+
+    states: int
+
+    @nn.compact
+    def __call__(self, u: Float[Array, "h w d"]) -> Float[Array, "h w d"]:
+        """Mix positions."""
+        d = u.shape[-1]
+        gate = nn.silu(nn.Dense(2 * d, name="gate")(u))
+        s = nn.Dense(2 * d, name="expand")(u)
+        s = nn.silu(DepthwiseConv(name="conv")(s))
+        s = nn.LayerNorm(epsilon=1e-5, name="norm")(ES2D(self.states, rank=math.ceil(d / 16), name="scan")(s))
+        return nn.Dense(d, name="contract")(s * gate)
+
+
+class ChannelAttention(nn.Module):
+    """Efficient channel attention (ECA): each channel is scaled by what it and its two neighbours hold on average."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "h w d"]) -> Float[Array, "h w d"]:
+        """Scale channels."""
+        mean = x.mean((0, 1))
+        weight = nn.Conv(1, (3,), use_bias=False, name="conv")(mean[:, None])[:, 0]
+        return x * nn.sigmoid(weight)[None, None]
+
+
+class MambaBlock(nn.Module):
+    """h = x + ESSM(LN(x)); y = LN(h) + ChannelAttention(LN(h)) + DWConv3x3(h)."""
+
+    states: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "h w d"]) -> Float[Array, "h w d"]:
+        """One block."""
+        h = x + ESSM(self.states, name="mixer")(nn.LayerNorm(epsilon=1e-5, name="norm_in")(x))
+        normed = nn.LayerNorm(epsilon=1e-5, name="norm_out")(h)
+        return normed + ChannelAttention(name="attention")(normed) + DepthwiseConv(name="conv")(h)
+
+
+def pool_to_grid(x: Float[Array, "h w d"], g: int) -> Float[Array, "p d"]:
+    """Adaptive average pooling to g x g tokens: cell i covers rows floor(i h / g) to ceil((i + 1) h / g)."""
+
+    def weights(size: int) -> Array:
+        start = jnp.arange(g) * size // g
+        stop = -(-(jnp.arange(1, g + 1) * size) // g)
+        position = jnp.arange(size)
+        inside = (position[None, :] >= start[:, None]) & (position[None, :] < stop[:, None])
+        return inside / (stop - start)[:, None]
+
+    pooled = jnp.einsum("ih,jw,hwd->ijd", weights(x.shape[0]), weights(x.shape[1]), x)
+    return pooled.reshape(g * g, -1)
+
+
+class MambaDecoder(nn.Module):
+    """Recognises the object; the outputs of its blocks are the condition that steers the reconstruction."""
+
+    objects: int
+    grid: int
+    width: int = 256
+    patch_size: int = 8
+    blocks: int = 4
+    states: int = 16
+
+    @nn.compact
+    def __call__(self, image: Image) -> tuple[Condition, Logits]:
+        """From an image (0..255) to one condition per block, each of grid * grid tokens, and the object's logits."""
+        patch = (self.patch_size, self.patch_size)
+        x = nn.Conv(self.width, patch, strides=patch, padding="VALID", name="stem")(image / 127.5 - 1)
+        x = nn.LayerNorm(epsilon=1e-5, name="stem_norm")(x)
+        condition = []
+        for i in range(self.blocks):
+            x = MambaBlock(self.states, name=f"block_{i}")(x)
+            condition.append(pool_to_grid(x, self.grid))
+        hidden = nn.relu(nn.Dense(self.width, name="head_hidden")(x.mean((0, 1))))
+        return tuple(condition), nn.Dense(self.objects, name="head")(hidden)

@@ -1,0 +1,116 @@
+"""The reconstruction transformer of UniAD, conditioned on the object (IUF, IB-IUMAD section 4).
+
+Modules take the tokens of one image; batches are made with `jax.vmap`.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+from iumad_jax.shapes import Condition
+
+_xavier = nn.initializers.xavier_uniform()
+
+
+def neighbour_mask(grid: int, side: int = 7) -> Bool[np.ndarray, "p p"]:
+    """Which tokens (columns) each token (row) may attend to: all but the side x side around itself (UniAD)."""
+    row, column = np.divmod(np.arange(grid * grid), grid)
+    distance = np.maximum(abs(row[:, None] - row[None]), abs(column[:, None] - column[None]))
+    return distance > side // 2
+
+
+class Attention(nn.Module):
+    """Multi-head attention; the dropout mask on its weights is shared by the heads."""
+
+    heads: int
+    dropout: float
+    mask: Bool[np.ndarray, "p p"] | None = None
+
+    @nn.compact
+    def __call__(
+        self, q: Float[Array, "p d"], k: Float[Array, "p d"], v: Float[Array, "p d"], *, deterministic: bool
+    ) -> Float[Array, "p d"]:
+        """Attend from q to k and v."""
+        attention = nn.MultiHeadDotProductAttention(
+            self.heads, dropout_rate=self.dropout, kernel_init=_xavier, deterministic=deterministic
+        )
+        return attention(q, k, v, mask=None if self.mask is None else jnp.asarray(self.mask)[None])
+
+
+class FeedForward(nn.Module):
+    """d -> hidden -> d with ReLU and dropout; its output layer is where gradient projection acts (IUF)."""
+
+    hidden: int
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "p d"], *, deterministic: bool) -> Float[Array, "p d"]:
+        """Transform each token."""
+        hidden = nn.relu(nn.Dense(self.hidden, kernel_init=_xavier, name="hidden")(x))
+        hidden = nn.Dropout(self.dropout)(hidden, deterministic=deterministic)
+        return nn.Dense(x.shape[-1], kernel_init=_xavier, name="output")(hidden)
+
+
+class ReconstructionTransformer(nn.Module):
+    """Rebuilds the tokens of a good image from jittered ones."""
+
+    grid: int
+    width: int = 256
+    heads: int = 8
+    layers: int = 4
+    hidden: int = 1024
+    dropout: float = 0.1
+    hide_neighbours: bool = False
+
+    @nn.compact
+    def __call__(
+        self, tokens: Float[Array, "p f"], condition: Condition | None = None, *, deterministic: bool
+    ) -> tuple[Float[Array, "p d"], ...]:
+        """The outputs of the decoder layers, the last of them being the reconstruction.
+
+        Args:
+            tokens: the (jittered) features of one image, p = grid * grid.
+            condition: what multiplies each encoder layer's query; None is 1, as in UniAD.
+            deterministic: no dropout.
+        """
+        mask = neighbour_mask(self.grid) if self.hide_neighbours else None
+
+        def attend(q: Array, k: Array, v: Array, name: str) -> Array:
+            out = Attention(self.heads, self.dropout, mask, name=name)(q, k, v, deterministic=deterministic)
+            return nn.Dropout(self.dropout)(out, deterministic=deterministic)
+
+        def feed_forward(x: Array, name: str) -> Array:
+            out = FeedForward(self.hidden, self.dropout, name=name)(x, deterministic=deterministic)
+            return nn.Dropout(self.dropout)(out, deterministic=deterministic)
+
+        def norm(x: Array, name: str) -> Array:
+            return nn.LayerNorm(epsilon=1e-5, name=name)(x)
+
+        x = nn.Dense(self.width, kernel_init=_xavier, name="embed")(tokens)
+        position = self._position()
+        for i in range(self.layers):
+            name = f"encoder_{i}"
+            query = x + position if condition is None else (x + position) * condition[i]
+            x = norm(x + attend(query, x + position, x, f"{name}_attention"), f"{name}_norm_1")
+            x = norm(x + feed_forward(x, f"{name}_feed_forward"), f"{name}_norm_2")
+
+        memory, previous, outputs = x, x, []
+        for i in range(self.layers):
+            name = f"decoder_{i}"
+            x = self.param(f"{name}_query", nn.initializers.normal(1.0), (self.grid**2, self.width))
+            x = norm(x + attend(x + position, memory + position, memory, f"{name}_attention_1"), f"{name}_norm_1")
+            x = norm(x + attend(x + position, previous + position, previous, f"{name}_attention_2"), f"{name}_norm_2")
+            previous = norm(x + feed_forward(x, f"{name}_feed_forward"), f"{name}_norm_3")
+            outputs.append(previous)
+        final_norm = nn.LayerNorm(epsilon=1e-5, name="final_norm")
+        return tuple(final_norm(output) for output in outputs)
+
+    def _position(self) -> Float[Array, "p d"]:
+        """Learned 2-D positions: half of the width tells the row, half the column."""
+        half = self.width // 2
+        row = self.param("row_position", nn.initializers.uniform(1.0), (self.grid, 1, half))
+        column = self.param("column_position", nn.initializers.uniform(1.0), (1, self.grid, half))
+        shape = (self.grid, self.grid, half)
+        both = jnp.concatenate([jnp.broadcast_to(row, shape), jnp.broadcast_to(column, shape)], axis=-1)
+        return both.reshape(self.grid**2, self.width)

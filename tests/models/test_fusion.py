@@ -1,0 +1,46 @@
+"""The fusion and its bottleneck against NumPy in float64, written from the paper's text."""
+
+import jax
+import numpy as np
+import pytest
+
+from iumad_jax.models.fusion import InformationBottleneckFusion
+
+
+def fuse(naive, p, reconstructions):
+    if len(reconstructions) == 2:
+        r, d = reconstructions
+        a_r = naive.layer_norm(p["attention_0_norm"], r + naive.attention(p["attention_0"], r, d, d))
+        a_d = naive.layer_norm(p["attention_1_norm"], d + naive.attention(p["attention_1"], d, r, r))
+        reconstructions = [a_r, a_d]
+    fused = naive.dense(p["fuse"], np.concatenate(reconstructions, axis=1))
+    compressed = naive.dense(p["expand"], np.maximum(naive.dense(p["squeeze"], fused), 0))
+    return (
+        fused,
+        compressed,
+        naive.dense(p["fused_head"], fused.mean(0)),
+        naive.dense(p["compressed_head"], compressed.mean(0)),
+    )
+
+
+@pytest.mark.parametrize("modalities", [1, 2])
+def test_fusion(naive, modalities):
+    rng = np.random.default_rng(0)
+    reconstructions = list(rng.standard_normal((modalities, 6, 8)).astype(np.float32))
+    network = InformationBottleneckFusion(features=9, objects=3, heads=2)
+    params, exact = naive.parameters(network, *reconstructions, deterministic=True)
+    found = jax.jit(lambda p: network.apply({"params": p}, *reconstructions, deterministic=True))(params)
+    expected = fuse(naive, exact, [r.astype(np.float64) for r in reconstructions])
+    for own, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(own, other, rtol=1e-4, atol=1e-4)
+    assert exact["squeeze"]["kernel"].shape == (9, 6)  # two thirds
+
+
+def test_bottleneck_is_dropped_out(naive):
+    """With all of it dropped, F_g is the last layer's bias and F_fu is as before."""
+    reconstruction = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32)
+    network = InformationBottleneckFusion(features=9, objects=3, dropout=1.0)
+    params, exact = naive.parameters(network, reconstruction, deterministic=True)
+    found = network.apply({"params": params}, reconstruction, deterministic=False, rngs={"dropout": jax.random.key(0)})
+    np.testing.assert_allclose(found.fused, naive.dense(exact["fuse"], reconstruction), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.compressed, np.broadcast_to(exact["expand"]["bias"], (6, 9)), rtol=1e-6)

