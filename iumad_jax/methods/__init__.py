@@ -1,0 +1,37 @@
+"""One file per published system; `build` assembles the one that a config names."""
+
+from ml_collections import ConfigDict
+
+from iumad_jax.errors import UserError
+from iumad_jax.methods.feature_norm import feature_norm
+from iumad_jax.methods.ib_iumad import ib_iumad
+from iumad_jax.methods.method import Method
+from iumad_jax.methods.nearest_neighbours import nearest_neighbours
+from iumad_jax.shapes import Modality
+
+
+def build(name: str, config: ConfigDict, objects: int) -> Method:
+    """The method of that name, by the config of a run over a dataset of that many objects.
+
+    Raises:
+        UserError: there is no such method.
+    """
+    methods = {
+        "ib_iumad": lambda: ib_iumad(config.model, modalities(config), objects),
+        "feature_norm": feature_norm,
+        "nearest_neighbours": lambda: nearest_neighbours(config.nearest_neighbours.patches_per_object, config.seed),
+    }
+    if name not in methods:
+        raise UserError(f'config.method is "{name}"; use one of {", ".join(methods)}.')
+    return methods[name]()
+
+
+def modalities(config: ConfigDict) -> tuple[Modality, ...]:
+    """The modalities that `config.modality` names.
+
+    Raises:
+        UserError: it names none.
+    """
+    if config.modality not in ("rgb", "depth", "rgb+depth"):
+        raise UserError(f'config.modality is "{config.modality}"; use rgb, depth or rgb+depth.')
+    return tuple(config.modality.split("+"))

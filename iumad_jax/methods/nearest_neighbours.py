@@ -1,0 +1,73 @@
+"""A floor without training: the distance to the nearest patch of a good image."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from iumad_jax.methods.anomaly_map import predict_from_errors
+from iumad_jax.methods.method import Method
+from iumad_jax.methods.statistics import merge_moments, no_moments, standardise
+from iumad_jax.shapes import Batch, Prediction, Variables
+
+
+def nearest_neighbours(patches_per_object: int, seed: int) -> Method:
+    """Distance of z-scored features to a memory of training patches that grows by a bounded number per object.
+
+    The distances of two modalities are divided by what is normal for each (the median distance between a training
+    patch and its nearest neighbour in the memory of another draw) and summed.
+    """
+
+    def init(_: jax.Array, batch: Batch) -> Variables:
+        statistics = {
+            modality: {
+                "moments": no_moments(array.shape[-1]),
+                "memory": np.zeros((0, array.shape[-1]), np.float32),
+                "scale": np.ones((), np.float32),
+            }
+            for modality, array in batch.features.items()
+        }
+        return {"params": {}, "statistics": statistics}
+
+    def observe(variables: Variables, batch: Batch, _: int) -> Variables:
+        statistics = {}
+        for modality, features in batch.features.items():
+            old = variables["statistics"][modality]
+            rng = np.random.default_rng([seed, len(old["memory"])])
+            images, patches, channels = features.shape
+            order = rng.permutation(images * patches)[:patches_per_object]
+            drawn = np.asarray(features).reshape(-1, channels)[order]
+            memory = np.concatenate([old["memory"], drawn])
+            moments = merge_moments(old["moments"], features)
+            statistics[modality] = {
+                "moments": moments,
+                "memory": memory,
+                "scale": _usual_distance(memory, moments, rng),
+            }
+        return {"params": {}, "statistics": statistics}
+
+    def predict(variables: Variables, batch: Batch) -> Prediction:
+        errors = []
+        for modality, features in batch.features.items():
+            statistics = variables["statistics"][modality]
+            memory = standardise(statistics["memory"], statistics["moments"])
+            x = standardise(features, statistics["moments"])
+            errors.append(jax.lax.map(lambda one, m=memory: _nearest(one, m), x) / statistics["scale"])
+        return predict_from_errors(sum(errors[1:], errors[0]))
+
+    return Method(init, predict, observe=observe)
+
+
+def _usual_distance(memory: Float[np.ndarray, "n f"], moments: dict, rng: np.random.Generator) -> np.ndarray:
+    """The median distance from some patches of the memory to the nearest of the others."""
+    standardised = standardise(jnp.asarray(memory), moments)
+    held_out = rng.permutation(len(memory))
+    some, others = np.split(held_out, [min(512, len(memory) // 2)])
+    return np.asarray(jnp.median(_nearest(standardised[some], standardised[others])))
+
+
+@jax.jit
+def _nearest(x: Float[Array, "p f"], memory: Float[Array, "n f"]) -> Float[Array, " p"]:
+    """Euclidean distance of each row of x to the nearest row of the memory."""
+    square = (x**2).sum(-1)[:, None] - 2 * x @ memory.T + (memory**2).sum(-1)[None]
+    return jnp.sqrt(jnp.maximum(square.min(-1), 0))

@@ -1,0 +1,46 @@
+"""Maps and scores against loops written from their definition."""
+
+import numpy as np
+import pytest
+
+from iumad_jax.methods.anomaly_map import norm, predict_from_errors
+
+
+def interpolate(grid, size):
+    """Bilinear; the corners of the grid are the corners of the map."""
+    n = len(grid)
+    out = np.zeros((size, size))
+    for i, j in np.ndindex(size, size):
+        y, x = i * (n - 1) / (size - 1), j * (n - 1) / (size - 1)
+        top, left = min(int(y), n - 2), min(int(x), n - 2)
+        dy, dx = y - top, x - left
+        out[i, j] = (1 - dy) * ((1 - dx) * grid[top, left] + dx * grid[top, left + 1]) + dy * (
+            (1 - dx) * grid[top + 1, left] + dx * grid[top + 1, left + 1]
+        )
+    return out
+
+
+@pytest.mark.parametrize("side", [14, 5, 28])
+def test_map_and_score(side):
+    errors = np.random.default_rng(side).random((2, side * side)).astype(np.float32)
+    prediction = predict_from_errors(errors)
+    assert prediction.object_logits is None
+    for error, found, score in zip(errors, prediction.map, prediction.score, strict=True):
+        expected = interpolate(error.reshape(side, side).astype(np.float64), 224)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        windows = [expected[i : i + 16, j : j + 16].mean() for i, j in np.ndindex(209, 209)]
+        assert score == pytest.approx(max(windows), rel=1e-5)
+
+
+def test_score_of_a_defect_at_the_rim_is_not_diluted_by_padding():
+    errors = np.zeros((1, 4, 4), np.float32)
+    errors[0, 0] = 1
+    prediction = predict_from_errors(errors.reshape(1, 16))
+    rows = 1 - np.arange(16) * 3 / 223  # the map falls from the first row of tokens to the second
+    assert float(prediction.score[0]) == pytest.approx(rows.mean(), rel=1e-5)
+
+
+def test_norm_is_euclidean_over_channels():
+    errors = np.random.default_rng(0).standard_normal((2, 3, 5)).astype(np.float32)
+    np.testing.assert_allclose(norm(errors), np.linalg.norm(errors, axis=-1), rtol=1e-6)
+    np.testing.assert_array_equal(norm(np.zeros((3, 5), np.float32)), np.zeros(3))

@@ -1,0 +1,42 @@
+"""The floor that needs no training, against NumPy."""
+
+import jax
+import numpy as np
+
+from iumad_jax.methods.anomaly_map import predict_from_errors
+from iumad_jax.methods.feature_norm import feature_norm
+from iumad_jax.shapes import Batch
+
+
+def random_batch(seed, images=5, modalities=("rgb",)):
+    rng = np.random.default_rng(seed)
+    features = {
+        m: rng.normal(3 + i, 2 + seed, (images, 16, 3 + i)).astype(np.float32) for i, m in enumerate(modalities)
+    }
+    return Batch(features, {}, np.zeros(images, np.int32))
+
+
+def z_norm(training, features):
+    rows = np.concatenate(training).reshape(-1, features.shape[-1]).astype(np.float64)
+    return np.sqrt((((features - rows.mean(0)) / rows.std(0)) ** 2).sum(-1))
+
+
+def test_error_is_the_norm_of_z_scores_over_all_objects_seen():
+    method = feature_norm()
+    first, second, test = (random_batch(seed) for seed in range(3))
+    variables = method.init(jax.random.key(0), first)
+    for step, seen in enumerate([first, second]):
+        variables = method.observe(variables, seen, step)
+    expected = z_norm([first.features["rgb"], second.features["rgb"]], test.features["rgb"])
+    found, wanted = method.predict(variables, test), predict_from_errors(expected.astype(np.float32))
+    np.testing.assert_allclose(found.map, wanted.map, rtol=1e-4)
+    np.testing.assert_allclose(found.score, wanted.score, rtol=1e-4)
+
+
+def test_modalities_are_summed():
+    method = feature_norm()
+    training, test = (random_batch(seed, modalities=("rgb", "depth")) for seed in range(2))
+    variables = method.observe(method.init(jax.random.key(0), training), training, 0)
+    expected = sum(z_norm([training.features[m]], test.features[m]) for m in ("rgb", "depth"))
+    found = method.predict(variables, test).map
+    np.testing.assert_allclose(found, predict_from_errors(expected.astype(np.float32)).map, rtol=1e-4)

@@ -1,0 +1,384 @@
+"""IB-IUMAD put together: what its losses are, what reads what, and where gradients go.
+
+The parts are proven by themselves in tests/models; here they are the building blocks.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from iumad_jax.config import paper
+from iumad_jax.methods.anomaly_map import predict_from_errors
+from iumad_jax.methods.ib_iumad import Network, bottleneck_loss, ib_iumad, jitter
+from iumad_jax.models.fusion import Fused, InformationBottleneckFusion
+from iumad_jax.models.mamba import MambaDecoder
+from iumad_jax.models.reconstruction import ReconstructionTransformer
+from iumad_jax.shapes import Batch
+
+OBJECTS, GRID, CHANNELS, WIDTH = 3, 4, 6, 8
+BOTH = ("rgb", "depth")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Everything here is compiled once for a few numbers, which takes a third of the time without optimisation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def tiny(**changes):
+    """`config.model`, small and without chance, then changed."""
+    model = paper("10-0").model
+    model.update(width=WIDTH, heads=2, layers=1, hidden=12, patch_size=4, states=2, dropout=0.0)
+    model.jitter.probability = 0.0
+    model.update_from_flattened_dict(changes)
+    return model
+
+
+def random_batch(modalities=BOTH, images=2, seed=0):
+    rng = np.random.default_rng(seed)
+    return Batch(
+        {m: rng.normal(0, 2, (images, GRID**2, CHANNELS)).astype(np.float32) for m in modalities},
+        {m: rng.integers(0, 256, (images, 16, 16, 3)).astype(np.float32) for m in modalities},
+        np.arange(images, dtype=np.int32) % OBJECTS,
+    )
+
+
+def keys_for(batch, seed=0):
+    return jax.random.split(jax.random.key(seed), len(batch.object_id))
+
+
+def variables_for(config, modalities=BOTH):
+    """Random variables, none of the parameters 0 or 1 as biases and scales start."""
+    rng = np.random.default_rng(0)
+    batch = random_batch(modalities)
+    shapes = jax.eval_shape(lambda key: ib_iumad(config, modalities, OBJECTS).init(key, batch), jax.random.key(0))
+    return jax.tree.map(lambda p: (0.4 * rng.standard_normal(p.shape)).astype(np.float32), shapes)
+
+
+def loss_of(config, modalities=BOTH):
+    return jax.jit(ib_iumad(config, modalities, OBJECTS).loss)
+
+
+def predict_of(config, modalities=BOTH):
+    return jax.jit(ib_iumad(config, modalities, OBJECTS).predict)
+
+
+@jax.jit
+def branch(decoder_params, transformer_params, image, tokens):
+    """One modality of one image: the object's logits and the reconstruction."""
+    decoder = MambaDecoder(OBJECTS, GRID, WIDTH, patch_size=4, blocks=1, states=2)
+    condition, logits = decoder.apply({"params": decoder_params}, image)
+    transformer = ReconstructionTransformer(GRID, WIDTH, heads=2, layers=1, hidden=12)
+    outputs = transformer.apply({"params": transformer_params}, tokens, condition, deterministic=True)
+    return logits, outputs[-1]
+
+
+@jax.jit
+def fuse(params, reconstructions):
+    fusion = InformationBottleneckFusion(params["expand"]["bias"].size, OBJECTS, heads=2)
+    return fusion.apply({"params": params}, *reconstructions, deterministic=True)
+
+
+def log_softmax(x):
+    x = np.asarray(x, np.float64)
+    return x - np.log(np.exp(x).sum())
+
+
+# --- The losses ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("modalities", "target", "compared"),
+    [(("depth",), "both", ("depth",)), (BOTH, "rgb", ("rgb",)), (BOTH, "depth", ("depth",)), (BOTH, "both", BOTH)],
+)
+def test_losses_maps_and_logits(modalities, target, compared):
+    config = tiny(
+        target=target,
+        fusion_weight=2.0,
+        object_weight=3.0,
+        ib_weight=5.0,
+        ib_head_weight=7.0,
+        aux_reconstruction_weight=11.0,
+    )
+    batch, variables = random_batch(modalities), variables_for(config, modalities)
+    params = variables["params"]
+    expected = {name: [] for name in ("fusion", "kl", "ib_heads")}
+    expected |= {f"{term}_{m}": [] for m in modalities for term in ("object", "aux")}
+    errors, told = [], []
+    for i, y in enumerate(batch.object_id):
+        logits, reconstructions = {}, {}
+        for m in modalities:
+            logits[m], reconstructions[m] = branch(
+                params[f"mamba_{m}"], params[f"reconstruction_{m}"], batch.images[m][i], batch.features[m][i]
+            )
+        fused, logits, reconstructions = jax.tree.map(
+            np.asarray, (fuse(params["fusion"], list(reconstructions.values())), logits, reconstructions)
+        )
+        features = np.concatenate([batch.features[m][i] for m in compared], axis=1)
+        error = fused.compressed - features
+        p_fused, p_compressed = log_softmax(fused.fused_logits), log_softmax(fused.compressed_logits)
+        expected["fusion"].append(2 * (error**2).mean())
+        expected["kl"].append(5 * sum(np.exp(p_fused) * (p_fused - p_compressed)))
+        expected["ib_heads"].append(5 * 7 * (-p_fused[y] - p_compressed[y]))
+        for m in modalities:
+            project = params[f"project_{m}"]
+            rebuilt = reconstructions[m] @ project["kernel"] + project["bias"]
+            expected[f"object_{m}"].append(3 * -log_softmax(logits[m])[y])
+            expected[f"aux_{m}"].append(11 * ((rebuilt - batch.features[m][i]) ** 2).mean())
+        errors.append(np.sqrt((error**2).sum(1)))
+        told.append(sum(log_softmax(logits[m]) for m in modalities))
+    expected = {name: np.mean(values) for name, values in expected.items()}
+
+    total, terms = loss_of(config, modalities)(variables, batch, keys_for(batch))
+    assert set(terms) == set(expected)
+    for name, value in expected.items():
+        assert float(terms[name]) == pytest.approx(value, rel=1e-3), name
+    assert float(total) == pytest.approx(sum(expected.values()), rel=1e-3)
+
+    prediction = predict_of(config, modalities)(variables, batch)
+    wanted = predict_from_errors(np.array(errors, np.float32))
+    np.testing.assert_allclose(prediction.map, wanted.map, rtol=1e-3)
+    np.testing.assert_allclose(prediction.score, wanted.score, rtol=1e-3)
+    np.testing.assert_allclose(nn.softmax(prediction.object_logits), nn.softmax(np.array(told)), rtol=1e-3, atol=1e-5)
+
+
+def test_kl_teaches_the_compressed_head_only():
+    """Toward softmax(F_fu's logits): the gradient of a cross-entropy with those as soft labels."""
+    a, b = np.array([1.0, -2.0, 0.5], np.float32), np.array([0.3, 0.1, -1.0], np.float32)
+
+    def kl(a, b):
+        return bottleneck_loss(Fused(jnp.zeros((1, 1)), jnp.zeros((1, 1)), a, b), 0, 1.0)["kl"]
+
+    value, (to_a, to_b) = jax.value_and_grad(kl, argnums=(0, 1))(a, b)
+    p, q = np.exp(log_softmax(a)), np.exp(log_softmax(b))
+    assert float(value) == pytest.approx(sum(p * np.log(p / q)), rel=1e-5)
+    np.testing.assert_array_equal(to_a, 0)
+    np.testing.assert_allclose(to_b, q - p, rtol=1e-5)
+    assert float(kl(a, a)) == pytest.approx(0, abs=1e-6)
+
+
+def test_an_image_has_the_same_loss_beside_any_other():
+    config = tiny(**{"dropout": 0.2, "jitter.probability": 0.5})
+    batch, variables = random_batch(("rgb",), images=4), variables_for(config, ("rgb",))
+    keys, loss = keys_for(batch), loss_of(config, ("rgb",))
+
+    def of(*images):
+        chosen = np.array(images)
+        return np.array(jax.tree.leaves(loss(variables, jax.tree.map(lambda x: x[chosen], batch), keys[chosen])))
+
+    np.testing.assert_allclose(of(0, 1) + of(2, 3), of(0, 3) + of(2, 1), rtol=1e-4)
+    assert (of(0, 1) != of(2, 3)).all()
+
+
+# --- Jitter -------------------------------------------------------------------------------------------------------
+
+
+def test_jitter_is_normal_in_proportion_to_each_token():
+    tokens = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32) * np.arange(1, 65)[:, None]
+    tokens = tokens.astype(np.float32)
+    keys = jax.random.split(jax.random.key(0), 200)
+    jittered = jax.vmap(lambda key: jitter(key, tokens, scale=20.0, probability=1.0))(keys)
+    noise = np.asarray(jittered, np.float64) - tokens
+    strength = np.sqrt((tokens.astype(np.float64) ** 2).sum(1)) / 32 * 20
+    assert abs((noise / strength[:, None]).mean()) < 0.005
+    np.testing.assert_allclose(noise.std((0, 2)), strength, rtol=0.05)
+
+
+def test_jitter_has_the_probability_of_the_config():
+    tokens = np.ones((4, 3), np.float32)
+
+    def share(probability):
+        keys = jax.random.split(jax.random.key(0), 1000)
+        jittered = jax.vmap(lambda key: jitter(key, tokens, scale=20.0, probability=probability))(keys)
+        changed = np.asarray(jittered) != tokens
+        assert (changed.all((1, 2)) | ~changed.any((1, 2))).all()  # all of an image or nothing
+        return changed.mean()
+
+    assert (share(0.0), share(1.0)) == (0, 1)
+    assert abs(share(0.3) - 0.3) < 0.05
+
+
+def test_reconstruction_sees_jitter_in_training_only():
+    """The two transformers get noise of their own in training, and the features as they are otherwise."""
+    config = tiny(**{"jitter.probability": 1.0})
+    batch, params = random_batch(), variables_for(config)["params"]
+    features = batch.features["rgb"][0]
+
+    def tokens_seen(deterministic):
+        seen = []
+
+        def record(next_function, args, kwargs, context):
+            if isinstance(context.module, ReconstructionTransformer) and context.method_name == "__call__":
+                seen.append(args[0])
+            return next_function(*args, **kwargs)
+
+        @jax.jit
+        def run():
+            with nn.intercept_methods(record):
+                Network(config, BOTH, OBJECTS).apply(
+                    {"params": params},
+                    dict.fromkeys(BOTH, features),
+                    {m: batch.images[m][0] for m in BOTH},
+                    deterministic=deterministic,
+                    rngs={"jitter": jax.random.key(1)},
+                )
+            return [jnp.asarray(tokens) for tokens in seen]
+
+        return [np.asarray(tokens) for tokens in run()]
+
+    for tokens in tokens_seen(deterministic=True):
+        np.testing.assert_array_equal(tokens, features)
+    strength = np.linalg.norm(features, axis=1, keepdims=True) / CHANNELS * 20
+    noise = [(tokens - features) / strength for tokens in tokens_seen(deterministic=False)]
+    assert [np.std(one) for one in noise] == pytest.approx([1, 1], abs=0.2)
+    assert abs(np.corrcoef(noise[0].ravel(), noise[1].ravel())[0, 1]) < 0.3
+
+
+def test_target_is_not_jittered():
+    """A network of zeros rebuilds zeros, so that its loss is the mean square of the target."""
+    config = tiny(**{"jitter.probability": 1.0})
+    batch = random_batch(("rgb",))
+    zeros = jax.tree.map(np.zeros_like, variables_for(config, ("rgb",)))
+    _, terms = loss_of(config, ("rgb",))(zeros, batch, keys_for(batch))
+    assert float(terms["fusion"]) == pytest.approx(np.mean(batch.features["rgb"] ** 2), rel=1e-5)
+
+
+# --- What reads what ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """What every part of a network with two modalities says about one image, as a function of its tokens and image."""
+    params = variables_for(tiny())["params"]
+
+    @jax.jit
+    def of(tokens, images):
+        _, state = Network(tiny(), BOTH, OBJECTS).apply(
+            {"params": params},
+            tokens,
+            images,
+            deterministic=True,
+            capture_intermediates=lambda module, _: len(module.path) == 1,
+        )
+        return {name: value["__call__"][0] for name, value in state["intermediates"].items()}
+
+    return of
+
+
+def equal(one, other):
+    return all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True))
+
+
+def one_image(batch, i):
+    return jax.tree.map(lambda x: x[i], (batch.features, batch.images))
+
+
+def test_each_input_reaches_its_own_branch_and_the_fusion(parts):
+    tokens, images = one_image(random_batch(), 0)
+    other_tokens, other_images = one_image(random_batch(seed=1), 0)
+    base = parts(tokens, images)
+    assert set(base) == {"mamba_rgb", "mamba_depth", "reconstruction_rgb", "reconstruction_depth", "fusion"}
+    for m in BOTH:
+        by_image = parts(tokens, images | {m: other_images[m]})
+        by_tokens = parts(tokens | {m: other_tokens[m]}, images)
+        changed_by_image = {name for name in base if not equal(base[name], by_image[name])}
+        changed_by_tokens = {name for name in base if not equal(base[name], by_tokens[name])}
+        assert changed_by_image == {f"mamba_{m}", f"reconstruction_{m}", "fusion"}
+        assert changed_by_tokens == {f"reconstruction_{m}", "fusion"}
+
+
+def test_swapping_the_object_changes_the_condition(parts):
+    batch = random_batch()
+    (tokens, first_images), (_, second_images) = one_image(batch, 0), one_image(batch, 1)
+    first, second = parts(tokens, first_images), parts(tokens, second_images)
+    for m in BOTH:
+        for own, other in zip(first[f"mamba_{m}"][0], second[f"mamba_{m}"][0], strict=True):
+            assert np.abs(own - other).mean() > 0.1
+        assert not equal(first[f"reconstruction_{m}"], second[f"reconstruction_{m}"])
+
+
+@pytest.mark.parametrize("modality", BOTH)
+def test_one_modality_has_one_branch_and_no_fusion(modality):
+    params = variables_for(tiny(), (modality,))["params"]
+    assert set(params) == {f"mamba_{modality}", f"reconstruction_{modality}", "fusion"}
+    assert set(params["fusion"]) == {"fuse", "squeeze", "expand", "fused_head", "compressed_head"}
+
+
+# --- Gradients ----------------------------------------------------------------------------------------------------
+
+
+def gradients(config, modalities):
+    """How strongly each loss term moves each parameter at most: {path: {term: largest absolute derivative}}."""
+    batch, variables = random_batch(modalities), variables_for(config, modalities)
+    loss = ib_iumad(config, modalities, OBJECTS).loss
+
+    @jax.jit
+    def of(params):
+        jacobian = jax.jacrev(lambda p: loss(variables | {"params": p}, batch, keys_for(batch))[1])(params)
+        return jax.tree.map(lambda derivative: jnp.abs(derivative).max(), jacobian)
+
+    sizes = {}
+    for term, tree in of(variables["params"]).items():
+        for path, size in jax.tree.leaves_with_path(tree):
+            sizes.setdefault("/".join(key.key for key in path), {})[term] = float(size)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("modalities", "layers", "detached"), [(("rgb",), 2, True), (("depth",), 1, False), (BOTH, 1, True)]
+)
+def test_gradients_reach_every_parameter_that_they_should(modalities, layers, detached):
+    chance = {"jitter.probability": 1.0, "dropout": 0.1}
+    config = tiny(**chance, layers=layers, aux_reconstruction_weight=1.0, detach_condition=detached)
+    sizes = gradients(config, modalities)
+    # The same added to all weights of a query: softmax ignores the biases of attention's keys.
+    blind = {path for path in sizes if path.endswith("key/bias")}
+    assert len(blind) == len(modalities) * 3 * layers + (2 if len(modalities) == 2 else 0)
+    for path, by_term in sizes.items():
+        if path not in blind:
+            assert max(by_term.values()) > 1e-6, path
+        part, *_ = path.split("/")
+        moved_by = {term for term, size in by_term.items() if size > 0}
+        if part.startswith("mamba"):  # learns from its own cross-entropy alone, unless its condition is not detached
+            steers = not detached and "/head" not in path
+            own = {part.replace("mamba", "object")}
+            assert moved_by == (set(by_term) if steers else own), path
+        else:
+            assert not any(term.startswith("object") for term in moved_by), path
+        if "fused_head" in path:  # the distribution that the compressed head is pulled to
+            assert moved_by == {"ib_heads"}, path
+
+
+# --- Standardised features ----------------------------------------------------------------------------------------
+
+
+def test_standardise_uses_the_base_steps_statistics():
+    """Loss and map are those of z-scored features, as input and as target."""
+    config, modalities = tiny(standardise=True), ("rgb",)
+    method = ib_iumad(config, modalities, OBJECTS)
+    first, second, later = (random_batch(modalities, images=3, seed=seed) for seed in range(3))
+    params = variables_for(config, modalities)["params"]
+    variables = {"params": params, "statistics": jax.jit(method.init)(jax.random.key(0), first)["statistics"]}
+    for batch, step in [(first, 0), (second, 0), (later, 1)]:
+        variables = method.observe(variables, batch, step)
+
+    seen = np.concatenate([first.features["rgb"], second.features["rgb"]])
+    z_scored = (later.features["rgb"] - seen.mean((0, 1))) / seen.std((0, 1))
+    errors = []
+    for image, tokens in zip(later.images["rgb"], z_scored, strict=True):
+        _, reconstruction = branch(params["mamba_rgb"], params["reconstruction_rgb"], image, tokens)
+        errors.append(np.asarray(fuse(params["fusion"], [reconstruction]).compressed) - tokens)
+    found = predict_of(config, modalities)(variables, later).map
+    np.testing.assert_allclose(found, predict_from_errors(np.linalg.norm(errors, axis=-1)).map, rtol=1e-3)
+    _, terms = loss_of(config, modalities)(variables, later, keys_for(later))
+    assert float(terms["fusion"]) == pytest.approx(np.square(errors).mean(), rel=1e-3)
+
+
+def test_without_standardise_nothing_is_observed():
+    method, batch = ib_iumad(tiny(), BOTH, OBJECTS), random_batch()
+    variables = {"params": {}, "statistics": {}}
+    assert method.observe(variables, batch, 0) == variables

@@ -1,0 +1,42 @@
+"""From a config to a method."""
+
+import pytest
+
+from iumad_jax.config import paper
+from iumad_jax.errors import UserError
+from iumad_jax.methods import build, modalities
+
+
+def test_modalities():
+    config = paper("10-0")
+    assert modalities(config) == ("rgb", "depth")
+    config.modality = "depth"
+    assert modalities(config) == ("depth",)
+
+
+@pytest.mark.parametrize("modality", ["", "RGB", "rgbd", "depth+rgb", "rgb+"])
+def test_unknown_modality_is_refused(modality):
+    config = paper("10-0")
+    config.modality = modality
+    with pytest.raises(UserError, match=r"config\.modality"):
+        build("ib_iumad", config, 10)
+
+
+def test_unknown_method_is_refused():
+    with pytest.raises(UserError, match=r'config\.method is "patchcore"; use one of ib_iumad, feature_norm'):
+        build("patchcore", paper("10-0"), 10)
+
+
+@pytest.mark.parametrize("target", ["", "fused", "rgb+depth"])
+def test_unknown_target_is_refused(target):
+    config = paper("10-0")
+    config.model.target = target
+    with pytest.raises(UserError, match=r"config\.model\.target"):
+        build("ib_iumad", config, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "trained"), [("ib_iumad", True), ("feature_norm", False), ("nearest_neighbours", False)]
+)
+def test_only_the_floors_have_no_loss(name, trained):
+    assert (build(name, paper("10-0"), 10).loss is not None) == trained

@@ -1,0 +1,93 @@
+"""The memory of training patches, against brute force in NumPy."""
+
+import jax
+import numpy as np
+import pytest
+
+from iumad_jax.methods.anomaly_map import predict_from_errors
+from iumad_jax.methods.nearest_neighbours import nearest_neighbours
+from iumad_jax.shapes import Batch
+
+
+def random_batch(seed, images=4, modalities=("rgb",)):
+    rng = np.random.default_rng(seed)
+    features = {
+        m: rng.normal(3 * seed, 2 + i, (images, 16, 3 + i)).astype(np.float32) for i, m in enumerate(modalities)
+    }
+    return Batch(features, {}, np.zeros(images, np.int32))
+
+
+def observed(method, *batches):
+    variables = method.init(jax.random.key(0), batches[0])
+    for step, batch in enumerate(batches):
+        variables = method.observe(variables, batch, step)
+    return variables
+
+
+def rows(*batches, modality="rgb"):
+    return np.concatenate(
+        [batch.features[modality].reshape(-1, batch.features[modality].shape[-1]) for batch in batches]
+    )
+
+
+def nearest(x, memory):
+    """The Euclidean distance to the nearest row, for every patch."""
+    return np.array([[np.sqrt(((patch - memory) ** 2).sum(-1)).min() for patch in image] for image in x])
+
+
+def test_error_is_the_distance_to_the_nearest_training_patch():
+    first, second, test = (random_batch(seed) for seed in range(3))
+    method = nearest_neighbours(patches_per_object=1000, seed=0)  # more than there are: all are kept
+    variables = observed(method, first, second)
+    training = rows(first, second).astype(np.float64)
+    mean, std = training.mean(0), training.std(0)
+    expected = nearest((test.features["rgb"] - mean) / std, (training - mean) / std)
+    scale = variables["statistics"]["rgb"]["scale"]
+    found = method.predict(variables, test).map
+    np.testing.assert_allclose(found, predict_from_errors((expected / scale).astype(np.float32)).map, rtol=1e-3)
+
+
+def test_a_training_patch_is_at_no_distance():
+    batch = random_batch(0)
+    method = nearest_neighbours(patches_per_object=1000, seed=0)
+    assert float(method.predict(observed(method, batch), batch).map.max()) < 0.01
+
+
+def test_memory_grows_by_a_bounded_number_of_different_patches_per_object():
+    batches = [random_batch(seed) for seed in range(3)]
+    memory = observed(nearest_neighbours(10, seed=0), *batches)["statistics"]["rgb"]["memory"]
+    assert memory.shape == (30, 3)
+    for i, batch in enumerate(batches):
+        own = {tuple(row) for row in rows(batch)}
+        drawn = {tuple(row) for row in memory[10 * i : 10 * i + 10]}
+        assert len(drawn) == 10
+        assert drawn <= own
+
+
+def test_memory_is_a_function_of_the_seed():
+    batch = random_batch(0)
+    first, again, other = (
+        observed(nearest_neighbours(10, seed), batch)["statistics"]["rgb"]["memory"] for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+def test_modalities_are_summed_each_in_units_of_its_usual_distance():
+    training, test = (random_batch(seed, modalities=("rgb", "depth")) for seed in range(2))
+    method = nearest_neighbours(1000, seed=0)
+    both = method.predict(observed(method, training), test).map
+
+    def only(batch, modality):
+        return batch._replace(features={modality: batch.features[modality]})
+
+    alone = [method.predict(observed(method, only(training, m)), only(test, m)).map for m in ("rgb", "depth")]
+    np.testing.assert_allclose(both, alone[0] + alone[1], rtol=1e-5)
+
+
+def test_a_modality_counts_in_units_of_the_usual_distance_between_its_training_patches():
+    """Patches at every whole number: almost all have a neighbour at 1, which is 1 / std of the z-scored ones."""
+    numbers = np.random.default_rng(0).permutation(4096).astype(np.float32).reshape(256, 16, 1)
+    batch = Batch({"rgb": numbers}, {}, np.zeros(256, np.int32))
+    statistics = observed(nearest_neighbours(4096, seed=0), batch)["statistics"]["rgb"]
+    assert float(statistics["scale"]) == pytest.approx(1 / numbers.std(), rel=0.05)
