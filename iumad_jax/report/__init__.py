@@ -1,0 +1,1 @@
+"""The ledger, tables and figures of a run."""

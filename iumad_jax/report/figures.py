@@ -1,0 +1,159 @@
+"""Pictures of a run: heatmaps beside what they should show, and the matrix of a metric."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from numpy.typing import ArrayLike, NDArray
+
+from iumad_jax.report.ledger import write_whole
+
+TRUTH = "#00ffff"  # the outline of a defect
+HOLE = "#ff00c8"  # where depth is missing
+_HEAT = "inferno"
+_DPI = 120
+_PANEL, _LABEL, _BAR, _HEAD, _RIM = 1.93, 1.15, 0.75, 0.62, 0.06  # inches
+
+
+def choose(defects: Sequence[str], rows: int) -> list[int]:
+    """Which samples to show: each kind in turn, good first, until the rows are full; kinds then stand together."""
+    kinds = sorted(set(defects), key=lambda kind: (kind != "good", kind))
+    seen = dict.fromkeys(kinds, 0)
+    turns = []
+    for index, kind in enumerate(defects):
+        turns.append((seen[kind], kinds.index(kind), index))
+        seen[kind] += 1
+    return [index for _, _, index in sorted(sorted(turns)[:rows], key=lambda turn: turn[1:])]
+
+
+def save_heatmaps(
+    path: Path,
+    *,
+    title: str,
+    labels: Sequence[str],
+    rgb: ArrayLike,
+    depth: ArrayLike | None,
+    masks: ArrayLike,
+    maps: ArrayLike,
+    scores: ArrayLike,
+) -> None:
+    """Save one picture with a row per sample: RGB, depth as relief, the defects outlined, the map, and it over RGB.
+
+    Args:
+        path: a .jpg or .png in an existing folder; photographs are a third of the size as .jpg.
+        title: above the picture.
+        labels: (n,) one or more lines to stand beside each row, above the score.
+        rgb: (n, h, w, 3) uint8.
+        depth: (n, h, w) of any unit, NaN where missing, or None. It is shown as how far it rises above the plane that
+            most of it lies on, since the slope of that plane would hide all else.
+        masks: (n, h, w), above 0 where a pixel is defective.
+        maps: (n, m, m) anomaly maps, in one scale of colours.
+        scores: (n,).
+
+    Raises:
+        UserError: the disk is full or the folder not writable.
+    """
+    images, defective, heats, values = np.asarray(rgb), np.asarray(masks) > 0, np.asarray(maps), np.asarray(scores)
+    names = ["RGB", "relief", "truth", "map", "map over RGB"]
+    if depth is None:
+        names.remove("relief")
+
+    width, height = _LABEL + len(names) * _PANEL + _BAR, _HEAD + len(labels) * _PANEL + _RIM
+    figure = Figure((width, height), dpi=_DPI)
+    box = {"left": _LABEL / width, "right": 1 - _BAR / width, "bottom": _RIM / height, "top": 1 - _HEAD / height}
+    grid = figure.subplots(len(labels), len(names), squeeze=False, gridspec_kw=box | {"wspace": 0.03, "hspace": 0.03})
+    figure.suptitle(title, x=_RIM / width, y=1 - _RIM / height, ha="left", va="top", fontsize=12, fontweight="bold")
+    low, high = heats.min(), heats.max()
+    norm = Normalize(low, high if high > low else low + 1)
+    extent = (0, images.shape[2], images.shape[1], 0)  # every panel in pixels of the RGB image
+    for row, axes in enumerate(grid):
+        panels = dict(zip(names, axes, strict=True))
+        text = f"{labels[row]}\nscore {values[row]:.4g}"
+        axes[0].set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9)
+        for name, panel in panels.items():
+            panel.set(xticks=[], yticks=[], facecolor=HOLE)  # NaN is transparent
+            panel.spines[:].set_visible(False)
+            if row == 0:
+                panel.set_title(name, fontsize=10, pad=4)
+            if name in ("RGB", "truth", "map over RGB"):
+                panel.imshow(images[row], extent=extent)
+        if depth is not None:
+            relief = _relief(np.asarray(depth)[row])
+            panels["relief"].imshow(relief, "gray", extent=extent, vmin=-0.3, vmax=0.8, interpolation="nearest")
+        heat = panels["map"].imshow(heats[row], _HEAT, norm, extent=extent)
+        strength = np.clip(1.6 * norm(heats[row]), 0, 0.85)  # what is normal stays clear
+        panels["map over RGB"].imshow(heats[row], _HEAT, norm, extent=extent, alpha=strength)
+        _outline(panels["truth"], defective[row])
+    bar = figure.add_axes((1 - (_BAR - 0.1) / width, box["bottom"], 0.13 / width, box["top"] - box["bottom"]))
+    figure.colorbar(heat, cax=bar).ax.tick_params(labelsize=8)
+    _save(path, figure)
+
+
+def save_matrix(path: Path, matrix: ArrayLike, objects: Sequence[str], steps: Sequence[str], title: str) -> None:
+    """Save the matrix of one metric as coloured cells with their values.
+
+    Args:
+        path: a .png in an existing folder.
+        matrix: (steps, objects), 0 to 1, NaN where not learned or undefined: an empty cell.
+        objects: names of the columns.
+        steps: names of the rows.
+        title: above the picture.
+
+    Raises:
+        UserError: the disk is full or the folder not writable.
+    """
+    values = np.asarray(matrix, float)
+    figure = Figure((2.2 + 0.62 * len(objects), 1.9 + 0.42 * len(steps)), dpi=_DPI, layout="constrained")
+    axes = figure.subplots()
+    lowest = values.min(initial=0.5, where=~np.isnan(values))  # chance, or what is worse
+    cells = axes.imshow(values, "viridis", aspect="auto", vmin=lowest, vmax=1)
+    for (row, column), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            ink = "black" if value - lowest > 0.6 * (1 - lowest) else "white"
+            axes.text(column, row, f"{value:.3f}", ha="center", va="center", color=ink, fontsize=9)
+    axes.set_xticks(range(len(objects)), objects, rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(steps)), steps)
+    axes.set_title(title, fontsize=12, fontweight="bold", loc="left")
+    axes.spines[:].set_visible(False)
+    figure.colorbar(cells)
+    _save(path, figure)
+
+
+def _relief(depth: NDArray) -> NDArray:
+    """Height above the plane that most pixels lie on: 0 there, 0.5 at 5 % of the distance, below 1; NaN where missing.
+
+    The inverse depth of a plane is affine in a pinhole camera's pixel coordinates. What lies off the plane is trimmed
+    from the fit round by round.
+    """
+    inverse = 1 / np.where(depth > 0, depth, np.nan)
+    coordinates = np.stack([*np.indices(depth.shape), np.ones(depth.shape)], axis=-1)
+    plane, used = np.ones(depth.shape), np.isfinite(inverse)
+    for _ in range(6 if used.any() else 0):
+        plane = coordinates @ np.linalg.lstsq(coordinates[used], inverse[used])[0]
+        distance = np.abs(inverse - plane)
+        used = distance <= np.nanmedian(distance)
+    height = inverse / np.maximum(plane, 1e-9) - 1
+    return height / (np.abs(height) + 0.05)  # walls of a box stand far above the object and must not hide its shape
+
+
+def _outline(axes: Axes, mask: NDArray) -> None:
+    """Draw a line along the sides of the pixels that bound the mask, also at the border of the image."""
+    if mask.any():
+        sharp = np.pad(mask, 1).repeat(4, axis=0).repeat(4, axis=1)
+        y, x = ((np.arange(size) + 0.5) / 4 - 1 for size in sharp.shape)
+        axes.set_autoscale_on(False)
+        halo = withStroke(linewidth=2.4, foreground="black")
+        axes.contour(x, y, sharp, [0.5], colors=TRUTH, linewidths=1, path_effects=[halo])
+
+
+def _save(path: Path, figure: Figure) -> None:
+    picture = io.BytesIO()
+    # Full colour resolution, or JPEG would wash out the thin outlines.
+    options = {"quality": 75, "subsampling": 0} if path.suffix == ".jpg" else {}
+    figure.savefig(picture, format=path.suffix[1:], pil_kwargs={"optimize": True, **options})
+    write_whole(path, picture.getvalue())

@@ -1,0 +1,145 @@
+"""The ledger of a run: every event once, in order, one JSON object per line.
+
+Two runs with one seed write the same bytes: no clock, fields in the order given, floats that read back as they were.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from iumad_jax.errors import UserError
+
+
+class Ledger:
+    """The ledger a run writes; its length is the number of its events.
+
+    Opening keeps what is there, less a last line that a crash left unfinished.
+    """
+
+    def __init__(self, path: Path):
+        """Open or create the file.
+
+        Raises:
+            UserError: the file is damaged, or cannot be read or written.
+        """
+        self.path = path
+        self._lines = len(read(path)) if path.exists() else 0
+        self._change(path.touch)
+        self.truncate(self._lines)
+
+    def __len__(self) -> int:
+        return self._lines
+
+    def append(self, event: str, **fields: Any) -> None:
+        """Write one event to disk, for good before this returns.
+
+        Args:
+            event: what happened.
+            fields: JSON values, numpy or jax numbers and arrays; NaN and infinity are written as null.
+
+        Raises:
+            UserError: the disk is full or the file not writable.
+        """
+        line = json.dumps(as_json({"event": event, **fields}), allow_nan=False) + "\n"
+
+        def write() -> None:
+            with self.path.open("ab") as file:
+                file.write(line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+
+        self._change(write)
+        self._lines += 1
+
+    def truncate(self, lines: int) -> None:
+        """Forget all events but the first `lines`, so that a resumed run goes on from what its snapshot had seen.
+
+        Raises:
+            UserError: the ledger has fewer lines, or the file is not writable.
+        """
+        if lines > self._lines:
+            raise UserError(
+                f"{self.path} has {self._lines} complete lines but the snapshot had seen {lines}: "
+                "restore the file, or start again in an empty workdir"
+            )
+
+        def cut() -> None:
+            kept = self.path.read_bytes().split(b"\n")[:lines]
+            os.truncate(self.path, sum(len(line) + 1 for line in kept))
+
+        self._change(cut)
+        self._lines = lines
+
+    def _change(self, change: Callable[[], None]) -> None:
+        try:
+            change()
+        except OSError as error:
+            raise _not_written(self.path, error) from error
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All complete events of a ledger; a last line without its end is one being written, or a crash, and left out.
+
+    Raises:
+        UserError: the file cannot be read, or a line is not an event, naming the line.
+    """
+    try:
+        *lines, _ = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    events = []
+    for number, line in enumerate(lines, 1):
+        event = None
+        with suppress(ValueError):  # also of decoding
+            event = json.loads(line)
+        if not isinstance(event, dict) or "event" not in event:
+            raise UserError(f"{path} line {number} is damaged: not a JSON object with an event; restore the file")
+        events.append(event)
+    return events
+
+
+def as_json(value: Any) -> Any:
+    """The value in JSON's own types: arrays as lists, NaN and infinity as null."""
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {str(key): as_json(item) for key, item in value.items()}
+        case list() | tuple():
+            return [as_json(item) for item in value]
+        case _:
+            array = np.asarray(value)
+            if array.dtype == object:
+                raise TypeError(f"{type(value).__name__} has no form in JSON")
+            return as_json(array.tolist())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or, when that fails, as it was before.
+
+    Raises:
+        UserError: the disk is full or the folder not writable.
+    """
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise _not_written(path, error) from error
+
+
+def _not_written(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {path}: {error.strerror}; make room or choose another workdir")

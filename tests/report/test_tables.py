@@ -1,0 +1,189 @@
+"""Tables of hand-made results, cell by cell."""
+
+import copy
+import json
+import math
+import re
+
+import pytest
+
+from iumad_jax.errors import UserError
+from iumad_jax.report import tables
+
+nan = math.nan
+
+# Columns in the dataset's order; the protocol learns zebra and ant first, then cat.
+OBJECTS = ["ant", "cat", "zebra"]
+STEPS = [["zebra", "ant"], ["cat"]]
+MATRIX = {
+    "i_auroc": [[0.9, nan, 0.8], [0.85, 0.6, 0.7]],
+    "p_auroc": [[0.9, nan, nan], [0.96, 0.6, nan]],
+    "aupro": [[0.5, nan, 0.7], [0.4, 0.3, 0.6]],
+    "aupro_exact": [[0.51, nan, 0.71], [0.41, 0.31, 0.61]],
+    "p_auroc_object": [[nan] * 3] * 2,
+    "aupro_object": [[nan] * 3] * 2,
+}
+FLOOR = {metric: [[0.65, nan, 0.65], [0.65] * 3] for metric in ("i_auroc", "p_auroc", "aupro", "aupro_exact")} | {
+    "p_auroc_object": [[nan] * 3] * 2,
+    "aupro_object": [[nan] * 3] * 2,
+}
+
+
+def run(matrix=MATRIX, steps=STEPS, **others):
+    return {
+        "config": {"method": "ib_iumad", "dataset": {"name": "zoo"}, "modality": "rgb+depth"},
+        "protocol": "2-1",
+        "objects": OBJECTS,
+        "steps": steps,
+        "matrix": matrix,
+        "summary": tables.summarise(matrix),
+        "seconds": 1.5,
+        "versions": {"jax": "0.11"},
+        **others,
+    }
+
+
+def cells(text, *start):
+    """The rows of any table in the text that begin with these cells."""
+    rows = [re.split(r"\s*\|\s*|\s{2,}", line.strip().strip("|").strip()) for line in text.splitlines()]
+    return [row[len(start) :] for row in rows if tuple(row[: len(start)]) == start]
+
+
+@pytest.fixture
+def console(tmp_path):
+    return lambda results: tables.console(results, tmp_path)
+
+
+def test_summary_figures():
+    assert tables.summarise({"aupro": MATRIX["aupro"]}) == {
+        "aupro": pytest.approx(
+            {
+                "final": (0.4 + 0.3 + 0.6) / 3,
+                "acc": (0.6 + (0.4 + 0.3 + 0.6) / 3) / 2,
+                "fm": (0.1 + 0.1) / 2,
+                "fm_aggregate": 0.6 - (0.4 + 0.3 + 0.6) / 3,
+                "new": (0.5 + 0.7 + 0.3) / 3,
+            }
+        )
+    }
+
+
+def test_objects_stand_in_the_order_they_were_learned(console):
+    text = console(run())
+    header, rule, *rows = text.splitlines()[:6]
+    assert header.split("  ")[0] == "object"
+    assert re.split(r"\s{2,}", header) == [
+        "object",
+        "step",
+        "I-AUROC",
+        "P-AUROC",
+        "AUPRO",
+        "object P-AUROC",
+        "object AUPRO",
+    ]
+    assert set(rule) == {"-", " "}
+    assert [re.split(r"\s{2,}", row) for row in rows] == [
+        ["zebra", "0", "0.700", "-", "0.600", "-", "-"],
+        ["ant", "0", "0.850", "0.960", "0.400", "-", "-"],
+        ["cat", "1", "0.600", "0.600", "0.300", "-", "-"],
+        ["mean", "0.717", "0.780", "0.433", "-", "-"],
+    ]
+
+
+def test_undefined_cells_are_counted_with_their_reason(console):
+    text = console(run())
+    (line,) = [line for line in text.splitlines() if line.startswith("Undefined")]
+    assert "1 of P-AUROC (no defective pixel or no normal one)" in line
+    assert "3 of object P-AUROC (no depth" in line
+    assert "3 of object AUPRO (no depth" in line
+    assert "I-AUROC" not in line
+    defined = {metric: [[0.9, nan, 0.9], [0.9] * 3] for metric in MATRIX}  # what is not yet learned is not undefined
+    assert "Undefined" not in console(run(defined))
+
+
+def test_what_was_learned_and_forgotten(console):
+    text = console(run())
+    assert cells(text, "metric", "method") == [["final", "acc", "fm", "fm_aggregate", "new"]]
+    assert cells(text, "I-AUROC", "ib_iumad") == [["0.717", "0.783", "0.075", "0.133", "0.767"]]
+    assert cells(text, "P-AUROC", "ib_iumad") == [["0.780", "0.840", "-0.060", "0.120", "0.750"]]
+    assert cells(text, "AUPRO exact", "ib_iumad") == [["0.443", "0.527", "0.100", "0.167", "0.510"]]
+    assert cells(text, "object AUPRO", "ib_iumad") == [["-"] * 5]
+
+
+def test_a_single_step_has_nothing_to_forget(console):
+    matrix = {metric: [[0.9, 0.8, 0.7]] for metric in MATRIX}
+    text = console(run(matrix, [OBJECTS]))
+    assert cells(text, "I-AUROC", "ib_iumad") == [["0.800", "0.800", "-", "-", "0.800"]]
+    assert "with a single step" in text
+    assert "with a single step" not in console(run())
+
+
+def test_a_run_half_way_shows_what_it_has_learned(console):
+    matrix = {metric: rows[:1] for metric, rows in MATRIX.items()}
+    text = console(run(matrix))
+    assert cells(text, "zebra", "0")[0][0] == "0.800"
+    assert "cat" not in text
+
+
+def test_floors_stand_beside_the_method(console):
+    floor = {"matrix": FLOOR, "summary": tables.summarise(FLOOR), "bytes": 2_000_000}
+    text = console(run(floors={"feature_norm": floor}, bytes=12_345_678))
+    assert cells(text, "mean")[0] == ["0.717", "0.780", "0.433", "-", "-"]
+    assert cells(text, "mean of feature_norm") == [["0.650", "0.650", "0.650", "-", "-"]]
+    assert cells(text, "AUPRO", "feature_norm") == [["0.650", "0.650", "0.000", "0.000", "0.650"]]
+    (line,) = [line for line in text.splitlines() if line.startswith("Not above")]
+    assert line.endswith(": AUPRO (feature_norm 0.650).")  # it is above in the others
+    assert "Kept for later steps: ib_iumad 12.3 MB, feature_norm 2.0 MB." in text
+    assert "Not above" not in console(run())
+
+
+def test_the_console_says_where_the_rest_lies(console, tmp_path):
+    assert console(run()).endswith(f"are in {tmp_path}.")
+
+
+def test_markdown_holds_every_matrix():
+    floor = {"matrix": FLOOR, "summary": tables.summarise(FLOOR)}
+    text = tables.markdown(run(floors={"feature_norm": floor}))
+    assert text.startswith("# ib_iumad on zoo, rgb+depth, protocol 2-1\n")
+    parts = dict(part.split(" after every step\n", 1) for part in text.split("## ")[1:])
+    assert list(parts) == ["I-AUROC", "P-AUROC", "AUPRO", "AUPRO exact", "object P-AUROC", "object AUPRO"]
+    assert cells(parts["I-AUROC"], "method", "after step") == [["zebra", "ant", "cat", "mean"]]
+    assert cells(parts["I-AUROC"], "ib_iumad") == [
+        ["0", "0.800", "0.900", "", "0.850"],  # cat is not yet learned: an empty cell
+        ["1", "0.700", "0.850", "0.600", "0.717"],
+    ]
+    assert cells(parts["P-AUROC"], "ib_iumad", "0") == [["-", "0.900", "", "0.900"]]
+    assert cells(parts["AUPRO"], "feature_norm", "1") == [["0.650"] * 4]
+
+
+def test_results_read_back_with_null_for_undefined(tmp_path, console):
+    results = run()
+    assert tables.read_results(tmp_path) is None
+    tables.write_results(tmp_path, results)
+    text = (tmp_path / "results.json").read_text()
+    assert "NaN" not in text
+    found = tables.read_results(tmp_path)
+    assert found == json.loads(text)
+    assert found["matrix"]["p_auroc"] == [[0.9, None, None], [0.96, 0.6, None]]
+    assert found["summary"]["aupro_object"]["fm"] is None
+    assert found["summary"]["i_auroc"]["fm"] == results["summary"]["i_auroc"]["fm"]  # to the last bit
+    assert {key: found[key] for key in ("config", "protocol", "objects", "steps", "seconds", "versions")} == {
+        key: results[key] for key in ("config", "protocol", "objects", "steps", "seconds", "versions")
+    }
+    assert console(found) == console(results)
+    assert (tmp_path / "results.md").read_text() == tables.markdown(found) == tables.markdown(results)
+
+
+def test_writing_changes_nothing_in_the_results(tmp_path):
+    results = run()
+    before = copy.deepcopy(results)
+    tables.write_results(tmp_path, results)
+    assert repr(results) == repr(before)
+
+
+def test_results_that_cannot_be_read_or_written(tmp_path):
+    with pytest.raises(UserError, match=r"cannot write .*results"):
+        tables.write_results(tmp_path / "nowhere", run())
+    (tmp_path / "results.json").write_text('{"config": ')
+    with pytest.raises(UserError, match=r"cannot read .*results\.json"):
+        tables.read_results(tmp_path)
