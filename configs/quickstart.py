@@ -1,0 +1,25 @@
+"""First light: IB-IUMAD at a small size on ten rendered sweets, on any machine.
+
+python -m iumad_jax.main --config=configs/quickstart.py
+"""
+
+from ml_collections import ConfigDict
+
+from iumad_jax import config as configs
+
+
+def get_config(protocol: str = "6-4") -> ConfigDict:
+    """Small enough for 2 cores and a few minutes."""
+    config = configs.paper(protocol)
+    config.dataset.name = "candies"
+    config.dataset.root = "runs/candies"
+    config.model.width = 128
+    config.model.hidden = 512
+    config.model.heads = 4
+    config.model.layers = 2
+    config.model.patch_size = 16
+    config.train.epochs = 10
+    config.train.batch_size = 8
+    config.train.learning_rate = 1e-3
+    config.train.schedule = "cosine"
+    return config

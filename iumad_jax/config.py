@@ -1,0 +1,64 @@
+"""The values of the paper, each key explained; every file in configs/ starts from them."""
+
+from ml_collections import ConfigDict
+
+
+def paper(protocol: str) -> ConfigDict:
+    """IB-IUMAD as published, under a protocol such as "6-1" (see `iumad_jax.protocol`)."""
+    config = ConfigDict()
+    config.protocol = protocol
+    config.method = "ib_iumad"  # or a training-free floor: feature_norm, nearest_neighbours
+    config.modality = "rgb+depth"  # or rgb, depth
+    config.seed = 0
+
+    config.dataset = ConfigDict()
+    config.dataset.name = "eyecandies"  # or candies: the same format, rendered where it is missing
+    config.dataset.root = "data/eyecandies"
+    config.dataset.objects = "all"  # or names separated by commas, in the order in which they are learned
+    config.dataset.light = 4  # which of the six lights
+    config.dataset.render = ConfigDict({"seed": 0, "train": 24, "val": 4, "test": 16, "size": 256})  # candies only
+    config.dataset.prepared = ""  # where prepared features are kept; "": in the workdir
+
+    config.input = ConfigDict()
+    config.input.size = 224  # pixels
+    config.input.depth_encoding = "normals"  # or height, height+normals, xyz_uint8
+
+    config.backbone = ConfigDict()
+    config.backbone.name = "efficientnet_lite0"  # or efficientnet_b4, which needs weights
+    config.backbone.weights = ""  # path of a .pth or .safetensors; "": those of the installed package
+    config.backbone.grid = 14  # tokens per side
+
+    config.model = ConfigDict()
+    config.model.width = 256
+    config.model.heads = 8
+    config.model.layers = 4  # of the Mamba decoder, the encoder and the decoder
+    config.model.hidden = 1024  # of the feed-forward layers
+    config.model.dropout = 0.1
+    config.model.patch_size = 8  # of the Mamba decoder's stem, pixels
+    config.model.states = 16  # of the selective scan, per channel
+    config.model.detach_condition = True
+    config.model.bottleneck_ratio = 2 / 3
+    config.model.target = "both"  # what the discriminator compares with, given two modalities; or rgb (paper), depth
+    config.model.standardise = False  # z-score features by the base step's statistics
+    config.model.jitter = ConfigDict({"scale": 20.0, "probability": 1.0})
+    config.model.fusion_weight = 1.0
+    config.model.object_weight = 1.0
+    config.model.ib_weight = 1.0
+    config.model.ib_head_weight = 1.0
+    config.model.aux_reconstruction_weight = 0.0
+
+    config.nearest_neighbours = ConfigDict({"patches_per_object": 2_000})
+
+    config.train = ConfigDict()
+    config.train.epochs = 800  # per step
+    config.train.batch_size = 24
+    config.train.learning_rate = 1e-4
+    config.train.weight_decay = 1e-4
+    config.train.clip_norm = 0.1
+    config.train.schedule = "step"  # or cosine: with warm-up, to zero over the step
+    config.train.drop_epoch = 800  # "step": after which the learning rate is a tenth
+
+    config.continual = ConfigDict({"strategy": "finetune"})
+    config.snapshots = ConfigDict({"every_minutes": 5.0})  # within a step
+    config.report = ConfigDict({"pictures_per_object": 6})
+    return config

@@ -1,0 +1,64 @@
+"""Everything that knows about more than one device: data parallelism with `jax.pmap`."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from iumad_jax.errors import UserError
+
+AXIS = "devices"
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raises UserError unless a batch divides evenly over the devices."""
+    devices = jax.local_device_count()
+    if batch_size % devices:
+        raise UserError(
+            f"config.train.batch_size is {batch_size}, which does not divide over {devices} devices; use a multiple of"
+            f" {devices}."
+        )
+
+
+def data_parallel(update: Callable) -> Callable:
+    """Runs update(state, batch, key, ...) on every device, each with its share of the batch, the rest being shared.
+
+    The old state is given up.
+    """
+    shared = len(inspect.signature(update).parameters) - 2
+    return jax.pmap(update, axis_name=AXIS, in_axes=(0, 0, *(None,) * shared), donate_argnums=0)
+
+
+def replicate(tree: Any) -> Any:
+    """A copy of every array on every device, laid out as `data_parallel` returns it, so that it compiles once."""
+    devices = jax.local_devices()
+    layout = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
+    return jax.tree.map(lambda a: jax.device_put(np.broadcast_to(a, (len(devices), *np.shape(a))), layout), tree)
+
+
+def unreplicate(tree: Any) -> Any:
+    """The first device's copy of every array, as numpy arrays."""
+    return jax.tree.map(lambda a: np.asarray(a.addressable_shards[0].data)[0], tree)
+
+
+def shard(batch: Any) -> Any:
+    """Splits the leading dimension of every array over the devices."""
+    devices = jax.local_device_count()
+    return jax.tree.map(lambda array: np.reshape(array, (devices, -1, *array.shape[1:])), batch)
+
+
+def own_keys(key: jax.Array, images: int) -> jax.Array:
+    """Inside `data_parallel`: one key for each of this device's images.
+
+    An image's key depends on its place in the whole batch, so that results do not depend on the number of devices.
+    """
+    devices = jax.lax.axis_size(AXIS)
+    return jax.random.split(key, (devices, images))[jax.lax.axis_index(AXIS)]
+
+
+def mean_over_devices(tree: Any) -> Any:
+    """Inside `data_parallel`: the mean of every array over the devices."""
+    return jax.lax.pmean(tree, AXIS)

@@ -1,0 +1,112 @@
+"""Orbax snapshots: one per incremental step, and the newest one within a step."""
+
+import logging
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from iumad_jax.errors import UserError
+from iumad_jax.shapes import Variables
+
+
+class Position(NamedTuple):
+    """How far a run is. Randomness and the order of the data are functions of this and the seed."""
+
+    step: int
+    epochs: int  # done within the step
+    finished: bool = False  # the step is trained and evaluated
+
+
+class Snapshot(NamedTuple):
+    """Everything needed to go on."""
+
+    position: Position
+    variables: Variables
+    optimizer: list[Any]  # the leaves of its state; empty after a finished step
+    record: dict[str, Any]  # what the ledger and the results held
+
+
+class Snapshots:
+    """The snapshots of one workdir."""
+
+    def __init__(self, workdir: Path) -> None:
+        """Opens them; what a killed save left behind is removed."""
+        logging.getLogger("absl").setLevel(logging.WARNING)
+        self._finished = self._manager(workdir / "snapshots", keep=None)
+        self._within = self._manager(workdir / "snapshots_within_step", keep=1)
+
+    @staticmethod
+    def _manager(folder: Path, keep: int | None) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=False
+        )
+        return ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Saves a snapshot; a finished step's stays, one within a step replaces the one before.
+
+        Raises:
+            UserError: it cannot be written, as when the disk is full.
+        """
+        step, epochs, finished = snapshot.position
+        manager, number = (self._finished, step) if finished else (self._within, step * 10**6 + epochs)
+        arrays = {"variables": snapshot.variables, "optimizer": snapshot.optimizer}
+        told, threading.excepthook = threading.excepthook, lambda _: None  # Orbax's writer would print a traceback
+        try:
+            manager.save(
+                number,
+                args=ocp.args.Composite(
+                    arrays=ocp.args.StandardSave(jax.tree.map(np.asarray, arrays)),
+                    record=ocp.args.JsonSave({"position": snapshot.position._asdict(), **snapshot.record}),
+                ),
+            )
+        except (OSError, ValueError) as error:
+            if isinstance(error, ValueError) and "os_error_code" not in str(error):  # not tensorstore's own OSError
+                raise
+            raise UserError(
+                f"{manager.directory}: the snapshot could not be saved ({_reason(error)}); the one before it is intact,"
+                " so make room and run the same command again."
+            ) from error
+        finally:
+            threading.excepthook = told
+
+    def latest(self) -> Snapshot | None:
+        """The snapshot of the furthest position, or None.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        found = [s for s in map(self._restore_latest, (self._within, self._finished)) if s]
+        return max(found, key=lambda s: (s.position.step, s.position.finished), default=None)
+
+    @staticmethod
+    def _restore_latest(manager: ocp.CheckpointManager) -> Snapshot | None:
+        number = manager.latest_step()
+        if number is None:
+            return None
+        try:
+            restored = manager.restore(
+                number, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(), record=ocp.args.JsonRestore())
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"{manager.directory / str(number)}: the snapshot cannot be read ({_reason(error)}); remove this folder"
+                " to go on from the one before."
+            ) from error
+        record = dict(restored.record)
+        return Snapshot(
+            Position(**record.pop("position")), restored.arrays["variables"], restored.arrays["optimizer"], record
+        )
+
+    def close(self) -> None:
+        """Ends Orbax's threads."""
+        self._finished.close()
+        self._within.close()
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0].rsplit(": ", 1)[-1] or type(error).__name__

@@ -1,0 +1,130 @@
+"""One step's training."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from iumad_jax import parallel
+from iumad_jax.errors import UserError
+from iumad_jax.methods.method import Method
+from iumad_jax.shapes import Batch, Scalars, Variables
+
+NOT_DECAYED = {"A_log", "D", "bias", "dt_bias", "scale"}
+
+
+class TrainState(NamedTuple):
+    """What training changes."""
+
+    variables: Variables
+    optimizer: optax.OptState
+    update: Any  # updates done in this step
+
+
+class Epoch(NamedTuple):
+    """One pass over the step's images."""
+
+    number: int
+    losses: dict[str, float]  # means over the updates, "loss" being the total
+    state: TrainState
+
+
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """AdamW with clipping of the global norm (model.md 8), up to the learning rate; `config` is config.train."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(b1=0.9, b2=0.999),
+        optax.add_decayed_weights(config.weight_decay, _decayed),
+    )
+
+
+def learning_rates(config: ConfigDict, updates_per_epoch: int) -> optax.Schedule:
+    """The learning rate at each update of a step; `config` is config.train.
+
+    Raises:
+        UserError: there is no such schedule.
+    """
+    total = config.epochs * updates_per_epoch
+    schedules = {
+        "step": lambda rate: optax.piecewise_constant_schedule(rate, {config.drop_epoch * updates_per_epoch: 0.1}),
+        "cosine": lambda rate: optax.warmup_cosine_decay_schedule(0, rate, total // 20, total),
+    }
+    if config.schedule not in schedules:
+        raise UserError(f'config.train.schedule is "{config.schedule}"; use one of {", ".join(schedules)}.')
+    return schedules[config.schedule](config.learning_rate)
+
+
+def _decayed(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
+
+
+def start(variables: Variables, optimizer: optax.GradientTransformation, update: int, leaves: list[Any]) -> TrainState:
+    """The state before a step's update, with the optimiser's state from a snapshot or (no leaves) a new one."""
+    state = optimizer.init(variables["params"])
+    if leaves:
+        state = jax.tree.unflatten(jax.tree.structure(state), leaves)
+    return TrainState(variables, state, np.int32(update))
+
+
+def make_update(method: Method, optimizer: optax.GradientTransformation) -> Any:
+    """The jitted update (state, batch, key, learning rate) -> (state, scalars) over all devices."""
+
+    def update(state: TrainState, batch: Batch, key: jax.Array, rate: jax.Array) -> tuple[TrainState, Scalars]:
+        keys = parallel.own_keys(jax.random.fold_in(key, state.update), len(batch.object_id))
+
+        def loss(params: Any) -> tuple[jax.Array, Scalars]:
+            assert method.loss is not None
+            return method.loss(state.variables | {"params": params}, batch, keys)
+
+        params = state.variables["params"]
+        (total, terms), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        gradients, scalars = parallel.mean_over_devices((gradients, {"loss": total, **terms}))
+        direction, optimizer_state = optimizer.update(gradients, state.optimizer, params)
+        params = jax.tree.map(lambda weight, change: weight - rate * change, params, direction)
+        variables = state.variables | {"params": params}
+        return TrainState(variables, optimizer_state, state.update + 1), scalars
+
+    return parallel.data_parallel(update)
+
+
+def epochs(
+    update: Any,
+    state: TrainState,
+    batches: grain.IterDataset,
+    rates: optax.Schedule,
+    key: jax.Array,
+    per_epoch: int,
+    last: int,
+) -> Iterator[Epoch]:
+    """Trains up to epoch `last` from the one that the state is at, yielding after each.
+
+    Raises:
+        UserError: a loss is not finite.
+    """
+    first = int(state.update) // per_epoch
+    state = parallel.replicate(state)
+    stream = iter(batches)
+    with tqdm(total=last * per_epoch, initial=first * per_epoch, unit="update", disable=None, leave=False) as bar:
+        for index in range(first, last):
+            history = []
+            for number in range(index * per_epoch, (index + 1) * per_epoch):
+                rate = np.float32(rates(number))
+                state, scalars = update(state, parallel.shard(next(stream)), key, rate)
+                history.append(scalars)
+                bar.update()
+            losses = {name: np.stack([np.asarray(s[name])[0] for s in history]) for name in history[0]}
+            for name, values in losses.items():
+                if not np.isfinite(values).all():
+                    at = int(np.argmin(np.isfinite(values)))
+                    raise UserError(
+                        f'loss "{name}" became {values[at]} in update {at} of epoch {index}; training stopped and'
+                        " nothing of this epoch was saved: lower config.train.learning_rate, or look for broken images."
+                    )
+            bar.set_postfix(loss=f"{losses['loss'].mean():.4f}")
+            means = {name: float(values.mean(dtype=np.float64)) for name, values in losses.items()}
+            yield Epoch(index, means, parallel.unreplicate(state))
