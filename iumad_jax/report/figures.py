@@ -17,6 +17,7 @@ TRUTH = "#00ffff"  # the outline of a defect
 HOLE = "#ff00c8"  # where depth is missing
 _HEAT = "inferno"
 _DPI = 120
+_STEEPNESS = 1.0  # of slopes in the relief; about 1.4, image widths per focal length, would be true to scale
 _PANEL, _LABEL, _BAR, _HEAD, _RIM = 1.93, 1.15, 0.75, 0.62, 0.06  # inches
 
 
@@ -84,7 +85,7 @@ def save_heatmaps(
                 panel.imshow(images[row], extent=extent)
         if depth is not None:
             relief = _relief(np.asarray(depth)[row])
-            panels["relief"].imshow(relief, "gray", extent=extent, vmin=-0.3, vmax=0.8, interpolation="nearest")
+            panels["relief"].imshow(relief, "gray", extent=extent, vmin=-0.3, vmax=1.15, interpolation="nearest")
         heat = panels["map"].imshow(heats[row], _HEAT, norm, extent=extent)
         strength = np.clip(1.6 * norm(heats[row]), 0, 0.85)  # what is normal stays clear
         panels["map over RGB"].imshow(heats[row], _HEAT, norm, extent=extent, alpha=strength)
@@ -125,7 +126,9 @@ def save_matrix(path: Path, matrix: ArrayLike, objects: Sequence[str], steps: Se
 
 
 def _relief(depth: NDArray) -> NDArray:
-    """Height above the plane that most pixels lie on: 0 there, 0.5 at 5 % of the distance, below 1; NaN where missing.
+    """Height above the plane that most pixels lie on: 0 there, 0.5 at 5 % of the distance; NaN where missing.
+
+    What stands on the plane is lit from above on the left, so that its shape shows.
 
     The inverse depth of a plane is affine in a pinhole camera's pixel coordinates. What lies off the plane is trimmed
     from the fit round by round.
@@ -138,7 +141,9 @@ def _relief(depth: NDArray) -> NDArray:
         distance = np.abs(inverse - plane)
         used = distance <= np.nanmedian(distance)
     height = inverse / np.maximum(plane, 1e-9) - 1
-    return height / (np.abs(height) + 0.05)  # walls of a box stand far above the object and must not hide its shape
+    relief = height / (np.abs(height) + 0.05)  # walls of a box stand far above the object and must not hide its shape
+    slope = np.nan_to_num(np.gradient(height, axis=0) + np.gradient(height, axis=1))
+    return relief + np.where(relief > 0.1, 0.25 * np.tanh(-_STEEPNESS * depth.shape[1] * slope), 0)
 
 
 def _outline(axes: Axes, mask: NDArray) -> None:
