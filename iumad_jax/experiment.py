@@ -94,9 +94,9 @@ def start(config: ConfigDict, workdir: Path, reader: Reader, steps: int) -> Run:
     optimizer = train.make_optimizer(config.train)
     snapshot = snapshots.latest()
     if snapshot is None:
-        example = store.get(reader.objects[0], "train").batch
+        example = jax.tree.map(lambda array: array[:1], store.get(reader.objects[0], "train").batch)
         keys = jax.random.split(jax.random.key(config.seed), len(names))
-        variables = {name: systems[name].init(key, example) for name, key in zip(names, keys, strict=True)}
+        variables = {name: jax.jit(systems[name].init)(key, example) for name, key in zip(names, keys, strict=True)}
         matrices = {
             name: {metric: np.full((steps, len(reader.objects)), np.nan) for metric in tables.METRICS} for name in names
         }
