@@ -123,7 +123,8 @@ def _silent_threads() -> Iterator[None]:
     levels, hooks = [logger.level for logger in loggers], (threading.excepthook, sys.unraisablehook)
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)
-    threading.excepthook = sys.unraisablehook = lambda _: None
+    threading.excepthook = lambda _: None
+    sys.unraisablehook = lambda _: None
     yield
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
