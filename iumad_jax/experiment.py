@@ -78,10 +78,9 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     reader = data.open_reader(config.dataset)
     steps = protocol.steps(config.protocol, reader.objects)
     this = start(config, workdir, reader, steps)
-    for step in steps:
-        if step.index > this.position.step or not this.position.finished:
-            learn(this, step)
-            assess(this, step)
+    for step in steps[this.position.step + this.position.finished :]:
+        learn(this, step)
+        assess(this, step)
     return conclude(this, steps)
 
 
@@ -209,7 +208,7 @@ def assess(this: Run, step: protocol.Step) -> None:
             this.ledger.append("evaluation", step=step.index, object=name, method=system, **values)
             if system == this.config.method:
                 draw(this, step, name, test, prediction)
-    this.ledger.append("snapshot", step=step.index, bytes={s: _bytes(v) for s, v in this.variables.items()})
+    this.ledger.append("snapshot", step=step.index, bytes={s: _bytes(this.variables[s]) for s in this.systems})
     this.position, this.optimizer_leaves = Position(step.index, 0, finished=True), []
     this.save()
 

@@ -1,7 +1,6 @@
 """Orbax snapshots: one per incremental step, and the newest one within a step."""
 
 import logging
-import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -71,8 +70,6 @@ class Snapshots:
         except (OSError, ValueError) as error:
             if isinstance(error, ValueError) and "os_error_code" not in str(error):  # not tensorstore's own OSError
                 raise
-            for unfinished in Path(manager.directory).glob(f"{number}.*"):
-                shutil.rmtree(unfinished, ignore_errors=True)
             raise UserError(
                 f"{manager.directory}: the snapshot could not be saved ({_reason(error)}); the one before it is intact,"
                 " so make room and run the same command again."
