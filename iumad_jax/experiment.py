@@ -102,7 +102,8 @@ def start(config: ConfigDict, workdir: Path, reader: Reader, steps: tuple[protoc
         keys = jax.random.split(jax.random.key(config.seed), len(names))
         variables = {name: jax.jit(systems[name].init)(key, example) for name, key in zip(names, keys, strict=True)}
         matrices = {
-            name: {metric: np.full((len(steps), len(reader.objects)), np.nan) for metric in tables.METRICS} for name in names
+            name: {metric: np.full((len(steps), len(reader.objects)), np.nan) for metric in tables.METRICS}
+            for name in names
         }
         snapshot = Snapshot(
             Position(-1, 0, finished=True), variables, [], {"ledger_lines": 0, "matrices": matrices, "seconds": 0.0}

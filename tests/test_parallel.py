@@ -96,7 +96,9 @@ def test_every_device_has_its_share_of_the_batch_and_a_copy_of_the_state():
 
 @pytest.mark.parametrize("batch_size", [-4, 0, 1, 2, 6, 25])
 def test_a_batch_that_does_not_divide_is_refused(batch_size):
-    with pytest.raises(UserError, match=rf"train\.batch_size is {batch_size}, .* over 4 devices; use a positive multiple of 4"):
+    with pytest.raises(
+        UserError, match=rf"train\.batch_size is {batch_size}, .* over 4 devices; use a positive multiple of 4"
+    ):
         parallel.check_batch_size(batch_size)
 
 

@@ -114,9 +114,7 @@ def test_prepared_arrays_are_those_of_the_raw_files(root):
             np.testing.assert_allclose(test.batch.images["depth"][i, ..., channel], height, atol=0.05)
         for images, features in [(small, "rgb"), (np.stack([height] * 3, -1), "depth")]:
             half = SIZE // 2
-            means = [
-                images[y : y + half, x : x + half].mean((0, 1), dtype=float) for y in (0, half) for x in (0, half)
-            ]
+            means = [images[y : y + half, x : x + half].mean((0, 1), dtype=float) for y in (0, half) for x in (0, half)]
             np.testing.assert_allclose(test.batch.features[features][i], means, atol=0.05)
 
 
@@ -176,7 +174,9 @@ def test_a_changed_file_is_noticed(root, name):
 
 def test_changed_pixels_arrive(root):
     before = np.array(store(root).get("Confetto", "train").batch.images["rgb"])
-    Image.fromarray(np.zeros((HEIGHT, WIDTH, 3), np.uint8)).save(root / "Confetto" / "train" / "data" / "01_image_4.png")
+    Image.fromarray(np.zeros((HEIGHT, WIDTH, 3), np.uint8)).save(
+        root / "Confetto" / "train" / "data" / "01_image_4.png"
+    )
     after = store(root).get("Confetto", "train").batch.images["rgb"]
     assert not after[1].any()
     np.testing.assert_array_equal(after[[0, 2]], before[[0, 2]])
