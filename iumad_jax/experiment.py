@@ -1,6 +1,7 @@
 """The whole story of a run: good objects go in, step by step; a ledger of what was learned and forgotten comes out."""
 
 import dataclasses
+import hashlib
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ from iumad_jax import workdir as workdirs
 from iumad_jax.data.pipeline import training_batches, updates_per_epoch
 from iumad_jax.data.sample import Reader
 from iumad_jax.data.store import PreparedSet, Store
+from iumad_jax.errors import UserError
 from iumad_jax.evaluate import evaluate
 from iumad_jax.methods.method import Method
 from iumad_jax.models import pretrained
@@ -67,7 +69,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     Raises:
         UserError: the config, the dataset or the workdir is at fault.
     """
-    workdirs.claim(workdir, config)
+    workdirs.check(workdir, config)
     finished = tables.read_results(workdir)
     if finished is not None:
         print(f"{workdir}: this run is finished.")
@@ -75,30 +77,33 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     reader = data.open_reader(config.dataset)
     steps = protocol.steps(config.protocol, reader.objects)
-    parallel.check_batch_size(config.train.batch_size)
-    this = start(config, workdir, reader, len(steps))
-    for step in steps:
-        if step.index > this.position.step or not this.position.finished:
-            learn(this, step)
-            assess(this, step)
+    this = start(config, workdir, reader, steps)
+    for step in steps[this.position.step + this.position.finished :]:
+        learn(this, step)
+        assess(this, step)
     return conclude(this, steps)
 
 
-def start(config: ConfigDict, workdir: Path, reader: Reader, steps: int) -> Run:
-    """The run as it stood when its last snapshot was taken, or at its very beginning."""
+def start(config: ConfigDict, workdir: Path, reader: Reader, steps: tuple[protocol.Step, ...]) -> Run:
+    """The run as it stood when its last snapshot was taken, or at its very beginning.
+
+    What would stop it later is refused before anything is written.
+    """
     names = (config.method, *(floor for floor in FLOORS if floor != config.method))
     systems = {name: methods.build(name, config, len(reader.objects)) for name in names}
+    check_training(config, systems[config.method], reader, steps)
     store = open_store(config, reader, workdir)
-    (workdir / "pictures").mkdir(exist_ok=True)
+    workdirs.claim(workdir, config)
     snapshots, ledger = Snapshots(workdir), Ledger(workdir / "ledger.jsonl")
     optimizer = train.make_optimizer(config.train)
     snapshot = snapshots.latest()
     if snapshot is None:
-        example = store.get(reader.objects[0], "train").batch
+        example = jax.tree.map(lambda array: array[:1], store.get(reader.objects[0], "train").batch)
         keys = jax.random.split(jax.random.key(config.seed), len(names))
-        variables = {name: systems[name].init(key, example) for name, key in zip(names, keys, strict=True)}
+        variables = {name: jax.jit(systems[name].init)(key, example) for name, key in zip(names, keys, strict=True)}
         matrices = {
-            name: {metric: np.full((steps, len(reader.objects)), np.nan) for metric in tables.METRICS} for name in names
+            name: {metric: np.full((len(steps), len(reader.objects)), np.nan) for metric in tables.METRICS}
+            for name in names
         }
         snapshot = Snapshot(
             Position(-1, 0, finished=True), variables, [], {"ledger_lines": 0, "matrices": matrices, "seconds": 0.0}
@@ -125,10 +130,28 @@ def start(config: ConfigDict, workdir: Path, reader: Reader, steps: int) -> Run:
     )
 
 
+def check_training(config: ConfigDict, method: Method, reader: Reader, steps: tuple[protocol.Step, ...]) -> None:
+    """Raises UserError unless every step can be trained."""
+    if config.continual.strategy != "finetune":
+        raise UserError(f'config.continual.strategy is "{config.continual.strategy}"; use finetune.')
+    if not is_trained(config, method):
+        return
+    parallel.check_batch_size(config.train.batch_size)
+    train.learning_rates(config.train, updates_per_epoch=1)
+    for step in steps:
+        updates_per_epoch(sum(len(reader.ids(name, "train")) for name in step.learned), config.train.batch_size)
+
+
+def is_trained(config: ConfigDict, method: Method) -> bool:
+    """Whether there is anything to train."""
+    return method.loss is not None and config.train.epochs > 0
+
+
 def open_store(config: ConfigDict, reader: Reader, workdir: Path) -> Store:
     """Where images are prepared for this config's backbone."""
     extractor = FeatureExtractor(config.backbone.name, config.backbone.grid)
     weights = pretrained.load(config.backbone.name, config.backbone.weights)
+    digest = hashlib.sha256(b"".join(np.asarray(array).tobytes() for array in jax.tree.leaves(weights)))
     return Store(
         folder=Path(config.dataset.prepared or workdir / "prepared"),
         reader=reader,
@@ -136,7 +159,7 @@ def open_store(config: ConfigDict, reader: Reader, workdir: Path) -> Store:
         modalities=methods.modalities(config),
         size=config.input.size,
         depth_encoding=config.input.depth_encoding,
-        settings=config.backbone.to_dict(),
+        settings={**config.backbone, "weights": digest.hexdigest()},
     )
 
 
@@ -152,7 +175,7 @@ def learn(this: Run, step: protocol.Step) -> None:
                 this.variables[name] = system.observe(this.variables[name], one.batch, step.index)
         this.position, this.optimizer_leaves = Position(step.index, 0), []
     method = this.systems[config.method]
-    if method.loss is None or config.train.epochs == 0:
+    if not is_trained(config, method):
         return
 
     per_epoch = updates_per_epoch(images, config.train.batch_size)
@@ -186,7 +209,7 @@ def assess(this: Run, step: protocol.Step) -> None:
             this.ledger.append("evaluation", step=step.index, object=name, method=system, **values)
             if system == this.config.method:
                 draw(this, step, name, test, prediction)
-    this.ledger.append("snapshot", step=step.index, bytes={s: _bytes(v) for s, v in this.variables.items()})
+    this.ledger.append("snapshot", step=step.index, bytes={s: _bytes(this.variables[s]) for s in this.systems})
     this.position, this.optimizer_leaves = Position(step.index, 0, finished=True), []
     this.save()
 

@@ -14,12 +14,12 @@ AXIS = "devices"
 
 
 def check_batch_size(batch_size: int) -> None:
-    """Raises UserError unless a batch divides evenly over the devices."""
+    """Raises UserError unless a batch has images and divides evenly over the devices."""
     devices = jax.local_device_count()
-    if batch_size % devices:
+    if batch_size < 1 or batch_size % devices:
         raise UserError(
-            f"config.train.batch_size is {batch_size}, which does not divide over {devices} devices; use a multiple of"
-            f" {devices}."
+            f"config.train.batch_size is {batch_size}, which does not divide over {devices} devices; use a positive"
+            f" multiple of {devices}."
         )
 
 

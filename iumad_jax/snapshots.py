@@ -1,7 +1,10 @@
 """Orbax snapshots: one per incremental step, and the newest one within a step."""
 
 import logging
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,15 +58,15 @@ class Snapshots:
         step, epochs, finished = snapshot.position
         manager, number = (self._finished, step) if finished else (self._within, step * 10**6 + epochs)
         arrays = {"variables": snapshot.variables, "optimizer": snapshot.optimizer}
-        told, threading.excepthook = threading.excepthook, lambda _: None  # Orbax's writer would print a traceback
         try:
-            manager.save(
-                number,
-                args=ocp.args.Composite(
-                    arrays=ocp.args.StandardSave(jax.tree.map(np.asarray, arrays)),
-                    record=ocp.args.JsonSave({"position": snapshot.position._asdict(), **snapshot.record}),
-                ),
-            )
+            with _silent_threads():
+                manager.save(
+                    number,
+                    args=ocp.args.Composite(
+                        arrays=ocp.args.StandardSave(jax.tree.map(np.asarray, arrays)),
+                        record=ocp.args.JsonSave({"position": snapshot.position._asdict(), **snapshot.record}),
+                    ),
+                )
         except (OSError, ValueError) as error:
             if isinstance(error, ValueError) and "os_error_code" not in str(error):  # not tensorstore's own OSError
                 raise
@@ -71,8 +74,6 @@ class Snapshots:
                 f"{manager.directory}: the snapshot could not be saved ({_reason(error)}); the one before it is intact,"
                 " so make room and run the same command again."
             ) from error
-        finally:
-            threading.excepthook = told
 
     def latest(self) -> Snapshot | None:
         """The snapshot of the furthest position, or None.
@@ -89,9 +90,10 @@ class Snapshots:
         if number is None:
             return None
         try:
-            restored = manager.restore(
-                number, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(), record=ocp.args.JsonRestore())
-            )
+            with _silent_threads():
+                restored = manager.restore(
+                    number, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(), record=ocp.args.JsonRestore())
+                )
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"{manager.directory / str(number)}: the snapshot cannot be read ({_reason(error)}); remove this folder"
@@ -108,5 +110,27 @@ class Snapshots:
         self._within.close()
 
 
+@contextmanager
+def _silent_threads() -> Iterator[None]:
+    """Orbax's threads print and log a traceback of every error that they hand on.
+
+    After an error they stay silent: the last of them fail only then, and the run ends with it.
+    """
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels, hooks = [logger.level for logger in loggers], (threading.excepthook, sys.unraisablehook)
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    threading.excepthook = lambda _: None
+    sys.unraisablehook = lambda _: None
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+    threading.excepthook, sys.unraisablehook = hooks
+
+
 def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0].rsplit(": ", 1)[-1] or type(error).__name__
+    """What went wrong, without the path to it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    last = str(error).splitlines()[0].rsplit(": ", 1)[-1] if str(error) else type(error).__name__
+    return last.split(" [")[0]  # what tensorstore adds in brackets

@@ -7,33 +7,42 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from iumad_jax.errors import UserError
+from iumad_jax.report.ledger import write_whole
+
+_NAME = "config.json"
 
 
-def claim(workdir: Path, config: ConfigDict) -> None:
-    """Makes the workdir and notes the config in it, or checks that it is the one noted by an earlier run.
+def check(workdir: Path, config: ConfigDict) -> None:
+    """Checks that the workdir is new, or the one that an earlier run of this config claimed.
 
     Raises:
-        UserError: the workdir cannot be written, or belongs to another config.
+        UserError: it belongs to another config, or cannot be read.
     """
-    file = workdir / "config.json"
-    wanted = json.loads(config.to_json())
+    file = workdir / _NAME
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            unfinished = file.with_suffix(".unfinished")
-            unfinished.write_text(json.dumps(wanted, indent=2))
-            unfinished.rename(file)
-            return
-        noted = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: not JSON ({error}); choose another --workdir.") from error
-    except OSError as error:
-        raise UserError(f"{workdir}: not a writable folder ({error.strerror}); choose another --workdir.") from error
-    before, now = _flat(noted), _flat(wanted)
+        noted = json.loads(file.read_text()) if file.exists() else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not the config of a run ({error}); choose another --workdir.") from error
+    if noted is None:
+        return
+    before, now = _flat(noted), _flat(json.loads(config.to_json()))
     differing = [key for key in before | now if before.get(key) != now.get(key)]
     if differing:
         changes = ", ".join(f"config.{key} ({before.get(key)} there, {now.get(key)} now)" for key in differing)
         raise UserError(f"{workdir}: holds a run of another config, differing in {changes}; choose another --workdir.")
+
+
+def claim(workdir: Path, config: ConfigDict) -> None:
+    """Makes the workdir with a place for pictures, and notes the config in it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        (workdir / "pictures").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{workdir}: not a writable folder ({error.strerror}); choose another --workdir.") from error
+    write_whole(workdir / _NAME, (json.dumps(json.loads(config.to_json()), indent=2) + "\n").encode())
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,6 +1,10 @@
 """Settings and fixtures shared by all tests."""
 
 import os
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 # On 2 cores and jax <= 0.11, steps over emulated devices deadlock unless this is set before jax is imported.
@@ -21,3 +25,21 @@ def eyecandies_root() -> Path:
     if not (root / "CandyCane").is_dir():
         pytest.skip("the real Eyecandies samples are not at ../shared/data/eyecandies")
     return root
+
+
+@pytest.fixture(scope="session")
+def files_no_larger_than() -> Callable[[int], AbstractContextManager[None]]:
+    """A full disk: the system refuses to let any file of this process grow beyond a size in bytes."""
+
+    @contextmanager
+    def limit(size: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, handler)
+
+    return limit

@@ -2,12 +2,14 @@
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import numpy as np
@@ -15,6 +17,7 @@ from tqdm import tqdm
 
 from iumad_jax.data import depth, transforms
 from iumad_jax.data.sample import Reader, Sample, Split
+from iumad_jax.errors import UserError
 from iumad_jax.models import efficientnet
 from iumad_jax.shapes import MAP_SIZE, Batch, GroundTruth, Modality
 
@@ -47,12 +50,24 @@ class Store:
         """The prepared images of one object and split.
 
         Raises:
-            UserError: a source file is missing or unusable.
+            UserError: a source file is missing or unusable, or the prepared images cannot be written.
         """
         ids = self.reader.ids(object_, split)
         folder = self.folder / f"{object_}-{split}-{self._fingerprint(object_, split, ids)}"
         if not folder.exists():
-            self._prepare(folder, object_, split, ids)
+            unfinished = folder.with_name(folder.name + ".unfinished")
+            try:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir(parents=True)
+                self._prepare(unfinished, object_, split, ids)
+                unfinished.rename(folder)
+            except OSError as error:
+                raise UserError(
+                    f"{folder} cannot be prepared ({error.strerror}); make room or choose another"
+                    " --config.dataset.prepared."
+                ) from error
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
         arrays = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
         object_id: Any = np.full(len(ids), self.reader.objects.index(object_), np.int32)
         batch = Batch(
@@ -66,18 +81,16 @@ class Store:
     def _fingerprint(self, object_: str, split: Split, ids: tuple[str, ...]) -> str:
         sources = [file for id_ in ids for file in self.reader.files(object_, split, id_)]
         stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sources]
-        code = [Path(str(module.__file__)).read_text() for module in (depth, transforms, efficientnet)]
+        modules = (depth, transforms, efficientnet, inspect.getmodule(self.reader), inspect.getmodule(self))
+        code = [inspect.getsource(module) for module in modules if module]
         settings = [self.settings, self.modalities, self.size, self.depth_encoding, str(self.reader)]
         return hashlib.sha256(json.dumps([code, settings, stamps]).encode()).hexdigest()[:16]
 
     def _prepare(self, folder: Path, object_: str, split: Split, ids: tuple[str, ...]) -> None:
-        unfinished = folder.with_name(folder.name + ".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        arrays: dict[str, np.memmap] = {}
+        files: dict[str, BinaryIO] = {}
         defects: list[str] = []
         bar = tqdm(total=len(ids), desc=f"preparing {object_} {split}", unit="image", disable=None, leave=False)
-        with ThreadPoolExecutor() as pool, bar:
+        with ThreadPoolExecutor() as pool, ExitStack() as opened, bar:
             for start in range(0, len(ids), _CHUNK):
                 samples = list(pool.map(lambda id_: self.reader.read(object_, split, id_), ids[start : start + _CHUNK]))
                 chunk = list(pool.map(self._process, samples))
@@ -86,16 +99,13 @@ class Store:
                 for name, value in values.items():
                     if name in GroundTruth._fields and split == "train":
                         continue
-                    if name not in arrays:
-                        shape = (len(ids), *value.shape[1:])
-                        arrays[name] = np.lib.format.open_memmap(unfinished / f"{name}.npy", "w+", value.dtype, shape)
-                    arrays[name][start : start + len(value)] = value
+                    if name not in files:
+                        files[name] = opened.enter_context((folder / f"{name}.npy").open("wb"))
+                        _write_header(files[name], value.dtype, (len(ids), *value.shape[1:]))
+                    files[name].write(value.tobytes())
                 defects += [sample.defect for sample in samples]
                 bar.update(len(samples))
-        for array in arrays.values():
-            array.flush()
-        (unfinished / "defects.json").write_text(json.dumps(defects))
-        unfinished.rename(folder)
+        (folder / "defects.json").write_text(json.dumps(defects))
 
     def _process(self, sample: Sample) -> dict[str, np.ndarray]:
         """One sample at the sizes of the network's input and of the map."""
@@ -124,3 +134,9 @@ class Store:
         full[: len(images)] = images
         features = np.asarray(self.encoder(full))[: len(images)]
         return features.reshape(len(images), -1, features.shape[-1])
+
+
+def _write_header(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    """The start of a .npy file whose rows follow: writing to a memory-mapped one would kill us on a full disk."""
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)

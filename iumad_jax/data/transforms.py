@@ -9,7 +9,8 @@ from scipy import ndimage
 def resize_image(image: Shaped[np.ndarray, "h w c"], size: int) -> Shaped[np.ndarray, "s s c"]:
     """An image at `size` x `size` pixels, uint8 or float32 as it was: Pillow's bilinear filter, antialiased."""
     channels = [Image.fromarray(np.ascontiguousarray(channel)) for channel in np.moveaxis(image, -1, 0)]
-    return np.stack([channel.resize((size, size), Image.Resampling.BILINEAR) for channel in channels], axis=-1)
+    resized = [np.asarray(channel.resize((size, size), Image.Resampling.BILINEAR)) for channel in channels]
+    return np.stack(resized, axis=-1)
 
 
 def resize_nearest(image: Shaped[np.ndarray, "h w"], size: int) -> Shaped[np.ndarray, "s s"]:

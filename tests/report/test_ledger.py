@@ -1,10 +1,7 @@
 """The ledger: the same bytes for the same events, and nothing lost or half kept after a crash."""
 
 import math
-import resource
-import signal
 import struct
-from contextlib import contextmanager
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,19 +11,6 @@ from hypothesis import strategies as st
 
 from iumad_jax.errors import UserError
 from iumad_jax.report.ledger import Ledger, read, write_whole
-
-
-@contextmanager
-def files_no_larger_than(size):
-    """A full disk: the system refuses to let any file of this process grow beyond the size."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.fixture
@@ -135,7 +119,7 @@ def test_a_damaged_line_is_named(path, damage):
     assert path.read_bytes() == content
 
 
-def test_a_full_disk_is_told_and_leaves_whole_lines(path):
+def test_a_full_disk_is_told_and_leaves_whole_lines(path, files_no_larger_than):
     ledger = Ledger(path)
     ledger.append("a", text="x" * 100)
     whole = path.read_bytes()
@@ -156,7 +140,7 @@ def test_places_that_cannot_be_written(tmp_path):
         write_whole(tmp_path / "nowhere" / "file", b"")
 
 
-def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path):
+def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, files_no_larger_than):
     path = tmp_path / "results.json"
     write_whole(path, b"old")
     with files_no_larger_than(1000), pytest.raises(UserError, match=r"cannot write"):

@@ -1,0 +1,92 @@
+"""The order of training images: complete, reproducible, and the same wherever training begins."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iumad_jax.data.pipeline import training_batches, updates_per_epoch
+from iumad_jax.errors import UserError
+from iumad_jax.shapes import Batch
+
+
+def images(*counts):
+    """One set per object; every array of image i of object k says 100 k + i."""
+    sets = []
+    for k, count in enumerate(counts):
+        names = 100 * k + np.arange(count)
+        features = np.broadcast_to(names[:, None, None], (count, 2, 3)).astype(np.float32)
+        pictures = np.broadcast_to(names[:, None, None, None], (count, 2, 2, 3)).astype(np.float16)
+        sets.append(Batch({"rgb": features}, {"depth": pictures}, np.full(count, k, np.int32)))
+    return sets
+
+
+def names(batches, count):
+    """The images in the first batches, by name: (count, batch)."""
+    return np.array([batch.features["rgb"][:, 0, 0] for batch in islice(batches, count)], int)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(1, 5), st.integers(0, 2**31 - 1))
+def test_an_epoch_sees_every_image_once_but_for_a_partial_batch(counts, size, seed):
+    everything = {100 * k + i for k, count in enumerate(counts) for i in range(count)}
+    per_epoch = len(everything) // size
+    if not per_epoch:
+        return
+    assert updates_per_epoch(len(everything), size) == per_epoch
+    seen = names(training_batches(images(*counts), size, seed, 0), 3 * per_epoch)
+    assert seen.shape == (3 * per_epoch, size)
+    for epoch in seen.reshape(3, -1):
+        assert len(set(epoch)) == per_epoch * size  # none twice
+        assert set(epoch) <= everything
+
+
+def test_a_batch_keeps_what_belongs_together():
+    (batch,) = islice(training_batches(images(5, 7), 12, 0, 0), 1)
+    image = batch.features["rgb"][:, 0, 0]
+    assert len(set(image)) == 12
+    np.testing.assert_array_equal(batch.features["rgb"], np.broadcast_to(image[:, None, None], (12, 2, 3)))
+    np.testing.assert_array_equal(batch.images["depth"], np.broadcast_to(image[:, None, None, None], (12, 2, 2, 3)))
+    np.testing.assert_array_equal(batch.object_id, image // 100)
+    assert {batch.features["rgb"].dtype, batch.images["depth"].dtype} == {np.dtype(np.float32)}
+    assert batch.object_id.dtype == np.int32
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    sets = images(20, 20)
+    order = names(training_batches(sets, 4, 5, 0), 40)
+    np.testing.assert_array_equal(order, names(training_batches(sets, 4, 5, 0), 40))
+    epochs = order.reshape(4, -1)
+    other = names(training_batches(sets, 4, 500, 0), 10).ravel()
+    everything = [*epochs, other, np.sort(other)]
+    for i, one in enumerate(everything):
+        assert not any(np.array_equal(one, another) for another in everything[:i])
+    mixed = (epochs[0] < 100)[:10].sum()  # both objects from the start
+    assert 0 < mixed < 10
+
+
+@pytest.mark.parametrize("first", [1, 2, 7])
+def test_beginning_at_an_epoch_is_skipping_those_before(first):
+    sets = images(6, 5)
+    whole = names(training_batches(sets, 3, 1, 0), (first + 2) * 3)
+    np.testing.assert_array_equal(names(training_batches(sets, 3, 1, first), 6), whole[first * 3 :])
+
+
+def test_memory_mapped_images_are_read_as_they_are(tmp_path):
+    (one,) = images(6)
+    np.save(tmp_path / "features.npy", one.features["rgb"])
+    mapped = one._replace(features={"rgb": np.load(tmp_path / "features.npy", mmap_mode="r")})
+    np.testing.assert_array_equal(
+        names(training_batches([mapped], 2, 0, 0), 6), names(training_batches([one], 2, 0, 0), 6)
+    )
+
+
+@pytest.mark.parametrize(("count", "size"), [(3, 4), (1, 24)])
+def test_fewer_images_than_a_batch_are_refused(count, size):
+    sentence = rf"train\.batch_size is {size} but a step has only {count} training images; use {count} or less\."
+    with pytest.raises(UserError, match=sentence):
+        updates_per_epoch(count, size)
+    with pytest.raises(UserError, match=sentence):
+        training_batches(images(count), size, 0, 0)

@@ -1,0 +1,152 @@
+"""Mistakes through the command: one sentence, exit code 2, no traceback, nothing half-written."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+CONFIG = Path(__file__).parents[2] / "configs" / "eyecandies.py"
+HEIGHT, WIDTH = 24, 32
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Two objects with two samples in each split: a box on a belt."""
+    root = tmp_path_factory.mktemp("data")
+    levels = np.full((HEIGHT, WIDTH), 65535, np.uint16)
+    levels[8:16, 8:20] = 0
+    rgb = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3)).astype(np.uint8)
+    for folder in (
+        f"{name}/{split}/data" for name in ("Confetto", "Lollipop") for split in ("train", "val", "test_public")
+    ):
+        data = root / folder
+        data.mkdir(parents=True)
+        for id_ in ("00", "01"):
+            Image.fromarray(rgb).save(data / f"{id_}_image_4.png")
+            Image.fromarray(levels).save(data / f"{id_}_depth.png")
+            Image.fromarray(np.zeros((HEIGHT, WIDTH), np.uint8)).save(data / f"{id_}_mask.png")
+            (data / f"{id_}_info_depth.yaml").write_text("normalization: {min: 1.9, max: 2.0}")
+            flags = ("anomalous", *(f"anomalous_{kind}" for kind in ("bumps", "dents", "colors", "normals")))
+            (data / f"{id_}_metadata.yaml").write_text("\n".join(f"{flag}: 0" for flag in flags))
+    return root
+
+
+def refused(folder, *flags, config=f"{CONFIG}:1-1", workdir="run"):
+    """What the command says, without its name, when started in a folder; it must have said that alone."""
+    done = subprocess.run(
+        [sys.executable, "-m", "iumad_jax.main", f"--config={config}", f"--workdir={workdir}", *flags],
+        cwd=folder,
+        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    name, _, sentence = done.stderr.partition(": ")
+    assert name == "iumad_jax"
+    assert sentence.count("\n") == 1
+    return sentence.rstrip("\n")
+
+
+def keys(**values):
+    return [f"--config.{key.replace('__', '.')}={value}" for key, value in values.items()]
+
+
+WRONG_FLAGS = {
+    "an unknown key": (["--config.train.epoch=3"], "--config has no key 'epoch'; did you mean \"epochs\""),
+    "an unknown group": (["--config.trian.epochs=3"], "--config has no key 'trian'; every key is explained in"),
+    "words for a number": (
+        ["--config.train.epochs=many"],
+        "flag --config.train.epochs=many: invalid literal for int()",
+    ),
+    "a fraction for a whole number": (["--config.seed=1.5"], "flag --config.seed=1.5: invalid literal for int()"),
+    "words for yes or no": (["--config.model.detach_condition=maybe"], "flag --config.model.detach_condition=maybe:"),
+    "a number for a group": (["--config.train=3"], "flag --config.train=3: Failed to parse '3'"),
+    "an unknown flag": (["--confg=x"], "Unknown command line flag 'confg'"),
+    "something that is no flag": (["more"], "argument more is not a flag; write --config=FILE"),
+    "no such config": (["--config=configs/nowhere.py"], "--config cannot be read: [Errno 2] No such file or directory"),
+    "no Python": ([f"--config={CONFIG.parents[1] / 'LICENSE'}"], "--config cannot be read: unexpected indent"),
+}
+
+
+@pytest.mark.parametrize(("flags", "told"), WRONG_FLAGS.values(), ids=WRONG_FLAGS)
+def test_wrong_flags(tmp_path, flags, told):
+    assert refused(tmp_path, *flags).startswith(told)
+    assert not list(tmp_path.iterdir())
+
+
+WRONG_VALUES = {
+    "no such root": (keys(dataset__root="nowhere"), "config.dataset.root is nowhere, which is not a folder"),
+    "an empty root": (keys(dataset__root="."), "config.dataset.root is ., which is empty"),
+    "no such object": (
+        keys(dataset__objects="Candycane"),
+        'config.dataset.objects names "Candycane"; known are all and',
+    ),
+    "a protocol that does not fit": (keys(protocol="7-2"), "protocol 7-2 does not fit 2 objects"),
+    "a batch larger than a step": (keys(train__batch_size=3), "config.train.batch_size is 3 but a step has only 2"),
+    "an unknown schedule": (keys(train__schedule="linear", train__batch_size=2), 'config.train.schedule is "linear"'),
+    "an unknown strategy": (keys(continual__strategy="replay"), 'config.continual.strategy is "replay"; use finetune'),
+}
+
+
+@pytest.mark.parametrize(("flags", "told"), WRONG_VALUES.values(), ids=WRONG_VALUES)
+def test_wrong_values_leave_the_workdir_to_the_corrected_command(root, tmp_path, flags, told):
+    sentence = refused(tmp_path, *keys(dataset__root=root, dataset__objects="Confetto,Lollipop"), *flags)
+    assert sentence.startswith(told)
+    assert sentence.endswith(".")
+    assert not list(tmp_path.iterdir())
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("hacked",)
+
+
+def test_weights_that_are_a_program(root, tmp_path):
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Evil()))
+    flags = keys(dataset__root=root, dataset__objects="Confetto,Lollipop", train__batch_size=2)
+    sentence = refused(tmp_path, *flags, *keys(backbone__weights="evil.pth"))
+    assert sentence.startswith("weights file evil.pth is refused: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["evil.pth"]
+
+
+def test_a_workdir_that_cannot_be_written(root, tmp_path):
+    (tmp_path / "file").touch()
+    flags = keys(dataset__root=root, dataset__objects="Confetto,Lollipop", train__batch_size=2)
+    sentence = refused(tmp_path, *flags, workdir="file/run")
+    assert sentence == "file/run: not a writable folder (Not a directory); choose another --workdir."
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("mask.png", None, "is missing; every sample needs"),
+        ("depth.png", b"", "is empty; restore it"),
+        ("image_4.png", 60, "cannot be read (it is truncated or damaged); restore it"),
+        ("info_depth.yaml", b"!!python/object/apply:os.mkdir ['hacked']", "is not plain YAML"),
+    ],
+)
+def test_a_bad_file_of_the_dataset(root, tmp_path, name, content, told):
+    """The reader's own tests have every kind; here, one or two of those found early and late."""
+    file = root / "Confetto" / "train" / "data" / f"01_{name}"
+    before = file.read_bytes()
+    file.unlink()
+    if content is not None:
+        file.write_bytes(before[:content] if isinstance(content, int) else content)
+    try:
+        sentence = refused(
+            tmp_path, *keys(dataset__root=root, dataset__objects="Confetto,Lollipop", train__batch_size=2)
+        )
+    finally:
+        file.write_bytes(before)
+    assert sentence.startswith(f"{file} {told}")
+    assert not (tmp_path / "hacked").exists()
+    prepared = tmp_path / "run" / "prepared"
+    assert not prepared.exists() or not list(prepared.iterdir())
+    for kept in ("results.json", "snapshots/0"):
+        assert not (tmp_path / "run" / kept).exists()

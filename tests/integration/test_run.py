@@ -1,0 +1,261 @@
+"""The command as a user runs it: a process, from rendered files to results, stopped and started again."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from iumad_jax.data.candies import render
+from iumad_jax.report.ledger import read
+
+OBJECTS = ("CandyCane", "GummyBear")
+METRICS = ("i_auroc", "p_auroc", "aupro", "p_auroc_object", "aupro_object")
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.py"
+SMALL = {
+    "dataset.name": "eyecandies",
+    "dataset.root": "candies",
+    "dataset.objects": ",".join(OBJECTS),
+    "dataset.prepared": "prepared",
+    "modality": "rgb",
+    "input.size": 64,
+    "backbone.grid": 4,
+    "model.width": 16,
+    "model.hidden": 16,
+    "model.heads": 2,
+    "model.layers": 1,
+    "model.states": 2,
+    "train.epochs": 6,
+    "train.batch_size": 2,
+    "report.pictures_per_object": 2,
+    "snapshots.every_minutes": 0.0,
+}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Starts the command in a folder of its own, with the quickstart's config made small and then changed."""
+    home = tmp_path_factory.mktemp("home")
+    render(home / "candies", train=5, val=1, test=4, size=64, objects=",".join(OBJECTS), progress=False)
+    quick = {  # compiled without optimisation, and once for all processes
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
+
+    def start(workdir, protocol="1-1", largest_file=resource.RLIM_INFINITY, **changes):
+        keys = SMALL | changes
+        flags = [f"--config={QUICKSTART}:{protocol}", f"--workdir={workdir}"]
+        return subprocess.Popen(
+            [sys.executable, "-m", "iumad_jax.main", *flags, *(f"--config.{key}={keys[key]}" for key in keys)],
+            cwd=home,
+            env=os.environ | quick,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY)),
+        )
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def run(start):
+    """Runs the command to its end: exit code, standard output, standard error."""
+
+    def run(*args, **changes):
+        with start(*args, **changes) as process:
+            out, err = process.communicate()
+        return process.returncode, out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    """The workdir and the output of a run that nothing interrupts."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    code, out, err = run(workdir)
+    assert code == 0, err
+    return workdir, out
+
+
+def results_of(workdir):
+    return json.loads((workdir / "results.json").read_text())
+
+
+def files(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_results_have_the_public_form(whole):
+    workdir, _ = whole
+    results = results_of(workdir)
+    public = {"config", "protocol", "objects", "steps", "matrix", "summary", "seconds", "versions"}
+    assert set(results) == public | {"floors", "bytes"}
+    assert (results["protocol"], results["objects"]) == ("1-1", list(OBJECTS))
+    assert results["steps"] == [["CandyCane"], ["GummyBear"]]
+    assert results["config"] == json.loads((workdir / "config.json").read_text())
+    assert results["config"]["train"]["epochs"] == 6
+    assert results["seconds"] > 1
+    assert {"iumad-jax", "jax"} <= set(results["versions"])
+    assert set(results["floors"]) == {"feature_norm", "nearest_neighbours"}
+    for system in (results, *results["floors"].values()):
+        assert set(METRICS) <= set(system["matrix"]) == set(system["summary"])
+        for metric, rows in system["matrix"].items():
+            assert [[value is None for value in row] for row in rows] == [[False, True], [False, False]]
+            (first, _), (again, second) = rows
+            assert all(0 <= value <= 1 for value in (first, again, second))
+            assert system["summary"][metric] == pytest.approx(
+                {
+                    "final": (again + second) / 2,
+                    "acc": (first + (again + second) / 2) / 2,
+                    "fm": first - again,
+                    "fm_aggregate": first - (again + second) / 2,
+                    "new": (first + second) / 2,
+                }
+            )
+
+
+def test_the_ledger_tells_the_story_in_order(whole):
+    workdir, _ = whole
+    events = read(workdir / "ledger.jsonl")
+    story = [event["event"] for event in events]
+    systems = 3
+    assert story == [
+        "step", *["epoch"] * 6, *["evaluation"] * systems, "snapshot",
+        "step", *["epoch"] * 6, *["evaluation"] * 2 * systems, "snapshot",
+    ]  # fmt: skip
+    assert events[0] == {"event": "step", "step": 0, "learned": ["CandyCane"], "images": 5}
+    epochs = [event for event in events if event["event"] == "epoch"]
+    assert [(event["step"], event["epoch"]) for event in epochs] == [(s, e) for s in (0, 1) for e in range(6)]
+    losses = {"fusion", "kl", "ib_heads", "object_rgb"}
+    for event in epochs:
+        assert event["loss"] == pytest.approx(sum(event[name] for name in losses), rel=1e-4)
+    assert epochs[5]["loss"] < epochs[0]["loss"]
+    results = results_of(workdir)
+    for event in events:
+        if event["event"] == "evaluation":
+            system = {"ib_iumad": results, **results["floors"]}[event["method"]]
+            column = OBJECTS.index(event["object"])
+            for metric in METRICS:
+                assert event[metric] == system["matrix"][metric][event["step"]][column]
+
+
+def test_tables_and_pictures_are_there(whole):
+    workdir, out = whole
+    results, tables = results_of(workdir), (workdir / "results.md").read_text()
+    for metric in METRICS:
+        for column, name in enumerate(OBJECTS):
+            value = f"{results['matrix'][metric][1][column]:.3f}"
+            for text in (out, tables):
+                assert value in next(line for line in text.splitlines() if line.lstrip("| ").startswith(name))
+    assert out.endswith(f"heatmap pictures are in {workdir}.\n")
+    pictures = {path.name for path in (workdir / "pictures").iterdir()}
+    assert {"step0_CandyCane.jpg", "step1_CandyCane.jpg", "step1_GummyBear.jpg"} == {
+        name for name in pictures if name.startswith("step")
+    }
+    assert {f"matrix_{metric}.png" for metric in METRICS} <= pictures
+    for name in pictures:
+        with Image.open(workdir / "pictures" / name) as picture:
+            assert np.asarray(picture.convert("L")).std() > 5  # not blank
+
+
+def test_a_run_killed_within_a_step_ends_as_if_it_had_not_been(start, run, whole, tmp_path):
+    """With one seed, every byte of the ledger is the same; so are all results but the time taken."""
+    workdir = tmp_path / "run"
+    ledger = workdir / "ledger.jsonl"
+    with start(workdir) as process:
+        while not (ledger.exists() and '"step": 1, "epoch": 2' in ledger.read_text()):
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    before = ledger.read_bytes()
+    assert read(ledger)[-1]["event"] == "epoch"  # within step 1
+    assert list((workdir / "snapshots_within_step").glob("100000?"))
+    assert not (workdir / "results.json").exists()
+    with ledger.open("ab") as file:
+        file.write(b'{"event": "epoch", "st')  # what a crash of the machine may leave as well
+
+    code, _, err = run(workdir)
+    assert code == 0, err
+    complete = (whole[0] / "ledger.jsonl").read_bytes()
+    assert complete.startswith(before)
+    assert ledger.read_bytes() == complete
+    one, other = results_of(whole[0]), results_of(workdir)
+    assert one.pop("seconds") != other.pop("seconds")
+    assert one == other
+
+
+def test_a_finished_run_says_so_and_prints_its_result_again(run, whole):
+    workdir, out = whole
+    before = files(workdir)
+    code, again, err = run(workdir)
+    assert code == 0, err
+    assert again == f"{workdir}: this run is finished.\n{out}"
+    assert files(workdir) == before
+
+
+def test_another_config_in_the_same_workdir_is_refused(run, whole):
+    workdir, _ = whole
+    before = files(workdir)
+    code, out, err = run(workdir, seed=1, **{"train.epochs": 7})
+    assert (code, out) == (2, "")
+    assert err.startswith(f"iumad_jax: {workdir}: holds a run of another config, differing in config.")
+    assert "config.seed (0 there, 1 now)" in err
+    assert "config.train.epochs (6 there, 7 now)" in err
+    assert err.count("\n") == 1
+    assert files(workdir) == before
+
+
+def test_a_full_disk_stops_the_run(run, tmp_path):
+    """With room for the ledger but not for a snapshot."""
+    workdir = tmp_path / "run"
+    code, out, err = run(workdir, largest_file=200_000)
+    assert (code, out) == (2, "")
+    folder = workdir / "snapshots_within_step"
+    assert err == (
+        f"iumad_jax: {folder}: the snapshot could not be saved (File too large); the one before it is intact, so make"
+        " room and run the same command again.\n"
+    )
+    assert not any(path.name.isdigit() for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(("modality", "method"), [("rgb+depth", "ib_iumad"), ("depth", "feature_norm")])
+def test_other_modalities_and_methods(run, whole, tmp_path, modality, method):
+    workdir = tmp_path / "run"
+    changes = {"dataset.objects": "CandyCane", "train.epochs": 1, "modality": modality, "method": method}
+    code, _, err = run(workdir, "1-0", **changes)
+    assert code == 0, err
+    results, trained = results_of(workdir), method == "ib_iumad"
+    epochs = [set(event) for event in read(workdir / "ledger.jsonl") if event["event"] == "epoch"]
+    terms = {"loss", "fusion", "kl", "ib_heads", "object_rgb", "object_depth"}
+    assert epochs == ([{"event", "step", "epoch"} | terms] if trained else [])
+    assert set(results["floors"]) == {"feature_norm", "nearest_neighbours"} - {method}
+    for metric in METRICS:
+        ((value,),) = results["matrix"][metric]
+        assert 0 <= value <= 1
+        assert results["summary"][metric] == {
+            "final": value, "acc": value, "fm": None, "fm_aggregate": None, "new": value
+        }  # fmt: skip
+    of_depth = (results["floors"]["feature_norm"] if trained else results)["matrix"]["aupro"][0][0]
+    assert of_depth != results_of(whole[0])["floors"]["feature_norm"]["matrix"]["aupro"][0][0]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run, whole, tmp_path):
+    code, out, err = run(tmp_path / "run", **{"train.learning_rate": 1e30, "train.schedule": "step"})
+    assert (code, out) == (2, "")
+    assert err.startswith('iumad_jax: loss "')
+    assert "of epoch 0; training stopped and nothing of this epoch was saved: lower config.train.learning_rate" in err
+    assert err.count("\n") == 1
+    assert [event["event"] for event in read(tmp_path / "run" / "ledger.jsonl")] == ["step"]
+    assert not list((tmp_path / "run" / "snapshots_within_step").iterdir())

@@ -1,0 +1,92 @@
+"""Every experiment in configs/, against the public names, the paper's values and what the parts ask for."""
+
+import re
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+
+from iumad_jax import methods, protocol, train
+from iumad_jax.config import paper
+from iumad_jax.data.eyecandies import OBJECTS
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+PUBLIC = (
+    "dataset.name",
+    "dataset.root",
+    "dataset.objects",
+    "modality",
+    "protocol",
+    "method",
+    "train.epochs",
+    "train.batch_size",
+    "seed",
+    "continual.strategy",
+)
+
+
+def load(file):
+    spec = spec_from_file_location(file.stem, file)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def flat(config, prefix=""):
+    keys = {}
+    for key, value in config.items():
+        keys |= flat(value, f"{prefix}{key}.") if hasattr(value, "items") else {prefix + key: value}
+    return keys
+
+
+def test_there_are_configs():
+    assert {"quickstart", "eyecandies"} <= {file.stem for file in CONFIGS}
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_config_can_be_run(file):
+    """Its command is told, it has the public keys and no key that the others lack, and its parts accept its values."""
+    module = load(file)
+    assert re.search(rf"python -m iumad_jax\.main --config=configs/{file.name}", module.__doc__)
+    config = module.get_config()
+    assert set(PUBLIC) <= set(flat(config))
+    types = {key: type(value) for key, value in flat(paper("10-0")).items()}
+    assert {key: type(value) for key, value in flat(config).items()} == types
+    assert protocol.steps(config.protocol, OBJECTS)
+    for name in (config.method, "feature_norm", "nearest_neighbours"):
+        methods.build(name, config, len(OBJECTS))
+    train.learning_rates(config.train, 10)
+    train.make_optimizer(config.train)
+    assert module.get_config("1-1").protocol == "1-1"
+
+
+def test_the_papers_values():
+    found = flat(load(next(file for file in CONFIGS if file.stem == "eyecandies")).get_config("6-1"))
+    assert found["protocol"] == "6-1"
+    papers = {
+        "method": "ib_iumad",
+        "modality": "rgb+depth",
+        "input.size": 224,
+        "backbone.grid": 14,
+        "dataset.light": 4,
+        "train.epochs": 800,
+        "train.batch_size": 24,
+        "train.learning_rate": 1e-4,
+        "train.weight_decay": 1e-4,
+        "train.clip_norm": 0.1,
+        "train.schedule": "step",
+        "train.drop_epoch": 800,
+        "model.width": 256,
+        "model.layers": 4,
+    }
+    assert {key: found[key] for key in papers} == papers
+
+
+def test_every_key_is_read_somewhere():
+    """A key that no code asks for would be a setting without effect."""
+    package = Path(__file__).parents[1] / "iumad_jax"
+    code = "".join(file.read_text() for file in package.rglob("*.py") if file.name != "config.py")
+    whole = {"dataset.render", "backbone"}  # handed on with all their keys
+    for key in flat(paper("10-0")):
+        name = key.rsplit(".", 1)[-1]
+        assert re.search(rf"\.{name}\b", code) or any(key.startswith(part) for part in whole), key

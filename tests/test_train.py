@@ -1,0 +1,197 @@
+"""Training: the optimiser against float64 NumPy, the schedules by hand, and what a resumed or broken run leaves."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from iumad_jax import train
+from iumad_jax.config import paper
+from iumad_jax.data.pipeline import training_batches
+from iumad_jax.errors import UserError
+from iumad_jax.methods.ib_iumad import ib_iumad
+from iumad_jax.methods.method import Method
+from iumad_jax.shapes import Batch
+
+IMAGES, BATCH, PER_EPOCH = 21, 4, 5
+DECAYED = {"kernel", "query"}
+SHAPES = {"kernel": (3, 2), "query": (2,), "bias": (2,), "scale": (4,), "A_log": (2, 2), "D": (5,), "dt_bias": (3,)}
+
+
+def images(seed=0):
+    """Images whose only feature is a number."""
+    values = np.random.default_rng(seed).normal(1, 2, IMAGES).astype(np.float32)
+    return Batch({"rgb": values.reshape(IMAGES, 1, 1)}, {}, np.arange(IMAGES, dtype=np.int32))
+
+
+def pull(noise=0.0):
+    """A method whose parameters are pulled towards the images' numbers: the gradient is p - (mean number + noise)."""
+
+    def init(key, batch):
+        keys = jax.random.split(key, len(SHAPES))
+        return {
+            "params": {name: jax.random.normal(k, SHAPES[name]) for name, k in zip(SHAPES, keys, strict=True)},
+            "statistics": {},
+        }
+
+    def loss(variables, batch, keys):
+        numbers = batch.features["rgb"][:, 0, 0] + noise * jax.vmap(jax.random.normal)(keys)
+        leaves = jax.tree.leaves(variables["params"])
+        terms = {"pull": sum(0.5 * jnp.mean(jax.vmap(lambda x, p=p: jnp.sum((p - x) ** 2))(numbers)) for p in leaves)}
+        return terms["pull"], terms
+
+    return Method(init, predict=None, loss=loss)
+
+
+def settings(**changes):
+    config = paper("1-0").train
+    config.update(epochs=4, batch_size=BATCH, learning_rate=0.1, weight_decay=0.5, clip_norm=6.0)
+    config.update(changes)
+    return config
+
+
+def trained(method, config, images, first=0, state=None, update=None):
+    """Every epoch from the first, each as training leaves it."""
+    optimizer = train.make_optimizer(config)
+    if state is None:
+        state = train.start(method.init(jax.random.key(1), images), optimizer, 0, [])
+    batches = training_batches([images], BATCH, seed=7, first_epoch=first)
+    update = update or train.make_update(method, optimizer)
+    rates = train.learning_rates(config, PER_EPOCH)
+    return train.epochs(update, state, batches, rates, jax.random.key(2), PER_EPOCH, config.epochs)
+
+
+def test_updates_are_those_of_adamw_with_a_clipped_norm():
+    """Decoupled weight decay (Loshchilov and Hutter, 2019), gradients clipped before the moments are taken."""
+    config = settings(schedule="step", drop_epoch=2)
+    method, data = pull(), images()
+    found = list(trained(method, config, data))
+    batches = iter(training_batches([data], BATCH, seed=7, first_epoch=0))
+
+    params = {k: np.asarray(v, np.float64) for k, v in method.init(jax.random.key(1), data)["params"].items()}
+    first, second = ({k: np.zeros_like(v) for k, v in params.items()} for _ in range(2))
+    clipped = []
+    for t in range(1, 4 * PER_EPOCH + 1):
+        numbers = next(batches).features["rgb"].astype(np.float64)
+        gradients = {k: p - numbers.mean() for k, p in params.items()}
+        norm = np.sqrt(sum((g**2).sum() for g in gradients.values()))
+        clipped.append(norm > 6)
+        rate = 0.1 if t <= 2 * PER_EPOCH else 0.01
+        for k, g in gradients.items():
+            g = g * min(1, 6 / norm)
+            first[k] = 0.9 * first[k] + 0.1 * g
+            second[k] = 0.999 * second[k] + 0.001 * g**2
+            direction = first[k] / (1 - 0.9**t) / (np.sqrt(second[k] / (1 - 0.999**t)) + 1e-8)
+            params[k] = params[k] - rate * (direction + (0.5 * params[k] if k in DECAYED else 0))
+        if t % PER_EPOCH == 0:
+            epoch = found[t // PER_EPOCH - 1]
+            assert epoch.number == t // PER_EPOCH - 1
+            for k, p in params.items():
+                np.testing.assert_allclose(epoch.state.variables["params"][k], p, rtol=1e-4, atol=1e-5, err_msg=k)
+    assert 2 < sum(clipped) < len(clipped) - 2  # both kinds occurred
+    assert len(found) == 4
+
+
+def test_the_losses_of_an_epoch_are_means_over_its_updates():
+    config = settings(learning_rate=0.0)
+    method, data = pull(), images()
+    params = method.init(jax.random.key(1), data)["params"]
+    batches = iter(training_batches([data], BATCH, seed=7, first_epoch=0))
+    for epoch in trained(method, config, data):
+        numbers = [next(batches).features["rgb"].astype(np.float64) for _ in range(PER_EPOCH)]
+        losses = [0.5 * sum(((p - x) ** 2).sum() for p in params.values()) for x in np.ravel(numbers)]
+        assert epoch.losses == {"loss": pytest.approx(np.mean(losses), rel=1e-5), "pull": epoch.losses["loss"]}
+
+
+def test_what_the_network_decays():
+    """Matrices, embeddings and queries; no bias, no norm's scale, nothing that shapes the scan's time."""
+    config = paper("1-0").model
+    config.update(width=8, heads=2, layers=1, hidden=12, patch_size=4, states=2)
+    batch = Batch(
+        {m: np.zeros((1, 16, 6), np.float32) for m in ("rgb", "depth")},
+        {m: np.zeros((1, 16, 16, 3), np.float32) for m in ("rgb", "depth")},
+        np.zeros(1, np.int32),
+    )
+    shapes = jax.eval_shape(lambda key: ib_iumad(config, ("rgb", "depth"), 3).init(key, batch), jax.random.key(0))
+    optimizer = train.make_optimizer(settings())
+
+    @jax.jit
+    def at_rest():
+        params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes["params"])
+        return optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)[0]
+
+    moved, kept, decayed = at_rest(), set(), set()
+    for path, change in jax.tree.leaves_with_path(moved):
+        (decayed if change.any() else kept).add(path[-1].key)
+    assert kept == {"A_log", "D", "bias", "dt_bias", "scale"}
+    assert decayed == {"kernel", "dt_proj", "x_proj", "row_position", "column_position", "decoder_0_query"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"schedule": "step", "drop_epoch": 2}, {0: 0.1, 9: 0.1, 10: 0.01, 19: 0.01}),
+        ({"schedule": "step", "drop_epoch": 800}, {0: 0.1, 19: 0.1}),
+        # 40 epochs of 5 updates: 10 of warm-up, then half a cosine over the 190 that remain.
+        ({"schedule": "cosine", "epochs": 40}, {0: 0, 5: 0.05, 10: 0.1, 105: 0.05, 190: 6.8188e-4, 200: 0}),
+        ({"schedule": "cosine"}, {0: 0, 1: 0.1, 19: 0.1 * (1 + np.cos(np.pi * 18 / 19)) / 2}),
+    ],
+)
+def test_learning_rates(changes, expected):
+    rates = train.learning_rates(settings(**changes), PER_EPOCH)
+    assert {update: float(rates(update)) for update in expected} == pytest.approx(expected, rel=1e-4, abs=1e-8)
+
+
+def test_unknown_schedule_is_refused():
+    with pytest.raises(UserError, match=r'config\.train\.schedule is "linear"; use one of step, cosine'):
+        train.learning_rates(settings(schedule="linear"), PER_EPOCH)
+
+
+def test_training_goes_on_as_if_it_had_never_stopped():
+    """From the numbers of an epoch's end alone: same keys, same order of images, same moments, bit by bit."""
+    method, config, data = pull(noise=1.0), settings(schedule="cosine"), images()
+    whole = list(trained(method, config, data))
+    assert len(whole) == 4
+    for stopped in whole[:3]:
+        done = stopped.number + 1
+        leaves = jax.tree.leaves(stopped.state.optimizer)
+        optimizer = train.make_optimizer(config)
+        state = train.start(stopped.state.variables, optimizer, done * PER_EPOCH, leaves)
+        rest = list(trained(method, config, data, first=done, state=state))
+        assert [epoch.number for epoch in rest] == list(range(done, 4))
+        for one, other in zip(whole[done:], rest, strict=True):
+            assert one.losses == other.losses
+            jax.tree.map(np.testing.assert_array_equal, one.state, other.state)
+    assert len({epoch.losses["loss"] for epoch in whole}) == 4
+
+
+def test_a_loss_that_is_not_finite_stops_training():
+    """An image without a number, left out of the first epoch, ends the run in the second, whose weights it spoils."""
+    data = images()
+    order = [batch.object_id for batch, _ in zip(training_batches([data], BATCH, 7, 0), range(10), strict=False)]
+    (broken,) = set(range(IMAGES)) - set(np.ravel(order[:PER_EPOCH]).tolist())
+    (update,) = [number for number, ids in enumerate(order[PER_EPOCH:]) if broken in ids]
+    data.features["rgb"][broken] = np.nan
+    epochs = trained(pull(), settings(), data)
+    assert np.isfinite(next(epochs).losses["loss"])
+    with pytest.raises(UserError, match=rf'loss "loss" became nan in update {update} of epoch 1; .* nothing of this'):
+        next(epochs)
+
+
+def test_the_update_is_compiled_once(caplog):
+    """After the first epoch nothing is, whether a step ends, another begins or a snapshot is resumed."""
+    method, config, data = pull(), settings(), images()
+    optimizer = train.make_optimizer(config)
+    update = train.make_update(method, optimizer)
+    epochs = trained(method, config, data, update=update)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING, logger="jax"):
+        next(epochs)
+        assert "Compiling" in caplog.text
+        caplog.clear()
+        (*_, last) = epochs
+        for done, leaves in [(0, []), (2, jax.tree.leaves(last.state.optimizer))]:
+            state = train.start(last.state.variables, optimizer, done * PER_EPOCH, leaves)
+            list(trained(method, config, images(1), done, state, update))
+    assert "Compiling" not in caplog.text

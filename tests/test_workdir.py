@@ -1,0 +1,86 @@
+"""A workdir belongs to one config."""
+
+import json
+
+import pytest
+
+from iumad_jax import workdir as workdirs
+from iumad_jax.config import paper
+from iumad_jax.errors import UserError
+
+
+def changed(**changes):
+    config = paper("6-1")
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def test_a_new_workdir_is_anyones_until_it_is_claimed(tmp_path):
+    folder = tmp_path / "runs" / "new"
+    workdirs.check(folder, paper("6-1"))
+    workdirs.check(folder, changed(seed=1))
+    assert not folder.exists()  # checking writes nothing
+    workdirs.claim(folder, paper("6-1"))
+    workdirs.claim(folder, paper("6-1"))
+    workdirs.check(folder, paper("6-1"))
+    assert json.loads((folder / "config.json").read_text())["model"]["jitter"] == {"scale": 20.0, "probability": 1.0}
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "pictures"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"seed": 3}, ["config.seed (0 there, 3 now)"]),
+        (
+            {"train.epochs": 5, "dataset.render.size": 64, "modality": "rgb"},
+            [
+                "config.train.epochs (800 there, 5 now)",
+                "config.dataset.render.size (256 there, 64 now)",
+                "config.modality (rgb+depth there, rgb now)",
+            ],
+        ),
+    ],
+)
+def test_another_config_is_refused_naming_every_key_that_differs(tmp_path, changes, told):
+    workdirs.claim(tmp_path, paper("6-1"))
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(UserError) as error:
+        workdirs.check(tmp_path, changed(**changes))
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path}: holds a run of another config, differing in config.")
+    assert message.endswith("; choose another --workdir.")
+    assert all(part in message for part in told)
+    assert message.count("there") == len(told)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_a_key_that_only_one_of_them_has_differs(tmp_path):
+    config = paper("6-1")
+    workdirs.claim(tmp_path, config)
+    del config.report.pictures_per_object
+    config.unlock()
+    config.train.momentum = 0.9
+    with pytest.raises(UserError) as error:
+        workdirs.check(tmp_path, config)
+    assert "config.report.pictures_per_object (6 there, None now)" in str(error.value)
+    assert "config.train.momentum (None there, 0.9 now)" in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "\xff", '{"seed": 0'])
+def test_a_damaged_note_is_told(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content.encode("latin1"))
+    with pytest.raises(UserError, match=r"config\.json: not the config of a run .*; choose another --workdir\."):
+        workdirs.check(tmp_path, paper("6-1"))
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/run: not a writable folder \(Not a directory\); choose another"):
+        workdirs.claim(tmp_path / "file" / "run", paper("6-1"))
+
+
+def test_a_full_disk_leaves_the_workdir_unclaimed(tmp_path, files_no_larger_than):
+    with files_no_larger_than(100), pytest.raises(UserError, match=r"cannot write .*config\.json: File too large"):
+        workdirs.claim(tmp_path, paper("6-1"))
+    assert [p.name for p in tmp_path.iterdir()] == ["pictures"]
+    workdirs.check(tmp_path, changed(seed=1))
