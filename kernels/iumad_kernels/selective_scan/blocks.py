@@ -70,10 +70,10 @@ class Blocks(NamedTuple):
         """The inverse of `of_state`."""
         return self.to_channels(array.swapaxes(-2, -3), channels).swapaxes(-1, -2)
 
-    def block(self, number: Array) -> "Block":
-        """One of the `number(batch)` blocks."""
+    def block(self, number: Array, first: int) -> "Block":
+        """One of the blocks of the sequences from `first` on."""
         in_sequence = self.all_groups * self.parts // self.groups
-        return Block(self, number // in_sequence * self.batch, number % in_sequence * self.groups)
+        return Block(self, first, number // in_sequence * self.batch, number % in_sequence * self.groups)
 
     def number(self, batch: int) -> int:
         """How many blocks there are."""
@@ -81,16 +81,17 @@ class Blocks(NamedTuple):
 
 
 class Block(NamedTuple):
-    """The place of one block in the arrays."""
+    """The place of one block in the arrays: those read have all sequences, those written have them from `first` on."""
 
     blocks: Blocks
-    b: Array  # its first sequence
+    first: int  # sequence in the arrays written
+    b: Array  # its first sequence, counted from `first`
     g: Array  # its first part of a group
 
     def read(self, array: Array, c: Array) -> Array:
         """Chunk c of what is (batch, chunks, ...): (positions, batch, groups, width or states)."""
         sizes = (self.blocks.batch, 1, self.blocks.positions, self.blocks.groups, array.shape[4])
-        return dynamic_slice(array, self._start(array, c), sizes)[:, 0].swapaxes(0, 1)
+        return dynamic_slice(array, self._start(array, c, self.first), sizes)[:, 0].swapaxes(0, 1)
 
     def write(self, array: Array, values: dict[int, Array], c: Array) -> Array:
         """The array with these values, by position, as its chunk c."""
@@ -99,12 +100,12 @@ class Block(NamedTuple):
 
     def add(self, array: Array, values: dict[int, Array], c: Array) -> Array:
         """The array with these values, by position, added to its chunk c."""
-        old = self.read(array, c)
+        old = self._replace(first=0).read(array, c)
         return self.write(array, {t: old[t] + value for t, value in values.items()}, c)
 
-    def _start(self, array: Array, c: Array) -> tuple[Array | int, ...]:
+    def _start(self, array: Array, c: Array, first: int = 0) -> tuple[Array | int, ...]:
         of_groups = array.shape[3] == self.blocks.all_groups
-        return self.b, c, 0, self.g // self.blocks.parts if of_groups else self.g, 0
+        return first + self.b, c, 0, self.g // self.blocks.parts if of_groups else self.g, 0
 
     def read_parameter(self, array: Array) -> Array:
         """(groups * parts, states, width) here."""
@@ -112,7 +113,9 @@ class Block(NamedTuple):
 
     def read_state(self, array: Array) -> Array:
         """(batch, groups * parts, states, width) here."""
-        return dynamic_slice(array, (self.b, self.g, 0, 0), (self.blocks.batch, self.blocks.groups, *array.shape[2:]))
+        return dynamic_slice(
+            array, (self.first + self.b, self.g, 0, 0), (self.blocks.batch, self.blocks.groups, *array.shape[2:])
+        )
 
     def write_state(self, array: Array, state: Array) -> Array:
         """The array with this state here."""
@@ -121,7 +124,7 @@ class Block(NamedTuple):
     def read_start(self, array: Array, c: Array) -> Array:
         """The state before chunk c, from (batch, chunks, groups * parts, states, width)."""
         sizes = (self.blocks.batch, 1, self.blocks.groups, *array.shape[3:])
-        return dynamic_slice(array, (self.b, c, self.g, 0, 0), sizes)[:, 0]
+        return dynamic_slice(array, (self.first + self.b, c, self.g, 0, 0), sizes)[:, 0]
 
     def write_start(self, array: Array, state: Array, c: Array) -> Array:
         """The array with this state as the one before chunk c."""
