@@ -16,6 +16,7 @@ from jax import Array
 from iumad_kernels.selective_scan import reference
 from iumad_kernels.selective_scan.blocks import Blocks
 from iumad_kernels.selective_scan.rules import differentiable
+from iumad_kernels.selective_scan.softplus import softplus
 
 # Without it, XLA would rather compute a state again from the chunk's first one than read it.
 _keep = jax.lax.optimization_barrier
@@ -55,7 +56,7 @@ def _forward(sequences: dict, parameters: dict, *, delta_softplus: bool, reverse
     if parameters["delta_bias"] is not None:
         d += parameters["delta_bias"].astype(dtype)[None, None]
     if delta_softplus:
-        d = _softplus(d)
+        d = softplus(d)
     h = jnp.zeros((batch, channels, B.shape[3]), dtype) if h is None else h.astype(dtype)
 
     walk = functools.partial(_walk, A=blocks.of_state(parameters["A"].astype(dtype)), blocks=blocks, reverse=reverse)
@@ -115,14 +116,6 @@ def _two_halves(walk: Callable[[range], tuple[Array, ...]], batch: int) -> tuple
         return walk(range(batch))
     halves = walk(range(batch // 2)), walk(range(batch // 2, batch))
     return tuple(map(jnp.concatenate, zip(*halves, strict=True)))
-
-
-def _softplus(x: Array) -> Array:
-    """log(1 + exp(x)) without overflow and with its tail; several times as fast on CPU as `jnp.logaddexp`."""
-    small = jnp.exp(-jnp.abs(x))
-    w = small / (2 + small)  # log(1 + small) = 2 artanh(w), and w is at most 1/3
-    series = sum(w ** (2 * k) / (2 * k + 1) for k in range(8 if x.dtype == jnp.float32 else 17))
-    return jnp.maximum(x, 0) + 2 * w * series
 
 
 def _walk(

@@ -1,0 +1,296 @@
+"""The selective scan as two Pallas Mosaic GPU kernels, for NVIDIA Hopper and newer.
+
+A block of threads, one warpgroup, walks all positions of one sequence for 8 to 32 channels a warp. Its state stays in
+registers; a tile of positions at a time comes in by TMA while the tile before is worked on. The forward kernel saves
+the state before each tile; the backward kernel walks the tiles from the last to the first, and in each of them first
+recomputes the states, into shared memory, then propagates the gradients. All sums over threads are shuffles within a
+warp: gradients of B and C leave the kernel as one partial sum per warp and are added up outside, so that no atomics
+are needed and results are the same every time.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from iumad_kernels.selective_scan import reference
+from iumad_kernels.selective_scan.rules import differentiable
+from iumad_kernels.selective_scan.softplus import softplus
+
+TILE = 8
+WARPS = 4
+MAX_STATES = 128
+LOG2_E = math.log2(math.e)
+
+interpret: Any = None  # plgpu.InterpretGPUParams for the kernels to run on CPU, in tests
+
+
+def selective_scan(
+    x: Array,
+    delta: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None = None,
+    z: Array | None = None,
+    delta_bias: Array | None = None,
+    initial_state: Array | None = None,
+    *,
+    delta_softplus: bool,
+    reverse: bool,
+) -> tuple[Array, Array]:
+    """See `iumad_kernels.selective_scan`; B and C are (batch, length, groups, states)."""
+    options: dict[str, Any] = {"delta_softplus": delta_softplus, "reverse": reverse}
+    scan = differentiable(
+        functools.partial(_forward, **options),
+        functools.partial(_backward, **options),
+        lambda sequences, parameters: reference.selective_scan(**sequences, **parameters, **options),
+    )
+    sequences = {"x": x, "delta": delta, "B": B, "C": C, "z": z, "initial_state": initial_state}
+    return scan(sequences, {"A": A, "D": D, "delta_bias": delta_bias})
+
+
+class Tiling(NamedTuple):
+    """How arrays are laid out for the kernels.
+
+    What has channels is (..., blocks, WARPS, width), a state (..., blocks, WARPS, states, width): a block of channels
+    for each block of threads, a width of them for each warp.
+    """
+
+    length: int
+    channels: int
+    groups: int
+    states: int
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.length // TILE)
+
+    @property
+    def padded_states(self) -> int:
+        return self.states + -self.states % 4
+
+    @property
+    def width(self) -> int:
+        """So many that a thread has at most 16 elements of a state, or 32 if there are more than 64 states."""
+        return 32 if self.states <= 16 else 16 if self.states <= 32 else 8
+
+    @property
+    def blocks_of_group(self) -> int:
+        return -(-self.channels // self.groups // (WARPS * self.width))
+
+    def of_positions(self, array: Array) -> Array:
+        """(batch, length, ...) padded to whole tiles."""
+        padding = [(0, 0)] * array.ndim
+        padding[1] = (0, self.tiles * TILE - self.length)
+        return jnp.pad(array, padding)
+
+    def of_channels(self, array: Array) -> Array:
+        """(..., channels) as (..., blocks, WARPS, width)."""
+        array = array.reshape(*array.shape[:-1], self.groups, self.channels // self.groups)
+        missing = self.blocks_of_group * WARPS * self.width - array.shape[-1]
+        array = jnp.pad(array, (*[(0, 0)] * (array.ndim - 1), (0, missing)))
+        return array.reshape(*array.shape[:-2], self.groups * self.blocks_of_group, WARPS, self.width)
+
+    def to_channels(self, array: Array) -> Array:
+        """The inverse of `of_channels`."""
+        array = array.reshape(*array.shape[:-3], self.groups, -1)[..., : self.channels // self.groups]
+        return array.reshape(*array.shape[:-2], self.channels)
+
+    def of_sequence(self, array: Array) -> Array:
+        """(batch, length, channels) as (batch, positions of all tiles, blocks, WARPS, width)."""
+        return self.of_channels(self.of_positions(array))
+
+    def to_sequence(self, array: Array) -> Array:
+        """The inverse of `of_sequence`."""
+        return self.to_channels(array)[:, : self.length]
+
+    def of_state(self, array: Array) -> Array:
+        """(..., channels, states) as (..., blocks, WARPS, states, width), float32."""
+        array = array.astype(jnp.float32).swapaxes(-1, -2)
+        array = jnp.pad(array, (*[(0, 0)] * (array.ndim - 2), (0, self.padded_states - self.states), (0, 0)))
+        return jnp.moveaxis(self.of_channels(array), -4, -2)
+
+    def to_state(self, array: Array) -> Array:
+        """The inverse of `of_state`."""
+        return self.to_channels(jnp.moveaxis(array, -2, -4)).swapaxes(-1, -2)[..., : self.states]
+
+    def of_projection(self, array: Array) -> Array:
+        """B or C, (batch, length, groups, states), padded, float32."""
+        padding = ((0, 0), (0, 0), (0, 0), (0, self.padded_states - self.states))
+        return self.of_positions(jnp.pad(array.astype(jnp.float32), padding))
+
+    def to_projection(self, partial_sums: Array) -> Array:
+        """The gradient of B or C from (batch, positions, blocks, WARPS, states)."""
+        batch, positions, *_, states = partial_sums.shape
+        return partial_sums.reshape(batch, positions, self.groups, -1, states).sum(3)[:, : self.length, :, : self.states]
+
+
+class Layouts:
+    """Which thread holds what of a state, (WARPS, states, width), and of its rows along states and along channels."""
+
+    def __init__(self, tiling: Tiling, channels_of_thread: int):
+        self.shape = (WARPS, tiling.padded_states, tiling.width)
+        lanes = tiling.width // channels_of_thread
+        lane_dims = (-2,) if lanes == 32 else (-3, -2)
+        tile = (WARPS, 32 // lanes, tiling.width)
+        self.state = plgpu.Layout.TILED(
+            plgpu.Tiling((tile, (channels_of_thread,))), warp_dims=(-4,), lane_dims=lane_dims, vector_dim=-1
+        )
+        self.channels, self.states = self.state.reduce(1), self.state.reduce((0, 2))
+
+    def row(self, values: Array) -> Array:
+        """One position's (WARPS, width), in float32."""
+        return plgpu.layout_cast(values, self.channels).astype(jnp.float32)
+
+    def over_states(self, row: Array) -> Array:
+        """(WARPS, width) for every state."""
+        return plgpu.layout_cast(jax.lax.broadcast_in_dim(row, self.shape, (0, 2)), self.state)
+
+    def over_channels(self, values: Array) -> Array:
+        """(states,) for every channel."""
+        values = plgpu.layout_cast(values, self.states)
+        return plgpu.layout_cast(jax.lax.broadcast_in_dim(values, self.shape, (1,)), self.state)
+
+    def zeros(self) -> Array:
+        """A state of zeros."""
+        return plgpu.layout_cast(jnp.zeros(self.shape, jnp.float32), self.state)
+
+
+def _kernel(body: Callable[..., None], outputs: Any, batch: int, blocks: int, scratch: dict[str, Any]) -> Callable:
+    params = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
+    return plgpu.kernel(
+        body,
+        out_type=outputs,
+        scratch_types=scratch,
+        grid=(batch, blocks),
+        grid_names=("sequence", "block"),
+        compiler_params=params,
+        interpret=interpret,
+    )
+
+
+def _forward(
+    sequences: dict, parameters: dict, *, delta_softplus: bool, reverse: bool, differentiated: bool = True
+) -> tuple[tuple, dict]:
+    x, B, z, h = (sequences[name] for name in ("x", "B", "z", "initial_state"))
+    batch, length, channels = x.shape
+    tiling = Tiling(length, channels, *B.shape[2:])
+    layouts = Layouts(tiling, channels_of_thread=1)
+    tiles = tiling.tiles
+    inputs = {
+        "x": tiling.of_sequence(x),
+        "delta": tiling.of_sequence(sequences["delta"]),
+        "B": tiling.of_projection(B),
+        "C": tiling.of_projection(sequences["C"]),
+        "z": None if z is None else tiling.of_sequence(z),
+        "A": tiling.of_state(parameters["A"]) * LOG2_E,
+        "h": None if h is None else tiling.of_state(h),
+        "D": _of_parameter(tiling, parameters["D"]),
+        "bias": _of_parameter(tiling, parameters["delta_bias"]),
+    }
+    blocks = inputs["x"].shape[2]
+    sequence = jax.ShapeDtypeStruct(inputs["x"].shape, jnp.float32)
+    state = jax.ShapeDtypeStruct((batch, blocks, *layouts.shape), jnp.float32)
+    outputs = {"y": jax.ShapeDtypeStruct(sequence.shape, x.dtype), "h": state}
+    if differentiated:
+        outputs |= {"d": sequence, "starts": jax.ShapeDtypeStruct((batch * tiles * blocks, *layouts.shape), jnp.float32)}
+        outputs |= {} if z is None else {"scanned": sequence}
+
+    def body(given: dict, made: dict, barrier: Any, **scratch: Any) -> None:
+        b, j = jax.lax.axis_index("sequence"), jax.lax.axis_index("block")
+
+        def fetched(name: str, *at: Array) -> Array | None:
+            if given[name] is None:
+                return None
+            plgpu.copy_gmem_to_smem(given[name].at[at], scratch[name], barrier)
+            plgpu.barrier_wait(barrier)
+            layout = layouts.state if name in ("A", "h") else layouts.channels
+            return plgpu.layout_cast(scratch[name][...], layout)
+
+        A, D, bias, h = fetched("A", j), fetched("D", j), fetched("bias", j), fetched("h", b, j)
+
+        def tile(index: tuple[Array], x_s: Any, delta_s: Any, B_s: Any, C_s: Any, *rest: Any) -> Array:
+            *z_s, h = rest
+            first = _in_order(index[0], tiles, reverse) * TILE
+            if differentiated:
+                made["starts"][_start(index[0], b, j, tiles, blocks, reverse)] = h
+
+            def position(t: Array, h: Array) -> Array:
+                t = _in_order(t, TILE, reverse)
+                at = b, first + t, j
+                x, d = layouts.row(x_s[t]), layouts.row(delta_s[t])
+                if bias is not None:
+                    d += bias
+                if delta_softplus:
+                    d = softplus(d)
+                if tiles * TILE > length:
+                    d *= (first + t < length).astype(jnp.float32)  # a step of size 0 changes nothing
+                decay = jnp.exp2(layouts.over_states(d) * A)
+                h = decay * h + layouts.over_states(d * x) * layouts.over_channels(B_s[t])
+                y = (h * layouts.over_channels(C_s[t])).sum(1)
+                if D is not None:
+                    y += D * x
+                if differentiated:
+                    made["d"][at] = d
+                if z_s:
+                    if differentiated:
+                        made["scanned"][at] = y
+                    gate = layouts.row(z_s[0][t])
+                    y *= gate / (1 + jnp.exp(-gate))
+                made["y"][at] = y.astype(x_s.dtype)
+                return h
+
+            h = jax.lax.fori_loop(0, TILE, position, h)
+            plgpu.commit_smem()
+            return h
+
+        h = layouts.zeros() if h is None else h
+        group = j // tiling.blocks_of_group
+        moving = [given["x"].at[b, :, j], given["delta"].at[b, :, j], given["B"].at[b, :, group], given["C"].at[b, :, group]]
+        if given["z"] is not None:
+            moving.append(given["z"].at[b, :, j])
+        made["h"][b, j] = plgpu.emit_pipeline(
+            tile,
+            grid=(tiles,),
+            in_specs=[_tiles_of(ref, tiles, reverse) for ref in moving],
+            max_concurrent_steps=2,
+            init_carry=h,
+        )(*moving)
+
+    names = [name for name, array in inputs.items() if array is not None]
+
+    def with_names(*refs: Any, **scratch: Any) -> None:
+        given = dict.fromkeys(inputs) | dict(zip(names, refs, strict=False))
+        body(given, dict(zip(outputs, refs[len(names) :], strict=True)), **scratch)
+
+    scratch = {name: plgpu.SMEM(inputs[name].shape[-len(layouts.shape) + (name in ("D", "bias")) :], jnp.float32) for name in ("A", "h", "D", "bias") if name in names}
+    scratch["barrier"] = plgpu.Barrier()
+    results = _kernel(with_names, tuple(outputs.values()), batch, blocks, scratch)(*(inputs[name] for name in names))
+    made = dict(zip(outputs, results, strict=True))
+    y, h = tiling.to_sequence(made.pop("y")), tiling.to_state(made.pop("h"))
+    return (y, h), made
+
+
+def _of_parameter(tiling: Tiling, parameter: Array | None) -> Array | None:
+    return None if parameter is None else tiling.of_channels(parameter.astype(jnp.float32))
+
+
+def _in_order(index: Array, number: int, reverse: bool) -> Array:
+    return number - 1 - index if reverse else index
+
+
+def _start(index: Array, b: Array, j: Array, tiles: int, blocks: int, reverse: bool) -> Array:
+    return (b * tiles + _in_order(index, tiles, reverse)) * blocks + j
+
+
+def _tiles_of(ref: Any, tiles: int, reverse: bool) -> plgpu.BlockSpec:
+    shape = (TILE, *ref.shape[1:])
+    return plgpu.BlockSpec(
+        shape, lambda index: (_in_order(index, tiles, reverse), *[0] * (len(shape) - 1)), delay_release=1
+    )
