@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from iumad_kernels.selective_scan import reference
@@ -162,17 +163,44 @@ class Layouts:
         return plgpu.layout_cast(jnp.zeros(self.shape, jnp.float32), self.state)
 
 
-def _kernel(body: Callable[..., None], outputs: Any, batch: int, blocks: int, scratch: dict[str, Any]) -> Callable:
-    params = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
-    return plgpu.kernel(
-        body,
-        out_type=outputs,
-        scratch_types=scratch,
+def _run(
+    body: Callable[..., None], inputs: dict, outputs: dict, layouts: Layouts, batch: int, blocks: int, **scratch: Any
+) -> dict:
+    """Runs body(sequence, block, inputs, outputs, fetched, **scratch) for every sequence and block of channels.
+
+    fetched(name, *at) is what an input has at that place: a state, or a row of channels.
+    """
+    given_names = [name for name, array in inputs.items() if array is not None]
+    kept = {name: inputs[name] for name in ("A", "h", "D", "bias") if name in given_names}
+    of_states = {name: name in ("A", "h") for name in kept}
+    places = {
+        name: plgpu.SMEM(array.shape[-3 if of_states[name] else -2 :], jnp.float32) for name, array in kept.items()
+    }
+
+    def with_names(*refs: Any, places: dict, barrier: Any, **scratch: Any) -> None:
+        given = dict.fromkeys(inputs) | dict(zip(given_names, refs, strict=False))
+        made = dict(zip(outputs, refs[len(given_names) :], strict=True))
+
+        def fetched(name: str, *at: Array) -> Array | None:
+            if given[name] is None:
+                return None
+            plgpu.copy_gmem_to_smem(given[name].at[at], places[name], barrier)
+            plgpu.barrier_wait(barrier)
+            return plgpu.layout_cast(places[name][...], layouts.state if of_states[name] else layouts.channels)
+
+        b, j = jax.lax.axis_index("sequence"), jax.lax.axis_index("block")
+        body(b, j, given, made, fetched, **scratch)
+
+    kernel = plgpu.kernel(
+        with_names,
+        out_type=tuple(outputs.values()),
+        scratch_types={"places": places, "barrier": plgpu.Barrier(), **scratch},
         grid=(batch, blocks),
         grid_names=("sequence", "block"),
-        compiler_params=params,
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
     )
+    return dict(zip(outputs, kernel(*(inputs[name] for name in given_names)), strict=True))
 
 
 def _forward(
@@ -202,17 +230,7 @@ def _forward(
         outputs |= {"d": sequence, "starts": jax.ShapeDtypeStruct((batch * tiles * blocks, *layouts.shape), jnp.float32)}
         outputs |= {} if z is None else {"scanned": sequence}
 
-    def body(given: dict, made: dict, barrier: Any, **scratch: Any) -> None:
-        b, j = jax.lax.axis_index("sequence"), jax.lax.axis_index("block")
-
-        def fetched(name: str, *at: Array) -> Array | None:
-            if given[name] is None:
-                return None
-            plgpu.copy_gmem_to_smem(given[name].at[at], scratch[name], barrier)
-            plgpu.barrier_wait(barrier)
-            layout = layouts.state if name in ("A", "h") else layouts.channels
-            return plgpu.layout_cast(scratch[name][...], layout)
-
+    def body(b: Array, j: Array, given: dict, made: dict, fetched: Callable) -> None:
         A, D, bias, h = fetched("A", j), fetched("D", j), fetched("bias", j), fetched("h", b, j)
 
         def tile(index: tuple[Array], x_s: Any, delta_s: Any, B_s: Any, C_s: Any, *rest: Any) -> Array:
@@ -263,18 +281,137 @@ def _forward(
             init_carry=h,
         )(*moving)
 
-    names = [name for name, array in inputs.items() if array is not None]
-
-    def with_names(*refs: Any, **scratch: Any) -> None:
-        given = dict.fromkeys(inputs) | dict(zip(names, refs, strict=False))
-        body(given, dict(zip(outputs, refs[len(names) :], strict=True)), **scratch)
-
-    scratch = {name: plgpu.SMEM(inputs[name].shape[-len(layouts.shape) + (name in ("D", "bias")) :], jnp.float32) for name in ("A", "h", "D", "bias") if name in names}
-    scratch["barrier"] = plgpu.Barrier()
-    results = _kernel(with_names, tuple(outputs.values()), batch, blocks, scratch)(*(inputs[name] for name in names))
-    made = dict(zip(outputs, results, strict=True))
+    made = _run(body, inputs, outputs, layouts, batch, blocks)
     y, h = tiling.to_sequence(made.pop("y")), tiling.to_state(made.pop("h"))
     return (y, h), made
+
+
+
+def _backward(
+    sequences: dict, parameters: dict, residuals: dict, cotangents: tuple, *, delta_softplus: bool, reverse: bool
+) -> tuple[dict, dict]:
+    x, B, z = (sequences[name] for name in ("x", "B", "z"))
+    batch, length, channels = x.shape
+    tiling = Tiling(length, channels, *B.shape[2:])
+    layouts = Layouts(tiling, channels_of_thread=tiling.width // 8)
+    tiles = tiling.tiles
+    dy, dh = cotangents
+    of_sequences, of_parameters = dict.fromkeys(sequences), dict.fromkeys(parameters)
+    if z is not None:
+        gate, gate_backward = jax.vjp(jax.nn.silu, z.astype(jnp.float32))
+        of_sequences["z"] = gate_backward(dy.astype(jnp.float32) * tiling.to_sequence(residuals["scanned"]))[0]
+        dy = dy.astype(jnp.float32) * gate
+    inputs = {
+        "x": tiling.of_sequence(x),
+        "d": residuals["d"],
+        "dy": tiling.of_sequence(dy),
+        "B": tiling.of_projection(B),
+        "C": tiling.of_projection(sequences["C"]),
+        "starts": residuals["starts"],
+        "A": tiling.of_state(parameters["A"]),
+        "h": tiling.of_state(dh),
+        "D": _of_parameter(tiling, parameters["D"]),
+    }
+    blocks = inputs["x"].shape[2]
+    sequence = jax.ShapeDtypeStruct(inputs["x"].shape, jnp.float32)
+    state = jax.ShapeDtypeStruct((batch, blocks, *layouts.shape), jnp.float32)
+    of_channels = jax.ShapeDtypeStruct((batch, *sequence.shape[2:]), jnp.float32)
+    partial_sums = jax.ShapeDtypeStruct((*sequence.shape[:3], *layouts.shape[:2]), jnp.float32)
+    outputs = {
+        "x": jax.ShapeDtypeStruct(sequence.shape, x.dtype),
+        "delta": jax.ShapeDtypeStruct(sequence.shape, sequences["delta"].dtype),
+        "B": partial_sums,
+        "C": partial_sums,
+        "A": state,
+        "h": state,
+        "D": of_channels,
+        "bias": of_channels,
+    }
+
+    def body(b: Array, j: Array, given: dict, made: dict, fetched: Callable, states: Any, dB_s: Any, dC_s: Any) -> None:
+        A, D, dh = fetched("A", j), fetched("D", j), fetched("h", b, j)
+
+        def tile(index: tuple[Array], x_s: Any, d_s: Any, dy_s: Any, B_s: Any, C_s: Any, start_s: Any, carry: Any) -> Any:
+            first = _in_order(index[0], tiles, not reverse) * TILE
+
+            def recompute(t: Array, h: Array) -> Array:
+                t = _in_order(t, TILE, reverse)
+                states[t] = h
+                x, d, dy = layouts.row(x_s[t]), layouts.row(d_s[t]), layouts.row(dy_s[t])
+                decay = jnp.exp2(layouts.over_states(d * LOG2_E) * A)
+                h = decay * h + layouts.over_states(d * x) * layouts.over_channels(B_s[t])
+                dC_s[t] = (h * layouts.over_states(dy)).sum(2)
+                return h
+
+            def propagate(t: Array, carry: Any) -> Any:
+                dh, dA, dD, dbias = carry
+                t = _in_order(t, TILE, not reverse)
+                at = b, first + t, j
+                x, d, dy = layouts.row(x_s[t]), layouts.row(d_s[t]), layouts.row(dy_s[t])
+                dh += layouts.over_states(dy) * layouts.over_channels(C_s[t])
+                dB_s[t] = (dh * layouts.over_states(d * x)).sum(2)
+                du = (dh * layouts.over_channels(B_s[t])).sum(1)
+                dh *= jnp.exp2(layouts.over_states(d * LOG2_E) * A)
+                of_exponent = dh * plgpu.layout_cast(states[t], layouts.state)
+                dA += of_exponent * layouts.over_states(d)
+                dx, dd = du * d, du * x + (of_exponent * A).sum(1)
+                if D is not None:
+                    dx += D * dy
+                    dD += dy * x
+                if delta_softplus:
+                    dd *= _sigmoid(d)
+                dbias += dd
+                made["x"][at], made["delta"][at] = dx.astype(x_s.dtype), dd.astype(outputs["delta"].dtype)
+                return dh, dA, dD, dbias
+
+            jax.lax.fori_loop(0, TILE, recompute, plgpu.layout_cast(start_s[0], layouts.state))
+            carry = jax.lax.fori_loop(0, TILE, propagate, carry)
+            plgpu.commit_smem()
+            for name, sums in (("B", dB_s), ("C", dC_s)):
+                plgpu.copy_smem_to_gmem(sums, made[name].at[b, pl.ds(first, TILE), j])
+            plgpu.wait_smem_to_gmem(0)
+            return carry
+
+        group = j // tiling.blocks_of_group
+        moving = [given[name].at[b, :, j] for name in ("x", "d", "dy")]
+        moving += [given[name].at[b, :, group] for name in ("B", "C")]
+        row = plgpu.layout_cast(jnp.zeros((WARPS, tiling.width), jnp.float32), layouts.channels)
+        dh, dA, dD, dbias = plgpu.emit_pipeline(
+            tile,
+            grid=(tiles,),
+            in_specs=[
+                *(_tiles_of(ref, tiles, not reverse) for ref in moving),
+                plgpu.BlockSpec(
+                    (1, *layouts.shape),
+                    lambda index: (_start(index, b, j, tiles, blocks, not reverse), 0, 0, 0),
+                    delay_release=1,
+                ),
+            ],
+            max_concurrent_steps=2,
+            init_carry=(dh, layouts.zeros(), row, row),
+        )(*moving, given["starts"])
+        made["A"][b, j], made["h"][b, j], made["D"][b, j], made["bias"][b, j] = dA, dh, dD, dbias
+
+    scratch = {
+        "states": plgpu.SMEM((TILE, *layouts.shape), jnp.float32),
+        "dB_s": plgpu.SMEM((TILE, *layouts.shape[:2]), jnp.float32),
+        "dC_s": plgpu.SMEM((TILE, *layouts.shape[:2]), jnp.float32),
+    }
+    made = _run(body, inputs, outputs, layouts, batch, blocks, **scratch)
+    of_sequences |= {name: tiling.to_sequence(made[name]) for name in ("x", "delta")}
+    of_sequences |= {name: tiling.to_projection(made[name]) for name in ("B", "C")}
+    of_parameters["A"] = tiling.to_state(made["A"])
+    if sequences["initial_state"] is not None:
+        of_sequences["initial_state"] = tiling.to_state(made["h"])
+    for name, key in (("D", "D"), ("delta_bias", "bias")):
+        if parameters[name] is not None:
+            of_parameters[name] = tiling.to_channels(made[key])
+    return jax.tree.map(lambda gradient, of: gradient.astype(of.dtype), of_sequences, sequences), of_parameters
+
+
+def _sigmoid(d: Array) -> Array:
+    """softplus' derivative from its value d, 1 - exp(-d), also where d is small."""
+    return jnp.where(d < 0.03, d * (1 - d * (1 / 2 - d * (1 / 6 - d / 24))), 1 - jnp.exp(-d))
 
 
 def _of_parameter(tiling: Tiling, parameter: Array | None) -> Array | None:
