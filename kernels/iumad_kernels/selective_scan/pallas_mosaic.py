@@ -11,7 +11,7 @@ are needed and results are the same every time.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +22,24 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from iumad_kernels.selective_scan import reference
 from iumad_kernels.selective_scan.rules import differentiable
 from iumad_kernels.selective_scan.softplus import softplus
+from iumad_kernels.selective_scan.tiling import TILE, WARPS, Tiling
 
-TILE = 8
-WARPS = 4
 MAX_STATES = 128
 LOG2_E = math.log2(math.e)
 
-interpret: Any = None  # plgpu.InterpretGPUParams for the kernels to run on CPU, in tests
+interpret: Any = None  # plgpu.InterpretGPUParams, for the kernels to run on CPU in tests
+
+
+def obstacle(dtype: Any, states: int) -> str | None:
+    """What keeps the kernels from running on the default device, if anything does."""
+    device = jax.devices()[0]
+    if device.platform != "gpu" or float(getattr(device, "compute_capability", 0)) < 9:
+        return f"it needs an NVIDIA GPU of compute capability 9.0 (Hopper) or newer; found {device.device_kind}"
+    if dtype == jnp.float64:
+        return "it computes in float32; x is float64"
+    if states > MAX_STATES:
+        return f"it takes up to {MAX_STATES} states; got {states}"
+    return None
 
 
 def selective_scan(
@@ -54,82 +65,6 @@ def selective_scan(
     )
     sequences = {"x": x, "delta": delta, "B": B, "C": C, "z": z, "initial_state": initial_state}
     return scan(sequences, {"A": A, "D": D, "delta_bias": delta_bias})
-
-
-class Tiling(NamedTuple):
-    """How arrays are laid out for the kernels.
-
-    What has channels is (..., blocks, WARPS, width), a state (..., blocks, WARPS, states, width): a block of channels
-    for each block of threads, a width of them for each warp.
-    """
-
-    length: int
-    channels: int
-    groups: int
-    states: int
-
-    @property
-    def tiles(self) -> int:
-        return -(-self.length // TILE)
-
-    @property
-    def padded_states(self) -> int:
-        return self.states + -self.states % 4
-
-    @property
-    def width(self) -> int:
-        """So many that a thread has at most 16 elements of a state, or 32 if there are more than 64 states."""
-        return 32 if self.states <= 16 else 16 if self.states <= 32 else 8
-
-    @property
-    def blocks_of_group(self) -> int:
-        return -(-self.channels // self.groups // (WARPS * self.width))
-
-    def of_positions(self, array: Array) -> Array:
-        """(batch, length, ...) padded to whole tiles."""
-        padding = [(0, 0)] * array.ndim
-        padding[1] = (0, self.tiles * TILE - self.length)
-        return jnp.pad(array, padding)
-
-    def of_channels(self, array: Array) -> Array:
-        """(..., channels) as (..., blocks, WARPS, width)."""
-        array = array.reshape(*array.shape[:-1], self.groups, self.channels // self.groups)
-        missing = self.blocks_of_group * WARPS * self.width - array.shape[-1]
-        array = jnp.pad(array, (*[(0, 0)] * (array.ndim - 1), (0, missing)))
-        return array.reshape(*array.shape[:-2], self.groups * self.blocks_of_group, WARPS, self.width)
-
-    def to_channels(self, array: Array) -> Array:
-        """The inverse of `of_channels`."""
-        array = array.reshape(*array.shape[:-3], self.groups, -1)[..., : self.channels // self.groups]
-        return array.reshape(*array.shape[:-2], self.channels)
-
-    def of_sequence(self, array: Array) -> Array:
-        """(batch, length, channels) as (batch, positions of all tiles, blocks, WARPS, width)."""
-        return self.of_channels(self.of_positions(array))
-
-    def to_sequence(self, array: Array) -> Array:
-        """The inverse of `of_sequence`."""
-        return self.to_channels(array)[:, : self.length]
-
-    def of_state(self, array: Array) -> Array:
-        """(..., channels, states) as (..., blocks, WARPS, states, width), float32."""
-        array = array.astype(jnp.float32).swapaxes(-1, -2)
-        array = jnp.pad(array, (*[(0, 0)] * (array.ndim - 2), (0, self.padded_states - self.states), (0, 0)))
-        return jnp.moveaxis(self.of_channels(array), -4, -2)
-
-    def to_state(self, array: Array) -> Array:
-        """The inverse of `of_state`."""
-        return self.to_channels(jnp.moveaxis(array, -2, -4)).swapaxes(-1, -2)[..., : self.states]
-
-    def of_projection(self, array: Array) -> Array:
-        """B or C, (batch, length, groups, states), padded, float32."""
-        padding = ((0, 0), (0, 0), (0, 0), (0, self.padded_states - self.states))
-        return self.of_positions(jnp.pad(array.astype(jnp.float32), padding))
-
-    def to_projection(self, partial_sums: Array) -> Array:
-        """The gradient of B or C from (batch, positions, blocks, WARPS, states)."""
-        batch, positions, *_, states = partial_sums.shape
-        return partial_sums.reshape(batch, positions, self.groups, -1, states).sum(3)[:, : self.length, :, : self.states]
 
 
 class Layouts:
@@ -164,37 +99,43 @@ class Layouts:
 
 
 def _run(
-    body: Callable[..., None], inputs: dict, outputs: dict, layouts: Layouts, batch: int, blocks: int, **scratch: Any
+    body: Callable[..., None], inputs: dict, outputs: dict, layouts: Layouts, *, states: int, **scratch: Any
 ) -> dict:
-    """Runs body(sequence, block, inputs, outputs, fetched, **scratch) for every sequence and block of channels.
+    """Runs body(sequence, block, inputs, outputs, fetched, states, **scratch) for every sequence and block of channels.
 
-    fetched(name, *at) is what an input has at that place: a state, or a row of channels.
+    fetched(name, *at) is what an input has at that place: a state, or a row of channels. states is room in shared
+    memory for so many states.
     """
+    batch, _, blocks = inputs["x"].shape[:3]
     given_names = [name for name, array in inputs.items() if array is not None]
-    kept = {name: inputs[name] for name in ("A", "h", "D", "bias") if name in given_names}
-    of_states = {name: name in ("A", "h") for name in kept}
-    places = {
-        name: plgpu.SMEM(array.shape[-3 if of_states[name] else -2 :], jnp.float32) for name, array in kept.items()
-    }
 
-    def with_names(*refs: Any, places: dict, barrier: Any, **scratch: Any) -> None:
-        given = dict.fromkeys(inputs) | dict(zip(given_names, refs, strict=False))
+    def with_names(*refs: Any, row: Any, states: Any, barrier: Any, **scratch: Any) -> None:
+        given: dict[str, Any] = dict.fromkeys(inputs)
+        given |= dict(zip(given_names, refs, strict=False))
         made = dict(zip(outputs, refs[len(given_names) :], strict=True))
 
-        def fetched(name: str, *at: Array) -> Array | None:
+        def fetched(name: str, *at: Array) -> Any:
             if given[name] is None:
                 return None
-            plgpu.copy_gmem_to_smem(given[name].at[at], places[name], barrier)
+            place, layout = (states.at[0], layouts.state) if name in ("A", "h") else (row, layouts.channels)
+            plgpu.copy_gmem_to_smem(given[name].at[at], place, barrier)
             plgpu.barrier_wait(barrier)
-            return plgpu.layout_cast(places[name][...], layouts.state if of_states[name] else layouts.channels)
+            values = plgpu.layout_cast(place[...], layout)
+            plgpu.commit_smem()  # all have read before the next one comes
+            return values
 
         b, j = jax.lax.axis_index("sequence"), jax.lax.axis_index("block")
-        body(b, j, given, made, fetched, **scratch)
+        body(b, j, given, made, fetched, states, **scratch)
 
     kernel = plgpu.kernel(
         with_names,
         out_type=tuple(outputs.values()),
-        scratch_types={"places": places, "barrier": plgpu.Barrier(), **scratch},
+        scratch_types={
+            "row": plgpu.SMEM(layouts.shape[::2], jnp.float32),
+            "states": plgpu.SMEM((states, *layouts.shape), jnp.float32),
+            "barrier": plgpu.Barrier(),
+            **scratch,
+        },
         grid=(batch, blocks),
         grid_names=("sequence", "block"),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
@@ -204,14 +145,14 @@ def _run(
 
 
 def _forward(
-    sequences: dict, parameters: dict, *, delta_softplus: bool, reverse: bool, differentiated: bool = True
+    sequences: dict, parameters: dict, *, differentiated: bool, delta_softplus: bool, reverse: bool
 ) -> tuple[tuple, dict]:
     x, B, z, h = (sequences[name] for name in ("x", "B", "z", "initial_state"))
     batch, length, channels = x.shape
     tiling = Tiling(length, channels, *B.shape[2:])
     layouts = Layouts(tiling, channels_of_thread=1)
     tiles = tiling.tiles
-    inputs = {
+    inputs: dict[str, Any] = {
         "x": tiling.of_sequence(x),
         "delta": tiling.of_sequence(sequences["delta"]),
         "B": tiling.of_projection(B),
@@ -227,10 +168,13 @@ def _forward(
     state = jax.ShapeDtypeStruct((batch, blocks, *layouts.shape), jnp.float32)
     outputs = {"y": jax.ShapeDtypeStruct(sequence.shape, x.dtype), "h": state}
     if differentiated:
-        outputs |= {"d": sequence, "starts": jax.ShapeDtypeStruct((batch * tiles * blocks, *layouts.shape), jnp.float32)}
+        outputs |= {
+            "d": sequence,
+            "starts": jax.ShapeDtypeStruct((batch * tiles * blocks, *layouts.shape), jnp.float32),
+        }
         outputs |= {} if z is None else {"scanned": sequence}
 
-    def body(b: Array, j: Array, given: dict, made: dict, fetched: Callable) -> None:
+    def body(b: Array, j: Array, given: dict, made: dict, fetched: Callable, states: Any) -> None:
         A, D, bias, h = fetched("A", j), fetched("D", j), fetched("bias", j), fetched("h", b, j)
 
         def tile(index: tuple[Array], x_s: Any, delta_s: Any, B_s: Any, C_s: Any, *rest: Any) -> Array:
@@ -264,13 +208,18 @@ def _forward(
                 made["y"][at] = y.astype(x_s.dtype)
                 return h
 
-            h = jax.lax.fori_loop(0, TILE, position, h)
+            h = jax.lax.fori_loop(0, TILE, position, h, unroll=2)
             plgpu.commit_smem()
             return h
 
         h = layouts.zeros() if h is None else h
         group = j // tiling.blocks_of_group
-        moving = [given["x"].at[b, :, j], given["delta"].at[b, :, j], given["B"].at[b, :, group], given["C"].at[b, :, group]]
+        moving = [
+            given["x"].at[b, :, j],
+            given["delta"].at[b, :, j],
+            given["B"].at[b, :, group],
+            given["C"].at[b, :, group],
+        ]
         if given["z"] is not None:
             moving.append(given["z"].at[b, :, j])
         made["h"][b, j] = plgpu.emit_pipeline(
@@ -281,10 +230,9 @@ def _forward(
             init_carry=h,
         )(*moving)
 
-    made = _run(body, inputs, outputs, layouts, batch, blocks)
+    made = _run(body, inputs, outputs, layouts, states=1)
     y, h = tiling.to_sequence(made.pop("y")), tiling.to_state(made.pop("h"))
     return (y, h), made
-
 
 
 def _backward(
@@ -301,7 +249,7 @@ def _backward(
         gate, gate_backward = jax.vjp(jax.nn.silu, z.astype(jnp.float32))
         of_sequences["z"] = gate_backward(dy.astype(jnp.float32) * tiling.to_sequence(residuals["scanned"]))[0]
         dy = dy.astype(jnp.float32) * gate
-    inputs = {
+    inputs: dict[str, Any] = {
         "x": tiling.of_sequence(x),
         "d": residuals["d"],
         "dy": tiling.of_sequence(dy),
@@ -331,7 +279,9 @@ def _backward(
     def body(b: Array, j: Array, given: dict, made: dict, fetched: Callable, states: Any, dB_s: Any, dC_s: Any) -> None:
         A, D, dh = fetched("A", j), fetched("D", j), fetched("h", b, j)
 
-        def tile(index: tuple[Array], x_s: Any, d_s: Any, dy_s: Any, B_s: Any, C_s: Any, start_s: Any, carry: Any) -> Any:
+        def tile(
+            index: tuple[Array], x_s: Any, d_s: Any, dy_s: Any, B_s: Any, C_s: Any, start_s: Any, carry: Any
+        ) -> Any:
             first = _in_order(index[0], tiles, not reverse) * TILE
 
             def recompute(t: Array, h: Array) -> Array:
@@ -364,8 +314,8 @@ def _backward(
                 made["x"][at], made["delta"][at] = dx.astype(x_s.dtype), dd.astype(outputs["delta"].dtype)
                 return dh, dA, dD, dbias
 
-            jax.lax.fori_loop(0, TILE, recompute, plgpu.layout_cast(start_s[0], layouts.state))
-            carry = jax.lax.fori_loop(0, TILE, propagate, carry)
+            jax.lax.fori_loop(0, TILE, recompute, plgpu.layout_cast(start_s[0], layouts.state), unroll=2)
+            carry = jax.lax.fori_loop(0, TILE, propagate, carry, unroll=2)
             plgpu.commit_smem()
             for name, sums in (("B", dB_s), ("C", dC_s)):
                 plgpu.copy_smem_to_gmem(sums, made[name].at[b, pl.ds(first, TILE), j])
@@ -393,11 +343,10 @@ def _backward(
         made["A"][b, j], made["h"][b, j], made["D"][b, j], made["bias"][b, j] = dA, dh, dD, dbias
 
     scratch = {
-        "states": plgpu.SMEM((TILE, *layouts.shape), jnp.float32),
         "dB_s": plgpu.SMEM((TILE, *layouts.shape[:2]), jnp.float32),
         "dC_s": plgpu.SMEM((TILE, *layouts.shape[:2]), jnp.float32),
     }
-    made = _run(body, inputs, outputs, layouts, batch, blocks, **scratch)
+    made = _run(body, inputs, outputs, layouts, states=TILE, **scratch)
     of_sequences |= {name: tiling.to_sequence(made[name]) for name in ("x", "delta")}
     of_sequences |= {name: tiling.to_projection(made[name]) for name in ("B", "C")}
     of_parameters["A"] = tiling.to_state(made["A"])
@@ -410,7 +359,7 @@ def _backward(
 
 
 def _sigmoid(d: Array) -> Array:
-    """softplus' derivative from its value d, 1 - exp(-d), also where d is small."""
+    """The derivative of softplus from its value d, 1 - exp(-d), also where d is small."""
     return jnp.where(d < 0.03, d * (1 - d * (1 / 2 - d * (1 / 6 - d / 24))), 1 - jnp.exp(-d))
 
 

@@ -1,5 +1,6 @@
 """How an implementation is differentiated and batched: the same for all that have a backward pass of their own."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 
-def differentiable(forward: Callable, backward_pass: Callable, definition: Callable) -> Callable:
+def differentiable(forward: Callable, backward: Callable, definition: Callable) -> Callable:
     """The function (sequences, parameters) -> outputs with a backward pass of its own.
 
     `sequences` holds the arrays with a leading batch axis, `parameters` those without. Under `vmap` the new axis joins
@@ -16,18 +17,20 @@ def differentiable(forward: Callable, backward_pass: Callable, definition: Calla
     derivatives are those of the definition.
 
     Args:
-        forward: (sequences, parameters) -> (outputs, residuals), all with a leading batch axis.
-        backward_pass: (sequences, parameters, residuals, cotangents of outputs) -> (gradients of sequences, gradients of
+        forward: (sequences, parameters, differentiated=) -> (outputs, residuals), all with a leading batch axis; the
+            residuals are needed only if differentiated.
+        backward: (sequences, parameters, residuals, cotangents of outputs) -> (gradients of sequences, gradients of
             parameters by sequence, with a leading batch axis).
         definition: (sequences, parameters) -> outputs, differentiable by JAX.
     """
-    forward = _joining_batches(forward)
-    backward = _joining_batches(lambda saved, parameters: backward_pass(saved[0], parameters, *saved[1:]))
+    outputs_only = _joining_batches(lambda *arguments: forward(*arguments, differentiated=False)[0])
+    outputs_and_residuals = _joining_batches(functools.partial(forward, differentiated=True))
+    gradients_by_sequence = _joining_batches(lambda saved, parameters: backward(saved[0], parameters, *saved[1:]))
 
     @jax.custom_vjp
     def gradients(sequences: Any, parameters: Any, residuals: Any, cotangents: Any) -> Any:
-        of_sequences, of_parameters = backward((sequences, residuals, cotangents), parameters)
-        return of_sequences, jax.tree.map(lambda each, of: each.sum(0).astype(of.dtype), of_parameters, parameters)
+        of_sequences, by_sequence = gradients_by_sequence((sequences, residuals, cotangents), parameters)
+        return of_sequences, jax.tree.map(lambda each, of: each.sum(0).astype(of.dtype), by_sequence, parameters)
 
     def gradients_forward(sequences: Any, parameters: Any, residuals: Any, cotangents: Any) -> Any:
         return gradients(sequences, parameters, residuals, cotangents), (sequences, parameters, residuals, cotangents)
@@ -45,10 +48,10 @@ def differentiable(forward: Callable, backward_pass: Callable, definition: Calla
 
     @jax.custom_vjp
     def scan(sequences: Any, parameters: Any) -> Any:
-        return forward(sequences, parameters)[0]
+        return outputs_only(sequences, parameters)
 
     def scan_forward(sequences: Any, parameters: Any) -> Any:
-        outputs, residuals = forward(sequences, parameters)
+        outputs, residuals = outputs_and_residuals(sequences, parameters)
         return outputs, (sequences, parameters, residuals)
 
     scan.defvjp(scan_forward, lambda saved, cotangents: gradients(*saved, cotangents))

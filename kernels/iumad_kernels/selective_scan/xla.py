@@ -6,8 +6,8 @@ exists.
 """
 
 import functools
-import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def selective_scan(
     reverse: bool,
 ) -> tuple[Array, Array]:
     """See `iumad_kernels.selective_scan`; B and C are (batch, length, groups, states)."""
-    options = {"delta_softplus": delta_softplus, "reverse": reverse}
+    options: dict[str, Any] = {"delta_softplus": delta_softplus, "reverse": reverse}
     scan = differentiable(
         functools.partial(_forward, **options),
         functools.partial(_backward, **options),
@@ -47,7 +47,9 @@ def selective_scan(
     return scan(sequences, {"A": A, "D": D, "delta_bias": delta_bias})
 
 
-def _forward(sequences: dict, parameters: dict, *, delta_softplus: bool, reverse: bool) -> tuple[tuple, dict]:
+def _forward(
+    sequences: dict, parameters: dict, *, differentiated: bool, delta_softplus: bool, reverse: bool
+) -> tuple[tuple, dict]:
     x, B, h, D, z = *(sequences[name] for name in ("x", "B", "initial_state")), parameters["D"], sequences["z"]
     batch, length, channels = x.shape
     dtype = jnp.promote_types(x.dtype, jnp.float32)
@@ -59,14 +61,16 @@ def _forward(sequences: dict, parameters: dict, *, delta_softplus: bool, reverse
         d = softplus(d)
     h = jnp.zeros((batch, channels, B.shape[3]), dtype) if h is None else h.astype(dtype)
 
-    walk = functools.partial(_walk, A=blocks.of_state(parameters["A"].astype(dtype)), blocks=blocks, reverse=reverse)
+    A = blocks.of_state(parameters["A"].astype(dtype))
+    walk = functools.partial(_walk, A=A, blocks=blocks, reverse=reverse, with_starts=differentiated)
     y, h, starts = _two_halves(functools.partial(walk, *_inputs(blocks, sequences, d), blocks.of_state(h)), batch)
-    y = scanned = blocks.to_channels(blocks.to_positions(y, length), channels)
+    y = blocks.to_channels(blocks.to_positions(y, length), channels)
+    residuals = {"d": d, "starts": starts, "scanned": None if z is None else y}
     if D is not None:
         y += D.astype(dtype)[None, None] * x
     if z is not None:
         y *= jax.nn.silu(z.astype(dtype))
-    return (y.astype(x.dtype), blocks.to_state(h, channels)), {"d": d, "scanned": scanned, "starts": starts}
+    return (y.astype(x.dtype), blocks.to_state(h, channels)), residuals
 
 
 def _backward(
@@ -110,18 +114,28 @@ def _inputs(blocks: Blocks, sequences: dict, d: Array) -> tuple[Array, Array, Ar
     return blocks.of_channels(x), blocks.of_channels(blocks.of_positions(d)), B, C
 
 
-def _two_halves(walk: Callable[[range], tuple[Array, ...]], batch: int) -> tuple[Array, ...]:
+def _two_halves(walk: Callable[[range], Any], batch: int) -> Any:
     """The walk over each half of the batch: XLA runs the two at the same time on CPU."""
     if batch == 1 or jax.default_backend() != "cpu":
         return walk(range(batch))
     halves = walk(range(batch // 2)), walk(range(batch // 2, batch))
-    return tuple(map(jnp.concatenate, zip(*halves, strict=True)))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *halves)
 
 
 def _walk(
-    x: Array, d: Array, B: Array, C: Array, h: Array, batch: range, *, A: Array, blocks: Blocks, reverse: bool
-) -> tuple[Array, ...]:
-    """What the states give, the last state, and the states before each chunk."""
+    x: Array,
+    d: Array,
+    B: Array,
+    C: Array,
+    h: Array,
+    batch: range,
+    *,
+    A: Array,
+    blocks: Blocks,
+    reverse: bool,
+    with_starts: bool,
+) -> tuple[Array, Array, Array | None]:
+    """What the states give, the last state, and, if wanted, the states before each chunk."""
 
     def block(number: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         y, ends, starts = carry
@@ -130,7 +144,8 @@ def _walk(
         def chunk(c: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
             h, y, starts = carry
             c = blocks.chunks - 1 - c if reverse else c
-            starts = here.write_start(starts, h, c)
+            if with_starts:
+                starts = here.write_start(starts, h, c)
             x_, d_, B_, C_ = (here.read(array, c) for array in (x, d, B, C))
             y_ = {}
             for t in _order(blocks, reverse):
@@ -142,7 +157,7 @@ def _walk(
         end, y, starts = jax.lax.fori_loop(0, blocks.chunks, chunk, (here.read_state(h), y, starts))
         return y, here.write_state(ends, end), starts
 
-    starts = jnp.zeros((len(batch), blocks.chunks, *h.shape[1:]), h.dtype)
+    starts = jnp.zeros((len(batch), blocks.chunks, *h.shape[1:]), h.dtype) if with_starts else None
     carry = (jnp.zeros((len(batch), *x.shape[1:]), x.dtype), jnp.zeros((len(batch), *h.shape[1:]), h.dtype), starts)
     return jax.lax.fori_loop(0, blocks.number(len(batch)), block, carry)
 
@@ -212,4 +227,7 @@ def _decay(d: Array, A: Array) -> Array:
 
 def _sum_states(*factors: Array) -> Array:
     """Their product summed over the states: written out, as XLA does not vectorise this sum on CPU."""
-    return sum(math.prod(factor[..., n, :] for factor in factors) for n in range(factors[0].shape[-2]))
+    products = (
+        functools.reduce(jnp.multiply, (factor[..., n, :] for factor in factors)) for n in range(factors[0].shape[-2])
+    )
+    return functools.reduce(jnp.add, products)
