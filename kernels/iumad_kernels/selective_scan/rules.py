@@ -47,12 +47,22 @@ def differentiable(forward: Callable, backward: Callable, definition: Callable) 
     gradients.defvjp(gradients_forward, gradients_backward)
 
     @jax.custom_vjp
+    def with_residuals(sequences: Any, parameters: Any) -> Any:
+        return outputs_and_residuals(sequences, parameters)
+
+    def with_residuals_forward(sequences: Any, parameters: Any) -> Any:
+        outputs, residuals = with_residuals(sequences, parameters)
+        return (outputs, residuals), (sequences, parameters, residuals)
+
+    with_residuals.defvjp(with_residuals_forward, lambda saved, cotangents: gradients(*saved, cotangents[0]))
+
+    @jax.custom_vjp
     def scan(sequences: Any, parameters: Any) -> Any:
         return outputs_only(sequences, parameters)
 
     def scan_forward(sequences: Any, parameters: Any) -> Any:
-        outputs, residuals = outputs_and_residuals(sequences, parameters)
-        return outputs, (sequences, parameters, residuals)
+        (outputs, _), saved = with_residuals_forward(sequences, parameters)
+        return outputs, saved
 
     scan.defvjp(scan_forward, lambda saved, cotangents: gradients(*saved, cotangents))
     return scan

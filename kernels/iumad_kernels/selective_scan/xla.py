@@ -18,6 +18,8 @@ from iumad_kernels.selective_scan.blocks import Blocks
 from iumad_kernels.selective_scan.rules import differentiable
 from iumad_kernels.selective_scan.softplus import softplus
 
+LARGE = 2**20  # elements of all states of a scan
+
 # Without it, XLA would rather compute a state again from the chunk's first one than read it.
 _keep = jax.lax.optimization_barrier
 
@@ -63,7 +65,9 @@ def _forward(
 
     A = blocks.of_state(parameters["A"].astype(dtype))
     walk = functools.partial(_walk, A=A, blocks=blocks, reverse=reverse, with_starts=differentiated)
-    y, h, starts = _two_halves(functools.partial(walk, *_inputs(blocks, sequences, d), blocks.of_state(h)), batch)
+    y, h, starts = _two_halves(
+        functools.partial(walk, *_inputs(blocks, sequences, d), blocks.of_state(h)), x, B.shape[3]
+    )
     y = blocks.to_channels(blocks.to_positions(y, length), channels)
     residuals = {"d": d, "starts": starts, "scanned": None if z is None else y}
     if D is not None:
@@ -92,7 +96,7 @@ def _backward(
     )
     cotangents = (blocks.of_channels(blocks.of_positions(dy)), blocks.of_state(dh))
     walk = functools.partial(walk, *_inputs(blocks, sequences, d), residuals["starts"], *cotangents)
-    dx, dd, dB, dC, dh, dA = _two_halves(walk, len(x))
+    dx, dd, dB, dC, dh, dA = _two_halves(walk, x, sequences["B"].shape[3])
     dx, dd, dB, dC = (blocks.to_positions(array, length) for array in (dx, dd, dB, dC))
     dx, dd = (blocks.to_channels(array, channels) for array in (dx, dd))
     if D is not None:
@@ -114,9 +118,10 @@ def _inputs(blocks: Blocks, sequences: dict, d: Array) -> tuple[Array, Array, Ar
     return blocks.of_channels(x), blocks.of_channels(blocks.of_positions(d)), B, C
 
 
-def _two_halves(walk: Callable[[range], Any], batch: int) -> Any:
-    """The walk over each half of the batch: XLA runs the two at the same time on CPU."""
-    if batch == 1 or jax.default_backend() != "cpu":
+def _two_halves(walk: Callable[[range], Any], x: Array, states: int) -> Any:
+    """The walk over each half of the batch: XLA runs the two at the same time on CPU. A small one is not worth it."""
+    batch = len(x)
+    if batch == 1 or x.size * states < LARGE or jax.default_backend() != "cpu":
         return walk(range(batch))
     halves = walk(range(batch // 2)), walk(range(batch // 2, batch))
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *halves)
