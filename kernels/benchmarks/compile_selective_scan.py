@@ -71,7 +71,8 @@ def main() -> int:
     if not any(map(importlib.util.find_spec, plugins)):
         print("the CUDA plugin is not installed: pip install jax-cuda13-plugin jax-cuda13-pjrt of jax's own version")
         return 2
-    print(f"jax {jax.__version__}, sm_90a\n\n| batch, length, channels, states, groups | dtype | registers | spilled bytes |")
+    print(f"jax {jax.__version__}, sm_90a\n")
+    print("| batch, length, channels, states, groups | dtype | registers | spilled bytes |")
     print("|---|---|---|---|")
     spilled = 0
     for shape, dtype in itertools.product(SHAPES, ("float32", "bfloat16")):
