@@ -166,7 +166,7 @@ def _forward(
     blocks = inputs["x"].shape[2]
     sequence = jax.ShapeDtypeStruct(inputs["x"].shape, jnp.float32)
     state = jax.ShapeDtypeStruct((batch, blocks, *layouts.shape), jnp.float32)
-    outputs = {"y": jax.ShapeDtypeStruct(sequence.shape, x.dtype), "h": state}
+    outputs = {"y": sequence, "h": state}
     if differentiated:
         outputs |= {
             "d": sequence,
@@ -205,7 +205,7 @@ def _forward(
                         made["scanned"][at] = y
                     gate = layouts.row(z_s[0][t])
                     y *= gate / (1 + jnp.exp(-gate))
-                made["y"][at] = y.astype(x_s.dtype)
+                made["y"][at] = y
                 return h
 
             h = jax.lax.fori_loop(0, TILE, position, h, unroll=2)
@@ -231,7 +231,7 @@ def _forward(
         )(*moving)
 
     made = _run(body, inputs, outputs, layouts, states=1)
-    y, h = tiling.to_sequence(made.pop("y")), tiling.to_state(made.pop("h"))
+    y, h = tiling.to_sequence(made.pop("y")).astype(x.dtype), tiling.to_state(made.pop("h"))
     return (y, h), made
 
 
@@ -266,8 +266,8 @@ def _backward(
     of_channels = jax.ShapeDtypeStruct((batch, *sequence.shape[2:]), jnp.float32)
     partial_sums = jax.ShapeDtypeStruct((*sequence.shape[:3], *layouts.shape[:2]), jnp.float32)
     outputs = {
-        "x": jax.ShapeDtypeStruct(sequence.shape, x.dtype),
-        "delta": jax.ShapeDtypeStruct(sequence.shape, sequences["delta"].dtype),
+        "x": sequence,
+        "delta": sequence,
         "B": partial_sums,
         "C": partial_sums,
         "A": state,
@@ -311,7 +311,7 @@ def _backward(
                 if delta_softplus:
                     dd *= _sigmoid(d)
                 dbias += dd
-                made["x"][at], made["delta"][at] = dx.astype(x_s.dtype), dd.astype(outputs["delta"].dtype)
+                made["x"][at], made["delta"][at] = dx, dd
                 return dh, dA, dD, dbias
 
             jax.lax.fori_loop(0, TILE, recompute, plgpu.layout_cast(start_s[0], layouts.state), unroll=2)
@@ -334,7 +334,6 @@ def _backward(
                 plgpu.BlockSpec(
                     (1, *layouts.shape),
                     lambda index: (_start(index, b, j, tiles, blocks, not reverse), 0, 0, 0),
-                    delay_release=1,
                 ),
             ],
             max_concurrent_steps=2,
@@ -377,6 +376,4 @@ def _start(index: Array, b: Array, j: Array, tiles: int, blocks: int, reverse: b
 
 def _tiles_of(ref: Any, tiles: int, reverse: bool) -> plgpu.BlockSpec:
     shape = (TILE, *ref.shape[1:])
-    return plgpu.BlockSpec(
-        shape, lambda index: (_in_order(index, tiles, reverse), *[0] * (len(shape) - 1)), delay_release=1
-    )
+    return plgpu.BlockSpec(shape, lambda index: (_in_order(index, tiles, reverse), *[0] * (len(shape) - 1)))
