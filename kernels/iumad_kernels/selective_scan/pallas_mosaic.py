@@ -33,7 +33,8 @@ interpret: Any = None  # plgpu.InterpretGPUParams, for the kernels to run on CPU
 def obstacle(dtype: Any, states: int) -> str | None:
     """What keeps the kernels from running on the default device, if anything does."""
     device = jax.devices()[0]
-    if device.platform != "gpu" or float(getattr(device, "compute_capability", 0)) < 9:
+    on_hopper = device.platform == "gpu" and float(device.compute_capability) >= 9
+    if interpret is None and not on_hopper:
         return f"it needs an NVIDIA GPU of compute capability 9.0 (Hopper) or newer; found {device.device_kind}"
     if dtype == jnp.float64:
         return "it computes in float32; x is float64"
