@@ -96,3 +96,18 @@ def test_memory_follows_its_formula(length, channels, states):
     sequences, starts = 2 * length * channels * 4, 2 * length / blocks.CHUNK * channels * states * 4
     measured = temporary_memory(function, *shapes)
     assert starts < measured < 8 * sequences + 2 * starts + 4 * 2**20
+
+
+def test_on_accelerators_all_channels_at_once(exact, monkeypatch):
+    """What a TPU or a GPU older than Hopper gets: found right on CPU, and lowered for them."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    args = exact.arguments(3, 19, 8, 3, 2, dtype=np.float32)
+    assert blocks.Blocks.of(args["x"], args["B"]).number(3) == 1
+    exact.check(xla.selective_scan, args)
+
+    def loss(args):
+        return xla.selective_scan(**args, delta_softplus=True, reverse=False)[0].sum()
+
+    traced = jax.jit(jax.grad(loss)).trace(args)
+    for target in ("cuda", "tpu"):
+        assert "stablehlo.while" in traced.lower(lowering_platforms=(target,)).as_text()
