@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from iumad_kernels.selective_scan import pallas_mosaic
+from jax.experimental.pallas import mosaic_gpu
 from scipy.stats import kstest
 
 from iumad_jax.models.mamba import (
@@ -183,6 +185,27 @@ def test_decoder_fits_the_papers_sizes(size, patch_size, grid):
     (condition, logits), _ = jax.eval_shape(decoder.init_with_output, jax.random.key(0), image)
     assert [c.shape for c in condition] == [(grid * grid, 256)] * 4
     assert logits.shape == (10,)
+
+
+def test_decoder_with_the_gpus_kernels(monkeypatch):
+    """Interpreted, for a batch by vmap: the same logits and gradients."""
+    if not hasattr(mosaic_gpu, "InterpretGPUParams"):
+        pytest.skip(f"jax {jax.__version__} does not export the Mosaic interpreter, InterpretGPUParams")
+    decoder = MambaDecoder(objects=2, grid=2, width=4, patch_size=4, blocks=1, states=2)
+    images = 50 * random(2, 12, 12, 3)
+    params = decoder.init(jax.random.key(0), images[0])
+
+    def logits(params):
+        return jax.vmap(lambda image: decoder.apply(params, image)[1])(images)
+
+    def gradients_of(params):
+        found, vjp = jax.vjp(logits, params)
+        return found, vjp(found)
+
+    expected = gradients_of(params)
+    monkeypatch.setattr(pallas_mosaic, "interpret", mosaic_gpu.InterpretGPUParams(detect_races=True))
+    assert "mpmd_map" in str(jax.make_jaxpr(logits)(params)), "no Pallas kernel"
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradients_of(params), expected)
 
 
 def test_scan_starts_as_mamba_does():

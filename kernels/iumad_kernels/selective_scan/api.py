@@ -1,14 +1,18 @@
 """The selective scan's one public function: checks its arguments and chooses an implementation."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from iumad_kernels.selective_scan import reference, xla
+from iumad_kernels.selective_scan import pallas_mosaic, reference, xla
 
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
+    "mosaic": pallas_mosaic.selective_scan,
     "reference": reference.selective_scan,
     "xla": xla.selective_scan,
 }
@@ -29,7 +33,7 @@ def selective_scan(
     return_final_state: bool = False,
     reverse: bool = False,
     implementation: str | None = None,
-) -> Array | tuple[Array, Array]:
+) -> Any:
     """The selective state-space scan of Mamba (S6).
 
         d_t = softplus(delta_t + delta_bias)                  (the sum itself if not delta_softplus)
@@ -39,8 +43,9 @@ def selective_scan(
     in float32 (float64 where x is), whatever the dtypes of the arguments: float16, bfloat16, float32 or float64.
     Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (2023), Algorithm 2.
 
-    Works under `jit`, `vmap`, `pmap`, `shard_map` and `grad`, also twice. Forward-mode differentiation raises a
-    TypeError except with `implementation="reference"`.
+    Works under `jit`, `vmap` (the new axis joins the batch), `pmap`, `shard_map` and `grad`, also twice (second
+    derivatives are those of "reference"). Forward-mode differentiation raises a TypeError except with
+    `implementation="reference"`.
 
     Args:
         x: the sequences, (batch, length, channels).
@@ -56,19 +61,20 @@ def selective_scan(
         initial_state: the state before the first position read, (batch, channels, states).
         return_final_state: whether to return the state after the last position read, too.
         reverse: whether to read the sequences from their ends to their starts.
-        implementation: "xla" (chunks of positions, with its own backward pass; the default on every platform) or
-            "reference" (one position at a time).
+        implementation: "mosaic" (Pallas kernels for NVIDIA Hopper and newer; the default where they can run), "xla"
+            (chunks of positions; the default elsewhere) or "reference" (one position at a time). The first two have
+            backward passes of their own. The default looks at JAX's default backend: for a computation on another
+            one, name an implementation.
 
     Returns:
         y, (batch, length, channels), in the dtype of x; with return_final_state, also the final state,
         (batch, channels, states), in float32 (float64 where x is).
 
     Raises:
-        ValueError: a shape, a dtype or the implementation's name is not one of the above.
+        ValueError: a shape, a dtype or the implementation's name is not one of the above, or the implementation named
+            cannot run here.
     """
-    if implementation is None:
-        implementation = "xla"
-    if implementation not in IMPLEMENTATIONS:
+    if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation must be one of {sorted(IMPLEMENTATIONS)}; got {implementation!r}")
     arguments = {
         "x": x, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias,
@@ -79,8 +85,20 @@ def selective_scan(
     for name in ("B", "C"):
         if arrays[name].ndim == 3:
             arrays[name] = arrays[name][:, :, None]
-    y, final_state = IMPLEMENTATIONS[implementation](**arrays, delta_softplus=delta_softplus, reverse=reverse)
+    obstacle = pallas_mosaic.obstacle(arrays["x"].dtype, arrays["A"].shape[1])
+    if implementation is None:
+        implementation = "xla" if obstacle else "mosaic"
+    if implementation == "mosaic" and obstacle:
+        raise ValueError(f'implementation "mosaic" cannot run: {obstacle}')
+    if arrays["x"].size == 0:
+        implementation = "reference"
+    y, final_state = _scan(arrays, implementation, delta_softplus, reverse)
     return (y, final_state) if return_final_state else y
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _scan(arrays: dict[str, Array], implementation: str, delta_softplus: bool, reverse: bool) -> tuple[Array, Array]:
+    return IMPLEMENTATIONS[implementation](**arrays, delta_softplus=delta_softplus, reverse=reverse)
 
 
 def _check(arrays: dict[str, Array]) -> None:

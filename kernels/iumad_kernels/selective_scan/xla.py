@@ -5,11 +5,23 @@ first, recomputes each one's states and propagates the gradients through it. No 
 exists.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-CHUNK = 16
+from iumad_kernels.selective_scan import reference
+from iumad_kernels.selective_scan.blocks import Blocks
+from iumad_kernels.selective_scan.rules import differentiable
+from iumad_kernels.selective_scan.softplus import softplus
+
+LARGE = 2**20  # elements of all states of a scan
+
+# Without it, XLA would rather compute a state again from the chunk's first one than read it.
+_keep = jax.lax.optimization_barrier
 
 
 def selective_scan(
@@ -27,96 +39,200 @@ def selective_scan(
     reverse: bool,
 ) -> tuple[Array, Array]:
     """See `iumad_kernels.selective_scan`; B and C are (batch, length, groups, states)."""
+    options: dict[str, Any] = {"delta_softplus": delta_softplus, "reverse": reverse}
+    scan = differentiable(
+        functools.partial(_forward, **options),
+        functools.partial(_backward, **options),
+        lambda sequences, parameters: reference.selective_scan(**sequences, **parameters, **options),
+    )
+    sequences = {"x": x, "delta": delta, "B": B, "C": C, "z": z, "initial_state": initial_state}
+    return scan(sequences, {"A": A, "D": D, "delta_bias": delta_bias})
+
+
+def _forward(
+    sequences: dict, parameters: dict, *, differentiated: bool, delta_softplus: bool, reverse: bool
+) -> tuple[tuple, dict]:
+    x, B, h, D, z = *(sequences[name] for name in ("x", "B", "initial_state")), parameters["D"], sequences["z"]
     batch, length, channels = x.shape
-    groups, states = B.shape[2:]
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    wide = x.astype(dtype)
-
-    d = delta.astype(dtype)
-    if delta_bias is not None:
-        d += delta_bias.astype(dtype)[None, None]
+    blocks = Blocks.of(x, B)
+    d = sequences["delta"].astype(dtype)
+    if parameters["delta_bias"] is not None:
+        d += parameters["delta_bias"].astype(dtype)[None, None]
     if delta_softplus:
-        d = jnp.logaddexp(d, 0)
-    h = jnp.zeros((batch, channels, states), dtype) if initial_state is None else initial_state.astype(dtype)
+        d = softplus(d)
+    h = jnp.zeros((batch, channels, B.shape[3]), dtype) if h is None else h.astype(dtype)
 
-    width, chunks = channels // groups, -(-length // CHUNK)
-
-    def in_chunks(array: Array) -> Array:
-        """(batch, length, ...) as (chunks, CHUNK, batch, groups, ...); the padding has step size 0: no change."""
-        array = array.astype(dtype).swapaxes(0, 1)
-        if reverse:
-            array = array[::-1]
-        array = jnp.pad(array, ((0, -length % CHUNK), *[(0, 0)] * (array.ndim - 1)))
-        return array.reshape(chunks, CHUNK, batch, groups, array.shape[-1] if array.ndim == 4 else width)
-
-    def channels_last(array: Array) -> Array:
-        return array.reshape(*array.shape[:-2], groups, width, states).swapaxes(-1, -2)
-
-    y, h = _scan(*map(in_chunks, (wide, d, B, C)), channels_last(A.astype(dtype)), channels_last(h))
-    y = y.reshape(chunks * CHUNK, batch, channels)[:length]
-    if reverse:
-        y = y[::-1]
-    y = y.swapaxes(0, 1)
+    A = blocks.of_state(parameters["A"].astype(dtype))
+    walk = functools.partial(_walk, A=A, blocks=blocks, reverse=reverse, with_starts=differentiated)
+    y, h, starts = _two_halves(
+        functools.partial(walk, *_inputs(blocks, sequences, d), blocks.of_state(h)), x, B.shape[3]
+    )
+    y = blocks.to_channels(blocks.to_positions(y, length), channels)
+    residuals = {"d": d, "starts": starts, "scanned": None if z is None else y}
     if D is not None:
-        y += D.astype(dtype)[None, None] * wide
+        y += D.astype(dtype)[None, None] * x
     if z is not None:
         y *= jax.nn.silu(z.astype(dtype))
-    return y.astype(x.dtype), h.swapaxes(-1, -2).reshape(batch, channels, states)
+    return (y.astype(x.dtype), blocks.to_state(h, channels)), residuals
 
 
-def _states(x: Array, d: Array, B: Array, A: Array, h: Array) -> tuple[list[Array], list[Array]]:
-    """The decays of a chunk's positions, and the states before each of them and after the last."""
-    decays, states = [], [h]
-    for t in range(CHUNK):
-        decays.append(jnp.exp(d[t, :, :, None] * A[None]))
-        states.append(decays[t] * states[t] + (d[t] * x[t])[:, :, None] * B[t, ..., None])
-    return decays, states
+def _backward(
+    sequences: dict, parameters: dict, residuals: dict, cotangents: tuple, *, delta_softplus: bool, reverse: bool
+) -> tuple[dict, dict]:
+    x, z, D, d = sequences["x"], sequences["z"], parameters["D"], residuals["d"]
+    _, length, channels = x.shape
+    blocks = Blocks.of(x, sequences["B"])
+    dy, dh = (cotangent.astype(d.dtype) for cotangent in cotangents)
+    of_sequences, of_parameters = dict.fromkeys(sequences), dict.fromkeys(parameters)
+
+    if z is not None:
+        skipped = 0 if D is None else D.astype(d.dtype)[None, None] * x
+        gate, gate_backward = jax.vjp(jax.nn.silu, z.astype(d.dtype))
+        of_sequences["z"] = gate_backward(dy * (residuals["scanned"] + skipped))[0]
+        dy = dy * gate
+    walk = functools.partial(
+        _walk_back, A=blocks.of_state(parameters["A"].astype(d.dtype)), blocks=blocks, reverse=reverse
+    )
+    cotangents = (blocks.of_channels(blocks.of_positions(dy)), blocks.of_state(dh))
+    walk = functools.partial(walk, *_inputs(blocks, sequences, d), residuals["starts"], *cotangents)
+    dx, dd, dB, dC, dh, dA = _two_halves(walk, x, sequences["B"].shape[3])
+    dx, dd, dB, dC = (blocks.to_positions(array, length) for array in (dx, dd, dB, dC))
+    dx, dd = (blocks.to_channels(array, channels) for array in (dx, dd))
+    if D is not None:
+        of_parameters["D"] = (dy * x).sum(1)
+        dx += D.astype(d.dtype)[None, None] * dy
+    if delta_softplus:
+        dd *= -jnp.expm1(-d)  # softplus' derivative, the sigmoid, from softplus itself
+    if parameters["delta_bias"] is not None:
+        of_parameters["delta_bias"] = dd.sum(1)
+    of_parameters["A"] = blocks.to_state(dA, channels)
+    of_sequences |= {"x": dx, "delta": dd, "B": dB, "C": dC}
+    if sequences["initial_state"] is not None:
+        of_sequences["initial_state"] = blocks.to_state(dh, channels)
+    return jax.tree.map(lambda gradient, of: gradient.astype(of.dtype), of_sequences, sequences), of_parameters
 
 
-@jax.custom_vjp
-def _scan(x: Array, d: Array, B: Array, C: Array, A: Array, h: Array) -> tuple[Array, Array]:
-    """The recurrence alone.
-
-    x and d are (chunks, CHUNK, batch, groups, width), B and C (chunks, CHUNK, batch, groups, states),
-    A (groups, states, width), h (batch, groups, states, width): channels innermost, for vector units.
-    """
-    return _forward(x, d, B, C, A, h)[0]
+def _inputs(blocks: Blocks, sequences: dict, d: Array) -> tuple[Array, Array, Array, Array]:
+    x, B, C = (blocks.of_positions(sequences[name].astype(d.dtype)) for name in ("x", "B", "C"))
+    return blocks.of_channels(x), blocks.of_channels(blocks.of_positions(d)), B, C
 
 
-def _forward(x, d, B, C, A, h):
-    def chunk(h, inputs):
-        x, d, B, C = inputs
-        _, states = _states(x, d, B, A, h)
-        y = jnp.stack([(C[t, ..., None] * states[t + 1]).sum(-2) for t in range(CHUNK)])
-        return states[-1], (y, h)
-
-    final_state, (y, starts) = jax.lax.scan(chunk, h, (x, d, B, C))
-    return (y, final_state), (x, d, B, C, A, starts)
+def _two_halves(walk: Callable[[range], Any], x: Array, states: int) -> Any:
+    """The walk over each half of the batch: XLA runs the two at the same time on CPU. A small one is not worth it."""
+    batch = len(x)
+    if batch == 1 or x.size * states < LARGE or jax.default_backend() != "cpu":
+        return walk(range(batch))
+    halves = walk(range(batch // 2)), walk(range(batch // 2, batch))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *halves)
 
 
-def _backward(residuals, cotangents):
-    x, d, B, C, A, starts = residuals
-    dy, dh = cotangents
+def _walk(
+    x: Array,
+    d: Array,
+    B: Array,
+    C: Array,
+    h: Array,
+    batch: range,
+    *,
+    A: Array,
+    blocks: Blocks,
+    reverse: bool,
+    with_starts: bool,
+) -> tuple[Array, Array, Array | None]:
+    """What the states give, the last state, and, if wanted, the states before each chunk."""
 
-    def chunk(carry, inputs):
-        dh, dA = carry
-        x, d, B, C, dy, h = inputs
-        decays, states = _states(x, d, B, A, h)
-        dx, dd, dB, dC = [], [], [], []
-        for t in reversed(range(CHUNK)):
-            dC.append((dy[t, :, :, None] * states[t + 1]).sum(-1))
-            dh += dy[t, :, :, None] * C[t, ..., None]
-            dB.append((dh * (d[t] * x[t])[:, :, None]).sum(-1))
-            du = (dh * B[t, ..., None]).sum(-2)
-            dh *= decays[t]
-            exponent = dh * states[t]
-            dx.append(du * d[t])
-            dd.append(du * x[t] + (exponent * A[None]).sum(-2))
-            dA += exponent * d[t, :, :, None]
-        return (dh, dA), tuple(jnp.stack(array[::-1]) for array in (dx, dd, dB, dC))
+    def block(number: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        y, ends, starts = carry
+        here = blocks.block(number, batch.start)
 
-    (dh, dA), (dx, dd, dB, dC) = jax.lax.scan(chunk, (dh, jnp.zeros_like(dh)), (x, d, B, C, dy, starts), reverse=True)
-    return dx, dd, dB, dC, dA.sum(0), dh
+        def chunk(c: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+            h, y, starts = carry
+            c = blocks.chunks - 1 - c if reverse else c
+            if with_starts:
+                starts = here.write_start(starts, h, c)
+            x_, d_, B_, C_ = (here.read(array, c) for array in (x, d, B, C))
+            y_ = {}
+            for t in _order(blocks, reverse):
+                h = _keep(_decay(d_[t], A_) * h + _outer(B_[t], d_[t] * x_[t]))
+                y_[t] = jnp.einsum("bgn,bgnw->bgw", C_[t], h)
+            return h, here.write(y, y_, c), starts
+
+        A_ = here.read_parameter(A)
+        end, y, starts = jax.lax.fori_loop(0, blocks.chunks, chunk, (here.read_state(h), y, starts))
+        return y, here.write_state(ends, end), starts
+
+    starts = jnp.zeros((len(batch), blocks.chunks, *h.shape[1:]), h.dtype) if with_starts else None
+    carry = (jnp.zeros((len(batch), *x.shape[1:]), x.dtype), jnp.zeros((len(batch), *h.shape[1:]), h.dtype), starts)
+    return jax.lax.fori_loop(0, blocks.number(len(batch)), block, carry)
 
 
-_scan.defvjp(_forward, _backward)
+def _walk_back(
+    x: Array,
+    d: Array,
+    B: Array,
+    C: Array,
+    starts: Array,
+    dy: Array,
+    dh: Array,
+    batch: range,
+    *,
+    A: Array,
+    blocks: Blocks,
+    reverse: bool,
+) -> tuple[Array, ...]:
+    """The gradients of x, d, B, C, the initial state and, by sequence, A."""
+
+    def block(number: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        *outputs, ends, dA = carry
+        here = blocks.block(number, batch.start)
+
+        def chunk(c: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+            dx, dd, dB, dC, dh, dA = carry
+            c = c if reverse else blocks.chunks - 1 - c
+            x_, d_, B_, C_, dy_ = (here.read(array, c) for array in (x, d, B, C, dy))
+            decays, before, after = {}, {}, {}
+            h = here.read_start(starts, c)
+            for t in _order(blocks, reverse):
+                decays[t], before[t] = _keep(_decay(d_[t], A_)), h
+                h = after[t] = _keep(decays[t] * h + _outer(B_[t], d_[t] * x_[t]))
+            dx_, dd_, dB_, dC_ = {}, {}, {}, {}
+            for t in _order(blocks, not reverse):
+                dh = _keep(dh + _outer(C_[t], dy_[t]))
+                dC_[t] = jnp.einsum("bgw,bgnw->bgn", dy_[t], after[t])
+                dB_[t] = jnp.einsum("bgw,bgnw->bgn", d_[t] * x_[t], dh)
+                du = _keep(jnp.einsum("bgn,bgnw->bgw", B_[t], dh))
+                dh = _keep(decays[t] * dh)
+                dx_[t] = du * d_[t]
+                dd_[t] = du * x_[t] + _keep(_sum_states(A_[None], dh, before[t]))
+                dA = _keep(dA + d_[t][..., None, :] * dh * before[t])
+            dB, dC = here.add(dB, dB_, c), here.add(dC, dC_, c)
+            return here.write(dx, dx_, c), here.write(dd, dd_, c), dB, dC, dh, dA
+
+        A_ = here.read_parameter(A)
+        carry = (*outputs, here.read_state(dh), jnp.zeros((blocks.batch, *A_.shape), A.dtype))
+        *outputs, end, dA_ = jax.lax.fori_loop(0, blocks.chunks, chunk, carry)
+        return *outputs, here.write_state(ends, end), here.write_state(dA, dA_)
+
+    outputs = [jnp.zeros((len(batch), *array.shape[1:]), array.dtype) for array in (x, d, B, C, dh, dh)]
+    return jax.lax.fori_loop(0, blocks.number(len(batch)), block, tuple(outputs))
+
+
+def _order(blocks: Blocks, backwards: bool) -> range:
+    return range(blocks.positions)[:: -1 if backwards else 1]
+
+
+def _outer(states: Array, channels: Array) -> Array:
+    return states[..., None] * channels[..., None, :]
+
+
+def _decay(d: Array, A: Array) -> Array:
+    return jnp.exp(d[..., None, :] * A[None])
+
+
+def _sum_states(*factors: Array) -> Array:
+    """Their product summed over the states: written out, as XLA does not vectorise this sum on CPU."""
+    products = (
+        functools.reduce(jnp.multiply, (factor[..., n, :] for factor in factors)) for n in range(factors[0].shape[-2])
+    )
+    return functools.reduce(jnp.add, products)

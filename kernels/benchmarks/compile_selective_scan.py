@@ -1,0 +1,94 @@
+"""Compiles the selective scan's Mosaic kernels for a Hopper GPU on a machine without one; prints registers and spills.
+
+    pip install jax-cuda13-plugin jax-cuda13-pjrt      of jax's own version; a ptxas must be on the PATH
+    python kernels/benchmarks/compile_selective_scan.py
+
+Exit code 1 if a kernel spills registers to memory.
+"""
+
+import functools
+import importlib.util
+import itertools
+import os
+import re
+import subprocess
+import sys
+
+# Set before jax is imported: the CUDA plugin must not look for a GPU, and ptxas is to say what it did.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from iumad_kernels.selective_scan import pallas_mosaic
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000 l2_cache_size: 62914560 clock_rate_ghz: 1.98 device_memory_size: 150754820096
+  shared_memory_per_block_optin: 232448 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  cuda_compute_capability { major: 9 minor: 0 }
+}
+platform_name: "CUDA"
+device_description_str: "NVIDIA H200"
+"""
+# ES2D's (batch, length, channels, states, groups) at patch sizes 4, 8 and 16, then other numbers of states.
+SHAPES = [(24, 784, 2048, 16, 4), (24, 196, 2048, 16, 4), (24, 49, 2048, 16, 4)]
+SHAPES += [(4, 1024, 512, states, 1) for states in (1, 8, 32, 64, 128)]
+
+
+def compile_gradient(shape: tuple[int, ...], dtype: jnp.dtype) -> None:
+    """Compiles the forward and the backward kernel; ptxas writes to the standard output of the process."""
+    batch, length, channels, states, groups = shape
+    topology = topologies.get_topology_desc(topology_name="h200", platform="cuda", topology="1x1x1", target_config=H200)
+    everywhere = NamedSharding(Mesh(np.array(topology.devices[:1]), ("devices",)), PartitionSpec())
+    struct = functools.partial(jax.ShapeDtypeStruct, sharding=everywhere)
+    sequence = struct((batch, length, channels), dtype)
+    projection = struct((batch, length, groups, states), dtype)
+    parameter = struct((channels,), jnp.float32)
+    A = struct((channels, states), jnp.float32)
+    args = {"x": sequence, "delta": sequence, "A": A, "B": projection, "C": projection}
+    args |= {"D": parameter, "z": sequence, "delta_bias": parameter}
+
+    def loss(args: dict[str, jax.Array]) -> jax.Array:
+        y, _ = pallas_mosaic.selective_scan(**args, delta_softplus=True, reverse=False)
+        return y.astype(jnp.float32).sum()
+
+    jax.jit(jax.grad(loss)).trace(args).lower(lowering_platforms=("cuda",)).compile()
+
+
+def main() -> int:
+    """Runs each compilation in a process of its own, as ptxas' words come out at the end of one."""
+    if len(sys.argv) == 3:
+        compile_gradient(tuple(map(int, sys.argv[1].split(","))), jnp.dtype(sys.argv[2]))
+        return 0
+    plugins = [f"jax_cuda{version}_plugin" for version in (12, 13)]
+    if not any(map(importlib.util.find_spec, plugins)):
+        print("the CUDA plugin is not installed: pip install jax-cuda13-plugin jax-cuda13-pjrt of jax's own version")
+        return 2
+    print(f"jax {jax.__version__}, sm_90a\n")
+    print("| batch, length, channels, states, groups | dtype | registers | spilled bytes |")
+    print("|---|---|---|---|")
+    spilled = 0
+    for shape, dtype in itertools.product(SHAPES, ("float32", "bfloat16")):
+        command = [sys.executable, __file__, ",".join(map(str, shape)), dtype]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        said = done.stdout + done.stderr
+        registers = re.findall(r"Used (\d+) registers", said)
+        if done.returncode or len(registers) < 2:
+            print(f"compiling {shape} in {dtype} failed:\n{said[-2000:]}")
+            return 1
+        bytes_spilled = [int(n) for n in re.findall(r"(\d+) bytes spill", said)]
+        spilled += sum(bytes_spilled)
+        used = ", ".join(registers)
+        print(f"| {', '.join(map(str, shape))} | {dtype} | {used} | {sum(bytes_spilled)} |", flush=True)
+    return 1 if spilled else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

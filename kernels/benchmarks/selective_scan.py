@@ -1,0 +1,231 @@
+"""Times the selective scan, forward and forward + backward, against what JAX has, in turns within one run.
+
+    python kernels/benchmarks/selective_scan.py [--shapes=cpu] [--json=out.json] [--picture=out.png]
+
+Shapes are batch x length x channels x states x groups, or the name of a list: `target`, `es2d` (the Mamba decoder's, at
+patch sizes 4, 8 and 16), `long` (1,024 to 65,536 positions). On a GPU, `--dtype=bfloat16` also makes sense. Prints a
+table; the JSON holds every time. What does not fit in memory is left out, and so is whatever disagrees with "xla".
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import baselines
+import jax
+import jax.numpy as jnp
+import numpy as np
+from iumad_kernels.selective_scan import pallas_mosaic, selective_scan
+
+LISTS = {
+    "target": ["4x196x512x16x1", "4x1024x512x16x1"],
+    "es2d": ["24x784x2048x16x4", "24x196x2048x16x4", "24x49x2048x16x4"],
+    "long": [f"1x{length}x{channels}x16x1" for channels in (512, 2048) for length in (1024, 4096, 16384, 65536)],
+    "wide": [f"8x{length}x1536x16x1" for length in (1024, 4096, 16384)],
+}
+PASSES = ("forward", "forward + backward")
+HOPPER = {"sms": 132, "sfu_per_sm": 16, "clock": 1.98e9}  # H100 SXM and H200
+
+
+def inputs(shape: tuple[int, ...], dtype: Any) -> dict[str, jax.Array]:
+    """At random, with step sizes and decay rates as Mamba has them at the start of training."""
+    batch, length, channels, states, groups = shape
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+
+    step = np.exp(rng.uniform(np.log(1e-3), np.log(1e-1), channels))
+    return {
+        "x": normal(batch, length, channels),
+        "delta": 0.1 * normal(batch, length, channels),
+        "A": -jnp.tile(jnp.arange(1.0, states + 1), (channels, 1)),
+        "B": normal(batch, length, groups, states),
+        "C": normal(batch, length, groups, states),
+        "D": jnp.ones(channels),
+        "delta_bias": jnp.asarray(np.log(np.expm1(step)), jnp.float32),
+    }
+
+
+def contestants(shape: tuple[int, ...], dtype: Any) -> dict[str, Callable[..., jax.Array]]:
+    """What can run here, "xla" first."""
+
+    def ours(implementation: str) -> Callable[..., jax.Array]:
+        return lambda **args: selective_scan(**args, implementation=implementation)
+
+    found = {"xla": ours("xla")}
+    if pallas_mosaic.obstacle(dtype, shape[3]) is None:
+        found["mosaic"] = ours("mosaic")
+    found |= {"lax.scan": baselines.lax_scan, "associative_scan": baselines.associative_scan}
+    if shape[4] == 1 and jax.default_backend() == "gpu":
+        found |= baselines.peers()
+    return found
+
+
+def passes(scan: Callable[..., jax.Array]) -> dict[str, Callable[..., Any]]:
+    """The functions timed, of the arguments and the cotangent of y."""
+
+    def forward_backward(args: dict, dy: jax.Array) -> Any:
+        y, vjp = jax.vjp(lambda args: scan(**args), args)
+        return y, vjp(dy.astype(y.dtype))[0]
+
+    return dict(zip(PASSES, (lambda args, dy: scan(**args), forward_backward), strict=True))
+
+
+def disagreement(found: Any, expected: Any) -> float:
+    """The largest difference over all outputs, each relative to its largest value."""
+
+    def relative(a: jax.Array, b: jax.Array) -> float:
+        a, b = (array.astype(jnp.float32) for array in (a, b))
+        return float(jnp.abs(a - b).max() / jnp.abs(b).max())
+
+    return max(jax.tree.leaves(jax.tree.map(relative, found, expected)))
+
+
+def measure(shape: tuple[int, ...], dtype: Any, seconds: float, memory: float) -> list[dict[str, Any]]:
+    """One row for each contestant and pass: the times of its turns."""
+    args = inputs(shape, dtype)
+    dy = jnp.asarray(np.random.default_rng(1).standard_normal(args["x"].shape, np.float32), dtype)
+    rows, compiled, expected = [], [], {}
+    for name, scan in contestants(shape, dtype).items():
+        for of_pass, function in passes(scan).items():
+            row: dict[str, Any] = {"shape": shape, "dtype": jnp.dtype(dtype).name, "name": name, "pass": of_pass}
+            rows.append(row)
+            program = jax.jit(function).lower(args, dy).compile()
+            analysis = program.memory_analysis()
+            row["temporary_bytes"] = analysis.temp_size_in_bytes
+            if analysis.temp_size_in_bytes > memory * 2**30:
+                row["left_out"] = f"needs {analysis.temp_size_in_bytes / 2**30:.0f} GiB"
+                continue
+            result = jax.block_until_ready(program(args, dy))
+            row["disagreement"] = disagreement(result, expected.setdefault(of_pass, result))
+            if row["disagreement"] > (1e-3 if dtype == jnp.float32 else 5e-2):
+                row["left_out"] = f"differs from xla by {row['disagreement']:.1g}"
+                continue
+            row["seconds"] = []
+            compiled.append((program, row["seconds"]))
+            del result
+    expected.clear()
+    calls = 10 if jax.default_backend() == "gpu" else 1  # what launching costs is not what is measured
+    end, turns = time.monotonic() + seconds, 0
+    while turns < 3 or (turns < 15 and time.monotonic() < end):
+        for program, times in compiled:
+            jax.block_until_ready(program(args, dy))  # what ran before has left caches and memory in its own state
+            start = time.perf_counter()
+            for _ in range(calls):
+                result = program(args, dy)
+            jax.block_until_ready(result)
+            times.append((time.perf_counter() - start) / calls)
+            del result
+        turns += 1
+    return rows
+
+
+def bandwidth() -> float:
+    """Bytes a second that a copy of 1 GiB reads and writes here."""
+    array = jnp.zeros(2**28, jnp.float32)
+    copy = jax.jit(lambda array: array + 1)
+    jax.block_until_ready(copy(array))
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        jax.block_until_ready(copy(array))
+        times.append(time.perf_counter() - start)
+    return 2 * array.nbytes / statistics.median(times)
+
+
+def floor(row: dict[str, Any], bytes_per_second: float) -> float:
+    """Seconds below which no scan can be on a Hopper GPU: its arrays once through memory, or its exponentials.
+
+    Forward reads x and delta and writes y: 3 arrays, and states + 4 special functions an element; backward reads x,
+    delta and y's gradient and writes those of x and delta, and computes the exponentials twice.
+    """
+    batch, length, channels, states, _ = row["shape"]
+    elements, size = batch * length * channels, jnp.dtype(row["dtype"]).itemsize
+    rate = HOPPER["sms"] * HOPPER["sfu_per_sm"] * HOPPER["clock"]
+    forward = max(3 * size * elements / bytes_per_second, (states + 4) * elements / rate)
+    backward = max(5 * size * elements / bytes_per_second, (2 * states + 4) * elements / rate)
+    return forward if row["pass"] == PASSES[0] else forward + backward
+
+
+def table(rows: list[dict[str, Any]], bytes_per_second: float | None) -> str:
+    """Markdown: median and quartiles in milliseconds, the ratio to xla's median, and temporary memory."""
+    medians = {(str(r["shape"]), r["pass"], r["name"]): statistics.median(r["seconds"]) for r in rows if "seconds" in r}
+    header = ["shape", "pass", "implementation", "median ms (quartiles)", "times xla", "temporary MiB"]
+    header += ["share of the floor"] if bytes_per_second else []
+    lines = [header, ["---"] * len(header)]
+    for row in rows:
+        shape = " x ".join(map(str, row["shape"]))
+        cells = [shape, row["pass"], row["name"], row.get("left_out", ""), "", f"{row['temporary_bytes'] / 2**20:.0f}"]
+        if "seconds" in row:
+            low, median, high = (1e3 * q for q in statistics.quantiles(row["seconds"], n=4))
+            cells[3] = f"{median:.3g} ({low:.3g} to {high:.3g})"
+            cells[4] = f"{median / 1e3 / medians[str(row['shape']), row['pass'], 'xla']:.2f}"
+        if bytes_per_second:
+            cells.append(f"{1e5 * floor(row, bytes_per_second) / median:.0f} %" if "seconds" in row else "")
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Forward + backward against length, both logarithmic, for each number of channels."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in rows if row["pass"] == PASSES[1] and row["shape"][0] == 1 and "seconds" in row]
+    widths = sorted({row["shape"][2] for row in rows})
+    figure, axes = plt.subplots(1, len(widths), figsize=(4.2 * len(widths), 3.4), sharey=True, squeeze=False)
+    for axis, width in zip(axes[0], widths, strict=True):
+        for name in dict.fromkeys(row["name"] for row in rows):
+            points = [r for r in rows if r["name"] == name and r["shape"][2] == width]
+            times = [1e3 * statistics.median(r["seconds"]) for r in points]
+            axis.loglog([r["shape"][1] for r in points], times, "o-", base=2, label=name)
+        axis.set(title=f"{width} channels, 16 states", xlabel="positions", yscale="log")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("forward + backward, ms")
+    axes[0][0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Measures, prints and saves."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="target,es2d,long", help="names of lists, or shapes, separated by commas")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--seconds", type=float, default=30, help="for the turns of one shape")
+    parser.add_argument("--memory", type=float, default=8, help="GiB that an implementation may need for itself")
+    parser.add_argument("--json", type=Path, help="where the results go")
+    parser.add_argument("--picture", type=Path, help="where the picture of the list `long` goes")
+    options = parser.parse_args()
+    shapes = [tuple(map(int, s.split("x"))) for key in options.shapes.split(",") for s in LISTS.get(key, [key])]
+    device = jax.devices()[0]
+    on_gpu = device.platform == "gpu"
+    result: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "device": device.device_kind if on_gpu else f"{os.cpu_count()} CPU cores ({platform.machine()})",
+        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+        "bytes_per_second": bandwidth() if on_gpu else None,
+        "rows": [],
+    }
+    for shape in shapes:
+        rows = measure(shape, jnp.dtype(options.dtype), options.seconds, options.memory)
+        print(table(rows, result["bytes_per_second"]), "\n", flush=True)
+        result["rows"] += rows
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
+    if options.picture:
+        draw(result["rows"], options.picture)
+
+
+if __name__ == "__main__":
+    main()

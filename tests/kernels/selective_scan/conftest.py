@@ -1,0 +1,120 @@
+"""The selective scan and its gradients in numpy, float64, position by position: what each implementation must find."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+
+def arguments(batch, length, channels, states, groups=1, seed=0, dtype=np.float64, without=()):
+    """Every argument of the scan, at random."""
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "x": (batch, length, channels),
+        "delta": (batch, length, channels),
+        "A": (channels, states),
+        "B": (batch, length, groups, states),
+        "C": (batch, length, groups, states),
+        "D": (channels,),
+        "z": (batch, length, channels),
+        "delta_bias": (channels,),
+        "initial_state": (batch, channels, states),
+    }
+    made = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    made["A"] = -np.exp(made["A"])
+    return {name: value.astype(dtype) for name, value in made.items() if name not in without}
+
+
+def cotangents(args, seed=1):
+    """Of y and the final state, at random."""
+    rng = np.random.default_rng(seed)
+    y = rng.standard_normal(args["x"].shape)
+    return y, rng.standard_normal((len(y), *args["A"].shape))
+
+
+def sigmoid(x):
+    return 0.5 * (1 + np.tanh(x / 2))
+
+
+def scan(args, dy, dh, delta_softplus=True, reverse=False):
+    """y, the final state and the gradients of <dy, y> + <dh, final state>, by hand."""
+    a = {name: np.asarray(value, np.float64) for name, value in args.items()}
+    x, A = a["x"], a["A"]
+    batch, length, channels = x.shape
+    groups, states = a["B"].shape[2:]
+    B, C = (np.repeat(a[name], channels // groups, axis=2) for name in ("B", "C"))
+    D, bias = (a.get(name, np.zeros(channels)) for name in ("D", "delta_bias"))
+    raw = a["delta"] + bias
+    d = np.logaddexp(raw, 0) if delta_softplus else raw
+    order = range(length)[::-1] if reverse else range(length)
+
+    h = a.get("initial_state", np.zeros((batch, channels, states)))
+    before, y = {}, np.empty_like(x)
+    for t in order:
+        before[t] = h
+        h = np.exp(d[:, t, :, None] * A) * h + (d[:, t] * x[:, t])[..., None] * B[:, t]
+        y[:, t] = (C[:, t] * h).sum(-1) + D * x[:, t]
+    final_state = h
+
+    grads = {name: np.zeros_like(value) for name, value in a.items()}
+    if "z" in a:
+        s = sigmoid(a["z"])
+        grads["z"] = dy * y * (s + a["z"] * s * (1 - s))
+        dy, y = dy * a["z"] * s, y * a["z"] * s
+    dB, dC, dd = np.zeros_like(B), np.zeros_like(C), np.zeros_like(d)
+    for t in list(order)[::-1]:
+        decay = np.exp(d[:, t, :, None] * A)
+        dC[:, t] = dy[:, t, :, None] * h
+        dh = dh + dy[:, t, :, None] * C[:, t]
+        dB[:, t] = dh * (d[:, t] * x[:, t])[..., None]
+        of_u = (dh * B[:, t]).sum(-1)
+        dh = dh * decay
+        grads["x"][:, t] = of_u * d[:, t] + D * dy[:, t]
+        dd[:, t] = of_u * x[:, t] + (dh * before[t] * A).sum(-1)
+        grads["A"] += (dh * before[t] * d[:, t, :, None]).sum(0)
+        h = before[t]
+    grads["delta"] = dd * sigmoid(raw) if delta_softplus else dd
+    for name, value in (("B", dB), ("C", dC)):
+        grads[name] = value.reshape(batch, length, groups, -1, states).sum(3)
+    of_channels = {"D": (dy * x).sum((0, 1)), "delta_bias": grads["delta"].sum((0, 1)), "initial_state": dh}
+    return y, final_state, grads | {name: value for name, value in of_channels.items() if name in a}
+
+
+def found(function, args, dy, dh, **options):
+    """The same by `function`, an implementation."""
+    (y, final_state), vjp = jax.vjp(lambda args: function(**args, **options), args)
+    (grads,) = vjp((jnp.asarray(dy, y.dtype), jnp.asarray(dh, final_state.dtype)))
+    return y, final_state, grads
+
+
+def error(value, exact):
+    """The largest, relative to the largest value."""
+    value, exact = np.asarray(value, np.float64), np.asarray(exact)
+    assert value.shape == exact.shape
+    return np.abs(value - exact).max(initial=0) / max(np.abs(exact).max(initial=0), 1e-30)
+
+
+def check(function, args, forward=1e-5, backward=1e-4, delta_softplus=True, reverse=False):
+    """That an implementation finds what the loops do."""
+    options = {"delta_softplus": delta_softplus, "reverse": reverse}
+    dtype = args["x"].dtype
+    if not delta_softplus:  # a negative step would make states grow
+        args = args | {name: np.abs(args[name]) for name in ("delta", "delta_bias") if name in args}
+    dy, dh = (cotangent.astype(dtype).astype(np.float64) for cotangent in cotangents(args))
+    exact = scan(args, dy, dh, **options)
+    y, final_state, grads = found(function, jax.tree.map(jnp.asarray, args), dy, dh, **options)
+    assert y.dtype == dtype
+    assert final_state.dtype == jnp.float32
+    assert error(y, exact[0]) <= forward
+    assert error(final_state, exact[1]) <= forward
+    for name, gradient in grads.items():
+        assert gradient.dtype == args[name].dtype
+        assert error(gradient, exact[2][name]) <= backward, name
+
+
+@pytest.fixture(scope="session")
+def exact():
+    """The functions above."""
+    return SimpleNamespace(arguments=arguments, cotangents=cotangents, scan=scan, error=error, check=check, found=found)

@@ -1,0 +1,176 @@
+"""The one public function: what it accepts, what it says when it does not, and JAX's transformations of it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from iumad_kernels.selective_scan import selective_scan
+from jax.sharding import Mesh, PartitionSpec
+
+SEQUENCES = ("x", "delta", "B", "C", "z", "initial_state")
+
+
+def split(args):
+    """Those with a batch axis, and the rest."""
+    return {n: a for n, a in args.items() if n in SEQUENCES}, {n: a for n, a in args.items() if n not in SEQUENCES}
+
+
+@pytest.fixture
+def args(exact):
+    return {n: jnp.asarray(a) for n, a in exact.arguments(4, 11, 6, 3, 2, dtype=np.float32).items()}
+
+
+@pytest.mark.parametrize("implementation", [None, "xla", "reference"])
+def test_outputs(exact, args, implementation):
+    dy, dh = exact.cotangents(args)
+    y, final_state, _ = exact.scan(args, dy, dh)
+    found = selective_scan(**args, return_final_state=True, implementation=implementation)
+    assert exact.error(found[0], y) < 1e-5
+    assert exact.error(found[1], final_state) < 1e-5
+    np.testing.assert_array_equal(selective_scan(**args, implementation=implementation), found[0])
+
+
+def test_one_group_needs_no_axis(exact):
+    args = exact.arguments(2, 5, 4, 3, dtype=np.float32)
+    without_axis = args | {"B": args["B"][:, :, 0], "C": args["C"][:, :, 0]}
+    np.testing.assert_array_equal(selective_scan(**without_axis), selective_scan(**args))
+
+
+def test_the_state_carries_on_from_one_call_to_the_next(args):
+    first, second = (
+        {n: a[:, part] if n in SEQUENCES[:5] else a for n, a in args.items()} for part in (slice(6), slice(6, None))
+    )
+    y, state = selective_scan(**first, return_final_state=True)
+    rest = selective_scan(**second | {"initial_state": state})
+    np.testing.assert_allclose(jnp.concatenate([y, rest], axis=1), selective_scan(**args), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 4), (2, 5, 0)])
+def test_nothing_in_nothing_out(exact, shape):
+    args = exact.arguments(*shape, 3, dtype=np.float32)
+    y, final_state = selective_scan(**args, return_final_state=True)
+    assert y.shape == shape
+    assert final_state.shape == (shape[0], shape[2], 3)
+    assert jax.grad(lambda D: selective_scan(**args | {"D": D}).sum())(args["D"]).shape == (shape[2],)
+
+
+def test_vmap_over_sequences_gives_each_its_own_gradients(exact, args):
+    """Of parameters too, which do not differ along the axis."""
+    sequences, parameters = split(args)
+
+    def loss(parameters, one):
+        return (selective_scan(**{n: a[None] for n, a in one.items()}, **parameters) ** 2).sum()
+
+    found = jax.vmap(jax.grad(loss), (None, 0))(parameters, sequences)
+    for i in range(4):
+        one = {n: a[i] for n, a in sequences.items()}
+        for name, gradient in jax.grad(loss)(parameters, one).items():
+            assert exact.error(found[name][i], gradient) < 1e-5, name
+
+
+def test_vmap_over_parameters(args):
+    sequences, parameters = split(args)
+    several = {n: jnp.stack([a, 0.5 * a]) for n, a in parameters.items()}
+    found = jax.vmap(lambda parameters: selective_scan(**sequences, **parameters))(several)
+    expected = [
+        selective_scan(**sequences, **parameters),
+        selective_scan(**sequences, **{n: a[1] for n, a in several.items()}),
+    ]
+    np.testing.assert_allclose(found, jnp.stack(expected), rtol=1e-6)
+
+
+def test_second_derivatives(exact, args):
+    """The product of the Hessian and a vector."""
+
+    def product(implementation):
+        def loss(args):
+            y, h = selective_scan(**args, return_final_state=True, implementation=implementation)
+            return (y**2).sum() + (h**2).sum()
+
+        gradient = jax.grad(loss)
+        return jax.jit(jax.grad(lambda args: sum(jnp.vdot(g, jnp.cos(g)) for g in gradient(args).values())))(args)
+
+    found, expected = product("xla"), product("reference")
+    for name in args:
+        assert exact.error(found[name], expected[name]) < 1e-4, name
+
+
+def test_forward_mode_says_that_it_does_not_work(args):
+    with pytest.raises(TypeError, match="forward-mode autodiff"):
+        jax.jvp(lambda x: selective_scan(**args | {"x": x}), (args["x"],), (args["x"],))
+    jax.jvp(lambda x: selective_scan(**args | {"x": x}, implementation="reference"), (args["x"],), (args["x"],))
+
+
+def gradients(args, axis=None):
+    sequences, parameters = split(args)
+    grads = jax.grad(lambda s, p: (selective_scan(**s, **p) ** 2).sum(), (0, 1))(sequences, parameters)
+    return grads[0], grads[1] if axis is None else jax.lax.psum(grads[1], axis)
+
+
+def test_pmap(exact, args):
+    sequences, parameters = split(args)
+    of_devices = {n: a.reshape(2, 2, *a.shape[1:]) for n, a in sequences.items()}
+    found = jax.pmap(lambda s: gradients(s | parameters, "devices"), "devices")(of_devices)
+    expected = gradients(args)
+    for name, gradient in found[0].items():
+        assert exact.error(gradient.reshape(expected[0][name].shape), expected[0][name]) < 1e-5, name
+    for name, gradient in found[1].items():
+        assert exact.error(gradient[1], expected[1][name]) < 1e-5, name
+
+
+def test_shard_map(exact, args):
+    sequences, parameters = split(args)
+    mesh = Mesh(np.array(jax.devices()[:2]), ("devices",))
+    sharded, whole = PartitionSpec("devices"), PartitionSpec()
+    function = functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(sharded, whole), out_specs=(sharded, whole), check_vma=False
+    )(lambda s, p: gradients(s | p, "devices"))
+    for found, expected in zip(jax.jit(function)(sequences, parameters), gradients(args), strict=True):
+        for name, gradient in found.items():
+            assert exact.error(gradient, expected[name]) < 1e-5, name
+
+
+def test_a_sequence_of_65536_positions_takes_bounded_memory():
+    """64 MiB an array like x; one of all states would take 1 GiB."""
+    length, channels, states = 65_536, 256, 16
+    rng = np.random.default_rng(0)
+    x, B = (rng.standard_normal((1, length, n)).astype(np.float32) for n in (channels, states))
+    A = -np.exp(rng.standard_normal((channels, states))).astype(np.float32)
+
+    def loss(x, A):
+        return (selective_scan(x, x, A, B, B) ** 2).mean()
+
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(x, A).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 700 * 2**20
+    of_x, of_A = compiled(x, A)
+    assert np.isfinite(of_A).all()
+    assert np.abs(of_x[0, -1]).max() > 0
+
+
+WRONG = {
+    "x must have the shape (batch, length, channels); got (2, 5)": {"x": np.zeros((2, 5))},
+    "x must be floating-point; got int32": {"x": np.zeros((2, 5, 4), np.int32)},
+    "x must have at least one position; got shape (2, 0, 4)": {"x": np.zeros((2, 0, 4))},
+    "A must have the shape (4, states) with 1 to 256 states; got (4, 257)": {"A": np.zeros((4, 257))},
+    "B must have the shape (2, 5, groups, 3) or (2, 5, 3); got (2, 5, 7)": {"B": np.zeros((2, 5, 7))},
+    "B's groups must divide the 4 channels evenly; got 3": {"B": np.zeros((2, 5, 3, 3)), "C": np.zeros((2, 5, 3, 3))},
+    "C must have the shape (2, 5, 1, 3); got (2, 5, 3)": {"C": np.zeros((2, 5, 3))},
+    "D must have the shape (4,); got (3,)": {"D": np.zeros(3)},
+    "z must have the shape (2, 5, 4); got (2, 5, 3)": {"z": np.zeros((2, 5, 3))},
+    "delta must have the shape (2, 5, 4); got (2, 1, 4)": {"delta": np.zeros((2, 1, 4))},
+    "delta_bias must have the shape (4,); got (1, 4)": {"delta_bias": np.zeros((1, 4))},
+    "initial_state must have the shape (2, 4, 3); got (2, 3, 4)": {"initial_state": np.zeros((2, 3, 4))},
+    "implementation must be one of ['mosaic', 'reference', 'xla']; got 'cuda'": {"implementation": "cuda"},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_says_what_is_wrong(exact, message):
+    wrong = {
+        n: a.astype(np.float32) if getattr(a, "dtype", None) == np.float64 else a for n, a in WRONG[message].items()
+    }
+    with pytest.raises(ValueError) as raised:  # noqa: PT011 - the whole message is compared
+        selective_scan(**exact.arguments(2, 5, 4, 3, dtype=np.float32) | wrong)
+    assert str(raised.value) == message

@@ -1,0 +1,35 @@
+"""The reference against loops in numpy, and its derivatives against those found by hand and by differences."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from iumad_kernels.selective_scan import reference
+from jax.test_util import check_grads
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("delta_softplus", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "without"),
+    [((2, 7, 6, 3, 2), ()), ((1, 1, 1, 1, 1), ()), ((2, 5, 4, 2, 1), ("D", "z", "delta_bias", "initial_state"))],
+)
+def test_outputs_and_gradients_in_float64(exact, shape, without, delta_softplus, reverse):
+    args = exact.arguments(*shape, without=without)
+    options = {"delta_softplus": delta_softplus, "reverse": reverse}
+    dy, dh = exact.cotangents(args)
+    with jax.enable_x64(True):
+        y, final_state, grads = exact.found(reference.selective_scan, args, dy, dh, **options)
+    expected_y, expected_state, expected_grads = exact.scan(args, dy, dh, **options)
+    assert y.dtype == jnp.float64
+    np.testing.assert_allclose(y, expected_y, rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(final_state, expected_state, rtol=1e-11, atol=1e-12)
+    for name, gradient in grads.items():
+        np.testing.assert_allclose(gradient, expected_grads[name], rtol=1e-10, atol=1e-11, err_msg=name)
+
+
+def test_derivatives_of_both_modes_and_orders(exact):
+    args = exact.arguments(1, 3, 2, 2)
+    function = jax.jit(lambda args: reference.selective_scan(**args, delta_softplus=True, reverse=False))
+    with jax.enable_x64(True):
+        check_grads(function, (args,), order=2, modes=["fwd", "rev"], rtol=1e-4, atol=1e-4)
