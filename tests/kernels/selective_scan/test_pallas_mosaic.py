@@ -15,10 +15,12 @@ OPTIONAL = ("D", "z", "delta_bias", "initial_state")
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
+def interpreted(monkeypatch, capfd):
     if not hasattr(plgpu, "InterpretGPUParams"):
         pytest.skip(f"jax {jax.__version__} does not export the Mosaic interpreter, InterpretGPUParams")
     monkeypatch.setattr(pallas_mosaic, "interpret", plgpu.InterpretGPUParams(detect_races=True))
+    yield
+    assert "RACE" not in capfd.readouterr().out.upper()  # the interpreter prints what it finds
 
 
 def scan(delta_softplus=True, reverse=False, **args):
