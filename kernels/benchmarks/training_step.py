@@ -1,6 +1,6 @@
 """Times one update of IB-IUMAD's training with the selective scan as it is and with `jax.lax.scan`, in turns.
 
-python -m benchmarks.training_step [--config=quickstart] [--batch_size=8] [--seconds=120]
+python -m kernels.benchmarks.training_step [--config=quickstart] [--batch_size=8] [--seconds=120]
 """
 
 import argparse
