@@ -105,6 +105,14 @@ def test_the_losses_of_an_epoch_are_means_over_its_updates():
         assert epoch.losses == {"loss": pytest.approx(np.mean(losses), rel=1e-5), "pull": epoch.losses["loss"]}
 
 
+def test_every_update_draws_its_own_noise():
+    """The same images over and over, to weights that stand still, have another loss in every update."""
+    config, data = settings(learning_rate=0.0, epochs=12), images()
+    data.features["rgb"][:] = 1
+    losses = [epoch.losses["loss"] for epoch in trained(pull(noise=1.0), config, data)]
+    assert len(set(losses)) == 12
+
+
 def test_what_the_network_decays():
     """Matrices, embeddings and queries; no bias, no norm's scale, nothing that shapes the scan's time."""
     config = paper("1-0").model

@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,8 @@ def root(tmp_path_factory):
     levels = np.full((HEIGHT, WIDTH), 65535, np.uint16)
     levels[8:16, 8:20] = 0
     rgb = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3)).astype(np.uint8)
-    for folder in (
-        f"{name}/{split}/data" for name in ("Confetto", "Lollipop") for split in ("train", "val", "test_public")
-    ):
-        data = root / folder
+    for name, split in product(("Confetto", "Lollipop"), ("train", "val", "test_public")):
+        data = root / name / split / "data"
         data.mkdir(parents=True)
         for id_ in ("00", "01"):
             Image.fromarray(rgb).save(data / f"{id_}_image_4.png")
@@ -56,9 +55,14 @@ def keys(**values):
     return [f"--config.{key.replace('__', '.')}={value}" for key, value in values.items()]
 
 
+def good(root):
+    """What a command needs that goes well."""
+    return keys(dataset__root=root, dataset__objects="Confetto,Lollipop", train__batch_size=2)
+
+
 WRONG_FLAGS = {
     "an unknown key": (["--config.train.epoch=3"], "--config has no key 'epoch'; did you mean \"epochs\""),
-    "an unknown group": (["--config.trian.epochs=3"], "--config has no key 'trian'; every key is explained in"),
+    "an unknown group": (["--config.trian.epochs=3"], "--config has no key 'trian'; did you mean \"train\""),
     "words for a number": (
         ["--config.train.epochs=many"],
         "flag --config.train.epochs=many: invalid literal for int()",
@@ -88,14 +92,14 @@ WRONG_VALUES = {
     ),
     "a protocol that does not fit": (keys(protocol="7-2"), "protocol 7-2 does not fit 2 objects"),
     "a batch larger than a step": (keys(train__batch_size=3), "config.train.batch_size is 3 but a step has only 2"),
-    "an unknown schedule": (keys(train__schedule="linear", train__batch_size=2), 'config.train.schedule is "linear"'),
+    "an unknown schedule": (keys(train__schedule="linear"), 'config.train.schedule is "linear"'),
     "an unknown strategy": (keys(continual__strategy="replay"), 'config.continual.strategy is "replay"; use finetune'),
 }
 
 
 @pytest.mark.parametrize(("flags", "told"), WRONG_VALUES.values(), ids=WRONG_VALUES)
 def test_wrong_values_leave_the_workdir_to_the_corrected_command(root, tmp_path, flags, told):
-    sentence = refused(tmp_path, *keys(dataset__root=root, dataset__objects="Confetto,Lollipop"), *flags)
+    sentence = refused(tmp_path, *good(root), *flags)
     assert sentence.startswith(told)
     assert sentence.endswith(".")
     assert not list(tmp_path.iterdir())
@@ -108,16 +112,14 @@ class Evil:
 
 def test_weights_that_are_a_program(root, tmp_path):
     (tmp_path / "evil.pth").write_bytes(pickle.dumps(Evil()))
-    flags = keys(dataset__root=root, dataset__objects="Confetto,Lollipop", train__batch_size=2)
-    sentence = refused(tmp_path, *flags, *keys(backbone__weights="evil.pth"))
+    sentence = refused(tmp_path, *good(root), *keys(backbone__weights="evil.pth"))
     assert sentence.startswith("weights file evil.pth is refused: ")
     assert [path.name for path in tmp_path.iterdir()] == ["evil.pth"]
 
 
 def test_a_workdir_that_cannot_be_written(root, tmp_path):
     (tmp_path / "file").touch()
-    flags = keys(dataset__root=root, dataset__objects="Confetto,Lollipop", train__batch_size=2)
-    sentence = refused(tmp_path, *flags, workdir="file/run")
+    sentence = refused(tmp_path, *good(root), workdir="file/run")
     assert sentence == "file/run: not a writable folder (Not a directory); choose another --workdir."
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -139,9 +141,7 @@ def test_a_bad_file_of_the_dataset(root, tmp_path, name, content, told):
     if content is not None:
         file.write_bytes(before[:content] if isinstance(content, int) else content)
     try:
-        sentence = refused(
-            tmp_path, *keys(dataset__root=root, dataset__objects="Confetto,Lollipop", train__batch_size=2)
-        )
+        sentence = refused(tmp_path, *good(root))
     finally:
         file.write_bytes(before)
     assert sentence.startswith(f"{file} {told}")

@@ -51,7 +51,7 @@ def start(tmp_path_factory):
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
     }
 
-    def start(workdir, protocol="1-1", largest_file=resource.RLIM_INFINITY, **changes):
+    def start(workdir, protocol="1-1", **changes):
         keys = SMALL | changes
         flags = [f"--config={QUICKSTART}:{protocol}", f"--workdir={workdir}"]
         return subprocess.Popen(
@@ -61,7 +61,6 @@ def start(tmp_path_factory):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY)),
         )
 
     return start
@@ -217,11 +216,13 @@ def test_another_config_in_the_same_workdir_is_refused(run, whole):
     assert files(workdir) == before
 
 
-def test_a_full_disk_stops_the_run(run, tmp_path):
+def test_a_full_disk_stops_the_run(start, whole, tmp_path):
     """With room for the ledger but not for a snapshot."""
     workdir = tmp_path / "run"
-    code, out, err = run(workdir, largest_file=200_000)
-    assert (code, out) == (2, "")
+    with start(workdir) as process:
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (200_000, 200_000))
+        out, err = process.communicate()
+    assert (process.returncode, out) == (2, "")
     folder = workdir / "snapshots_within_step"
     assert err == (
         f"iumad_jax: {folder}: the snapshot could not be saved (File too large); the one before it is intact, so make"
