@@ -1,13 +1,41 @@
 """The values of the paper, each key explained; every file in configs/ starts from them."""
 
+import functools
+import math
+
 from ml_collections import ConfigDict
+
+from iumad_jax.errors import UserError
+
+_LIMITS = {
+    "seed": (0, 4_000_000),  # grain takes 32 bits of 1000 times as much
+    "input.size": (32, 4096),
+    "backbone.grid": (1, 256),
+    "model.width": (2, 8192),
+    "model.heads": (1, 8192),
+    "model.layers": (1, 64),
+    "model.hidden": (1, 65536),
+    "model.dropout": (0, 0.99),
+    "model.patch_size": (1, 4096),
+    "model.states": (1, 256),
+    "model.bottleneck_ratio": (0.01, 1),
+    "model.jitter.scale": (0, math.inf),
+    "model.jitter.probability": (0, 1),
+    "nearest_neighbours.patches_per_object": (2, 10**7),
+    "train.epochs": (0, 10**6 - 1),
+    "train.learning_rate": (0, math.inf),
+    "train.weight_decay": (0, math.inf),
+    "train.clip_norm": (0, math.inf),
+    "train.drop_epoch": (1, math.inf),
+    "report.pictures_per_object": (0, 1000),
+}
 
 
 def paper(protocol: str) -> ConfigDict:
     """IB-IUMAD as published, under a protocol such as "6-1" (see `iumad_jax.protocol`)."""
     config = ConfigDict()
     config.protocol = protocol
-    config.method = "ib_iumad"  # or a training-free floor: feature_norm, nearest_neighbours
+    config.method = "ib_iumad"  # or one of the floors in its place: feature_norm, nearest_neighbours
     config.modality = "rgb+depth"  # or rgb, depth
     config.seed = 0
 
@@ -62,3 +90,21 @@ def paper(protocol: str) -> ConfigDict:
     config.snapshots = ConfigDict({"every_minutes": 5.0})  # within a step
     config.report = ConfigDict({"pictures_per_object": 6})
     return config
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError for a value of the right type but out of range."""
+    for key, (low, high) in _LIMITS.items():
+        value = functools.reduce(lambda group, name: group[name], key.split("."), config)
+        if not low <= value <= high:  # also NaN
+            raise UserError(f"config.{key} is {value}; use {low} to {high}.")
+    model = config.model
+    if model.width % 2 or model.width % model.heads:
+        raise UserError(
+            f"config.model.width is {model.width}; use an even multiple of config.model.heads, which is {model.heads}."
+        )
+    if model.patch_size > config.input.size:
+        raise UserError(
+            f"config.model.patch_size is {model.patch_size}; use at most config.input.size, which is"
+            f" {config.input.size}."
+        )

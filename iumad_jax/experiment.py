@@ -12,8 +12,11 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from iumad_jax import config as configs
 from iumad_jax import data, methods, parallel, protocol, train
 from iumad_jax import workdir as workdirs
+from iumad_jax.data.depth import check_encoding
+from iumad_jax.data.eyecandies import selected
 from iumad_jax.data.pipeline import training_batches, updates_per_epoch
 from iumad_jax.data.sample import Reader
 from iumad_jax.data.store import PreparedSet, Store
@@ -69,14 +72,15 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     Raises:
         UserError: the config, the dataset or the workdir is at fault.
     """
+    configs.check(config)
     workdirs.check(workdir, config)
     finished = tables.read_results(workdir)
     if finished is not None:
         print(f"{workdir}: this run is finished.")
         return finished
 
+    steps = protocol.steps(config.protocol, selected(config.dataset.objects))
     reader = data.open_reader(config.dataset)
-    steps = protocol.steps(config.protocol, reader.objects)
     this = start(config, workdir, reader, steps)
     for step in steps[this.position.step + this.position.finished :]:
         learn(this, step)
@@ -149,6 +153,7 @@ def is_trained(config: ConfigDict, method: Method) -> bool:
 
 def open_store(config: ConfigDict, reader: Reader, workdir: Path) -> Store:
     """Where images are prepared for this config's backbone."""
+    check_encoding(config.input.depth_encoding)
     extractor = FeatureExtractor(config.backbone.name, config.backbone.grid)
     weights = pretrained.load(config.backbone.name, config.backbone.weights)
     digest = hashlib.sha256(b"".join(np.asarray(array).tobytes() for array in jax.tree.leaves(weights)))

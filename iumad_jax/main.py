@@ -14,6 +14,11 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; the defa
 
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit code: 2 for a user's mistake, told in one sentence."""
+    if "--help" in arguments:
+        print(
+            f"{__doc__}\n\n{flags.FLAGS.main_module_help()}\n  --config.KEY=VALUE: every key is in iumad_jax/config.py"
+        )
+        return 0
     try:
         config, workdir = _parse(arguments)
         from iumad_jax import experiment  # after the flags: a typo is told at once, before JAX is loaded

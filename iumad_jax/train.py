@@ -1,6 +1,7 @@
 """One step's training."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import grain
@@ -108,8 +109,8 @@ def epochs(
     """
     first = int(state.update) // per_epoch
     state = parallel.replicate(state)
-    stream = iter(batches)
-    with tqdm(total=last * per_epoch, initial=first * per_epoch, unit="update", disable=None, leave=False) as bar:
+    bar = tqdm(total=last * per_epoch, initial=first * per_epoch, unit="update", disable=None, leave=False)
+    with closing(iter(batches)) as stream, bar:
         for index in range(first, last):
             history = []
             for number in range(index * per_epoch, (index + 1) * per_epoch):

@@ -180,3 +180,24 @@ def test_a_damaged_snapshot_is_named_and_the_one_before_is_used_once_it_is_remov
     with opened(tmp_path) as snapshots:
         assert_same(snapshots.latest(), snapshot(0, 0, finished=True))
     assert capfd.readouterr().err == ""
+
+
+def test_a_flipped_bit_is_noticed_or_harmless(tmp_path):
+    """Orbax alone restores most of them silently."""
+    with opened(tmp_path) as snapshots:
+        snapshots.save(snapshot(0, 0, finished=True, size=2000))
+    arrays = tmp_path / "snapshots" / "0" / "arrays"
+    largest = max((path for path in arrays.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = largest.read_bytes()
+    rng, told = np.random.default_rng(0), []
+    for _ in range(10):
+        damaged = bytearray(content)
+        damaged[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        largest.write_bytes(damaged)
+        with opened(tmp_path) as snapshots:
+            try:
+                assert_same(snapshots.latest(), snapshot(0, 0, finished=True, size=2000))
+            except UserError as error:
+                told.append(str(error))
+    assert told
+    assert all("the snapshot cannot be read" in sentence for sentence in told)

@@ -174,6 +174,12 @@ def free_standing(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
     return mask & ~np.isin(pieces, edge)
 
 
+def check_encoding(encoding: str) -> None:
+    """Raises UserError unless `encode` knows it."""
+    if encoding not in ENCODINGS:
+        raise UserError(f'config.input.depth_encoding is "{encoding}"; use one of {", ".join(ENCODINGS)}.')
+
+
 def encode(surface: Surface, encoding: str, height_range: float) -> Float32[np.ndarray, "h w 3"]:
     """A surface as an image with values 0 to 255.
 
@@ -185,6 +191,7 @@ def encode(surface: Surface, encoding: str, height_range: float) -> Float32[np.n
     Raises:
         UserError: the encoding is unknown.
     """
+    check_encoding(encoding)
     height = np.clip(surface.height / height_range, 0, 1) * np.float32(255)
     directions = (surface.normals + 1) * np.float32(127.5)
     match encoding:
@@ -194,9 +201,8 @@ def encode(surface: Surface, encoding: str, height_range: float) -> Float32[np.n
             return np.repeat(height[..., None], 3, axis=-1)
         case "height+normals":
             return np.concatenate([height[..., None], directions[..., :2]], axis=-1)
-        case "xyz_uint8":
+        case _:
             return (surface.points * 255).astype(np.int32).astype(np.uint8).astype(np.float32)
-    raise UserError(f'config.input.depth_encoding is "{encoding}"; use one of {", ".join(ENCODINGS)}.')
 
 
 def _rays(shape: tuple[int, ...], camera: Camera) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import reprlib
 import struct
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ class Eyecandies:
             raise UserError(f"config.dataset.light is {light}; use one of 0 to {LIGHTS - 1}.")
         self.root = Path(root)
         self.light = light
-        self.objects = _selected(objects)
+        self.objects = selected(objects)
         try:
             if not self.root.is_dir():
                 raise UserError(f"config.dataset.root is {self.root}, which is not a folder; name the dataset's.")
@@ -98,6 +99,8 @@ class Eyecandies:
         focal = FOCAL_LENGTH * width
         camera = Camera(focal, focal, (width - 1) / 2, (height - 1) / 2)
         defect = _read_defect(label_file)
+        if split != "test" and defect != "good":
+            raise UserError(f"{label_file} labels the image {defect}; only test images may have defects.")
         return Sample(object, id, defect, rgb, depth, mask, defect != "good", camera)
 
     def _endings(self) -> tuple[str, ...]:
@@ -132,7 +135,12 @@ class Eyecandies:
             raise UserError(f"{path} leads out of config.dataset.root to {path.resolve()}; put a copy in its place.")
 
 
-def _selected(objects: str) -> tuple[str, ...]:
+def selected(objects: str) -> tuple[str, ...]:
+    """The names that `config.dataset.objects` gives, in the order of learning.
+
+    Raises:
+        UserError: a name is unknown or given twice.
+    """
     if objects == "all":
         return OBJECTS
     names = tuple(name.strip() for name in objects.split(","))
@@ -165,7 +173,9 @@ def _read_range(file: Path) -> tuple[float, float]:
     for key in ("min", "max"):
         value = span.get(key) if isinstance(span, dict) else None
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < _FARTHEST:
-            raise UserError(f"{file} has {value!r:.40} as normalization: {key}; give metres, from 0 to {_FARTHEST}.")
+            raise UserError(
+                f"{file} has {reprlib.repr(value):.40} as normalization: {key}; give metres, from 0 to {_FARTHEST}."
+            )
         metres.append(float(value))
     nearest, farthest = metres
     if nearest > farthest:
@@ -185,7 +195,7 @@ def _read_defect(file: Path) -> str:
     labels = _read_yaml(file)
     for key in ("anomalous", *(f"anomalous_{kind}" for kind in DEFECTS)):
         if labels.get(key) not in (0, 1):
-            raise UserError(f"{file} has {labels.get(key)!r:.40} as {key}; give 0 or 1.")
+            raise UserError(f"{file} has {reprlib.repr(labels.get(key)):.40} as {key}; give 0 or 1.")
     kinds = [kind for kind in DEFECTS if labels[f"anomalous_{kind}"]]
     if bool(kinds) != bool(labels["anomalous"]):
         raise UserError(f"{file} has anomalous: {labels['anomalous']} but the kinds {kinds}; make them agree.")

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -55,12 +56,13 @@ class Store:
         ids = self.reader.ids(object_, split)
         folder = self.folder / f"{object_}-{split}-{self._fingerprint(object_, split, ids)}"
         if not folder.exists():
-            unfinished = folder.with_name(folder.name + ".unfinished")
+            unfinished = folder.with_name(f"{folder.name}.unfinished{os.getpid()}")
             try:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 unfinished.mkdir(parents=True)
                 self._prepare(unfinished, object_, split, ids)
-                unfinished.rename(folder)
+                if not folder.exists():  # another run that shares the folder may have been faster
+                    unfinished.rename(folder)
             except OSError as error:
                 raise UserError(
                     f"{folder} cannot be prepared ({error.strerror}); make room or choose another"
@@ -117,7 +119,10 @@ class Store:
             "thumbnail": transforms.resize_image(sample.rgb, MAP_SIZE),
             "depth": transforms.resize_nearest(sample.depth, MAP_SIZE),
         }
-        surface = depth.measure(sample.depth, sample.camera)
+        try:
+            surface = depth.measure(sample.depth, sample.camera)
+        except UserError as error:
+            raise UserError(f"{sample.object} {sample.id} in {self.reader}: {error}") from error
         above = depth.object_mask(surface.height, self.reader.object_height)
         arrays["object"] = transforms.region(above, MAP_SIZE)
         arrays["workpiece"] = transforms.region(depth.free_standing(above), MAP_SIZE)

@@ -22,7 +22,10 @@ from iumad_jax.shapes import Batch, Keys, Logits, Modality, Prediction, Scalars,
 
 
 def jitter(key: PRNGKeyArray, tokens: Tokens, *, scale: float, probability: float) -> Tokens:
-    """Token t becomes t + n * (|t|_2 / f) * scale with n ~ N(0, I), for an image with this probability (UniAD)."""
+    """Token t becomes t + n * (|t|_2 / f) * scale with n ~ N(0, I), with this probability, drawn for each image.
+
+    UniAD's jitter, which is drawn once for a whole batch.
+    """
     chance, noise = jax.random.split(key)
     strength = scale * jnp.linalg.norm(tokens, axis=-1, keepdims=True) / tokens.shape[-1]
     applied = jax.random.bernoulli(chance, probability)

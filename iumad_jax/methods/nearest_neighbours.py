@@ -14,8 +14,8 @@ from iumad_jax.shapes import Batch, Prediction, Variables
 def nearest_neighbours(patches_per_object: int, seed: int) -> Method:
     """Distance of z-scored features to a memory of training patches that grows by a bounded number per object.
 
-    The distances of two modalities are divided by what is normal for each (the median distance between a training
-    patch and its nearest neighbour in the memory of another draw) and summed.
+    The distances of two modalities are divided by what is normal for each (the median distance from some patches
+    of the memory to the nearest of the others) and summed.
     """
 
     def init(_: jax.Array, batch: Batch) -> Variables:

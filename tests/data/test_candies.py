@@ -184,9 +184,9 @@ def test_a_finished_dataset_is_used_as_it_is(root):
         ({"seed": 4}, r"other settings \(seed\)"),
         ({"train": 3, "objects": "all"}, r"other settings \(train, objects\)"),
         ({"objects": "CandyCane,Gummibear"}, "no 'Gummibear'"),
-        ({"size": 32}, "--size=32: give a whole number from 64 to 1024"),
-        ({"test": 0}, "--test=0"),
-        ({"seed": -1}, "--seed=-1"),
+        ({"size": 32}, "size=32: give a whole number from 64 to 1024"),
+        ({"test": 0}, "test=0"),
+        ({"seed": -1}, "seed=-1"),
     ],
 )
 def test_bad_settings_are_refused_and_nothing_is_touched(root, change, sentence):

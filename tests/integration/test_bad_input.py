@@ -93,6 +93,10 @@ WRONG_VALUES = {
     "a protocol that does not fit": (keys(protocol="7-2"), "protocol 7-2 does not fit 2 objects"),
     "a batch larger than a step": (keys(train__batch_size=3), "config.train.batch_size is 3 but a step has only 2"),
     "an unknown schedule": (keys(train__schedule="linear"), 'config.train.schedule is "linear"'),
+    "a negative seed": (keys(seed=-1), "config.seed is -1; use 0 to 4000000"),
+    "heads that do not divide the width": (keys(model__heads=3), "config.model.width is"),
+    "a patch larger than the image": (keys(model__patch_size=4000), "config.model.patch_size is 4000; use at most"),
+    "an unknown encoding": (keys(input__depth_encoding="foo"), 'config.input.depth_encoding is "foo"; use one of'),
     "an unknown strategy": (keys(continual__strategy="replay"), 'config.continual.strategy is "replay"; use finetune'),
 }
 

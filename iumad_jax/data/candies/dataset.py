@@ -70,7 +70,7 @@ def render(
     settings = {"seed": seed, "train": train, "val": val, "test": test, "size": size}
     for key, (low, high) in limits.items():
         if not low <= settings[key] <= high:
-            raise UserError(f"--{key}={settings[key]}: give a whole number from {low} to {high}.")
+            raise UserError(f"{key}={settings[key]}: give a whole number from {low} to {high}.")
     manifest = {**settings, "objects": list(names), "renderer": fingerprint()}
 
     unfinished = root.with_name(root.name + ".partial")
@@ -108,10 +108,10 @@ def check_manifest(directory: Path, wanted: dict) -> None:
     try:
         found = json.loads((directory / MANIFEST).read_text())
     except (OSError, ValueError):
-        raise UserError(f"{directory}: holds files, but no candies dataset; choose another --root.") from None
+        raise UserError(f"{directory}: holds files, but no candies dataset; choose another root.") from None
     if differing := [key for key in wanted if found.get(key) != wanted[key]]:
         raise UserError(
-            f"{directory}: was made with other settings ({', '.join(differing)}); delete it or choose another --root."
+            f"{directory}: was made with other settings ({', '.join(differing)}); delete it or choose another root."
         )
 
 

@@ -33,7 +33,8 @@ interpret: Any = None  # plgpu.InterpretGPUParams, for the kernels to run on CPU
 def obstacle(dtype: Any, states: int) -> str | None:
     """What keeps the kernels from running on the default device, if anything does."""
     device = jax.devices()[0]
-    on_hopper = device.platform == "gpu" and float(device.compute_capability) >= 9
+    nvidia = device.platform == "gpu" and not device.compute_capability.startswith("gfx")  # AMD's are names
+    on_hopper = nvidia and float(device.compute_capability) >= 9
     if interpret is None and not on_hopper:
         return f"it needs an NVIDIA GPU of compute capability 9.0 (Hopper) or newer; found {device.device_kind}"
     if dtype == jnp.float64:

@@ -23,6 +23,8 @@ LARGE = 2**20  # elements of all states of a scan
 # Without it, XLA would rather compute a state again from the chunk's first one than read it.
 _keep = jax.lax.optimization_barrier
 
+_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)  # not bfloat16 (TPU) nor TF32 (GPU)
+
 
 def selective_scan(
     x: Array,
@@ -155,7 +157,7 @@ def _walk(
             y_ = {}
             for t in _order(blocks, reverse):
                 h = _keep(_decay(d_[t], A_) * h + _outer(B_[t], d_[t] * x_[t]))
-                y_[t] = jnp.einsum("bgn,bgnw->bgw", C_[t], h)
+                y_[t] = _einsum("bgn,bgnw->bgw", C_[t], h)
             return h, here.write(y, y_, c), starts
 
         A_ = here.read_parameter(A)
@@ -199,9 +201,9 @@ def _walk_back(
             dx_, dd_, dB_, dC_ = {}, {}, {}, {}
             for t in _order(blocks, not reverse):
                 dh = _keep(dh + _outer(C_[t], dy_[t]))
-                dC_[t] = jnp.einsum("bgw,bgnw->bgn", dy_[t], after[t])
-                dB_[t] = jnp.einsum("bgw,bgnw->bgn", d_[t] * x_[t], dh)
-                du = _keep(jnp.einsum("bgn,bgnw->bgw", B_[t], dh))
+                dC_[t] = _einsum("bgw,bgnw->bgn", dy_[t], after[t])
+                dB_[t] = _einsum("bgw,bgnw->bgn", d_[t] * x_[t], dh)
+                du = _keep(_einsum("bgn,bgnw->bgw", B_[t], dh))
                 dh = _keep(decays[t] * dh)
                 dx_[t] = du * d_[t]
                 dd_[t] = du * x_[t] + _keep(_sum_states(A_[None], dh, before[t]))
