@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grain
 import jax
 import numpy as np
 import pytest
@@ -38,7 +39,8 @@ def three_updates():
     method, optimizer = ib_iumad(config.model, ("rgb",), objects=3), train.make_optimizer(config.train)
     variables = jax.tree.map(np.asarray, jax.jit(method.init)(jax.random.key(0), batch))
     state = train.start(variables, optimizer, 0, [])
-    batches = [jax.tree.map(lambda a, shift=shift: np.roll(a, shift, 0), batch) for shift in range(3)]
+    shifted = [jax.tree.map(lambda a, shift=shift: np.roll(a, shift, 0), batch) for shift in range(3)]
+    batches = grain.MapDataset.source(shifted).to_iter_dataset()
     (epoch,) = train.epochs(
         train.make_update(method, optimizer), state, batches, lambda _: 1e-2, jax.random.key(1), per_epoch=3, last=1
     )

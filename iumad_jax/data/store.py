@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import inspect
 import json
-import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -56,13 +55,12 @@ class Store:
         ids = self.reader.ids(object_, split)
         folder = self.folder / f"{object_}-{split}-{self._fingerprint(object_, split, ids)}"
         if not folder.exists():
-            unfinished = folder.with_name(f"{folder.name}.unfinished{os.getpid()}")
+            unfinished = folder.with_name(folder.name + ".unfinished")
             try:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 unfinished.mkdir(parents=True)
                 self._prepare(unfinished, object_, split, ids)
-                if not folder.exists():  # another run that shares the folder may have been faster
-                    unfinished.rename(folder)
+                unfinished.rename(folder)
             except OSError as error:
                 raise UserError(
                     f"{folder} cannot be prepared ({error.strerror}); make room or choose another"
