@@ -262,6 +262,22 @@ def test_bad_file(
     assert not (root / "hacked").exists()
 
 
+@pytest.mark.parametrize("split", ["train", "calibration"])
+def test_a_defect_among_good_images_is_refused(root: Path, split: str) -> None:
+    write_sample(root, FOLDERS[split], id_="01", kinds="dents")
+    with pytest.raises(UserError, match="01_metadata.yaml labels the image dents; only test images may have defects"):
+        Eyecandies(root, "Confetto").read("Confetto", split, "01")
+
+
+def test_aliases_that_multiply_are_refused_without_being_written_out(root: Path) -> None:
+    """Each level holds the one before ten times: the whole text would fill the memory."""
+    levels = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10 if i else ['x'])}]" for i in range(12)]
+    file = root / "Confetto/test_public/data/00_metadata.yaml"
+    file.write_text("\n".join([*levels, "anomalous: *a11"]))
+    with pytest.raises(UserError, match="as anomalous; give 0 or 1"):
+        Eyecandies(root, "Confetto").read("Confetto", "test", "00")
+
+
 @pytest.mark.parametrize("ending", ["image_4.png", "depth.png", "mask.png", "info_depth.yaml", "metadata.yaml"])
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
