@@ -265,7 +265,7 @@ def test_bad_file(
 @pytest.mark.parametrize("split", ["train", "calibration"])
 def test_a_defect_among_good_images_is_refused(root: Path, split: str) -> None:
     write_sample(root, FOLDERS[split], id_="01", kinds="dents")
-    with pytest.raises(UserError, match="01_metadata.yaml labels the image dents; only test images may have defects"):
+    with pytest.raises(UserError, match=r"01_metadata\.yaml labels the image dents; only test images may have defects"):
         Eyecandies(root, "Confetto").read("Confetto", split, "01")
 
 
