@@ -15,9 +15,9 @@ from ml_collections import ConfigDict
 from iumad_jax import config as configs
 from iumad_jax import data, methods, parallel, protocol, train
 from iumad_jax import workdir as workdirs
-from iumad_jax.data.depth import check_encoding
 from iumad_jax.data.eyecandies import selected
 from iumad_jax.data.pipeline import training_batches, updates_per_epoch
+from iumad_jax.data.processing import Processing
 from iumad_jax.data.sample import Reader
 from iumad_jax.data.store import PreparedSet, Store
 from iumad_jax.errors import UserError
@@ -153,17 +153,21 @@ def is_trained(config: ConfigDict, method: Method) -> bool:
 
 def open_store(config: ConfigDict, reader: Reader, workdir: Path) -> Store:
     """Where images are prepared for this config's backbone."""
-    check_encoding(config.input.depth_encoding)
+    processing = Processing(
+        methods.modalities(config),
+        config.input.size,
+        config.input.depth_encoding,
+        reader.height_range,
+        reader.object_height,
+    )
     extractor = FeatureExtractor(config.backbone.name, config.backbone.grid)
     weights = pretrained.load(config.backbone.name, config.backbone.weights)
     digest = hashlib.sha256(b"".join(np.asarray(array).tobytes() for array in jax.tree.leaves(weights)))
     return Store(
         folder=Path(config.dataset.prepared or workdir / "prepared"),
         reader=reader,
+        processing=processing,
         encoder=jax.jit(lambda images: extractor.apply(weights, images)),
-        modalities=methods.modalities(config),
-        size=config.input.size,
-        depth_encoding=config.input.depth_encoding,
         settings={**config.backbone, "weights": digest.hexdigest()},
     )
 

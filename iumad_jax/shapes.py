@@ -46,6 +46,7 @@ class GroundTruth(NamedTuple):
     """What evaluation knows about a set of images; numpy arrays."""
 
     mask: Bool[Array, "n m m"]
+    masked: Bool[Array, " n"]  # whether the mask says where the defect is; False: the image has one that nobody marked
     object: Bool[Array, "n m m"]  # what rises above the plane, with a rim: where object-only metrics take negatives
     workpiece: Bool[Array, "n m m"]  # the same without what the image cuts off, such as walls
     anomalous: Bool[Array, " n"]

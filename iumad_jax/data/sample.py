@@ -7,7 +7,8 @@ from typing import Literal, Protocol
 import numpy as np
 from jaxtyping import Bool, Float32, UInt8
 
-Split = Literal["train", "calibration", "test"]  # good images to learn from, good images for thresholds, all kinds
+# Good images to learn from, good images for thresholds, labelled images of all kinds, images of which nothing is known.
+Split = Literal["train", "calibration", "test", "unlabelled"]
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,10 @@ class Sample:
     id: str
     defect: str  # "good", or the dataset's own name
     rgb: UInt8[np.ndarray, "h w 3"]
-    depth: Float32[np.ndarray, "h w"] | None  # metres along the optical axis, NaN where missing
-    mask: Bool[np.ndarray, "h w"]  # True on the defect
+    depth: Float32[np.ndarray, "h w"] | None  # metres along the optical axis, NaN where missing; None: no sensor
+    mask: Bool[np.ndarray, "h w"] | None  # True on the defect; None: nobody marked where it is
     anomalous: bool  # the dataset's own label
-    camera: Camera | None
+    camera: Camera | None  # of the depth image; None without one
 
 
 class Reader(Protocol):

@@ -15,11 +15,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from iumad_jax.data import depth, transforms
-from iumad_jax.data.sample import Reader, Sample, Split
+from iumad_jax.data import depth, processing, transforms
+from iumad_jax.data.processing import Processing
+from iumad_jax.data.sample import Reader, Split
 from iumad_jax.errors import UserError
 from iumad_jax.models import efficientnet
-from iumad_jax.shapes import MAP_SIZE, Batch, GroundTruth, Modality
+from iumad_jax.shapes import Batch, GroundTruth
 
 Encoder = Callable[[Any], jax.Array]  # images (b h w 3), 0..255 -> features (b g g f)
 _CHUNK = 8  # images encoded at once
@@ -40,10 +41,8 @@ class Store:
 
     folder: Path
     reader: Reader
+    processing: Processing
     encoder: Encoder
-    modalities: tuple[Modality, ...]
-    size: int
-    depth_encoding: str
     settings: dict[str, Any]  # what else the features depend on
 
     def get(self, object_: str, split: Split) -> PreparedSet:
@@ -71,8 +70,8 @@ class Store:
         arrays = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
         object_id: Any = np.full(len(ids), self.reader.objects.index(object_), np.int32)
         batch = Batch(
-            {m: arrays[f"features_{m}"] for m in self.modalities},
-            {m: arrays[f"images_{m}"] for m in self.modalities},
+            {m: arrays[f"features_{m}"] for m in self.processing.modalities},
+            {m: arrays[f"images_{m}"] for m in self.processing.modalities},
             object_id,
         )
         truth = None if split == "train" else GroundTruth(**{name: arrays[name] for name in GroundTruth._fields})
@@ -81,9 +80,9 @@ class Store:
     def _fingerprint(self, object_: str, split: Split, ids: tuple[str, ...]) -> str:
         sources = [file for id_ in ids for file in self.reader.files(object_, split, id_)]
         stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sources]
-        modules = (depth, transforms, efficientnet, inspect.getmodule(self.reader), inspect.getmodule(self))
+        modules = (depth, processing, transforms, efficientnet, inspect.getmodule(self.reader), inspect.getmodule(self))
         code = [inspect.getsource(module) for module in modules if module]
-        settings = [self.settings, self.modalities, self.size, self.depth_encoding, str(self.reader)]
+        settings = [self.settings, dataclasses.astuple(self.processing), str(self.reader)]
         return hashlib.sha256(json.dumps([code, settings, stamps]).encode()).hexdigest()[:16]
 
     def _prepare(self, folder: Path, object_: str, split: Split, ids: tuple[str, ...]) -> None:
@@ -93,9 +92,9 @@ class Store:
         with ThreadPoolExecutor() as pool, ExitStack() as opened, bar:
             for start in range(0, len(ids), _CHUNK):
                 samples = list(pool.map(lambda id_: self.reader.read(object_, split, id_), ids[start : start + _CHUNK]))
-                chunk = list(pool.map(self._process, samples))
+                chunk = list(pool.map(self.processing, samples))
                 values = {name: np.stack([one[name] for one in chunk]) for name in chunk[0]}
-                values |= {f"features_{m}": self._encode(values[f"images_{m}"]) for m in self.modalities}
+                values |= {f"features_{m}": self._encode(values[f"images_{m}"]) for m in self.processing.modalities}
                 for name, value in values.items():
                     if name in GroundTruth._fields and split == "train":
                         continue
@@ -106,30 +105,6 @@ class Store:
                 defects += [sample.defect for sample in samples]
                 bar.update(len(samples))
         (folder / "defects.json").write_text(json.dumps(defects))
-
-    def _process(self, sample: Sample) -> dict[str, np.ndarray]:
-        """One sample at the sizes of the network's input and of the map."""
-        assert sample.depth is not None
-        assert sample.camera is not None
-        arrays = {
-            "mask": transforms.resize_mask(sample.mask, MAP_SIZE),
-            "anomalous": np.array(sample.anomalous),
-            "thumbnail": transforms.resize_image(sample.rgb, MAP_SIZE),
-            "depth": transforms.resize_nearest(sample.depth, MAP_SIZE),
-        }
-        try:
-            surface = depth.measure(sample.depth, sample.camera)
-        except UserError as error:
-            raise UserError(f"{sample.object} {sample.id} in {self.reader}: {error}") from error
-        above = depth.object_mask(surface.height, self.reader.object_height)
-        arrays["object"] = transforms.region(above, MAP_SIZE)
-        arrays["workpiece"] = transforms.region(depth.free_standing(above), MAP_SIZE)
-        if "rgb" in self.modalities:
-            arrays["images_rgb"] = transforms.resize_image(sample.rgb, self.size)
-        if "depth" in self.modalities:
-            encoded = depth.encode(surface, self.depth_encoding, self.reader.height_range)
-            arrays["images_depth"] = transforms.resize_image(encoded, self.size).astype(np.float16)
-        return arrays
 
     def _encode(self, images: np.ndarray) -> np.ndarray:
         """Tokens of a chunk, which is filled up so that the backbone is compiled once."""

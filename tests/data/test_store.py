@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 
 from iumad_jax.data.eyecandies import Eyecandies
+from iumad_jax.data.processing import Processing
 from iumad_jax.data.store import Store
 from iumad_jax.errors import UserError
 
@@ -57,14 +58,15 @@ def quarters(images):
     return images.reshape(b, 2, s // 2, 2, s // 2, c).mean((2, 4))
 
 
+PROCESSING = Processing(("rgb", "depth"), SIZE, "height", Eyecandies.height_range, Eyecandies.object_height)
+
+
 def store(root, encoder=quarters, **changes):
     settings = {
         "folder": root.parent / "prepared",
         "reader": Eyecandies(root, "Confetto"),
+        "processing": PROCESSING,
         "encoder": jax.jit(encoder),
-        "modalities": ("rgb", "depth"),
-        "size": SIZE,
-        "depth_encoding": "height",
         "settings": {"backbone": "quarters"},
     }
     return Store(**(settings | changes))
@@ -149,11 +151,15 @@ def test_images_are_encoded_once_in_batches_of_one_size(root):
         jax.debug.callback(lambda: encoded.append(1))
         return quarters(images)
 
-    first = store(root, encoder, modalities=("rgb",)).get("Confetto", "test")
+    first = store(root, encoder, processing=dataclasses.replace(PROCESSING, modalities=("rgb",))).get(
+        "Confetto", "test"
+    )
     jax.effects_barrier()
     assert len(traced) == 1
     assert len(encoded) == 2  # 8 images and 3
-    again = store(root, encoder, modalities=("rgb",)).get("Confetto", "test")
+    again = store(root, encoder, processing=dataclasses.replace(PROCESSING, modalities=("rgb",))).get(
+        "Confetto", "test"
+    )
     jax.effects_barrier()
     assert len(encoded) == 2
     np.testing.assert_array_equal(first.batch.features["rgb"], again.batch.features["rgb"])
@@ -185,11 +191,13 @@ def test_changed_pixels_arrive(root):
 
 @pytest.mark.parametrize(
     "change",
-    [{"size": 10}, {"depth_encoding": "normals"}, {"modalities": ("rgb",)}, {"settings": {"backbone": "halves"}}],
-    ids=lambda change: next(iter(change)),
+    [{"size": 10}, {"depth_encoding": "normals"}, {"modalities": ("rgb",)}, {"object_height": 0.1}, {}],
+    ids=lambda change: next(iter(change), "backbone"),
 )
 def test_a_changed_setting_is_noticed(root, change):
-    one, other = store(root), store(root, **change)
+    one, other = store(root), store(root, processing=dataclasses.replace(PROCESSING, **change))
+    if not change:
+        other = store(root, settings={"backbone": "halves"})
     one.get("Confetto", "train")
     found = other.get("Confetto", "train")
     assert len(list(one.folder.iterdir())) == 2

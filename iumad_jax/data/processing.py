@@ -1,0 +1,68 @@
+"""From one sample, as its dataset has it, to what the backbone, the metrics and the pictures read."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from iumad_jax.data import depth, transforms
+from iumad_jax.data.sample import Sample
+from iumad_jax.errors import UserError
+from iumad_jax.shapes import MAP_SIZE, Modality
+
+
+@dataclass(frozen=True)
+class Processing:
+    """The settings of a run's inputs.
+
+    Attributes:
+        modalities: what the backbone reads.
+        size: pixels of its input.
+        depth_encoding: one of `depth.ENCODINGS`.
+        height_range: metres above the background plane that the `height` encoding spans.
+        object_height: metres above the background plane from which a pixel is the object's.
+    """
+
+    modalities: tuple[Modality, ...]
+    size: int
+    depth_encoding: str
+    height_range: float
+    object_height: float
+
+    def __post_init__(self) -> None:
+        depth.check_encoding(self.depth_encoding)
+
+    def __call__(self, sample: Sample) -> dict[str, np.ndarray]:
+        """Arrays by name: `images_<modality>` (h w 3) for the backbone, and the fields of `GroundTruth`.
+
+        Raises:
+            UserError: its depth is of no use.
+        """
+        shape = sample.rgb.shape[:2]
+        masked = sample.mask is not None or not sample.anomalous
+        arrays = {
+            "mask": transforms.resize_mask(np.zeros(shape, bool) if sample.mask is None else sample.mask, MAP_SIZE),
+            "masked": np.array(masked),
+            "anomalous": np.array(sample.anomalous),
+            "thumbnail": transforms.resize_image(sample.rgb, MAP_SIZE),
+            "depth": np.full((MAP_SIZE, MAP_SIZE), np.nan, np.float32),
+            "object": np.zeros((MAP_SIZE, MAP_SIZE), bool),
+            "workpiece": np.zeros((MAP_SIZE, MAP_SIZE), bool),
+        }
+        if "rgb" in self.modalities:
+            arrays["images_rgb"] = transforms.resize_image(sample.rgb, self.size)
+        if sample.depth is None or sample.camera is None:
+            if "depth" in self.modalities:
+                raise UserError(f"{sample.object} {sample.id} has no depth; use --config.modality=rgb.")
+            return arrays
+        try:
+            surface = depth.measure(sample.depth, sample.camera)
+        except UserError as error:
+            raise UserError(f"{sample.object} {sample.id}: {error}") from error
+        above = depth.object_mask(surface.height, self.object_height)
+        arrays["depth"] = transforms.resize_nearest(sample.depth, MAP_SIZE)
+        arrays["object"] = transforms.region(above, MAP_SIZE)
+        arrays["workpiece"] = transforms.region(depth.free_standing(above), MAP_SIZE)
+        if "depth" in self.modalities:
+            encoded = depth.encode(surface, self.depth_encoding, self.height_range)
+            arrays["images_depth"] = transforms.resize_image(encoded, self.size).astype(np.float16)
+        return arrays
