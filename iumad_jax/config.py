@@ -36,6 +36,7 @@ def paper(protocol: str) -> ConfigDict:
     config = ConfigDict()
     config.protocol = protocol
     config.method = "ib_iumad"  # or one of the floors in its place: feature_norm, nearest_neighbours
+    config.floors = "feature_norm,nearest_neighbours"  # what runs beside it, without training; names and commas
     config.modality = "rgb+depth"  # or rgb, depth
     config.seed = 0
 

@@ -93,7 +93,10 @@ def start(config: ConfigDict, workdir: Path, reader: Reader, steps: tuple[protoc
 
     What would stop it later is refused before anything is written.
     """
-    names = (config.method, *(floor for floor in FLOORS if floor != config.method))
+    floors = [name for name in config.floors.split(",") if name]
+    if not set(floors) <= set(FLOORS):
+        raise UserError(f'config.floors is "{config.floors}"; use "{",".join(FLOORS)}", one of them, or "".')
+    names = tuple(dict.fromkeys([config.method, *floors]))
     systems = {name: methods.build(name, config, len(reader.objects)) for name in names}
     check_training(config, systems[config.method], reader, steps)
     store = open_store(config, reader, workdir)
