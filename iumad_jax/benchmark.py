@@ -1,9 +1,10 @@
-"""Systems x modalities x protocols x seeds in one table: python -m iumad_jax.benchmark --config=configs/benchmark.py"""
+"""Systems x modalities x protocols x seeds: python -m iumad_jax.benchmark --config=configs/benchmark.py."""
 
 import sys
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -12,7 +13,7 @@ from iumad_jax import experiment
 from iumad_jax.errors import UserError
 from iumad_jax.report import comparison
 
-SYSTEMS = {  # what a system changes in the config that all share
+SYSTEMS: dict[str, dict[str, Any]] = {  # what a system changes in the config that all share
     "uniad": {"method": "uniad", "continual.strategy": "finetune"},
     "iuf": {"method": "iuf", "continual.strategy": "iuf"},
     "ib_iumad": {"method": "ib_iumad", "continual.strategy": "iuf"},
@@ -64,7 +65,8 @@ def cells(config: ConfigDict) -> Iterator[tuple[ConfigDict, str]]:
             continue
         cell = config.copy_and_resolve_references()
         del cell.benchmark
-        cell.update_from_flattened_dict({**SYSTEMS[system], "protocol": protocol, "modality": modality, "seed": seed})
+        changes = SYSTEMS[system] | {"protocol": protocol, "modality": modality, "seed": seed}
+        cell.update_from_flattened_dict(changes)
         if system != systems[0]:
             cell.floors = ""
         yield cell, comparison.name(system, modality, protocol, seed)
