@@ -25,15 +25,16 @@ SYSTEMS: dict[str, dict[str, Any]] = {  # what a system changes in the config th
 
 
 def benchmark(config: ConfigDict, workdir: Path) -> str:
-    """Runs every cell that is not finished yet and returns the table of all in the workdir.
+    """Runs every cell that is not finished yet and returns the table of all in the workdir, written after each.
 
-    A cell that cannot be trained is told and left out; the table is written anew after each.
+    A cell that cannot be trained is told and left out.
 
     Args:
         config: a run's config, with `config.benchmark` (explained in configs/benchmark.py).
         workdir: every cell is a run in a folder of its own in there, and may have come from another command.
     """
-    todo = list(cells(config))
+    todo, table = list(cells(config)), ""
+    jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))  # most cells share their programs
     for number, (cell, name) in enumerate(todo, 1):
         print(f"cell {number} of {len(todo)}: {name}", flush=True)
         cell.dataset.prepared = cell.dataset.prepared or str(workdir / "prepared")
@@ -41,9 +42,8 @@ def benchmark(config: ConfigDict, workdir: Path) -> str:
             experiment.run(cell, workdir / "cells" / name)
         except UserError as error:
             print(f"{name} stopped: {error}", file=sys.stderr, flush=True)
-        else:
-            table = comparison.write(workdir)
         jax.clear_caches()
+        table = comparison.write(workdir)
     return table
 
 

@@ -50,15 +50,15 @@ def name(system: str, modality: str, protocol: str, seed: int) -> str:
 
 def gather(workdir: Path) -> Runs:
     """The finished runs in `workdir/cells`, with the floors that ran in them."""
-    runs: Runs = defaultdict(list)
+    runs: dict[Cell, dict[str, Any]] = defaultdict(dict)  # by seed: floors may have run beside several systems
     for folder in sorted((workdir / "cells").iterdir()):
         results = read_results(folder)
         if results is not None:
-            system, modality, protocol, _ = folder.name.rsplit("_", 3)
+            system, modality, protocol, seed = folder.name.rsplit("_", 3)
             shared = {key: results[key] for key in ("config", "objects", "steps")}
             for found, own in {system: results, **results["floors"]}.items():
-                runs[Cell(protocol, modality, found)].append({**own, **shared})
-    return dict(sorted(runs.items()))
+                runs[Cell(protocol, modality, found)][seed] = {**own, **shared}
+    return {cell: list(by_seed.values()) for cell, by_seed in sorted(runs.items())}
 
 
 def write(workdir: Path) -> str:

@@ -36,9 +36,10 @@ def falls(base, last):
 
 @pytest.fixture
 def workdir(tmp_path):
-    keep(tmp_path, "iuf_rgb_2-1_seed0", falls(0.9, 0.7), [[0.5, 0.5, np.nan], [0.5, 0.5, 0.5]])
     keep(tmp_path, "iuf_rgb_2-1_seed1", falls(1.0, 0.4))
-    keep(tmp_path, "ib_iumad-no_mamba_rgb_2-1_seed0", falls(0.9, 0.9))
+    floor = [[0.5, 0.5, np.nan], [0.5, 0.5, 0.5]]
+    keep(tmp_path, "iuf_rgb_2-1_seed0", falls(0.9, 0.7), floor)
+    keep(tmp_path, "ib_iumad-no_mamba_rgb_2-1_seed0", falls(0.9, 0.9), floor)
     keep(tmp_path, "iuf_rgb_3-0_seed0", [[0.9, 0.8, 0.7]], steps=[OBJECTS])
     (tmp_path / "cells" / "iuf_rgb_2-1_seed2").mkdir()  # not finished
     return tmp_path
