@@ -131,6 +131,8 @@ def _read_tiff(file: Path) -> np.ndarray:
     try:
         with tifffile.TiffFile(file) as tiff:
             page = tiff.pages.first
+            if tiff.pages.is_multipage:
+                raise UserError(f"{file} has several pages; give one.")
             _check_array(file, page.shape, page.dtype)
             if page.compression not in _TIFF_PLAIN + _TIFF_DEFLATE:
                 name = tifffile.COMPRESSION(page.compression).name

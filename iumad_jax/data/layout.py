@@ -96,6 +96,7 @@ def read_item(
     remedy: str,
     camera: Camera | None = None,
     two_values: bool = True,
+    needs_cloud: bool = False,
 ) -> Sample:
     """One sample.
 
@@ -107,6 +108,7 @@ def read_item(
         remedy: what to do about a wrong unit.
         camera: of depth images. None: a pinhole camera whose focal length is the image's width. Clouds tell theirs.
         two_values: whether a mask may have one value only beside 0.
+        needs_cloud: whether depth alone is refused.
 
     Raises:
         UserError: one of its files is unusable, or they do not fit together.
@@ -117,6 +119,8 @@ def read_item(
     if item.depth is not None:
         depth, own_camera = read_depth(item.depth, unit, (height, width), remedy)
         check_same_size(item.depth, depth, item.rgb, rgb)
+        if needs_cloud and own_camera is None:
+            raise UserError(f"{item.depth} has depth alone; give x, y and z.")
         own_camera = own_camera or camera or Camera(width, width, (width - 1) / 2, (height - 1) / 2)
     anomalous = item.defect not in ("good", "unknown")
     mask = np.zeros((height, width), bool) if item.defect == "good" else None

@@ -75,4 +75,4 @@ class MVTec3D:
             UserError: one of its files is unusable, or they do not fit together.
         """
         item = self._items[object, split][id]
-        return read_item(object, id, item, unit=1.0, remedy="give xyz in metres", two_values=False)
+        return read_item(object, id, item, unit=1.0, remedy="give xyz in metres", two_values=False, needs_cloud=True)

@@ -28,7 +28,7 @@ class Processing:
     depth_encoding: str
     height_range: float
     object_height: float
-    normals_window: int
+    normals_window: int = 3
 
     def __post_init__(self) -> None:
         depth.check_encoding(self.depth_encoding)

@@ -280,7 +280,7 @@ AT_READING = {
     "range is infinite": ("info_depth.yaml", write("normalization: {min: 1, max: .inf}"), "inf as normalization: max"),
     "millimetres": ("info_depth.yaml", write("normalization: {min: 2311, max: 4903}"), "2311 as normalization: min"),
     "range is negative": ("info_depth.yaml", write("normalization: {min: -1, max: 3}"), "-1 as normalization: min"),
-    "metres called millimetres": ("info_depth.yaml", write("normalization: {min: 0.002, max: 0.004}"), "0.003 m, as if"),
+    "metres called millimetres": ("info_depth.yaml", write("normalization: {min: 0.002, max: 0.004}"), "0.003 m, as"),
     "range is upside down": ("info_depth.yaml", write("normalization: {min: 3, max: 1}"), "min 3.0 above max 1.0"),
     "no label": ("metadata.yaml", write("anomalous_bumps: 1"), "None as anomalous"),
     "label of 2": ("metadata.yaml", write("{anomalous: 2}"), "2 as anomalous"),
