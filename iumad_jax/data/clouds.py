@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float64
 
-from iumad_jax.data.files import unreadable
 from iumad_jax.data.images import check_size
 from iumad_jax.errors import UserError
 
@@ -26,7 +25,8 @@ def read_ply(file: Path, size: tuple[int, int]) -> Float64[np.ndarray, "h w 3"]:
     Rows and columns are told by `obj_info num_rows` and `num_cols`, else by `size`.
 
     Raises:
-        UserError: it cannot be read or is not organised.
+        UserError: it is not organised, or of an unknown kind.
+        Exception: of any kind, where it is damaged.
     """
     header, body = _split(file, b"ply", b"end_header")
     rows = {key: int(value) for key, value in re.findall(r"^obj_info (num_rows|num_cols) (\d+)$", header, re.MULTILINE)}
@@ -35,8 +35,8 @@ def read_ply(file: Path, size: tuple[int, int]) -> Float64[np.ndarray, "h w 3"]:
     vertices = re.search(r"^element (\w+) (\d+)\n((?:property .*\n|comment .*\n)*)", header, re.MULTILINE)
     if not kind or kind[1] not in _PLY_ORDERS or not vertices or vertices[1] != "vertex":
         raise UserError(f"{file} has a PLY header without a known format and vertices first; restore it.")
-    properties = re.findall(r"^property (\w+) (\w+)$", vertices[3], re.MULTILINE)
-    if not {type_ for type_, _ in properties} <= set(_PLY_TYPES):
+    properties = [line.split()[1:] for line in vertices[3].splitlines() if line.startswith("property")]
+    if not all(len(words) == 2 and words[0] in _PLY_TYPES for words in properties):
         raise UserError(f"{file} has vertices with lists or unknown types; give x, y and z as numbers.")
     order = _PLY_ORDERS[kind[1]]
     fields = [(name, order + _PLY_TYPES[type_]) for type_, name in properties]
@@ -47,7 +47,8 @@ def read_pcd(file: Path) -> Float64[np.ndarray, "h w 3"]:
     """x, y and z of a PCD file (version 0.7), ASCII or binary.
 
     Raises:
-        UserError: it cannot be read or is not organised.
+        UserError: it is not organised, or of an unknown kind.
+        Exception: of any kind, where it is damaged.
     """
     header, body = _split(file, b"#|VERSION", b"DATA .*")
     keys = {key: values.split() for key, values in re.findall(r"^([A-Z]+) (.*)$", header, re.MULTILINE)}
@@ -71,10 +72,7 @@ def read_pcd(file: Path) -> Float64[np.ndarray, "h w 3"]:
 
 def _split(file: Path, first: bytes, last: bytes) -> tuple[str, bytes]:
     """The header of a file, line by line, and what follows it."""
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise unreadable(file, error) from error
+    content = file.read_bytes()
     start = content[:_HEADER_BYTES]
     end = re.search(rb"^" + last + rb"\r?\n", start, re.MULTILINE)
     if not re.match(first, start) or not end:
@@ -93,15 +91,13 @@ def _points(
         raise UserError(f"{file} has points of {' '.join(names)}; give x, y and z, each once.")
     if not body.strip():
         raise UserError(f"{file} has no points after its header; restore it.")
-    try:
-        if text:
-            starts = np.cumsum([0, *(field[2] if len(field) > 2 else 1 for field in fields)])
-            columns = [int(starts[names.index(axis)]) for axis in "xyz"]
-            points = np.loadtxt(io.BytesIO(body), usecols=columns, max_rows=count, ndmin=2)
-        else:
-            own = [(name if name in "xyz" else f"other {index}", *rest) for index, (name, *rest) in enumerate(fields)]
-            table = np.frombuffer(body, np.dtype(own), count)
+    if text:
+        starts = np.cumsum([0, *(field[2] if len(field) > 2 else 1 for field in fields)])
+        columns = [int(starts[names.index(axis)]) for axis in "xyz"]
+        points = np.loadtxt(io.BytesIO(body), usecols=columns, max_rows=count, ndmin=2)
+    else:
+        own = [(name if name in "xyz" else f"other {index}", *rest) for index, (name, *rest) in enumerate(fields)]
+        table = np.frombuffer(body, np.dtype(own), count)
+        with np.errstate(invalid="ignore"):  # signalling NaN
             points = np.stack([table[axis].astype(np.float64) for axis in "xyz"], axis=-1)
-        return points.reshape(*size, 3)
-    except (ValueError, TypeError) as error:
-        raise unreadable(file, error) from error
+    return points.reshape(*size, 3)

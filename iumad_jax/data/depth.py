@@ -87,12 +87,12 @@ def border(
     return chosen[:: -(-len(chosen) // at_most)]
 
 
-def fit_plane(points: Float[np.ndarray, "n 3"], tolerance: float = 0.002, trials: int = 256) -> Plane:
+def fit_plane(points: Float[np.ndarray, "n 3"], trials: int = 256) -> Plane:
     """The plane most points lie on, by RANSAC with a truncated quadratic cost (MSAC; Torr and Zisserman, 2000).
 
-    The winner among `trials` planes through three points each is refined by least squares on the points within
-    `tolerance` metres of it. The trials are drawn the same way in every call. With half of the points off the plane,
-    all 256 trials miss it with a probability of 1e-15.
+    The winner among `trials` planes through three points each is refined by least squares on the points within 2 mm of
+    it, or 1 % of the scene where that is less than 20 cm wide. The trials are drawn the same way in every call. With
+    half of the points off the plane, all 256 trials miss it with a probability of 1e-15.
 
     Raises:
         UserError: the points do not span a plane.
@@ -106,6 +106,7 @@ def fit_plane(points: Float[np.ndarray, "n 3"], tolerance: float = 0.002, trials
         candidates, through = candidates[usable] / lengths[usable, None], corners[usable, 0]
     if len(points) < 3 or not usable.any():
         raise UserError("a depth image has too few valid pixels to find the plane the object lies on.")
+    tolerance = min(0.002, 0.01 * float(np.linalg.norm(np.ptp(points, axis=0))))
     offsets = points @ candidates.T - (candidates * through).sum(1)  # (n, trials)
     cost = np.minimum(offsets**2, tolerance**2).sum(0)
     normal, centre = candidates[cost.argmin()], through[cost.argmin()]

@@ -1,9 +1,10 @@
 """Depth images and organised point clouds: from any of their formats to metres, with NaN where missing.
 
-Missing are zeros, NaN and infinities: scanners write them where they saw nothing (REP 118 of ROS). The header is
-checked before anything is decoded.
+Missing are zeros, NaN, infinities and what lies within 0.1 mm or beyond 20 m: sensors write them, or their largest
+number, where they saw nothing (REP 118 of ROS). The header is checked before anything is decoded.
 """
 
+import logging
 import zlib
 from pathlib import Path
 
@@ -19,9 +20,11 @@ from iumad_jax.errors import UserError
 
 DEPTH_IMAGES = (".png", ".tiff", ".tif", ".npy", ".ply", ".pcd")  # endings
 
-_NEAREST, _FARTHEST = 0.005, 20.0  # metres: what is beyond is given in another unit
+_NEAREST, _FARTHEST = 0.005, 20.0  # metres: a median beyond is given in another unit
+_TOUCHING = 1e-4  # metres
 _PARALLAX = 0.01  # of an image's longer side: how far a cloud's points may lie beside their pixels' rays
 _ROUNDS, _POINTS = 4, 20_000  # of the camera's robust fit
+logging.getLogger("tifffile").disabled = True  # what it says of damaged files is told in one sentence here
 _TIFF_PLAIN, _TIFF_DEFLATE = (1,), (8, 32946)  # compressions
 
 
@@ -39,27 +42,24 @@ def read_depth(
     Raises:
         UserError: it cannot be read, is no depth, or its unit is missing or wrong.
     """
-    match file.suffix.lower():
-        case ".png":
-            values = read_image(file, "16-bit grey")
-        case ".npy":
-            values = _read_npy(file)
-        case ".ply":
-            values = read_ply(file, size)
-        case ".pcd":
-            values = read_pcd(file)
-        case _:
-            values = _read_tiff(file)
+    try:
+        values = _decode(file, size)
+    except UserError:
+        raise
+    except Exception as error:  # the decoders raise whatever a damaged file leads to
+        raise unreadable(file, error) from error
     if unit is None:
         if values.dtype.kind in "iu":
             raise UserError(f"{file} holds whole numbers of an unknown unit; {remedy}.")
         unit = 1.0
-    metres = values.astype(np.float32) * np.float32(unit)
+    with np.errstate(over="ignore", invalid="ignore"):  # of what is missing
+        metres = values.astype(np.float32) * np.float32(unit)
     depth = metres if metres.ndim == 2 else metres[..., 2]
     depth = np.where(np.isfinite(depth) & (depth != 0), depth, np.float32(np.nan))
     if np.isnan(depth).all():
         raise UserError(f"{file} has no valid depth; restore it.")
     check_distance(depth, file, remedy)
+    depth[(depth < _TOUCHING) | (depth > _FARTHEST)] = np.nan
     return depth, None if metres.ndim == 2 else find_camera(metres, file)
 
 
@@ -118,32 +118,35 @@ def _line(x: np.ndarray, pixel: np.ndarray) -> tuple[float, float]:
     return float(slope), float(offset)
 
 
-def _read_npy(file: Path) -> np.ndarray:
-    try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-        _check_array(file, array.shape, array.dtype)
-        return np.array(array)
-    except (OSError, ValueError, EOFError, SyntaxError, TypeError, MemoryError) as error:
-        raise unreadable(file, error) from error
+def _decode(file: Path, size: tuple[int, int]) -> np.ndarray:
+    """Numbers in two dimensions, or in three with x, y and z last."""
+    match file.suffix.lower():
+        case ".png":
+            return read_image(file, "16-bit grey")
+        case ".npy":
+            array = np.load(file, mmap_mode="r", allow_pickle=False)
+            _check_array(file, array.shape, array.dtype)
+            return np.array(array)
+        case ".ply":
+            return read_ply(file, size)
+        case ".pcd":
+            return read_pcd(file)
+        case _:
+            return _read_tiff(file)
 
 
 def _read_tiff(file: Path) -> np.ndarray:
-    try:
-        with tifffile.TiffFile(file) as tiff:
-            page = tiff.pages.first
-            if tiff.pages.is_multipage:
-                raise UserError(f"{file} has several pages; give one.")
-            _check_array(file, page.shape, page.dtype)
-            if page.compression not in _TIFF_PLAIN + _TIFF_DEFLATE:
-                name = tifffile.COMPRESSION(page.compression).name
-                raise UserError(f"{file} is compressed by {name}; save it without compression.")
-            if page.compression in _TIFF_DEFLATE:
-                _check_inflated(file, page)
-            return page.asarray()
-    except UserError:
-        raise
-    except Exception as error:  # tifffile raises whatever a damaged file leads to
-        raise unreadable(file, error) from error
+    with tifffile.TiffFile(file) as tiff:
+        page = tiff.pages.first
+        if tiff.pages.is_multipage:
+            raise UserError(f"{file} has several pages; give one.")
+        _check_array(file, page.shape, page.dtype)
+        if page.compression not in _TIFF_PLAIN + _TIFF_DEFLATE:
+            name = tifffile.COMPRESSION(page.compression).name
+            raise UserError(f"{file} is compressed by {name}; save it without compression.")
+        if page.compression in _TIFF_DEFLATE:
+            _check_inflated(file, page)
+        return page.asarray()
 
 
 def _check_inflated(file: Path, page: tifffile.TiffPage) -> None:

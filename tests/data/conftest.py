@@ -134,6 +134,8 @@ class Spoil:
     def rename_to(name: str) -> Callable[[Path], None]:
         return lambda path: path.rename(path.with_name(name)) and None
 
+    rmtree = staticmethod(shutil.rmtree)
+
     @staticmethod
     def empty(folder: Path) -> None:
         shutil.rmtree(folder)
