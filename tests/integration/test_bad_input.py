@@ -97,7 +97,11 @@ WRONG_VALUES = {
     "heads that do not divide the width": (keys(model__heads=3), "config.model.width is"),
     "a patch larger than the image": (keys(model__patch_size=4000), "config.model.patch_size is 4000; use at most"),
     "an unknown encoding": (keys(input__depth_encoding="foo"), 'config.input.depth_encoding is "foo"; use one of'),
-    "an unknown strategy": (keys(continual__strategy="replay"), 'config.continual.strategy is "replay"; use finetune'),
+    "an unknown strategy": (keys(continual__strategy="ewc"), 'config.continual.strategy is "ewc"; use one of finetune'),
+    "an unknown optimiser": (
+        keys(continual__optimizer="lion"),
+        "config.train.optimizer or config.continual.optimizer is",
+    ),
 }
 
 
