@@ -124,6 +124,10 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"config.model.width is {model.width}; use an even multiple of config.model.heads, which is {model.heads}."
         )
+    if config.method == "uniad" and config.backbone.grid < 8:
+        raise UserError(
+            f"config.backbone.grid is {config.backbone.grid}, where uniad's mask hides all of 7 x 7 tokens; use 8 or more."
+        )
     if model.patch_size > config.input.size:
         raise UserError(
             f"config.model.patch_size is {model.patch_size}; use at most config.input.size, which is"
