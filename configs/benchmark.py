@@ -12,24 +12,14 @@ from iumad_jax import config as configs
 
 def get_config(protocol: str = "6-4") -> ConfigDict:
     """What all cells share, small enough for 2 cores, and in `benchmark` what they differ in."""
-    config = configs.paper(protocol)
+    config = configs.small(protocol)
     config.dataset.name = "candies"
     config.dataset.root = "runs/candies"
     config.input.size = 128
     config.backbone.grid = 10
     config.model.width = 96
     config.model.hidden = 384
-    config.model.heads = 4
-    config.model.layers = 1
     config.model.patch_size = 8
-    config.model.dropout = 0.0
-    config.model.jitter.scale = 5.0
-    config.model.standardise = True
-    config.model.ib_weight = 0.001
-    config.train.epochs = 20
-    config.train.batch_size = 8
-    config.train.learning_rate = 2e-3
-    config.train.schedule = "cosine"
     config.report.pictures_per_object = 0
 
     config.benchmark = ConfigDict()

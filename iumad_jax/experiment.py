@@ -13,13 +13,13 @@ import optax
 from ml_collections import ConfigDict
 
 from iumad_jax import config as configs
-from iumad_jax import data, methods, parallel, protocol, train
+from iumad_jax import continual, data, methods, parallel, protocol, train
 from iumad_jax import workdir as workdirs
+from iumad_jax.continual.strategy import Memory, Strategy
 from iumad_jax.data.pipeline import training_batches, updates_per_epoch
 from iumad_jax.data.processing import Processing
 from iumad_jax.data.sample import Reader
 from iumad_jax.data.store import PreparedSet, Store
-from iumad_jax.errors import UserError
 from iumad_jax.evaluate import evaluate
 from iumad_jax.methods.method import Method
 from iumad_jax.models import pretrained
@@ -41,8 +41,9 @@ class Run:
     workdir: Path
     store: Store
     systems: dict[str, Method]  # the method of the config, then the floors, all under the same protocol
-    optimizer: optax.GradientTransformation
-    update: Any  # compiled once
+    strategy: Strategy
+    optimizers: dict[str, optax.GradientTransformation]  # by name: that of the base step, and of later ones
+    updates: dict[str, Any]  # by the optimiser's name; compiled once for every form that the strategy's memory takes
     snapshots: Snapshots
     ledger: Ledger
 
@@ -50,6 +51,7 @@ class Run:
     matrices: dict[str, dict[str, np.ndarray]]  # system -> metric -> (steps, objects)
     position: Position
     optimizer_leaves: list[Any]
+    memory: Memory  # of the strategy
     began: float  # on the monotonic clock, moved back by the time that earlier runs took
 
     def save(self) -> None:
@@ -59,7 +61,7 @@ class Run:
             "matrices": jax.tree.map(np.ndarray.tolist, self.matrices),
             "seconds": time.monotonic() - self.began,
         }
-        self.snapshots.save(Snapshot(self.position, self.variables, self.optimizer_leaves, record))
+        self.snapshots.save(Snapshot(self.position, self.variables, self.optimizer_leaves, record, self.memory))
 
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -97,11 +99,13 @@ def start(config: ConfigDict, workdir: Path, reader: Reader, steps: tuple[protoc
         raise UserError(f'config.floors is "{config.floors}"; use "{",".join(FLOORS)}", one of them, or "".')
     names = tuple(dict.fromkeys([config.method, *floors]))
     systems = {name: methods.build(name, config, len(reader.objects)) for name in names}
-    check_training(config, systems[config.method], reader, steps)
+    method = systems[config.method]
+    strategy = continual.build(config, method, len(reader.objects))
+    optimizers = {own.optimizer: train.make_optimizer(own) for own in (train.of_step(config, i) for i in (0, 1))}
+    check_training(config, method, strategy, reader, steps)
     store = open_store(config, reader, workdir)
     workdirs.claim(workdir, config)
     snapshots, ledger = Snapshots(workdir), Ledger(workdir / "ledger.jsonl")
-    optimizer = train.make_optimizer(config.train)
     snapshot = snapshots.latest()
     if snapshot is None:
         example = jax.tree.map(lambda array: array[:1], store.get(reader.objects[0], "train").batch)
@@ -112,7 +116,7 @@ def start(config: ConfigDict, workdir: Path, reader: Reader, steps: tuple[protoc
             for name in names
         }
         snapshot = Snapshot(
-            Position(-1, 0, finished=True), variables, [], {"ledger_lines": 0, "matrices": matrices, "seconds": 0.0}
+            Position(-1, 0, finished=True), variables, [], {"ledger_lines": 0, "matrices": matrices, "seconds": 0.0}, {}
         )
     ledger.truncate(snapshot.record["ledger_lines"])
     matrices = {
@@ -124,28 +128,36 @@ def start(config: ConfigDict, workdir: Path, reader: Reader, steps: tuple[protoc
         workdir,
         store,
         systems,
-        optimizer,
-        train.make_update(systems[config.method], optimizer),
+        strategy,
+        optimizers,
+        {name: train.make_update(method, optimizer, strategy) for name, optimizer in optimizers.items()},
         snapshots,
         ledger,
         snapshot.variables,
         matrices,
         snapshot.position,
         snapshot.optimizer,
+        snapshot.memory,
         time.monotonic() - snapshot.record["seconds"],
     )
 
 
-def check_training(config: ConfigDict, method: Method, reader: Reader, steps: tuple[protocol.Step, ...]) -> None:
+def check_training(
+    config: ConfigDict, method: Method, strategy: Strategy, reader: Reader, steps: tuple[protocol.Step, ...]
+) -> None:
     """Raises UserError unless every step can be trained."""
-    if config.continual.strategy != "finetune":
-        raise UserError(f'config.continual.strategy is "{config.continual.strategy}"; use finetune.')
     if not is_trained(config, method):
         return
     parallel.check_batch_size(config.train.batch_size)
     train.learning_rates(config.train, updates_per_epoch=1)
     for step in steps:
-        updates_per_epoch(sum(len(reader.ids(name, "train")) for name in step.learned), config.train.batch_size)
+        images = sum(len(reader.ids(name, "train")) for name in trained_on(strategy, step))
+        updates_per_epoch(images, config.train.batch_size)
+
+
+def trained_on(strategy: Strategy, step: protocol.Step) -> tuple[str, ...]:
+    """The objects whose images a step is trained on."""
+    return step.learned if strategy.incremental else step.seen
 
 
 def is_trained(config: ConfigDict, method: Method) -> bool:
@@ -177,35 +189,43 @@ def open_store(config: ConfigDict, reader: Reader, workdir: Path) -> Store:
 
 def learn(this: Run, step: protocol.Step) -> None:
     """Trains on the good images of the objects that this step learns, from where the run stands."""
-    config = this.config
-    sets = [this.store.get(name, "train") for name in step.learned]
+    config, strategy, method = this.config, this.strategy, this.systems[this.config.method]
+    learned = [this.store.get(name, "train") for name in step.learned]
+    sets = [this.store.get(name, "train") for name in trained_on(strategy, step)]
     images = sum(len(one.ids) for one in sets)
     if this.position.step < step.index:
         this.ledger.append("step", step=step.index, learned=step.learned, images=images)
-        for one in sets:
+        for one in learned:
             for name, system in this.systems.items():
                 this.variables[name] = system.observe(this.variables[name], one.batch, step.index)
         this.position, this.optimizer_leaves = Position(step.index, 0), []
-    method = this.systems[config.method]
+        if is_trained(config, method):
+            example = jax.tree.map(lambda array: array[:1], sets[0].batch)
+            this.memory = strategy.begin(this.memory, this.variables[config.method], example, step.index)
     if not is_trained(config, method):
         return
 
     per_epoch = updates_per_epoch(images, config.train.batch_size)
-    rates = train.learning_rates(config.train, per_epoch)
+    own = train.of_step(config, step.index)
+    rates, optimizer = train.learning_rates(own, per_epoch), this.optimizers[own.optimizer]
     done = this.position.epochs
-    state = train.start(this.variables[config.method], this.optimizer, done * per_epoch, this.optimizer_leaves)
+    variables, leaves = this.variables[config.method], this.optimizer_leaves
+    state = train.start(variables, optimizer, done * per_epoch, leaves, this.memory)
     seed = config.seed * 1000 + step.index
     batches = training_batches([one.batch for one in sets], config.train.batch_size, seed, done)
     key = jax.random.fold_in(jax.random.key(config.seed), step.index)
     saved = time.monotonic()
-    for epoch in train.epochs(this.update, state, batches, rates, key, per_epoch, config.train.epochs):
+    for epoch in train.epochs(this.updates[own.optimizer], state, batches, rates, key, per_epoch, config.train.epochs):
         this.ledger.append("epoch", step=step.index, epoch=epoch.number, **epoch.losses)
-        this.variables[config.method] = epoch.state.variables
+        this.variables[config.method], this.memory = epoch.state.variables, epoch.state.memory
         this.position = Position(step.index, epoch.number + 1)
         if time.monotonic() - saved > 60 * config.snapshots.every_minutes:
             this.optimizer_leaves = jax.tree.leaves(epoch.state.optimizer)
             this.save()
             saved = time.monotonic()
+    for one in learned:
+        object_ = int(one.batch.object_id[0])
+        this.memory = strategy.finish(this.memory, this.variables[config.method], one.batch, object_)
 
 
 def assess(this: Run, step: protocol.Step) -> None:
@@ -260,6 +280,7 @@ def conclude(this: Run, steps: tuple[protocol.Step, ...]) -> dict[str, Any]:
         "steps": [list(step.learned) for step in steps],
         **by_system.pop(config.method),
         "floors": by_system,
+        "memory_bytes": memory_bytes(this),
         "seconds": time.monotonic() - this.began,
         "versions": {package: version(package) for package in ("iumad-jax", "jax", "flax", "optax", "numpy")},
     }
@@ -271,5 +292,12 @@ def conclude(this: Run, steps: tuple[protocol.Step, ...]) -> dict[str, Any]:
     return results
 
 
-def _bytes(variables: Variables) -> int:
-    return sum(np.asarray(array).nbytes for array in jax.tree.leaves(variables))
+def memory_bytes(this: Run) -> int:
+    """What the strategy keeps between steps, beside the weights: its memory, or all images if it is not incremental."""
+    if this.strategy.incremental:
+        return _bytes(this.memory)
+    return sum(_bytes(this.store.get(name, "train").batch) for name in this.store.reader.objects)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(np.asarray(array).nbytes for array in jax.tree.leaves(tree))

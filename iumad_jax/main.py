@@ -38,7 +38,8 @@ def _parse(arguments: list[str]) -> tuple[ConfigDict, Path]:
         config = _CONFIG.value
         if config is not None:
             name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-            default = Path("runs") / f"{name}_{config.protocol}_{config.method}_{config.modality}_seed{config.seed}"
+            keys = (config.protocol, config.method, config.modality, config.continual.strategy, f"seed{config.seed}")
+            default = Path("runs") / "_".join((name, *keys))
     except flags.Error as error:
         found = str(error).rstrip(".")
         raise UserError(f"{found}; write --config=FILE, --workdir=FOLDER or --config.KEY=VALUE.") from error

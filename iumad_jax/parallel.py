@@ -62,3 +62,11 @@ def own_keys(key: jax.Array, images: int) -> jax.Array:
 def mean_over_devices(tree: Any) -> Any:
     """Inside `data_parallel`: the mean of every array over the devices."""
     return jax.lax.pmean(tree, AXIS)
+
+
+def gather(rows: jax.Array) -> jax.Array:
+    """Inside `data_parallel`: the rows of all devices, in the order of the whole batch, on every device.
+
+    Of a loss of them that every device computes, the mean over devices of the gradients is the gradient.
+    """
+    return jax.lax.all_gather(rows, AXIS, tiled=True)

@@ -32,6 +32,7 @@ class Snapshot(NamedTuple):
     variables: dict[str, Variables]  # by system
     optimizer: list[Any]  # the leaves of its state; empty after a finished step
     record: dict[str, Any]  # what the ledger and the results held
+    memory: dict[str, Any]  # of the strategy against forgetting
 
 
 class Snapshots:
@@ -58,7 +59,8 @@ class Snapshots:
         """
         step, epochs, finished = snapshot.position
         manager, number = (self._finished, step) if finished else (self._within, step * 10**6 + epochs)
-        arrays = jax.tree.map(np.asarray, {"variables": snapshot.variables, "optimizer": snapshot.optimizer})
+        kept = {"variables": snapshot.variables, "optimizer": snapshot.optimizer, "memory": snapshot.memory}
+        arrays = jax.tree.map(np.asarray, kept)
         record = {"position": snapshot.position._asdict(), "sha256": _digest(arrays), **snapshot.record}
         try:
             with _silent_threads():
@@ -104,9 +106,7 @@ class Snapshots:
                 f"{manager.directory / str(number)}: the snapshot cannot be read ({_reason(error)}); remove this folder"
                 " to go on from the one before."
             ) from error
-        return Snapshot(
-            Position(**record.pop("position")), restored.arrays["variables"], restored.arrays["optimizer"], record
-        )
+        return Snapshot(position=Position(**record.pop("position")), record=record, **restored.arrays)
 
     def close(self) -> None:
         """Ends Orbax's threads."""

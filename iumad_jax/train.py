@@ -12,6 +12,8 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from iumad_jax import parallel
+from iumad_jax.continual.finetune import finetune
+from iumad_jax.continual.strategy import Memory, Strategy
 from iumad_jax.errors import UserError
 from iumad_jax.methods.method import Method
 from iumad_jax.shapes import Batch, Scalars, Variables
@@ -25,6 +27,7 @@ class TrainState(NamedTuple):
     variables: Variables
     optimizer: optax.OptState
     update: Any  # updates done in this step
+    memory: Memory  # of the strategy
 
 
 class Epoch(NamedTuple):
@@ -35,13 +38,33 @@ class Epoch(NamedTuple):
     state: TrainState
 
 
+def of_step(config: ConfigDict, step: int) -> ConfigDict:
+    """`config.train` as it holds in a step: the optimiser of later ones is that of `config.continual`."""
+    own = config.train.copy_and_resolve_references()
+    if step > 0:
+        own.optimizer = config.continual.optimizer
+        if own.optimizer == "sgd":
+            own.learning_rate = config.continual.sgd_learning_rate
+    return own
+
+
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """AdamW with clipping of the global norm (model.md 8), up to the learning rate; `config` is config.train."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(b1=0.9, b2=0.999),
-        optax.add_decayed_weights(config.weight_decay, _decayed),
-    )
+    """AdamW (model.md 8) or plain SGD with clipping of the global norm, up to the learning rate; `config` is
+    config.train.
+
+    Raises:
+        UserError: there is no such optimiser.
+    """
+    optimizers = {
+        "adamw": (optax.scale_by_adam(b1=0.9, b2=0.999), optax.add_decayed_weights(config.weight_decay, _decayed)),
+        "sgd": (),
+    }
+    if config.optimizer not in optimizers:
+        raise UserError(
+            f'config.train.optimizer or config.continual.optimizer is "{config.optimizer}"; use one of'
+            f" {', '.join(optimizers)}."
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), *optimizers[config.optimizer])
 
 
 def learning_rates(config: ConfigDict, updates_per_epoch: int) -> optax.Schedule:
@@ -64,31 +87,41 @@ def _decayed(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
 
 
-def start(variables: Variables, optimizer: optax.GradientTransformation, update: int, leaves: list[Any]) -> TrainState:
+def start(
+    variables: Variables,
+    optimizer: optax.GradientTransformation,
+    update: int,
+    leaves: list[Any],
+    memory: Memory | None = None,
+) -> TrainState:
     """The state before a step's update, with the optimiser's state from a snapshot or (no leaves) a new one."""
     state = optimizer.init(variables["params"])
     if leaves:
         state = jax.tree.unflatten(jax.tree.structure(state), leaves)
-    return TrainState(variables, state, np.int32(update))
+    return TrainState(variables, state, np.int32(update), memory or {})
 
 
-def make_update(method: Method, optimizer: optax.GradientTransformation) -> Any:
-    """The jitted update (state, batch, key, learning rate) -> (state, scalars) over all devices."""
+def make_update(method: Method, optimizer: optax.GradientTransformation, strategy: Strategy | None = None) -> Any:
+    """The jitted update (state, batch, key, learning rate) -> (state, scalars) over all devices.
+
+    No strategy is `finetune`.
+    """
+    ours = strategy or finetune(method)
 
     def update(state: TrainState, batch: Batch, key: jax.Array, rate: jax.Array) -> tuple[TrainState, Scalars]:
         keys = parallel.own_keys(jax.random.fold_in(key, state.update), len(batch.object_id))
 
-        def loss(params: Any) -> tuple[jax.Array, Scalars]:
-            assert method.loss is not None
-            return method.loss(state.variables | {"params": params}, batch, keys)
+        def loss(params: Any) -> tuple[jax.Array, tuple[Scalars, Memory]]:
+            return ours.loss(state.memory, state.variables | {"params": params}, batch, keys)
 
         params = state.variables["params"]
-        (total, terms), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        (total, (terms, memory)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
         gradients, scalars = parallel.mean_over_devices((gradients, {"loss": total, **terms}))
         direction, optimizer_state = optimizer.update(gradients, state.optimizer, params)
-        params = jax.tree.map(lambda weight, change: weight - rate * change, params, direction)
-        variables = state.variables | {"params": params}
-        return TrainState(variables, optimizer_state, state.update + 1), scalars
+        changes = jax.tree.map(lambda change: -rate * change, direction)
+        changes, _ = ours.constrain.update(changes, ours.constrain.init(params), params, memory=memory)
+        variables = state.variables | {"params": optax.apply_updates(params, changes)}
+        return TrainState(variables, optimizer_state, state.update + 1, memory), scalars
 
     return parallel.data_parallel(update)
 

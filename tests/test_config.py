@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from iumad_jax import methods, protocol, train
+from iumad_jax import continual, methods, protocol, train
 from iumad_jax.config import paper
 from iumad_jax.data.eyecandies import OBJECTS
 
@@ -57,6 +57,7 @@ def test_every_config_can_be_run(file):
         methods.build(name, config, len(OBJECTS))
     train.learning_rates(config.train, 10)
     train.make_optimizer(config.train)
+    continual.build(config, methods.build(config.method, config, len(OBJECTS)), len(OBJECTS))
     assert module.get_config("1-1").protocol == "1-1"
 
 

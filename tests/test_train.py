@@ -12,7 +12,7 @@ from iumad_jax.config import paper
 from iumad_jax.data.pipeline import training_batches
 from iumad_jax.errors import UserError
 from iumad_jax.methods.ib_iumad import ib_iumad
-from iumad_jax.methods.method import Method
+from iumad_jax.methods.method import Loss, Method
 from iumad_jax.shapes import Batch
 
 IMAGES, BATCH, PER_EPOCH = 21, 4, 5
@@ -40,7 +40,7 @@ def pull(noise=0.0):
         numbers = batch.features["rgb"][:, 0, 0] + noise * jax.vmap(jax.random.normal)(keys)
         leaves = jax.tree.leaves(variables["params"])
         terms = {"pull": sum(0.5 * jnp.mean(jax.vmap(lambda x, p=p: jnp.sum((p - x) ** 2))(numbers)) for p in leaves)}
-        return terms["pull"], terms
+        return Loss(terms["pull"], terms, {})
 
     return Method(init, predict=None, loss=loss)
 

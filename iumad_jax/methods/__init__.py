@@ -5,8 +5,10 @@ from ml_collections import ConfigDict
 from iumad_jax.errors import UserError
 from iumad_jax.methods.feature_norm import feature_norm
 from iumad_jax.methods.ib_iumad import ib_iumad
+from iumad_jax.methods.iuf import iuf
 from iumad_jax.methods.method import Method
 from iumad_jax.methods.nearest_neighbours import nearest_neighbours
+from iumad_jax.methods.uniad import uniad
 from iumad_jax.shapes import Modality
 
 
@@ -18,6 +20,8 @@ def build(name: str, config: ConfigDict, objects: int) -> Method:
     """
     methods = {
         "ib_iumad": lambda: ib_iumad(config.model, modalities(config), objects),
+        "uniad": lambda: uniad(config.model, modalities(config)),
+        "iuf": lambda: iuf(config.model, modalities(config), objects),
         "feature_norm": feature_norm,
         "nearest_neighbours": lambda: nearest_neighbours(config.nearest_neighbours.patches_per_object, config.seed),
     }

@@ -3,7 +3,8 @@
 `results` is the dictionary of results.json: `config`, `protocol`, `objects` (the columns of every matrix), `steps` (the
 objects learned at each), `matrix` (metric -> steps done x objects, NaN or None where not learned or undefined),
 `summary` (of `summarise`), `seconds` and `versions`. `floors` holds, by name, the `matrix` and `summary` of the
-training-free methods on the same inputs. `bytes`, in `results` and in each floor, is what the method keeps.
+training-free methods on the same inputs. `bytes`, in `results` and in each floor, is what the method keeps;
+`memory_bytes` is what the strategy against forgetting keeps beside that.
 """
 
 import json
@@ -141,6 +142,19 @@ def _overview(results: dict[str, Any], style: str) -> Iterator[str]:
     if "bytes" in results:
         kept = ", ".join(f"{name} {system['bytes'] / 1e6:.1f} MB" for name, system in systems.items())
         yield f"Kept for later steps: {kept}."
+    if "memory_bytes" in results:
+        yield _strategy(results)
+
+
+def _strategy(results: dict[str, Any]) -> str:
+    """What the strategy against forgetting keeps, and whether it may be compared with others."""
+    name, each = results["config"]["continual"]["strategy"], results["memory_bytes"] / len(results["objects"])
+    if name == "joint":
+        return (
+            "Strategy joint is not incremental: every step trains on the images of all objects seen so far"
+            f" ({each / 1e3:.1f} kB per object are kept). It is an upper bound for the others."
+        )
+    return f"Strategy {name} keeps {each / 1e3:.1f} kB per object beside the weights."
 
 
 def _systems(results: dict[str, Any]) -> dict[str, dict[str, Any]]:

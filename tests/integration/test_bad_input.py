@@ -101,7 +101,11 @@ WRONG_VALUES = {
         'config.floors is "ib_iumad"; use "feature_norm,nearest_neighbours"',
     ),
     "an unknown encoding": (keys(input__depth_encoding="foo"), 'config.input.depth_encoding is "foo"; use one of'),
-    "an unknown strategy": (keys(continual__strategy="replay"), 'config.continual.strategy is "replay"; use finetune'),
+    "an unknown strategy": (keys(continual__strategy="ewc"), 'config.continual.strategy is "ewc"; use one of finetune'),
+    "an unknown optimiser": (
+        keys(continual__optimizer="lion"),
+        "config.train.optimizer or config.continual.optimizer is",
+    ),
 }
 
 
