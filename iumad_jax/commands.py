@@ -31,11 +31,10 @@ def execute(
     values = flags.FlagValues()
     define(values)
     if "--help" in arguments:
-        keys = ["config.KEY: every key is in iumad_jax/config.py"] if "config" in values else []
-        keys += ["config.dataset.KEY: another dataset, see iumad_jax/config.py"] if dataset else []
-        print(
-            "\n".join([doc, "", *(f"  --{name}: {values[name].help}" for name in values), *(f"  --{k}" for k in keys)])
-        )
+        lines = [f"{name}: {values[name].help}" for name in values]
+        if dataset or "config" in values:
+            lines.append(f"config.{'dataset.' if dataset else ''}KEY: every key is in iumad_jax/config.py")
+        print("\n".join([doc, "", *(f"  --{line}" for line in lines)]))
         return 0
     try:
         if dataset:
@@ -79,9 +78,10 @@ def path(values: flags.FlagValues, name: str) -> Path:
     Raises:
         UserError: it gives none.
     """
-    if not values[name].value:
+    given = values[name].value
+    if not given:
         raise UserError(f"--{name} is missing; write --{name}=PATH.")
-    return Path(values[name].value)
+    return Path(given)
 
 
 def _define_dataset(values: flags.FlagValues, arguments: list[str]) -> None:
