@@ -13,7 +13,7 @@ import optax
 from ml_collections import ConfigDict
 
 from iumad_jax import config as configs
-from iumad_jax import data, methods, parallel, protocol, train
+from iumad_jax import data, decisions, methods, parallel, protocol, recognition, train
 from iumad_jax import workdir as workdirs
 from iumad_jax.data.eyecandies import selected
 from iumad_jax.data.pipeline import training_batches, updates_per_epoch
@@ -27,7 +27,7 @@ from iumad_jax.models import pretrained
 from iumad_jax.models.efficientnet import FeatureExtractor
 from iumad_jax.predict import predict
 from iumad_jax.report import figures, tables
-from iumad_jax.report.ledger import Ledger
+from iumad_jax.report.ledger import Ledger, as_json
 from iumad_jax.shapes import Prediction, Variables
 from iumad_jax.snapshots import Position, Snapshot, Snapshots
 
@@ -46,9 +46,11 @@ class Run:
     update: Any  # compiled once
     snapshots: Snapshots
     ledger: Ledger
+    inputs: dict[str, Any]  # what a detector must know of the images
 
-    variables: dict[str, Variables]
+    variables: dict[str, Variables]  # by system, and those of `recognition`
     matrices: dict[str, dict[str, np.ndarray]]  # system -> metric -> (steps, objects)
+    decisions: list[decisions.Decisions]  # after every step
     position: Position
     optimizer_leaves: list[Any]
     began: float  # on the monotonic clock, moved back by the time that earlier runs took
@@ -58,6 +60,8 @@ class Run:
         record = {
             "ledger_lines": len(self.ledger),
             "matrices": jax.tree.map(np.ndarray.tolist, self.matrices),
+            "decisions": self.decisions,
+            "inputs": self.inputs,
             "seconds": time.monotonic() - self.began,
         }
         self.snapshots.save(Snapshot(self.position, self.variables, self.optimizer_leaves, record))
@@ -105,13 +109,13 @@ def start(config: ConfigDict, workdir: Path, reader: Reader, steps: tuple[protoc
         example = jax.tree.map(lambda array: array[:1], store.get(reader.objects[0], "train").batch)
         keys = jax.random.split(jax.random.key(config.seed), len(names))
         variables = {name: jax.jit(systems[name].init)(key, example) for name, key in zip(names, keys, strict=True)}
+        variables["recognition"] = recognition.no_statistics(example)
         matrices = {
             name: {metric: np.full((len(steps), len(reader.objects)), np.nan) for metric in tables.METRICS}
             for name in names
         }
-        snapshot = Snapshot(
-            Position(-1, 0, finished=True), variables, [], {"ledger_lines": 0, "matrices": matrices, "seconds": 0.0}
-        )
+        record = {"ledger_lines": 0, "matrices": matrices, "decisions": [], "seconds": 0.0}
+        snapshot = Snapshot(Position(-1, 0, finished=True), variables, [], record)
     ledger.truncate(snapshot.record["ledger_lines"])
     matrices = {
         name: {metric: np.array(rows) for metric, rows in by_metric.items()}
@@ -126,8 +130,10 @@ def start(config: ConfigDict, workdir: Path, reader: Reader, steps: tuple[protoc
         train.make_update(systems[config.method], optimizer),
         snapshots,
         ledger,
+        inputs(store),
         snapshot.variables,
         matrices,
+        snapshot.record["decisions"],
         snapshot.position,
         snapshot.optimizer,
         time.monotonic() - snapshot.record["seconds"],
@@ -172,6 +178,19 @@ def open_store(config: ConfigDict, reader: Reader, workdir: Path) -> Store:
     )
 
 
+def inputs(store: Store) -> dict[str, Any]:
+    """What a detector must know of the images that it will be given, as JSON."""
+    first = store.reader.objects[0]
+    sample = store.reader.read(first, "train", store.reader.ids(first, "train")[0])
+    camera = sample.camera and dataclasses.asdict(sample.camera)
+    return {
+        "objects": list(store.reader.objects),
+        "processing": dataclasses.asdict(store.processing),
+        "camera": camera,
+        "camera_width": sample.depth if sample.depth is None else sample.depth.shape[1],
+    }
+
+
 def learn(this: Run, step: protocol.Step) -> None:
     """Trains on the good images of the objects that this step learns, from where the run stands."""
     config = this.config
@@ -180,6 +199,7 @@ def learn(this: Run, step: protocol.Step) -> None:
     if this.position.step < step.index:
         this.ledger.append("step", step=step.index, learned=step.learned, images=images)
         for one in sets:
+            this.variables["recognition"] = recognition.observe(this.variables["recognition"], one.batch)
             for name, system in this.systems.items():
                 this.variables[name] = system.observe(this.variables[name], one.batch, step.index)
         this.position, this.optimizer_leaves = Position(step.index, 0), []
@@ -207,6 +227,8 @@ def learn(this: Run, step: protocol.Step) -> None:
 
 def assess(this: Run, step: protocol.Step) -> None:
     """Evaluates every system on all objects seen so far, draws heatmaps, and takes the step's snapshot."""
+    recogniser = recognition.fit(this.variables["recognition"])
+    decided = decide(this, step, recogniser)
     for column, name in enumerate(step.seen):
         test = this.store.get(name, "test")
         assert test.truth is not None
@@ -218,9 +240,23 @@ def assess(this: Run, step: protocol.Step) -> None:
             this.ledger.append("evaluation", step=step.index, object=name, method=system, **values)
             if system == this.config.method:
                 draw(this, step, name, test, prediction)
+                distance = np.asarray(recognition.distances(recogniser, test.batch.features))
+                decided["objects"][name]["test"] = decisions.rates(decided, name, prediction, test.truth, distance)
+    this.decisions.append(as_json(decided))
+    this.ledger.append("decisions", step=step.index, **decided)
     this.ledger.append("snapshot", step=step.index, bytes={s: _bytes(this.variables[s]) for s in this.systems})
     this.position, this.optimizer_leaves = Position(step.index, 0, finished=True), []
     this.save()
+
+
+def decide(this: Run, step: protocol.Step, recogniser: recognition.Recogniser) -> decisions.Decisions:
+    """Sets the thresholds of all objects seen so far by their calibration images."""
+    compiled, good = jax.jit(this.systems[this.config.method].predict), {}
+    for name in step.seen:
+        batch = this.store.get(name, "calibration").batch
+        distance = np.asarray(recognition.distances(recogniser, batch.features))
+        good[name] = predict(compiled, this.variables[this.config.method], batch), distance
+    return decisions.calibrate(good, this.config.decisions.quantile)
 
 
 def draw(this: Run, step: protocol.Step, name: str, test: PreparedSet, prediction: Prediction) -> None:
@@ -255,6 +291,7 @@ def conclude(this: Run, steps: tuple[protocol.Step, ...]) -> dict[str, Any]:
         "steps": [list(step.learned) for step in steps],
         **by_system.pop(config.method),
         "floors": by_system,
+        "decisions": this.decisions,
         "seconds": time.monotonic() - this.began,
         "versions": {package: version(package) for package in ("iumad-jax", "jax", "flax", "optax", "numpy")},
     }

@@ -1,0 +1,101 @@
+"""From scores to decisions: thresholds that good calibration images set, and how often they err on test images.
+
+Of n calibration scores the k-th smallest, k = ceil(quantile (n + 1)), is exceeded by a further good image with a
+probability of at most 1 - k / (n + 1), averaged over calibration sets, whatever the distribution (split conformal
+prediction; Vovk et al., 2005). Fewer images than quantile / (1 - quantile), 199 for 0.995, cannot promise that much:
+their maximum is taken, and what it promises, 1 / (n + 1), is told.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import ArrayLike
+
+from iumad_jax.shapes import GroundTruth, Prediction
+
+_RESAMPLES, _COVERAGE, _SEED = 1000, 0.95, 0
+
+Threshold = dict[str, Any]  # JSON: threshold, interval, images, at_most
+Decisions = dict[str, Any]  # JSON, see `calibrate`
+
+
+def threshold(scores: ArrayLike, quantile: float) -> Threshold:
+    """What few good images exceed, from the scores (n,) of some.
+
+    Returns:
+        `threshold`; its bootstrapped 95 % `interval` (percentiles, fixed seed), whose upper end is too low where the
+        threshold is the maximum, as no resample holds more; how many `images` set it; `at_most`, the promise above.
+    """
+    values = np.sort(np.asarray(scores, np.float64))
+    n = len(values)
+    rank = min(math.ceil(quantile * (n + 1) - 1e-9), n)  # less what rounding adds
+    resamples = np.random.default_rng(_SEED).choice(values, (_RESAMPLES, n))
+    ends = [(1 - _COVERAGE) / 2, (1 + _COVERAGE) / 2]
+    interval = np.quantile(np.partition(resamples, rank - 1, axis=1)[:, rank - 1], ends)
+    return {
+        "threshold": float(values[rank - 1]),
+        "interval": interval.tolist(),
+        "images": n,
+        "at_most": 1 - rank / (n + 1),
+    }
+
+
+def calibrate(good: dict[str, tuple[Prediction, Float[np.ndarray, "n k"]]], quantile: float) -> Decisions:
+    """All thresholds after a step.
+
+    A pixel is defective above what the largest pixel of few good images exceeds: neighbouring pixels of a map are not
+    independent, images are, and so a mask is as rarely there on a good image as an alarm is. Were the quantile one of
+    all pixels, every good image would have some of them marked.
+
+    Args:
+        good: by object, in the order of learning: the predictions for its calibration images, and their distances to
+            all objects learned so far (`recognition.distances`).
+        quantile: of good images that are to pass.
+
+    Returns:
+        `objects`: by name, `image` and `pixel` thresholds; `unknown`: the threshold of the distance to the nearest
+        object, from all objects' images together; `usual`, the root mean square of an image's distance to its own.
+    """
+    own = np.concatenate([distance[:, column] for column, (_, distance) in enumerate(good.values())])
+    nearest = np.concatenate([distance.min(1) for _, distance in good.values()])
+    return {
+        "quantile": quantile,
+        "usual": float(np.sqrt(np.mean(own**2))),
+        "unknown": threshold(nearest, quantile),
+        "objects": {
+            name: {
+                "image": threshold(prediction.score, quantile),
+                "pixel": threshold(prediction.map.max((1, 2)), quantile),
+            }
+            for name, (prediction, _) in good.items()
+        },
+    }
+
+
+def rates(
+    decisions: Decisions,
+    name: str,
+    prediction: Prediction,
+    truth: GroundTruth,
+    distance: Float[np.ndarray, "n k"],
+) -> dict[str, float]:
+    """How often the decisions err on an object's test images, given that it is this object; NaN where undefined.
+
+    Returns:
+        `false_alarms`, the share of good images above the threshold; `misses`, of anomalous ones not above it;
+        `recognised`, of all images, those nearest to this object; `taken_as_unknown`, those too far from all.
+    """
+    alarm = prediction.score > decisions["objects"][name]["image"]["threshold"]
+    own = list(decisions["objects"]).index(name)
+    return {
+        "false_alarms": _share(alarm[~truth.anomalous]),
+        "misses": _share(~alarm[truth.anomalous]),
+        "recognised": _share(distance.argmin(1) == own),
+        "taken_as_unknown": _share(distance.min(1) > decisions["unknown"]["threshold"]),
+    }
+
+
+def _share(chosen: np.ndarray) -> float:
+    return float(chosen.mean()) if chosen.size else math.nan
