@@ -5,7 +5,7 @@ of its own and one covariance for all (linear discriminant analysis), as in the 
 Mahalanobis distance (Lee et al., NeurIPS 2018). The backbone is frozen, so nothing of it is forgotten in later steps.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def no_statistics(batch: Batch) -> Variables:
 
 def observe(statistics: Variables, batch: Batch) -> Variables:
     """The statistics with one more object, of which the batch holds all training images."""
-    x = np.concatenate([np.asarray(tokens).mean(1, dtype=np.float64) for tokens in batch.features.values()], axis=-1)
+    x = np.concatenate([np.asarray(tokens).mean(1, dtype=np.float64) for tokens in _sorted(batch.features)], axis=-1)
     mean = x.mean(0)
     return {
         "count": np.append(statistics["count"], np.float32(len(x))),
@@ -68,7 +68,7 @@ def oas(covariance: Float[np.ndarray, "f f"], samples: float) -> Float[np.ndarra
 
 def distances(recogniser: Recogniser, features: dict[Modality, Float[Array, "b p f"]]) -> Float[Array, "b k"]:
     """Of each image to each learned object: root mean square over whitened channels, about 1 for training images."""
-    x = jnp.concatenate([jnp.asarray(tokens, jnp.float32).mean(1) for tokens in features.values()], axis=-1)
+    x = jnp.concatenate([jnp.asarray(tokens, jnp.float32).mean(1) for tokens in _sorted(features)], axis=-1)
     with jax.default_matmul_precision("float32"):
         x = (x - recogniser.centre[None]) @ recogniser.whiten
     return jnp.sqrt(jnp.square(x[:, None] - recogniser.means[None]).mean(-1))
@@ -80,3 +80,8 @@ def probabilities(distance: Float[Array, "b k"], channels: int, usual: Float[Arr
     Few training images make too narrow distributions; `usual` is what `distance` is for other images of an object.
     """
     return jax.nn.softmax(-channels / 2 * jnp.square(distance / usual), axis=-1)
+
+
+def _sorted(features: dict[Modality, Any]) -> list[Any]:
+    """By modality, as inside of jit: a dictionary comes out of it in another order than it went in."""
+    return [features[modality] for modality in sorted(features)]

@@ -100,17 +100,20 @@ def read(workdir: Path, step: int | None = None) -> Snapshot:
         UserError: there is none, or it cannot be read.
     """
     folder = (workdir / "snapshots").absolute()
-    logging.getLogger("absl").setLevel(logging.WARNING)
     steps: list[int] = []
     if folder.is_dir():
-        options = ocp.CheckpointManagerOptions(read_only=True, enable_async_checkpointing=False)
-        with ocp.CheckpointManager(folder, options=options) as manager:
+        with _silent_threads(), _reader(folder) as manager:
             steps = sorted(manager.all_steps())
             if steps and step in (None, *steps):
                 return _restore(manager, steps[-1] if step is None else step)
     found = f"finished are {', '.join(map(str, steps))}" if steps else "none is finished"
     wanted = "any step" if step is None else f"step {step}"
     raise UserError(f"{folder} holds no snapshot of {wanted}; {found}.")
+
+
+def _reader(folder: Path) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(read_only=True, enable_async_checkpointing=False)
+    return ocp.CheckpointManager(folder, options=options)
 
 
 def _restore(manager: ocp.CheckpointManager, number: int) -> Snapshot:
