@@ -1,7 +1,8 @@
 """What all commands share: flags, help, and a user's mistake told in one sentence with exit code 2."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from absl import flags
@@ -93,18 +94,30 @@ def _define_dataset(values: flags.FlagValues, arguments: list[str]) -> None:
         key = argument.lstrip("-").partition("=")[0]
         if key.startswith("config.") and not key.startswith("config.dataset."):
             raise UserError(f"--{key} belongs to training; here only --config.dataset.KEY can be changed.")
-    config_flags.DEFINE_config_dict("config", workdirs.read(path(only_workdir, "workdir")), flag_values=values)
+    config = workdirs.read(path(only_workdir, "workdir"))
+    with _config_errors():
+        config_flags.DEFINE_config_dict("config", config, flag_values=values)
 
 
 def _parse(values: flags.FlagValues, arguments: list[str], known_only: bool = False) -> None:
     names = ", ".join(f"--{name}={'FILE' if name == 'config' else 'VALUE'}" for name in values)
     known = f"write {names}" + (" or --config.KEY=VALUE" if "config" in values else "")
     try:
-        rest = values(arguments, known_only=known_only)
-        if "config" in values:
-            getattr(values.config, "seed", None)  # tells what was wrong with the file
+        with _config_errors():
+            rest = values(arguments, known_only=known_only)
+            if "config" in values:
+                getattr(values.config, "seed", None)  # tells what was wrong with the file
     except flags.Error as error:
         raise UserError(f"{str(error).rstrip('.')}; {known}.") from error
+    if rest[1:] and not known_only:
+        raise UserError(f"argument {rest[1]} is not a flag; {known}.")
+
+
+@contextmanager
+def _config_errors() -> Iterator[None]:
+    """Puts into a sentence what a wrong file or key leads to in ml_collections."""
+    try:
+        yield
     except (AttributeError, KeyError) as error:
         inner = error.args[0]
         key, _, hint = str(inner.args[0] if isinstance(inner, KeyError) else inner).partition("\n")
@@ -113,5 +126,3 @@ def _parse(values: flags.FlagValues, arguments: list[str], known_only: bool = Fa
     except (OSError, SyntaxError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[-1].strip(" .")
         raise UserError(f"--config cannot be read: {reason}.") from error
-    if rest[1:] and not known_only:
-        raise UserError(f"argument {rest[1]} is not a flag; {known}.")

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 
+from iumad_jax.metrics import image_auroc
 from iumad_jax.shapes import GroundTruth, Prediction
 
 _RESAMPLES, _COVERAGE, _SEED = 1000, 0.95, 0
@@ -94,6 +95,38 @@ def rates(
         "misses": _share(~alarm[truth.anomalous]),
         "recognised": _share(distance.argmin(1) == own),
         "taken_as_unknown": _share(distance.min(1) > decisions["unknown"]["threshold"]),
+    }
+
+
+def unknown_rates(
+    decisions: Decisions,
+    distances: dict[str, Float[np.ndarray, "n k"]],
+    confidences: dict[str, Float[np.ndarray, " n"]],
+) -> dict[str, Any]:
+    """How well images of objects that were never learned are told from those of learned ones.
+
+    Args:
+        decisions: of `calibrate`.
+        distances: by object, of its test images; those not in `decisions` were never learned.
+        confidences: by object, the largest probability that the method's own object logits give; may be empty.
+
+    Returns:
+        `objects`: the share of images flagged as unknown by object never learned; `taken_as_unknown`: the same of all
+        images of learned objects together; `auroc_distance` and `auroc_logits`: how well the distance, and the lack of
+        confidence, rank the former above the latter. NaN where undefined.
+    """
+    learned = decisions["objects"]
+    flagged = {name: d.min(1) > decisions["unknown"]["threshold"] for name, d in distances.items()}
+    never = np.concatenate([np.full(len(d), name not in learned) for name, d in distances.items()])
+
+    def auroc(scores: list[np.ndarray]) -> float:
+        return image_auroc(never, np.concatenate(scores)) if scores else math.nan
+
+    return {
+        "objects": {name: _share(flags) for name, flags in flagged.items() if name not in learned},
+        "taken_as_unknown": _share(np.concatenate(list(flagged.values()))[~never]),
+        "auroc_distance": auroc([d.min(1) for d in distances.values()]),
+        "auroc_logits": auroc([-confidence for confidence in confidences.values()]),
     }
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +245,7 @@ def assess(this: Run, step: protocol.Step) -> None:
                 decided["objects"][name]["test"] = decisions.rates(decided, name, prediction, test.truth, distance)
     this.decisions.append(as_json(decided))
     this.ledger.append("decisions", step=step.index, **decided)
-    this.ledger.append("snapshot", step=step.index, bytes={s: _bytes(this.variables[s]) for s in this.systems})
+    this.ledger.append("snapshot", step=step.index, bytes={s: size_of(this.variables[s]) for s in this.systems})
     this.position, this.optimizer_leaves = Position(step.index, 0, finished=True), []
     this.save()
 
@@ -282,21 +281,15 @@ def draw(this: Run, step: protocol.Step, name: str, test: PreparedSet, predictio
 def conclude(this: Run, steps: tuple[protocol.Step, ...]) -> dict[str, Any]:
     """Writes the results and pictures of a finished run."""
     config, objects = this.config, this.store.reader.objects
-    by_system = {
-        system: {"matrix": matrices, "summary": tables.summarise(matrices), "bytes": _bytes(this.variables[system])}
-        for system, matrices in this.matrices.items()
-    }
-    results = {
-        "config": config.to_dict(),
-        "protocol": config.protocol,
-        "objects": list(objects),
-        "steps": [list(step.learned) for step in steps],
-        **by_system.pop(config.method),
-        "floors": by_system,
-        "decisions": this.decisions,
-        "seconds": time.monotonic() - this.began,
-        "versions": {package: version(package) for package in ("iumad-jax", "jax", "flax", "optax", "numpy")},
-    }
+    results = tables.gather(
+        config.to_dict(),
+        objects,
+        [step.learned for step in steps],
+        this.matrices,
+        {system: size_of(this.variables[system]) for system in this.systems},
+        this.decisions,
+        time.monotonic() - this.began,
+    )
     for metric, matrix in this.matrices[config.method].items():
         path = this.workdir / "pictures" / f"matrix_{metric}.png"
         figures.save_matrix(path, matrix, objects, [f"step {step.index}" for step in steps], metric)
@@ -305,5 +298,6 @@ def conclude(this: Run, steps: tuple[protocol.Step, ...]) -> dict[str, Any]:
     return results
 
 
-def _bytes(variables: Variables) -> int:
+def size_of(variables: Variables) -> int:
+    """The bytes of all arrays."""
     return sum(np.asarray(array).nbytes for array in jax.tree.leaves(variables))
