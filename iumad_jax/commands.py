@@ -100,17 +100,15 @@ def _define_dataset(values: flags.FlagValues, arguments: list[str]) -> None:
 
 
 def _parse(values: flags.FlagValues, arguments: list[str], known_only: bool = False) -> None:
-    names = ", ".join(f"--{name}={'FILE' if name == 'config' else 'VALUE'}" for name in values)
-    known = f"write {names}" + (" or --config.KEY=VALUE" if "config" in values else "")
     try:
         with _config_errors():
             rest = values(arguments, known_only=known_only)
             if "config" in values:
                 getattr(values.config, "seed", None)  # tells what was wrong with the file
     except flags.Error as error:
-        raise UserError(f"{str(error).rstrip('.')}; {known}.") from error
+        raise UserError(f"{str(error).rstrip('.')}; see --help.") from error
     if rest[1:] and not known_only:
-        raise UserError(f"argument {rest[1]} is not a flag; {known}.")
+        raise UserError(f"argument {rest[1]} is not a flag; see --help.")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ their maximum is taken, and what it promises, 1 / (n + 1), is told.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -18,8 +18,16 @@ from iumad_jax.shapes import GroundTruth, Prediction
 
 _RESAMPLES, _COVERAGE, _SEED = 1000, 0.95, 0
 
-Threshold = dict[str, Any]  # JSON: threshold, interval, images, at_most
+Threshold = dict[str, Any]  # JSON, see `threshold`
 Decisions = dict[str, Any]  # JSON, see `calibrate`
+
+
+class Good(NamedTuple):
+    """What is known of an object's calibration images."""
+
+    prediction: Prediction
+    distance: Float[np.ndarray, "n k"]  # to all objects learned so far, of `recognition.distances`
+    trained_on: bool = False  # for want of others: then scores are too low, and nothing is promised
 
 
 def threshold(scores: ArrayLike, quantile: float) -> Threshold:
@@ -43,7 +51,7 @@ def threshold(scores: ArrayLike, quantile: float) -> Threshold:
     }
 
 
-def calibrate(good: dict[str, tuple[Prediction, Float[np.ndarray, "n k"]]], quantile: float) -> Decisions:
+def calibrate(good: dict[str, Good], quantile: float) -> Decisions:
     """All thresholds after a step.
 
     A pixel is defective above what the largest pixel of few good images exceeds: neighbouring pixels of a map are not
@@ -51,26 +59,29 @@ def calibrate(good: dict[str, tuple[Prediction, Float[np.ndarray, "n k"]]], quan
     all pixels, every good image would have some of them marked.
 
     Args:
-        good: by object, in the order of learning: the predictions for its calibration images, and their distances to
-            all objects learned so far (`recognition.distances`).
+        good: by object, in the order of learning.
         quantile: of good images that are to pass.
 
     Returns:
         `objects`: by name, `image` and `pixel` thresholds; `unknown`: the threshold of the distance to the nearest
         object, from all objects' images together; `usual`, the root mean square of an image's distance to its own.
     """
-    own = np.concatenate([distance[:, column] for column, (_, distance) in enumerate(good.values())])
-    nearest = np.concatenate([distance.min(1) for _, distance in good.values()])
+    own = np.concatenate([one.distance[:, column] for column, one in enumerate(good.values())])
+    nearest = np.concatenate([one.distance.min(1) for one in good.values()])
+
+    def of_method(scores: ArrayLike, trained_on: bool) -> Threshold:
+        return threshold(scores, quantile) | ({"at_most": None} if trained_on else {})
+
     return {
         "quantile": quantile,
         "usual": float(np.sqrt(np.mean(own**2))),
         "unknown": threshold(nearest, quantile),
         "objects": {
             name: {
-                "image": threshold(prediction.score, quantile),
-                "pixel": threshold(prediction.map.max((1, 2)), quantile),
+                "image": of_method(one.prediction.score, one.trained_on),
+                "pixel": of_method(one.prediction.map.max((1, 2)), one.trained_on),
             }
-            for name, (prediction, _) in good.items()
+            for name, one in good.items()
         },
     }
 

@@ -34,6 +34,8 @@ class Detection(NamedTuple):
     object: Any  # its name, a str or an array of them
     probability: Float32[np.ndarray, "*b"]  # that it is this object, were it one of those learned
     unknown: Bool[np.ndarray, "*b"]  # whether the image is too far from all that was learned of the object
+    image_threshold: Float32[np.ndarray, "*b"]  # of the score
+    pixel_threshold: Float32[np.ndarray, "*b"]  # of the map
 
     @property
     def decision(self) -> Any:
@@ -63,6 +65,8 @@ class Outputs(NamedTuple):
     object_id: Int[Array, " b"]
     probability: Float[Array, " b"]
     unknown: Bool[Array, " b"]
+    image_threshold: Float[Array, " b"]
+    pixel_threshold: Float[Array, " b"]
 
 
 def detect(
@@ -92,14 +96,17 @@ def detect(
 
     probability = recognition.probabilities(distance, len(state.recogniser.centre), state.usual_distance)
     prediction = method.predict(state.variables, Batch(features, images, object_id))
+    image_threshold, pixel_threshold = of_object(state.image_thresholds[None]), of_object(state.pixel_thresholds[None])
     return Outputs(
         prediction.score,
         prediction.map,
-        prediction.map > of_object(state.pixel_thresholds[None])[:, None, None],
-        prediction.score > of_object(state.image_thresholds[None]),
+        prediction.map > pixel_threshold[:, None, None],
+        prediction.score > image_threshold,
         object_id,
         of_object(probability),
         of_object(distance) > state.unknown_threshold,
+        image_threshold,
+        pixel_threshold,
     )
 
 
@@ -184,7 +191,7 @@ class Detector:
         Raises:
             UserError: an argument is of a wrong type, shape or name, or the depth is of no use.
         """
-        given = self._number(object)
+        given = self.number(object)
         if single := np.ndim(rgb) == 3:
             rgb, depth = rgb[None], None if depth is None else np.asarray(depth)[None]
         images = self.prepare(rgb, depth, camera)
@@ -227,7 +234,12 @@ class Detector:
             m: np.stack([one[f"images_{m}"] for one in arrays]).astype(np.float32) for m in self.processing.modalities
         }
 
-    def _number(self, name: str | None) -> int:
+    def number(self, name: str | None) -> int:
+        """An object's place in the order of learning, RECOGNISE for none.
+
+        Raises:
+            UserError: it was not learned.
+        """
         if name is None:
             return RECOGNISE
         if name not in self.objects:

@@ -26,7 +26,7 @@ from iumad_jax.models.efficientnet import FeatureExtractor
 from iumad_jax.predict import predict
 from iumad_jax.report import figures, tables
 from iumad_jax.report.ledger import Ledger, as_json
-from iumad_jax.shapes import Prediction, Variables
+from iumad_jax.shapes import Batch, Prediction, Variables
 from iumad_jax.snapshots import Position, Snapshot, Snapshots
 
 FLOORS = ("feature_norm", "nearest_neighbours")  # training-free; what does not beat them has not shown anything
@@ -197,8 +197,10 @@ def learn(this: Run, step: protocol.Step) -> None:
     images = sum(len(one.ids) for one in sets)
     if this.position.step < step.index:
         this.ledger.append("step", step=step.index, learned=step.learned, images=images)
+        for name in step.learned:
+            fitted, _ = good_images(this.store, name)
+            this.variables["recognition"] = recognition.observe(this.variables["recognition"], fitted)
         for one in sets:
-            this.variables["recognition"] = recognition.observe(this.variables["recognition"], one.batch)
             for name, system in this.systems.items():
                 this.variables[name] = system.observe(this.variables[name], one.batch, step.index)
         this.position, this.optimizer_leaves = Position(step.index, 0), []
@@ -250,13 +252,29 @@ def assess(this: Run, step: protocol.Step) -> None:
     this.save()
 
 
+def good_images(store: Store, name: str) -> tuple[Batch, Batch]:
+    """An object's good images: those that tell what it looks like, and those that set its thresholds.
+
+    Without calibration images, every fifth of the training images is the latter.
+    """
+    training = store.get(name, "train").batch
+    if store.reader.ids(name, "calibration"):
+        return training, store.get(name, "calibration").batch
+    count = len(training.object_id)
+    fifth = (np.arange(count) + 1) % min(count, 5) == 0
+    return tuple(jax.tree.map(lambda array, rows=rows: array[rows], training) for rows in (~fifth, fifth))
+
+
 def decide(this: Run, step: protocol.Step, recogniser: recognition.Recogniser) -> decisions.Decisions:
-    """Sets the thresholds of all objects seen so far by their calibration images."""
+    """Sets the thresholds of all objects seen so far."""
     compiled, good = jax.jit(this.systems[this.config.method].predict), {}
     for name in step.seen:
-        batch = this.store.get(name, "calibration").batch
-        distance = np.asarray(recognition.distances(recogniser, batch.features))
-        good[name] = predict(compiled, this.variables[this.config.method], batch), distance
+        _, batch = good_images(this.store, name)
+        good[name] = decisions.Good(
+            predict(compiled, this.variables[this.config.method], batch),
+            np.asarray(recognition.distances(recogniser, batch.features)),
+            trained_on=not this.store.reader.ids(name, "calibration"),
+        )
     return decisions.calibrate(good, this.config.decisions.quantile)
 
 

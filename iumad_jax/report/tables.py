@@ -199,7 +199,7 @@ def _decisions(results: dict[str, Any]) -> Iterator[str]:
         for name, of_object in decided["objects"].items():
             image, test = of_object["image"], of_object["test"]
             interval = " to ".join(f"{end:.4g}" for end in image["interval"])
-            promise = f"at most {image['at_most']:.1%}"
+            promise = "none: training images" if image["at_most"] is None else f"at most {image['at_most']:.1%}"
             cells = (_percent(test[key]) for key in ("false_alarms", "misses", "recognised", "taken_as_unknown"))
             rows.append([name, step, image["images"], f"{image['threshold']:.4g} ({interval})", promise, *cells])
     headers = ["object", "after step", "calibration images", "threshold of the score", "false alarms promised"]
