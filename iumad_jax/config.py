@@ -23,6 +23,7 @@ _LIMITS = {
     "model.jitter.scale": (0, math.inf),
     "model.jitter.probability": (0, 1),
     "nearest_neighbours.patches_per_object": (2, 10**7),
+    "decisions.quantile": (0.5, 1),
     "train.epochs": (0, 10**6 - 1),
     "train.learning_rate": (0, math.inf),
     "train.weight_decay": (0, math.inf),
@@ -110,6 +111,7 @@ def paper(protocol: str) -> ConfigDict:
     config.continual.replay = ConfigDict()
     config.continual.replay.rank = 8  # directions in which an object varies
     config.continual.replay.image_size = 56  # side of the coarse images, pixels
+    config.decisions = ConfigDict({"quantile": 0.995})  # of good images that are to pass; see `iumad_jax.decisions`
     config.snapshots = ConfigDict({"every_minutes": 5.0})  # within a step
     config.report = ConfigDict({"pictures_per_object": 6})
     return config

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import optax
 from ml_collections import ConfigDict
 
 from iumad_jax import config as configs
-from iumad_jax import continual, data, methods, parallel, protocol, train
+from iumad_jax import continual, data, decisions, methods, parallel, protocol, recognition, train
 from iumad_jax import workdir as workdirs
 from iumad_jax.continual.strategy import Memory, Strategy
 from iumad_jax.data.pipeline import training_batches, updates_per_epoch
@@ -26,11 +25,9 @@ from iumad_jax.models import pretrained
 from iumad_jax.models.efficientnet import FeatureExtractor
 from iumad_jax.predict import predict
 from iumad_jax.report import figures, tables
-from iumad_jax.report.ledger import Ledger
-from iumad_jax.shapes import Prediction, Variables
+from iumad_jax.report.ledger import Ledger, as_json
+from iumad_jax.shapes import Batch, Prediction, Variables
 from iumad_jax.snapshots import Position, Snapshot, Snapshots
-
-FLOORS = ("feature_norm", "nearest_neighbours")  # training-free; what does not beat them has not shown anything
 
 
 @dataclasses.dataclass
@@ -46,9 +43,11 @@ class Run:
     updates: dict[str, Any]  # by the optimiser's name; compiled once for every form that the strategy's memory takes
     snapshots: Snapshots
     ledger: Ledger
+    inputs: dict[str, Any]  # what a detector must know of the images
 
-    variables: dict[str, Variables]
+    variables: dict[str, Variables]  # by system, and those of `recognition`
     matrices: dict[str, dict[str, np.ndarray]]  # system -> metric -> (steps, objects)
+    decisions: list[decisions.Decisions]  # after every step
     position: Position
     optimizer_leaves: list[Any]
     memory: Memory  # of the strategy
@@ -59,6 +58,8 @@ class Run:
         record = {
             "ledger_lines": len(self.ledger),
             "matrices": jax.tree.map(np.ndarray.tolist, self.matrices),
+            "decisions": self.decisions,
+            "inputs": self.inputs,
             "seconds": time.monotonic() - self.began,
         }
         self.snapshots.save(Snapshot(self.position, self.variables, self.optimizer_leaves, record, self.memory))
@@ -94,11 +95,7 @@ def start(config: ConfigDict, workdir: Path, reader: Reader, steps: tuple[protoc
 
     What would stop it later is refused before anything is written.
     """
-    floors = [name for name in config.floors.split(",") if name]
-    if not set(floors) <= set(FLOORS):
-        raise UserError(f'config.floors is "{config.floors}"; use "{",".join(FLOORS)}", one of them, or "".')
-    names = tuple(dict.fromkeys([config.method, *floors]))
-    systems = {name: methods.build(name, config, len(reader.objects)) for name in names}
+    systems = methods.systems(config, len(reader.objects))
     method = systems[config.method]
     strategy = continual.build(config, method, len(reader.objects))
     optimizers = {own.optimizer: train.make_optimizer(own) for own in (train.of_step(config, i) for i in (0, 1))}
@@ -109,15 +106,17 @@ def start(config: ConfigDict, workdir: Path, reader: Reader, steps: tuple[protoc
     snapshot = snapshots.latest()
     if snapshot is None:
         example = jax.tree.map(lambda array: array[:1], store.get(reader.objects[0], "train").batch)
-        keys = jax.random.split(jax.random.key(config.seed), len(names))
-        variables = {name: jax.jit(systems[name].init)(key, example) for name, key in zip(names, keys, strict=True)}
+        keys = jax.random.split(jax.random.key(config.seed), len(systems))
+        variables = {
+            name: jax.jit(system.init)(key, example) for (name, system), key in zip(systems.items(), keys, strict=True)
+        }
+        variables["recognition"] = recognition.no_statistics(example)
         matrices = {
             name: {metric: np.full((len(steps), len(reader.objects)), np.nan) for metric in tables.METRICS}
-            for name in names
+            for name in systems
         }
-        snapshot = Snapshot(
-            Position(-1, 0, finished=True), variables, [], {"ledger_lines": 0, "matrices": matrices, "seconds": 0.0}, {}
-        )
+        record = {"ledger_lines": 0, "matrices": matrices, "decisions": [], "seconds": 0.0}
+        snapshot = Snapshot(Position(-1, 0, finished=True), variables, [], record, {})
     ledger.truncate(snapshot.record["ledger_lines"])
     matrices = {
         name: {metric: np.array(rows) for metric, rows in by_metric.items()}
@@ -133,8 +132,10 @@ def start(config: ConfigDict, workdir: Path, reader: Reader, steps: tuple[protoc
         {name: train.make_update(method, optimizer, strategy) for name, optimizer in optimizers.items()},
         snapshots,
         ledger,
+        inputs(store),
         snapshot.variables,
         matrices,
+        snapshot.record["decisions"],
         snapshot.position,
         snapshot.optimizer,
         snapshot.memory,
@@ -187,6 +188,19 @@ def open_store(config: ConfigDict, reader: Reader, workdir: Path) -> Store:
     )
 
 
+def inputs(store: Store) -> dict[str, Any]:
+    """What a detector must know of the images that it will be given, as JSON."""
+    first = store.reader.objects[0]
+    sample = store.reader.read(first, "train", store.reader.ids(first, "train")[0])
+    camera = sample.camera and dataclasses.asdict(sample.camera)
+    return {
+        "objects": list(store.reader.objects),
+        "processing": dataclasses.asdict(store.processing),
+        "camera": camera,
+        "camera_width": sample.depth if sample.depth is None else sample.depth.shape[1],
+    }
+
+
 def learn(this: Run, step: protocol.Step) -> None:
     """Trains on the good images of the objects that this step learns, from where the run stands."""
     config, strategy, method = this.config, this.strategy, this.systems[this.config.method]
@@ -195,6 +209,9 @@ def learn(this: Run, step: protocol.Step) -> None:
     images = sum(len(one.ids) for one in sets)
     if this.position.step < step.index:
         this.ledger.append("step", step=step.index, learned=step.learned, images=images)
+        for name in step.learned:
+            fitted, _ = good_images(this.store, name)
+            this.variables["recognition"] = recognition.observe(this.variables["recognition"], fitted)
         for one in learned:
             for name, system in this.systems.items():
                 this.variables[name] = system.observe(this.variables[name], one.batch, step.index)
@@ -230,6 +247,8 @@ def learn(this: Run, step: protocol.Step) -> None:
 
 def assess(this: Run, step: protocol.Step) -> None:
     """Evaluates every system on all objects seen so far, draws heatmaps, and takes the step's snapshot."""
+    recogniser = recognition.fit(this.variables["recognition"])
+    decided = decide(this, step, recogniser)
     for column, name in enumerate(step.seen):
         if not this.store.reader.ids(name, "test"):  # the row stays NaN
             continue
@@ -243,9 +262,39 @@ def assess(this: Run, step: protocol.Step) -> None:
             this.ledger.append("evaluation", step=step.index, object=name, method=system, **values)
             if system == this.config.method:
                 draw(this, step, name, test, prediction)
-    this.ledger.append("snapshot", step=step.index, bytes={s: _bytes(this.variables[s]) for s in this.systems})
+                distance = np.asarray(recognition.distances(recogniser, test.batch.features))
+                decided["objects"][name]["test"] = decisions.rates(decided, name, prediction, test.truth, distance)
+    this.decisions.append(as_json(decided))
+    this.ledger.append("decisions", step=step.index, **decided)
+    this.ledger.append("snapshot", step=step.index, bytes={s: size_of(this.variables[s]) for s in this.systems})
     this.position, this.optimizer_leaves = Position(step.index, 0, finished=True), []
     this.save()
+
+
+def good_images(store: Store, name: str) -> tuple[Batch, Batch]:
+    """An object's good images: those that tell what it looks like, and those that set its thresholds.
+
+    Without calibration images, every fifth of the training images is the latter.
+    """
+    training = store.get(name, "train").batch
+    if store.reader.ids(name, "calibration"):
+        return training, store.get(name, "calibration").batch
+    count = len(training.object_id)
+    fifth = (np.arange(count) + 1) % min(count, 5) == 0
+    return tuple(jax.tree.map(lambda array, rows=rows: array[rows], training) for rows in (~fifth, fifth))
+
+
+def decide(this: Run, step: protocol.Step, recogniser: recognition.Recogniser) -> decisions.Decisions:
+    """Sets the thresholds of all objects seen so far."""
+    compiled, good = jax.jit(this.systems[this.config.method].predict), {}
+    for name in step.seen:
+        _, batch = good_images(this.store, name)
+        good[name] = decisions.Good(
+            predict(compiled, this.variables[this.config.method], batch),
+            np.asarray(recognition.distances(recogniser, batch.features)),
+            trained_on=not this.store.reader.ids(name, "calibration"),
+        )
+    return decisions.calibrate(good, this.config.decisions.quantile)
 
 
 def draw(this: Run, step: protocol.Step, name: str, test: PreparedSet, prediction: Prediction) -> None:
@@ -269,21 +318,16 @@ def draw(this: Run, step: protocol.Step, name: str, test: PreparedSet, predictio
 def conclude(this: Run, steps: tuple[protocol.Step, ...]) -> dict[str, Any]:
     """Writes the results and pictures of a finished run."""
     config, objects = this.config, this.store.reader.objects
-    by_system = {
-        system: {"matrix": matrices, "summary": tables.summarise(matrices), "bytes": _bytes(this.variables[system])}
-        for system, matrices in this.matrices.items()
-    }
-    results = {
-        "config": config.to_dict(),
-        "protocol": config.protocol,
-        "objects": list(objects),
-        "steps": [list(step.learned) for step in steps],
-        **by_system.pop(config.method),
-        "floors": by_system,
-        "memory_bytes": memory_bytes(this),
-        "seconds": time.monotonic() - this.began,
-        "versions": {package: version(package) for package in ("iumad-jax", "jax", "flax", "optax", "numpy")},
-    }
+    results = tables.gather(
+        config.to_dict(),
+        objects,
+        [step.learned for step in steps],
+        this.matrices,
+        {system: size_of(this.variables[system]) for system in this.systems},
+        memory_bytes(this),
+        this.decisions,
+        time.monotonic() - this.began,
+    )
     for metric, matrix in this.matrices[config.method].items():
         path = this.workdir / "pictures" / f"matrix_{metric}.png"
         figures.save_matrix(path, matrix, objects, [f"step {step.index}" for step in steps], metric)
@@ -295,9 +339,10 @@ def conclude(this: Run, steps: tuple[protocol.Step, ...]) -> dict[str, Any]:
 def memory_bytes(this: Run) -> int:
     """What the strategy keeps between steps, beside the weights: its memory, or all images if it is not incremental."""
     if this.strategy.incremental:
-        return _bytes(this.memory)
-    return sum(_bytes(this.store.get(name, "train").batch) for name in this.store.reader.objects)
+        return size_of(this.memory)
+    return sum(size_of(this.store.get(name, "train").batch) for name in this.store.reader.objects)
 
 
-def _bytes(tree: Any) -> int:
+def size_of(tree: Any) -> int:
+    """The bytes of all arrays."""
     return sum(np.asarray(array).nbytes for array in jax.tree.leaves(tree))

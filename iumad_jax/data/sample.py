@@ -1,6 +1,6 @@
 """One RGB-D image, and what every reader of an on-disk format offers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -24,6 +24,11 @@ class Camera:
     cx: float
     cy: float
     orthographic: bool = False
+
+    def scaled(self, factor: float) -> "Camera":
+        """The same camera with that many times as many pixels per side."""
+        fx, fy = self.fx * factor, self.fy * factor
+        return replace(self, fx=fx, fy=fy, cx=(self.cx + 0.5) * factor - 0.5, cy=(self.cy + 0.5) * factor - 0.5)
 
 
 @dataclass(frozen=True, eq=False)

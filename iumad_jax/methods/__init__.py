@@ -11,6 +11,20 @@ from iumad_jax.methods.nearest_neighbours import nearest_neighbours
 from iumad_jax.methods.uniad import uniad
 from iumad_jax.shapes import Modality
 
+FLOORS = ("feature_norm", "nearest_neighbours")  # training-free; what does not beat them has not shown anything
+
+
+def systems(config: ConfigDict, objects: int) -> dict[str, Method]:
+    """The config's method and then its floors, by name, over a dataset of that many objects.
+
+    Raises:
+        UserError: there is no such method or floor.
+    """
+    floors = [name for name in config.floors.split(",") if name]
+    if not set(floors) <= set(FLOORS):
+        raise UserError(f'config.floors is "{config.floors}"; use "{",".join(FLOORS)}", one of them, or "".')
+    return {name: build(name, config, objects) for name in dict.fromkeys([config.method, *floors])}
+
 
 def build(name: str, config: ConfigDict, objects: int) -> Method:
     """The method of that name, by the config of a run over a dataset of that many objects.

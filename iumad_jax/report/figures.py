@@ -5,11 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
+from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+from scipy.ndimage import binary_erosion
 
 from iumad_jax.report.ledger import write_whole
 
@@ -93,6 +96,21 @@ def save_heatmaps(
     bar = figure.add_axes((1 - (_BAR - 0.1) / width, box["bottom"], 0.13 / width, box["top"] - box["bottom"]))
     figure.colorbar(heat, cax=bar).ax.tick_params(labelsize=8)
     _save(path, figure)
+
+
+def overlay(rgb: NDArray, heat: NDArray, threshold: float) -> NDArray:
+    """An anomaly map over its image, in the image's size (h, w, 3) uint8.
+
+    What is below half of the threshold stays clear; what is above it is outlined.
+    """
+    height, width = rgb.shape[:2]
+    full = np.asarray(Image.fromarray(heat.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR))
+    strength = np.clip(full / (threshold or 1) - 0.5, 0, 1)[..., None]
+    colours = colormaps[_HEAT](Normalize(0, 2 * (threshold or 1))(full))[..., :3] * 255
+    picture = rgb + 0.85 * strength * (colours - rgb)
+    above = full > threshold
+    picture[above & ~binary_erosion(above, iterations=max(1, width // 256))] = np.multiply(to_rgb(TRUTH), 255)
+    return np.rint(picture).astype(np.uint8)
 
 
 def save_matrix(path: Path, matrix: ArrayLike, objects: Sequence[str], steps: Sequence[str], title: str) -> None:

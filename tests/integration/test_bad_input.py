@@ -71,7 +71,7 @@ WRONG_FLAGS = {
     "words for yes or no": (["--config.model.detach_condition=maybe"], "flag --config.model.detach_condition=maybe:"),
     "a number for a group": (["--config.train=3"], "flag --config.train=3: Failed to parse '3'"),
     "an unknown flag": (["--confg=x"], "Unknown command line flag 'confg'"),
-    "something that is no flag": (["more"], "argument more is not a flag; write --config=FILE"),
+    "something that is no flag": (["more"], "argument more is not a flag; see --help."),
     "no such config": (["--config=configs/nowhere.py"], "--config cannot be read: [Errno 2] No such file or directory"),
     "no Python": ([f"--config={CONFIG.parents[1] / 'LICENSE'}"], "--config cannot be read: unexpected indent"),
 }
