@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl import flags
 from ml_collections import ConfigDict
 
-from iumad_jax import experiment
+from iumad_jax import commands, experiment
 from iumad_jax.errors import UserError
 from iumad_jax.report import comparison
 
@@ -70,3 +71,26 @@ def cells(config: ConfigDict) -> Iterator[tuple[ConfigDict, str]]:
         if system != systems[0]:
             cell.floors = ""
         yield cell, comparison.name(system, modality, protocol, seed)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command and returns its exit code."""
+    return commands.execute(str(__doc__), arguments, _define, _benchmark)
+
+
+def _define(values: flags.FlagValues) -> None:
+    commands.define_config(values)
+    flags.DEFINE_string(
+        "workdir", "runs/benchmark", "Where the runs, tables and pictures are kept.", flag_values=values
+    )
+
+
+def _benchmark(values: flags.FlagValues) -> str:
+    config, _ = commands.given_config(values)
+    if "benchmark" not in config:
+        raise UserError("--config has no benchmark key; start from configs/benchmark.py.")
+    return benchmark(config, Path(values.workdir))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
