@@ -65,7 +65,8 @@ def cells(config: ConfigDict) -> Iterator[tuple[ConfigDict, str]]:
         if seed >= (plan.seeds if "+" in modality else plan.seeds_of_one_modality):
             continue
         cell = config.copy_and_resolve_references()
-        del cell.benchmark
+        with cell.unlocked():
+            del cell.benchmark
         changes = SYSTEMS[system] | {"protocol": protocol, "modality": modality, "seed": seed}
         cell.update_from_flattened_dict(changes)
         if system != systems[0]:
