@@ -193,7 +193,7 @@ BAD = {
     "metres called millimetres": (
         "npy",
         npy(np.full((48, 64), 0.0004)),
-        "as if metres were called millimetres; give the unit in",
+        "as if metres were called millimetres; give the unit",
     ),
     "behind the sensor": ("npy", npy(np.full((48, 64), -0.4)), "depth is the distance from"),
     "millimetres": ("npy", npy(np.full((48, 64), 412.0)), "has a median depth of 412 m, as if millimetres were called"),
