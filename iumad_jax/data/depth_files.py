@@ -60,7 +60,7 @@ def read_depth(
         raise UserError(f"{file} has no valid depth; restore it.")
     check_distance(depth, file, remedy)
     depth[(depth < _TOUCHING) | (depth > _FARTHEST)] = np.nan
-    return depth, None if metres.ndim == 2 else find_camera(metres, file)
+    return depth, None if metres.ndim == 2 else find_camera(np.dstack([metres[..., :2], depth]), file)
 
 
 def check_distance(depth: Float[np.ndarray, "h w"], file: Path, remedy: str) -> None:
@@ -75,17 +75,17 @@ def check_distance(depth: Float[np.ndarray, "h w"], file: Path, remedy: str) -> 
 
 
 def find_camera(cloud: Float32[np.ndarray, "h w 3"], file: Path) -> Camera:
-    """The pinhole or orthographic camera whose pixels' rays an organised cloud lies on, whichever fits better.
+    """The pinhole or orthographic camera whose pixels' rays an organised cloud (NaN: missing) lies on.
 
     Columns are linear in x/z (x for an orthographic camera) and rows in y/z (y): robust least squares, leaving out what
-    is off by more than three robust standard deviations. A lens that is not corrected bends the rays: 95 of 100 points
-    may be off by up to 1 % of the image's longer side. Heights change by that times the plane's slope, the same in all
-    images.
+    is off by more than three robust standard deviations. The camera that fits better is taken. A lens that is not
+    corrected bends the rays: 95 of 100 points may be off by up to 1 % of the image's longer side. Heights change by
+    that times the plane's slope, the same in all images.
 
     Raises:
         UserError: neither fits.
     """
-    rows, columns = np.nonzero(np.isfinite(cloud).all(-1) & (cloud[..., 2] > 0))
+    rows, columns = np.nonzero(np.isfinite(cloud).all(-1))
     step = -(-len(rows) // _POINTS) or 1
     rows, columns = rows[::step], columns[::step]
     if len(np.unique(rows)) < 3 or len(np.unique(columns)) < 3:

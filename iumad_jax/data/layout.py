@@ -31,6 +31,7 @@ class Item(NamedTuple):
 
 def good_items(split: Path, root: Path, kinds: Kinds, needed: Collection[str] = ()) -> dict[str, Item]:
     """The samples of a split of good images, by name; for the arguments and errors see `items_of`."""
+    _check_there(split)
     for name in folders(split, root):
         if name != "good":
             raise UserError(f"{split / name} is not good; only test images may have defects.")
@@ -41,6 +42,7 @@ def good_items(split: Path, root: Path, kinds: Kinds, needed: Collection[str] = 
 
 def labelled_items(split: Path, root: Path, kinds: Kinds, needed: Collection[str] = ()) -> dict[str, Item]:
     """The samples of a split with defects, as "defect/name"; no good image needs a mask. See `items_of`."""
+    _check_there(split)
     found = {}
     for defect in folders(split, root):
         own = [kind for kind in needed if defect != "good" or kind != list(kinds)[2]]
@@ -132,6 +134,11 @@ def read_item(
         if anomalous and not mask.any():
             raise UserError(f"{item.mask} marks nothing but its image has the defect {item.defect}; mark where it is.")
     return Sample(object_, id_, item.defect, rgb, depth, mask, anomalous, own_camera)
+
+
+def _check_there(split: Path) -> None:
+    if not split.is_dir():
+        raise UserError(f"{split} is missing; put it there or leave {split.parent.name} out of config.dataset.objects.")
 
 
 def _by_name(folder: Path, root: Path, endings: Sequence[str]) -> dict[str, Path]:

@@ -46,11 +46,6 @@ class MVTec3D:
         with opening(self.root):
             for name in self.objects:
                 folder = self.root / name
-                for split in ("train", "validation", "test"):
-                    if not (folder / split).is_dir():
-                        raise UserError(
-                            f"{folder / split} is missing; put {name} there or leave it out of config.dataset.objects."
-                        )
                 train, kept = (good_items(folder / split, self.root, _KINDS, good) for split in ("train", "validation"))
                 if validation == "train":
                     train, kept = train | {f"validation/{id_}": item for id_, item in kept.items()}, {}

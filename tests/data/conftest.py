@@ -96,7 +96,16 @@ def tree() -> Callable[[Path], Iterable[tuple]]:
 
 
 class Spoil:
-    """What can happen to a file."""
+    """What can happen to a file or folder."""
+
+    @staticmethod
+    def apply(how: Callable[[Path], None] | str | tuple, path: Path) -> None:
+        """Does to a path what a function does, or one of these by its name, or by its name and arguments."""
+        if isinstance(how, tuple):
+            how = getattr(Spoil, how[0])(*how[1:])
+        elif isinstance(how, str):
+            how = getattr(Spoil, how)
+        how(path)
 
     @staticmethod
     def write(content: bytes | str) -> Callable[[Path], None]:
@@ -131,10 +140,15 @@ class Spoil:
         return lambda file: shutil.copy(file, file.with_name(name)) and None
 
     @staticmethod
+    def replace(name: str, content: bytes) -> Callable[[Path], None]:
+        """Another file in the place of one."""
+        return lambda file: file.rename(file.with_name(name)).write_bytes(content) and None
+
+    @staticmethod
     def rename_to(name: str) -> Callable[[Path], None]:
         return lambda path: path.rename(path.with_name(name)) and None
 
-    rmtree = staticmethod(shutil.rmtree)
+    rmtree, unlink = staticmethod(shutil.rmtree), staticmethod(Path.unlink)
 
     @staticmethod
     def empty(folder: Path) -> None:

@@ -197,52 +197,31 @@ def png_without_pixels(width: int, height: int) -> bytes:
     return png_header(width, height) + chunk(b"IDAT", b"")
 
 
-def truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-40])
-
-
 def save(image: np.ndarray, **kwargs: str) -> Callable[[Path], None]:
     return lambda file: Image.fromarray(image).save(file, **kwargs)
 
 
-def write(content: str | bytes) -> Callable[[Path], None]:
-    return lambda file: file.write_bytes(content if isinstance(content, bytes) else content.encode()) and None
-
-
-def outside(file: Path) -> None:
-    target = file.parents[4] / "outside" / file.name
-    target.parent.mkdir()
-    shutil.move(file, target)
-    file.symlink_to(target)
-
-
-def loop(file: Path) -> None:
-    file.unlink()
-    file.symlink_to(file.name)
-
-
-def folder_instead(file: Path) -> None:
-    file.unlink()
-    file.mkdir()
+def write(content: str | bytes) -> tuple[str, str | bytes]:
+    return "write", content
 
 
 AT_OPENING = {
-    "no RGB": ("image_4.png", Path.unlink, "is missing"),
-    "no depth": ("depth.png", Path.unlink, "is missing"),
-    "no range": ("info_depth.yaml", Path.unlink, "is missing"),
-    "no mask": ("mask.png", Path.unlink, "is missing"),
-    "no labels": ("metadata.yaml", Path.unlink, "is missing"),
-    "a folder for a file": ("mask.png", folder_instead, "is not a file"),
-    "a link to itself": ("mask.png", loop, "cannot be read (Too many levels of symbolic links)"),
+    "no RGB": ("image_4.png", "unlink", "is missing"),
+    "no depth": ("depth.png", "unlink", "is missing"),
+    "no range": ("info_depth.yaml", "unlink", "is missing"),
+    "no mask": ("mask.png", "unlink", "is missing"),
+    "no labels": ("metadata.yaml", "unlink", "is missing"),
+    "a folder for a file": ("mask.png", "fold", "is not a file"),
+    "a link to itself": ("mask.png", "loop", "cannot be read (Too many levels of symbolic links)"),
     "zero bytes of RGB": ("image_4.png", write(b""), "is empty"),
     "zero bytes of YAML": ("metadata.yaml", write(b""), "is empty"),
-    "a link out of the root": ("depth.png", outside, "leads out of"),
+    "a link out of the root": ("depth.png", "move_out", "leads out of"),
 }
 GREY = np.zeros((HEIGHT, WIDTH), np.uint8)
 THREE_VALUES = np.tile(np.uint8([0, 7, 255]), (HEIGHT, WIDTH // 3))
 AT_READING = {
-    "truncated RGB": ("image_4.png", truncate, "cannot be read"),
-    "truncated depth": ("depth.png", truncate, "cannot be read"),
+    "truncated RGB": ("image_4.png", "truncate", "cannot be read"),
+    "truncated depth": ("depth.png", "truncate", "cannot be read"),
     "truncated header": ("depth.png", write(png_header(9, 9)[:20]), "cannot be read"),
     "a chunk without a name": ("image_4.png", write(png_header(WIDTH, HEIGHT) + chunk(b"\0\0\0\0", b"")), "damaged"),
     "a chunk too short": ("image_4.png", write(png_header(WIDTH, HEIGHT) + chunk(b"gAMA", b"1")), "damaged"),
@@ -301,22 +280,18 @@ def assert_one_sentence(message: str, file: str, expected: str) -> None:
     assert ". " not in message
 
 
-@pytest.mark.parametrize(("ending", "spoil", "expected"), AT_OPENING.values(), ids=AT_OPENING)
-def test_what_is_cheap_is_checked_at_opening(
-    root: Path, ending: str, spoil: Callable[[Path], None], expected: str
-) -> None:
-    spoil(root / f"Confetto/test_public/data/00_{ending}")
+@pytest.mark.parametrize(("ending", "how", "expected"), AT_OPENING.values(), ids=AT_OPENING)
+def test_what_is_cheap_is_checked_at_opening(root: Path, spoil, ending: str, how, expected: str) -> None:
+    spoil.apply(how, root / f"Confetto/test_public/data/00_{ending}")
     with pytest.raises(UserError) as error:
         Eyecandies(root, "Confetto")
     assert_one_sentence(str(error.value), ending, expected)
 
 
-@pytest.mark.parametrize(("ending", "spoil", "expected"), AT_READING.values(), ids=AT_READING)
-def test_bad_file(
-    root: Path, monkeypatch: pytest.MonkeyPatch, ending: str, spoil: Callable[[Path], None], expected: str
-) -> None:
+@pytest.mark.parametrize(("ending", "how", "expected"), AT_READING.values(), ids=AT_READING)
+def test_bad_file(root: Path, spoil, monkeypatch: pytest.MonkeyPatch, ending: str, how, expected: str) -> None:
     monkeypatch.chdir(root)
-    spoil(root / f"Confetto/test_public/data/00_{ending}")
+    spoil.apply(how, root / f"Confetto/test_public/data/00_{ending}")
     reader = Eyecandies(root, "Confetto")
     with pytest.raises(UserError) as error:
         reader.read("Confetto", "test", "00")
