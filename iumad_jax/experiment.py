@@ -1,8 +1,10 @@
 """The whole story of a run: good objects go in, step by step; a ledger of what was learned and forgotten comes out."""
 
 import dataclasses
+import functools
 import hashlib
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from iumad_jax.methods.method import Method
 from iumad_jax.models import pretrained
 from iumad_jax.models.efficientnet import FeatureExtractor
 from iumad_jax.predict import predict
-from iumad_jax.report import figures, tables
+from iumad_jax.report import figures, html, samples, tables
 from iumad_jax.report.ledger import Ledger
 from iumad_jax.shapes import Prediction, Variables
 from iumad_jax.snapshots import Position, Snapshot, Snapshots
@@ -210,14 +212,16 @@ def assess(this: Run, step: protocol.Step) -> None:
     for column, name in enumerate(step.seen):
         test = this.store.get(name, "test")
         assert test.truth is not None
+        predictions = {}
         for system, method in this.systems.items():
-            prediction = predict(jax.jit(method.predict), this.variables[system], test.batch)
+            prediction = predictions[system] = predict(jax.jit(method.predict), this.variables[system], test.batch)
             values = evaluate(prediction, test.truth)
             for metric, value in values.items():
                 this.matrices[system][metric][step.index, column] = value
             this.ledger.append("evaluation", step=step.index, object=name, method=system, **values)
             if system == this.config.method:
                 draw(this, step, name, test, prediction)
+        keep(this, step, name, test, predictions)
     this.ledger.append("snapshot", step=step.index, bytes={s: _bytes(this.variables[s]) for s in this.systems})
     this.position, this.optimizer_leaves = Position(step.index, 0, finished=True), []
     this.save()
@@ -241,6 +245,27 @@ def draw(this: Run, step: protocol.Step, name: str, test: PreparedSet, predictio
     )
 
 
+def keep(this: Run, step: protocol.Step, name: str, test: PreparedSet, predictions: dict[str, Prediction]) -> None:
+    """Keeps what the report shows of an object's test images after a step."""
+    assert test.truth is not None
+    kept = samples.summarise(
+        test.ids,
+        test.defects,
+        test.truth.anomalous,
+        test.truth.mask if test.truth.masked.all() else None,
+        {system: prediction.score for system, prediction in predictions.items()},
+        {system: prediction.map for system, prediction in predictions.items()},
+    )
+    samples.save(this.workdir, step.index, name, kept)
+
+
+def test_images(store: Store, name: str, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """RGB, depth and masks of some of an object's test images."""
+    truth = store.get(name, "test").truth
+    assert truth is not None
+    return truth.thumbnail[rows], truth.depth[rows], truth.mask[rows]
+
+
 def conclude(this: Run, steps: tuple[protocol.Step, ...]) -> dict[str, Any]:
     """Writes the results and pictures of a finished run."""
     config, objects = this.config, this.store.reader.objects
@@ -261,6 +286,7 @@ def conclude(this: Run, steps: tuple[protocol.Step, ...]) -> dict[str, Any]:
     for metric, matrix in this.matrices[config.method].items():
         path = this.workdir / "pictures" / f"matrix_{metric}.png"
         figures.save_matrix(path, matrix, objects, [f"step {step.index}" for step in steps], metric)
+    html.write(this.workdir, results, functools.partial(test_images, this.store))
     tables.write_results(this.workdir, results)
     this.snapshots.close()
     return results

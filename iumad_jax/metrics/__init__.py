@@ -1,6 +1,6 @@
 """Metrics of detection, of localisation and of forgetting: numpy in, Python floats out, NaN where undefined."""
 
-from iumad_jax.metrics.aupro import aupro, aupro_exact, pixel_metrics
+from iumad_jax.metrics.aupro import aupro, aupro_exact, pixel_metrics, pro_curve
 from iumad_jax.metrics.auroc import image_auroc, pixel_auroc
 from iumad_jax.metrics.incremental import aggregate_forgetting, average_accuracy, final, forgetting, plasticity
 
@@ -15,4 +15,5 @@ __all__ = [
     "pixel_auroc",
     "pixel_metrics",
     "plasticity",
+    "pro_curve",
 ]

@@ -35,11 +35,13 @@ SUMMARY = {
     "fm_aggregate": aggregate_forgetting,
     "new": plasticity,
 }
-_LEGEND = (
-    "final: mean over objects after the last step; acc: mean over steps of the mean over objects seen;\n"
-    "fm: mean fall from an object's best earlier value; fm_aggregate: mean fall of the mean from the base step's;\n"
-    "new: mean at the step that learned the object."
-)
+FIGURES = {
+    "final": "mean over objects after the last step",
+    "acc": "mean over steps of the mean over objects seen",
+    "fm": "mean fall from an object's best earlier value",
+    "fm_aggregate": "mean fall of the mean from the base step's",
+    "new": "mean at the step that learned the object",
+}
 _PIXELS = "no defective pixel or no normal one"
 _OBJECT = f"no depth, {_PIXELS} on the object"
 _UNDEFINED = {
@@ -59,6 +61,12 @@ def summarise(matrix: dict[str, Any]) -> dict[str, dict[str, float]]:
     return {metric: {name: figure(rows) for name, figure in SUMMARY.items()} for metric, rows in matrix.items()}
 
 
+def title(results: dict[str, Any]) -> str:
+    """What was run, in a line."""
+    config = results["config"]
+    return f"{config['method']} on {config['dataset']['name']}, {config['modality']}, protocol {results['protocol']}"
+
+
 def console(results: dict[str, Any], workdir: Path) -> str:
     """Every object after the last step, what was learned and forgotten, and where the rest lies."""
     return "\n\n".join([*_overview(results, "simple"), f"Tables, ledger and heatmap pictures are in {workdir}."])
@@ -66,14 +74,12 @@ def console(results: dict[str, Any], workdir: Path) -> str:
 
 def markdown(results: dict[str, Any]) -> str:
     """Every object after the last step, what was learned and forgotten, and the whole matrix of every metric."""
-    config = results["config"]
-    title = f"# {config['method']} on {config['dataset']['name']}, {config['modality']}, protocol {results['protocol']}"
-    learned = _learned(results)
-    parts = [title, *_overview(results, "github")]
-    for metric in _shown(results):
+    learned = objects_of(results)
+    parts = [f"# {title(results)}", *_overview(results, "github")]
+    for metric in metrics_of(results):
         rows = [
             [name, step, *(_cell(row[c]) if first <= step else "" for first, _, c in learned), _cell(final([row]))]
-            for name, system in _systems(results).items()
+            for name, system in systems_of(results).items()
             for step, row in enumerate(system["matrix"][metric])
         ]
         headers = ["method", "after step", *(name for _, name, _ in learned), "mean"]
@@ -105,8 +111,8 @@ def read_results(workdir: Path) -> dict[str, Any] | None:
 
 
 def _overview(results: dict[str, Any], style: str) -> Iterator[str]:
-    learned, systems = _learned(results), _systems(results)
-    columns = [metric for metric in _shown(results) if metric != "aupro_exact"]
+    learned, systems = objects_of(results), systems_of(results)
+    columns = [metric for metric in metrics_of(results) if metric != "aupro_exact"]
     last = {metric: results["matrix"][metric][-1] for metric in columns}
 
     rows = [[name, step, *(_cell(last[metric][column]) for metric in columns)] for step, name, column in learned]
@@ -115,6 +121,28 @@ def _overview(results: dict[str, Any], style: str) -> Iterator[str]:
         rows.append([mean, "", *(_cell(system["summary"][metric]["final"]) for metric in columns)])
     yield _table(rows, ["object", "step", *(METRICS[metric] for metric in columns)], style)
 
+    yield from remarks(results)
+
+    rows = [
+        [METRICS[metric], name, *(_cell(system["summary"][metric][figure]) for figure in SUMMARY)]
+        for metric in metrics_of(results)
+        for name, system in systems.items()
+    ]
+    yield _table(rows, ["metric", "method", *SUMMARY], style)
+    explained = [f"{figure}: {meaning}" for figure, meaning in FIGURES.items()]
+    yield "; ".join(explained[:2]) + ";\n" + "; ".join(explained[2:4]) + ";\n" + explained[4] + "."
+    if len(results["matrix"]["i_auroc"]) == 1:
+        yield "fm and fm_aggregate are undefined (-): with a single step there is nothing earlier to forget."
+    if "bytes" in results:
+        kept = ", ".join(f"{name} {system['bytes'] / 1e6:.1f} MB" for name, system in systems.items())
+        yield f"Kept for later steps: {kept}."
+
+
+def remarks(results: dict[str, Any]) -> Iterator[str]:
+    """What must be said beside the numbers after the last step: which are undefined and why, and which show nothing."""
+    learned = objects_of(results)
+    columns = [metric for metric in metrics_of(results) if metric != "aupro_exact"]
+    last = {metric: results["matrix"][metric][-1] for metric in columns}
     gaps = {metric: sum(_undefined(last[metric][column]) for _, _, column in learned) for metric in columns}
     if any(gaps.values()):
         reasons = (f"{gaps[metric]} of {METRICS[metric]} ({_UNDEFINED[metric]})" for metric in columns if gaps[metric])
@@ -129,30 +157,18 @@ def _overview(results: dict[str, Any], style: str) -> Iterator[str]:
     if unbeaten:
         yield f"Not above a training-free floor, so nothing is shown, in: {', '.join(unbeaten)}."
 
-    rows = [
-        [METRICS[metric], name, *(_cell(system["summary"][metric][figure]) for figure in SUMMARY)]
-        for metric in _shown(results)
-        for name, system in systems.items()
-    ]
-    yield _table(rows, ["metric", "method", *SUMMARY], style)
-    yield _LEGEND
-    if len(results["matrix"]["i_auroc"]) == 1:
-        yield "fm and fm_aggregate are undefined (-): with a single step there is nothing earlier to forget."
-    if "bytes" in results:
-        kept = ", ".join(f"{name} {system['bytes'] / 1e6:.1f} MB" for name, system in systems.items())
-        yield f"Kept for later steps: {kept}."
 
-
-def _systems(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def systems_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The run's own method, then the floors."""
     return {results["config"]["method"]: results, **results.get("floors", {})}
 
 
-def _shown(results: dict[str, Any]) -> list[str]:
+def metrics_of(results: dict[str, Any]) -> list[str]:
+    """The metrics it has, in the order of `METRICS`."""
     return [metric for metric in METRICS if metric in results["matrix"]]
 
 
-def _learned(results: dict[str, Any]) -> list[tuple[int, str, int]]:
+def objects_of(results: dict[str, Any]) -> list[tuple[int, str, int]]:
     """The (step, object, column) learned so far, in the protocol's order."""
     done = len(results["matrix"]["i_auroc"])
     steps = enumerate(results["steps"][:done])
