@@ -102,7 +102,7 @@ def load(workdir: Path, step: int, object_: str) -> Samples:
     """
     path = _path(workdir, step, object_)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             found = dict(file)
         names = found.pop("systems").tolist()
         for field in ("scores", "overlap", "thresholds"):

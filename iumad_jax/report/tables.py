@@ -1,4 +1,4 @@
-"""A run's results as tables on the console, as results.md and as results.json.
+"""A run's results as tables on the console, and as results.md, .tex, .csv and .json.
 
 `results` is the dictionary of results.json: `config`, `protocol`, `objects` (the columns of every matrix), `steps` (the
 objects learned at each), `matrix` (metric -> steps done x objects, NaN or None where not learned or undefined),
@@ -6,6 +6,8 @@ objects learned at each), `matrix` (metric -> steps done x objects, NaN or None 
 training-free methods on the same inputs. `bytes`, in `results` and in each floor, is what the method keeps.
 """
 
+import csv
+import io
 import json
 import math
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ from typing import Any
 from tabulate import tabulate
 
 from iumad_jax.errors import UserError
-from iumad_jax.metrics import aggregate_forgetting, average_accuracy, final, forgetting, plasticity
+from iumad_jax.metrics import aggregate_forgetting, average_accuracy, falls, final, forgetting, plasticity
 from iumad_jax.report.ledger import as_json, write_whole
 
 METRICS = {
@@ -87,13 +89,87 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def latex(results: dict[str, Any]) -> str:
+    """The paper's table for booktabs: I-AUROC, AUPRO and how far both fell, in percent, the best of a row in bold."""
+    systems, learned = systems_of(results), objects_of(results)
+    heads = ["I-AUROC", "AUPRO", "FM (I)", "FM (A)"]
+    rows: dict[str, list[list[float | None]]] = {name: [] for name in (*(name for _, name, _ in learned), "mean")}
+    for system in systems.values():
+        matrices = [system["matrix"][metric] for metric in ("i_auroc", "aupro")]
+        last, lost = [matrix[-1] for matrix in matrices], [falls(matrix) for matrix in matrices]
+        for _, name, column in learned:
+            rows[name].append([of_metric[column] for of_metric in (*last, *lost)])
+        rows["mean"].append([final(matrix) for matrix in matrices] + [forgetting(matrix) for matrix in matrices])
+    groups = " & ".join(rf"\multicolumn{{{len(heads)}}}{{c}}{{{_tex(name)}}}" for name in systems)
+    starts = range(2, 2 + len(systems) * len(heads), len(heads))
+    return "\n".join(
+        [
+            f"% {title(results)}; FM: the best earlier value minus the last",
+            rf"\begin{{tabular}}{{l{'r' * len(heads) * len(systems)}}}",
+            r"\toprule",
+            rf"& {groups} \\",
+            "".join(rf"\cmidrule(lr){{{start}-{start + len(heads) - 1}}}" for start in starts),
+            rf"object & {' & '.join(heads * len(systems))} \\",
+            r"\midrule",
+            *(_tex_row(name, rows.pop(name)) for _, name, _ in learned),
+            r"\midrule",
+            _tex_row("mean", rows.pop("mean")),
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    )
+
+
+def _tex_row(name: str, of_systems: list[list[float | None]]) -> str:
+    numbers = [[None if _undefined(v) else round(100 * v, 1) for v in values] for values in of_systems]  # type: ignore
+    best = [
+        choose((v for v in column if v is not None), default=None)
+        for choose, column in zip((max, max, min, min), zip(*numbers, strict=True), strict=True)
+    ]
+    cells = [
+        "--" if v is None else rf"\textbf{{{v:z.1f}}}" if v == top and len(numbers) > 1 else f"{v:z.1f}"
+        for values in numbers
+        for v, top in zip(values, best, strict=True)
+    ]
+    return rf"{_tex(name)} & {' & '.join(cells)} \\"
+
+
+def _tex(text: str) -> str:
+    """Text without meaning to TeX."""
+    words = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(words.get(c, "\\" + c if c in "&%$#_{}" else c) for c in text)
+
+
+def comma_separated(results: dict[str, Any]) -> str:
+    """Every metric of every object after the last step, and how far it fell, by method; the means come last."""
+    metrics, file = metrics_of(results), io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["method", "object", "step", *metrics, *(f"fm_{metric}" for metric in metrics)])
+    for name, system in systems_of(results).items():
+        matrices = [system["matrix"][metric] for metric in metrics]
+        columns = [*(matrix[-1] for matrix in matrices), *(falls(matrix) for matrix in matrices)]
+        means = [*map(final, matrices), *map(forgetting, matrices)]
+        for step, object_, column in objects_of(results):
+            writer.writerow([name, object_, step, *(_number(values[column]) for values in columns)])
+        writer.writerow([name, "mean", "", *map(_number, means)])
+    return file.getvalue()
+
+
+def _number(value: float | None) -> str:
+    """All digits of a number, nothing where it is undefined."""
+    return "" if value is None or math.isnan(value) else repr(float(value))
+
+
 def write_results(workdir: Path, results: dict[str, Any]) -> None:
-    """Write results.md and then results.json, each whole or not at all.
+    """Write results.md, results.tex, results.csv and then results.json, each whole or not at all.
 
     Raises:
         UserError: the disk is full or the workdir not writable.
     """
     write_whole(workdir / "results.md", markdown(results).encode())
+    write_whole(workdir / "results.tex", latex(results).encode())
+    write_whole(workdir / "results.csv", comma_separated(results).encode())
     write_whole(workdir / "results.json", (json.dumps(as_json(results), allow_nan=False, indent=1) + "\n").encode())
 
 
