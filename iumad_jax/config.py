@@ -88,7 +88,7 @@ def paper(protocol: str) -> ConfigDict:
 
     config.continual = ConfigDict({"strategy": "finetune"})
     config.snapshots = ConfigDict({"every_minutes": 5.0})  # within a step
-    config.report = ConfigDict({"pictures_per_object": 6})
+    config.report = ConfigDict({"pictures_per_object": 6, "tensorboard": False})  # which needs tensorboardX
     return config
 
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import optax
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from iumad_jax import config as configs
 from iumad_jax import data, methods, parallel, protocol, train
@@ -25,11 +26,13 @@ from iumad_jax.data.store import PreparedSet, Store
 from iumad_jax.errors import UserError
 from iumad_jax.evaluate import evaluate
 from iumad_jax.methods.method import Method
+from iumad_jax.metrics import final
 from iumad_jax.models import pretrained
 from iumad_jax.models.efficientnet import FeatureExtractor
 from iumad_jax.predict import predict
-from iumad_jax.report import figures, html, samples, tables
+from iumad_jax.report import figures, html, live, samples, tables
 from iumad_jax.report.ledger import Ledger
+from iumad_jax.report.live import Live
 from iumad_jax.shapes import Prediction, Variables
 from iumad_jax.snapshots import Position, Snapshot, Snapshots
 
@@ -48,6 +51,7 @@ class Run:
     update: Any  # compiled once
     snapshots: Snapshots
     ledger: Ledger
+    live: Live
 
     variables: dict[str, Variables]
     matrices: dict[str, dict[str, np.ndarray]]  # system -> metric -> (steps, objects)
@@ -98,6 +102,7 @@ def start(config: ConfigDict, workdir: Path, reader: Reader, steps: tuple[protoc
     names = (config.method, *(floor for floor in FLOORS if floor != config.method))
     systems = {name: methods.build(name, config, len(reader.objects)) for name in names}
     check_training(config, systems[config.method], reader, steps)
+    live.check(config.report.tensorboard)
     store = open_store(config, reader, workdir)
     workdirs.claim(workdir, config)
     snapshots, ledger = Snapshots(workdir), Ledger(workdir / "ledger.jsonl")
@@ -128,6 +133,7 @@ def start(config: ConfigDict, workdir: Path, reader: Reader, steps: tuple[protoc
         train.make_update(systems[config.method], optimizer),
         snapshots,
         ledger,
+        Live(workdir, config.report.tensorboard),
         snapshot.variables,
         matrices,
         snapshot.position,
@@ -185,6 +191,7 @@ def learn(this: Run, step: protocol.Step) -> None:
             for name, system in this.systems.items():
                 this.variables[name] = system.observe(this.variables[name], one.batch, step.index)
         this.position, this.optimizer_leaves = Position(step.index, 0), []
+    this.live.begin(step.index, step.learned, images)
     method = this.systems[config.method]
     if not is_trained(config, method):
         return
@@ -199,6 +206,10 @@ def learn(this: Run, step: protocol.Step) -> None:
     saved = time.monotonic()
     for epoch in train.epochs(this.update, state, batches, rates, key, per_epoch, config.train.epochs):
         this.ledger.append("epoch", step=step.index, epoch=epoch.number, **epoch.losses)
+        seen = per_epoch * config.train.batch_size
+        this.live.epoch(
+            step.index, epoch.number, config.train.epochs, epoch.losses, epoch.learning_rate, seen, epoch.seconds
+        )
         this.variables[config.method] = epoch.state.variables
         this.position = Position(step.index, epoch.number + 1)
         if time.monotonic() - saved > 60 * config.snapshots.every_minutes:
@@ -209,7 +220,7 @@ def learn(this: Run, step: protocol.Step) -> None:
 
 def assess(this: Run, step: protocol.Step) -> None:
     """Evaluates every system on all objects seen so far, draws heatmaps, and takes the step's snapshot."""
-    for column, name in enumerate(step.seen):
+    for column, name in enumerate(tqdm(step.seen, "evaluating", unit="object", disable=None, leave=False)):
         test = this.store.get(name, "test")
         assert test.truth is not None
         predictions = {}
@@ -219,9 +230,12 @@ def assess(this: Run, step: protocol.Step) -> None:
             for metric, value in values.items():
                 this.matrices[system][metric][step.index, column] = value
             this.ledger.append("evaluation", step=step.index, object=name, method=system, **values)
+            this.live.evaluation(step.index, name, system, values)
             if system == this.config.method:
                 draw(this, step, name, test, prediction)
         keep(this, step, name, test, predictions)
+    mean = final(this.matrices[this.config.method]["i_auroc"][: step.index + 1])
+    live.say(f"step {step.index}: evaluated on {len(step.seen)} objects, mean I-AUROC {mean:.3f}")
     this.ledger.append("snapshot", step=step.index, bytes={s: _bytes(this.variables[s]) for s in this.systems})
     this.position, this.optimizer_leaves = Position(step.index, 0, finished=True), []
     this.save()
@@ -233,8 +247,9 @@ def draw(this: Run, step: protocol.Step, name: str, test: PreparedSet, predictio
     if not rows:
         return
     assert test.truth is not None
+    path = this.workdir / "pictures" / f"step{step.index}_{name}.jpg"
     figures.save_heatmaps(
-        this.workdir / "pictures" / f"step{step.index}_{name}.jpg",
+        path,
         title=f"{name} after step {step.index}: {this.config.method}, {this.config.modality}",
         labels=[f"{test.defects[row]} {test.ids[row]}" for row in rows],
         rgb=test.truth.thumbnail[rows],
@@ -243,6 +258,7 @@ def draw(this: Run, step: protocol.Step, name: str, test: PreparedSet, predictio
         maps=prediction.map[rows],
         scores=prediction.score[rows],
     )
+    this.live.picture(step.index, name, path)
 
 
 def keep(this: Run, step: protocol.Step, name: str, test: PreparedSet, predictions: dict[str, Prediction]) -> None:
@@ -259,7 +275,7 @@ def keep(this: Run, step: protocol.Step, name: str, test: PreparedSet, predictio
     samples.save(this.workdir, step.index, name, kept)
 
 
-def test_images(store: Store, name: str, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def panels(store: Store, name: str, rows: Sequence[int]) -> tuple[Any, Any, Any]:
     """RGB, depth and masks of some of an object's test images."""
     truth = store.get(name, "test").truth
     assert truth is not None
@@ -286,9 +302,10 @@ def conclude(this: Run, steps: tuple[protocol.Step, ...]) -> dict[str, Any]:
     for metric, matrix in this.matrices[config.method].items():
         path = this.workdir / "pictures" / f"matrix_{metric}.png"
         figures.save_matrix(path, matrix, objects, [f"step {step.index}" for step in steps], metric)
-    html.write(this.workdir, results, functools.partial(test_images, this.store))
+    html.write(this.workdir, results, functools.partial(panels, this.store))
     tables.write_results(this.workdir, results)
     this.snapshots.close()
+    this.live.close()
     return results
 
 

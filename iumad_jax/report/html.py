@@ -19,6 +19,7 @@ from contourpy import contour_generator
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from sklearn.metrics import roc_curve
+from tqdm import tqdm
 
 from iumad_jax.report import ledger, samples, tables
 from iumad_jax.report.figures import HOLE, RELIEF, relief
@@ -63,9 +64,7 @@ def write(workdir: Path, results: dict[str, Any], images: Images) -> None:
         "losses": [event for event in ledger.read(workdir / "ledger.jsonl") if event["event"] == "epoch"],
         "rates": samples.RATES,
         "curves": {name: _curves(of_object) for name, of_object in last.items()},
-        "thresholds": {
-            name: [next(iter(of_step.thresholds.values())) for of_step in (as_learned[name], last[name])] for name in last
-        },
+        "thresholds": {name: [_own(as_learned[name].thresholds), _own(last[name].thresholds)] for name in last},
         "samples": shown,
         "left_out": left_out,
     }
@@ -80,7 +79,7 @@ def pick(of_object: Samples) -> list[tuple[int, str, int, int]]:
     Returns:
         (number of the image, "best", "median" or "worst", its rank from 1, out of how many).
     """
-    scores = next(iter(of_object.scores.values()))
+    scores = _own(of_object.scores)
     picked = []
     for kind in sorted(set(of_object.defects), key=lambda kind: (kind != "good", kind)):
         rows = [row for row, defect in enumerate(of_object.defects) if defect == kind]
@@ -90,12 +89,17 @@ def pick(of_object: Samples) -> list[tuple[int, str, int, int]]:
     return picked
 
 
+def _own(by_system: dict[str, NDArray]) -> NDArray:
+    """The value of the run's own method, which comes first."""
+    return next(iter(by_system.values()))
+
+
 def _pictures(
     last: dict[str, Samples], as_learned: dict[str, Samples], images: Images
 ) -> tuple[list[dict[str, Any]], int]:
     """What the page shows of the picked samples, and how many of them did not fit."""
     found: list[dict[str, Any]] = []
-    for name, of_object in last.items():
+    for name, of_object in tqdm(last.items(), "report.html", unit="object", disable=None, leave=False):
         picked = pick(of_object)
         rgb, depth, masks = images(name, [row for row, *_ in picked])
         for index, (row, place, rank, count) in enumerate(picked):

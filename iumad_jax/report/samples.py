@@ -56,8 +56,8 @@ def summarise(
     """
     curves = {}
     for name, of_system in maps.items():
-        unmarked = np.broadcast_to(np.reshape(anomalous, (-1, 1, 1)), np.shape(of_system))  # all of what may be defective
-        overlap, thresholds = pro_curve(unmarked if masks is None else masks, of_system, RATES)
+        suspect = np.broadcast_to(np.reshape(anomalous, (-1, 1, 1)), np.shape(of_system))  # every pixel of these images
+        overlap, thresholds = pro_curve(suspect if masks is None else masks, of_system, RATES)
         curves[name] = (np.full_like(overlap, np.nan) if masks is None else overlap), thresholds
     own = np.asarray(next(iter(maps.values())), np.float32)
     count, side = len(own), own.shape[1] // _SHRINK

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tabulate import tabulate
 
 from iumad_jax.errors import UserError
@@ -93,7 +94,7 @@ def latex(results: dict[str, Any]) -> str:
     """The paper's table for booktabs: I-AUROC, AUPRO and how far both fell, in percent, the best of a row in bold."""
     systems, learned = systems_of(results), objects_of(results)
     heads = ["I-AUROC", "AUPRO", "FM (I)", "FM (A)"]
-    rows: dict[str, list[list[float | None]]] = {name: [] for name in (*(name for _, name, _ in learned), "mean")}
+    rows: dict[str, list[list[Any]]] = {name: [] for name in (*(name for _, name, _ in learned), "mean")}
     for system in systems.values():
         matrices = [system["matrix"][metric] for metric in ("i_auroc", "aupro")]
         last, lost = [matrix[-1] for matrix in matrices], [falls(matrix) for matrix in matrices]
@@ -121,15 +122,12 @@ def latex(results: dict[str, Any]) -> str:
     )
 
 
-def _tex_row(name: str, of_systems: list[list[float | None]]) -> str:
-    numbers = [[None if _undefined(v) else round(100 * v, 1) for v in values] for values in of_systems]  # type: ignore
-    best = [
-        choose((v for v in column if v is not None), default=None)
-        for choose, column in zip((max, max, min, min), zip(*numbers, strict=True), strict=True)
-    ]
+def _tex_row(name: str, of_systems: list[list[Any]]) -> str:
+    percent = np.round(100 * np.array(of_systems, float), 1)
+    best = [*np.fmax.reduce(percent[:, :2]), *np.fmin.reduce(percent[:, 2:])]
     cells = [
-        "--" if v is None else rf"\textbf{{{v:z.1f}}}" if v == top and len(numbers) > 1 else f"{v:z.1f}"
-        for values in numbers
+        "--" if math.isnan(v) else rf"\textbf{{{v:z.1f}}}" if v == top and len(percent) > 1 else f"{v:z.1f}"
+        for values in percent
         for v, top in zip(values, best, strict=True)
     ]
     return rf"{_tex(name)} & {' & '.join(cells)} \\"

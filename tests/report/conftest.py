@@ -1,31 +1,35 @@
 """A real browser, driven over the Chrome DevTools Protocol through a pair of pipes."""
 
 import base64
+import fcntl
 import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+_START = "import os, sys; os.dup2({}, 3); os.dup2({}, 4); os.execv(sys.argv[1], sys.argv[1:])"  # it reads 3, writes 4
 
 
 class Browser:
     """One tab; `errors` holds whatever a page complained about."""
 
     def __init__(self, program: str, profile: Path):
-        ours, theirs = os.pipe(), os.pipe()  # the browser reads from descriptor 3 and writes to 4
+        ours, theirs = os.pipe(), os.pipe()
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (ours[0], theirs[1])]
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe"]
         self._process = subprocess.Popen(
-            ["sh", "-c", f'exec "$@" 3<&{ours[0]} 4>&{theirs[1]}', "sh", program, *flags, f"--user-data-dir={profile}"],
-            pass_fds=(ours[0], theirs[1]),
+            [sys.executable, "-c", _START.format(*ends), program, *flags, f"--user-data-dir={profile}"],
+            pass_fds=ends,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        os.close(ours[0])
-        os.close(theirs[1])
+        for end in (ours[0], theirs[1], *ends):
+            os.close(end)
         self._to, self._from = os.fdopen(ours[1], "wb", buffering=0), os.fdopen(theirs[0], "rb")
         self._unread, self._number, self._session = b"", 0, None
         self.errors: list[str] = []
@@ -54,7 +58,8 @@ class Browser:
         self.settle()
 
     def resize(self, width: int, height: int):
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.call("Emulation.setDeviceMetricsOverride", **size)
 
     def run(self, script: str):
         """The value of an expression in the page, awaited."""
@@ -64,14 +69,15 @@ class Browser:
 
     def settle(self):
         """Waits until the page has drawn what it was told to."""
-        frame = "requestAnimationFrame"
-        self.run(f"new Promise(done => {frame}(() => {frame}(() => setTimeout(() => {frame}(() => {frame}(done)), 50))))")
+        frames = "requestAnimationFrame(() => requestAnimationFrame(done))"
+        self.run(f"new Promise(done => {frames}).then(() => new Promise(done => setTimeout(() => {frames}, 50)))")
 
     def click(self, selector: str):
         """A click of the mouse in the middle of an element."""
         x, y = self.run(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center',"
-            " behavior: 'instant'}); const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; })()"
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
+            " e.scrollIntoView({block: 'center', behavior: 'instant'});"
+            " const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; })()"
         )
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
@@ -80,8 +86,9 @@ class Browser:
     def press(self, key: str, code: int, times: int = 1):
         """A key, pressed where the focus is."""
         for _ in range(times):
-            for kind in ("keyDown", "keyUp"):
-                self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+            text = {"text": "\r"} if key == "Enter" else {}
+            for kind, more in (("keyDown", text), ("keyUp", {})):
+                self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **more)
         self.settle()
 
     def choose(self, select: str, value: str):

@@ -34,9 +34,10 @@ function ticks(low, high, count) {
 }
 
 /** Draws lines [{name, points, style, kind, label}] into a box, again whenever its width changes. */
-function chart(box, { lines, x, y, height, label, extras = [], end = 12 }) {
+function chart(box, { lines: all, x, y, height, label, extras = [], end = 12 }) {
   box.classList.add("chart");
   const readout = h("output");
+  const lines = all.filter(({ points }) => points.length);
   const draw = () => {
     const width = Math.max(box.clientWidth, 140);
     const tall = typeof height === "function" ? height(width) : height;
@@ -73,12 +74,12 @@ function chart(box, { lines, x, y, height, label, extras = [], end = 12 }) {
       const shape =
         place.length > 1
           ? s("polyline", { class: `line ${kind}`, style, points: place.map((point) => point.join()).join(" ") })
-          : s("circle", { r: 4, cx: place[0]?.[0], cy: place[0]?.[1], style });
-      if (place.length) svg.append(shape);
+          : s("circle", { r: 4, cx: place[0][0], cy: place[0][1], style });
+      svg.append(shape);
       return { place, shape };
     });
     const labels = lines
-      .filter(({ label, points }) => label && points.length)
+      .filter(({ label }) => label)
       .map((line) => ({ ...line, at: toY(line.points.at(-1)[1]) }))
       .sort((a, b) => a.at - b.at);
     labels.forEach((one, i) => {

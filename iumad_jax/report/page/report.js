@@ -247,6 +247,7 @@ theme();
 overview();
 samples();
 objectTable();
+decisions();
 curves();
 training();
 $("metric").append(...Object.entries(metrics).map(([key, label]) => h("option", { value: key }, label)));

@@ -19,6 +19,27 @@ const HEAT = Uint8Array.from({ length: 256 * 3 }, (_, i) => {
 const chosen = () => rates.length - 1 - Number($("threshold").value); // to the right the threshold rises
 const state = () => Number($("state").value);
 
+/** What was decided about an object after the last step (1) or the one that learned it (0), if anything was. */
+function decided(object, which) {
+  const [learned] = columns.find(([, name]) => name === object);
+  return results.decisions?.at(which ? -1 : learned)?.objects[object];
+}
+
+/** Above which a pixel is marked. */
+function pixelThreshold(object, which) {
+  const own = $("decided").checked ? decided(object, which)?.pixel.threshold : page.thresholds[object][which][chosen()];
+  return own ?? null;
+}
+
+/** Whether a sample's image raises an alarm after the last step, where that was decided. */
+function verdict({ object, anomalous, scores }) {
+  const image = decided(object, 1)?.image;
+  if (!image) return null;
+  const alarm = scores[own] > image.threshold;
+  const text = alarm ? (anomalous ? "alarm" : "false alarm") : anomalous ? "missed" : "passed";
+  return h("span", { class: `chip ${alarm === anomalous ? "" : "wrong"}` }, text);
+}
+
 /** The values of a map at every pixel, in its own unit. */
 function upsampled({ pixels, side, low, high }, [height, width]) {
   const values = Uint8Array.from(atob(pixels), (byte) => byte.charCodeAt(0));
@@ -59,6 +80,7 @@ function makeCard(sample) {
       h("h3", {}, sample.object),
       h("span", { class: `chip ${label}` }, sample.defect),
       h("span", { class: "chip" }, sample.pick),
+      verdict(sample),
       h(
         "button",
         {
@@ -106,7 +128,7 @@ function makeCard(sample) {
     card.dirty = false;
     const which = state();
     values[which] ??= upsampled(sample.maps[which], sample.size);
-    const threshold = page.thresholds[sample.object][which][chosen()];
+    const threshold = pixelThreshold(sample.object, which);
     const low = Math.min(...sample.maps.map((one) => one.low));
     const high = Math.max(...sample.maps.map((one) => one.high));
     const over = values[which].map((value) => known(threshold) && value > threshold);
@@ -137,7 +159,7 @@ function makeCard(sample) {
     });
     const rest = `${percent((all - both) / (width * height - defect))} of the rest`;
     found.textContent = defect ? `${percent(both / defect)} of the defect, ${rest}` : rest;
-    if (!known(threshold)) found.textContent = "no threshold, as no normal pixel is known";
+    if (!known(threshold)) found.textContent = "no threshold is known";
   };
   return card;
 }
@@ -158,18 +180,15 @@ function samples() {
   $("threshold").value = rates.length - 1 - rates.findIndex((rate) => rate >= 0.01);
   $("state-label").hidden = steps === 1;
 
-  const refresh = (() => {
-    // only what is in view is drawn, once per frame
-    let waiting = false;
-    return () => {
-      if (waiting) return;
-      waiting = true;
-      requestAnimationFrame(() => {
-        waiting = false;
-        for (const card of cards) if (card.near && card.dirty) card.draw();
-      });
-    };
-  })();
+  let waiting = false;
+  const refresh = () => {
+    if (waiting) return; // only what is in view is drawn, once per frame
+    waiting = true;
+    requestAnimationFrame(() => {
+      waiting = false;
+      for (const card of cards) if (card.near && card.dirty) card.draw();
+    });
+  };
   const watcher = new IntersectionObserver(
     (entries) => {
       for (const { target, isIntersecting } of entries)
@@ -184,10 +203,13 @@ function samples() {
     for (const card of cards) card.dirty = true;
     const overlap = (name) => mean(objects.map((object) => page.curves[object][name].overlap[chosen()]));
     const found = names.flatMap((name) => [" ", h("b", { style: colour(name), title: name }, show(overlap(name)))]);
-    $("threshold-text").replaceChildren(
-      `${percent(rates[chosen()])} of normal pixels raised; found of defects:`,
-      ...found,
-    );
+    $("threshold").disabled = $("decided").checked;
+    if ($("decided").checked) $("threshold-text").textContent = "every object's own, set by good calibration images";
+    else
+      $("threshold-text").replaceChildren(
+        `${percent(rates[chosen()])} of normal pixels raised; found of defects:`,
+        ...found,
+      );
     $("threshold").setAttribute("aria-valuetext", $("threshold-text").textContent);
     for (const marker of document.querySelectorAll(".marker")) marker.move(chosen());
     refresh();
@@ -217,6 +239,8 @@ function samples() {
   for (const id of ["by-object", "by-label", "by-kind", "by-pick", "sort"]) $(id).addEventListener("change", arranged);
   $("state").addEventListener("change", redrawn);
   $("threshold").addEventListener("input", redrawn);
+  $("decided").addEventListener("change", redrawn);
+  $("decided-label").hidden = !results.decisions?.length;
   $("controls").addEventListener("submit", (event) => event.preventDefault());
   addEventListener("beforeprint", () => {
     for (const card of cards) if (!card.element.hidden) card.draw();

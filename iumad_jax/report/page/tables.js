@@ -172,29 +172,45 @@ function objectTable() {
       ),
     ),
   );
+}
 
-  if (!results.decisions) return;
-  const fields = [...new Set(Object.values(results.decisions).flatMap(Object.keys))];
-  const table = h("table", { class: "sortable" });
-  const text = (value) =>
-    typeof value === "number"
-      ? String(Number(value.toPrecision(4)))
-      : Array.isArray(value)
-        ? value.map(text).join(" to ")
-        : known(value)
-          ? String(value)
-          : "–";
-  sortable(
-    table,
-    ["object", ...fields.map((field) => field.replaceAll("_", " "))],
-    Object.entries(results.decisions).map(([name, values]) => ({
-      keys: [name, ...fields.map((field) => values[field])],
-      element: h("tr", {}, h("th", { scope: "row" }, name), ...fields.map((field) => h("td", {}, text(values[field])))),
-    })),
-  );
-  $("decisions").append(
-    h("h3", {}, "Decisions"),
-    h("p", { class: "quiet" }, "Thresholds come from good validation images alone."),
-    h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Decisions" }, table),
-  );
+/** The thresholds that calibration images set, and how often the decisions err on test images. */
+function decisions() {
+  const last = results.decisions?.at(-1);
+  if (!last) return;
+  const rates = {
+    false_alarms: "false alarms",
+    misses: "misses",
+    recognised: "recognised",
+    taken_as_unknown: "unknown",
+  };
+  const share = (value) => (known(value) ? `${(100 * value).toFixed(1)} %` : "–");
+  const limit = ({ threshold, interval, images }) =>
+    h(
+      "td",
+      { title: `95 % interval ${interval.map((end) => end.toPrecision(4)).join(" to ")}, set by ${images} images` },
+      threshold.toPrecision(4),
+    );
+  const rows = objects
+    .filter((name) => last.objects[name])
+    .map((name) => {
+      const { image, pixel, test = {} } = last.objects[name];
+      const shares = Object.keys(rates).map((rate) => test[rate]);
+      return {
+        keys: [name, image.threshold, pixel.threshold, ...shares],
+        element: h(
+          "tr",
+          {},
+          h("th", { scope: "row" }, name),
+          limit(image),
+          limit(pixel),
+          ...shares.map((value) => h("td", {}, share(value))),
+        ),
+      };
+    });
+  $("decisions-note").textContent =
+    `After the last step. Thresholds are set by good calibration images alone, ${share(last.quantile)} of which are to` +
+    " pass; false alarms, misses, and which object an image is taken for are counted on test images.";
+  sortable($("decision-table"), ["object", "image threshold", "pixel threshold", ...Object.values(rates)], rows);
+  $("decisions").hidden = false;
 }
