@@ -235,7 +235,7 @@ def assess(this: Run, step: protocol.Step) -> None:
                 draw(this, step, name, test, prediction)
         keep(this, step, name, test, predictions)
     mean = final(this.matrices[this.config.method]["i_auroc"][: step.index + 1])
-    live.say(f"step {step.index}: evaluated on {len(step.seen)} objects, mean I-AUROC {mean:.3f}")
+    live.say(f"step {step.index}: mean I-AUROC {mean:.3f} over the objects seen")
     this.ledger.append("snapshot", step=step.index, bytes={s: _bytes(this.variables[s]) for s in this.systems})
     this.position, this.optimizer_leaves = Position(step.index, 0, finished=True), []
     this.save()
