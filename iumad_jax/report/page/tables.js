@@ -37,7 +37,11 @@ function forgetting(metric) {
       h(
         "tbody",
         {},
-        h("tr", {}, h("th", { class: "name", scope: "rowgroup", style: colour(name) }, name)),
+        h(
+          "tr",
+          {},
+          h("th", { class: "name", scope: "rowgroup", colspan: columns.length + 2, style: colour(name) }, name),
+        ),
         ...rows(name),
       ),
     ),
@@ -137,11 +141,7 @@ function objectTable() {
     return h(
       "td",
       {},
-      h(
-        "span",
-        { class: wins ? "wins" : "loses", title: wins && floors.length ? "above every floor" : null },
-        show(ours),
-      ),
+      h("span", { class: wins && floors.length ? "wins" : null, style: colour(own) }, show(ours)),
       ...floors.map((name, i) => h("small", { style: colour(name), title: name }, h("b", {}, show(theirs[i])))),
     );
   };
@@ -156,7 +156,7 @@ function objectTable() {
     "In every cell: ",
     h("b", { style: colour(own) }, own),
     ...floors.flatMap((name) => [", ", h("b", { style: `color: var(--color); ${colour(name)}` }, name)]),
-    floors.length ? "; green where it is above every floor." : ".",
+    floors.length ? "; ✓ where the first is above every floor." : ".",
   );
   sortable($("object-table"), ["object", "step", ...shown.map((metric) => metrics[metric])], rows);
   $("object-table").append(
@@ -209,7 +209,7 @@ function decisions() {
       };
     });
   $("decisions-note").textContent =
-    `After the last step. Thresholds are set by good calibration images alone, ${share(last.quantile)} of which are to` +
+    `After the last step. Good calibration images alone set the thresholds, ${share(last.quantile)} of them are to` +
     " pass; false alarms, misses, and which object an image is taken for are counted on test images.";
   sortable($("decision-table"), ["object", "image threshold", "pixel threshold", ...Object.values(rates)], rows);
   $("decisions").hidden = false;
