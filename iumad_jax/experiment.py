@@ -1,8 +1,10 @@
 """The whole story of a run: good objects go in, step by step; a ledger of what was learned and forgotten comes out."""
 
 import dataclasses
+import functools
 import hashlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import jax
 import numpy as np
 import optax
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from iumad_jax import config as configs
 from iumad_jax import continual, data, decisions, methods, parallel, protocol, recognition, train
@@ -21,11 +24,13 @@ from iumad_jax.data.sample import Reader
 from iumad_jax.data.store import PreparedSet, Store
 from iumad_jax.evaluate import evaluate
 from iumad_jax.methods.method import Method
+from iumad_jax.metrics import final
 from iumad_jax.models import pretrained
 from iumad_jax.models.efficientnet import FeatureExtractor
 from iumad_jax.predict import predict
-from iumad_jax.report import figures, tables
+from iumad_jax.report import figures, html, live, samples, tables
 from iumad_jax.report.ledger import Ledger, as_json
+from iumad_jax.report.live import Live
 from iumad_jax.shapes import Batch, Prediction, Variables
 from iumad_jax.snapshots import Position, Snapshot, Snapshots
 
@@ -44,6 +49,7 @@ class Run:
     snapshots: Snapshots
     ledger: Ledger
     inputs: dict[str, Any]  # what a detector must know of the images
+    live: Live
 
     variables: dict[str, Variables]  # by system, and those of `recognition`
     matrices: dict[str, dict[str, np.ndarray]]  # system -> metric -> (steps, objects)
@@ -100,6 +106,7 @@ def start(config: ConfigDict, workdir: Path, reader: Reader, steps: tuple[protoc
     strategy = continual.build(config, method, len(reader.objects))
     optimizers = {own.optimizer: train.make_optimizer(own) for own in (train.of_step(config, i) for i in (0, 1))}
     check_training(config, method, strategy, reader, steps)
+    live.check(config.report.tensorboard)
     store = open_store(config, reader, workdir)
     workdirs.claim(workdir, config)
     snapshots, ledger = Snapshots(workdir), Ledger(workdir / "ledger.jsonl")
@@ -133,6 +140,7 @@ def start(config: ConfigDict, workdir: Path, reader: Reader, steps: tuple[protoc
         snapshots,
         ledger,
         inputs(store),
+        Live(workdir, config.report.tensorboard),
         snapshot.variables,
         matrices,
         snapshot.record["decisions"],
@@ -219,6 +227,7 @@ def learn(this: Run, step: protocol.Step) -> None:
         if is_trained(config, method):
             example = jax.tree.map(lambda array: array[:1], sets[0].batch)
             this.memory = strategy.begin(this.memory, this.variables[config.method], example, step.index)
+    this.live.begin(step.index, step.learned, images)
     if not is_trained(config, method):
         return
 
@@ -234,6 +243,10 @@ def learn(this: Run, step: protocol.Step) -> None:
     saved = time.monotonic()
     for epoch in train.epochs(this.updates[own.optimizer], state, batches, rates, key, per_epoch, config.train.epochs):
         this.ledger.append("epoch", step=step.index, epoch=epoch.number, **epoch.losses)
+        seen = per_epoch * config.train.batch_size
+        this.live.epoch(
+            step.index, epoch.number, config.train.epochs, epoch.losses, epoch.learning_rate, seen, epoch.seconds
+        )
         this.variables[config.method], this.memory = epoch.state.variables, epoch.state.memory
         this.position = Position(step.index, epoch.number + 1)
         if time.monotonic() - saved > 60 * config.snapshots.every_minutes:
@@ -249,21 +262,26 @@ def assess(this: Run, step: protocol.Step) -> None:
     """Evaluates every system on all objects seen so far, draws heatmaps, and takes the step's snapshot."""
     recogniser = recognition.fit(this.variables["recognition"])
     decided = decide(this, step, recogniser)
-    for column, name in enumerate(step.seen):
+    for column, name in enumerate(tqdm(step.seen, "evaluating", unit="object", disable=None, leave=False)):
         if not this.store.reader.ids(name, "test"):  # the row stays NaN
             continue
         test = this.store.get(name, "test")
         assert test.truth is not None
+        predictions = {}
         for system, method in this.systems.items():
-            prediction = predict(jax.jit(method.predict), this.variables[system], test.batch)
+            prediction = predictions[system] = predict(jax.jit(method.predict), this.variables[system], test.batch)
             values = evaluate(prediction, test.truth)
             for metric, value in values.items():
                 this.matrices[system][metric][step.index, column] = value
             this.ledger.append("evaluation", step=step.index, object=name, method=system, **values)
+            this.live.evaluation(step.index, name, system, values)
             if system == this.config.method:
                 draw(this, step, name, test, prediction)
                 distance = np.asarray(recognition.distances(recogniser, test.batch.features))
                 decided["objects"][name]["test"] = decisions.rates(decided, name, prediction, test.truth, distance)
+        keep(this, step, name, test, predictions)
+    mean = final(this.matrices[this.config.method]["i_auroc"][: step.index + 1])
+    live.say(f"step {step.index}: mean I-AUROC {mean:.3f} over the objects seen")
     this.decisions.append(as_json(decided))
     this.ledger.append("decisions", step=step.index, **decided)
     this.ledger.append("snapshot", step=step.index, bytes={s: size_of(this.variables[s]) for s in this.systems})
@@ -303,8 +321,9 @@ def draw(this: Run, step: protocol.Step, name: str, test: PreparedSet, predictio
     if not rows:
         return
     assert test.truth is not None
+    path = this.workdir / "pictures" / f"step{step.index}_{name}.jpg"
     figures.save_heatmaps(
-        this.workdir / "pictures" / f"step{step.index}_{name}.jpg",
+        path,
         title=f"{name} after step {step.index}: {this.config.method}, {this.config.modality}",
         labels=[f"{test.defects[row]} {test.ids[row]}" for row in rows],
         rgb=test.truth.thumbnail[rows],
@@ -313,6 +332,28 @@ def draw(this: Run, step: protocol.Step, name: str, test: PreparedSet, predictio
         maps=prediction.map[rows],
         scores=prediction.score[rows],
     )
+    this.live.picture(step.index, name, path)
+
+
+def keep(this: Run, step: protocol.Step, name: str, test: PreparedSet, predictions: dict[str, Prediction]) -> None:
+    """Keeps what the report shows of an object's test images after a step."""
+    assert test.truth is not None
+    kept = samples.summarise(
+        test.ids,
+        test.defects,
+        test.truth.anomalous,
+        test.truth.mask if test.truth.masked.all() else None,
+        {system: prediction.score for system, prediction in predictions.items()},
+        {system: prediction.map for system, prediction in predictions.items()},
+    )
+    samples.save(this.workdir, step.index, name, kept)
+
+
+def panels(store: Store, name: str, rows: Sequence[int]) -> tuple[Any, Any, Any]:
+    """RGB, depth and masks of some of an object's test images."""
+    truth = store.get(name, "test").truth
+    assert truth is not None
+    return truth.thumbnail[rows], truth.depth[rows], truth.mask[rows]
 
 
 def conclude(this: Run, steps: tuple[protocol.Step, ...]) -> dict[str, Any]:
@@ -331,8 +372,10 @@ def conclude(this: Run, steps: tuple[protocol.Step, ...]) -> dict[str, Any]:
     for metric, matrix in this.matrices[config.method].items():
         path = this.workdir / "pictures" / f"matrix_{metric}.png"
         figures.save_matrix(path, matrix, objects, [f"step {step.index}" for step in steps], metric)
+    html.write(this.workdir, results, functools.partial(panels, this.store))
     tables.write_results(this.workdir, results)
     this.snapshots.close()
+    this.live.close()
     return results
 
 

@@ -1,5 +1,6 @@
 """One step's training."""
 
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -35,6 +36,8 @@ class Epoch(NamedTuple):
 
     number: int
     losses: dict[str, float]  # means over the updates, "loss" being the total
+    learning_rate: float  # of the last update
+    seconds: float
     state: TrainState
 
 
@@ -142,10 +145,11 @@ def epochs(
     """
     first = int(state.update) // per_epoch
     state = parallel.replicate(state)
-    bar = tqdm(total=last * per_epoch, initial=first * per_epoch, unit="update", disable=None, leave=False)
+    total, done = last * per_epoch, first * per_epoch
+    bar = tqdm(desc="training", total=total, initial=done, unit="update", disable=None, leave=False)
     with closing(iter(batches)) as stream, bar:
         for index in range(first, last):
-            history = []
+            history, began = [], time.monotonic()
             for number in range(index * per_epoch, (index + 1) * per_epoch):
                 rate = np.float32(rates(number))
                 state, scalars = update(state, parallel.shard(next(stream)), key, rate)
@@ -161,4 +165,4 @@ def epochs(
                     )
             bar.set_postfix(loss=f"{losses['loss'].mean():.4f}")
             means = {name: float(values.mean(dtype=np.float64)) for name, values in losses.items()}
-            yield Epoch(index, means, parallel.unreplicate(state))
+            yield Epoch(index, means, float(rate), time.monotonic() - began, parallel.unreplicate(state))

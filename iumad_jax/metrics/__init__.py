@@ -1,18 +1,20 @@
 """Metrics of detection, of localisation and of forgetting: numpy in, Python floats out, NaN where undefined."""
 
-from iumad_jax.metrics.aupro import aupro, aupro_exact, pixel_metrics
+from iumad_jax.metrics.aupro import aupro, aupro_exact, pixel_metrics, pro_curve
 from iumad_jax.metrics.auroc import image_auroc, pixel_auroc
-from iumad_jax.metrics.incremental import aggregate_forgetting, average_accuracy, final, forgetting, plasticity
+from iumad_jax.metrics.incremental import aggregate_forgetting, average_accuracy, falls, final, forgetting, plasticity
 
 __all__ = [
     "aggregate_forgetting",
     "aupro",
     "aupro_exact",
     "average_accuracy",
+    "falls",
     "final",
     "forgetting",
     "image_auroc",
     "pixel_auroc",
     "pixel_metrics",
     "plasticity",
+    "pro_curve",
 ]

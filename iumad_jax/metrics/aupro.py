@@ -82,6 +82,35 @@ def pixel_metrics(
     return metrics
 
 
+def pro_curve(masks: ArrayLike, maps: ArrayLike, rates: ArrayLike) -> tuple[NDArray, NDArray]:
+    """The curve whose area is `aupro_exact`, at given false positive rates.
+
+    Args:
+        masks: (n, h, w), above 0 where a pixel is defective.
+        maps: (n, h, w) anomaly maps, finite.
+        rates: (r,), each in [0, 1].
+
+    Returns:
+        The overlap with the defects (r,), and the scores above which it was found (r,): the lowest that no larger share
+        of the normal pixels exceeds. NaN without a normal pixel; the overlap also without a defect.
+
+    Raises:
+        ValueError: the shapes differ, or a map holds NaN or infinity.
+    """
+    masks, maps, _ = as_pixels(masks, maps, None)
+    positives, weights = _defects(masks, maps)
+    negatives = sorted_negatives(masks, maps, None)
+    undefined = np.full(np.shape(rates), np.nan)
+    if not negatives.size:
+        return undefined, undefined
+    above = (np.asarray(rates) * negatives.size * (1 + 1e-12)).astype(int)  # so that 0.3 of 10 are 3, not 2.9999
+    thresholds = negatives[np.maximum(negatives.size - 1 - above, 0)]
+    if not positives.size:
+        return undefined, thresholds
+    found = np.append(weights[::-1].cumsum()[::-1], 0.0)
+    return found[positives.searchsorted(thresholds, "right")], thresholds
+
+
 def _defects(masks: NDArray, maps: NDArray) -> tuple[NDArray, NDArray]:
     """Ascending scores of the defective pixels, and the share of each in the overlap: sum 1, equal for every defect."""
     defective = masks.any(axis=(1, 2))

@@ -26,15 +26,20 @@ def average_accuracy(matrix: ArrayLike) -> float:
     return _mean(_step_means(_checked(matrix)))
 
 
+def falls(matrix: ArrayLike) -> NDArray:
+    """Of each object (objects,), its best earlier value minus its last; NaN where the last step learned it."""
+    values = _checked(matrix)
+    best = reduce(np.fmax, values[:-1], np.full_like(values[-1], np.nan))  # fmax ignores NaN unless both are
+    return best - values[-1]
+
+
 def forgetting(matrix: ArrayLike) -> float:
     """Mean over objects learned before the last step of their best earlier value minus their last.
 
     The forgetting measure of Chaudhry et al., ECCV 2018; negative where later steps helped. NaN when no object was
     learned before the last step, so always with a single step.
     """
-    values = _checked(matrix)
-    best = reduce(np.fmax, values[:-1], np.full_like(values[-1], np.nan))  # fmax ignores NaN unless both are
-    return _mean(best - values[-1])
+    return _mean(falls(matrix))
 
 
 def aggregate_forgetting(matrix: ArrayLike) -> float:

@@ -18,6 +18,7 @@ from iumad_jax.report.ledger import write_whole
 
 TRUTH = "#00ffff"  # the outline of a defect
 HOLE = "#ff00c8"  # where depth is missing
+RELIEF = (-0.3, 1.15)  # from black to white
 _HEAT = "inferno"
 _DPI = 120
 _STEEPNESS = 1.0  # of slopes in the relief; about 1.4, image widths per focal length, would be true to scale
@@ -87,8 +88,8 @@ def save_heatmaps(
             if name in ("RGB", "truth", "map over RGB"):
                 panel.imshow(images[row], extent=extent)
         if depth is not None:
-            relief = _relief(np.asarray(depth)[row])
-            panels["relief"].imshow(relief, "gray", extent=extent, vmin=-0.3, vmax=1.15, interpolation="nearest")
+            heights, (dark, bright) = relief(np.asarray(depth)[row]), RELIEF
+            panels["relief"].imshow(heights, "gray", extent=extent, vmin=dark, vmax=bright, interpolation="nearest")
         heat = panels["map"].imshow(heats[row], _HEAT, norm, extent=extent)
         strength = np.clip(1.6 * norm(heats[row]), 0, 0.85)  # what is normal stays clear
         panels["map over RGB"].imshow(heats[row], _HEAT, norm, extent=extent, alpha=strength)
@@ -170,7 +171,7 @@ def save_curves(path: Path, curves: Mapping[str, Mapping[str, ArrayLike]], title
     _save(path, figure)
 
 
-def _relief(depth: NDArray) -> NDArray:
+def relief(depth: NDArray) -> NDArray:
     """Height above the plane that most pixels lie on: 0 there, 0.5 at 5 % of the distance; NaN where missing.
 
     What stands on the plane is lit from above on the left, so that its shape shows.
@@ -186,9 +187,9 @@ def _relief(depth: NDArray) -> NDArray:
         distance = np.abs(inverse - plane)
         used = distance <= np.nanmedian(distance)
     height = inverse / np.maximum(plane, 1e-9) - 1
-    relief = height / (np.abs(height) + 0.05)  # walls of a box stand far above the object and must not hide its shape
+    bounded = height / (np.abs(height) + 0.05)  # walls of a box stand far above the object and must not hide its shape
     slope = np.nan_to_num(np.gradient(height, axis=0) + np.gradient(height, axis=1))
-    return relief + np.where(relief > 0.1, 0.25 * np.tanh(-_STEEPNESS * depth.shape[1] * slope), 0)
+    return bounded + np.where(bounded > 0.1, 0.25 * np.tanh(-_STEEPNESS * depth.shape[1] * slope), 0)
 
 
 def _outline(axes: Axes, mask: NDArray) -> None:

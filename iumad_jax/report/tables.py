@@ -1,4 +1,4 @@
-"""A run's results as tables on the console, as results.md and as results.json.
+"""A run's results as tables on the console, and as results.md, .tex, .csv and .json.
 
 `results` is the dictionary of results.json: `config`, `protocol`, `objects` (the columns of every matrix), `steps` (the
 objects learned at each), `matrix` (metric -> steps done x objects, NaN or None where not learned or undefined),
@@ -9,6 +9,8 @@ training-free methods on the same inputs. `bytes`, in `results` and in each floo
 evaluation, is what `iumad_jax.decisions.unknown_rates` returns.
 """
 
+import csv
+import io
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -16,10 +18,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tabulate import tabulate
 
 from iumad_jax.errors import UserError
-from iumad_jax.metrics import aggregate_forgetting, average_accuracy, final, forgetting, plasticity
+from iumad_jax.metrics import aggregate_forgetting, average_accuracy, falls, final, forgetting, plasticity
 from iumad_jax.report.ledger import as_json, write_whole
 
 METRICS = {
@@ -39,11 +42,13 @@ SUMMARY = {
     "fm_aggregate": aggregate_forgetting,
     "new": plasticity,
 }
-_LEGEND = (
-    "final: mean over objects after the last step; acc: mean over steps of the mean over objects seen;\n"
-    "fm: mean fall from an object's best earlier value; fm_aggregate: mean fall of the mean from the base step's;\n"
-    "new: mean at the step that learned the object."
-)
+FIGURES = {
+    "final": "mean over objects after the last step",
+    "acc": "mean over steps of the mean over objects seen",
+    "fm": "mean fall from an object's best earlier value",
+    "fm_aggregate": "mean fall of the mean from the base step's",
+    "new": "mean at the step that learned the object",
+}
 _PIXELS = "no defective pixel or no normal one"
 _OBJECT = f"no depth, {_PIXELS} on the object"
 _UNDEFINED = {
@@ -103,6 +108,12 @@ def gather(
     }
 
 
+def title(results: dict[str, Any]) -> str:
+    """What was run, in a line."""
+    config = results["config"]
+    return f"{config['method']} on {config['dataset']['name']}, {config['modality']}, protocol {results['protocol']}"
+
+
 def console(results: dict[str, Any], workdir: Path) -> str:
     """Every object after the last step, what was learned and forgotten, and where the rest lies."""
     return "\n\n".join([*_overview(results, "simple"), f"Tables, ledger and heatmap pictures are in {workdir}."])
@@ -110,14 +121,12 @@ def console(results: dict[str, Any], workdir: Path) -> str:
 
 def markdown(results: dict[str, Any]) -> str:
     """Every object after the last step, what was learned and forgotten, and the whole matrix of every metric."""
-    config = results["config"]
-    title = f"# {config['method']} on {config['dataset']['name']}, {config['modality']}, protocol {results['protocol']}"
-    learned = _learned(results)
-    parts = [title, *_overview(results, "github")]
-    for metric in _shown(results):
+    learned = objects_of(results)
+    parts = [f"# {title(results)}", *_overview(results, "github")]
+    for metric in metrics_of(results):
         rows = [
             [name, step, *(_cell(row[c]) if first <= step else "" for first, _, c in learned), _cell(final([row]))]
-            for name, system in _systems(results).items()
+            for name, system in systems_of(results).items()
             for step, row in enumerate(system["matrix"][metric])
         ]
         headers = ["method", "after step", *(name for _, name, _ in learned), "mean"]
@@ -125,13 +134,84 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n\n".join([*parts, *_decisions(results)]) + "\n"
 
 
+def latex(results: dict[str, Any]) -> str:
+    """The paper's table for booktabs: I-AUROC, AUPRO and how far both fell, in percent, the best of a row in bold."""
+    systems, learned = systems_of(results), objects_of(results)
+    heads = ["I-AUROC", "AUPRO", "FM (I)", "FM (A)"]
+    rows: dict[str, list[list[Any]]] = {name: [] for name in (*(name for _, name, _ in learned), "mean")}
+    for system in systems.values():
+        matrices = [system["matrix"][metric] for metric in ("i_auroc", "aupro")]
+        last, lost = [matrix[-1] for matrix in matrices], [falls(matrix) for matrix in matrices]
+        for _, name, column in learned:
+            rows[name].append([of_metric[column] for of_metric in (*last, *lost)])
+        rows["mean"].append([final(matrix) for matrix in matrices] + [forgetting(matrix) for matrix in matrices])
+    groups = " & ".join(rf"\multicolumn{{{len(heads)}}}{{c}}{{{_tex(name)}}}" for name in systems)
+    starts = range(2, 2 + len(systems) * len(heads), len(heads))
+    return "\n".join(
+        [
+            f"% {title(results)}; FM: the best earlier value minus the last",
+            rf"\begin{{tabular}}{{l{'r' * len(heads) * len(systems)}}}",
+            r"\toprule",
+            rf"& {groups} \\",
+            "".join(rf"\cmidrule(lr){{{start}-{start + len(heads) - 1}}}" for start in starts),
+            rf"object & {' & '.join(heads * len(systems))} \\",
+            r"\midrule",
+            *(_tex_row(name, rows.pop(name)) for _, name, _ in learned),
+            r"\midrule",
+            _tex_row("mean", rows.pop("mean")),
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    )
+
+
+def _tex_row(name: str, of_systems: list[list[Any]]) -> str:
+    percent = np.round(100 * np.array(of_systems, float), 1)
+    best = [*np.fmax.reduce(percent[:, :2]), *np.fmin.reduce(percent[:, 2:])]
+    cells = [
+        "--" if math.isnan(v) else rf"\textbf{{{v:z.1f}}}" if v == top and len(percent) > 1 else f"{v:z.1f}"
+        for values in percent
+        for v, top in zip(values, best, strict=True)
+    ]
+    return rf"{_tex(name)} & {' & '.join(cells)} \\"
+
+
+def _tex(text: str) -> str:
+    """Text without meaning to TeX."""
+    words = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(words.get(c, "\\" + c if c in "&%$#_{}" else c) for c in text)
+
+
+def comma_separated(results: dict[str, Any]) -> str:
+    """Every metric of every object after the last step, and how far it fell, by method; the means come last."""
+    metrics, file = metrics_of(results), io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["method", "object", "step", *metrics, *(f"fm_{metric}" for metric in metrics)])
+    for name, system in systems_of(results).items():
+        matrices = [system["matrix"][metric] for metric in metrics]
+        columns = [*(matrix[-1] for matrix in matrices), *(falls(matrix) for matrix in matrices)]
+        means = [*map(final, matrices), *map(forgetting, matrices)]
+        for step, object_, column in objects_of(results):
+            writer.writerow([name, object_, step, *(_number(values[column]) for values in columns)])
+        writer.writerow([name, "mean", "", *map(_number, means)])
+    return file.getvalue()
+
+
+def _number(value: float | None) -> str:
+    """All digits of a number, nothing where it is undefined."""
+    return "" if value is None or math.isnan(value) else repr(float(value))
+
+
 def write_results(workdir: Path, results: dict[str, Any]) -> None:
-    """Write results.md and then results.json, each whole or not at all.
+    """Write results.md, results.tex, results.csv and then results.json, each whole or not at all.
 
     Raises:
         UserError: the disk is full or the workdir not writable.
     """
     write_whole(workdir / "results.md", markdown(results).encode())
+    write_whole(workdir / "results.tex", latex(results).encode())
+    write_whole(workdir / "results.csv", comma_separated(results).encode())
     write_whole(workdir / "results.json", (json.dumps(as_json(results), allow_nan=False, indent=1) + "\n").encode())
 
 
@@ -149,8 +229,8 @@ def read_results(workdir: Path) -> dict[str, Any] | None:
 
 
 def _overview(results: dict[str, Any], style: str) -> Iterator[str]:
-    learned, systems = _learned(results), _systems(results)
-    columns = [metric for metric in _shown(results) if metric != "aupro_exact"]
+    learned, systems = objects_of(results), systems_of(results)
+    columns = [metric for metric in metrics_of(results) if metric != "aupro_exact"]
     last = {metric: results["matrix"][metric][-1] for metric in columns}
 
     rows = [[name, step, *(_cell(last[metric][column]) for metric in columns)] for step, name, column in learned]
@@ -159,6 +239,30 @@ def _overview(results: dict[str, Any], style: str) -> Iterator[str]:
         rows.append([mean, "", *(_cell(system["summary"][metric]["final"]) for metric in columns)])
     yield _table(rows, ["object", "step", *(METRICS[metric] for metric in columns)], style)
 
+    yield from remarks(results)
+
+    rows = [
+        [METRICS[metric], name, *(_cell(system["summary"][metric][figure]) for figure in SUMMARY)]
+        for metric in metrics_of(results)
+        for name, system in systems.items()
+    ]
+    yield _table(rows, ["metric", "method", *SUMMARY], style)
+    explained = [f"{figure}: {meaning}" for figure, meaning in FIGURES.items()]
+    yield "; ".join(explained[:2]) + ";\n" + "; ".join(explained[2:4]) + ";\n" + explained[4] + "."
+    if len(results["matrix"]["i_auroc"]) == 1:
+        yield "fm and fm_aggregate are undefined (-): with a single step there is nothing earlier to forget."
+    if "bytes" in results:
+        kept = ", ".join(f"{name} {system['bytes'] / 1e6:.1f} MB" for name, system in systems.items())
+        yield f"Kept for later steps: {kept}."
+    if "memory_bytes" in results:
+        yield _strategy(results)
+
+
+def remarks(results: dict[str, Any]) -> Iterator[str]:
+    """What must be said beside the numbers after the last step: which are undefined and why, and which show nothing."""
+    learned = objects_of(results)
+    columns = [metric for metric in metrics_of(results) if metric != "aupro_exact"]
+    last = {metric: results["matrix"][metric][-1] for metric in columns}
     gaps = {metric: sum(_undefined(last[metric][column]) for _, _, column in learned) for metric in columns}
     if any(gaps.values()):
         reasons = (f"{gaps[metric]} of {METRICS[metric]} ({_UNDEFINED[metric]})" for metric in columns if gaps[metric])
@@ -172,21 +276,6 @@ def _overview(results: dict[str, Any], style: str) -> Iterator[str]:
     ]
     if unbeaten:
         yield f"Not above a training-free floor, so nothing is shown, in: {', '.join(unbeaten)}."
-
-    rows = [
-        [METRICS[metric], name, *(_cell(system["summary"][metric][figure]) for figure in SUMMARY)]
-        for metric in _shown(results)
-        for name, system in systems.items()
-    ]
-    yield _table(rows, ["metric", "method", *SUMMARY], style)
-    yield _LEGEND
-    if len(results["matrix"]["i_auroc"]) == 1:
-        yield "fm and fm_aggregate are undefined (-): with a single step there is nothing earlier to forget."
-    if "bytes" in results:
-        kept = ", ".join(f"{name} {system['bytes'] / 1e6:.1f} MB" for name, system in systems.items())
-        yield f"Kept for later steps: {kept}."
-    if "memory_bytes" in results:
-        yield _strategy(results)
 
 
 def _strategy(results: dict[str, Any]) -> str:
@@ -214,10 +303,10 @@ def _decisions(results: dict[str, Any]) -> Iterator[str]:
     rows = []
     for step, decided in enumerate(results["decisions"]):
         for name, of_object in decided["objects"].items():
-            image, test = of_object["image"], of_object["test"]
+            image, test = of_object["image"], of_object.get("test", {})
             interval = " to ".join(f"{end:.4g}" for end in image["interval"])
             promise = "none: training images" if image["at_most"] is None else f"at most {image['at_most']:.1%}"
-            cells = (_percent(test[key]) for key in ("false_alarms", "misses", "recognised", "taken_as_unknown"))
+            cells = (_percent(test.get(key)) for key in ("false_alarms", "misses", "recognised", "taken_as_unknown"))
             rows.append([name, step, image["images"], f"{image['threshold']:.4g} ({interval})", promise, *cells])
     headers = ["object", "after step", "calibration images", "threshold of the score", "false alarms promised"]
     headers += ["false alarms", "misses", "recognised", "taken as unknown"]
@@ -238,16 +327,17 @@ def _percent(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.1%}"
 
 
-def _systems(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def systems_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The run's own method, then the floors."""
     return {results["config"]["method"]: results, **results.get("floors", {})}
 
 
-def _shown(results: dict[str, Any]) -> list[str]:
+def metrics_of(results: dict[str, Any]) -> list[str]:
+    """The metrics it has, in the order of `METRICS`."""
     return [metric for metric in METRICS if metric in results["matrix"]]
 
 
-def _learned(results: dict[str, Any]) -> list[tuple[int, str, int]]:
+def objects_of(results: dict[str, Any]) -> list[tuple[int, str, int]]:
     """The (step, object, column) learned so far, in the protocol's order."""
     done = len(results["matrix"]["i_auroc"])
     steps = enumerate(results["steps"][:done])

@@ -2,11 +2,15 @@
 
 import json
 import os
+import pty
+import re
 import resource
 import signal
 import subprocess
 import sys
+import termios
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +55,7 @@ def start(tmp_path_factory):
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
     }
 
-    def start(workdir, protocol="1-1", **changes):
+    def start(workdir, protocol="1-1", stderr=subprocess.PIPE, **changes):
         keys = SMALL | changes
         flags = [f"--config={QUICKSTART}:{protocol}", f"--workdir={workdir}"]
         return subprocess.Popen(
@@ -59,7 +63,7 @@ def start(tmp_path_factory):
             cwd=home,
             env=os.environ | quick,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
             text=True,
         )
 
@@ -84,6 +88,7 @@ def whole(run, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole") / "run"
     code, out, err = run(workdir)
     assert code == 0, err
+    workdir.with_name("stderr").write_text(err)
     return workdir, out
 
 
@@ -163,9 +168,58 @@ def test_tables_and_pictures_are_there(whole):
         name for name in pictures if name.startswith("step")
     }
     assert {f"matrix_{metric}.png" for metric in METRICS} <= pictures
+    assert {"report.html", "results.tex", "results.csv"} <= {path.name for path in workdir.iterdir()}
+    assert OBJECTS[1] in (workdir / "report.html").read_text()
     for name in pictures:
         with Image.open(workdir / "pictures" / name) as picture:
             assert np.asarray(picture.convert("L")).std() > 5  # not blank
+
+
+def test_where_there_is_no_terminal_a_few_plain_lines_tell_how_far_it_is(whole):
+    workdir, _ = whole
+    of_step = [np.nanmean(np.array(row, float)) for row in results_of(workdir)["matrix"]["i_auroc"]]
+    lines = workdir.with_name("stderr").read_text().split("\n")
+    assert [line for line in lines if ": epoch " not in line] == [  # which comes every half a minute
+        "step 0: learning CandyCane from 5 images",
+        f"step 0: mean I-AUROC {of_step[0]:.3f} over the objects seen",
+        "step 1: learning GummyBear from 5 images",
+        f"step 1: mean I-AUROC {of_step[1]:.3f} over the objects seen",
+        "",
+    ]
+
+
+def test_on_a_terminal_bars_tell_how_much_time_is_left(start, whole, tmp_path):
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    changes = {
+        "dataset.objects": "CandyCane",
+        "dataset.prepared": str(tmp_path / "prepared"),
+        "report.tensorboard": True,
+    }
+    shown = b""
+    with start(tmp_path / "run", "1-0", stderr=theirs, **changes) as process:
+        os.close(theirs)
+        with suppress(OSError):  # EIO: the other end was closed
+            while more := os.read(ours, 4096):
+                shown += more
+    os.close(ours)
+    assert process.returncode == 0
+    text = shown.decode()
+    for bar, unit in (("preparing CandyCane train", "image"), ("training", "update"), ("evaluating", "object")):
+        assert re.search(rf"\r{bar}: .*<\d\d:\d\d, .*{unit}", text) or re.search(rf"\r{bar}: +0%\|", text)
+    assert re.search(r"\rtraining: .*\[\d\d:\d\d<\d\d:\d\d, .*loss=", text)  # time left, and the loss
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_the_live_view_tells_the_same_as_the_ledger_with_the_time(whole):
+    workdir, _ = whole
+    kept = [event for event in read(workdir / "ledger.jsonl") if event["event"] in ("epoch", "evaluation")]
+    live = [event for event in read(workdir / "live.jsonl") if event["event"] in ("epoch", "evaluation")]
+    for event, shown in zip(kept, live, strict=True):
+        assert event.items() <= shown.items()
+        assert set(shown) - set(event) == {"time"} | (
+            {"learning_rate", "images_per_second"} if event["event"] == "epoch" else set()
+        )
 
 
 def test_a_run_killed_within_a_step_ends_as_if_it_had_not_been(start, run, whole, tmp_path):
@@ -224,7 +278,7 @@ def test_a_full_disk_stops_the_run(start, whole, tmp_path):
         out, err = process.communicate()
     assert (process.returncode, out) == (2, "")
     folder = workdir / "snapshots_within_step"
-    assert err == (
+    assert err.splitlines(keepends=True)[-1] == (
         f"iumad_jax: {folder}: the snapshot could not be saved (File too large); the one before it is intact, so make"
         " room and run the same command again.\n"
     )
@@ -255,8 +309,8 @@ def test_other_modalities_and_methods(run, whole, tmp_path, modality, method):
 def test_a_loss_that_is_not_finite_stops_the_run(run, whole, tmp_path):
     code, out, err = run(tmp_path / "run", **{"train.learning_rate": 1e30, "train.schedule": "step"})
     assert (code, out) == (2, "")
-    assert err.startswith('iumad_jax: loss "')
-    assert "of epoch 0; training stopped and nothing of this epoch was saved: lower config.train.learning_rate" in err
-    assert err.count("\n") == 1
+    *_, last = err.splitlines()
+    assert last.startswith('iumad_jax: loss "')
+    assert "of epoch 0; training stopped and nothing of this epoch was saved: lower config.train.learning_rate" in last
     assert [event["event"] for event in read(tmp_path / "run" / "ledger.jsonl")] == ["step"]
     assert not list((tmp_path / "run" / "snapshots_within_step").iterdir())

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iumad_jax.metrics import aggregate_forgetting, average_accuracy, final, forgetting, plasticity
+from iumad_jax.metrics import aggregate_forgetting, average_accuracy, falls, final, forgetting, plasticity
 
 ALL = (final, average_accuracy, forgetting, aggregate_forgetting, plasticity)
 nan = math.nan
@@ -34,6 +34,10 @@ def test_three_steps(function, expected):
     value = function(THREE_STEPS)
     assert type(value) is float
     assert value == pytest.approx(expected, abs=1e-15)
+
+
+def test_the_fall_of_each_object():
+    np.testing.assert_allclose(falls(THREE_STEPS), [0.15, 0.35, 0.20, nan], atol=1e-15)
 
 
 def test_two_steps():

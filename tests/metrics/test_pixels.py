@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from sklearn.metrics import auc, roc_auc_score, roc_curve
 
-from iumad_jax.metrics import aupro, aupro_exact, image_auroc, pixel_auroc, pixel_metrics
+from iumad_jax.metrics import aupro, aupro_exact, image_auroc, pixel_auroc, pixel_metrics, pro_curve
 
 PIXEL_FUNCTIONS = (pixel_auroc, aupro, aupro_exact)
 
@@ -277,3 +277,39 @@ def test_exact_aupro_of_one_defect_is_the_partial_auroc(maps, width, limit):
     area = auc([*rate[inside], limit], [*found[inside], np.interp(limit, rate, found)]) / limit
     assert aupro_exact(masks, maps, limit) == pytest.approx(area, abs=1e-12)
     assert aupro_exact(masks, maps, 1) == pytest.approx(pixel_auroc(masks, maps), abs=1e-12)
+
+
+@pytest.mark.parametrize("levels", [None, 5])
+def test_the_curve_at_given_rates(levels):
+    masks, maps = blobs(3, levels=levels)
+    rates = [0, 0.001, 0.1, 0.3, 0.999, 1]
+    overlap, thresholds = pro_curve(masks, maps, rates)
+    normal = np.sort(maps[~masks])
+    defects = [[maps[i][pixel] for pixel in component] for i in range(len(masks)) for component in components(masks[i])]
+    for rate, found, threshold in zip(rates, overlap, thresholds, strict=True):
+        lowest = next(score for score in normal if (normal > score).mean() <= rate)
+        assert threshold == lowest
+        assert found == pytest.approx(np.mean([np.mean(np.array(defect) > lowest) for defect in defects]))
+    assert (overlap[0], thresholds[-1]) == (pytest.approx(overlap.min()), normal[0])
+
+
+def test_the_area_under_the_curve_is_the_exact_one():
+    masks, maps = blobs(4)
+    rates = np.linspace(0, 0.3, 2000)
+    overlap, _ = pro_curve(masks, maps, rates)
+    assert np.trapezoid(overlap, rates) / 0.3 == pytest.approx(aupro_exact(masks, maps), abs=1e-3)
+
+
+def test_a_share_of_the_negatives_is_not_lost_to_rounding():
+    maps = np.arange(10.0).reshape(1, 1, 10)
+    _, thresholds = pro_curve(np.zeros((1, 1, 10)), maps, [0.1, 0.3, 0.7, 0.29])
+    np.testing.assert_array_equal(thresholds, [8, 6, 2, 7])  # one, three, seven and two of ten lie above
+
+
+def test_the_curve_where_it_is_undefined():
+    maps = np.arange(4.0).reshape(1, 2, 2)
+    overlap, thresholds = pro_curve(np.zeros((1, 2, 2)), maps, [0.5])
+    assert np.isnan(overlap)
+    assert thresholds == 1
+    overlap, thresholds = pro_curve(np.ones((1, 2, 2)), maps, [0.5])
+    assert np.isnan([overlap, thresholds]).all()

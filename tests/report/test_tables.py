@@ -1,9 +1,13 @@
 """Tables of hand-made results, cell by cell."""
 
 import copy
+import csv
+import io
 import json
 import math
 import re
+import shutil
+import subprocess
 
 import pytest
 
@@ -172,6 +176,8 @@ def test_results_read_back_with_null_for_undefined(tmp_path, console):
     }
     assert console(found) == console(results)
     assert (tmp_path / "results.md").read_text() == tables.markdown(found) == tables.markdown(results)
+    assert (tmp_path / "results.tex").read_text() == tables.latex(found) == tables.latex(results)
+    assert (tmp_path / "results.csv").read_text() == tables.comma_separated(found) == tables.comma_separated(results)
 
 
 def test_writing_changes_nothing_in_the_results(tmp_path):
@@ -187,3 +193,59 @@ def test_results_that_cannot_be_read_or_written(tmp_path):
     (tmp_path / "results.json").write_text('{"config": ')
     with pytest.raises(UserError, match=r"cannot read .*results\.json"):
         tables.read_results(tmp_path)
+
+
+LATEX = r"""% ib_iumad on zoo, rgb+depth, protocol 2-1; FM: the best earlier value minus the last
+\begin{tabular}{lrrrrrrrr}
+\toprule
+& \multicolumn{4}{c}{ib\_iumad} & \multicolumn{4}{c}{feature\_norm} \\
+\cmidrule(lr){2-5}\cmidrule(lr){6-9}
+object & I-AUROC & AUPRO & FM (I) & FM (A) & I-AUROC & AUPRO & FM (I) & FM (A) \\
+\midrule
+zebra & \textbf{70.0} & 60.0 & 10.0 & 10.0 & 65.0 & \textbf{65.0} & \textbf{0.0} & \textbf{0.0} \\
+ant & \textbf{85.0} & 40.0 & 5.0 & 10.0 & 65.0 & \textbf{65.0} & \textbf{0.0} & \textbf{0.0} \\
+cat & 60.0 & 30.0 & -- & -- & \textbf{65.0} & \textbf{65.0} & -- & -- \\
+\midrule
+mean & \textbf{71.7} & 43.3 & 7.5 & 10.0 & 65.0 & \textbf{65.0} & \textbf{0.0} & \textbf{0.0} \\
+\bottomrule
+\end{tabular}
+"""
+
+
+def with_floor(**others):
+    return run(floors={"feature_norm": {"matrix": FLOOR, "summary": tables.summarise(FLOOR)}}, **others)
+
+
+def test_latex_in_the_papers_form():
+    assert tables.latex(with_floor()) == LATEX
+    alone = tables.latex(run())  # nothing is the best of one
+    assert r"zebra & 70.0 & 60.0 & 10.0 & 10.0 \\" in alone.splitlines()
+
+
+def test_latex_keeps_names_from_being_commands(tmp_path):
+    names = [r"50%_a&b#c$d", r"\input{x}^2~y", "cat"]
+    steps = [[names[1], names[0]], ["cat"]]
+    text = tables.latex(with_floor(objects=names, steps=steps))
+    assert r"50\%\_a\&b\#c\$d & " in text
+    assert r"\textbackslash{}input\{x\}\textasciicircum{}2\textasciitilde{}y & " in text
+    if program := shutil.which("pdflatex"):
+        page = rf"\documentclass{{article}}\usepackage{{booktabs}}\begin{{document}}{text}\end{{document}}"
+        (tmp_path / "page.tex").write_text(page)
+        subprocess.run([program, "-halt-on-error", "page"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_comma_separated_values_read_back_to_the_last_digit():
+    rows = list(csv.DictReader(io.StringIO(tables.comma_separated(with_floor()))))
+    assert [(row["method"], row["object"], row["step"]) for row in rows] == [
+        (method, *place)
+        for method in ("ib_iumad", "feature_norm")
+        for place in (("zebra", "0"), ("ant", "0"), ("cat", "1"), ("mean", ""))
+    ]
+    zebra, ant, cat, mean = rows[:4]
+    assert (zebra["i_auroc"], ant["i_auroc"], cat["i_auroc"]) == ("0.7", "0.85", "0.6")
+    assert float(mean["i_auroc"]) == (0.85 + 0.6 + 0.7) / 3
+    assert (zebra["p_auroc"], zebra["p_auroc_object"], cat["fm_i_auroc"]) == ("", "", "")
+    assert float(zebra["fm_i_auroc"]) == 0.8 - 0.7
+    assert float(ant["fm_p_auroc"]) == 0.9 - 0.96
+    assert float(mean["fm_aupro"]) == pytest.approx(0.1)
+    assert rows[4]["aupro"] == "0.65"

@@ -1,0 +1,191 @@
+"""report.html: a whole run in one file that opens offline, on a phone too.
+
+The page is page/report.html with its style and script set in; everything it shows is in one JSON object, and the script
+sets text as text, so that no name in a dataset can become markup.
+"""
+
+import base64
+import hashlib
+import html
+import io
+import json
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from contourpy import contour_generator
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+from sklearn.metrics import roc_curve
+from tqdm import tqdm
+
+from iumad_jax.report import ledger, samples, tables
+from iumad_jax.report.figures import HOLE, RELIEF, relief
+from iumad_jax.report.samples import Samples
+
+Images = Callable[[str, Sequence[int]], tuple[NDArray, NDArray, NDArray]]
+
+BUDGET = 7_500_000  # bytes of pictures in a page
+_PICKS = ("worst", "best", "median")  # in this order they are kept when not all fit
+_DIGITS = 5  # of points on curves
+
+
+def write(workdir: Path, results: dict[str, Any], images: Images) -> None:
+    """Writes report.html from the results, the ledger and the samples of a run.
+
+    Args:
+        workdir: where the ledger and the samples lie.
+        results: what results.json holds.
+        images: of an object and some of its test images, by their numbers: RGB (n, h, w, 3) uint8, depth (n, h, w), NaN
+            where missing, and masks (n, h, w) of defects.
+
+    Raises:
+        UserError: something is missing or damaged, or the page cannot be written.
+    """
+    done = len(results["matrix"]["i_auroc"])
+    columns = tables.objects_of(results)
+    last = {name: samples.load(workdir, done - 1, name) for _, name, _ in columns}
+    as_learned = {
+        name: last[name] if step == done - 1 else samples.load(workdir, step, name) for step, name, _ in columns
+    }
+    shown, left_out = _pictures(last, as_learned, images)
+    page = {
+        "results": results,
+        "columns": columns,
+        "metrics": {metric: tables.METRICS[metric] for metric in tables.metrics_of(results)},
+        "figures": tables.FIGURES,
+        "systems": {
+            name: {key: system[key] for key in ("matrix", "summary")}
+            for name, system in tables.systems_of(results).items()
+        },
+        "remarks": list(tables.remarks(results)),
+        "losses": [event for event in ledger.read(workdir / "ledger.jsonl") if event["event"] == "epoch"],
+        "rates": samples.RATES,
+        "curves": {name: _curves(of_object) for name, of_object in last.items()},
+        "thresholds": {name: [_own(as_learned[name].thresholds), _own(last[name].thresholds)] for name in last},
+        "samples": shown,
+        "left_out": left_out,
+    }
+    ledger.write_whole(workdir / "report.html", _fill(page, tables.title(results)).encode())
+
+
+def pick(of_object: Samples) -> list[tuple[int, str, int, int]]:
+    """The best, the median and the worst test image of each kind by the score of the run's own method.
+
+    Good images are the better the lower they score, defective ones the higher.
+
+    Returns:
+        (number of the image, "best", "median" or "worst", its rank from 1, out of how many).
+    """
+    scores = _own(of_object.scores)
+    picked = []
+    for kind in sorted(set(of_object.defects), key=lambda kind: (kind != "good", kind)):
+        rows = [row for row, defect in enumerate(of_object.defects) if defect == kind]
+        rows.sort(key=lambda row: -scores[row] if of_object.anomalous[row] else scores[row])
+        places = {len(rows) // 2: "median", 0: "best", len(rows) - 1: "worst"}  # of fewer than three, the extremes
+        picked += [(rows[place], name, place + 1, len(rows)) for place, name in sorted(places.items())]
+    return picked
+
+
+def _own(by_system: dict[str, NDArray]) -> NDArray:
+    """The value of the run's own method, which comes first."""
+    return next(iter(by_system.values()))
+
+
+def _pictures(
+    last: dict[str, Samples], as_learned: dict[str, Samples], images: Images
+) -> tuple[list[dict[str, Any]], int]:
+    """What the page shows of the picked samples, and how many of them did not fit."""
+    found: list[dict[str, Any]] = []
+    for name, of_object in tqdm(last.items(), "report.html", unit="object", disable=None, leave=False):
+        picked = pick(of_object)
+        rgb, depth, masks = images(name, [row for row, *_ in picked])
+        for index, (row, place, rank, count) in enumerate(picked):
+            found.append(
+                {
+                    "object": name,
+                    "id": of_object.ids[row],
+                    "defect": of_object.defects[row],
+                    "anomalous": of_object.anomalous[row],
+                    "pick": place,
+                    "rank": [rank, count],
+                    "scores": {system: scores[row] for system, scores in of_object.scores.items()},
+                    "rgb": _webp(np.asarray(rgb[index])),
+                    "relief": _webp(_shaded(np.asarray(depth[index]))) if np.isfinite(depth[index]).any() else None,
+                    "size": np.shape(rgb[index])[:2],
+                    "truth": outline(masks[index]),
+                    "maps": [_quantised(of_step, row) for of_step in (as_learned[name], of_object)],
+                }
+            )
+    sizes = {id(one): len(json.dumps(ledger.as_json(one))) for one in found}
+    room, kept = BUDGET, set()
+    for one in sorted(found, key=lambda one: _PICKS.index(one["pick"])):
+        room -= sizes[id(one)]
+        if room >= 0:
+            kept.add(id(one))
+    return [one for one in found if id(one) in kept], len(found) - len(kept)
+
+
+def _quantised(of_step: Samples, row: int) -> dict[str, Any]:
+    pixels = base64.b64encode(of_step.maps[row].tobytes()).decode()
+    return {"pixels": pixels, "side": of_step.maps.shape[1], "low": of_step.low, "high": of_step.high}
+
+
+def _curves(of_object: Samples) -> dict[str, Any]:
+    """By system: the corners of the ROC curve of images, and the overlaps of the PRO curve."""
+    curves = {}
+    for system, scores in of_object.scores.items():
+        both = 0 < np.count_nonzero(of_object.anomalous) < len(of_object.anomalous)
+        roc = roc_curve(of_object.anomalous, scores)[:2] if both else ([], [])
+        curves[system] = {
+            "roc": np.round(roc, _DIGITS),
+            "overlap": np.round(of_object.overlap[system], _DIGITS),
+        }
+    return curves
+
+
+def outline(mask: ArrayLike) -> str:
+    """The path of an SVG around what is above 0 in a mask (h, w), a unit being a pixel; "" around nothing."""
+    padded = np.pad(np.asarray(mask) > 0, 1).astype(float)
+    paths = []
+    for line in contour_generator(z=padded).lines(0.5):
+        points = np.asarray(line)[:-1] - 0.5
+        ahead, behind = np.roll(points, -1, 0) - points, points - np.roll(points, 1, 0)
+        corners = points[np.any(ahead != behind, axis=1)]
+        paths.append("M" + "L".join(f"{x:g} {y:g}" for x, y in corners) + "Z")
+    return "".join(paths)
+
+
+def _shaded(depth: NDArray) -> NDArray:
+    dark, bright = RELIEF
+    heights = relief(depth)
+    grey = np.nan_to_num(255 * (heights - dark) / (bright - dark)).clip(0, 255).astype(np.uint8)
+    hole = [int(HOLE[at : at + 2], 16) for at in (1, 3, 5)]
+    return np.where(np.isfinite(heights)[..., None], grey[..., None], hole).astype(np.uint8)
+
+
+def _webp(pixels: NDArray) -> str:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "WEBP", quality=80)
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _fill(page: dict[str, Any], title: str) -> str:
+    """The template with its parts; no script but this one may run, and nothing is fetched from anywhere."""
+    script = '"use strict";\n' + "\n".join(map(_part, ("chart.js", "tables.js", "samples.js", "report.js")))
+    data = json.dumps(ledger.as_json(page), allow_nan=False, separators=(",", ":"))
+    parts = {
+        "title": html.escape(title),
+        "digest": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        "style": _part("report.css"),
+        "script": script,
+        "data": data.replace("<", "\\u003c"),  # so that no </script> in a name ends it
+    }
+    head, *rest = (piece.split("}}", 1) for piece in _part("report.html").split("{{"))
+    return head[0] + "".join(parts[name] + text for name, text in rest)
+
+
+def _part(name: str) -> str:
+    return (resources.files("iumad_jax.report") / "page" / name).read_text(encoding="utf-8")

@@ -1,0 +1,251 @@
+// ---- samples ----
+
+const INFERNO = [
+  [0, 0, 4],
+  [31, 12, 72],
+  [85, 15, 109],
+  [136, 34, 106],
+  [186, 54, 85],
+  [227, 89, 51],
+  [249, 140, 10],
+  [249, 201, 50],
+  [252, 255, 164],
+];
+const HEAT = Uint8Array.from({ length: 256 * 3 }, (_, i) => {
+  const at = (Math.floor(i / 3) / 255) * (INFERNO.length - 1);
+  const [low, high] = [INFERNO[Math.floor(at)], INFERNO[Math.ceil(at)]];
+  return low[i % 3] + (high[i % 3] - low[i % 3]) * (at % 1);
+});
+const chosen = () => rates.length - 1 - Number($("threshold").value); // to the right the threshold rises
+const state = () => Number($("state").value);
+
+/** What was decided about an object after the last step (1) or the one that learned it (0), if anything was. */
+function decided(object, which) {
+  const [learned] = columns.find(([, name]) => name === object);
+  return results.decisions?.at(which ? -1 : learned)?.objects[object];
+}
+
+/** Above which a pixel is marked. */
+function pixelThreshold(object, which) {
+  const own = $("decided").checked ? decided(object, which)?.pixel.threshold : page.thresholds[object][which][chosen()];
+  return own ?? null;
+}
+
+/** Whether a sample's image raises an alarm after the last step, where that was decided. */
+function verdict({ object, anomalous, scores }) {
+  const image = decided(object, 1)?.image;
+  if (!image) return null;
+  const alarm = scores[own] > image.threshold;
+  const text = alarm ? (anomalous ? "alarm" : "false alarm") : anomalous ? "missed" : "passed";
+  return h("span", { class: `chip ${alarm === anomalous ? "" : "wrong"}` }, text);
+}
+
+/** The values of a map at every pixel, in its own unit. */
+function upsampled({ pixels, side, low, high }, [height, width]) {
+  const values = Uint8Array.from(atob(pixels), (byte) => byte.charCodeAt(0));
+  const all = new Float32Array(height * width);
+  const near = (i, size) => {
+    const at = Math.min(Math.max(((i + 0.5) * side) / size - 0.5, 0), side - 1);
+    return [Math.floor(at), Math.min(Math.floor(at) + 1, side - 1), at % 1];
+  };
+  const across = Array.from({ length: width }, (_, x) => near(x, width));
+  for (let y = 0; y < height; y++) {
+    const [up, down, v] = near(y, height);
+    across.forEach(([left, right, u], x) => {
+      const above = values[up * side + left] * (1 - u) + values[up * side + right] * u;
+      const below = values[down * side + left] * (1 - u) + values[down * side + right] * u;
+      all[y * width + x] = low + ((above * (1 - v) + below * v) / 255) * (high - low);
+    });
+  }
+  return all;
+}
+
+function makeCard(sample) {
+  const [height, width] = sample.size;
+  const canvas = () => h("canvas", { width, height });
+  const [mask, map] = [canvas(), canvas()];
+  const image = (source, alt) => h("img", { src: source, alt, loading: "lazy" });
+  const truth = () =>
+    s("svg", { viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" }, s("path", { d: sample.truth }));
+  const panel = (name, ...layers) =>
+    h("figure", {}, h("div", { class: "picture" }, ...layers), h("figcaption", {}, name));
+  const label = sample.anomalous ? "defective" : "good";
+  const found = h("dd");
+  const element = h(
+    "article",
+    { class: "card" },
+    h(
+      "header",
+      {},
+      h("h3", {}, sample.object),
+      h("span", { class: `chip ${label}` }, sample.defect),
+      h("span", { class: "chip" }, sample.pick),
+      verdict(sample),
+      h(
+        "button",
+        {
+          type: "button",
+          "aria-label": `Enlarge ${sample.object} ${sample.id}`,
+          "aria-pressed": "false",
+          onclick: (event) => {
+            event.currentTarget.setAttribute("aria-pressed", String(element.classList.toggle("wide")));
+          },
+        },
+        "⤢",
+      ),
+    ),
+    h(
+      "div",
+      { class: "panels" },
+      panel("RGB", image(sample.rgb, `${sample.object}, ${sample.defect}`)),
+      sample.relief ? panel("depth relief", image(sample.relief, `depth of ${sample.object}, ${sample.defect}`)) : null,
+      panel(sample.truth ? "truth and mask" : "mask", image(sample.rgb, ""), mask, truth()),
+      panel("map", map, truth()),
+    ),
+    h(
+      "dl",
+      { class: "quiet" },
+      h("dt", {}, "image"),
+      h("dd", {}, `${sample.id} · rank ${sample.rank.join(" of ")} of its kind`),
+      h("dt", {}, "score"),
+      h(
+        "dd",
+        {},
+        ...names.flatMap((name, i) => [
+          i ? " · " : "",
+          h("b", { style: `color: var(--color); ${colour(name)}`, title: name }, sample.scores[name].toPrecision(4)),
+        ]),
+      ),
+      h("dt", {}, "mask"),
+      found,
+    ),
+  );
+
+  let truthPixels = null;
+  const values = [];
+  const card = { sample, element, label, dirty: true, near: false };
+  card.draw = () => {
+    card.dirty = false;
+    const which = state();
+    values[which] ??= upsampled(sample.maps[which], sample.size);
+    const threshold = pixelThreshold(sample.object, which);
+    const low = Math.min(...sample.maps.map((one) => one.low));
+    const high = Math.max(...sample.maps.map((one) => one.high));
+    const over = values[which].map((value) => known(threshold) && value > threshold);
+    const [masked, heat] = [new ImageData(width, height), new ImageData(width, height)];
+    values[which].forEach((value, i) => {
+      const level = Math.round((255 * (value - low)) / (high - low || 1));
+      heat.data.set(HEAT.subarray(3 * level, 3 * level + 3), 4 * i);
+      heat.data[4 * i + 3] = 255;
+      if (!over[i]) return;
+      const inside = over[i - 1] && over[i + 1] && over[i - width] && over[i + width];
+      masked.data.set([255, 176, 0, inside ? 85 : 255], 4 * i);
+    });
+    mask.getContext("2d").putImageData(masked, 0, 0);
+    map.getContext("2d").putImageData(heat, 0, 0);
+    if (!truthPixels) {
+      const context = new OffscreenCanvas(width, height).getContext("2d");
+      context.fill(new Path2D(sample.truth), "evenodd");
+      truthPixels = context
+        .getImageData(0, 0, width, height)
+        .data.filter((_, i) => i % 4 === 3)
+        .map((alpha) => alpha > 127);
+    }
+    let [defect, both, all] = [0, 0, 0];
+    over.forEach((is, i) => {
+      defect += truthPixels[i];
+      all += is;
+      both += is && truthPixels[i];
+    });
+    const rest = `${percent((all - both) / (width * height - defect))} of the rest`;
+    found.textContent = defect ? `${percent(both / defect)} of the defect, ${rest}` : rest;
+    if (!known(threshold)) found.textContent = "no threshold is known";
+  };
+  return card;
+}
+
+function samples() {
+  const cards = page.samples.map(makeCard);
+  const options = (values) => [
+    h("option", { value: "" }, "all"),
+    ...[...new Set(values)].map((value) => h("option", {}, value)),
+  ];
+  $("by-object").append(...options(page.samples.map(({ object }) => object)));
+  $("by-kind").append(
+    ...options(
+      page.samples.map(({ defect }) => defect).sort((a, b) => (b === "good") - (a === "good") || a.localeCompare(b)),
+    ),
+  );
+  $("threshold").max = rates.length - 1;
+  $("threshold").value = rates.length - 1 - rates.findIndex((rate) => rate >= 0.01);
+  $("state-label").hidden = steps === 1;
+
+  let waiting = false;
+  const refresh = () => {
+    if (waiting) return; // only what is in view is drawn, once per frame
+    waiting = true;
+    requestAnimationFrame(() => {
+      waiting = false;
+      for (const card of cards) if (card.near && card.dirty) card.draw();
+    });
+  };
+  const watcher = new IntersectionObserver(
+    (entries) => {
+      for (const { target, isIntersecting } of entries)
+        cards.find(({ element }) => element === target).near = isIntersecting;
+      refresh();
+    },
+    { rootMargin: "300px" },
+  );
+  for (const { element } of cards) watcher.observe(element);
+
+  const redrawn = () => {
+    for (const card of cards) card.dirty = true;
+    const overlap = (name) => mean(objects.map((object) => page.curves[object][name].overlap[chosen()]));
+    const found = names.flatMap((name) => [" ", h("b", { style: colour(name), title: name }, show(overlap(name)))]);
+    $("threshold").disabled = $("decided").checked;
+    if ($("decided").checked) $("threshold-text").textContent = "every object's own, set by good calibration images";
+    else
+      $("threshold-text").replaceChildren(
+        `${percent(rates[chosen()])} of normal pixels raised; found of defects:`,
+        ...found,
+      );
+    $("threshold").setAttribute("aria-valuetext", $("threshold-text").textContent);
+    for (const marker of document.querySelectorAll(".marker")) marker.move(chosen());
+    refresh();
+  };
+  const score = ({ sample }) => sample.scores[own];
+  const orders = {
+    object: () => 0,
+    kind: (a, b) => (b.label === "good") - (a.label === "good") || a.sample.defect.localeCompare(b.sample.defect),
+    worst: (a, b) => b.sample.rank[0] / b.sample.rank[1] - a.sample.rank[0] / a.sample.rank[1],
+    high: (a, b) => score(b) - score(a),
+    low: (a, b) => score(a) - score(b),
+  };
+  const arranged = () => {
+    const wanted = [
+      ["by-object", ({ sample }) => sample.object],
+      ["by-label", ({ label }) => label],
+      ["by-kind", ({ sample }) => sample.defect],
+      ["by-pick", ({ sample }) => sample.pick],
+    ];
+    for (const card of cards)
+      card.element.hidden = !wanted.every(([id, of]) => !$(id).value || $(id).value === of(card));
+    $("cards").append(...[...cards].sort(orders[$("sort").value]).map(({ element }) => element));
+    const shown = cards.filter(({ element }) => !element.hidden).length;
+    const rest = page.left_out ? ` (${page.left_out} more did not fit into this file)` : "";
+    $("count").textContent = `${shown} of ${cards.length} samples${rest}`;
+  };
+  for (const id of ["by-object", "by-label", "by-kind", "by-pick", "sort"]) $(id).addEventListener("change", arranged);
+  $("state").addEventListener("change", redrawn);
+  $("threshold").addEventListener("input", redrawn);
+  $("decided").addEventListener("change", redrawn);
+  $("decided-label").hidden = !results.decisions?.length;
+  $("controls").addEventListener("submit", (event) => event.preventDefault());
+  addEventListener("beforeprint", () => {
+    for (const card of cards) if (!card.element.hidden) card.draw();
+    for (const details of document.querySelectorAll("details")) details.open = true;
+  });
+  arranged();
+  redrawn();
+}

@@ -1,0 +1,216 @@
+// ---- the matrix of a metric, and what was forgotten ----
+
+function forgetting(metric) {
+  const all = names.flatMap((name) => systems[name].matrix[metric].flat()).filter(known);
+  const lowest = Math.min(0.5, ...all);
+  const cell = (value, kind, title) => {
+    const depth = known(value) ? (value - lowest) / (1 - lowest) : 0;
+    return h("td", { class: kind, title, style: `--v: ${depth}` }, show(value));
+  };
+  const rows = (name) =>
+    systems[name].matrix[metric].map((_, step) => {
+      const values = row(name, metric, step);
+      return h(
+        "tr",
+        { style: `--heat: var(--color); ${colour(name)}` },
+        h("th", { scope: "row" }, `step ${step}`),
+        ...columns.map(([first, object], i) =>
+          first > step
+            ? h("td", { class: "unseen", title: `${object} is learned at step ${first}` })
+            : cell(values[i], first === step ? "first" : "", `${name}, ${object}, after step ${step}`),
+        ),
+        cell(mean(values), "mean", `${name}, mean after step ${step}`),
+      );
+    });
+  $("matrix").replaceChildren(
+    h(
+      "thead",
+      {},
+      h(
+        "tr",
+        {},
+        h("th", { scope: "col" }, "after"),
+        ...[...objects, "mean"].map((name) => h("th", { scope: "col" }, h("span", {}, name))),
+      ),
+    ),
+    ...names.map((name) =>
+      h(
+        "tbody",
+        {},
+        h(
+          "tr",
+          {},
+          h("th", { class: "name", scope: "rowgroup", colspan: columns.length + 2, style: colour(name) }, name),
+        ),
+        ...rows(name),
+      ),
+    ),
+  );
+
+  const figures = Object.keys(page.figures);
+  $("summary").replaceChildren(
+    h(
+      "thead",
+      {},
+      h("tr", {}, h("th", {}, metrics[metric]), ...figures.map((figure) => h("th", { scope: "col" }, figure))),
+    ),
+    h(
+      "tbody",
+      {},
+      ...names.map((name) =>
+        h(
+          "tr",
+          { style: colour(name) },
+          h("th", { scope: "row" }, name),
+          ...figures.map((figure) => h("td", {}, show(systems[name].summary[metric][figure]))),
+        ),
+      ),
+    ),
+  );
+
+  const path = (name, i) =>
+    systems[name].matrix[metric]
+      .map((_, step) => [step, row(name, metric, step)[i]])
+      .filter(([, value]) => known(value));
+  const means = (name) =>
+    systems[name].matrix[metric]
+      .map((_, step) => [step, mean(row(name, metric, step))])
+      .filter(([, value]) => known(value));
+  const lines = [
+    ...objects.map((name, i) => ({
+      name,
+      label: name,
+      points: path(own, i),
+      kind: "thin",
+      style: `--color: oklch(0.62 0.13 ${Math.round((360 * i) / objects.length)})`,
+    })),
+    ...floors.map((name) => ({ name: `mean of ${name}`, points: means(name), style: colour(name) + dashed(name) })),
+    { name: `mean of ${own}`, points: means(own), kind: "bold", style: colour(own) },
+  ];
+  const low = Math.floor(Math.min(...lines.flatMap(({ points }) => points.map(([, value]) => value)), 1) * 10) / 10;
+  const box = h("div");
+  $("forgetting-chart").replaceChildren(box);
+  chart(box, {
+    lines,
+    height: Math.max(300, 60 + 14 * objects.length),
+    end: 128,
+    label: `${metrics[metric]} of every object after every step; the same numbers stand in the table above`,
+    x: { from: 0, to: Math.max(steps - 1, 1), name: "step", ticks: Array.from({ length: steps }, (_, i) => i) },
+    y: { from: low, to: 1, name: metrics[metric] },
+  });
+}
+
+// ---- tables that sort ----
+
+function sortable(table, headers, rows) {
+  const body = h("tbody");
+  const heads = headers.map((name, i) =>
+    h(
+      "th",
+      { scope: "col" },
+      h(
+        "button",
+        {
+          type: "button",
+          onclick: () => {
+            const up = heads[i].getAttribute("aria-sort") === (i ? "descending" : "ascending") ? -1 : 1;
+            const direction = i ? -up : up; // numbers: the highest first
+            for (const head of heads) head.removeAttribute("aria-sort");
+            heads[i].setAttribute("aria-sort", direction > 0 ? "ascending" : "descending");
+            const order = [...rows].sort(({ keys: { [i]: a } }, { keys: { [i]: b } }) =>
+              !known(a) || !known(b)
+                ? known(b) - known(a)
+                : direction * (typeof a === "string" ? a.localeCompare(b) : a - b),
+            );
+            body.append(...order.map(({ element }) => element));
+          },
+        },
+        name,
+      ),
+    ),
+  );
+  body.append(...rows.map(({ element }) => element));
+  table.append(h("thead", {}, h("tr", {}, ...heads)), body);
+}
+
+function objectTable() {
+  const shown = Object.keys(metrics).filter((metric) => metric !== "aupro_exact");
+  const cell = (values) => {
+    const [ours, ...theirs] = values;
+    const wins = known(ours) && theirs.every((value) => !known(value) || ours > value);
+    return h(
+      "td",
+      {},
+      h("span", { class: wins && floors.length ? "wins" : null, style: colour(own) }, show(ours)),
+      ...floors.map((name, i) => h("small", { style: colour(name), title: name }, h("b", {}, show(theirs[i])))),
+    );
+  };
+  const rows = columns.map(([step, name], i) => {
+    const values = shown.map((metric) => names.map((system) => row(system, metric, steps - 1)[i]));
+    return {
+      keys: [name, step, ...values.map(([ours]) => ours)],
+      element: h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, String(step)), ...values.map(cell)),
+    };
+  });
+  $("objects-note").replaceChildren(
+    "In every cell: ",
+    h("b", { style: colour(own) }, own),
+    ...floors.flatMap((name) => [", ", h("b", { style: `color: var(--color); ${colour(name)}` }, name)]),
+    floors.length ? "; ✓ where the first is above every floor." : ".",
+  );
+  sortable($("object-table"), ["object", "step", ...shown.map((metric) => metrics[metric])], rows);
+  $("object-table").append(
+    h(
+      "tfoot",
+      {},
+      h(
+        "tr",
+        {},
+        h("th", { scope: "row" }, "mean"),
+        h("td"),
+        ...shown.map((metric) => cell(names.map((name) => systems[name].summary[metric].final))),
+      ),
+    ),
+  );
+}
+
+/** The thresholds that calibration images set, and how often the decisions err on test images. */
+function decisions() {
+  const last = results.decisions?.at(-1);
+  if (!last) return;
+  const rates = {
+    false_alarms: "false alarms",
+    misses: "misses",
+    recognised: "recognised",
+    taken_as_unknown: "unknown",
+  };
+  const share = (value) => (known(value) ? `${(100 * value).toFixed(1)} %` : "–");
+  const limit = ({ threshold, interval, images }) =>
+    h(
+      "td",
+      { title: `95 % interval ${interval.map((end) => end.toPrecision(4)).join(" to ")}, set by ${images} images` },
+      threshold.toPrecision(4),
+    );
+  const rows = objects
+    .filter((name) => last.objects[name])
+    .map((name) => {
+      const { image, pixel, test = {} } = last.objects[name];
+      const shares = Object.keys(rates).map((rate) => test[rate]);
+      return {
+        keys: [name, image.threshold, pixel.threshold, ...shares],
+        element: h(
+          "tr",
+          {},
+          h("th", { scope: "row" }, name),
+          limit(image),
+          limit(pixel),
+          ...shares.map((value) => h("td", {}, share(value))),
+        ),
+      };
+    });
+  $("decisions-note").textContent =
+    `After the last step. Good calibration images alone set the thresholds, ${share(last.quantile)} of them are to` +
+    " pass; false alarms, misses, and which object an image is taken for are counted on test images.";
+  sortable($("decision-table"), ["object", "image threshold", "pixel threshold", ...Object.values(rates)], rows);
+  $("decisions").hidden = false;
+}

@@ -1,0 +1,132 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,-all
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Your own objects
+#
+# Any object that a camera sees, with or without a depth sensor: put good images into folders, train, and look. Here the
+# images are drawn so that the notebook runs as it is; put yours into the same folders.
+
+# %% tags=["install"]
+# The package, where it is not installed yet: from the repository this notebook lies in, or by its name.
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+if importlib.util.find_spec("iumad_jax") is None:
+    source = ".." if pathlib.Path("../pyproject.toml").exists() else "iumad-jax"
+    subprocess.check_call([sys.executable, "-m", "pip", "install", "--quiet", source])
+
+# %% tags=["parameters"]
+root = "data/objects"  # one folder per object
+workdir = "runs/own_objects"
+epochs, images, pixels = 20, 24, 256
+
+# %% [markdown]
+# ## The folders
+#
+# ```
+# data/objects/washer/train/good/rgb/000.png      good images to learn from
+# data/objects/washer/train/good/depth/000.tiff   their depth in metres, NaN where missing; may be left out
+# data/objects/washer/val/good/rgb/000.png        more good ones, which set thresholds
+# data/objects/washer/test/good/rgb/000.png       images to judge by: good ones,
+# data/objects/washer/test/notch/rgb/000.png      and every kind of defect,
+# data/objects/washer/test/notch/mask/000.png     with masks, 0 where good; may be left out
+# ```
+
+# %%
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def draw(shape, seed, defective):
+    """An object on a belt half a metre below the camera: RGB, depth in metres, and the mask of a notch or a dent."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:pixels, :pixels] / pixels - 0.5 + rng.uniform(-0.05, 0.05, (2, 1, 1))
+    radius, angle = np.hypot(x, y), np.arctan2(y, x) + rng.uniform(0, 6)
+    body = (radius < 0.3) & (radius > 0.12) if shape == "washer" else radius < 0.26 + 0.03 * np.cos(8 * angle)
+    mask = np.zeros_like(body)
+    if defective:
+        mask = body & (np.hypot(x - 0.2 * np.cos(seed), y - 0.2 * np.sin(seed)) < 0.06)
+    colour = np.array([180, 180, 190] if shape == "washer" else [190, 140, 60])
+    rgb = np.where((body & ~mask)[..., None], colour, (60, 70, 60)) + rng.normal(0, 4, (pixels, pixels, 3))
+    depth = 0.5 - 0.02 * (body & ~mask) + rng.normal(0, 2e-4, body.shape)
+    return rgb.clip(0, 255).astype(np.uint8), depth.astype(np.float32), mask
+
+
+def save(folder, number, rgb, depth, mask=None):
+    """The files of one image."""
+    for kind, array, suffix in (("rgb", rgb, "png"), ("depth", depth, "tiff"), ("mask", mask, "png")):
+        if array is not None:
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(folder / kind / f"{number:03}.{suffix}")
+
+
+for shape, defect in (("washer", "notch"), ("gear", "dent")):
+    for number in range(images):
+        save(Path(root) / shape / "train" / "good", number, *draw(shape, number, False)[:2])
+    for number in range(8):
+        save(Path(root) / shape / "val" / "good", number, *draw(shape, 1000 + number, False)[:2])
+        save(Path(root) / shape / "test" / "good", number, *draw(shape, 2000 + number, False)[:2])
+        save(Path(root) / shape / "test" / defect, number, *draw(shape, 3000 + number, True))
+
+# %% [markdown]
+# ## Learning them one after the other
+#
+# Without depth, set `config.modality = "rgb"`. Every key is explained in `iumad_jax/config.py`.
+
+# %%
+from iumad_jax import config as configs
+from iumad_jax import experiment
+
+config = configs.paper("1-1")
+config.dataset.name = "folder"
+config.dataset.root = root
+config.dataset.objects = "washer,gear"  # in the order of learning
+config.model.width = 128
+config.model.hidden = 512
+config.model.heads = 4
+config.model.layers = 1
+config.model.patch_size = 16
+config.model.dropout = 0.0
+config.model.jitter.scale = 5.0
+config.model.standardise = True
+config.model.ib_weight = 0.001
+config.train.epochs = epochs
+config.train.batch_size = 8
+config.train.learning_rate = 2e-3
+config.train.schedule = "cosine"
+
+results = experiment.run(config, Path(workdir))
+
+# %% [markdown]
+# ## What it sees
+
+# %%
+from IPython.display import Image as Picture
+from IPython.display import Markdown, display
+
+from iumad_jax.report import tables
+
+display(Markdown(tables.markdown(results).split("\n## ")[0]))
+for name in results["objects"]:
+    display(Picture(filename=f"{workdir}/pictures/step1_{name}.jpg", width=900))
+
+# %% [markdown]
+# `report.html` in the workdir shows the best, the median and the worst images of every kind, with a threshold to play
+# with. For new images there is `python -m iumad_jax.predict`; the README tells how.

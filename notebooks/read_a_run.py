@@ -1,0 +1,129 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,-all
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Reading a finished run
+#
+# What lies in a workdir is meant to be read by other programs: `results.json`, `ledger.jsonl`, `results.csv`, and
+# `samples/` with the score of every test image. This notebook reads them with nothing but NumPy and Matplotlib.
+
+# %% tags=["install"]
+# The package, where it is not installed yet: from the repository this notebook lies in, or by its name.
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+if importlib.util.find_spec("iumad_jax") is None:
+    source = ".." if pathlib.Path("../pyproject.toml").exists() else "iumad-jax"
+    subprocess.check_call([sys.executable, "-m", "pip", "install", "--quiet", source])
+
+# %% tags=["parameters"]
+workdir = "runs/notebook"  # of a finished run, such as the quickstart's
+
+# %% [markdown]
+# Where no run lies there, the smallest one is made, so that there is something to read: two sweets, nothing trained.
+
+# %%
+from pathlib import Path
+
+from iumad_jax import config as configs
+from iumad_jax import experiment
+
+if not (Path(workdir) / "results.json").exists():
+    config = configs.paper("1-1")
+    config.method = "nearest_neighbours"
+    config.dataset.name = "candies"
+    config.dataset.root = f"{workdir}_candies"
+    config.dataset.objects = "CandyCane,GummyBear"
+    config.dataset.render.update(train=8, size=128)
+    experiment.run(config, Path(workdir))
+
+# %% [markdown]
+# ## The results
+#
+# `matrix[metric][step][object]` is null before the step that learned the object; `floors` holds the same for the
+# methods without training.
+
+# %%
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+results = json.loads((Path(workdir) / "results.json").read_text())
+systems = {results["config"]["method"]: results, **results["floors"]}
+print("objects:", *results["objects"])
+for name, system in systems.items():
+    for metric in ("i_auroc", "aupro"):
+        print(
+            f"{name:20} {metric:8}",
+            {key: value and round(value, 3) for key, value in system["summary"][metric].items()},
+        )
+
+# %%
+figure, axes = plt.subplots(1, len(systems), figsize=(4 * len(systems), 3), sharey=True, squeeze=False)
+for axis, (name, system) in zip(axes[0], systems.items(), strict=True):
+    matrix = np.array(system["matrix"]["i_auroc"], float)
+    axis.plot(matrix, "o-", color="0.7", linewidth=1)
+    axis.plot(np.nanmean(matrix, axis=1), "o-", linewidth=3)
+    axis.set(title=name, xlabel="step", xticks=range(len(matrix)))
+axes[0][0].set_ylabel("I-AUROC: every object, and their mean")
+plt.show()
+
+# %% [markdown]
+# ## The ledger
+#
+# One event per line, in order; two runs with one seed on a CPU write the same bytes.
+
+# %%
+from iumad_jax.report import ledger
+
+events = ledger.read(Path(workdir) / "ledger.jsonl")
+epochs = [event for event in events if event["event"] == "epoch"]
+if epochs:
+    plt.semilogy([event["loss"] for event in epochs])
+    plt.xlabel("epochs of all steps")
+    plt.ylabel("loss")
+print(len(events), "events, of which", len(epochs), "are epochs")
+
+# %% [markdown]
+# ## Every test image
+#
+# `samples/` keeps scores, curves and small maps of all test images after every step, here those of the first object.
+
+# %%
+from iumad_jax.report import samples
+
+name, last = results["objects"][0], len(results["steps"]) - 1
+kept = samples.load(Path(workdir), last, name)
+figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
+for system, scores in kept.scores.items():
+    order = np.argsort(-scores)
+    left.plot(np.cumsum(~kept.anomalous[order]), np.cumsum(kept.anomalous[order]), label=system)
+    right.plot(samples.RATES, kept.overlap[system], label=system)
+left.set(title=f"{name}: images", xlabel="good images raised", ylabel="defective images found")
+right.set(title=f"{name}: pixels", xlabel="share of normal pixels raised", ylabel="mean share of a defect found")
+right.legend()
+plt.show()
+
+# %%
+worst = np.argsort(-kept.scores[results["config"]["method"]])[:6]
+figure, axes = plt.subplots(1, 6, figsize=(12, 2.4))
+for axis, row in zip(axes, worst, strict=True):
+    axis.imshow(kept.maps[row], "inferno", vmin=0, vmax=255)
+    axis.set(title=f"{kept.defects[row]} {kept.ids[row]}", xticks=[], yticks=[])
+figure.suptitle("The highest scores")
+plt.show()

@@ -1,0 +1,101 @@
+"""What is kept of test images: read back as it was, and close enough to the maps it stands for."""
+
+import numpy as np
+import pytest
+
+from iumad_jax.errors import UserError
+from iumad_jax.metrics import pro_curve
+from iumad_jax.report import samples
+from iumad_jax.report.samples import RATES
+
+SIZE, COUNT = 64, 6
+IDS, DEFECTS = ["0", "1", "2", "3", "4", "ü/5"], ["good", "good", "bump", "bump", "dent", "good"]
+ANOMALOUS = [0, 0, 1, 1, 1, 0]
+
+
+def smooth(seed):
+    """Maps as methods make them: 16 x 16 tokens, interpolated."""
+    tokens = np.random.default_rng(seed).gamma(1, size=(COUNT, 17, 17))
+    at = np.linspace(0, 15.999, SIZE)
+    low, part = at.astype(int), at % 1
+    rows = tokens[:, low] * (1 - part)[:, None] + tokens[:, low + 1] * part[:, None]
+    return (rows[:, :, low] * (1 - part) + rows[:, :, low + 1] * part).astype(np.float32)
+
+
+@pytest.fixture
+def masks():
+    masks = np.zeros((COUNT, SIZE, SIZE), bool)
+    masks[2:5, 10:30, 20:40] = True
+    return masks
+
+
+@pytest.fixture
+def maps(masks):
+    return {"ours": smooth(0) + masks, "floor": smooth(1)}
+
+
+def summary(masks, maps):
+    scores = {name: of_system.max(axis=(1, 2)) for name, of_system in maps.items()}
+    return samples.summarise(IDS, DEFECTS, ANOMALOUS, masks, scores, maps)
+
+
+def test_saved_and_read_back(tmp_path, masks, maps):
+    kept = summary(masks, maps)
+    samples.save(tmp_path, 2, "ant", kept)
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step2_ant.npz"]
+    found = samples.load(tmp_path, 2, "ant")
+    assert (found.ids, found.defects, found.low, found.high) == (tuple(IDS), tuple(DEFECTS), kept.low, kept.high)
+    assert found.anomalous.tolist() == [False, False, True, True, True, False]
+    np.testing.assert_array_equal(found.maps, kept.maps)
+    for name, of_system in maps.items():
+        np.testing.assert_array_equal(found.scores[name], of_system.max(axis=(1, 2)))
+        overlap, thresholds = pro_curve(masks, of_system, RATES)
+        np.testing.assert_array_equal(found.overlap[name], overlap)
+        np.testing.assert_array_equal(found.thresholds[name], thresholds)
+    assert list(found.scores) == ["ours", "floor"]
+
+
+def test_small_maps_stand_for_the_methods_own(masks, maps):
+    """Each is the mean of 4 x 4 pixels, to half a level of 255."""
+    kept = summary(masks, maps)
+    assert kept.maps.shape == (COUNT, SIZE // 4, SIZE // 4)
+    for image, y, x in ((0, 0, 0), (3, 5, 7), (5, 15, 15)):
+        expected = maps["ours"][image, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4].mean()
+        found = kept.low + kept.maps[image, y, x] / 255 * (kept.high - kept.low)
+        assert found == pytest.approx(expected, abs=0.51 * (kept.high - kept.low) / 255)
+    assert (kept.maps.min(), kept.maps.max()) == (0, 255)
+
+
+def test_flat_maps(masks, maps):
+    kept = summary(masks, {"ours": np.full_like(maps["ours"], 3)})
+    assert (kept.low, kept.high) == (3, 3)
+    assert not kept.maps.any()
+
+
+def test_without_masks_thresholds_come_from_good_images(maps):
+    kept = summary(None, maps)
+    good = np.sort(maps["ours"][[0, 1, 5]].ravel())
+    assert np.isnan(kept.overlap["ours"]).all()
+    for rate, threshold in zip(RATES, kept.thresholds["ours"], strict=True):
+        assert (good > threshold).mean() <= rate * (1 + 1e-9) < (good >= threshold).mean() + 1e-9
+
+
+def test_files_that_are_missing_damaged_or_not_ours(tmp_path, masks, maps):
+    with pytest.raises(UserError, match=r"step0_ant\.npz cannot be read"):
+        samples.load(tmp_path, 0, "ant")
+    samples.save(tmp_path, 0, "ant", summary(masks, maps))
+    path = tmp_path / "samples" / "step0_ant.npz"
+    whole = path.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], whole[:300] + bytes(200) + whole[500:]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"step0_ant\.npz cannot be read"):
+            samples.load(tmp_path, 0, "ant")
+    np.savez(path, ids=[1])
+    with pytest.raises(UserError, match="cannot be read"):
+        samples.load(tmp_path, 0, "ant")
+
+
+def test_a_place_that_cannot_be_written(tmp_path, masks, maps):
+    (tmp_path / "samples").write_text("a file")
+    with pytest.raises(UserError, match="cannot write"):
+        samples.save(tmp_path, 0, "ant", summary(masks, maps))

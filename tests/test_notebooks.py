@@ -1,0 +1,106 @@
+"""The notebooks run from their first to their last cell, at small sizes, and are what their paired scripts say."""
+
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
+
+
+@pytest.fixture(scope="module")
+def execute(tmp_path_factory):
+    """Runs a notebook in a folder with other parameters; returns the cells' outputs."""
+    home = tmp_path_factory.mktemp("home")
+    quick = pytest.MonkeyPatch()
+    quick.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    quick.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+
+    def execute(name, **parameters):
+        notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+        cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+        assert len(cells) == 1
+        assert all(key in cells[0].source for key in parameters)
+        cells[0].source += "".join(f"\n{key} = {value!r}" for key, value in parameters.items())
+        NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": home}}).execute()
+        return home, [output for cell in notebook.cells for output in cell.get("outputs", [])]
+
+    yield execute
+    quick.undo()
+
+
+def shown(outputs, kind):
+    """What was displayed of a MIME type."""
+    return [output["data"][kind] for output in outputs if kind in output.get("data", {})]
+
+
+def said(outputs):
+    return "".join(output["text"] for output in outputs if output["output_type"] == "stream")
+
+
+def test_all_four_are_there():
+    assert NAMES == ["kernels", "own_objects", "quickstart", "read_a_run"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_and_its_script_are_one(name):
+    notebook, script = (jupytext.read(FOLDER / f"{name}.{suffix}") for suffix in ("ipynb", "py"))
+    of_notebook, of_script = (
+        [(cell.cell_type, cell.source, cell.metadata.get("tags", [])) for cell in one.cells]
+        for one in (notebook, script)
+    )
+    assert of_notebook == of_script
+    assert (FOLDER / f"{name}.ipynb").stat().st_size < 200_000
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert code[0].metadata.tags == ["install"]
+    for path in ("/home", "/root", "/work", "/tmp"):
+        assert path not in "".join(cell.source for cell in notebook.cells)
+
+
+@pytest.fixture(scope="module")
+def quickstart(execute):
+    return execute("quickstart", objects="CandyCane,GummyBear,Marshmallow", epochs=1, images=8, pixels=64)
+
+
+def test_quickstart(quickstart):
+    home, outputs = quickstart
+    (table,) = shown(outputs, "text/markdown")
+    for name in ("CandyCane", "GummyBear", "Marshmallow", "nearest_neighbours"):
+        assert name in table
+    assert len(shown(outputs, "image/jpeg")) == 3
+    assert 'href="runs/notebook/report.html"' in shown(outputs, "text/html")[-1]
+    assert (home / "runs" / "notebook" / "report.html").stat().st_size > 100_000
+
+
+def test_reading_a_run(quickstart, execute):
+    _, outputs = execute("read_a_run")
+    assert len(shown(outputs, "image/png")) == 4
+    assert "events, of which 2 are epochs" in said(outputs)
+    assert "objects: CandyCane GummyBear Marshmallow" in said(outputs)
+
+
+def test_reading_without_a_run_makes_the_smallest(execute):
+    home, outputs = execute("read_a_run", workdir="runs/smallest")
+    assert (home / "runs" / "smallest" / "results.json").exists()
+    assert len(shown(outputs, "image/png")) == 3  # nothing was trained
+    assert "of which 0 are epochs" in said(outputs)
+
+
+def test_own_objects(execute):
+    pytest.importorskip("iumad_jax.data.folder")
+    home, outputs = execute("own_objects", epochs=1, images=8, pixels=64)
+    (table,) = shown(outputs, "text/markdown")
+    assert "washer" in table
+    assert "gear" in table
+    assert len(shown(outputs, "image/jpeg")) == 2
+    assert (home / "runs" / "own_objects" / "report.html").exists()
+
+
+def test_kernels(execute):
+    _, outputs = execute("kernels", batch=1, channels=16, states=4, lengths=[8, 16], turns=1)
+    assert said(outputs).count("differs by") == 3
+    assert "16 positions: selective_scan" in said(outputs)
+    assert len(shown(outputs, "image/png")) == 1
