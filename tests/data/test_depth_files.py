@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from iumad_jax.data import depth
+from iumad_jax.data.clouds import read_ply
 from iumad_jax.data.depth_files import read_depth
 from iumad_jax.errors import UserError
 
@@ -105,6 +106,13 @@ def test_formats(tmp_path: Path, scan, ending: str, encode, missing: float) -> N
         assert [found.fx, found.fy, found.cx, found.cy] == pytest.approx([true.fx, true.fy, true.cx, true.cy], abs=1e-3)
     else:
         assert found is None
+
+
+def test_a_ply_file_tells_its_own_size(tmp_path: Path, scan) -> None:
+    cloud = scan(24, 32, seed=8).cloud
+    for size, shape in ((True, (24, 32)), (False, (32, 24))):
+        (tmp_path / "000.ply").write_bytes(ply(cloud, size=size))
+        assert read_ply(tmp_path / "000.ply", (32, 24)).shape == (*shape, 3)
 
 
 @pytest.mark.parametrize("factor", [1000, 100, 1, 4000])
@@ -213,6 +221,14 @@ def test_bad_file(tmp_path: Path, ending: str, content: bytes, expected: str) ->
     assert message.endswith(".")
     assert "\n" not in message
     assert ". " not in message
+
+
+def test_a_damaged_tiff_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "000.tiff"
+    file.write_bytes(tiff(CLOUD).replace(struct.pack("<HH", 273, 4), struct.pack("<HH", 273, 99)))  # where its rows are
+    with pytest.raises(UserError, match=r"000\.tiff cannot be read"):
+        read_depth(file, 1.0, (48, 64), "")
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(("ending", "encode"), [*FORMATS.values(), ("png", png)], ids=[*FORMATS, "PNG"])

@@ -119,6 +119,14 @@ def test_settings_and_what_is_assumed_without(root: Path) -> None:
     assert Folder(root).read("bolt", "train", "000").camera.fx == 64
 
 
+def test_a_cloud_knows_its_camera_better_than_the_settings(root: Path, scan) -> None:
+    """Here they are wrong; and only depth images need them."""
+    (root / "dataset.yaml").write_text("unit: m\ncamera: {fx: 9, fy: 9, cx: 1, cy: 1}")
+    (root / DEPTH).unlink()
+    np.save((root / DEPTH).with_suffix(".npy"), scan().cloud)
+    assert Folder(root, "bolt").read("bolt", "train", "000").camera.fx == pytest.approx(scan().camera.fx)
+
+
 @pytest.mark.parametrize(("noise", "expected"), [(1e-4, 3), (2e-2, 15)])
 def test_the_window_of_normals_follows_from_the_noise(root: Path, scan, noise: float, expected: int) -> None:
     """Pixels are 5.9 mm apart."""
