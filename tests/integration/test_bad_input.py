@@ -96,6 +96,14 @@ WRONG_VALUES = {
     "a negative seed": (keys(seed=-1), "config.seed is -1; use 0 to 4000000"),
     "heads that do not divide the width": (keys(model__heads=3), "config.model.width is"),
     "a patch larger than the image": (keys(model__patch_size=4000), "config.model.patch_size is 4000; use at most"),
+    "heads of iuf that do not divide the width": (
+        keys(method="iuf", model__heads=1, model__width=6),
+        "config.model.width is 6; use a multiple of 4",
+    ),
+    "a grid that uniad's mask hides": (
+        keys(method="uniad", backbone__grid=7),
+        "config.backbone.grid is 7, where uniad's",
+    ),
     "an unknown encoding": (keys(input__depth_encoding="foo"), 'config.input.depth_encoding is "foo"; use one of'),
     "an unknown strategy": (keys(continual__strategy="ewc"), 'config.continual.strategy is "ewc"; use one of finetune'),
     "an unknown optimiser": (
