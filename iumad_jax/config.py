@@ -147,9 +147,12 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"config.model.width is {model.width}; use an even multiple of config.model.heads, which is {model.heads}."
         )
+    if config.method == "iuf" and model.width % 4:
+        raise UserError(f"config.model.width is {model.width}; use a multiple of 4, the heads of iuf's class network.")
     if config.method == "uniad" and config.backbone.grid < 8:
         raise UserError(
-            f"config.backbone.grid is {config.backbone.grid}, where uniad's mask hides all 7 x 7 tokens; use 8 or more."
+            f"config.backbone.grid is {config.backbone.grid}, where uniad's mask of 7 x 7 tokens hides all; use 8 or"
+            " more."
         )
     if model.patch_size > config.input.size:
         raise UserError(

@@ -101,7 +101,7 @@ def test_compression_moves_the_weights_through_the_live_batch_alone(method, vari
 
 
 def test_projection_by_hand():
-    """D = 4: what is left of the four directions is ln 1, ln 2, ln 3 and ln 4, divided by ln 4."""
+    """In four dimensions, what is left of the directions is ln 1, ln 2, ln 3 and ln 4, divided by ln 4."""
     rotation = np.linalg.qr(np.random.default_rng(0).standard_normal((4, 4)))[0]
     matrix = projection((rotation * [100, 9, 4, 1]) @ rotation.T)
     for direction, left in zip(rotation.T, [0, 0.5, 0.792481, 1], strict=True):

@@ -100,6 +100,14 @@ WRONG_VALUES = {
         keys(floors="ib_iumad"),
         'config.floors is "ib_iumad"; use "feature_norm,nearest_neighbours"',
     ),
+    "heads of iuf that do not divide the width": (
+        keys(method="iuf", model__heads=1, model__width=6),
+        "config.model.width is 6; use a multiple of 4",
+    ),
+    "a grid that uniad's mask hides": (
+        keys(method="uniad", backbone__grid=7),
+        "config.backbone.grid is 7, where uniad's",
+    ),
     "an unknown encoding": (keys(input__depth_encoding="foo"), 'config.input.depth_encoding is "foo"; use one of'),
     "an unknown strategy": (keys(continual__strategy="ewc"), 'config.continual.strategy is "ewc"; use one of finetune'),
     "an unknown optimiser": (
