@@ -66,6 +66,7 @@ def paper(protocol: str) -> ConfigDict:
     config.model.dropout = 0.1
     config.model.patch_size = 8  # of the Mamba decoder's stem, pixels
     config.model.states = 16  # of the selective scan, per channel
+    config.model.scan = ""  # how it is computed: reference, xla or mosaic; "": what the device does best
     config.model.detach_condition = True
     config.model.bottleneck_ratio = 2 / 3
     config.model.target = "both"  # what the discriminator compares with, given two modalities; or rgb (paper), depth

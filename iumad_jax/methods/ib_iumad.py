@@ -56,6 +56,7 @@ class Network(nn.Module):
                 config.patch_size,
                 config.layers,
                 config.states,
+                config.scan or None,
                 name=f"mamba_{modality}",
             )
             condition, logits[modality] = mamba(images[modality])

@@ -79,7 +79,8 @@ def command(home, capsys, monkeypatch):
     monkeypatch.chdir(home)
 
     def run(name, *flags):
-        code = {"predict": predict, "evaluate": evaluate}[name].main(["command", *flags])
+        monkeypatch.setattr(sys, "argv", arguments := ["command", *flags])  # where ml_collections looks for keys
+        code = {"predict": predict, "evaluate": evaluate}[name].main(arguments)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -269,9 +270,7 @@ def test_evaluate_repeats_what_training_found(home, command):
 
 
 def test_evaluate_tells_objects_apart_that_were_never_learned(home, command):
-    code, _, err = command(
-        home, "evaluate", "--workdir=run", "--step=0", "--config.dataset.objects=GummyBear,CandyCane"
-    )
+    code, _, err = command("evaluate", "--workdir=run", "--step=0", "--config.dataset.objects=GummyBear,CandyCane")
     assert code == 0, err
     folder = home / "run" / "evaluations" / "eyecandies_step0"
     results, before = results_of(folder), results_of(home / "run")
