@@ -58,8 +58,8 @@ def prediction(scores, peaks):
 @pytest.fixture
 def calibrated():
     good = {
-        "A": decisions.Good(prediction([1, 2, 3], [5, 6, 4]), np.array([[1.0, 9], [2, 9], [1, 8]])),
-        "B": decisions.Good(prediction([7, 8], [1, 2]), np.array([[9.0, 2], [9, 3]]), trained_on=True),
+        "A": decisions.Good(prediction([1, 2, 3], [5, 6, 4]), np.array([[1.0, 13], [2, 13], [1, 12]])),
+        "B": decisions.Good(prediction([7, 8], [1, 2]), np.array([[13.0, 2], [13, 3]]), trained_on=True),
     }
     return decisions.calibrate(good, 0.995)
 
@@ -70,16 +70,25 @@ def test_every_object_has_thresholds_of_its_own(calibrated):
     assert [of[name]["pixel"]["threshold"] for name in "AB"] == [6, 2]
     assert of["A"]["image"]["at_most"] == pytest.approx(1 / 4)
     assert of["B"]["image"]["at_most"] is None  # scores of images trained on promise nothing
-    assert calibrated["unknown"]["threshold"] == 3
-    assert calibrated["unknown"]["images"] == 5
     assert calibrated["usual"] == pytest.approx(np.sqrt((1 + 4 + 1 + 4 + 9) / 5))
+
+
+def test_unknown_is_what_lies_halfway_to_other_objects(calibrated):
+    assert calibrated["unknown"]["good"]["threshold"] == 3
+    assert calibrated["unknown"]["good"]["images"] == 5
+    assert calibrated["unknown"]["others"] == 12
+    assert calibrated["unknown"]["threshold"] == 6
+    alone = decisions.calibrate({"A": decisions.Good(prediction([1], [1]), np.array([[2.5]]))}, 0.995)
+    assert (alone["unknown"]["threshold"], alone["unknown"]["others"]) == (5, None)
+    mixed = {"A": decisions.Good(prediction([1, 1], [1, 1]), np.array([[3.0, 4], [7, 6]]))}
+    assert decisions.calibrate(mixed, 0.995)["unknown"]["threshold"] == 6  # never less than what good images exceed
 
 
 def test_rates_are_shares_of_test_images(calibrated):
     anomalous = np.array([False, False, False, False, True, True])
     truth = GroundTruth(None, None, None, None, anomalous, None, None)
     scores = [3, 3.5, 1, 4, 2, 9]  # equal to the threshold is no alarm
-    distance = np.array([[1.0, 9], [1, 9], [9, 2], [1, 9], [4, 5], [3, 5]])
+    distance = np.array([[1.0, 9], [1, 9], [9, 2], [1, 9], [7, 8], [6, 8]])
     found = decisions.rates(calibrated, "A", prediction(scores, [0] * 6), truth, distance)
     assert found == {
         "false_alarms": 2 / 4,
@@ -93,7 +102,7 @@ def test_rates_are_shares_of_test_images(calibrated):
 
 
 def test_unknown_objects(calibrated):
-    distances = {"A": np.array([[1.0, 9], [5, 6]]), "C": np.array([[4.0, 6], [2, 7], [8, 9]])}
+    distances = {"A": np.array([[1.0, 9], [7, 8]]), "C": np.array([[6.5, 7], [2, 7], [8, 9]])}
     confidences = {"A": np.array([0.9, 0.8]), "C": np.array([0.7, 0.85, 0.6])}
     found = decisions.unknown_rates(calibrated, distances, confidences)
     assert found["objects"] == {"C": pytest.approx(2 / 3)}

@@ -1,8 +1,8 @@
 """A detector in formats that other programs read.
 
 The exported function takes images as `Detector.prepare` makes them, for each modality in turn: float32 values 0 to 255
-of shape (batch, size, size, 3). It returns the fields of `detector.Outputs`, by name. Thresholds and weights are part of
-it; the batch size is fixed.
+of shape (batch, size, size, 3). It returns the fields of `detector.Outputs`, by name. Thresholds and weights are part
+of it; the batch size is fixed.
 """
 
 import json
