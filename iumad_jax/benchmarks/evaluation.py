@@ -57,7 +57,7 @@ def _sets() -> Iterator[tuple[Prediction, GroundTruth]]:
             mask[top : top + 24, left : left + 16] = True
         masks &= anomalous[:, None, None]
         region: Any = np.broadcast_to(np.hypot(*np.mgrid[-1:1:224j, -1:1:224j]) < 0.6, masks.shape)
-        truth = GroundTruth(masks, np.ones(count, bool), region, region, anomalous, nothing, nothing)
+        truth = GroundTruth(masks, anomalous | True, region, region, anomalous, nothing, nothing)
         yield Prediction(maps, maps.max((1, 2)), None), truth
 
 

@@ -90,6 +90,7 @@ def _engines(workdir: Path, step: int | None, prepared: dict[str, np.ndarray]) -
     def loaded(batch: int, format_: str) -> Callable[[], Any]:
         images = [np.repeat(array, batch, axis=0) for array in prepared.values()]
         detector = Detector.load(workdir, step, **{"model.scan": formats.SCANS[format_]})
+        run: Callable[..., Any]
         if format_ == "stablehlo":
             run = jax.jit(formats.flat(detector, batch))
         else:

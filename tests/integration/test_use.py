@@ -17,6 +17,7 @@ from iumad_jax import Detector, evaluate, predict, snapshots
 from iumad_jax.data.candies import render
 from iumad_jax.data.eyecandies import Eyecandies
 from iumad_jax.errors import UserError
+from iumad_jax.export import __main__ as export
 
 LEARNED, NEVER = ("CandyCane", "GummyBear"), "Lollipop"
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.py"
@@ -80,7 +81,7 @@ def command(home, capsys, monkeypatch):
 
     def run(name, *flags):
         monkeypatch.setattr(sys, "argv", arguments := ["command", *flags])  # where ml_collections looks for keys
-        code = {"predict": predict, "evaluate": evaluate}[name].main(arguments)
+        code = {"predict": predict, "evaluate": evaluate, "export": export}[name].main(arguments)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -283,6 +284,53 @@ def test_evaluate_tells_objects_apart_that_were_never_learned(home, command):
     assert [event["event"] for event in events] == ["evaluation"] * 3 + ["unknown"]
 
 
+ALONE = """
+import sys
+import numpy as np
+images = [np.load(f"{name}.npy") for name in ("rgb", "depth")]
+if sys.argv[1] == "onnx":
+    import onnxruntime
+    session = onnxruntime.InferenceSession("detector.onnx")
+    names = [one.name for one in session.get_outputs()]
+    found = dict(zip(names, session.run(None, {"rgb": images[0], "depth": images[1]})))
+    assert "jax" not in sys.modules
+else:
+    import jax
+    from jax import export
+    found = export.deserialize(bytearray(open("detector.stablehlo", "rb").read())).call(*images)
+assert "iumad_jax" not in sys.modules
+np.savez("found.npz", **found)
+"""
+
+
+@pytest.mark.parametrize("format_", ["stablehlo", "onnx"])
+def test_an_exported_file_runs_alone(home, command, detector, eyecandies_root, format_):
+    """On real images of CandyCane, in a process that does not load this package."""
+    real = samples(Eyecandies(eyecandies_root, "CandyCane"), "CandyCane")[:2]
+    expected = detector(*stacked(real))
+    for name, array in detector.prepare(*stacked(real)).items():
+        np.save(home / f"{name}.npy", array)
+    code, out, err = command(
+        "export", "--workdir=run", f"--format={format_}", f"--output=detector.{format_}", "--batch=2"
+    )
+    assert code == 0, err
+    assert out.startswith(f"detector.{format_}: ")
+    described = json.loads((home / "detector.json").read_text())
+    assert described["objects"] == list(LEARNED)
+    assert described["inputs"] == {"rgb": [2, 64, 64, 3], "depth": [2, 64, 64, 3]}
+    subprocess.run([sys.executable, "-c", ALONE, format_], cwd=home, check=True)
+    with np.load(home / "found.npz") as found:
+        assert set(found) == set(described["outputs"])
+        scale = expected.map.max()
+        np.testing.assert_allclose(found["map"], expected.map, atol=1e-4 * scale)
+        np.testing.assert_allclose(found["score"], expected.score, rtol=1e-4)
+        np.testing.assert_allclose(found["probability"], expected.probability, rtol=1e-3)
+        assert [LEARNED[index] for index in found["object_id"]] == expected.object.tolist()
+        for field in ("anomalous", "unknown", "image_threshold", "pixel_threshold"):
+            np.testing.assert_allclose(found[field], getattr(expected, field))
+        assert (found["mask"] != expected.mask).mean() < 1e-3
+
+
 BAD_COMMANDS = {
     "no workdir": ("predict", ["--output=x"], "--workdir is missing; write --workdir=PATH."),
     "no run there": ("evaluate", ["--workdir=candies"], "candies holds no run; give the --workdir of one."),
@@ -292,6 +340,7 @@ BAD_COMMANDS = {
     "no output": ("predict", ["--workdir=run"], "--output is missing"),
     "no depth": ("predict", ["--workdir=run", "--output=x", "--input=candies"], "--depth is missing; this model"),
     "no input": ("predict", ["--workdir=run", "--output=x", "--input=nix"], "--input is nix, which does not exist"),
+    "no such format": ("export", ["--workdir=run", "--format=pb"], "flag --format=pb: value should be one of"),
     "no object": ("predict", ["--workdir=run", "--output=x", "--object=Bear"], '"Bear" is no object of this model'),
 }  # fmt: skip
 
