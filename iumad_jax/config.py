@@ -73,6 +73,7 @@ def paper(protocol: str) -> ConfigDict:
     config.model.dropout = 0.1
     config.model.patch_size = 8  # of the Mamba decoder's stem, pixels
     config.model.states = 16  # of the selective scan, per channel
+    config.model.scan = ""  # how it is computed: reference, xla or mosaic; "": what the device does best
     config.model.class_grid = 56  # side to which iuf's class network pools its image, pixels
     config.model.mamba = True  # False: no Mamba decoder, so that nothing tells what object it is (an ablation)
     config.model.detach_condition = True  # whether the reconstruction's loss stops short of what recognises objects

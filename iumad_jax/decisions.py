@@ -63,11 +63,10 @@ def calibrate(good: dict[str, Good], quantile: float) -> Decisions:
         quantile: of good images that are to pass.
 
     Returns:
-        `objects`: by name, `image` and `pixel` thresholds; `unknown`: the threshold of the distance to the nearest
-        object, from all objects' images together; `usual`, the root mean square of an image's distance to its own.
+        `objects`: by name, `image` and `pixel` thresholds; `unknown`, see `_unknown`; `usual`, the root mean square of
+        an image's distance to its own object.
     """
     own = np.concatenate([one.distance[:, column] for column, one in enumerate(good.values())])
-    nearest = np.concatenate([one.distance.min(1) for one in good.values()])
 
     def of_method(scores: ArrayLike, trained_on: bool) -> Threshold:
         return threshold(scores, quantile) | ({"at_most": None} if trained_on else {})
@@ -75,7 +74,7 @@ def calibrate(good: dict[str, Good], quantile: float) -> Decisions:
     return {
         "quantile": quantile,
         "usual": float(np.sqrt(np.mean(own**2))),
-        "unknown": threshold(nearest, quantile),
+        "unknown": _unknown(np.concatenate([one.distance for one in good.values()]), quantile),
         "objects": {
             name: {
                 "image": of_method(one.prediction.score, one.trained_on),
@@ -83,6 +82,23 @@ def calibrate(good: dict[str, Good], quantile: float) -> Decisions:
             }
             for name, one in good.items()
         },
+    }
+
+
+def _unknown(distance: Float[np.ndarray, "n k"], quantile: float) -> dict[str, Any]:
+    """From which distance to the nearest object an image shows none of them, by the good images of all.
+
+    Images with defects are farther away than good ones, too, and are not to be taken for something unknown: the
+    threshold is the geometric mean of what few good images exceed (`good`) and of the distance to the nearest other
+    object that few fall below (`others`), and at least the former; with a single object, twice the former.
+    """
+    ordered = np.sort(distance, axis=1)
+    good = threshold(ordered[:, 0], quantile)
+    others = -threshold(-ordered[:, 1], quantile)["threshold"] if distance.shape[1] > 1 else 4 * good["threshold"]
+    return {
+        "threshold": math.sqrt(good["threshold"] * max(others, good["threshold"])),
+        "good": good,
+        "others": others if distance.shape[1] > 1 else None,
     }
 
 

@@ -53,6 +53,7 @@ class Network(nn.Module):
                     config.patch_size,
                     config.layers,
                     config.states,
+                    config.scan or None,
                     name=f"mamba_{m}",
                 )
                 condition, logits[m] = mamba(images[m])

@@ -311,7 +311,8 @@ def _decisions(results: dict[str, Any]) -> Iterator[str]:
     headers = ["object", "after step", "calibration images", "threshold of the score", "false alarms promised"]
     headers += ["false alarms", "misses", "recognised", "taken as unknown"]
     yield _table(rows, headers, "github")
-    if unknown := results.get("unknown"):
+    unknown = results.get("unknown", {"objects": {}})
+    if unknown["objects"]:
         yield "## Objects that were never learned"
         yield (
             f"Of the images of learned objects {_percent(unknown['taken_as_unknown'])} are taken as unknown."
