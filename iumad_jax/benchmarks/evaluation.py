@@ -37,7 +37,7 @@ def main() -> None:
             difference = _difference(matrix, prediction, truth)
     began = time.perf_counter()
     config = {"method": "random", "modality": "rgb", "dataset": {"name": "noise"}, "protocol": "10-0"}
-    tables.markdown(tables.gather(config, objects, [objects], {"random": matrix}, {"random": 0}, [], seconds))
+    tables.markdown(tables.gather(config, objects, [objects], {"random": matrix}, {"random": 0}, 0, [], seconds))
     seconds += time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kB on Linux
     print(f"evaluation of {sum(_IMAGES)} maps: {seconds:.2f} s, {seconds / sorting:.1f} times what sorting them takes")
