@@ -124,7 +124,6 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture
 def page(browser, workdir):
-    browser.call("Emulation.setEmulatedMedia", media="", features=[{"name": "prefers-color-scheme", "value": "light"}])
     browser.open(workdir / "report.html")
     yield browser
     assert browser.errors == []
