@@ -49,8 +49,9 @@ class Browser:
         return answer["result"]
 
     def open(self, path: Path, width: int = 1280, height: int = 900):
-        """Loads a file in a window of a size."""
+        """Loads a file in a window of a size, on a light screen."""
         self.errors.clear()
+        self.call("Emulation.setEmulatedMedia", media="", features=[{"name": "prefers-color-scheme", "value": "light"}])
         self.resize(width, height)
         self.call("Page.navigate", url=path.as_uri())
         while (event := self._read()).get("method") != "Page.loadEventFired":

@@ -124,7 +124,6 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture
 def page(browser, workdir):
-    browser.call("Emulation.setEmulatedMedia", media="", features=[{"name": "prefers-color-scheme", "value": "light"}])
     browser.open(workdir / "report.html")
     yield browser
     assert browser.errors == []
@@ -482,6 +481,10 @@ def test_everything_can_be_reached_by_keyboard(page):
 
 def test_printing_shows_every_sample(page):
     page.call("Page.printToPDF", printBackground=True)
+    page.call("Emulation.setEmulatedMedia", media="print")
+    page.resize(794, 1123)  # A4
+    page.settle()
+    assert page.run("document.documentElement.scrollWidth") == 794
     drawn = page.run(
         "[...document.querySelectorAll('.card')].map(c => c.querySelectorAll('canvas')[1])"
         ".map(c => c.getContext('2d').getImageData(0, 0, 1, 1).data[3])"
@@ -508,3 +511,6 @@ def test_a_single_step_without_depth_masks_decisions_or_training(browser, tmp_pa
     absent = ["#state-label", "#decided-label", "#decisions", "#training figure"]
     assert browser.run(f"{absent}.every(s => document.querySelector(s).hidden)")
     assert browser.run("document.querySelectorAll('.card:first-child .panels figure').length") == 3
+    browser.resize(390, 800)
+    browser.settle()
+    assert browser.run("document.querySelector('#threshold').offsetWidth") > 200
