@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from iumad_jax import commands, data, decisions, methods, recognition, snapshots
+from iumad_jax import commands, data, decisions, inputs, methods, recognition, snapshots
 from iumad_jax.errors import UserError
 from iumad_jax.metrics import image_auroc, pixel_metrics
 from iumad_jax.predict import predict
@@ -64,11 +64,9 @@ def evaluate_snapshot(config: ConfigDict, workdir: Path, snapshot: Snapshot, out
     Raises:
         UserError: the dataset is at fault, or something cannot be written.
     """
-    from iumad_jax import experiment  # which evaluates, too
-
     began = time.monotonic()
     reader = data.open_reader(config)
-    store = experiment.open_store(config, reader, workdir)
+    store = inputs.open_store(config, reader, workdir)
     decided, variables = snapshot.record["decisions"][-1], snapshot.variables
     recogniser = recognition.fit(variables["recognition"])
     systems = methods.systems(config, len(snapshot.record["inputs"]["objects"]))
@@ -101,8 +99,8 @@ def evaluate_snapshot(config: ConfigDict, workdir: Path, snapshot: Snapshot, out
         learned,
         [learned],
         matrices,
-        {system: experiment.size_of(variables[system]) for system in systems},
-        experiment.size_of(snapshot.memory),
+        {system: snapshots.size_of(variables[system]) for system in systems},
+        snapshots.size_of(snapshot.memory),
         [decided],
         time.monotonic() - began,
     )

@@ -2,9 +2,7 @@
 
 import dataclasses
 import functools
-import hashlib
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +13,20 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from iumad_jax import config as configs
-from iumad_jax import continual, data, decisions, methods, parallel, protocol, recognition, train
+from iumad_jax import continual, data, decisions, inputs, methods, parallel, protocol, recognition, snapshots, train
 from iumad_jax import workdir as workdirs
 from iumad_jax.continual.strategy import Memory, Strategy
 from iumad_jax.data.pipeline import training_batches, updates_per_epoch
-from iumad_jax.data.processing import Processing
 from iumad_jax.data.sample import Reader
 from iumad_jax.data.store import PreparedSet, Store
 from iumad_jax.evaluate import evaluate
 from iumad_jax.methods.method import Method
 from iumad_jax.metrics import final
-from iumad_jax.models import pretrained
-from iumad_jax.models.efficientnet import FeatureExtractor
 from iumad_jax.predict import predict
 from iumad_jax.report import figures, html, live, samples, tables
 from iumad_jax.report.ledger import Ledger, as_json
 from iumad_jax.report.live import Live
-from iumad_jax.shapes import Batch, Prediction, Variables
+from iumad_jax.shapes import Prediction, Variables
 from iumad_jax.snapshots import Position, Snapshot, Snapshots
 
 
@@ -107,10 +102,10 @@ def start(config: ConfigDict, workdir: Path, reader: Reader, steps: tuple[protoc
     optimizers = {own.optimizer: train.make_optimizer(own) for own in (train.of_step(config, i) for i in (0, 1))}
     check_training(config, method, strategy, reader, steps)
     live.check(config.report.tensorboard)
-    store = open_store(config, reader, workdir)
+    store = inputs.open_store(config, reader, workdir)
     workdirs.claim(workdir, config)
-    snapshots, ledger = Snapshots(workdir), Ledger(workdir / "ledger.jsonl")
-    snapshot = snapshots.latest()
+    saved, ledger = Snapshots(workdir), Ledger(workdir / "ledger.jsonl")
+    snapshot = saved.latest()
     if snapshot is None:
         example = jax.tree.map(lambda array: array[:1], store.get(reader.objects[0], "train").batch)
         keys = jax.random.split(jax.random.key(config.seed), len(systems))
@@ -137,9 +132,9 @@ def start(config: ConfigDict, workdir: Path, reader: Reader, steps: tuple[protoc
         strategy,
         optimizers,
         {name: train.make_update(method, optimizer, strategy) for name, optimizer in optimizers.items()},
-        snapshots,
+        saved,
         ledger,
-        inputs(store),
+        inputs.describe(store),
         Live(workdir, config.report.tensorboard),
         snapshot.variables,
         matrices,
@@ -160,13 +155,8 @@ def check_training(
     parallel.check_batch_size(config.train.batch_size)
     train.learning_rates(config.train, updates_per_epoch=1)
     for step in steps:
-        images = sum(len(reader.ids(name, "train")) for name in trained_on(strategy, step))
+        images = sum(len(reader.ids(name, "train")) for name in strategy.objects(step))
         updates_per_epoch(images, config.train.batch_size)
-
-
-def trained_on(strategy: Strategy, step: protocol.Step) -> tuple[str, ...]:
-    """The objects whose images a step is trained on."""
-    return step.learned if strategy.incremental else step.seen
 
 
 def is_trained(config: ConfigDict, method: Method) -> bool:
@@ -174,51 +164,16 @@ def is_trained(config: ConfigDict, method: Method) -> bool:
     return method.loss is not None and config.train.epochs > 0
 
 
-def open_store(config: ConfigDict, reader: Reader, workdir: Path) -> Store:
-    """Where images are prepared for this config's backbone."""
-    processing = Processing(
-        methods.modalities(config),
-        config.input.size,
-        config.input.depth_encoding,
-        reader.height_range,
-        reader.object_height,
-        reader.normals_window,
-    )
-    extractor = FeatureExtractor(config.backbone.name, config.backbone.grid)
-    weights = pretrained.load(config.backbone.name, config.backbone.weights)
-    digest = hashlib.sha256(b"".join(np.asarray(array).tobytes() for array in jax.tree.leaves(weights)))
-    return Store(
-        folder=Path(config.dataset.prepared or workdir / "prepared"),
-        reader=reader,
-        processing=processing,
-        encoder=jax.jit(lambda images: extractor.apply(weights, images)),
-        settings={**config.backbone, "weights": digest.hexdigest()},
-    )
-
-
-def inputs(store: Store) -> dict[str, Any]:
-    """What a detector must know of the images that it will be given, as JSON."""
-    first = store.reader.objects[0]
-    sample = store.reader.read(first, "train", store.reader.ids(first, "train")[0])
-    camera = sample.camera and dataclasses.asdict(sample.camera)
-    return {
-        "objects": list(store.reader.objects),
-        "processing": dataclasses.asdict(store.processing),
-        "camera": camera,
-        "camera_width": sample.depth if sample.depth is None else sample.depth.shape[1],
-    }
-
-
 def learn(this: Run, step: protocol.Step) -> None:
     """Trains on the good images of the objects that this step learns, from where the run stands."""
     config, strategy, method = this.config, this.strategy, this.systems[this.config.method]
     learned = [this.store.get(name, "train") for name in step.learned]
-    sets = [this.store.get(name, "train") for name in trained_on(strategy, step)]
+    sets = [this.store.get(name, "train") for name in strategy.objects(step)]
     images = sum(len(one.ids) for one in sets)
     if this.position.step < step.index:
         this.ledger.append("step", step=step.index, learned=step.learned, images=images)
         for name in step.learned:
-            fitted, _ = good_images(this.store, name)
+            fitted, _ = inputs.good_images(this.store, name)
             this.variables["recognition"] = recognition.observe(this.variables["recognition"], fitted)
         for one in learned:
             for name, system in this.systems.items():
@@ -284,29 +239,18 @@ def assess(this: Run, step: protocol.Step) -> None:
     live.say(f"step {step.index}: mean I-AUROC {mean:.3f} over the objects seen")
     this.decisions.append(as_json(decided))
     this.ledger.append("decisions", step=step.index, **decided)
-    this.ledger.append("snapshot", step=step.index, bytes={s: size_of(this.variables[s]) for s in this.systems})
+    this.ledger.append(
+        "snapshot", step=step.index, bytes={s: snapshots.size_of(this.variables[s]) for s in this.systems}
+    )
     this.position, this.optimizer_leaves = Position(step.index, 0, finished=True), []
     this.save()
-
-
-def good_images(store: Store, name: str) -> tuple[Batch, Batch]:
-    """An object's good images: those that tell what it looks like, and those that set its thresholds.
-
-    Without calibration images, every fifth of the training images is the latter.
-    """
-    training = store.get(name, "train").batch
-    if store.reader.ids(name, "calibration"):
-        return training, store.get(name, "calibration").batch
-    count = len(training.object_id)
-    fifth = (np.arange(count) + 1) % min(count, 5) == 0
-    return tuple(jax.tree.map(lambda array, rows=rows: array[rows], training) for rows in (~fifth, fifth))
 
 
 def decide(this: Run, step: protocol.Step, recogniser: recognition.Recogniser) -> decisions.Decisions:
     """Sets the thresholds of all objects seen so far."""
     compiled, good = jax.jit(this.systems[this.config.method].predict), {}
     for name in step.seen:
-        _, batch = good_images(this.store, name)
+        _, batch = inputs.good_images(this.store, name)
         good[name] = decisions.Good(
             predict(compiled, this.variables[this.config.method], batch),
             np.asarray(recognition.distances(recogniser, batch.features)),
@@ -349,13 +293,6 @@ def keep(this: Run, step: protocol.Step, name: str, test: PreparedSet, predictio
     samples.save(this.workdir, step.index, name, kept)
 
 
-def panels(store: Store, name: str, rows: Sequence[int]) -> tuple[Any, Any, Any]:
-    """RGB, depth and masks of some of an object's test images."""
-    truth = store.get(name, "test").truth
-    assert truth is not None
-    return truth.thumbnail[rows], truth.depth[rows], truth.mask[rows]
-
-
 def conclude(this: Run, steps: tuple[protocol.Step, ...]) -> dict[str, Any]:
     """Writes the results and pictures of a finished run."""
     config, objects = this.config, this.store.reader.objects
@@ -364,7 +301,7 @@ def conclude(this: Run, steps: tuple[protocol.Step, ...]) -> dict[str, Any]:
         objects,
         [step.learned for step in steps],
         this.matrices,
-        {system: size_of(this.variables[system]) for system in this.systems},
+        {system: snapshots.size_of(this.variables[system]) for system in this.systems},
         memory_bytes(this),
         this.decisions,
         time.monotonic() - this.began,
@@ -372,7 +309,7 @@ def conclude(this: Run, steps: tuple[protocol.Step, ...]) -> dict[str, Any]:
     for metric, matrix in this.matrices[config.method].items():
         path = this.workdir / "pictures" / f"matrix_{metric}.png"
         figures.save_matrix(path, matrix, objects, [f"step {step.index}" for step in steps], metric)
-    html.write(this.workdir, results, functools.partial(panels, this.store))
+    html.write(this.workdir, results, functools.partial(inputs.panels, this.store))
     tables.write_results(this.workdir, results)
     this.snapshots.close()
     this.live.close()
@@ -382,10 +319,5 @@ def conclude(this: Run, steps: tuple[protocol.Step, ...]) -> dict[str, Any]:
 def memory_bytes(this: Run) -> int:
     """What the strategy keeps between steps, beside the weights: its memory, or all images if it is not incremental."""
     if this.strategy.incremental:
-        return size_of(this.memory)
-    return sum(size_of(this.store.get(name, "train").batch) for name in this.store.reader.objects)
-
-
-def size_of(tree: Any) -> int:
-    """The bytes of all arrays."""
-    return sum(np.asarray(array).nbytes for array in jax.tree.leaves(tree))
+        return snapshots.size_of(this.memory)
+    return sum(snapshots.size_of(this.store.get(name, "train").batch) for name in this.store.reader.objects)

@@ -135,6 +135,11 @@ def _restore(manager: ocp.CheckpointManager, number: int) -> Snapshot:
     return Snapshot(position=Position(**record.pop("position")), record=record, **restored.arrays)
 
 
+def size_of(tree: Any) -> int:
+    """The bytes of all arrays."""
+    return sum(np.asarray(array).nbytes for array in jax.tree.leaves(tree))
+
+
 def _digest(arrays: Any) -> str:
     """Of all numbers: Orbax does not notice single flipped bits."""
     return hashlib.sha256(b"".join(np.asarray(array).tobytes() for array in jax.tree.leaves(arrays))).hexdigest()

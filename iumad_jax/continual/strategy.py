@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 
+from iumad_jax.protocol import Step
 from iumad_jax.shapes import Batch, Keys, Scalars, Variables
 
 Memory = dict[str, Any]  # nested, of arrays; the base step begins with none
@@ -37,3 +38,7 @@ class Strategy:
     begin: Callable[[Memory, Variables, Batch, int], Memory] = lambda memory, variables, batch, step: memory
     finish: Callable[[Memory, Variables, Batch, int], Memory] = lambda memory, variables, batch, object_: memory
     incremental: bool = True
+
+    def objects(self, step: Step) -> tuple[str, ...]:
+        """Those whose images a step is trained on."""
+        return step.learned if self.incremental else step.seen
