@@ -16,7 +16,7 @@ from iumad_jax import config as configs
 from iumad_jax import data, methods, parallel, protocol, train
 from iumad_jax import workdir as workdirs
 from iumad_jax.data.eyecandies import selected
-from iumad_jax.data.pipeline import training_batches, updates_per_epoch
+from iumad_jax.data.pipeline import training_input, updates_per_epoch
 from iumad_jax.data.processing import Processing
 from iumad_jax.data.sample import Reader
 from iumad_jax.data.store import PreparedSet, Store
@@ -192,10 +192,10 @@ def learn(this: Run, step: protocol.Step) -> None:
     done = this.position.epochs
     state = train.start(this.variables[config.method], this.optimizer, done * per_epoch, this.optimizer_leaves)
     seed = config.seed * 1000 + step.index
-    batches = training_batches([one.batch for one in sets], config.train.batch_size, seed, done)
+    pieces = training_input([one.batch for one in sets], config.train.batch_size, seed, done, config.input.resident)
     key = jax.random.fold_in(jax.random.key(config.seed), step.index)
     saved = time.monotonic()
-    for epoch in train.epochs(this.update, state, batches, rates, key, per_epoch, config.train.epochs):
+    for epoch in train.epochs(this.update, state, pieces, rates, key, per_epoch, config.train.epochs):
         this.ledger.append("epoch", step=step.index, epoch=epoch.number, **epoch.losses)
         this.variables[config.method] = epoch.state.variables
         this.position = Position(step.index, epoch.number + 1)

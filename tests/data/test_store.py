@@ -308,7 +308,7 @@ def test_an_interrupted_preparation_goes_on(root):
 
 
 def prepare_in_a_process(root, then):
-    """Another process that prepares the test images; before the second chunk it dies or takes its time."""
+    """Another process that prepares the test images; before the second chunk it dies, or waits for a file."""
     return subprocess.Popen(
         [sys.executable, __file__, root, then], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -331,12 +331,16 @@ def test_a_killed_preparation_goes_on(root):
 
 def test_two_processes_prepare_at_once(root):
     """One waits and finds what the other has prepared."""
-    processes = [prepare_in_a_process(root, "sleep") for _ in range(2)]
-    told = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], told
-    assert sorted(out for out, _ in told) == ["0", str(TEST_IMAGES)]
-    waited = [err for out, err in told if out == "0"]
-    assert re.fullmatch(r".*Confetto-test-\w+: another process prepares this; waiting for it\.\n", waited[0])
+    with prepare_in_a_process(root, "wait") as first:
+        while not any(journal.stat().st_size > 99 for journal in root.parent.glob("prepared/*/rows-*/journal")):
+            assert first.poll() is None
+            time.sleep(0.01)
+        with prepare_in_a_process(root, "wait") as second:
+            told = second.stderr.readline()
+            assert re.fullmatch(r".*Confetto-test-\w+: another process prepares this; waiting for it\.\n", told)
+            (root / "go").touch()
+            assert first.communicate() == (str(TEST_IMAGES), "")
+            assert second.communicate() == ("0", "")
     after, encoded = counted(root, "test")
     assert encoded == 0
     assert_same(after, afresh(root, "test"))
@@ -426,8 +430,11 @@ def test_a_place_that_cannot_be_written(root, tmp_path):
 
 
 if __name__ == "__main__":  # the other process of some tests
-    counting = Counting(
-        {"die": lambda: os.kill(os.getpid(), signal.SIGKILL), "sleep": lambda: time.sleep(1)}[sys.argv[2]]
-    )
+
+    def wait():
+        while not (Path(sys.argv[1]) / "go").exists():
+            time.sleep(0.01)
+
+    counting = Counting({"die": lambda: os.kill(os.getpid(), signal.SIGKILL), "wait": wait}[sys.argv[2]])
     store(Path(sys.argv[1]), processing=RGB, encoder=counting).get("Confetto", "test")
     print(counting.images, end="")
