@@ -1,4 +1,4 @@
-"""The values of the paper, each key explained; every file in configs/ starts from them."""
+"""The values of the paper, each key explained, and a smaller setting: every file in configs/ starts from these."""
 
 import functools
 import math
@@ -40,16 +40,17 @@ def paper(protocol: str) -> ConfigDict:
     config.seed = 0
 
     config.dataset = ConfigDict()
-    config.dataset.name = "eyecandies"  # or candies: the same format, rendered where it is missing
+    config.dataset.name = "eyecandies"  # or mvtec3d, folder (one's own), candies: rendered where they are missing
     config.dataset.root = "data/eyecandies"
     config.dataset.objects = "all"  # or names separated by commas, in the order in which they are learned
-    config.dataset.light = 4  # which of the six lights
+    config.dataset.light = "4"  # eyecandies: which of the six, or all to train on; tests then have 4
+    config.dataset.validation = "train"  # mvtec3d: what its images are for; or calibration
     config.dataset.render = ConfigDict({"seed": 0, "train": 24, "val": 4, "test": 16, "size": 256})  # candies only
     config.dataset.prepared = ""  # where prepared features are kept; "": in the workdir
 
     config.input = ConfigDict()
     config.input.size = 224  # pixels
-    config.input.depth_encoding = "normals"  # or height, height+normals, xyz_uint8
+    config.input.depth_encoding = "normals"  # or height, height+normals, xyz_uint8, normals_official (eyecandies)
     config.input.resident = "auto"  # training images in device memory if a quarter of it holds them; or always, never
 
     config.backbone = ConfigDict()
@@ -90,6 +91,25 @@ def paper(protocol: str) -> ConfigDict:
     config.continual = ConfigDict({"strategy": "finetune"})
     config.snapshots = ConfigDict({"every_minutes": 5.0})  # within a step
     config.report = ConfigDict({"pictures_per_object": 6})
+    return config
+
+
+def small(protocol: str) -> ConfigDict:
+    """The same, small enough for few images, 2 cores and a few minutes."""
+    config = paper(protocol)
+    config.model.width = 128
+    config.model.hidden = 512
+    config.model.heads = 4
+    config.model.layers = 1
+    config.model.patch_size = 16
+    config.model.dropout = 0.0  # so few updates need no regularisation but the jitter
+    config.model.jitter.scale = 5.0
+    config.model.standardise = True  # else the strongest channels are all that is learned in so few updates
+    config.model.ib_weight = 0.001  # the loss of `fusion` is a mean over elements: with 1 the bottleneck drowns it
+    config.train.epochs = 20
+    config.train.batch_size = 8
+    config.train.learning_rate = 2e-3
+    config.train.schedule = "cosine"
     return config
 
 

@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 from iumad_jax import config as configs
 from iumad_jax import data, methods, parallel, protocol, train
 from iumad_jax import workdir as workdirs
-from iumad_jax.data.eyecandies import selected
 from iumad_jax.data.pipeline import training_input, updates_per_epoch
 from iumad_jax.data.processing import Processing
 from iumad_jax.data.sample import Reader
@@ -79,8 +78,8 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         print(f"{workdir}: this run is finished.")
         return finished
 
-    steps = protocol.steps(config.protocol, selected(config.dataset.objects))
-    reader = data.open_reader(config.dataset)
+    steps = protocol.steps(config.protocol, data.objects(config))
+    reader = data.open_reader(config)
     this = start(config, workdir, reader, steps)
     for step in steps[this.position.step + this.position.finished :]:
         learn(this, step)
@@ -159,6 +158,7 @@ def open_store(config: ConfigDict, reader: Reader, workdir: Path) -> Store:
         config.input.depth_encoding,
         reader.height_range,
         reader.object_height,
+        reader.normals_window,
     )
     extractor = FeatureExtractor(config.backbone.name, config.backbone.grid)
     weights = pretrained.load(config.backbone.name, config.backbone.weights)
@@ -208,6 +208,8 @@ def learn(this: Run, step: protocol.Step) -> None:
 def assess(this: Run, step: protocol.Step) -> None:
     """Evaluates every system on all objects seen so far, draws heatmaps, and takes the step's snapshot."""
     for column, name in enumerate(step.seen):
+        if not this.store.reader.ids(name, "test"):  # the row stays NaN
+            continue
         test = this.store.get(name, "test")
         assert test.truth is not None
         for system, method in this.systems.items():

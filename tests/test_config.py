@@ -68,7 +68,7 @@ def test_the_papers_values():
         "modality": "rgb+depth",
         "input.size": 224,
         "backbone.grid": 14,
-        "dataset.light": 4,
+        "dataset.light": "4",
         "train.epochs": 800,
         "train.batch_size": 24,
         "train.learning_rate": 1e-4,
