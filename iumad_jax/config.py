@@ -59,6 +59,7 @@ def paper(protocol: str) -> ConfigDict:
     config.input = ConfigDict()
     config.input.size = 224  # pixels
     config.input.depth_encoding = "normals"  # or height, height+normals, xyz_uint8, normals_official (eyecandies)
+    config.input.resident = "auto"  # training images in device memory if a quarter of it holds them; or always, never
 
     config.backbone = ConfigDict()
     config.backbone.name = "efficientnet_lite0"  # or efficientnet_b4, which needs weights
@@ -143,6 +144,8 @@ def check(config: ConfigDict) -> None:
         value = functools.reduce(lambda group, name: group[name], key.split("."), config)
         if not low <= value <= high:  # also NaN
             raise UserError(f"config.{key} is {value}; use {low} to {high}.")
+    if config.input.resident not in ("auto", "always", "never"):
+        raise UserError(f'config.input.resident is "{config.input.resident}"; use auto, always or never.')
     model = config.model
     if model.width % 2 or model.width % model.heads:
         raise UserError(

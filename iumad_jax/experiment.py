@@ -16,7 +16,7 @@ from iumad_jax import config as configs
 from iumad_jax import continual, data, decisions, inputs, methods, parallel, protocol, recognition, snapshots, train
 from iumad_jax import workdir as workdirs
 from iumad_jax.continual.strategy import Memory, Strategy
-from iumad_jax.data.pipeline import training_batches, updates_per_epoch
+from iumad_jax.data.pipeline import training_input, updates_per_epoch
 from iumad_jax.data.sample import Reader
 from iumad_jax.data.store import PreparedSet, Store
 from iumad_jax.evaluate import evaluate
@@ -193,10 +193,10 @@ def learn(this: Run, step: protocol.Step) -> None:
     variables, leaves = this.variables[config.method], this.optimizer_leaves
     state = train.start(variables, optimizer, done * per_epoch, leaves, this.memory)
     seed = config.seed * 1000 + step.index
-    batches = training_batches([one.batch for one in sets], config.train.batch_size, seed, done)
+    pieces = training_input([one.batch for one in sets], config.train.batch_size, seed, done, config.input.resident)
     key = jax.random.fold_in(jax.random.key(config.seed), step.index)
     saved = time.monotonic()
-    for epoch in train.epochs(this.updates[own.optimizer], state, batches, rates, key, per_epoch, config.train.epochs):
+    for epoch in train.epochs(this.updates[own.optimizer], state, pieces, rates, key, per_epoch, config.train.epochs):
         this.ledger.append("epoch", step=step.index, epoch=epoch.number, **epoch.losses)
         seen = per_epoch * config.train.batch_size
         this.live.epoch(

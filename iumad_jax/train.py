@@ -1,12 +1,12 @@
 """One step's training."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from typing import Any, NamedTuple
 
-import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from iumad_jax import parallel
 from iumad_jax.continual.finetune import finetune
 from iumad_jax.continual.strategy import Memory, Strategy
+from iumad_jax.data.pipeline import Piece
 from iumad_jax.errors import UserError
 from iumad_jax.methods.method import Method
 from iumad_jax.shapes import Batch, Scalars, Variables
@@ -105,9 +106,10 @@ def start(
 
 
 def make_update(method: Method, optimizer: optax.GradientTransformation, strategy: Strategy | None = None) -> Any:
-    """The jitted update (state, batch, key, learning rate) -> (state, scalars) over all devices.
+    """The jitted updates (state, piece, key, learning rates) -> (state, scalars) over all devices.
 
-    No strategy is `finetune`.
+    Those of a piece, which can be a whole epoch, run one after the other in a loop on the device. Images arrive as they
+    are stored and are float32 from here on. No strategy is `finetune`.
     """
     ours = strategy or finetune(method)
 
@@ -126,13 +128,30 @@ def make_update(method: Method, optimizer: optax.GradientTransformation, strateg
         variables = state.variables | {"params": optax.apply_updates(params, changes)}
         return TrainState(variables, optimizer_state, state.update + 1, memory), scalars
 
-    return parallel.data_parallel(update)
+    return parallel.data_parallel(_repeated(update))
+
+
+def _repeated(update: Callable) -> Callable:
+    def updates(state: TrainState, piece: Piece, key: jax.Array, rates: jax.Array) -> tuple[TrainState, Scalars]:
+        images, rows = piece
+
+        def one(state: TrainState, this: tuple[Any, jax.Array]) -> tuple[TrainState, Scalars]:
+            of_this, rate = this
+            batch = jax.tree.map(lambda a: a[of_this].astype(jnp.float32 if a.ndim > 1 else a.dtype), images)
+            return update(state, batch, key, rate)
+
+        if len(rows) > 1:
+            return jax.lax.scan(one, state, (rows, rates))
+        state, scalars = one(state, (rows[0], rates[0]))  # even a loop of one would be compiled to slower code
+        return state, jax.tree.map(lambda scalar: scalar[None], scalars)
+
+    return updates
 
 
 def epochs(
-    update: Any,
+    updates: Any,
     state: TrainState,
-    batches: grain.IterDataset,
+    pieces: Generator[Piece, None, None],
     rates: optax.Schedule,
     key: jax.Array,
     per_epoch: int,
@@ -147,22 +166,30 @@ def epochs(
     state = parallel.replicate(state)
     total, done = last * per_epoch, first * per_epoch
     bar = tqdm(desc="training", total=total, initial=done, unit="update", disable=None, leave=False)
-    with closing(iter(batches)) as stream, bar:
+    with closing(pieces), bar:
         for index in range(first, last):
-            history, began = [], time.monotonic()
-            for number in range(index * per_epoch, (index + 1) * per_epoch):
-                rate = np.float32(rates(number))
-                state, scalars = update(state, parallel.shard(next(stream)), key, rate)
+            numbers = np.arange(index * per_epoch, (index + 1) * per_epoch)
+            own_rates = np.broadcast_to(np.asarray(rates(numbers), np.float32), numbers.shape)
+            history: list[Scalars] = []
+            began = time.monotonic()
+            while own_rates.size:
+                piece = next(pieces)
+                piece_rates, own_rates = np.split(own_rates, piece[1].shape[1:2])
+                state, scalars = updates(state, piece, key, piece_rates)
+                jax.block_until_ready(history[-1:])  # or pieces would gather in front of a slow device
                 history.append(scalars)
-                bar.update()
-            losses = {name: np.stack([np.asarray(s[name])[0] for s in history]) for name in history[0]}
+                bar.update(piece_rates.size)
+            losses = {
+                name: np.concatenate([np.asarray(scalars[name])[0] for scalars in history]) for name in history[0]
+            }
             for name, values in losses.items():
                 if not np.isfinite(values).all():
-                    at = int(np.argmin(np.isfinite(values)))
+                    broken = int(np.argmin(np.isfinite(values)))
                     raise UserError(
-                        f'loss "{name}" became {values[at]} in update {at} of epoch {index}; training stopped and'
-                        " nothing of this epoch was saved: lower config.train.learning_rate, or look for broken images."
+                        f'loss "{name}" became {values[broken]} in update {broken} of epoch {index}; training stopped'
+                        " and nothing of this epoch was saved: lower config.train.learning_rate, or look for broken"
+                        " images."
                     )
             bar.set_postfix(loss=f"{losses['loss'].mean():.4f}")
             means = {name: float(values.mean(dtype=np.float64)) for name, values in losses.items()}
-            yield Epoch(index, means, float(rate), time.monotonic() - began, parallel.unreplicate(state))
+            yield Epoch(index, means, float(piece_rates[-1]), time.monotonic() - began, parallel.unreplicate(state))
