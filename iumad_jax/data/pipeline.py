@@ -85,10 +85,14 @@ def training_batches(sets: Sequence[Batch], batch_size: int, seed: int, first_ep
 def streamed(batches: grain.IterDataset) -> Generator[Piece, None, None]:
     """Every batch as a piece for one update."""
     with closing(iter(batches)) as stream:
-        for batch in stream:
-            shards = parallel.shard(batch)
-            devices, images = shards.object_id.shape
-            yield shards, np.broadcast_to(np.arange(images, dtype=np.int32), (devices, 1, images))
+        yield from map(whole, stream)
+
+
+def whole(batch: Batch) -> Piece:
+    """A batch, spread over the devices, for one update."""
+    shards = parallel.shard(batch)
+    devices, images = shards.object_id.shape
+    return shards, np.broadcast_to(np.arange(images, dtype=np.int32), (devices, 1, images))
 
 
 def _resident(

@@ -155,7 +155,7 @@ def test_training_leaves_the_strongest_direction_as_it_was(method, variables, im
         update = train.make_update(method, transformation, strategy)
         state = parallel.replicate(train.start(variables, transformation, 0, [], memory))
         for _ in range(5):
-            state, _ = update(state, parallel.shard(images(8)), jax.random.key(0), np.float32(0.1))
+            state, _ = update(state, whole(images(8)), jax.random.key(0), np.float32([0.1]))
         after = parallel.unreplicate(state).variables["params"]["down"]
         return {name: after[name] - variables["params"]["down"][name] for name in after}
 

@@ -119,7 +119,7 @@ def test_replay_keeps_what_finetuning_forgets(method, variables, images):
         update = train.make_update(method, optimizer, strategy)
         state = parallel.replicate(train.start(variables, optimizer, 0, [], memory))
         for _ in range(150):
-            state, _ = update(state, parallel.shard(batch), jax.random.key(0), np.float32(0.02))
+            state, _ = update(state, whole(batch), jax.random.key(0), np.float32([0.02]))
         return parallel.unreplicate(state).variables
 
     strategy = replay(settings(rank=8), method, objects=2)

@@ -11,8 +11,8 @@ import pytest
 
 from iumad_jax import continual, parallel, train
 from iumad_jax.config import paper
+from iumad_jax.data.pipeline import whole
 from iumad_jax.errors import UserError
-from iumad_jax.experiment import trained_on
 from iumad_jax.methods.uniad import uniad
 from iumad_jax.protocol import steps
 from iumad_jax.shapes import Batch
@@ -51,8 +51,8 @@ def two_steps(strategy_name):
         memory = strategy.begin(memory, variables, images(step), step)
         state = parallel.replicate(train.start(variables, optimizer, 0, [], memory))
         for _ in range(2):
-            state, scalars = update(state, parallel.shard(images(step)), jax.random.key(step), np.float32(1e-2))
-            losses.append({name: float(value[0]) for name, value in scalars.items()})
+            state, scalars = update(state, whole(images(step)), jax.random.key(step), np.float32([1e-2]))
+            losses.append({name: float(value[0, 0]) for name, value in scalars.items()})
         copies = jax.tree.map(np.asarray, state.memory)
         jax.tree.map(lambda a: np.testing.assert_array_equal(a, np.broadcast_to(a[:1], a.shape)), copies)
         state = parallel.unreplicate(state)
@@ -88,7 +88,7 @@ def test_only_joint_sees_the_images_of_earlier_steps():
     for name in STRATEGIES:
         config = config_for(name)
         strategy = continual.build(config, uniad(config.model, ("rgb",)), objects=5)
-        seen = [trained_on(strategy, step) for step in steps("3-1", ("a", "b", "c", "d", "e"))]
+        seen = [strategy.objects(step) for step in steps("3-1", ("a", "b", "c", "d", "e"))]
         if name == "joint":
             assert seen == [("a", "b", "c"), ("a", "b", "c", "d"), ("a", "b", "c", "d", "e")]
         else:
