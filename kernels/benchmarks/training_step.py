@@ -14,6 +14,7 @@ import numpy as np
 
 from configs import eyecandies, quickstart
 from iumad_jax import methods, parallel, train
+from iumad_jax.data.pipeline import whole
 from iumad_jax.models import mamba
 from iumad_jax.shapes import Batch
 from kernels.benchmarks import baselines
@@ -47,11 +48,11 @@ def prepared(config: Any, scan: Callable[..., Any]) -> Callable[[], float]:
     optimizer = train.make_optimizer(config.train)
     state = train.start(method.init(jax.random.key(0), batch), optimizer, 0, [])
     update = train.make_update(method, optimizer)
-    batch, key, rate = parallel.shard(batch), jax.random.key(1), np.float32(0)
+    piece, key, rates = whole(batch), jax.random.key(1), np.zeros(1, np.float32)
 
     def run() -> float:
-        _, scalars = update(parallel.replicate(state), batch, key, rate)
-        return float(scalars["loss"][0])
+        _, scalars = update(parallel.replicate(state), piece, key, rates)
+        return float(scalars["loss"][0, 0])
 
     run()
     return run
