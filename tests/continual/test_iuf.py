@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from iumad_jax import parallel, train
 from iumad_jax.config import paper
 from iumad_jax.continual.iuf import ROWS, anchor, compression, iuf, project, projection
+from iumad_jax.data.pipeline import whole
 
 
 def of_continual(**changes):

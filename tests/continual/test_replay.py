@@ -9,6 +9,7 @@ from iumad_jax import parallel, train
 from iumad_jax.config import paper
 from iumad_jax.continual.finetune import finetune
 from iumad_jax.continual.replay import coarse, draw, principal_components, replay
+from iumad_jax.data.pipeline import whole
 
 
 def settings(**changes):
