@@ -40,9 +40,9 @@ gpu_device_info {
 platform_name: "CUDA"
 device_description_str: "NVIDIA H200"
 """
-# ES2D's (batch, length, channels, states, groups) at patch sizes 4, 8 and 16, then other numbers of states.
+# ES2D's (batch, length, channels, states, groups) at patch sizes 4, 8 and 16, other numbers of states, and segments.
 SHAPES = [(24, 784, 2048, 16, 4), (24, 196, 2048, 16, 4), (24, 49, 2048, 16, 4)]
-SHAPES += [(4, 1024, 512, states, 1) for states in (1, 8, 32, 64, 128)]
+SHAPES += [(32, 1024, 512, states, 1) for states in (1, 8, 32, 64, 128)] + [(1, 4096, 512, 16, 1)]
 
 
 def compile_gradient(shape: tuple[int, ...], dtype: jnp.dtype) -> None:

@@ -39,7 +39,7 @@ LISTS = {
 }
 PASSES = {"forward": False, "forward + backward": True}  # whether backward
 HOPPER = {"sms": 132, "sfu_per_sm": 16, "clock": 1.98e9}  # H100 SXM and H200
-CHECKED = ["2x64x256x16x2", "3x37x150x5x3"]  # a small shape, and an odd one
+CHECKED = ["2x64x256x16x2", "3x37x150x5x3", "1x512x200x16x1"]  # a small shape, an odd one, and one in segments
 
 
 def parse_shape(text: str) -> tuple[int, ...]:

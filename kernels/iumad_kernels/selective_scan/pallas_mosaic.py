@@ -8,7 +8,6 @@ warp: gradients of B and C leave the kernel as one partial sum per warp and are 
 are needed and results are the same every time.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,11 +20,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from iumad_kernels.selective_scan import reference
 from iumad_kernels.selective_scan.rules import differentiable
+from iumad_kernels.selective_scan.segments import in_segments
 from iumad_kernels.selective_scan.softplus import softplus
 from iumad_kernels.selective_scan.tiling import TILE, WARPS, Tiling
 
 MAX_STATES = 128
 LOG2_E = math.log2(math.e)
+PROCESSORS = 132  # of an H100 or H200; a block of threads keeps one busy
+SHORTEST = 64  # positions of a segment
 
 interpret: Any = None  # plgpu.InterpretGPUParams, for the kernels to run on CPU in tests
 
@@ -61,12 +63,20 @@ def selective_scan(
     """See `iumad_kernels.selective_scan`; B and C are (batch, length, groups, states)."""
     options: dict[str, Any] = {"delta_softplus": delta_softplus, "reverse": reverse}
     scan = differentiable(
-        functools.partial(_forward, **options),
-        functools.partial(_backward, **options),
+        *in_segments(_forward, _backward, _segments, **options),
         lambda sequences, parameters: reference.selective_scan(**sequences, **parameters, **options),
     )
     sequences = {"x": x, "delta": delta, "B": B, "C": C, "z": z, "initial_state": initial_state}
     return scan(sequences, {"A": A, "D": D, "delta_bias": delta_bias})
+
+
+def _segments(x: Array, B: Array) -> int:
+    """How many segments of a sequence are walked at the same time: one, unless four or more find idle processors."""
+    batch, length, channels = x.shape
+    tiling = Tiling(length, channels, *B.shape[2:])
+    idle = PROCESSORS // (batch * tiling.groups * tiling.blocks_of_group)
+    number = max((n for n in range(1, idle + 1) if length % (n * TILE) == 0 and length >= n * SHORTEST), default=1)
+    return number if number >= 4 else 1
 
 
 class Layouts:

@@ -126,9 +126,14 @@ def test_under_shard_map_each_device_runs_the_kernels_on_its_sequences(exact):
 
 
 def test_a_vmapped_scan_is_still_one_kernel_forward_and_one_backward(exact):
-    args = shapes(exact, 24, 49, 64, 16, 4)
+    args = shapes(exact, 24, 256, 64, 16, 4)
     results = kernels(jax.grad(lambda args: one_by_one(**args)[0].sum()), args)
     assert [of_kernel[0][0] for of_kernel in results] == [24, 24]
+
+
+def test_few_sequences_are_cut_into_segments(exact):
+    results = kernels(jax.grad(lambda args: scan(**args)[0].sum()), shapes(exact, 2, 1024, 256, 16))
+    assert [of_kernel[0][0] for of_kernel in results] == [32, 32, 32, 32]
 
 
 @pytest.mark.parametrize("without", [(), ("z",)])

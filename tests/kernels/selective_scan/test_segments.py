@@ -1,0 +1,51 @@
+"""Segments scanned at the same time against loops in numpy over the whole sequence, float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from iumad_kernels.selective_scan import pallas_mosaic, xla
+from iumad_kernels.selective_scan.rules import differentiable
+from iumad_kernels.selective_scan.segments import in_segments
+
+
+def scan_in_three(x, delta, A, B, C, D=None, z=None, delta_bias=None, initial_state=None, **options):
+    passes = in_segments(xla._forward, xla._backward, lambda x, B: 3, **options)
+    sequences = {"x": x, "delta": delta, "B": B, "C": C, "z": z, "initial_state": initial_state}
+    return differentiable(*passes, None)(sequences, {"A": A, "D": D, "delta_bias": delta_bias})
+
+
+@pytest.mark.parametrize(
+    ("without", "delta_softplus", "reverse"),
+    [((), True, False), (("z", "initial_state"), True, True), (("D", "delta_bias"), False, True)],
+)
+def test_is_the_scan_of_the_whole(exact, without, delta_softplus, reverse):
+    args = exact.arguments(2, 9, 4, 3, 2, dtype=np.float32, without=without)
+    exact.check(scan_in_three, args, delta_softplus=delta_softplus, reverse=reverse)
+
+
+@pytest.mark.parametrize(
+    ("number", "batch", "length", "channels", "states", "groups"),
+    [
+        (16, 1, 1024, 512, 16, 1),  # 64 positions each
+        (32, 1, 65536, 512, 16, 1),  # 4 blocks each
+        (8, 4, 1024, 512, 16, 1),
+        (5, 1, 1000, 512, 16, 1),
+        (1, 1, 1021, 512, 16, 1),
+        (1, 1, 192, 512, 16, 1),  # 3 would gain little
+        (1, 4, 1024, 512, 128, 1),
+        (1, 24, 784, 2048, 16, 4),
+    ],
+)
+def test_are_as_many_as_find_idle_processors(number, batch, length, channels, states, groups):
+    x = jax.ShapeDtypeStruct((batch, length, channels), jnp.float32)
+    B = jax.ShapeDtypeStruct((batch, length, groups, states), jnp.float32)
+    assert pallas_mosaic._segments(x, B) == number
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_with_the_mosaic_kernels(exact, monkeypatch):
+    monkeypatch.setattr(pallas_mosaic, "SHORTEST", 8)
+    args = exact.arguments(1, 32, 4, 4, dtype=np.float32)
+    assert pallas_mosaic._segments(args["x"], args["B"]) == 4
+    exact.check(pallas_mosaic.selective_scan, args)
