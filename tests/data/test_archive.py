@@ -151,7 +151,7 @@ def test_a_zip_that_lies_about_a_size_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("keep", [0, 0.1, 0.3, 0.5]  # a .tar is padded to twice its size)
+@pytest.mark.parametrize("keep", [0, 0.1, 0.3, 0.5])  # a .tar is padded to twice its size
 def test_truncated_archives_are_refused(tmp_path, kind, keep):
     noise = [(name, os.urandom(3000)) for name in FILES]
     archive = write(tmp_path / f"a.{kind}", noise)
@@ -195,8 +195,11 @@ def test_a_full_disk(tmp_path, files_no_larger_than):
 def test_a_killed_unpacking_starts_again(tmp_path):
     archive = write(tmp_path / "a.tar", [(str(i), b"") for i in range(20_000)])
     limits = Limits(10**6, 10**5)
-    program = "import sys, pathlib; from iumad_jax.data import archive as a; a.unpack(*map(pathlib.Path, sys.argv[1:]), "
-    command = [sys.executable, "-c", program + f"a.Limits{tuple(limits)})", archive, tmp_path / "root"]
+    program = (
+        "import sys, pathlib; from iumad_jax.data.archive import Limits, unpack;"
+        f"unpack(*map(pathlib.Path, sys.argv[1:]), Limits{tuple(limits)})"
+    )
+    command = [sys.executable, "-c", program, archive, tmp_path / "root"]
     with subprocess.Popen(command) as process:
         while not (tmp_path / "root.unpacking" / "3").exists():
             assert process.poll() is None
