@@ -163,7 +163,8 @@ def _zip_entries(archive: Path, stream: Any) -> Iterator[_Entry]:
 
 
 def _tar_entries(archive: Path, stream: Any) -> Iterator[_Entry]:
-    bounded = _Bounded(stream)
+    bounded: Any = _Bounded(stream)
+    opened: Any
     with tarfile.open(fileobj=bounded, mode="r|") as opened:
         while member := opened.next():
             opened.members = []  # or they would gather
