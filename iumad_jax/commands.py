@@ -54,15 +54,24 @@ def define_config(values: flags.FlagValues) -> None:
     config_flags.DEFINE_config_file("config", None, help_, flag_values=values)
 
 
-def given_config(values: flags.FlagValues) -> tuple[ConfigDict, str]:
-    """The config that --config names, with its changed keys, and the name of its file.
+def define_workdir(values: flags.FlagValues) -> None:
+    """Defines --workdir, where a config's run is kept."""
+    help_ = "Where the run is kept; the default is named after the config."
+    flags.DEFINE_string("workdir", None, help_, flag_values=values)
+
+
+def given_config(values: flags.FlagValues) -> tuple[ConfigDict, Path]:
+    """The config that --config names, with its changed keys, and the workdir of its run.
 
     Raises:
         UserError: there is none.
     """
-    if values.config is None:
+    config = values.config
+    if config is None:
         raise UserError("--config is missing; for example --config=configs/quickstart.py.")
-    return values.config, Path(config_flags.get_config_filename(values["config"])).stem
+    name = Path(config_flags.get_config_filename(values["config"])).stem
+    keys = (config.protocol, config.method, config.modality, config.continual.strategy, f"seed{config.seed}")
+    return config, Path(values.workdir or f"runs/{'_'.join((name, *keys))}")
 
 
 def define_trained(values: flags.FlagValues) -> None:

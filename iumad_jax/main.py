@@ -1,7 +1,6 @@
 """Trains and evaluates one method under one protocol: python -m iumad_jax.main --config=configs/quickstart.py."""
 
 import sys
-from pathlib import Path
 
 from absl import flags
 
@@ -15,16 +14,11 @@ def main(arguments: list[str]) -> int:
 
 def _define(values: flags.FlagValues) -> None:
     commands.define_config(values)
-    flags.DEFINE_string(
-        "workdir", None, "Where the run is kept; the default is named after the config.", flag_values=values
-    )
+    commands.define_workdir(values)
 
 
 def _train(values: flags.FlagValues) -> str:
-    config, name = commands.given_config(values)
-    keys = (config.protocol, config.method, config.modality, config.continual.strategy, f"seed{config.seed}")
-    default = f"runs/{'_'.join((name, *keys))}"
-    workdir = Path(values.workdir or default)
+    config, workdir = commands.given_config(values)
     from iumad_jax import experiment  # after the flags: a typo is told at once, before JAX is loaded
     from iumad_jax.report import tables
 

@@ -7,7 +7,7 @@ Every object and split has a folder of its own, named after all that its images 
     rows-<hash>/     one .npy file per array, one row per image
 
 Memory-mapped files because they are read at random several times faster than records that have to be parsed
-(`python -m iumad_jax.data.benchmark`).
+(`python -m iumad_jax.benchmarks.input`).
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class PreparedSet(NamedTuple):
     """All images of one object and split."""
 
     batch: Batch  # features in float16; images in the type they are prepared in
-    truth: GroundTruth | None  # None for training images; of unlabelled ones only what pictures show is true
+    truth: GroundTruth | None  # None for training images; unlabelled ones have what pictures show
     defects: tuple[str, ...]
     ids: tuple[str, ...]
 
@@ -242,10 +242,7 @@ class Store:
 
     def _process(self, object_: str, split: Split, image: Image) -> tuple[Image, Values]:
         sample = self.reader.read(object_, split, image["id"])
-        values = self.processing(sample)
-        if split == "unlabelled":
-            values["masked"] = np.array(False)  # nothing is known of its defects
-        return Image(**(image | _description(sample))), values
+        return Image(**(image | _description(sample))), self.processing(sample)
 
     def _encode(self, chunk: list[Values]) -> None:
         """Adds the features of some images, filled up so that the backbone is compiled once."""

@@ -1,0 +1,110 @@
+"""The command that prepares: an archive goes in; a store, a table and contact sheets come out."""
+
+import hashlib
+import re
+import sys
+import tarfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from iumad_jax import prepare
+from iumad_jax.data.candies import render
+
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections reads a config
+CONFIG = Path(__file__).parents[2] / "configs" / "eyecandies.py"
+KEYS = {"input.size": 64, "backbone.grid": 4, "dataset.objects": "GummyBear,Lollipop", "dataset.prepared": "prepared"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with rendered sweets and an archive of them."""
+    home = tmp_path_factory.mktemp("home")
+    render(home / "sweets", train=2, val=1, test=4, size=64, objects=KEYS["dataset.objects"], progress=False)
+    with tarfile.open(home / "sweets.tar.gz", "w:gz") as archive:
+        for folder in (home / "sweets").iterdir():
+            if folder.is_dir():
+                archive.add(folder, folder.name)
+    return home
+
+
+@pytest.fixture
+def run(home, monkeypatch, capfd):
+    """Runs the command in that folder: exit code, standard output and error."""
+
+    def run(*flags, **changes):
+        monkeypatch.chdir(home)
+        keys = KEYS | {key.replace("__", "."): value for key, value in changes.items()}
+        config = f"--config={CONFIG}:1-1"
+        arguments = ["prepare", config, *flags, *(f"--config.{key}={value}" for key, value in keys.items())]
+        monkeypatch.setattr(sys, "argv", arguments)  # where config_flags look for the keys
+        return prepare.main(arguments), *capfd.readouterr()
+
+    return run
+
+
+def prepared(home):
+    return {file: file.stat().st_mtime_ns for file in home.glob("prepared/*/rows-*/*")}
+
+
+def test_an_archive_becomes_a_store_with_a_table_and_contact_sheets(home, run):
+    code, out, err = run("--archive=sweets.tar.gz", dataset__root="unpacked")
+    assert code == 0, err
+    digest = hashlib.sha256((home / "sweets.tar.gz").read_bytes()).hexdigest()
+    assert out.startswith(f"sweets.tar.gz: SHA-256 {digest}, unpacked to unpacked\n")
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if "64x64" in line]
+    assert [row[:3] for row in cells] == [
+        [name, split, count]
+        for name in ("GummyBear", "Lollipop")
+        for split, count in [("train", "2"), ("calibration", "1"), ("test", "4")]
+    ]
+    for name, row in (("GummyBear", cells[2]), ("Lollipop", cells[5])):
+        files = (home / "sweets" / name / "test_public" / "data").glob("*_mask.png")
+        masks = [np.asarray(Image.open(file)) > 0 for file in files if re.fullmatch(r"\d+_mask\.png", file.name)]
+        areas = [100 * mask.mean() for mask in masks if mask.any()]
+        found = [float(number) for number in re.findall(r"[\d.]+(?= %)", row[6])]
+        np.testing.assert_allclose(found, np.quantile(areas, [0.5, 0.05, 0.95]), rtol=0.05)
+        assert sum(int(number) for number in re.findall(r"\d+", row[3])) == 4
+        assert row[5] == "0.0 %"
+        assert row[3].startswith("2 good, ")
+    for name in ("GummyBear", "Lollipop"):
+        sheet = np.asarray(Image.open(home / "prepared" / "contact_sheets" / f"{name}.jpg").convert("RGB"), float)
+        first = Image.open(min((home / "sweets" / name / "train" / "data").glob("*_image_4.png"))).convert("RGB")
+        expected = np.asarray(first.resize((160, 160), Image.Resampling.BILINEAR), float)
+        errors = [np.abs(sheet[top : top + 156, 3:157] - expected[2:158, 3:157]).mean() for top in range(60, 90)]
+        assert min(errors) < 5  # the first training image is in the corner
+
+    before = prepared(home)
+    again = run("--archive=sweets.tar.gz", dataset__root="unpacked")
+    assert (again[0], again[1]) == (0, out)
+    assert prepared(home) == before
+
+
+def test_mistakes_are_told_in_a_sentence(home, run):
+    for flags, changes, told in [
+        (["--archive=none.tar"], {}, "--archive is none.tar, which cannot be read"),
+        (
+            ["--archive=sweets.tar.gz", "--archive_gb=0.0001"],
+            {"dataset__root": "new"},
+            "unpacks to more than 0.0001 GB",
+        ),
+        (["--archive=sweets.tar.gz"], {"dataset__root": "sweets"}, "was not unpacked from sweets.tar.gz but is not"),
+        (["--archive_gb=lots"], {}, "flag --archive_gb=lots"),
+        ([], {"dataset__root": "nowhere"}, "config.dataset.root is nowhere, which is not a folder"),
+        ([], {"input__resident": "maybe"}, 'config.input.resident is "maybe"; use auto, always or never.'),
+    ]:
+        code, out, err = run(*flags, **changes)
+        assert (code, out) == (2, "")
+        assert told in err
+        assert err.count("\n") == 1
+    assert not (home / "new").exists()
