@@ -16,7 +16,6 @@ from iumad_jax.continual.strategy import Memory, Strategy
 from iumad_jax.methods.method import Method
 from iumad_jax.shapes import Batch, Keys, Scalars, Variables
 
-
 _resize = jax.jit(jax.image.resize, static_argnums=(1, 2))
 
 
