@@ -16,6 +16,8 @@ from iumad_jax.continual.strategy import Memory, Strategy
 from iumad_jax.methods.method import Method
 from iumad_jax.shapes import Batch, Keys, Scalars, Variables
 
+_resize = jax.jit(jax.image.resize, static_argnums=(1, 2))
+
 
 def principal_components(
     parts: dict[str, Float[np.ndarray, "n ..."]], rank: int
@@ -30,11 +32,12 @@ def principal_components(
         For each part, (...) and (rank, ...): mean + z @ directions with z ~ N(0, I) has their mean and, up to the rank,
         their covariance, also across parts.
     """
-    flat = {name: np.reshape(part, (len(part), -1)).astype(np.float64) for name, part in parts.items()}
-    means = {name: rows.mean(0) for name, rows in flat.items()}
-    centred = {name: rows - means[name] for name, rows in flat.items()}
-    grams = (rows @ rows.T / max(np.sum(rows**2), 1e-12) for rows in centred.values())
-    scores = np.sqrt(len(next(iter(flat.values())))) * np.linalg.eigh(sum(grams))[1][:, ::-1][:, :rank]
+    flat = {name: np.reshape(part, (len(part), -1)) for name, part in parts.items()}
+    means = {name: rows.mean(0, dtype=np.float64) for name, rows in flat.items()}
+    centred = {name: rows - means[name].astype(rows.dtype) for name, rows in flat.items()}
+    grams = [(rows @ rows.T).astype(np.float64) for rows in centred.values()]
+    together = sum(gram / max(np.trace(gram), 1e-12) for gram in grams)
+    scores = np.sqrt(len(together)) * np.linalg.eigh(together)[1][:, ::-1][:, :rank]
     directions = {name: np.zeros((rank, rows.shape[1])) for name, rows in centred.items()}
     for name, rows in centred.items():
         directions[name][: scores.shape[1]] = scores.T @ rows / len(rows)
@@ -106,5 +109,4 @@ def replay(config: ConfigDict, method: Method, objects: int) -> Strategy:
 
 def coarse(images: Float[Array | np.ndarray, "n h w 3"], size: int) -> Float[np.ndarray, "n s s 3"]:
     """The images at a small size."""
-    shrink = jax.jit(lambda image: jax.image.resize(image, (size, size, 3), "bilinear"))
-    return np.stack([shrink(np.asarray(image, np.float32)) for image in images])
+    return np.stack([_resize(np.asarray(image, np.float32), (size, size, 3), "bilinear") for image in images])

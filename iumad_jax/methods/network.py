@@ -117,7 +117,7 @@ def from_network(
     def activations(variables: Variables, batch: Batch) -> dict[str, Any]:
         def of_one_image(features: Any, images: Any) -> dict[str, Any]:
             _, state = network.apply(variables, features, images, deterministic=True, mutable=["activations"])
-            return state["activations"]
+            return state.get("activations", {})
 
         return jax.vmap(of_one_image)(normalised(variables, batch), batch.images)
 

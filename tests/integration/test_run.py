@@ -40,6 +40,7 @@ SMALL = {
     "train.batch_size": 2,
     "report.pictures_per_object": 2,
     "snapshots.every_minutes": 0.0,
+    "continual.strategy": "iuf",  # which has memory of every kind: within a step, and between steps
 }
 
 
@@ -110,6 +111,7 @@ def test_results_have_the_public_form(whole):
     assert results["config"] == json.loads((workdir / "config.json").read_text())
     assert results["config"]["train"]["epochs"] == 6
     assert results["seconds"] > 1
+    assert results["memory_bytes"] == 2 * 16**2 * 4  # second moments of one encoder and one decoder layer
     assert {"iumad-jax", "jax"} <= set(results["versions"])
     assert set(results["floors"]) == {"feature_norm", "nearest_neighbours"}
     for system in (results, *results["floors"].values()):
@@ -141,8 +143,9 @@ def test_the_ledger_tells_the_story_in_order(whole):
     assert events[0] == {"event": "step", "step": 0, "learned": ["CandyCane"], "images": 5}
     epochs = [event for event in events if event["event"] == "epoch"]
     assert [(event["step"], event["epoch"]) for event in epochs] == [(s, e) for s in (0, 1) for e in range(6)]
-    losses = {"fusion", "kl", "ib_heads", "object_rgb"}
     for event in epochs:
+        losses = {"fusion", "kl", "ib_heads", "object_rgb"} | ({"compression"} if event["step"] == 0 else set())
+        assert set(event) == {"event", "step", "epoch", "loss"} | losses
         assert event["loss"] == pytest.approx(sum(event[name] for name in losses), rel=1e-4)
     assert epochs[5]["loss"] < epochs[0]["loss"]
     results = results_of(workdir)
@@ -293,7 +296,7 @@ def test_other_modalities_and_methods(run, whole, tmp_path, modality, method):
     assert code == 0, err
     results, trained = results_of(workdir), method == "ib_iumad"
     epochs = [set(event) for event in read(workdir / "ledger.jsonl") if event["event"] == "epoch"]
-    terms = {"loss", "fusion", "kl", "ib_heads", "object_rgb", "object_depth"}
+    terms = {"loss", "fusion", "kl", "ib_heads", "object_rgb", "object_depth", "compression"}
     assert epochs == ([{"event", "step", "epoch"} | terms] if trained else [])
     assert set(results["floors"]) == {"feature_norm", "nearest_neighbours"} - {method}
     for metric in METRICS:
@@ -304,6 +307,19 @@ def test_other_modalities_and_methods(run, whole, tmp_path, modality, method):
         }  # fmt: skip
     of_depth = (results["floors"]["feature_norm"] if trained else results)["matrix"]["aupro"][0][0]
     assert of_depth != results_of(whole[0])["floors"]["feature_norm"]["matrix"]["aupro"][0][0]
+
+
+def test_joint_trains_on_all_objects_seen_so_far_and_says_that_it_is_not_incremental(run, tmp_path):
+    workdir, changes = tmp_path / "run", {"method": "iuf", "model.class_grid": 8, "train.epochs": 1}
+    code, out, err = run(workdir, **changes, **{"continual.strategy": "joint"})
+    assert code == 0, err
+    events = read(workdir / "ledger.jsonl")
+    assert [event["images"] for event in events if event["event"] == "step"] == [5, 10]
+    assert [event["learned"] for event in events if event["event"] == "step"] == [["CandyCane"], ["GummyBear"]]
+    for text in (out, (workdir / "results.md").read_text()):
+        assert "Strategy joint is not incremental: every step trains on the images of all objects seen so far" in text
+    image = 64 * 64 * 3 * 4 + 4 * 4 * 192 * 4 + 4  # as prepared: pixels, features and the object's number
+    assert results_of(workdir)["memory_bytes"] <= 10 * image
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(run, whole, tmp_path):
