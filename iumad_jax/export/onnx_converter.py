@@ -188,7 +188,10 @@ def _gather(graph: _Graph, equation: Any, value: Value, indices: Value) -> Value
 
 def _scan(graph: _Graph, equation: Any, inputs: list[Value]) -> list[Value]:
     params, body = equation.params, equation.params["jaxpr"]
-    fixed, carried = params["num_consts"], params["num_carry"]
+    if "ft_in" in params:  # JAX 0.11 and newer
+        fixed, carried, _ = (len(list(part)) for part in params["ft_in"].unpack())
+    else:
+        fixed, carried = params["num_consts"], params["num_carry"]
     outside = zip(inputs[fixed:], equation.invars[fixed:], strict=True)
     names = [graph.whole(value, variable.aval.shape) for value, variable in outside]
     inside = graph._replace(nodes=[])
