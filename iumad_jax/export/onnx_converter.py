@@ -106,7 +106,12 @@ def _translate(graph: _Graph, jaxpr: Any, constants: Sequence[Any], arguments: S
 
     for equation in jaxpr.eqns:
         inputs, name = [read(atom) for atom in equation.invars], equation.primitive.name
-        if inner := _inner(equation):
+        found: list[Value]
+        if name == "custom_vjp_call" and _called(equation) in _FUNCTIONS:
+            names = [graph.whole(v, a.aval.shape) for v, a in zip(inputs, equation.invars, strict=True)]
+            result = _FUNCTIONS[_called(equation)](graph, equation, *names)
+            found = [Tensor(result, equation.outvars[0].aval.shape)]
+        elif inner := _inner(equation):
             found = _translate(graph, inner.jaxpr, inner.consts, inputs)
         elif name == "broadcast_in_dim":
             found = [_broadcast(graph, equation, inputs[0])]
@@ -150,6 +155,10 @@ def _inner(equation: Any) -> Any:
     return None
 
 
+def _called(equation: Any) -> str:
+    return equation.params["call_jaxpr"].jaxpr.debug_info.func_name
+
+
 def _broadcast(graph: _Graph, equation: Any, value: Value) -> Value:
     shape, places = equation.params["shape"], equation.params["broadcast_dimensions"]
     sizes = [1] * len(shape)
@@ -179,7 +188,10 @@ def _gather(graph: _Graph, equation: Any, value: Value, indices: Value) -> Value
 
 def _scan(graph: _Graph, equation: Any, inputs: list[Value]) -> list[Value]:
     params, body = equation.params, equation.params["jaxpr"]
-    fixed, carried = params["num_consts"], params["num_carry"]
+    if "ft_in" in params:  # JAX 0.11 and newer
+        fixed, carried, _ = (len(list(part)) for part in params["ft_in"].unpack())
+    else:
+        fixed, carried = params["num_consts"], params["num_carry"]
     outside = zip(inputs[fixed:], equation.invars[fixed:], strict=True)
     names = [graph.whole(value, variable.aval.shape) for value, variable in outside]
     inside = graph._replace(nodes=[])
@@ -258,6 +270,18 @@ def _convolution(graph: _Graph, equation: Any, x: str, kernel: str) -> str:
     return _transpose(graph, y, np.argsort(numbers.out_spec).tolist())
 
 
+def _depthwise(graph: _Graph, equation: Any, x: str, kernel: str) -> str:
+    """`efficientnet.depthwise_conv`: its sum of shifted images is fast in XLA, but not in ONNX runtimes."""
+    (*_, height, width, channels), (size, *_) = (variable.aval.shape for variable in equation.invars)
+    body = equation.params["call_jaxpr"].jaxpr
+    shifts = [e.params["strides"] for e in body.eqns if e.primitive.name == "slice" and e.invars[0] is body.invars[0]]
+    strides = shifts[0][-3:-1] if shifts[0] else (1, 1)
+    first = _transpose(graph, _reshape(graph, x, [-1, height, width, channels]), (0, 3, 1, 2))
+    weights = _reshape(graph, _transpose(graph, kernel, (2, 0, 1)), [channels, 1, size, size])
+    y = graph.add("Conv", [first, weights], strides=list(strides), group=channels)
+    return _to_shape_of_result(graph, equation, _transpose(graph, y, (0, 2, 3, 1)))
+
+
 def _window_sum(graph: _Graph, equation: Any, x: str) -> str:
     """Over rows and columns of (b, h, w, c)."""
     params = equation.params
@@ -329,6 +353,7 @@ def _one(graph: _Graph) -> str:
     return graph.constant(np.float32(1))
 
 
+_FUNCTIONS = {"depthwise_conv": _depthwise}  # what has an operator of its own, by the function's name
 _ELEMENTWISE: dict[str, Callable[..., str]] = {
     "abs": _plain("Abs"),
     "add": _plain("Add"),

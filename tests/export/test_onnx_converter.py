@@ -8,6 +8,7 @@ import pytest
 from jax import lax
 
 from iumad_jax.export.onnx_converter import convert
+from iumad_jax.models.efficientnet import depthwise_conv
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(2, 6, 6, 4)).astype(np.float32)
@@ -60,6 +61,8 @@ FUNCTIONS = {
     "convolution": lambda x: lax.conv_general_dilated(
         x, KERNEL, (2, 1), ((1, 0), (2, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2
     ),
+    "depthwise convolution": lambda x: depthwise_conv(x, np.ones((3, 3, 4), np.float32) * MATRIX[None, :3, :4], 1),
+    "depthwise with stride": lambda x: jax.vmap(lambda y: depthwise_conv(y[:5], KERNEL[..., 0, :4], 2))(x),
     "windows": lambda x: lax.reduce_window(x, 0.0, lax.add, (1, 3, 2, 1), (1, 1, 2, 1), "VALID"),
     "broadcasting": lambda x: (
         jnp.broadcast_to(x.mean(1, keepdims=True), x.shape)[:, 2:4].sum(1) + jnp.ones((6, 4))[None]

@@ -105,7 +105,7 @@ def test_results_have_the_public_form(whole):
     workdir, _ = whole
     results = results_of(workdir)
     public = {"config", "protocol", "objects", "steps", "matrix", "summary", "seconds", "versions"}
-    assert set(results) == public | {"floors", "bytes", "memory_bytes"}
+    assert set(results) == public | {"floors", "bytes", "memory_bytes", "decisions"}
     assert (results["protocol"], results["objects"]) == ("1-1", list(OBJECTS))
     assert results["steps"] == [["CandyCane"], ["GummyBear"]]
     assert results["config"] == json.loads((workdir / "config.json").read_text())
@@ -137,8 +137,8 @@ def test_the_ledger_tells_the_story_in_order(whole):
     story = [event["event"] for event in events]
     systems = 3
     assert story == [
-        "step", *["epoch"] * 6, *["evaluation"] * systems, "snapshot",
-        "step", *["epoch"] * 6, *["evaluation"] * 2 * systems, "snapshot",
+        "step", *["epoch"] * 6, *["evaluation"] * systems, "decisions", "snapshot",
+        "step", *["epoch"] * 6, *["evaluation"] * 2 * systems, "decisions", "snapshot",
     ]  # fmt: skip
     assert events[0] == {"event": "step", "step": 0, "learned": ["CandyCane"], "images": 5}
     epochs = [event for event in events if event["event"] == "epoch"]

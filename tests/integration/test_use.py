@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from iumad_jax import Detector, evaluate, predict, snapshots
@@ -50,10 +51,19 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
+def _compile_quickly(tmp_path_factory):
+    """Without optimisation, and once for all detectors of this module."""
+    settings = {
+        "jax_disable_most_optimizations": (True, False),
+        "jax_compilation_cache_dir": (str(tmp_path_factory.mktemp("cache")), None),
+        "jax_persistent_cache_min_compile_time_secs": (0.1, 1.0),
+    }
+    for name, (here, _) in settings.items():
+        jax.config.update(name, here)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    for name, (_, default) in settings.items():
+        jax.config.update(name, default)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
