@@ -1,9 +1,25 @@
-"""What a method's predictions are worth."""
+"""Evaluates a trained model on any dataset, without training: python -m iumad_jax.evaluate --workdir=FOLDER."""
 
 import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from iumad_jax import commands, data, decisions, inputs, methods, recognition, snapshots
+from iumad_jax.errors import UserError
 from iumad_jax.metrics import image_auroc, pixel_metrics
+from iumad_jax.predict import predict
+from iumad_jax.report import tables
+from iumad_jax.report.ledger import Ledger
 from iumad_jax.shapes import GroundTruth, Prediction
+from iumad_jax.snapshots import Snapshot
 
 
 def evaluate(prediction: Prediction, truth: GroundTruth) -> dict[str, float]:
@@ -17,3 +33,93 @@ def evaluate(prediction: Prediction, truth: GroundTruth) -> dict[str, float]:
     if not truth.masked.all():
         pixels = dict.fromkeys(pixels, math.nan)
     return {"i_auroc": image_auroc(truth.anomalous, prediction.score), **pixels}
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command and returns its exit code."""
+    return commands.execute(str(__doc__), arguments, _define, _evaluate, dataset=True)
+
+
+def _define(values: flags.FlagValues) -> None:
+    commands.define_trained(values)
+    help_ = "Where ledger and tables go, in place of earlier ones; WORKDIR/evaluations/NAME_stepN if not given."
+    flags.DEFINE_string("output", None, help_, flag_values=values)
+
+
+def _evaluate(values: flags.FlagValues) -> str:
+    workdir, config = commands.path(values, "workdir"), values.config
+    snapshot = snapshots.read(workdir, values.step)
+    default = workdir / "evaluations" / f"{config.dataset.name}_step{snapshot.position.step}"
+    output = Path(values.output or default)
+    return tables.console(evaluate_snapshot(config, workdir, snapshot, output), output)
+
+
+def evaluate_snapshot(config: ConfigDict, workdir: Path, snapshot: Snapshot, output: Path) -> dict[str, Any]:
+    """Evaluates what a run had learned by a step on the test images of `config.dataset`; writes ledger and tables.
+
+    Returns:
+        What results.json holds: those objects of the dataset that were learned, as if in one step, and under
+        `unknown` whether the images of the others are found to be of none of them (`decisions.unknown_rates`).
+
+    Raises:
+        UserError: the dataset is at fault, or something cannot be written.
+    """
+    began = time.monotonic()
+    reader = data.open_reader(config)
+    store = inputs.open_store(config, reader, workdir)
+    decided, variables = snapshot.record["decisions"][-1], snapshot.variables
+    recogniser = recognition.fit(variables["recognition"])
+    systems = methods.systems(config, len(snapshot.record["inputs"]["objects"]))
+    learned = [name for name in reader.objects if name in decided["objects"]]
+    ledger = _new_ledger(output)
+
+    matrices = {s: {metric: np.full((1, len(learned)), np.nan) for metric in tables.METRICS} for s in systems}
+    distances, confidences = {}, {}
+    for name in tqdm(reader.objects, unit="object", disable=None, leave=False):
+        test = store.get(name, "test")
+        assert test.truth is not None
+        distances[name] = np.asarray(recognition.distances(recogniser, test.batch.features))
+        for system, method in systems.items():
+            prediction = predict(jax.jit(method.predict), variables[system], test.batch)
+            own = system == config.method
+            if own and prediction.object_logits is not None:
+                confidences[name] = np.asarray(jax.nn.softmax(prediction.object_logits).max(-1))
+            if name in learned:
+                scores = evaluate(prediction, test.truth)
+                for metric, value in scores.items():
+                    matrices[system][metric][0, learned.index(name)] = value
+                ledger.append("evaluation", object=name, method=system, **scores)
+            if own and name in learned:
+                rates = decisions.rates(decided, name, prediction, test.truth, distances[name])
+                decided["objects"][name]["test"] = rates
+
+    decided["objects"] = {name: decided["objects"][name] for name in learned}
+    results = tables.gather(
+        config.to_dict() | {"protocol": f"{len(learned)}-0"},
+        learned,
+        [learned],
+        matrices,
+        {system: snapshots.size_of(variables[system]) for system in systems},
+        snapshots.size_of(snapshot.memory),
+        [decided],
+        time.monotonic() - began,
+    )
+    results["unknown"] = decisions.unknown_rates(decided, distances, confidences)
+    results["evaluated"] = {"workdir": str(workdir), "step": snapshot.position.step}
+    ledger.append("unknown", **results["unknown"])
+    tables.write_results(output, results)
+    return results
+
+
+def _new_ledger(output: Path) -> Ledger:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output}: not a writable folder ({error.strerror}); choose another --output.") from error
+    ledger = Ledger(output / "ledger.jsonl")
+    ledger.truncate(0)
+    return ledger
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -2,10 +2,7 @@
 
 import dataclasses
 import functools
-import hashlib
 import time
-from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +13,21 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from iumad_jax import config as configs
-from iumad_jax import data, methods, parallel, protocol, train
+from iumad_jax import continual, data, decisions, inputs, methods, parallel, protocol, recognition, snapshots, train
 from iumad_jax import workdir as workdirs
-from iumad_jax.data.eyecandies import selected
-from iumad_jax.data.pipeline import training_batches, updates_per_epoch
-from iumad_jax.data.processing import Processing
+from iumad_jax.continual.strategy import Memory, Strategy
+from iumad_jax.data.pipeline import training_input, updates_per_epoch
 from iumad_jax.data.sample import Reader
 from iumad_jax.data.store import PreparedSet, Store
-from iumad_jax.errors import UserError
 from iumad_jax.evaluate import evaluate
 from iumad_jax.methods.method import Method
 from iumad_jax.metrics import final
-from iumad_jax.models import pretrained
-from iumad_jax.models.efficientnet import FeatureExtractor
 from iumad_jax.predict import predict
 from iumad_jax.report import figures, html, live, samples, tables
-from iumad_jax.report.ledger import Ledger
+from iumad_jax.report.ledger import Ledger, as_json
 from iumad_jax.report.live import Live
 from iumad_jax.shapes import Prediction, Variables
 from iumad_jax.snapshots import Position, Snapshot, Snapshots
-
-FLOORS = ("feature_norm", "nearest_neighbours")  # training-free; what does not beat them has not shown anything
 
 
 @dataclasses.dataclass
@@ -47,16 +38,20 @@ class Run:
     workdir: Path
     store: Store
     systems: dict[str, Method]  # the method of the config, then the floors, all under the same protocol
-    optimizer: optax.GradientTransformation
-    update: Any  # compiled once
+    strategy: Strategy
+    optimizers: dict[str, optax.GradientTransformation]  # by name: that of the base step, and of later ones
+    updates: dict[str, Any]  # by the optimiser's name; compiled once for every form that the strategy's memory takes
     snapshots: Snapshots
     ledger: Ledger
+    inputs: dict[str, Any]  # what a detector must know of the images
     live: Live
 
-    variables: dict[str, Variables]
+    variables: dict[str, Variables]  # by system, and those of `recognition`
     matrices: dict[str, dict[str, np.ndarray]]  # system -> metric -> (steps, objects)
+    decisions: list[decisions.Decisions]  # after every step
     position: Position
     optimizer_leaves: list[Any]
+    memory: Memory  # of the strategy
     began: float  # on the monotonic clock, moved back by the time that earlier runs took
 
     def save(self) -> None:
@@ -64,9 +59,11 @@ class Run:
         record = {
             "ledger_lines": len(self.ledger),
             "matrices": jax.tree.map(np.ndarray.tolist, self.matrices),
+            "decisions": self.decisions,
+            "inputs": self.inputs,
             "seconds": time.monotonic() - self.began,
         }
-        self.snapshots.save(Snapshot(self.position, self.variables, self.optimizer_leaves, record))
+        self.snapshots.save(Snapshot(self.position, self.variables, self.optimizer_leaves, record, self.memory))
 
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -85,8 +82,8 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         print(f"{workdir}: this run is finished.")
         return finished
 
-    steps = protocol.steps(config.protocol, selected(config.dataset.objects))
-    reader = data.open_reader(config.dataset)
+    steps = protocol.steps(config.protocol, data.objects(config))
+    reader = data.open_reader(config)
     this = start(config, workdir, reader, steps)
     for step in steps[this.position.step + this.position.finished :]:
         learn(this, step)
@@ -99,26 +96,29 @@ def start(config: ConfigDict, workdir: Path, reader: Reader, steps: tuple[protoc
 
     What would stop it later is refused before anything is written.
     """
-    names = (config.method, *(floor for floor in FLOORS if floor != config.method))
-    systems = {name: methods.build(name, config, len(reader.objects)) for name in names}
-    check_training(config, systems[config.method], reader, steps)
+    systems = methods.systems(config, len(reader.objects))
+    method = systems[config.method]
+    strategy = continual.build(config, method, len(reader.objects))
+    optimizers = {own.optimizer: train.make_optimizer(own) for own in (train.of_step(config, i) for i in (0, 1))}
+    check_training(config, method, strategy, reader, steps)
     live.check(config.report.tensorboard)
-    store = open_store(config, reader, workdir)
+    store = inputs.open_store(config, reader, workdir)
     workdirs.claim(workdir, config)
-    snapshots, ledger = Snapshots(workdir), Ledger(workdir / "ledger.jsonl")
-    optimizer = train.make_optimizer(config.train)
-    snapshot = snapshots.latest()
+    saved, ledger = Snapshots(workdir), Ledger(workdir / "ledger.jsonl")
+    snapshot = saved.latest()
     if snapshot is None:
         example = jax.tree.map(lambda array: array[:1], store.get(reader.objects[0], "train").batch)
-        keys = jax.random.split(jax.random.key(config.seed), len(names))
-        variables = {name: jax.jit(systems[name].init)(key, example) for name, key in zip(names, keys, strict=True)}
+        keys = jax.random.split(jax.random.key(config.seed), len(systems))
+        variables = {
+            name: jax.jit(system.init)(key, example) for (name, system), key in zip(systems.items(), keys, strict=True)
+        }
+        variables["recognition"] = recognition.no_statistics(example)
         matrices = {
             name: {metric: np.full((len(steps), len(reader.objects)), np.nan) for metric in tables.METRICS}
-            for name in names
+            for name in systems
         }
-        snapshot = Snapshot(
-            Position(-1, 0, finished=True), variables, [], {"ledger_lines": 0, "matrices": matrices, "seconds": 0.0}
-        )
+        record = {"ledger_lines": 0, "matrices": matrices, "decisions": [], "seconds": 0.0}
+        snapshot = Snapshot(Position(-1, 0, finished=True), variables, [], record, {})
     ledger.truncate(snapshot.record["ledger_lines"])
     matrices = {
         name: {metric: np.array(rows) for metric, rows in by_metric.items()}
@@ -129,29 +129,34 @@ def start(config: ConfigDict, workdir: Path, reader: Reader, steps: tuple[protoc
         workdir,
         store,
         systems,
-        optimizer,
-        train.make_update(systems[config.method], optimizer),
-        snapshots,
+        strategy,
+        optimizers,
+        {name: train.make_update(method, optimizer, strategy) for name, optimizer in optimizers.items()},
+        saved,
         ledger,
+        inputs.describe(store),
         Live(workdir, config.report.tensorboard),
         snapshot.variables,
         matrices,
+        snapshot.record["decisions"],
         snapshot.position,
         snapshot.optimizer,
+        snapshot.memory,
         time.monotonic() - snapshot.record["seconds"],
     )
 
 
-def check_training(config: ConfigDict, method: Method, reader: Reader, steps: tuple[protocol.Step, ...]) -> None:
+def check_training(
+    config: ConfigDict, method: Method, strategy: Strategy, reader: Reader, steps: tuple[protocol.Step, ...]
+) -> None:
     """Raises UserError unless every step can be trained."""
-    if config.continual.strategy != "finetune":
-        raise UserError(f'config.continual.strategy is "{config.continual.strategy}"; use finetune.')
     if not is_trained(config, method):
         return
     parallel.check_batch_size(config.train.batch_size)
     train.learning_rates(config.train, updates_per_epoch=1)
     for step in steps:
-        updates_per_epoch(sum(len(reader.ids(name, "train")) for name in step.learned), config.train.batch_size)
+        images = sum(len(reader.ids(name, "train")) for name in strategy.objects(step))
+        updates_per_epoch(images, config.train.batch_size)
 
 
 def is_trained(config: ConfigDict, method: Method) -> bool:
@@ -159,68 +164,62 @@ def is_trained(config: ConfigDict, method: Method) -> bool:
     return method.loss is not None and config.train.epochs > 0
 
 
-def open_store(config: ConfigDict, reader: Reader, workdir: Path) -> Store:
-    """Where images are prepared for this config's backbone."""
-    processing = Processing(
-        methods.modalities(config),
-        config.input.size,
-        config.input.depth_encoding,
-        reader.height_range,
-        reader.object_height,
-    )
-    extractor = FeatureExtractor(config.backbone.name, config.backbone.grid)
-    weights = pretrained.load(config.backbone.name, config.backbone.weights)
-    digest = hashlib.sha256(b"".join(np.asarray(array).tobytes() for array in jax.tree.leaves(weights)))
-    return Store(
-        folder=Path(config.dataset.prepared or workdir / "prepared"),
-        reader=reader,
-        processing=processing,
-        encoder=jax.jit(lambda images: extractor.apply(weights, images)),
-        settings={**config.backbone, "weights": digest.hexdigest()},
-    )
-
-
 def learn(this: Run, step: protocol.Step) -> None:
     """Trains on the good images of the objects that this step learns, from where the run stands."""
-    config = this.config
-    sets = [this.store.get(name, "train") for name in step.learned]
+    config, strategy, method = this.config, this.strategy, this.systems[this.config.method]
+    learned = [this.store.get(name, "train") for name in step.learned]
+    sets = [this.store.get(name, "train") for name in strategy.objects(step)]
     images = sum(len(one.ids) for one in sets)
     if this.position.step < step.index:
         this.ledger.append("step", step=step.index, learned=step.learned, images=images)
-        for one in sets:
+        for name in step.learned:
+            fitted, _ = inputs.good_images(this.store, name)
+            this.variables["recognition"] = recognition.observe(this.variables["recognition"], fitted)
+        for one in learned:
             for name, system in this.systems.items():
                 this.variables[name] = system.observe(this.variables[name], one.batch, step.index)
         this.position, this.optimizer_leaves = Position(step.index, 0), []
+        if is_trained(config, method):
+            example = jax.tree.map(lambda array: array[:1], sets[0].batch)
+            this.memory = strategy.begin(this.memory, this.variables[config.method], example, step.index)
     this.live.begin(step.index, step.learned, images)
-    method = this.systems[config.method]
     if not is_trained(config, method):
         return
 
     per_epoch = updates_per_epoch(images, config.train.batch_size)
-    rates = train.learning_rates(config.train, per_epoch)
+    own = train.of_step(config, step.index)
+    rates, optimizer = train.learning_rates(own, per_epoch), this.optimizers[own.optimizer]
     done = this.position.epochs
-    state = train.start(this.variables[config.method], this.optimizer, done * per_epoch, this.optimizer_leaves)
+    variables, leaves = this.variables[config.method], this.optimizer_leaves
+    state = train.start(variables, optimizer, done * per_epoch, leaves, this.memory)
     seed = config.seed * 1000 + step.index
-    batches = training_batches([one.batch for one in sets], config.train.batch_size, seed, done)
+    pieces = training_input([one.batch for one in sets], config.train.batch_size, seed, done, config.input.resident)
     key = jax.random.fold_in(jax.random.key(config.seed), step.index)
     saved = time.monotonic()
-    for epoch in train.epochs(this.update, state, batches, rates, key, per_epoch, config.train.epochs):
+    for epoch in train.epochs(this.updates[own.optimizer], state, pieces, rates, key, per_epoch, config.train.epochs):
         this.ledger.append("epoch", step=step.index, epoch=epoch.number, **epoch.losses)
         seen = per_epoch * config.train.batch_size
         this.live.epoch(
             step.index, epoch.number, config.train.epochs, epoch.losses, epoch.learning_rate, seen, epoch.seconds
         )
-        this.variables[config.method] = epoch.state.variables
+        this.variables[config.method], this.memory = epoch.state.variables, epoch.state.memory
         this.position = Position(step.index, epoch.number + 1)
         if time.monotonic() - saved > 60 * config.snapshots.every_minutes:
             this.optimizer_leaves = jax.tree.leaves(epoch.state.optimizer)
             this.save()
             saved = time.monotonic()
+    for one in learned:
+        object_ = int(one.batch.object_id[0])
+        this.memory = strategy.finish(this.memory, this.variables[config.method], one.batch, object_)
 
 
 def assess(this: Run, step: protocol.Step) -> None:
     """Evaluates every system on all objects seen so far, draws heatmaps, and takes the step's snapshot."""
+    recogniser = recognition.fit(this.variables["recognition"])
+    decided = decide(this, step, recogniser)
     for column, name in enumerate(tqdm(step.seen, "evaluating", unit="object", disable=None, leave=False)):
+        if not this.store.reader.ids(name, "test"):  # the row stays NaN
+            continue
         test = this.store.get(name, "test")
         assert test.truth is not None
         predictions = {}
@@ -233,12 +232,31 @@ def assess(this: Run, step: protocol.Step) -> None:
             this.live.evaluation(step.index, name, system, values)
             if system == this.config.method:
                 draw(this, step, name, test, prediction)
+                distance = np.asarray(recognition.distances(recogniser, test.batch.features))
+                decided["objects"][name]["test"] = decisions.rates(decided, name, prediction, test.truth, distance)
         keep(this, step, name, test, predictions)
     mean = final(this.matrices[this.config.method]["i_auroc"][: step.index + 1])
     live.say(f"step {step.index}: mean I-AUROC {mean:.3f} over the objects seen")
-    this.ledger.append("snapshot", step=step.index, bytes={s: _bytes(this.variables[s]) for s in this.systems})
+    this.decisions.append(as_json(decided))
+    this.ledger.append("decisions", step=step.index, **decided)
+    this.ledger.append(
+        "snapshot", step=step.index, bytes={s: snapshots.size_of(this.variables[s]) for s in this.systems}
+    )
     this.position, this.optimizer_leaves = Position(step.index, 0, finished=True), []
     this.save()
+
+
+def decide(this: Run, step: protocol.Step, recogniser: recognition.Recogniser) -> decisions.Decisions:
+    """Sets the thresholds of all objects seen so far."""
+    compiled, good = jax.jit(this.systems[this.config.method].predict), {}
+    for name in step.seen:
+        _, batch = inputs.good_images(this.store, name)
+        good[name] = decisions.Good(
+            predict(compiled, this.variables[this.config.method], batch),
+            np.asarray(recognition.distances(recogniser, batch.features)),
+            trained_on=not this.store.reader.ids(name, "calibration"),
+        )
+    return decisions.calibrate(good, this.config.decisions.quantile)
 
 
 def draw(this: Run, step: protocol.Step, name: str, test: PreparedSet, prediction: Prediction) -> None:
@@ -275,39 +293,31 @@ def keep(this: Run, step: protocol.Step, name: str, test: PreparedSet, predictio
     samples.save(this.workdir, step.index, name, kept)
 
 
-def panels(store: Store, name: str, rows: Sequence[int]) -> tuple[Any, Any, Any]:
-    """RGB, depth and masks of some of an object's test images."""
-    truth = store.get(name, "test").truth
-    assert truth is not None
-    return truth.thumbnail[rows], truth.depth[rows], truth.mask[rows]
-
-
 def conclude(this: Run, steps: tuple[protocol.Step, ...]) -> dict[str, Any]:
     """Writes the results and pictures of a finished run."""
     config, objects = this.config, this.store.reader.objects
-    by_system = {
-        system: {"matrix": matrices, "summary": tables.summarise(matrices), "bytes": _bytes(this.variables[system])}
-        for system, matrices in this.matrices.items()
-    }
-    results = {
-        "config": config.to_dict(),
-        "protocol": config.protocol,
-        "objects": list(objects),
-        "steps": [list(step.learned) for step in steps],
-        **by_system.pop(config.method),
-        "floors": by_system,
-        "seconds": time.monotonic() - this.began,
-        "versions": {package: version(package) for package in ("iumad-jax", "jax", "flax", "optax", "numpy")},
-    }
+    results = tables.gather(
+        config.to_dict(),
+        objects,
+        [step.learned for step in steps],
+        this.matrices,
+        {system: snapshots.size_of(this.variables[system]) for system in this.systems},
+        memory_bytes(this),
+        this.decisions,
+        time.monotonic() - this.began,
+    )
     for metric, matrix in this.matrices[config.method].items():
         path = this.workdir / "pictures" / f"matrix_{metric}.png"
         figures.save_matrix(path, matrix, objects, [f"step {step.index}" for step in steps], metric)
-    html.write(this.workdir, results, functools.partial(panels, this.store))
+    html.write(this.workdir, results, functools.partial(inputs.panels, this.store))
     tables.write_results(this.workdir, results)
     this.snapshots.close()
     this.live.close()
     return results
 
 
-def _bytes(variables: Variables) -> int:
-    return sum(np.asarray(array).nbytes for array in jax.tree.leaves(variables))
+def memory_bytes(this: Run) -> int:
+    """What the strategy keeps between steps, beside the weights: its memory, or all images if it is not incremental."""
+    if this.strategy.incremental:
+        return snapshots.size_of(this.memory)
+    return sum(snapshots.size_of(this.store.get(name, "train").batch) for name in this.store.reader.objects)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import psutil
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from iumad_jax.errors import UserError
@@ -21,6 +22,24 @@ def check_batch_size(batch_size: int) -> None:
             f"config.train.batch_size is {batch_size}, which does not divide over {devices} devices; use a positive"
             f" multiple of {devices}."
         )
+
+
+def memory_per_device() -> float:
+    """Bytes that JAX may use on each device; on CPU, its share of the RAM that is available."""
+    devices = jax.local_devices()
+    if devices[0].platform == "cpu":
+        return psutil.virtual_memory().available / len(devices)
+    return min((device.memory_stats() or {"bytes_limit": 0})["bytes_limit"] for device in devices)
+
+
+def updates_at_once(per_epoch: int, most: int = 128) -> int:
+    """How many updates a device should do in one loop: an epoch, or of a long one the largest part up to `most`.
+
+    On CPU one: there the same update takes almost twice as long in a loop.
+    """
+    if jax.local_devices()[0].platform == "cpu":
+        return 1
+    return max(number for number in range(1, most + 1) if per_epoch % number == 0)
 
 
 def data_parallel(update: Callable) -> Callable:
@@ -62,3 +81,11 @@ def own_keys(key: jax.Array, images: int) -> jax.Array:
 def mean_over_devices(tree: Any) -> Any:
     """Inside `data_parallel`: the mean of every array over the devices."""
     return jax.lax.pmean(tree, AXIS)
+
+
+def gather(rows: jax.Array) -> jax.Array:
+    """Inside `data_parallel`: the rows of all devices, in the order of the whole batch, on every device.
+
+    Of a loss of them that every device computes, the mean over devices of the gradients is the gradient.
+    """
+    return jax.lax.all_gather(rows, AXIS, tiled=True)

@@ -1,10 +1,33 @@
-"""Anomaly maps and scores of any number of images."""
+"""Looks at images with a trained model: python -m iumad_jax.predict --workdir=FOLDER --input=PATH --output=FOLDER.
 
-from collections.abc import Callable
+--input is an image or a folder of images, with subfolders; without it, the test images of the run's dataset, or of
+the one that --config.dataset.KEY=VALUE names, are looked at. No labels are needed. Written are predictions.csv,
+predictions.json, and for every image a mask and a heatmap. Images that cannot be read are told and left out, and the
+exit code is then 2.
+"""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import flags
+from PIL import Image
+from tqdm import tqdm
 
+from iumad_jax import commands, data
+from iumad_jax.data.depth_files import DEPTH_IMAGES, read_depth
+from iumad_jax.data.images import PHOTOGRAPHS, check_same_size, read_photograph
+from iumad_jax.data.sample import Camera
+from iumad_jax.detector import Detection, Detector
+from iumad_jax.errors import UserError
+from iumad_jax.report import figures
+from iumad_jax.report.ledger import as_json, write_whole
 from iumad_jax.shapes import Batch, Prediction, Variables
 
 _BATCH = 8
@@ -27,3 +50,170 @@ def predict(compiled: Callable[[Variables, Batch], Prediction], variables: Varia
         )
         parts.append(jax.tree.map(np.asarray, compiled(variables, batch)))
     return jax.tree.map(lambda *arrays: np.concatenate(arrays)[:count], *parts)
+
+
+class Shot(NamedTuple):
+    """An image to look at."""
+
+    name: str  # of its files in the output, with their subfolders
+    read: Callable[[], tuple[np.ndarray, np.ndarray | None, Camera | None]]  # RGB, depth, camera
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command and returns its exit code."""
+    return commands.execute(str(__doc__), arguments, _define, _predict, dataset=True)
+
+
+def _define(values: flags.FlagValues) -> None:
+    commands.define_trained(values)
+    for name, help_ in {
+        "input": "An image (PNG, JPEG, TIFF, BMP) or a folder of images.",
+        "depth": "The image's depth (16-bit PNG, TIFF, NPY, PLY, PCD), or a folder with files of the images' names.",
+        "output": "The folder to write to.",
+        "object": "The object that all images show; recognised if not given.",
+    }.items():
+        flags.DEFINE_string(name, None, help_, flag_values=values)
+    splits = ["test", "unlabelled", "calibration", "train"]
+    flags.DEFINE_enum("split", splits[0], splits, "Which images of the dataset, without --input.", flag_values=values)
+    help_ = "Metres per unit of the depth files, such as 0.001; needed where they hold whole numbers."
+    flags.DEFINE_float("depth_unit", None, help_, flag_values=values)
+    help_ = "fx,fy,cx,cy of the depth images, in pixels; that of the training images if not given."
+    flags.DEFINE_list("camera", None, help_, flag_values=values)
+
+
+def _predict(values: flags.FlagValues) -> str:
+    output = commands.path(values, "output")
+    detector = Detector.load(commands.path(values, "workdir"), values.step)
+    detector.number(values.object)
+    shots = list(_files(values, detector) if values.input else _dataset(values))
+    _make_folder(output)
+    rows, damaged = [], []
+    for shot in tqdm(shots, unit="image", disable=None, leave=False):
+        try:
+            rgb, depth, camera = shot.read()
+            detection = detector(rgb, depth, camera, values.object)
+        except UserError as error:
+            tqdm.write(f"iumad_jax: {error}", file=sys.stderr)
+            damaged.append({"image": shot.name, "reason": str(error)})
+            continue
+        rows.append(_row(shot.name, detection))
+        _write_image(output / "masks" / f"{shot.name}.png", _full_size(detection.mask, rgb))
+        heatmap = figures.overlay(rgb, detection.map, float(detection.pixel_threshold))
+        _write_image(output / "heatmaps" / f"{shot.name}.png", heatmap)
+    content = {"workdir": str(values.workdir), "step": values.step, "images": rows, "damaged": damaged}
+    write_whole(output / "predictions.csv", _csv(rows).encode())
+    write_whole(output / "predictions.json", (json.dumps(as_json(content), indent=1) + "\n").encode())
+    if damaged:
+        raise UserError(f"{len(damaged)} of {len(shots)} images could not be used; the others are in {output}.")
+    counts = {name: sum(row["decision"] == name for row in rows) for name in ("good", "anomalous", "unknown")}
+    told = ", ".join(f"{count} {name}" for name, count in counts.items())
+    return f"{len(rows)} images: {told}. Scores, masks and heatmaps are in {output}."
+
+
+def _files(values: flags.FlagValues, detector: Detector) -> Iterator[Shot]:
+    """The images that --input names, with the depth that --depth has of them."""
+    root = Path(values.input)
+    if not root.exists():
+        raise UserError(f"--input is {root}, which does not exist; name an image or a folder of images.")
+    images = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix.lower() in PHOTOGRAPHS)
+    if not images or images[0].suffix.lower() not in PHOTOGRAPHS:
+        raise UserError(f"--input is {root}, which is or holds no image; give files ending in {' '.join(PHOTOGRAPHS)}.")
+    needs_depth = "depth" in detector.processing.modalities
+    if needs_depth and not values.depth:
+        raise UserError("--depth is missing; this model was trained with depth.")
+    camera = _camera(values.camera) if values.camera else None
+    names: dict[str, Path] = {}
+    for file in images:
+        name = str(file.relative_to(root).with_suffix("")) if root.is_dir() else file.stem
+        if name in names:
+            raise UserError(f"{file} and {names[name].name} have one name; rename or remove either.")
+        names[name] = file
+
+        def read(file: Path = file, name: str = name) -> tuple[np.ndarray, np.ndarray | None, Camera | None]:
+            rgb = read_photograph(file)
+            if not needs_depth:
+                return rgb, None, None
+            depth_file = _depth_file(Path(values.depth), name)
+            remedy = "give --depth_unit=METRES, such as 0.001 for millimetres"
+            depth, own = read_depth(depth_file, values.depth_unit, rgb.shape[:2], remedy)
+            check_same_size(depth_file, depth, file, rgb)
+            return rgb, depth, camera or own
+
+        yield Shot(name, read)
+
+
+def _depth_file(place: Path, name: str) -> Path:
+    if place.is_file():
+        return place
+    found = [file for ending in DEPTH_IMAGES if (file := place / f"{name}{ending}").is_file()]
+    if len(found) != 1:
+        raise UserError(f"{place} has {len(found)} depth files for {name}; put {name}{DEPTH_IMAGES[0]} there alone.")
+    return found[0]
+
+
+def _camera(given: list[str]) -> Camera:
+    try:
+        fx, fy, cx, cy = map(float, given)
+    except ValueError as error:
+        raise UserError(f"--camera is {','.join(given)}; give fx,fy,cx,cy in pixels.") from error
+    return Camera(fx, fy, cx, cy)
+
+
+def _dataset(values: flags.FlagValues) -> Iterator[Shot]:
+    """The images of a split of the dataset."""
+    reader, split = data.open_reader(values.config), values.split
+    ids = [(name, id_) for name in reader.objects for id_ in reader.ids(name, split)]
+    if not ids:
+        raise UserError(f"the dataset has no {split} images; choose another --split.")
+    for name, id_ in ids:
+
+        def read(name: str = name, id_: str = id_) -> tuple[np.ndarray, np.ndarray | None, Camera | None]:
+            sample = reader.read(name, split, id_)
+            return sample.rgb, sample.depth, sample.camera
+
+        yield Shot(f"{name}/{id_}", read)
+
+
+def _row(name: str, detection: Detection) -> dict[str, Any]:
+    return {
+        "image": name,
+        "decision": str(detection.decision),
+        "object": str(detection.object),
+        "probability": float(detection.probability),
+        "score": float(detection.score),
+        "threshold": float(detection.image_threshold),
+        "defective_share": float(detection.mask.mean()),
+        "mask": f"masks/{name}.png",
+        "heatmap": f"heatmaps/{name}.png",
+    }
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else ["image"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _full_size(mask: np.ndarray, rgb: np.ndarray) -> np.ndarray:
+    size = rgb.shape[1], rgb.shape[0]
+    return np.asarray(Image.fromarray(mask).convert("L").resize(size, Image.Resampling.NEAREST))
+
+
+def _write_image(path: Path, pixels: np.ndarray) -> None:
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "PNG")
+    _make_folder(path.parent)
+    write_whole(path, content.getvalue())
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: not a writable folder ({error.strerror}); choose another --output.") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

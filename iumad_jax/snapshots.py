@@ -32,6 +32,7 @@ class Snapshot(NamedTuple):
     variables: dict[str, Variables]  # by system
     optimizer: list[Any]  # the leaves of its state; empty after a finished step
     record: dict[str, Any]  # what the ledger and the results held
+    memory: dict[str, Any]  # of the strategy against forgetting
 
 
 class Snapshots:
@@ -58,7 +59,8 @@ class Snapshots:
         """
         step, epochs, finished = snapshot.position
         manager, number = (self._finished, step) if finished else (self._within, step * 10**6 + epochs)
-        arrays = jax.tree.map(np.asarray, {"variables": snapshot.variables, "optimizer": snapshot.optimizer})
+        kept = {"variables": snapshot.variables, "optimizer": snapshot.optimizer, "memory": snapshot.memory}
+        arrays = jax.tree.map(np.asarray, kept)
         record = {"position": snapshot.position._asdict(), "sha256": _digest(arrays), **snapshot.record}
         try:
             with _silent_threads():
@@ -83,35 +85,59 @@ class Snapshots:
         Raises:
             UserError: it cannot be read.
         """
-        found = [s for s in map(self._restore_latest, (self._within, self._finished)) if s]
+        managers = [manager for manager in (self._within, self._finished) if manager.latest_step() is not None]
+        found = [_restore(manager, manager.latest_step()) for manager in managers]
         return max(found, key=lambda s: (s.position.step, s.position.finished), default=None)
-
-    @staticmethod
-    def _restore_latest(manager: ocp.CheckpointManager) -> Snapshot | None:
-        number = manager.latest_step()
-        if number is None:
-            return None
-        try:
-            with _silent_threads():
-                restored = manager.restore(
-                    number, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(), record=ocp.args.JsonRestore())
-                )
-            record = dict(restored.record)
-            if record.pop("sha256") != _digest(restored.arrays):
-                raise ValueError("its arrays are not those that were saved")
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"{manager.directory / str(number)}: the snapshot cannot be read ({_reason(error)}); remove this folder"
-                " to go on from the one before."
-            ) from error
-        return Snapshot(
-            Position(**record.pop("position")), restored.arrays["variables"], restored.arrays["optimizer"], record
-        )
 
     def close(self) -> None:
         """Ends Orbax's threads."""
         self._finished.close()
         self._within.close()
+
+
+def read(workdir: Path, step: int | None = None) -> Snapshot:
+    """The snapshot of a finished step, by default the last one; nothing in the workdir is changed.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    folder = (workdir / "snapshots").absolute()
+    steps: list[int] = []
+    if folder.is_dir():
+        with _silent_threads(), _reader(folder) as manager:
+            steps = sorted(manager.all_steps())
+            if steps and step in (None, *steps):
+                return _restore(manager, steps[-1] if step is None else step)
+    found = f"finished are {', '.join(map(str, steps))}" if steps else "none is finished"
+    wanted = "any step" if step is None else f"step {step}"
+    raise UserError(f"{folder} holds no snapshot of {wanted}; {found}.")
+
+
+def _reader(folder: Path) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(read_only=True, enable_async_checkpointing=False)
+    return ocp.CheckpointManager(folder, options=options)
+
+
+def _restore(manager: ocp.CheckpointManager, number: int) -> Snapshot:
+    try:
+        with _silent_threads():
+            restored = manager.restore(
+                number, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(), record=ocp.args.JsonRestore())
+            )
+        record = dict(restored.record)
+        if record.pop("sha256") != _digest(restored.arrays):
+            raise ValueError("its arrays are not those that were saved")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{manager.directory / str(number)}: the snapshot cannot be read ({_reason(error)}); remove this folder"
+            " to go on from the one before."
+        ) from error
+    return Snapshot(position=Position(**record.pop("position")), record=record, **restored.arrays)
+
+
+def size_of(tree: Any) -> int:
+    """The bytes of all arrays."""
+    return sum(np.asarray(array).nbytes for array in jax.tree.leaves(tree))
 
 
 def _digest(arrays: Any) -> str:

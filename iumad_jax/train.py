@@ -1,18 +1,21 @@
 """One step's training."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from typing import Any, NamedTuple
 
-import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from iumad_jax import parallel
+from iumad_jax.continual.finetune import finetune
+from iumad_jax.continual.strategy import Memory, Strategy
+from iumad_jax.data.pipeline import Piece
 from iumad_jax.errors import UserError
 from iumad_jax.methods.method import Method
 from iumad_jax.shapes import Batch, Scalars, Variables
@@ -26,6 +29,7 @@ class TrainState(NamedTuple):
     variables: Variables
     optimizer: optax.OptState
     update: Any  # updates done in this step
+    memory: Memory  # of the strategy
 
 
 class Epoch(NamedTuple):
@@ -38,13 +42,33 @@ class Epoch(NamedTuple):
     state: TrainState
 
 
+def of_step(config: ConfigDict, step: int) -> ConfigDict:
+    """`config.train` as it holds in a step: the optimiser of later ones is that of `config.continual`."""
+    own = config.train.copy_and_resolve_references()
+    if step > 0:
+        own.optimizer = config.continual.optimizer
+        if own.optimizer == "sgd":
+            own.learning_rate = config.continual.sgd_learning_rate
+    return own
+
+
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """AdamW with clipping of the global norm (model.md 8), up to the learning rate; `config` is config.train."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(b1=0.9, b2=0.999),
-        optax.add_decayed_weights(config.weight_decay, _decayed),
-    )
+    """AdamW (model.md 8) or plain SGD with clipping of the global norm, up to the learning rate; `config` is
+    config.train.
+
+    Raises:
+        UserError: there is no such optimiser.
+    """
+    optimizers = {
+        "adamw": (optax.scale_by_adam(b1=0.9, b2=0.999), optax.add_decayed_weights(config.weight_decay, _decayed)),
+        "sgd": (),
+    }
+    if config.optimizer not in optimizers:
+        raise UserError(
+            f'config.train.optimizer or config.continual.optimizer is "{config.optimizer}"; use one of'
+            f" {', '.join(optimizers)}."
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), *optimizers[config.optimizer])
 
 
 def learning_rates(config: ConfigDict, updates_per_epoch: int) -> optax.Schedule:
@@ -67,39 +91,67 @@ def _decayed(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
 
 
-def start(variables: Variables, optimizer: optax.GradientTransformation, update: int, leaves: list[Any]) -> TrainState:
+def start(
+    variables: Variables,
+    optimizer: optax.GradientTransformation,
+    update: int,
+    leaves: list[Any],
+    memory: Memory | None = None,
+) -> TrainState:
     """The state before a step's update, with the optimiser's state from a snapshot or (no leaves) a new one."""
     state = optimizer.init(variables["params"])
     if leaves:
         state = jax.tree.unflatten(jax.tree.structure(state), leaves)
-    return TrainState(variables, state, np.int32(update))
+    return TrainState(variables, state, np.int32(update), memory or {})
 
 
-def make_update(method: Method, optimizer: optax.GradientTransformation) -> Any:
-    """The jitted update (state, batch, key, learning rate) -> (state, scalars) over all devices."""
+def make_update(method: Method, optimizer: optax.GradientTransformation, strategy: Strategy | None = None) -> Any:
+    """The jitted updates (state, piece, key, learning rates) -> (state, scalars) over all devices.
+
+    Those of a piece, which can be a whole epoch, run one after the other in a loop on the device. Images arrive as they
+    are stored and are float32 from here on. No strategy is `finetune`.
+    """
+    ours = strategy or finetune(method)
 
     def update(state: TrainState, batch: Batch, key: jax.Array, rate: jax.Array) -> tuple[TrainState, Scalars]:
         keys = parallel.own_keys(jax.random.fold_in(key, state.update), len(batch.object_id))
 
-        def loss(params: Any) -> tuple[jax.Array, Scalars]:
-            assert method.loss is not None
-            return method.loss(state.variables | {"params": params}, batch, keys)
+        def loss(params: Any) -> tuple[jax.Array, tuple[Scalars, Memory]]:
+            return ours.loss(state.memory, state.variables | {"params": params}, batch, keys)
 
         params = state.variables["params"]
-        (total, terms), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        (total, (terms, memory)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
         gradients, scalars = parallel.mean_over_devices((gradients, {"loss": total, **terms}))
         direction, optimizer_state = optimizer.update(gradients, state.optimizer, params)
-        params = jax.tree.map(lambda weight, change: weight - rate * change, params, direction)
-        variables = state.variables | {"params": params}
-        return TrainState(variables, optimizer_state, state.update + 1), scalars
+        changes = jax.tree.map(lambda change: -rate * change, direction)
+        changes, _ = ours.constrain.update(changes, ours.constrain.init(params), params, memory=memory)
+        variables = state.variables | {"params": optax.apply_updates(params, changes)}
+        return TrainState(variables, optimizer_state, state.update + 1, memory), scalars
 
-    return parallel.data_parallel(update)
+    return parallel.data_parallel(_repeated(update))
+
+
+def _repeated(update: Callable) -> Callable:
+    def updates(state: TrainState, piece: Piece, key: jax.Array, rates: jax.Array) -> tuple[TrainState, Scalars]:
+        images, rows = piece
+
+        def one(state: TrainState, this: tuple[Any, jax.Array]) -> tuple[TrainState, Scalars]:
+            of_this, rate = this
+            batch = jax.tree.map(lambda a: a[of_this].astype(jnp.float32 if a.ndim > 1 else a.dtype), images)
+            return update(state, batch, key, rate)
+
+        if len(rows) > 1:
+            return jax.lax.scan(one, state, (rows, rates))
+        state, scalars = one(state, (rows[0], rates[0]))  # even a loop of one would be compiled to slower code
+        return state, jax.tree.map(lambda scalar: scalar[None], scalars)
+
+    return updates
 
 
 def epochs(
-    update: Any,
+    updates: Any,
     state: TrainState,
-    batches: grain.IterDataset,
+    pieces: Generator[Piece, None, None],
     rates: optax.Schedule,
     key: jax.Array,
     per_epoch: int,
@@ -114,22 +166,30 @@ def epochs(
     state = parallel.replicate(state)
     total, done = last * per_epoch, first * per_epoch
     bar = tqdm(desc="training", total=total, initial=done, unit="update", disable=None, leave=False)
-    with closing(iter(batches)) as stream, bar:
+    with closing(pieces), bar:
         for index in range(first, last):
-            history, began = [], time.monotonic()
-            for number in range(index * per_epoch, (index + 1) * per_epoch):
-                rate = np.float32(rates(number))
-                state, scalars = update(state, parallel.shard(next(stream)), key, rate)
+            numbers = np.arange(index * per_epoch, (index + 1) * per_epoch)
+            own_rates = np.broadcast_to(np.asarray(rates(numbers), np.float32), numbers.shape)
+            history: list[Scalars] = []
+            began = time.monotonic()
+            while own_rates.size:
+                piece = next(pieces)
+                piece_rates, own_rates = np.split(own_rates, piece[1].shape[1:2])
+                state, scalars = updates(state, piece, key, piece_rates)
+                jax.block_until_ready(history[-1:])  # or pieces would gather in front of a slow device
                 history.append(scalars)
-                bar.update()
-            losses = {name: np.stack([np.asarray(s[name])[0] for s in history]) for name in history[0]}
+                bar.update(piece_rates.size)
+            losses = {
+                name: np.concatenate([np.asarray(scalars[name])[0] for scalars in history]) for name in history[0]
+            }
             for name, values in losses.items():
                 if not np.isfinite(values).all():
-                    at = int(np.argmin(np.isfinite(values)))
+                    broken = int(np.argmin(np.isfinite(values)))
                     raise UserError(
-                        f'loss "{name}" became {values[at]} in update {at} of epoch {index}; training stopped and'
-                        " nothing of this epoch was saved: lower config.train.learning_rate, or look for broken images."
+                        f'loss "{name}" became {values[broken]} in update {broken} of epoch {index}; training stopped'
+                        " and nothing of this epoch was saved: lower config.train.learning_rate, or look for broken"
+                        " images."
                     )
             bar.set_postfix(loss=f"{losses['loss'].mean():.4f}")
             means = {name: float(values.mean(dtype=np.float64)) for name, values in losses.items()}
-            yield Epoch(index, means, float(rate), time.monotonic() - began, parallel.unreplicate(state))
+            yield Epoch(index, means, float(piece_rates[-1]), time.monotonic() - began, parallel.unreplicate(state))

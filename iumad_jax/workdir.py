@@ -18,18 +18,28 @@ def check(workdir: Path, config: ConfigDict) -> None:
     Raises:
         UserError: it belongs to another config, or cannot be read.
     """
-    file = workdir / _NAME
-    try:
-        noted = json.loads(file.read_text()) if file.exists() else None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not the config of a run ({error}); choose another --workdir.") from error
-    if noted is None:
+    if not (workdir / _NAME).exists():
         return
-    before, now = _flat(noted), _flat(json.loads(config.to_json()))
+    before, now = _flat(read(workdir).to_dict()), _flat(json.loads(config.to_json()))
     differing = [key for key in before | now if before.get(key) != now.get(key)]
     if differing:
         changes = ", ".join(f"config.{key} ({before.get(key)} there, {now.get(key)} now)" for key in differing)
         raise UserError(f"{workdir}: holds a run of another config, differing in {changes}; choose another --workdir.")
+
+
+def read(workdir: Path) -> ConfigDict:
+    """The config of the run that is kept in a workdir.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    file = workdir / _NAME
+    try:
+        return ConfigDict(json.loads(file.read_text()))
+    except FileNotFoundError as error:
+        raise UserError(f"{workdir} holds no run; give the --workdir of one.") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file}: not the config of a run ({error}); choose another --workdir.") from error
 
 
 def claim(workdir: Path, config: ConfigDict) -> None:

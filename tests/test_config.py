@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from iumad_jax import methods, protocol, train
+from iumad_jax import continual, methods, protocol, train
 from iumad_jax.config import paper
 from iumad_jax.data.eyecandies import OBJECTS
 
@@ -47,8 +47,10 @@ def test_there_are_configs():
 def test_every_config_can_be_run(file):
     """Its command is told, it has the public keys and no key that the others lack, and its parts accept its values."""
     module = load(file)
-    assert re.search(rf"python -m iumad_jax\.main --config=configs/{file.name}", module.__doc__)
+    assert re.search(rf"python -m iumad_jax\.(main|benchmark) --config=configs/{file.name}", module.__doc__)
     config = module.get_config()
+    if "benchmark" in config:  # what cells differ in
+        del config.benchmark
     assert set(PUBLIC) <= set(flat(config))
     types = {key: type(value) for key, value in flat(paper("10-0")).items()}
     assert {key: type(value) for key, value in flat(config).items()} == types
@@ -57,6 +59,7 @@ def test_every_config_can_be_run(file):
         methods.build(name, config, len(OBJECTS))
     train.learning_rates(config.train, 10)
     train.make_optimizer(config.train)
+    continual.build(config, methods.build(config.method, config, len(OBJECTS)), len(OBJECTS))
     assert module.get_config("1-1").protocol == "1-1"
 
 
@@ -68,7 +71,7 @@ def test_the_papers_values():
         "modality": "rgb+depth",
         "input.size": 224,
         "backbone.grid": 14,
-        "dataset.light": 4,
+        "dataset.light": "4",
         "train.epochs": 800,
         "train.batch_size": 24,
         "train.learning_rate": 1e-4,

@@ -12,6 +12,7 @@ import pytest
 
 from iumad_jax import parallel, train
 from iumad_jax.config import paper
+from iumad_jax.data.pipeline import streamed
 from iumad_jax.errors import UserError
 from iumad_jax.methods.ib_iumad import ib_iumad
 from iumad_jax.shapes import Batch
@@ -40,9 +41,15 @@ def three_updates():
     variables = jax.tree.map(np.asarray, jax.jit(method.init)(jax.random.key(0), batch))
     state = train.start(variables, optimizer, 0, [])
     shifted = [jax.tree.map(lambda a, shift=shift: np.roll(a, shift, 0), batch) for shift in range(3)]
-    batches = grain.MapDataset.source(shifted).to_iter_dataset()
+    pieces = streamed(grain.MapDataset.source(shifted).to_iter_dataset())
     (epoch,) = train.epochs(
-        train.make_update(method, optimizer), state, batches, lambda _: 1e-2, jax.random.key(1), per_epoch=3, last=1
+        train.make_update(method, optimizer),
+        state,
+        pieces,
+        lambda _: 1e-2,
+        jax.random.key(1),
+        per_epoch=3,
+        last=1,
     )
     return epoch.losses, epoch.state.variables["params"], variables["params"]
 

@@ -37,7 +37,13 @@ def variables(seed=0, size=3):
 
 def snapshot(step, epochs, finished=False, seed=0, size=3):
     record = {"ledger_lines": 10 * step + epochs, "matrices": {"f": {"aupro": [[0.1, float("nan")]]}}, "seconds": 0.3}
-    return Snapshot(Position(step, epochs, finished), variables(seed, size), [], record)
+    return Snapshot(
+        Position(step, epochs, finished),
+        variables(seed, size),
+        [],
+        record,
+        {"old": {"kernel": np.full(2, seed, np.float32)}},
+    )
 
 
 @contextmanager
@@ -51,7 +57,11 @@ def assert_same(found, expected):
     """Structure, types and bits."""
     assert found.position == expected.position
     np.testing.assert_equal(found.record, expected.record)
-    for one, other in [(found.variables, expected.variables), (found.optimizer, expected.optimizer)]:
+    for one, other in [
+        (found.variables, expected.variables),
+        (found.optimizer, expected.optimizer),
+        (found.memory, expected.memory),
+    ]:
         assert jax.tree.structure(one) == jax.tree.structure(other)
         for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True):
             assert (a.dtype, a.shape, np.asarray(a).tobytes()) == (b.dtype, b.shape, np.asarray(b).tobytes())
@@ -129,7 +139,7 @@ snapshots = Snapshots(Path(sys.argv[1]))
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the system kills the process that makes a file larger than this
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-snapshots.save(Snapshot(Position(1, 2), {"a": np.random.rand(10_000)}, [], {}))
+snapshots.save(Snapshot(Position(1, 2), {"a": np.random.rand(10_000)}, [], {}, {}))
 """
 
 

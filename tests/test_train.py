@@ -9,10 +9,10 @@ import pytest
 
 from iumad_jax import train
 from iumad_jax.config import paper
-from iumad_jax.data.pipeline import training_batches
+from iumad_jax.data.pipeline import training_batches, training_input
 from iumad_jax.errors import UserError
 from iumad_jax.methods.ib_iumad import ib_iumad
-from iumad_jax.methods.method import Method
+from iumad_jax.methods.method import Loss, Method
 from iumad_jax.shapes import Batch
 
 IMAGES, BATCH, PER_EPOCH = 21, 4, 5
@@ -40,7 +40,7 @@ def pull(noise=0.0):
         numbers = batch.features["rgb"][:, 0, 0] + noise * jax.vmap(jax.random.normal)(keys)
         leaves = jax.tree.leaves(variables["params"])
         terms = {"pull": sum(0.5 * jnp.mean(jax.vmap(lambda x, p=p: jnp.sum((p - x) ** 2))(numbers)) for p in leaves)}
-        return terms["pull"], terms
+        return Loss(terms["pull"], terms, {})
 
     return Method(init, predict=None, loss=loss)
 
@@ -52,15 +52,15 @@ def settings(**changes):
     return config
 
 
-def trained(method, config, images, first=0, state=None, update=None):
+def trained(method, config, images, first=0, state=None, update=None, pieces=None):
     """Every epoch from the first, each as training leaves it."""
     optimizer = train.make_optimizer(config)
     if state is None:
         state = train.start(method.init(jax.random.key(1), images), optimizer, 0, [])
-    batches = training_batches([images], BATCH, seed=7, first_epoch=first)
+    pieces = pieces or training_input([images], BATCH, 7, first)
     update = update or train.make_update(method, optimizer)
     rates = train.learning_rates(config, PER_EPOCH)
-    return train.epochs(update, state, batches, rates, jax.random.key(2), PER_EPOCH, config.epochs)
+    return train.epochs(update, state, pieces, rates, jax.random.key(2), PER_EPOCH, config.epochs)
 
 
 def test_updates_are_those_of_adamw_with_a_clipped_norm():
@@ -173,6 +173,20 @@ def test_training_goes_on_as_if_it_had_never_stopped():
             assert one.losses == other.losses
             jax.tree.map(np.testing.assert_array_equal, one.state, other.state)
     assert len({epoch.losses["loss"] for epoch in whole}) == 4
+
+
+@pytest.mark.parametrize("at_once", [1, PER_EPOCH])
+def test_resident_images_train_as_streamed_ones_do(at_once):
+    """Bit by bit update by update; to rounding where an epoch is one loop, which is compiled in another way."""
+    method, config, data = pull(noise=1.0), settings(schedule="cosine"), images()
+    streamed, found = (
+        trained(method, config, data, pieces=training_input([data], BATCH, 7, 0, resident, at_once))
+        for resident in ("never", "always")
+    )
+    for one, other in zip(streamed, found, strict=True):
+        rtol = 0 if at_once == 1 else 1e-5
+        jax.tree.map(lambda a, b, r=rtol: np.testing.assert_allclose(a, b, r), other.state, one.state)
+        assert other.losses == pytest.approx(one.losses, rel=rtol, abs=0)
 
 
 def test_a_loss_that_is_not_finite_stops_training():

@@ -3,7 +3,7 @@
 All lengths are metres. Camera coordinates: x right, y down, z along the optical axis.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32
@@ -12,7 +12,7 @@ from scipy import ndimage
 from iumad_jax.data.sample import Camera
 from iumad_jax.errors import UserError
 
-ENCODINGS = ("normals", "height", "height+normals", "xyz_uint8")
+ENCODINGS = ("normals", "height", "height+normals", "xyz_uint8", "normals_official")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def fill_missing(
 def backproject(depth: Float32[np.ndarray, "h w"], camera: Camera) -> Float32[np.ndarray, "h w 3"]:
     """Points in camera coordinates."""
     x, y = _rays(depth.shape, camera)
-    return np.stack([x * depth, y * depth, depth], axis=-1)
+    spread = np.ones_like(depth) if camera.orthographic else depth
+    return np.stack([x * spread, y * spread, depth], axis=-1)
 
 
 def border(
@@ -86,12 +87,12 @@ def border(
     return chosen[:: -(-len(chosen) // at_most)]
 
 
-def fit_plane(points: Float[np.ndarray, "n 3"], tolerance: float = 0.002, trials: int = 256) -> Plane:
+def fit_plane(points: Float[np.ndarray, "n 3"], trials: int = 256) -> Plane:
     """The plane most points lie on, by RANSAC with a truncated quadratic cost (MSAC; Torr and Zisserman, 2000).
 
-    The winner among `trials` planes through three points each is refined by least squares on the points within
-    `tolerance` metres of it. The trials are drawn the same way in every call. With half of the points off the plane,
-    all 256 trials miss it with a probability of 1e-15.
+    The winner among `trials` planes through three points each is refined by least squares on the points within 2 mm of
+    it, or 1 % of the scene where that is less than 20 cm wide. The trials are drawn the same way in every call. With
+    half of the points off the plane, all 256 trials miss it with a probability of 1e-15.
 
     Raises:
         UserError: the points do not span a plane.
@@ -105,6 +106,7 @@ def fit_plane(points: Float[np.ndarray, "n 3"], tolerance: float = 0.002, trials
         candidates, through = candidates[usable] / lengths[usable, None], corners[usable, 0]
     if len(points) < 3 or not usable.any():
         raise UserError("a depth image has too few valid pixels to find the plane the object lies on.")
+    tolerance = min(0.002, 0.01 * float(np.linalg.norm(np.ptp(points, axis=0))))
     offsets = points @ candidates.T - (candidates * through).sum(1)  # (n, trials)
     cost = np.minimum(offsets**2, tolerance**2).sum(0)
     normal, centre = candidates[cost.argmin()], through[cost.argmin()]
@@ -127,19 +129,18 @@ def normals(depth: Float32[np.ndarray, "h w"], camera: Camera, window: int = 3) 
 
     A plane is linear in inverse depth over the image, 1/z = a (u - cx)/fx + b (v - cy)/fy + c with a normal along
     (a, b, c), so that the fit is a linear regression over the window's valid pixels, exact for planes at any tilt.
-    Where a window has too few valid pixels the normal is the nearest one known. The default suits renderings, which
-    have no noise: noise of s metres in pixels p metres apart tilts a normal each way by s/p over 2.4 radians in a
-    window of 3, over 7 in one of 5, over 14 in one of 7.
+    For an orthographic camera -z takes the place of 1/z, and c = 1. Where a window has too few valid pixels the normal
+    is the nearest one known. The default suits renderings, which have no noise; else see `window_for`.
 
     Raises:
         UserError: no window has three valid pixels that span a plane.
     """
     valid = np.isfinite(depth) & (depth > 0)
     weight = valid.astype(np.float32)
-    inverse = weight / np.where(valid, depth, 1)
+    linear = weight * _linear(np.where(valid, depth, 1), camera)
     # Regression over each window with offsets (u, v) from its centre: means, then (co)variances, then slopes.
     count, u, v, uu, uv, vv = _window_sums(weight, window, [(0, 0), (1, 0), (0, 1), (2, 0), (1, 1), (0, 2)])
-    q, uq, vq = _window_sums(inverse, window, [(0, 0), (1, 0), (0, 1)])
+    q, uq, vq = _window_sums(linear, window, [(0, 0), (1, 0), (0, 1)])
     share = 1 / np.maximum(count, 1)
     u, v, q = u * share, v * share, q * share
     uu, vv, uv, uq, vq = (
@@ -157,9 +158,47 @@ def normals(depth: Float32[np.ndarray, "h w"], camera: Camera, window: int = 3) 
     slope_u, slope_v = (uq * vv - vq * uv) * scale, (vq * uu - uq * uv) * scale
     x, y = _rays(depth.shape, camera)
     a, b = slope_u * np.float32(camera.fx), slope_v * np.float32(camera.fy)
-    c = q - u * slope_u - v * slope_v - a * x - b * y
+    c = np.ones_like(q) if camera.orthographic else q - u * slope_u - v * slope_v - a * x - b * y
     length = np.where(known, np.sqrt(a * a + b * b + c * c), 1)
     return _from_nearest(np.stack([a, b, c], axis=-1) / -length[..., None], known)
+
+
+def window_for(depth: Float32[np.ndarray, "h w"], camera: Camera, largest: int = 15) -> int:
+    """The smallest odd window of `normals` in which noise turns 95 of 100 normals by less than 3 degrees.
+
+    Noise of s metres in pixels p metres apart turns the normal of a window of w pixels each way by s/p over the root of
+    w^2 (w^2 - 1) / 12, the sum of the squared offsets: 2.4 for 3, 7 for 5, 14 for 7, 35 for 11. s/p in radians is
+    estimated from the median of second differences along the rows, which are zero on planes, and from the step of
+    quantised depth. One window serves a whole dataset, else normals would be smoothed more in one image than another.
+
+    Args:
+        depth: one image of the dataset, NaN where missing.
+        camera: of the image.
+        largest: what smooths away more than noise.
+    """
+    valid = np.isfinite(depth) & (depth > 0)
+    metres = np.where(valid, depth, np.nan)
+    spread = np.where(valid, 1.0, np.nan) if camera.orthographic else metres
+    pitch = spread / camera.fx  # metres between pixels
+    linear = _linear(metres, camera)
+    second = linear[:, :-2] - 2 * linear[:, 1:-1] + linear[:, 2:]
+    # A change of 1/z by d is one of z by z^2 d.
+    second = np.abs(second * spread[:, 1:-1] ** 2 / pitch[:, 1:-1])
+    if np.isnan(second).all():
+        return largest
+    noise = 1.4826 * np.nanmedian(second) / np.sqrt(6)
+    levels = np.diff(np.unique(depth[valid]))
+    step = levels.min() / np.nanmedian(pitch) if len(levels) else 0
+    noise = np.hypot(noise, step / np.sqrt(12))
+    allowed = np.radians(3) / np.sqrt(-2 * np.log(0.05))  # 95 % of a normal distribution in two dimensions
+    sizes = np.arange(3, largest + 1, 2)
+    enough = sizes[noise <= allowed * np.sqrt(valid.mean() * sizes**2 * (sizes**2 - 1) / 12)]
+    return int(enough[0]) if len(enough) else largest
+
+
+def with_normals(surface: Surface, official: Float32[np.ndarray, "h w 3"]) -> Surface:
+    """A surface with other normals, given in the camera's axes."""
+    return replace(surface, normals=official @ surface.plane.axes.T.astype(np.float32))
 
 
 def object_mask(height: Float[np.ndarray, "h w"], threshold: float) -> Bool[np.ndarray, "h w"]:
@@ -184,9 +223,9 @@ def encode(surface: Surface, encoding: str, height_range: float) -> Float32[np.n
     """A surface as an image with values 0 to 255.
 
     `normals`: in the plane's axes, so that the background has one colour whatever the camera's tilt and an object's
-    slopes use the whole range. `height`: 0 to `height_range` metres above the plane, three times. `height+normals`:
-    height and the normal's two components along the plane. `xyz_uint8`: metres * 255 cast to 8 bits (they wrap), for
-    comparison only.
+    slopes use the whole range. `normals_official`: the same of a surface `with_normals`. `height`: 0 to `height_range`
+    metres above the plane, three times. `height+normals`: height and the normal's two components along the plane.
+    `xyz_uint8`: metres * 255 cast to 8 bits (they wrap), for comparison only.
 
     Raises:
         UserError: the encoding is unknown.
@@ -195,7 +234,7 @@ def encode(surface: Surface, encoding: str, height_range: float) -> Float32[np.n
     height = np.clip(surface.height / height_range, 0, 1) * np.float32(255)
     directions = (surface.normals + 1) * np.float32(127.5)
     match encoding:
-        case "normals":
+        case "normals" | "normals_official":
             return directions
         case "height":
             return np.repeat(height[..., None], 3, axis=-1)
@@ -206,10 +245,15 @@ def encode(surface: Surface, encoding: str, height_range: float) -> Float32[np.n
 
 
 def _rays(shape: tuple[int, ...], camera: Camera) -> tuple[np.ndarray, np.ndarray]:
-    """x/z (1, w) and y/z (h, 1) of every pixel's ray."""
+    """x/z (1, w) and y/z (h, 1) of every pixel's ray; of an orthographic camera, x and y."""
     x = (np.arange(shape[1], dtype=np.float32) - np.float32(camera.cx)) / np.float32(camera.fx)
     y = (np.arange(shape[0], dtype=np.float32) - np.float32(camera.cy)) / np.float32(camera.fy)
     return x[None, :], y[:, None]
+
+
+def _linear(depth: np.ndarray, camera: Camera) -> np.ndarray:
+    """What is linear over the image of a plane."""
+    return -depth if camera.orthographic else 1 / depth
 
 
 def _window_sums(image: np.ndarray, window: int, powers: list[tuple[int, int]]) -> list[np.ndarray]:

@@ -1,13 +1,22 @@
-"""From prepared images to batches in a reproducible order, with grain."""
+"""From prepared images to batches in a reproducible order, with grain: streamed, or from device memory."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Generator, Sequence
+from contextlib import closing
 
 import grain
 import jax
 import numpy as np
+from jaxtyping import Array, Int
 
+from iumad_jax import parallel
 from iumad_jax.errors import UserError
 from iumad_jax.shapes import Batch
+
+_SHARE = 1 / 4  # of a device's memory that resident images may take
+
+# Images, spread over the devices, and which of them each of some updates takes: the places on every device.
+Piece = tuple[Batch, Int[Array | np.ndarray, "devices updates images"]]
 
 
 class _Images:
@@ -23,9 +32,7 @@ class _Images:
     def __getitem__(self, index: int) -> Batch:
         which = int(np.searchsorted(self._ends, index, side="right"))
         within = int(index) - (int(self._ends[which - 1]) if which else 0)
-        return jax.tree.map(
-            lambda array: np.asarray(array[within], np.float32 if array.ndim > 1 else None), self._sets[which]
-        )
+        return jax.tree.map(lambda array: np.asarray(array[within]), self._sets[which])
 
 
 def updates_per_epoch(images: int, batch_size: int) -> int:
@@ -42,12 +49,60 @@ def updates_per_epoch(images: int, batch_size: int) -> int:
     return images // batch_size
 
 
-def training_batches(sets: Sequence[Batch], batch_size: int, seed: int, first_epoch: int) -> grain.IterDataset:
+def training_input(
+    sets: Sequence[Batch], batch_size: int, seed: int, first_epoch: int, resident: str = "auto", at_once: int = 0
+) -> Generator[Piece, None, None]:
     """Endless shuffled batches, each epoch in another order; the last partial batch of an epoch is dropped.
 
-    The order is a function of the seed and the epoch, so that training resumes exactly at any epoch.
+    The order is a function of the seed and the epoch, so that training resumes exactly at any epoch, and is the same
+    whether images are resident (all placed in device memory now) or streamed from disk (each piece a batch).
+
+    Args:
+        sets: the images, object by object.
+        batch_size: images of an update.
+        seed: of the order.
+        first_epoch: where to begin.
+        resident: "always", "never", or "auto": if they take at most a quarter of every device's memory.
+        at_once: updates in a piece of resident images, a divisor of those of an epoch; 0: what suits the device.
+
+    Raises:
+        UserError: there are fewer images than in a batch.
     """
+    size = sum(array.nbytes for array in jax.tree.leaves(list(sets)))
+    if resident == "always" or (resident == "auto" and size <= _SHARE * parallel.memory_per_device()):
+        return _resident(sets, batch_size, seed, first_epoch, at_once)
+    return streamed(training_batches(sets, batch_size, seed, first_epoch))
+
+
+def training_batches(sets: Sequence[Batch], batch_size: int, seed: int, first_epoch: int) -> grain.IterDataset:
+    """The batches of `training_input`, read ahead by a bounded number."""
     images = _Images(sets)
-    batches = grain.MapDataset.source(images).shuffle(seed=seed).batch(batch_size, drop_remainder=True).repeat()
+    batches = _in_order(grain.MapDataset.source(images), batch_size, seed)
     start = first_epoch * updates_per_epoch(len(images), batch_size)
     return batches[start:].to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
+
+
+def streamed(batches: grain.IterDataset) -> Generator[Piece, None, None]:
+    """Every batch as a piece for one update."""
+    with closing(iter(batches)) as stream:
+        for batch in stream:
+            shards = parallel.shard(batch)
+            devices, images = shards.object_id.shape
+            yield shards, np.broadcast_to(np.arange(images, dtype=np.int32), (devices, 1, images))
+
+
+def _resident(
+    sets: Sequence[Batch], batch_size: int, seed: int, first_epoch: int, at_once: int
+) -> Generator[Piece, None, None]:
+    count = sum(len(one.object_id) for one in sets)
+    per_epoch = updates_per_epoch(count, batch_size)
+    at_once = at_once or parallel.updates_at_once(per_epoch)
+    batches = _in_order(grain.MapDataset.range(count), batch_size, seed)
+    images = parallel.replicate(jax.tree.map(lambda *arrays: np.concatenate(arrays), *sets))
+    for first in itertools.count(first_epoch * per_epoch, at_once):
+        rows = np.stack([batches[first + update] for update in range(at_once)], dtype=np.int32)
+        yield images, np.moveaxis(parallel.shard(rows.T), 1, 2)
+
+
+def _in_order(dataset: grain.MapDataset, batch_size: int, seed: int) -> grain.MapDataset:
+    return dataset.shuffle(seed=seed).batch(batch_size, drop_remainder=True).repeat()

@@ -20,6 +20,7 @@ class Processing:
         depth_encoding: one of `depth.ENCODINGS`.
         height_range: metres above the background plane that the `height` encoding spans.
         object_height: metres above the background plane from which a pixel is the object's.
+        normals_window: pixels of the window in which normals are fitted.
     """
 
     modalities: tuple[Modality, ...]
@@ -27,6 +28,7 @@ class Processing:
     depth_encoding: str
     height_range: float
     object_height: float
+    normals_window: int = 3
 
     def __post_init__(self) -> None:
         depth.check_encoding(self.depth_encoding)
@@ -38,7 +40,7 @@ class Processing:
             UserError: its depth is of no use.
         """
         shape = sample.rgb.shape[:2]
-        masked = sample.mask is not None or not sample.anomalous
+        masked = sample.mask is not None or sample.defect == "good"
         arrays = {
             "mask": transforms.resize_mask(np.zeros(shape, bool) if sample.mask is None else sample.mask, MAP_SIZE),
             "masked": np.array(masked),
@@ -55,7 +57,7 @@ class Processing:
                 raise UserError(f"{sample.object} {sample.id} has no depth; use --config.modality=rgb.")
             return arrays
         try:
-            surface = depth.measure(sample.depth, sample.camera)
+            surface = depth.measure(sample.depth, sample.camera, self.normals_window)
         except UserError as error:
             raise UserError(f"{sample.object} {sample.id}: {error}") from error
         above = depth.object_mask(surface.height, self.object_height)
@@ -63,6 +65,10 @@ class Processing:
         arrays["object"] = transforms.region(above, MAP_SIZE)
         arrays["workpiece"] = transforms.region(depth.free_standing(above), MAP_SIZE)
         if "depth" in self.modalities:
+            if self.depth_encoding == "normals_official":
+                if sample.normals is None:
+                    raise UserError(f"{sample.object} {sample.id} has no official normals; use another depth encoding.")
+                surface = depth.with_normals(surface, sample.normals)
             encoded = depth.encode(surface, self.depth_encoding, self.height_range)
             arrays["images_depth"] = transforms.resize_image(encoded, self.size).astype(np.float16)
         return arrays

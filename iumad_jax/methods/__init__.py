@@ -5,9 +5,25 @@ from ml_collections import ConfigDict
 from iumad_jax.errors import UserError
 from iumad_jax.methods.feature_norm import feature_norm
 from iumad_jax.methods.ib_iumad import ib_iumad
+from iumad_jax.methods.iuf import iuf
 from iumad_jax.methods.method import Method
 from iumad_jax.methods.nearest_neighbours import nearest_neighbours
+from iumad_jax.methods.uniad import uniad
 from iumad_jax.shapes import Modality
+
+FLOORS = ("feature_norm", "nearest_neighbours")  # training-free; what does not beat them has not shown anything
+
+
+def systems(config: ConfigDict, objects: int) -> dict[str, Method]:
+    """The config's method and then its floors, by name, over a dataset of that many objects.
+
+    Raises:
+        UserError: there is no such method or floor.
+    """
+    floors = [name for name in config.floors.split(",") if name]
+    if not set(floors) <= set(FLOORS):
+        raise UserError(f'config.floors is "{config.floors}"; use "{",".join(FLOORS)}", one of them, or "".')
+    return {name: build(name, config, objects) for name in dict.fromkeys([config.method, *floors])}
 
 
 def build(name: str, config: ConfigDict, objects: int) -> Method:
@@ -18,6 +34,8 @@ def build(name: str, config: ConfigDict, objects: int) -> Method:
     """
     methods = {
         "ib_iumad": lambda: ib_iumad(config.model, modalities(config), objects),
+        "uniad": lambda: uniad(config.model, modalities(config)),
+        "iuf": lambda: iuf(config.model, modalities(config), objects),
         "feature_norm": feature_norm,
         "nearest_neighbours": lambda: nearest_neighbours(config.nearest_neighbours.patches_per_object, config.seed),
     }

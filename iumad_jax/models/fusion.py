@@ -14,12 +14,12 @@ from iumad_jax.shapes import Logits
 
 
 class Fused(NamedTuple):
-    """The two fused representations and the object that each predicts."""
+    """The two fused representations and the object that each predicts; without a bottleneck they are one."""
 
     fused: Float[Array, "p f"]  # F_fu
     compressed: Float[Array, "p f"]  # F_g
-    fused_logits: Logits
-    compressed_logits: Logits
+    fused_logits: Logits | None
+    compressed_logits: Logits | None
 
 
 class InformationBottleneckFusion(nn.Module):
@@ -33,20 +33,29 @@ class InformationBottleneckFusion(nn.Module):
     heads: int = 8
     bottleneck_ratio: float = 2 / 3
     dropout: float = 0.1
+    addition: bool = False  # ablation: the reconstructions are added where they would attend to each other
+    bottleneck: bool = True  # False, an ablation: F_fu is all there is
 
     @nn.compact
     def __call__(self, *reconstructions: Float[Array, "p d"], deterministic: bool) -> Fused:
         """Fuse one or two reconstructions of one image."""
-        if len(reconstructions) == 2:
+        if self.addition:
+            reconstructions = (sum(reconstructions[1:], start=reconstructions[0]),)
+        elif len(reconstructions) == 2:
             reconstructions = tuple(
                 self._attend_to_other(own, other, f"attention_{i}", deterministic)
                 for i, (own, other) in enumerate([reconstructions, reconstructions[::-1]])
             )
-        fused = nn.Dense(self.features, name="fuse")(jnp.concatenate(reconstructions, axis=-1))
+        joined = jnp.concatenate(reconstructions, axis=-1)
+        # From zero, or training first makes all tokens alike to silence a random output, and stays there.
+        zeros = nn.initializers.zeros
+        if not self.bottleneck:
+            fused = nn.Dense(self.features, kernel_init=zeros, name="fuse")(joined)
+            return Fused(fused, fused, None, None)
+        fused = nn.Dense(self.features, name="fuse")(joined)
         narrow = nn.relu(nn.Dense(round(self.features * self.bottleneck_ratio), name="squeeze")(fused))
         narrow = nn.Dropout(self.dropout)(narrow, deterministic=deterministic)
-        # From zero, or training first makes all tokens alike to silence a random output, and stays there.
-        compressed = nn.Dense(self.features, kernel_init=nn.initializers.zeros, name="expand")(narrow)
+        compressed = nn.Dense(self.features, kernel_init=zeros, name="expand")(narrow)
         return Fused(
             fused,
             compressed,

@@ -54,6 +54,7 @@ class ES2D(nn.Module):
 
     states: int
     rank: int
+    implementation: str | None = None
 
     @nn.compact
     def __call__(self, grid: Float[Array, "h w e"]) -> Float[Array, "h w e"]:
@@ -83,6 +84,7 @@ class ES2D(nn.Module):
             D=skip.reshape(4 * e),
             delta_bias=step_bias.reshape(4 * e),
             delta_softplus=True,
+            implementation=self.implementation,
         )
         return merge_by_parity(y.reshape(length, 4, e).swapaxes(0, 1), h, w)
 
@@ -91,6 +93,7 @@ class ESSM(nn.Module):
     """The gated state-space mixer of a Mamba block."""
 
     states: int
+    implementation: str | None = None
 
     @nn.compact
     def __call__(self, u: Float[Array, "h w d"]) -> Float[Array, "h w d"]:
@@ -99,7 +102,8 @@ class ESSM(nn.Module):
         gate = nn.silu(nn.Dense(2 * d, name="gate")(u))
         s = nn.Dense(2 * d, name="expand")(u)
         s = nn.silu(DepthwiseConv(name="conv")(s))
-        s = nn.LayerNorm(epsilon=1e-5, name="norm")(ES2D(self.states, rank=math.ceil(d / 16), name="scan")(s))
+        scan = ES2D(self.states, math.ceil(d / 16), self.implementation, name="scan")
+        s = nn.LayerNorm(epsilon=1e-5, name="norm")(scan(s))
         return nn.Dense(d, name="contract")(s * gate)
 
 
@@ -118,11 +122,12 @@ class MambaBlock(nn.Module):
     """h = x + ESSM(LN(x)); y = LN(h) + ChannelAttention(LN(h)) + DWConv3x3(h)."""
 
     states: int
+    implementation: str | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "h w d"]) -> Float[Array, "h w d"]:
         """One block."""
-        h = x + ESSM(self.states, name="mixer")(nn.LayerNorm(epsilon=1e-5, name="norm_in")(x))
+        h = x + ESSM(self.states, self.implementation, name="mixer")(nn.LayerNorm(epsilon=1e-5, name="norm_in")(x))
         normed = nn.LayerNorm(epsilon=1e-5, name="norm_out")(h)
         return normed + ChannelAttention(name="attention")(normed) + DepthwiseConv(name="conv")(h)
 
@@ -150,6 +155,7 @@ class MambaDecoder(nn.Module):
     patch_size: int = 8
     blocks: int = 4
     states: int = 16
+    implementation: str | None = None  # of the selective scan, see `iumad_kernels`
 
     @nn.compact
     def __call__(self, image: Image) -> tuple[Condition, Logits]:
@@ -159,7 +165,7 @@ class MambaDecoder(nn.Module):
         x = nn.LayerNorm(epsilon=1e-5, name="stem_norm")(x)
         condition = []
         for i in range(self.blocks):
-            x = MambaBlock(self.states, name=f"block_{i}")(x)
+            x = MambaBlock(self.states, self.implementation, name=f"block_{i}")(x)
             condition.append(pool_to_grid(x, self.grid))
         hidden = nn.relu(nn.Dense(self.width, name="head_hidden")(x.mean((0, 1))))
         return tuple(condition), nn.Dense(self.objects, name="head")(hidden)

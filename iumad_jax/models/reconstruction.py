@@ -38,6 +38,16 @@ class Attention(nn.Module):
         return attention(q, k, v, mask=None if self.mask is None else jnp.asarray(self.mask)[None])
 
 
+class Watched(nn.Dense):
+    """A dense layer that tells the mean of its outputs over tokens, as `mean` in the collection `activations`."""
+
+    def __call__(self, x: Float[Array, "p d"]) -> Float[Array, "p d"]:
+        """Transform each token."""
+        output = super().__call__(x)
+        self.sow("activations", "mean", output.mean(0), reduce_fn=lambda _, new: new)
+        return output
+
+
 class FeedForward(nn.Module):
     """d -> hidden -> d with ReLU and dropout; its output layer is where gradient projection acts (IUF)."""
 
@@ -49,7 +59,7 @@ class FeedForward(nn.Module):
         """Transform each token."""
         hidden = nn.relu(nn.Dense(self.hidden, kernel_init=_xavier, name="hidden")(x))
         hidden = nn.Dropout(self.dropout)(hidden, deterministic=deterministic)
-        return nn.Dense(x.shape[-1], kernel_init=_xavier, name="output")(hidden)
+        return Watched(x.shape[-1], kernel_init=_xavier, name="output")(hidden)
 
 
 class ReconstructionTransformer(nn.Module):

@@ -1,15 +1,18 @@
 """Pictures of a run: heatmaps beside what they should show, and the matrix of a metric."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
+from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+from scipy.ndimage import binary_erosion
 
 from iumad_jax.report.ledger import write_whole
 
@@ -96,6 +99,21 @@ def save_heatmaps(
     _save(path, figure)
 
 
+def overlay(rgb: NDArray, heat: NDArray, threshold: float) -> NDArray:
+    """An anomaly map over its image, in the image's size (h, w, 3) uint8.
+
+    What is below half of the threshold stays clear; what is above it is outlined.
+    """
+    height, width = rgb.shape[:2]
+    full = np.asarray(Image.fromarray(heat.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR))
+    strength = np.clip(full / (threshold or 1) - 0.5, 0, 1)[..., None]
+    colours = colormaps[_HEAT](Normalize(0, 2 * (threshold or 1))(full))[..., :3] * 255
+    picture = rgb + 0.85 * strength * (colours - rgb)
+    above = full > threshold
+    picture[above & ~binary_erosion(above, iterations=max(1, width // 256))] = np.multiply(to_rgb(TRUTH), 255)
+    return np.rint(picture).astype(np.uint8)
+
+
 def save_matrix(path: Path, matrix: ArrayLike, objects: Sequence[str], steps: Sequence[str], title: str) -> None:
     """Save the matrix of one metric as coloured cells with their values.
 
@@ -123,6 +141,33 @@ def save_matrix(path: Path, matrix: ArrayLike, objects: Sequence[str], steps: Se
     axes.set_title(title, fontsize=12, fontweight="bold", loc="left")
     axes.spines[:].set_visible(False)
     figure.colorbar(cells)
+    _save(path, figure)
+
+
+def save_curves(path: Path, curves: Mapping[str, Mapping[str, ArrayLike]], title: str) -> None:
+    """Save how values change over the steps: one panel per metric, one line per system with a band over seeds.
+
+    Args:
+        path: a .png in an existing folder.
+        curves: metric -> system -> (seeds, steps).
+        title: above the picture.
+
+    Raises:
+        UserError: the disk is full or the folder not writable.
+    """
+    figure = Figure((4.2 * len(curves) + 1.6, 3.6), dpi=_DPI, layout="constrained")
+    for axes, (metric, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+        for number, (system, values) in enumerate(lines.items()):
+            seeds = np.asarray(values, float)
+            mean, deviation, steps = seeds.mean(0), seeds.std(0, ddof=len(seeds) > 1), range(seeds.shape[1])
+            style = {"color": f"C{number % 10}", "marker": "osD^v"[number % 5], "markersize": 4}
+            axes.plot(steps, mean, label=system, **style)
+            axes.fill_between(steps, mean - deviation, mean + deviation, color=style["color"], alpha=0.15, linewidth=0)
+        axes.set(title=metric, xlabel="after step", xticks=steps)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=9, frameon=False)
     _save(path, figure)
 
 

@@ -3,14 +3,18 @@
 `results` is the dictionary of results.json: `config`, `protocol`, `objects` (the columns of every matrix), `steps` (the
 objects learned at each), `matrix` (metric -> steps done x objects, NaN or None where not learned or undefined),
 `summary` (of `summarise`), `seconds` and `versions`. `floors` holds, by name, the `matrix` and `summary` of the
-training-free methods on the same inputs. `bytes`, in `results` and in each floor, is what the method keeps.
+training-free methods on the same inputs. `bytes`, in `results` and in each floor, is what the method keeps;
+`memory_bytes` is what the strategy against forgetting keeps beside that. `decisions` holds, for every step, what
+`iumad_jax.decisions.calibrate` returns, with `test` (of `rates`) beside every object's thresholds. `unknown`, of an
+evaluation, is what `iumad_jax.decisions.unknown_rates` returns.
 """
 
 import csv
 import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +68,46 @@ def summarise(matrix: dict[str, Any]) -> dict[str, dict[str, float]]:
     return {metric: {name: figure(rows) for name, figure in SUMMARY.items()} for metric, rows in matrix.items()}
 
 
+def gather(
+    config: dict[str, Any],
+    objects: Sequence[str],
+    steps: Sequence[Sequence[str]],
+    matrices: dict[str, dict[str, Any]],
+    sizes: dict[str, int],
+    memory_bytes: int,
+    decisions: list[dict[str, Any]],
+    seconds: float,
+) -> dict[str, Any]:
+    """The results of a config's method and, under the same protocol, of other systems as its floors.
+
+    Args:
+        config: of the run.
+        objects: the columns of all matrices.
+        steps: the objects learned at each.
+        matrices: by system and metric.
+        sizes: by system, the bytes that it keeps.
+        memory_bytes: what the strategy keeps beside that.
+        decisions: after every step.
+        seconds: that it took.
+    """
+    by_system = {
+        name: {"matrix": matrix, "summary": summarise(matrix), "bytes": sizes[name]}
+        for name, matrix in matrices.items()
+    }
+    return {
+        "config": config,
+        "protocol": config["protocol"],
+        "objects": list(objects),
+        "steps": [list(step) for step in steps],
+        **by_system.pop(config["method"]),
+        "floors": by_system,
+        "memory_bytes": memory_bytes,
+        "decisions": decisions,
+        "seconds": seconds,
+        "versions": {package: version(package) for package in ("iumad-jax", "jax", "flax", "optax", "numpy")},
+    }
+
+
 def title(results: dict[str, Any]) -> str:
     """What was run, in a line."""
     config = results["config"]
@@ -87,7 +131,7 @@ def markdown(results: dict[str, Any]) -> str:
         ]
         headers = ["method", "after step", *(name for _, name, _ in learned), "mean"]
         parts += [f"## {METRICS[metric]} after every step", _table(rows, headers, "github")]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, *_decisions(results)]) + "\n"
 
 
 def latex(results: dict[str, Any]) -> str:
@@ -210,6 +254,8 @@ def _overview(results: dict[str, Any], style: str) -> Iterator[str]:
     if "bytes" in results:
         kept = ", ".join(f"{name} {system['bytes'] / 1e6:.1f} MB" for name, system in systems.items())
         yield f"Kept for later steps: {kept}."
+    if "memory_bytes" in results:
+        yield _strategy(results)
 
 
 def remarks(results: dict[str, Any]) -> Iterator[str]:
@@ -230,6 +276,56 @@ def remarks(results: dict[str, Any]) -> Iterator[str]:
     ]
     if unbeaten:
         yield f"Not above a training-free floor, so nothing is shown, in: {', '.join(unbeaten)}."
+
+
+def _strategy(results: dict[str, Any]) -> str:
+    """What the strategy against forgetting keeps, and whether it may be compared with others."""
+    name, each = results["config"]["continual"]["strategy"], results["memory_bytes"] / len(results["objects"])
+    if name == "joint":
+        return (
+            "Strategy joint is not incremental: every step trains on the images of all objects seen so far"
+            f" ({each / 1e3:.1f} kB per object are kept). It is an upper bound for the others."
+        )
+    return f"Strategy {name} keeps {each / 1e3:.1f} kB per object beside the weights."
+
+
+def _decisions(results: dict[str, Any]) -> Iterator[str]:
+    """What the thresholds of `iumad_jax.decisions` make of the test images, after every step."""
+    if not results.get("decisions"):
+        return
+    yield "## Decisions after every step"
+    yield (
+        "Thresholds are set by good calibration images, never by test images: of the scores of n, the smallest that at"
+        " most 1 - quantile of further good images exceed on average, or, where n is too small to promise that, the"
+        " largest. Beside each is its bootstrapped 95 % interval, whose upper end means nothing where it is the"
+        " threshold itself."
+    )
+    rows = []
+    for step, decided in enumerate(results["decisions"]):
+        for name, of_object in decided["objects"].items():
+            image, test = of_object["image"], of_object.get("test", {})
+            interval = " to ".join(f"{end:.4g}" for end in image["interval"])
+            promise = "none: training images" if image["at_most"] is None else f"at most {image['at_most']:.1%}"
+            cells = (_percent(test.get(key)) for key in ("false_alarms", "misses", "recognised", "taken_as_unknown"))
+            rows.append([name, step, image["images"], f"{image['threshold']:.4g} ({interval})", promise, *cells])
+    headers = ["object", "after step", "calibration images", "threshold of the score", "false alarms promised"]
+    headers += ["false alarms", "misses", "recognised", "taken as unknown"]
+    yield _table(rows, headers, "github")
+    unknown = results.get("unknown", {"objects": {}})
+    if unknown["objects"]:
+        yield "## Objects that were never learned"
+        yield (
+            f"Of the images of learned objects {_percent(unknown['taken_as_unknown'])} are taken as unknown."
+            f" Images of objects never learned are ranked above them with an AUROC of"
+            f" {_cell(unknown['auroc_distance'])} by their distance from what was learned, and of"
+            f" {_cell(unknown['auroc_logits'])} by the lack of confidence of the method's own object logits."
+        )
+        never = [[name, _percent(share)] for name, share in unknown["objects"].items()]
+        yield _table(never, ["object never learned", "flagged as unknown"], "github")
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.1%}"
 
 
 def systems_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,7 @@
-"""What the selective scan is compared with: the two scans that JAX has, and other packages if they are installed."""
+"""What the selective scan is compared with: the two scans that JAX has, and two other packages' if installed."""
 
-import importlib.util
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,15 +43,91 @@ def associative_scan(x: Array, delta: Array, A: Array, B: Array, C: Array, D: Ar
     return (h * C[..., None]).sum(-2).reshape(x.shape) + D[None, None] * x
 
 
-def peers() -> dict[str, Callable[..., Array]]:
-    """Other packages' scans that are installed, for one group."""
-    found: dict[str, Callable[..., Array]] = {}
-    if importlib.util.find_spec("jla"):
-        from jla.ops.mosaic_gpu.mamba1 import mamba1
+ARGUMENTS = ("x", "delta", "A", "B", "C", "D", "delta_bias")
 
-        def jax_linear_attention(x, delta, A, B, C, D, delta_bias):
-            options = {"d": D, "dt_bias": delta_bias, "dt_softplus": True, "scale": 1.0}
-            return mamba1(C[:, :, 0], B[:, :, 0], x, delta, A, **options)[0]
 
-        found["jax-linear-attention"] = jax_linear_attention
-    return found
+class Program(NamedTuple):
+    """A scan with its arguments, forward or forward and backward, ready to run."""
+
+    run: Callable[[], Any]  # starts it
+    wait_for: Callable[[Any], Any]  # until what it returned is there; returns it
+    results: Callable[[Any], Any]  # y, or y and the gradients by name: what it returned, in JAX
+    temporary_bytes: int | None
+
+
+def in_jax(scan: Callable[..., Array]) -> Callable[..., Program]:
+    """How a scan written in JAX becomes a program."""
+
+    def forward_backward(args: dict[str, Array], dy: Array) -> Any:
+        y, vjp = jax.vjp(lambda args: scan(**args), args)
+        return y, vjp(dy.astype(y.dtype))[0]
+
+    def program(args: dict[str, Array], dy: Array, backward: bool) -> Program:
+        function = jax.jit(forward_backward if backward else lambda args, dy: scan(**args))
+        compiled = function.lower(args, dy).compile()
+        temporary_bytes = compiled.memory_analysis().temp_size_in_bytes
+        return Program(lambda: compiled(args, dy), jax.block_until_ready, lambda results: results, temporary_bytes)
+
+    return program
+
+
+def jax_linear_attention() -> Callable[..., Program]:
+    """The scan of `jax-linear-attention`: Pallas kernels for Hopper, for one group.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    from jla.ops.mosaic_gpu.mamba1 import mamba1
+
+    def scan(x: Array, delta: Array, A: Array, B: Array, C: Array, D: Array, delta_bias: Array) -> Array:
+        if B.shape[2] > 1:
+            raise ValueError("takes one group")
+        return mamba1(C[:, :, 0], B[:, :, 0], x, delta, A, d=D, dt_bias=delta_bias, dt_softplus=True)[0]
+
+    return in_jax(scan)
+
+
+def mamba_ssm() -> Callable[..., Program]:
+    """The scan of `mamba-ssm`: CUDA kernels for PyTorch, which read arrays with positions innermost.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    import torch
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    def to_torch(array: Array) -> Any:
+        return torch.from_dlpack(jax.block_until_ready(jnp.moveaxis(array, 1, -1) if array.ndim > 2 else array))
+
+    def to_jax(tensor: Any) -> Array:
+        array = jnp.from_dlpack(tensor.contiguous())
+        return jnp.moveaxis(array, -1, 1) if array.ndim > 2 else array
+
+    def wait_for(made: Any) -> Any:
+        torch.cuda.synchronize()
+        return made
+
+    def program(args: dict[str, Array], dy: Array, backward: bool) -> Program:
+        tensors = [to_torch(args[name]).requires_grad_(backward) for name in ARGUMENTS]
+        cotangent = to_torch(dy)
+
+        def forward() -> Any:
+            *others, delta_bias = tensors
+            return selective_scan_fn(*others, delta_bias=delta_bias, delta_softplus=True)
+
+        def forward_backward() -> Any:
+            y = forward()
+            return y.detach(), *torch.autograd.grad(y, tensors, cotangent)
+
+        def results(made: Any) -> Any:
+            if not backward:
+                return to_jax(made)
+            y, *gradients = map(to_jax, made)
+            return y, dict(zip(ARGUMENTS, gradients, strict=True))
+
+        return Program(forward_backward if backward else forward, wait_for, results, None)
+
+    return program
+
+
+PEERS = {"jax-linear-attention": jax_linear_attention, "mamba-ssm": mamba_ssm}

@@ -1,4 +1,6 @@
-"""Compiles the selective scan's Mosaic kernels for a Hopper GPU on a machine without one; prints registers and spills.
+"""Compiles the selective scan's Mosaic kernels for a Hopper GPU on a machine without one.
+
+Prints registers, spills and XLA's temporary memory beside its formula in kernels/README.md.
 
     pip install jax-cuda13-plugin jax-cuda13-pjrt      of jax's own version; a ptxas must be on the PATH
     python kernels/benchmarks/compile_selective_scan.py
@@ -22,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from iumad_kernels.selective_scan import pallas_mosaic
+from iumad_kernels.selective_scan.tiling import Tiling
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -43,7 +46,7 @@ SHAPES += [(4, 1024, 512, states, 1) for states in (1, 8, 32, 64, 128)]
 
 
 def compile_gradient(shape: tuple[int, ...], dtype: jnp.dtype) -> None:
-    """Compiles the forward and the backward kernel; ptxas writes to the standard output of the process."""
+    """Compiles the forward and the backward kernel; ptxas writes to the standard output of the process, too."""
     batch, length, channels, states, groups = shape
     topology = topologies.get_topology_desc(topology_name="h200", platform="cuda", topology="1x1x1", target_config=H200)
     everywhere = NamedSharding(Mesh(np.array(topology.devices[:1]), ("devices",)), PartitionSpec())
@@ -55,11 +58,16 @@ def compile_gradient(shape: tuple[int, ...], dtype: jnp.dtype) -> None:
     args = {"x": sequence, "delta": sequence, "A": A, "B": projection, "C": projection}
     args |= {"D": parameter, "z": sequence, "delta_bias": parameter}
 
-    def loss(args: dict[str, jax.Array]) -> jax.Array:
-        y, _ = pallas_mosaic.selective_scan(**args, delta_softplus=True, reverse=False)
-        return y.astype(jnp.float32).sum()
+    def results(args: dict[str, jax.Array], dy: jax.Array) -> tuple:
+        options = {"delta_softplus": True, "reverse": False}
+        y, vjp = jax.vjp(lambda args: pallas_mosaic.selective_scan(**args, **options)[0], args)
+        return y, vjp(dy)
 
-    jax.jit(jax.grad(loss)).trace(args).lower(lowering_platforms=("cuda",)).compile()
+    compiled = jax.jit(results).trace(args, sequence).lower(lowering_platforms=("cuda",)).compile()
+    arrays = compiled.memory_analysis().temp_size_in_bytes / (4 * batch * length * channels)
+    tiling = Tiling(length, channels, groups, states)
+    formula = 2 + tiling.padded_states * (1 / 8 + 2 / tiling.width)
+    print(f"memory: {arrays:.2f} ({formula:.2f})")
 
 
 def main() -> int:
@@ -72,21 +80,21 @@ def main() -> int:
         print("the CUDA plugin is not installed: pip install jax-cuda13-plugin jax-cuda13-pjrt of jax's own version")
         return 2
     print(f"jax {jax.__version__}, sm_90a\n")
-    print("| batch, length, channels, states, groups | dtype | registers | spilled bytes |")
-    print("|---|---|---|---|")
+    print("| batch, length, channels, states, groups | dtype | registers | spilled bytes | float32 arrays (formula) |")
+    print("|---|---|---|---|---|")
     spilled = 0
     for shape, dtype in itertools.product(SHAPES, ("float32", "bfloat16")):
         command = [sys.executable, __file__, ",".join(map(str, shape)), dtype]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         said = done.stdout + done.stderr
-        registers = re.findall(r"Used (\d+) registers", said)
+        registers, memory = re.findall(r"Used (\d+) registers", said), re.findall(r"memory: (.*)", said)
         if done.returncode or len(registers) < 2:
             print(f"compiling {shape} in {dtype} failed:\n{said[-2000:]}")
             return 1
         bytes_spilled = [int(n) for n in re.findall(r"(\d+) bytes spill", said)]
         spilled += sum(bytes_spilled)
-        used = ", ".join(registers)
-        print(f"| {', '.join(map(str, shape))} | {dtype} | {used} | {sum(bytes_spilled)} |", flush=True)
+        cells = [", ".join(map(str, shape)), dtype, ", ".join(registers), str(sum(bytes_spilled)), *memory]
+        print(f"| {' | '.join(cells)} |", flush=True)
     return 1 if spilled else 0
 
 

@@ -4,15 +4,21 @@
 
 Shapes are batch x length x channels x states x groups, or the name of a list: `target`, `es2d` (the Mamba decoder's, at
 patch sizes 4, 8 and 16), `long` (1,024 to 65,536 positions). On a GPU, `--dtype=bfloat16` also makes sense. Prints a
-table; the JSON holds every time. What does not fit in memory is left out, and so is whatever disagrees with "xla".
+table; the JSON holds every time. Before anything is timed, "xla" and, where it runs, "mosaic" are compared with the
+definition in float64; exit code 1 if one is wrong. What does not fit in memory is left out, and so is whatever else
+disagrees with "xla". The packages `jax-linear-attention` and `mamba-ssm` are timed on a GPU if they are installed.
 """
 
 import argparse
 import datetime
+import functools
+import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +28,7 @@ import baselines
 import jax
 import jax.numpy as jnp
 import numpy as np
+from baselines import Program
 from iumad_kernels.selective_scan import pallas_mosaic, selective_scan
 
 LISTS = {
@@ -30,8 +37,25 @@ LISTS = {
     "long": [f"1x{length}x{channels}x16x1" for channels in (512, 2048) for length in (1024, 4096, 16384, 65536)],
     "wide": [f"8x{length}x1536x16x1" for length in (1024, 4096, 16384)],
 }
-PASSES = ("forward", "forward + backward")
+PASSES = {"forward": False, "forward + backward": True}  # whether backward
 HOPPER = {"sms": 132, "sfu_per_sm": 16, "clock": 1.98e9}  # H100 SXM and H200
+CHECKED = ["2x64x256x16x2", "3x37x150x5x3"]  # a small shape, and an odd one
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """As it is written on the command line."""
+    shape = tuple(int(n) for n in text.split("x") if n.isdigit())
+    if len(shape) != 5 or "x".join(map(str, shape)) != text or 0 in shape:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither one of {', '.join(LISTS)} nor a shape like 24x196x2048x16x4: "
+            "batch x length x channels x states x groups"
+        )
+    return shape
+
+
+def parse_shapes(text: str) -> list[tuple[int, ...]]:
+    """Names of lists, or shapes, separated by commas."""
+    return [parse_shape(shape) for key in text.split(",") for shape in LISTS.get(key, [key])]
 
 
 def inputs(shape: tuple[int, ...], dtype: Any) -> dict[str, jax.Array]:
@@ -54,74 +78,121 @@ def inputs(shape: tuple[int, ...], dtype: Any) -> dict[str, jax.Array]:
     }
 
 
-def contestants(shape: tuple[int, ...], dtype: Any) -> dict[str, Callable[..., jax.Array]]:
-    """What can run here, "xla" first."""
+def implementations(shape: tuple[int, ...], dtype: Any) -> list[str]:
+    """Ours that can run here, "xla" first."""
+    return ["xla"] if pallas_mosaic.obstacle(dtype, shape[3]) else ["xla", "mosaic"]
 
-    def ours(implementation: str) -> Callable[..., jax.Array]:
-        return lambda **args: selective_scan(**args, implementation=implementation)
 
-    found = {"xla": ours("xla")}
-    if pallas_mosaic.obstacle(dtype, shape[3]) is None:
-        found["mosaic"] = ours("mosaic")
-    found |= {"lax.scan": baselines.lax_scan, "associative_scan": baselines.associative_scan}
-    if shape[4] == 1 and jax.default_backend() == "gpu":
-        found |= baselines.peers()
+def difference(found: Any, expected: Any) -> float:
+    """The largest over all arrays, each relative to its largest value; NaN where there is one."""
+
+    def relative(a: Any, b: Any) -> float:
+        a, b = (jnp.asarray(array, jnp.float32) for array in (a, b))
+        return float(jnp.abs(a - b).max() / jnp.abs(b).max())
+
+    return float(np.max(jax.tree.leaves(jax.tree.map(relative, found, expected))))
+
+
+def errors(implementation: str, shape: tuple[int, ...], dtype: Any) -> dict[str, float]:
+    """Of every result and every gradient, from the definition's in float64 on the CPU."""
+    batch, _, channels, states, _ = shape
+    rng = np.random.default_rng(2)
+    args = inputs(shape, dtype)
+    args |= {
+        "delta": 20 * args["delta"],
+        "z": jnp.asarray(rng.standard_normal(args["x"].shape), dtype),
+        "initial_state": jnp.asarray(rng.standard_normal((batch, channels, states)), dtype),
+    }
+    cotangents = jnp.asarray(rng.standard_normal(args["x"].shape), dtype), args["initial_state"].astype(jnp.float32)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def results(implementation: str, args: dict, cotangents: tuple) -> dict[str, jax.Array]:
+        scan = functools.partial(selective_scan, return_final_state=True, implementation=implementation)
+        (y, state), vjp = jax.vjp(lambda args: scan(**args), args)
+        return {"y": y, "final state": state} | {f"gradient of {n}": g for n, g in vjp(cotangents)[0].items()}
+
+    found = results(implementation, args, cotangents)
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+        exact = results("reference", *jax.tree.map(lambda array: np.asarray(array, np.float64), (args, cotangents)))
+    return {name: difference(found[name], np.asarray(exact[name], np.float32)) for name in found}
+
+
+def check(dtype: Any) -> tuple[dict[str, Any], str | None]:
+    """The errors of ours by implementation and shape, and what is wrong with them, if anything is."""
+    of_results, of_gradients = (1e-5, 1e-4) if dtype == jnp.float32 else (2e-2, 2e-2)
+    found: dict[str, Any] = {}
+    for key in CHECKED:
+        shape = parse_shape(key)
+        for implementation in implementations(shape, dtype):
+            found.setdefault(implementation, {})[key] = errors(implementation, shape, dtype)
+            for name, error in found[implementation][key].items():
+                tolerance = of_gradients if name.startswith("gradient") else of_results
+                if not error <= tolerance:
+                    return found, (
+                        f'"{implementation}" is wrong here, so that nothing was timed: at {key} its {name} differs from'
+                        f" the definition's by {error:.1g}, more than {tolerance:.0e}"
+                    )
+    return found, None
+
+
+def contestants(shape: tuple[int, ...], dtype: Any) -> dict[str, Callable[..., Program]]:
+    """What is timed besides peers, "xla" first."""
+    ours = {name: functools.partial(selective_scan, implementation=name) for name in implementations(shape, dtype)}
+    scans = ours | {"lax.scan": baselines.lax_scan, "associative_scan": baselines.associative_scan}
+    return {name: baselines.in_jax(scan) for name, scan in scans.items()}
+
+
+def installed_peers() -> dict[str, Callable[..., Program]]:
+    """Other packages' scans that can run here; says which cannot."""
+    found = {}
+    for name, load in baselines.PEERS.items():
+        try:
+            if jax.default_backend() != "gpu":
+                raise ImportError("it needs a GPU")
+            found[name] = load()
+        except ImportError as error:
+            print(f"{name} is left out: {error}")
     return found
 
 
-def passes(scan: Callable[..., jax.Array]) -> dict[str, Callable[..., Any]]:
-    """The functions timed, of the arguments and the cotangent of y."""
-
-    def forward_backward(args: dict, dy: jax.Array) -> Any:
-        y, vjp = jax.vjp(lambda args: scan(**args), args)
-        return y, vjp(dy.astype(y.dtype))[0]
-
-    return dict(zip(PASSES, (lambda args, dy: scan(**args), forward_backward), strict=True))
-
-
-def disagreement(found: Any, expected: Any) -> float:
-    """The largest difference over all outputs, each relative to its largest value."""
-
-    def relative(a: jax.Array, b: jax.Array) -> float:
-        a, b = (array.astype(jnp.float32) for array in (a, b))
-        return float(jnp.abs(a - b).max() / jnp.abs(b).max())
-
-    return max(jax.tree.leaves(jax.tree.map(relative, found, expected)))
-
-
-def measure(shape: tuple[int, ...], dtype: Any, seconds: float, memory: float) -> list[dict[str, Any]]:
+def measure(
+    shape: tuple[int, ...], dtype: Any, peers: dict[str, Callable[..., Program]], seconds: float, memory: float
+) -> list[dict[str, Any]]:
     """One row for each contestant and pass: the times of its turns."""
     args = inputs(shape, dtype)
     dy = jnp.asarray(np.random.default_rng(1).standard_normal(args["x"].shape, np.float32), dtype)
-    rows, compiled, expected = [], [], {}
-    for name, scan in contestants(shape, dtype).items():
-        for of_pass, function in passes(scan).items():
+    rows, ready, expected = [], [], {}
+    for name, prepare in (contestants(shape, dtype) | peers).items():
+        for of_pass, backward in PASSES.items():
             row: dict[str, Any] = {"shape": shape, "dtype": jnp.dtype(dtype).name, "name": name, "pass": of_pass}
             rows.append(row)
-            program = jax.jit(function).lower(args, dy).compile()
-            analysis = program.memory_analysis()
-            row["temporary_bytes"] = analysis.temp_size_in_bytes
-            if analysis.temp_size_in_bytes > memory * 2**30:
-                row["left_out"] = f"needs {analysis.temp_size_in_bytes / 2**30:.0f} GiB"
+            try:
+                program = prepare(args, dy, backward)
+            except ValueError as error:
+                row["left_out"] = str(error)
                 continue
-            result = jax.block_until_ready(program(args, dy))
-            row["disagreement"] = disagreement(result, expected.setdefault(of_pass, result))
-            if row["disagreement"] > (1e-3 if dtype == jnp.float32 else 5e-2):
+            row["temporary_bytes"] = program.temporary_bytes
+            if (program.temporary_bytes or 0) > memory * 2**30:
+                row["left_out"] = f"needs {program.temporary_bytes / 2**30:.0f} GiB"
+                continue
+            result = program.results(program.wait_for(program.run()))
+            row["disagreement"] = difference(result, expected.setdefault(of_pass, result))
+            if not row["disagreement"] <= (1e-3 if dtype == jnp.float32 else 5e-2):
                 row["left_out"] = f"differs from xla by {row['disagreement']:.1g}"
                 continue
             row["seconds"] = []
-            compiled.append((program, row["seconds"]))
+            ready.append((program, row["seconds"]))
             del result
     expected.clear()
     calls = 10 if jax.default_backend() == "gpu" else 1  # what launching costs is not what is measured
     end, turns = time.monotonic() + seconds, 0
     while turns < 3 or (turns < 15 and time.monotonic() < end):
-        for program, times in compiled:
-            jax.block_until_ready(program(args, dy))  # what ran before has left caches and memory in its own state
+        for program, times in ready:
+            program.wait_for(program.run())  # what ran before has left caches and memory in its own state
             start = time.perf_counter()
             for _ in range(calls):
-                result = program(args, dy)
-            jax.block_until_ready(result)
+                result = program.run()
+            program.wait_for(result)
             times.append((time.perf_counter() - start) / calls)
             del result
         turns += 1
@@ -152,7 +223,7 @@ def floor(row: dict[str, Any], bytes_per_second: float) -> float:
     rate = HOPPER["sms"] * HOPPER["sfu_per_sm"] * HOPPER["clock"]
     forward = max(3 * size * elements / bytes_per_second, (states + 4) * elements / rate)
     backward = max(5 * size * elements / bytes_per_second, (2 * states + 4) * elements / rate)
-    return forward if row["pass"] == PASSES[0] else forward + backward
+    return forward + backward if PASSES[row["pass"]] else forward
 
 
 def table(rows: list[dict[str, Any]], bytes_per_second: float | None) -> str:
@@ -163,11 +234,13 @@ def table(rows: list[dict[str, Any]], bytes_per_second: float | None) -> str:
     lines = [header, ["---"] * len(header)]
     for row in rows:
         shape = " x ".join(map(str, row["shape"]))
-        cells = [shape, row["pass"], row["name"], row.get("left_out", ""), "", f"{row['temporary_bytes'] / 2**20:.0f}"]
+        cells = [shape, row["pass"], row["name"], row.get("left_out", ""), "", ""]
+        if row.get("temporary_bytes") is not None:
+            cells[5] = f"{row['temporary_bytes'] / 2**20:.0f}"
         if "seconds" in row:
             low, median, high = (1e3 * q for q in statistics.quantiles(row["seconds"], n=4))
             cells[3] = f"{median:.3g} ({low:.3g} to {high:.3g})"
-            cells[4] = f"{median / 1e3 / medians[str(row['shape']), row['pass'], 'xla']:.2f}"
+            cells[4] = f"{median / 1e3 / medians.get((str(row['shape']), row['pass'], 'xla'), math.nan):.2f}"
         if bytes_per_second:
             cells.append(f"{1e5 * floor(row, bytes_per_second) / median:.0f} %" if "seconds" in row else "")
         lines.append(cells)
@@ -181,7 +254,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = [row for row in rows if row["pass"] == PASSES[1] and row["shape"][0] == 1 and "seconds" in row]
+    rows = [row for row in rows if PASSES[row["pass"]] and row["shape"][0] == 1 and "seconds" in row]
     widths = sorted({row["shape"][2] for row in rows})
     figure, axes = plt.subplots(1, len(widths), figsize=(4.2 * len(widths), 3.4), sharey=True, squeeze=False)
     for axis, width in zip(axes[0], widths, strict=True):
@@ -197,35 +270,46 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    """Measures, prints and saves."""
+def main(arguments: list[str] | None = None) -> int:
+    """Checks, measures, prints and saves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="target,es2d,long", help="names of lists, or shapes, separated by commas")
+    parser.add_argument("--shapes", type=parse_shapes, default="target,es2d,long", help=parse_shapes.__doc__)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--seconds", type=float, default=30, help="for the turns of one shape")
     parser.add_argument("--memory", type=float, default=8, help="GiB that an implementation may need for itself")
     parser.add_argument("--json", type=Path, help="where the results go")
     parser.add_argument("--picture", type=Path, help="where the picture of the list `long` goes")
-    options = parser.parse_args()
-    shapes = [tuple(map(int, s.split("x"))) for key in options.shapes.split(",") for s in LISTS.get(key, [key])]
-    device = jax.devices()[0]
+    options = parser.parse_args(arguments)
+    device, dtype = jax.devices()[0], jnp.dtype(options.dtype)
     on_gpu = device.platform == "gpu"
     result: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": device.device_kind if on_gpu else f"{os.cpu_count()} CPU cores ({platform.machine()})",
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "bytes_per_second": bandwidth() if on_gpu else None,
         "rows": [],
     }
-    for shape in shapes:
-        rows = measure(shape, jnp.dtype(options.dtype), options.seconds, options.memory)
-        print(table(rows, result["bytes_per_second"]), "\n", flush=True)
-        result["rows"] += rows
+
+    def save() -> None:
         if options.json:
             options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+    result["errors"], wrong = check(dtype)
+    save()
+    if wrong:
+        print(wrong, file=sys.stderr)
+        return 1
+    peers = installed_peers()
+    result["versions"] |= {name: importlib.metadata.version(name) for name in peers}
+    result["bytes_per_second"] = bandwidth() if on_gpu else None
+    for shape in options.shapes:
+        rows = measure(shape, dtype, peers, options.seconds, options.memory)
+        print(table(rows, result["bytes_per_second"]), "\n", flush=True)
+        result["rows"] += rows
+        save()
     if options.picture:
         draw(result["rows"], options.picture)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -71,7 +71,7 @@ def test_reads_what_was_written(root: Path) -> None:
 
 def test_light_selects_the_image(root: Path) -> None:
     bright = Eyecandies(root, "Confetto").read("Confetto", "test", "00").rgb
-    other = Eyecandies(root, "Confetto", light=0).read("Confetto", "test", "00").rgb
+    other = Eyecandies(root, "Confetto", light="0").read("Confetto", "test", "00").rgb
     np.testing.assert_array_equal(other, 255 - bright)
 
 
@@ -125,6 +125,62 @@ def test_reads_only_the_files_it_names(root: Path) -> None:
     np.testing.assert_array_equal(reader.read("Confetto", "test", "00").depth, before.depth)
 
 
+@pytest.mark.parametrize(("light", "expected"), [("all", range(6)), ("2", [2])])
+def test_all_lights_are_six_training_images(root: Path, light: str, expected: list[int]) -> None:
+    for folder in FOLDERS.values():
+        for one in range(6):
+            rgb = np.full((HEIGHT, WIDTH, 3), one, np.uint8)
+            Image.fromarray(rgb).save(root / "Confetto" / folder / f"data/00_image_{one}.png")
+    reader = Eyecandies(root, "Confetto", light)
+    ids = reader.ids("Confetto", "train")
+    assert len(set(ids)) == len(expected)
+    samples = [reader.read("Confetto", "train", id_) for id_ in ids]
+    assert [sample.rgb.max() for sample in samples] == list(expected)
+    assert len({sample.depth.tobytes() for sample in samples}) == 1
+    for split in ("calibration", "test"):
+        assert reader.ids("Confetto", split) == ("00",)
+        assert (reader.read("Confetto", split, "00").rgb == (2 if light == "2" else 4)).all()
+
+
+def test_all_lights_must_be_there_to_train_on(root: Path) -> None:
+    with pytest.raises(UserError, match=r"train/data/00_image_1\.png is missing"):
+        Eyecandies(root, "Confetto", "all")
+
+
+def test_unlabelled_images_have_neither_mask_nor_labels(root: Path) -> None:
+    assert Eyecandies(root, "Confetto").ids("Confetto", "unlabelled") == ()
+    write_sample(root, "test_private", "03")
+    for ending in ("mask.png", "metadata.yaml"):
+        (root / f"Confetto/test_private/data/03_{ending}").unlink()
+    reader = Eyecandies(root, "Confetto")
+    assert reader.ids("Confetto", "unlabelled") == ("03",)
+    sample = reader.read("Confetto", "unlabelled", "03")
+    assert (sample.defect, sample.mask, sample.anomalous) == ("unknown", None, False)
+    assert sample.rgb.shape == (*sample.depth.shape, 3)
+
+
+def test_official_normals(root: Path) -> None:
+    """Red to the right, green up, blue to the camera: in our axes, y points down and z away."""
+    for folder in FOLDERS.values():
+        normals = np.full((HEIGHT, WIDTH, 3), [128, 128, 255], np.uint8)
+        normals[0, 0] = [204, 230, 128]  # (0.6, 0.8, 0) and rounding
+        Image.fromarray(normals).save(root / "Confetto" / folder / "data/00_normals.png")
+    reader = Eyecandies(root, "Confetto", normals=True)
+    normals = reader.read("Confetto", "test", "00").normals
+    np.testing.assert_allclose(normals[0, 0], [0.6, -0.8, 0], atol=0.01)
+    np.testing.assert_allclose(normals[5, 5], [0, 0, -1], atol=0.01)
+    np.testing.assert_allclose(np.linalg.norm(normals, axis=-1), 1, rtol=1e-6)
+    file = root / "Confetto/test_public/data/00_normals.png"
+    assert file in reader.files("Confetto", "test", "00")
+    assert Eyecandies(root, "Confetto").read("Confetto", "test", "00").normals is None
+    Image.fromarray(np.zeros((HEIGHT, 9, 3), np.uint8)).save(file)
+    with pytest.raises(UserError, match=r"00_normals\.png has 9x16 pixels but"):
+        reader.read("Confetto", "test", "00")
+    file.unlink()
+    with pytest.raises(UserError, match=r"00_normals\.png is missing"):
+        Eyecandies(root, "Confetto", normals=True)
+
+
 # Everything that can be wrong
 
 
@@ -132,74 +188,58 @@ def chunk(name: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
 
-def png_header(width: int, height: int, bits: int = 8, colour: int = 2) -> bytes:
-    """The start of a PNG of any size, without its pixels."""
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
+def png_header(width: int, height: int) -> bytes:
+    """The start of an 8-bit RGB PNG of any size."""
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
 
 
-def truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-40])
+def png_without_pixels(width: int, height: int) -> bytes:
+    return png_header(width, height) + chunk(b"IDAT", b"")
 
 
 def save(image: np.ndarray, **kwargs: str) -> Callable[[Path], None]:
     return lambda file: Image.fromarray(image).save(file, **kwargs)
 
 
-def write(content: str | bytes) -> Callable[[Path], None]:
-    return lambda file: file.write_bytes(content if isinstance(content, bytes) else content.encode()) and None
-
-
-def outside(file: Path) -> None:
-    target = file.parents[4] / "outside" / file.name
-    target.parent.mkdir()
-    shutil.move(file, target)
-    file.symlink_to(target)
-
-
-def loop(file: Path) -> None:
-    file.unlink()
-    file.symlink_to(file.name)
-
-
-def folder_instead(file: Path) -> None:
-    file.unlink()
-    file.mkdir()
+def write(content: str | bytes) -> tuple[str, str | bytes]:
+    return "write", content
 
 
 AT_OPENING = {
-    "no RGB": ("image_4.png", Path.unlink, "is missing"),
-    "no depth": ("depth.png", Path.unlink, "is missing"),
-    "no range": ("info_depth.yaml", Path.unlink, "is missing"),
-    "no mask": ("mask.png", Path.unlink, "is missing"),
-    "no labels": ("metadata.yaml", Path.unlink, "is missing"),
-    "a folder for a file": ("mask.png", folder_instead, "is missing"),
-    "a link to itself": ("mask.png", loop, "cannot be read (Too many levels of symbolic links)"),
+    "no RGB": ("image_4.png", "unlink", "is missing"),
+    "no depth": ("depth.png", "unlink", "is missing"),
+    "no range": ("info_depth.yaml", "unlink", "is missing"),
+    "no mask": ("mask.png", "unlink", "is missing"),
+    "no labels": ("metadata.yaml", "unlink", "is missing"),
+    "a folder for a file": ("mask.png", "fold", "is not a file"),
+    "a link to itself": ("mask.png", "loop", "cannot be read (Too many levels of symbolic links)"),
     "zero bytes of RGB": ("image_4.png", write(b""), "is empty"),
     "zero bytes of YAML": ("metadata.yaml", write(b""), "is empty"),
-    "a link out of the root": ("depth.png", outside, "leads out of"),
+    "a link out of the root": ("depth.png", "move_out", "leads out of"),
 }
 GREY = np.zeros((HEIGHT, WIDTH), np.uint8)
 THREE_VALUES = np.tile(np.uint8([0, 7, 255]), (HEIGHT, WIDTH // 3))
 AT_READING = {
-    "truncated RGB": ("image_4.png", truncate, "cannot be read"),
-    "truncated depth": ("depth.png", truncate, "cannot be read"),
-    "truncated header": ("depth.png", write(png_header(9, 9)[:20]), "is not a PNG"),
+    "truncated RGB": ("image_4.png", "truncate", "cannot be read"),
+    "truncated depth": ("depth.png", "truncate", "cannot be read"),
+    "truncated header": ("depth.png", write(png_header(9, 9)[:20]), "cannot be read"),
     "a chunk without a name": ("image_4.png", write(png_header(WIDTH, HEIGHT) + chunk(b"\0\0\0\0", b"")), "damaged"),
     "a chunk too short": ("image_4.png", write(png_header(WIDTH, HEIGHT) + chunk(b"gAMA", b"1")), "damaged"),
     "only a header": ("image_4.png", write(png_header(WIDTH, HEIGHT)), "cannot be read"),
+    "no rows": ("image_4.png", write(png_without_pixels(WIDTH, HEIGHT)), "cannot be read"),
     "no pixels": ("image_4.png", write(png_header(0, 0)), "cannot be read"),
     "a TIFF called PNG": ("depth.png", save(GREY.astype(np.uint16), format="TIFF"), "is not a PNG"),
     "a JPEG called PNG": ("image_4.png", save(np.stack([GREY] * 3, -1), format="JPEG"), "is not a PNG"),
     "a text called PNG": ("mask.png", write("no image, but long enough to be one"), "is not a PNG"),
-    "too wide": ("image_4.png", write(png_header(8193, 4)), "8193x4 pixels; use at most 8192x8192"),
-    "a decompression bomb": ("image_4.png", write(png_header(2**31 - 1, 2**31 - 1)), "use at most 8192x8192"),
+    "too wide": ("image_4.png", write(png_without_pixels(8193, 4)), "8193x4 pixels; use at most 8192x8192"),
+    "a decompression bomb": ("image_4.png", write(png_without_pixels(2**31 - 1, 2**31 - 1)), "use at most 8192x8192"),
     "8-bit depth": ("depth.png", save(GREY), "is 8-bit grey; it must be 16-bit grey"),
     "grey RGB": ("image_4.png", save(GREY), "is 8-bit grey; it must be 8-bit RGB"),
-    "RGB with alpha": ("image_4.png", save(np.zeros((HEIGHT, WIDTH, 4), np.uint8)), "8-bit PNG of colour type 6"),
-    "colour mask": ("mask.png", save(np.stack([GREY] * 3, -1)), "is 8-bit RGB; it must be 8-bit grey"),
-    "small RGB": ("image_4.png", save(np.zeros((HEIGHT, 9, 3), np.uint8)), "24x16 pixels but 00_image_4.png 9x16"),
-    "small depth": ("depth.png", save(np.full((8, WIDTH), 9, np.uint16)), "24x8 pixels but 00_image_4.png 24x16"),
-    "small mask": ("mask.png", save(GREY[:, :5]), "5x16 pixels but 00_image_4.png 24x16"),
+    "RGB with alpha": ("image_4.png", save(np.zeros((HEIGHT, WIDTH, 4), np.uint8)), "is 8-bit RGB with alpha"),
+    "colour mask": ("mask.png", save(np.stack([GREY] * 3, -1)), "is 8-bit RGB; it must be 8-bit grey or 1-bit grey"),
+    "small RGB": ("image_4.png", save(np.zeros((HEIGHT, 9, 3), np.uint8)), "24x16 pixels but "),
+    "small depth": ("depth.png", save(np.full((8, WIDTH), 9, np.uint16)), "24x8 pixels but "),
+    "small mask": ("mask.png", save(GREY[:, :5]), "5x16 pixels but "),
     "mask of three values": ("mask.png", save(THREE_VALUES), "has the values [7, 255] beside 0"),
     "no valid depth": ("info_depth.yaml", write("normalization: {min: 0, max: 0}"), "no valid depth"),
     "Python tag": ("info_depth.yaml", write("!!python/object/apply:os.system ['touch hacked']"), "not plain YAML"),
@@ -219,6 +259,7 @@ AT_READING = {
     "range is infinite": ("info_depth.yaml", write("normalization: {min: 1, max: .inf}"), "inf as normalization: max"),
     "millimetres": ("info_depth.yaml", write("normalization: {min: 2311, max: 4903}"), "2311 as normalization: min"),
     "range is negative": ("info_depth.yaml", write("normalization: {min: -1, max: 3}"), "-1 as normalization: min"),
+    "metres called millimetres": ("info_depth.yaml", write("normalization: {min: 0.002, max: 0.004}"), "0.003 m, as"),
     "range is upside down": ("info_depth.yaml", write("normalization: {min: 3, max: 1}"), "min 3.0 above max 1.0"),
     "no label": ("metadata.yaml", write("anomalous_bumps: 1"), "None as anomalous"),
     "label of 2": ("metadata.yaml", write("{anomalous: 2}"), "2 as anomalous"),
@@ -239,22 +280,18 @@ def assert_one_sentence(message: str, file: str, expected: str) -> None:
     assert ". " not in message
 
 
-@pytest.mark.parametrize(("ending", "spoil", "expected"), AT_OPENING.values(), ids=AT_OPENING)
-def test_what_is_cheap_is_checked_at_opening(
-    root: Path, ending: str, spoil: Callable[[Path], None], expected: str
-) -> None:
-    spoil(root / f"Confetto/test_public/data/00_{ending}")
+@pytest.mark.parametrize(("ending", "how", "expected"), AT_OPENING.values(), ids=AT_OPENING)
+def test_what_is_cheap_is_checked_at_opening(root: Path, spoil, ending: str, how, expected: str) -> None:
+    spoil.apply(how, root / f"Confetto/test_public/data/00_{ending}")
     with pytest.raises(UserError) as error:
         Eyecandies(root, "Confetto")
     assert_one_sentence(str(error.value), ending, expected)
 
 
-@pytest.mark.parametrize(("ending", "spoil", "expected"), AT_READING.values(), ids=AT_READING)
-def test_bad_file(
-    root: Path, monkeypatch: pytest.MonkeyPatch, ending: str, spoil: Callable[[Path], None], expected: str
-) -> None:
+@pytest.mark.parametrize(("ending", "how", "expected"), AT_READING.values(), ids=AT_READING)
+def test_bad_file(root: Path, spoil, monkeypatch: pytest.MonkeyPatch, ending: str, how, expected: str) -> None:
     monkeypatch.chdir(root)
-    spoil(root / f"Confetto/test_public/data/00_{ending}")
+    spoil.apply(how, root / f"Confetto/test_public/data/00_{ending}")
     reader = Eyecandies(root, "Confetto")
     with pytest.raises(UserError) as error:
         reader.read("Confetto", "test", "00")
@@ -310,15 +347,15 @@ def test_file_gone_or_emptied_after_opening(root: Path) -> None:
 @pytest.mark.parametrize(
     ("objects", "light", "expected"),
     [
-        ("Candycane", 4, 'names "Candycane"; known are all and CandyCane, ChocolateCookie'),
-        ("Confetto,", 4, 'names ""'),
-        ("Confetto,Confetto", 4, "names Confetto twice"),
-        ("all", 4, "CandyCane/train/data is missing; put CandyCane there or leave it out of config.dataset.objects"),
-        ("Confetto", 6, "config.dataset.light is 6"),
-        ("Confetto", 1, "00_image_1.png is missing"),
+        ("Candycane", "4", 'names "Candycane"; known are all and CandyCane, ChocolateCookie'),
+        ("Confetto,", "4", 'names ""'),
+        ("Confetto,Confetto", "4", "names Confetto twice"),
+        ("all", "4", "CandyCane/train/data is missing; put CandyCane there or leave it out of config.dataset.objects"),
+        ("Confetto", "6", "config.dataset.light is 6"),
+        ("Confetto", "1", "00_image_1.png is missing"),
     ],
 )
-def test_wrong_choice(root: Path, objects: str, light: int, expected: str) -> None:
+def test_wrong_choice(root: Path, objects: str, light: str, expected: str) -> None:
     with pytest.raises(UserError) as error:
         Eyecandies(root, objects, light)
     assert_one_sentence(str(error.value), "", expected)

@@ -2,12 +2,14 @@
 
 from itertools import islice
 
+import jax
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iumad_jax.data.pipeline import training_batches, updates_per_epoch
+from iumad_jax.data.pipeline import training_batches, training_input, updates_per_epoch
 from iumad_jax.errors import UserError
 from iumad_jax.shapes import Batch
 
@@ -50,7 +52,7 @@ def test_a_batch_keeps_what_belongs_together():
     np.testing.assert_array_equal(batch.features["rgb"], np.broadcast_to(image[:, None, None], (12, 2, 3)))
     np.testing.assert_array_equal(batch.images["depth"], np.broadcast_to(image[:, None, None, None], (12, 2, 2, 3)))
     np.testing.assert_array_equal(batch.object_id, image // 100)
-    assert {batch.features["rgb"].dtype, batch.images["depth"].dtype} == {np.dtype(np.float32)}
+    assert (batch.features["rgb"].dtype, batch.images["depth"].dtype) == (np.float32, np.float16)  # as they are stored
     assert batch.object_id.dtype == np.int32
 
 
@@ -90,3 +92,41 @@ def test_fewer_images_than_a_batch_are_refused(count, size):
         updates_per_epoch(count, size)
     with pytest.raises(UserError, match=sentence):
         training_batches(images(count), size, 0, 0)
+
+
+def taken(pieces, updates):
+    """The batches that the devices of some pieces see, put together again: (updates, batch) names, and the pieces."""
+    seen, used = [], []
+    while len(seen) < updates:
+        (batch, rows) = piece = next(pieces)
+        used.append(piece)
+        for update in range(rows.shape[1]):
+            shares = zip(np.asarray(batch.features["rgb"]), rows[:, update], strict=True)
+            seen.append(np.concatenate([share[own][:, 0, 0] for share, own in shares]).astype(int))
+    pieces.close()
+    return np.array(seen), used
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+@pytest.mark.parametrize("first", [0, 3])
+def test_resident_images_come_in_the_order_of_streamed_ones(first, at_once):
+    """To four devices, each with all of the images, from memory that nothing has to be read into again."""
+    sets = images(20, 15)
+    expected = names(training_batches(sets, 8, 5, first), 12)
+    streamed, _ = taken(training_input(sets, 8, 5, first, "never"), 12)
+    found, pieces = taken(training_input(sets, 8, 5, first, "always", at_once), 12)
+    np.testing.assert_array_equal(streamed, expected)
+    np.testing.assert_array_equal(found, expected)
+    assert len(pieces) == 12 / at_once
+    assert all(batch is pieces[0][0] for batch, _ in pieces)
+    assert {array.dtype for array in jax.tree.leaves(pieces[0][0])} == {np.dtype(t) for t in ("f4", "f2", "i4")}
+
+
+def test_images_are_resident_where_a_quarter_of_the_memory_holds_them():
+    share = psutil.virtual_memory().available / jax.local_device_count() / 4
+    count = int(share / images(1)[0].features["rgb"].nbytes * 1.5)
+    endless = jax.tree.map(lambda array: np.broadcast_to(array, (count, *array.shape[1:])), images(1)[0])
+    for which, expected in [(images(40), True), ([endless], False)]:
+        batch, _ = next(pieces := training_input(which, 8, 0, 0))
+        assert isinstance(batch.object_id, jax.Array) == expected
+        pieces.close()

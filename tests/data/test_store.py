@@ -1,7 +1,14 @@
 """Prepared images against the raw files, computed another way; and when they are prepared anew."""
 
 import dataclasses
+import json
 import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jax
@@ -66,7 +73,7 @@ def store(root, encoder=quarters, **changes):
         "folder": root.parent / "prepared",
         "reader": Eyecandies(root, "Confetto"),
         "processing": PROCESSING,
-        "encoder": jax.jit(encoder),
+        "encoder": encoder,
         "settings": {"backbone": "quarters"},
     }
     return Store(**(settings | changes))
@@ -118,7 +125,8 @@ def test_prepared_arrays_are_those_of_the_raw_files(root):
         for images, features in [(small, "rgb"), (np.stack([height] * 3, -1), "depth")]:
             half = SIZE // 2
             means = [images[y : y + half, x : x + half].mean((0, 1), dtype=float) for y in (0, half) for x in (0, half)]
-            np.testing.assert_allclose(test.batch.features[features][i], means, atol=0.05)
+            np.testing.assert_allclose(test.batch.features[features][i], means, rtol=1e-3, atol=0.05)
+            assert test.batch.features[features].dtype == np.float16
 
 
 def test_training_images_have_no_truth_and_arrays_stay_on_disk(root):
@@ -129,7 +137,7 @@ def test_training_images_have_no_truth_and_arrays_stay_on_disk(root):
         assert isinstance(array, np.memmap)
         assert not array.flags.writeable
         assert len(array) == 3
-    assert {p.stem for p in one.folder.glob("*/*.npy")} == {
+    assert {p.stem for p in one.folder.glob("*/*/*.npy")} == {
         f"{kind}_{m}" for kind in ("features", "images") for m in ("rgb", "depth")
     }
 
@@ -142,51 +150,133 @@ def test_an_object_is_known_by_its_place(root):
     assert store(root, reader=reader).get("GummyBear", "train").batch.object_id.tolist() == [1, 1, 1]
 
 
-def test_images_are_encoded_once_in_batches_of_one_size(root):
-    """The second time, and another store of the same settings, find what is there."""
-    traced, encoded = [], []
+class Unlabelled(Eyecandies):
+    """The test images, as somebody has them who does not know their defects."""
 
-    def encoder(images):
-        traced.append(images.shape)
-        jax.debug.callback(lambda: encoded.append(1))
+    def ids(self, object, split):
+        return super().ids(object, "test" if split == "unlabelled" else split)
+
+    def files(self, object, split, id):
+        return super().files(object, "test" if split == "unlabelled" else split, id)
+
+    def read(self, object, split, id):
+        return dataclasses.replace(super().read(object, "test", id), defect="unknown", mask=None, anomalous=False)
+
+
+def test_of_unlabelled_images_there_is_what_pictures_show(root):
+    test = store(root).get("Confetto", "test")
+    found = store(root, reader=Unlabelled(root, "Confetto")).get("Confetto", "unlabelled")
+    assert not found.truth.masked.any()
+    for name in ("thumbnail", "depth", "object", "workpiece"):
+        np.testing.assert_array_equal(getattr(found.truth, name), getattr(test.truth, name))
+    jax.tree.map(np.testing.assert_array_equal, found.batch, test.batch)
+
+
+class Counting:
+    """An encoder that knows how many images it has encoded; `stop` is called before the second chunk."""
+
+    def __init__(self, stop=None):
+        self.images, self.shapes, self._stop = 0, [], stop
+
+    def __call__(self, images):
+        if self._stop and self.images:
+            self._stop()
+        self.images += int((images.reshape(len(images), -1).max(1) > 0).sum())
+        self.shapes.append(images.shape)
         return quarters(images)
 
-    first = store(root, encoder, processing=dataclasses.replace(PROCESSING, modalities=("rgb",))).get(
-        "Confetto", "test"
-    )
-    jax.effects_barrier()
-    assert len(traced) == 1
-    assert len(encoded) == 2  # 8 images and 3
-    again = store(root, encoder, processing=dataclasses.replace(PROCESSING, modalities=("rgb",))).get(
-        "Confetto", "test"
-    )
-    jax.effects_barrier()
-    assert len(encoded) == 2
-    np.testing.assert_array_equal(first.batch.features["rgb"], again.batch.features["rgb"])
+
+RGB = dataclasses.replace(PROCESSING, modalities=("rgb",))
 
 
-def later(file: Path) -> None:
-    """The same bytes, written again."""
-    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+def counted(root, split, stop=None):
+    """A prepared set as arrays in memory, and how many images had to be encoded for it."""
+    encoder = Counting(stop)
+    return copied(store(root, processing=RGB, encoder=encoder).get("Confetto", split)), encoder.images
 
 
-@pytest.mark.parametrize("name", ["image_4.png", "depth.png", "info_depth.yaml", "mask.png", "metadata.yaml"])
-def test_a_changed_file_is_noticed(root, name):
-    one = store(root)
-    one.get("Confetto", "train")
-    later(root / "Confetto" / "train" / "data" / f"01_{name}")
-    one.get("Confetto", "train")
-    assert len(list(one.folder.iterdir())) == 2
+def copied(prepared):
+    return jax.tree.map(np.array, (prepared.batch, prepared.truth)), prepared.defects, prepared.ids
 
 
-def test_changed_pixels_arrive(root):
-    before = np.array(store(root).get("Confetto", "train").batch.images["rgb"])
-    Image.fromarray(np.zeros((HEIGHT, WIDTH, 3), np.uint8)).save(
-        root / "Confetto" / "train" / "data" / "01_image_4.png"
-    )
-    after = store(root).get("Confetto", "train").batch.images["rgb"]
-    assert not after[1].any()
-    np.testing.assert_array_equal(after[[0, 2]], before[[0, 2]])
+def assert_same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def afresh(root, split):
+    """The same set, prepared in an empty folder."""
+    one = store(root, processing=RGB, encoder=Counting(), folder=root.parent / "afresh")
+    shutil.rmtree(one.folder, ignore_errors=True)
+    return copied(one.get("Confetto", split))
+
+
+def test_images_are_encoded_once_in_batches_of_one_size(root):
+    """The second time, and another store of the same settings, find what is there."""
+    encoder = Counting()
+    one = store(root, processing=RGB, encoder=encoder)
+    first = one.get("Confetto", "test")
+    assert encoder.shapes == [(8, SIZE, SIZE, 3)] * 2  # 8 images and 3
+    one.get("Confetto", "test")
+    assert encoder.images == TEST_IMAGES
+    again, encoded = counted(root, "test")
+    assert encoded == 0
+    assert_same(again, copied(first))
+
+
+NAMES = ["image_4.png", "depth.png", "info_depth.yaml", "mask.png", "metadata.yaml"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_the_image_of_a_changed_file_is_prepared_anew(root, name):
+    """Noticed even if its size and the time of its last change stay what they were."""
+    before, _ = counted(root, "test")
+    file = root / "Confetto" / "test_public" / "data" / f"02_{name}"
+    stat, content = file.stat(), file.read_bytes()
+    other = file.with_name(f"03_{name}").read_bytes().replace(b"min: 1.5", b"min: 1.4")
+    file.write_bytes(other)
+    assert content != other
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    after, encoded = counted(root, "test")
+    assert encoded == 1
+    assert_same(after, afresh(root, "test"))
+    assert (after[1] != before[1]) == ("meta" in name)
+    (home,) = (root.parent / "prepared").iterdir()
+    assert len(list(home.glob("rows-*"))) == 1  # what it took the place of is gone
+
+
+def test_a_file_that_is_merely_newer_changes_nothing(root):
+    counted(root, "train")
+    (manifest,) = (root.parent / "prepared").glob("*/manifest.json")
+    arrays = {file: file.stat().st_mtime_ns for file in root.parent.glob("prepared/*/*/*.npy")}
+    file = root / "Confetto" / "train" / "data" / "01_image_4.png"
+    os.utime(file, ns=(0, 12345))
+    _, encoded = counted(root, "train")
+    assert encoded == 0
+    assert {file: file.stat().st_mtime_ns for file in root.parent.glob("prepared/*/*/*.npy")} == arrays
+    noted = json.loads(manifest.read_text())["manifest"]["images"][1]["sources"][str(file)]
+    assert noted["stamp"][1] == 12345  # its hash need not be taken again
+
+
+def test_a_set_is_read_where_nothing_can_be_written(root, files_no_larger_than):
+    counted(root, "train")
+    os.utime(root / "Confetto" / "train" / "data" / "01_image_4.png", ns=(0, 12345))
+    with files_no_larger_than(0):
+        _, encoded = counted(root, "train")
+    assert encoded == 0
+
+
+def test_images_come_and_go(root):
+    """Only those that come are prepared, wherever they stand among the others."""
+    counted(root, "test")
+    data = root / "Confetto" / "test_public" / "data"
+    for file in data.glob("05_*"):
+        file.rename(file.with_name(file.name.replace("05_", "5000_")))
+    for file in data.glob("03_*"):
+        file.unlink()
+    after, encoded = counted(root, "test")
+    assert encoded == 1  # of another name
+    assert after[2] == ("00", "01", "02", "04", "06", "07", "08", "09", "10", "5000")
+    assert_same(after, afresh(root, "test"))
 
 
 @pytest.mark.parametrize(
@@ -205,43 +295,146 @@ def test_a_changed_setting_is_noticed(root, change):
     jax.tree.map(np.testing.assert_array_equal, found.batch, alone.batch)
 
 
-def test_an_interrupted_preparation_is_not_taken_for_complete(root):
-    def interrupted(images):
+def test_an_interrupted_preparation_goes_on(root):
+    def interrupted():
         raise KeyboardInterrupt
 
-    def killed(folder):
-        """What a killed process leaves."""
-        unfinished = folder.with_name(folder.name + ".unfinished")
-        folder.rename(unfinished)
-        (unfinished / "images_rgb.npy").write_bytes(b"half")
-        (unfinished / "junk.npy").touch()
-
     with pytest.raises(KeyboardInterrupt):
-        store(root, interrupted).get("Confetto", "train")
-    folder = store(root).folder
-    assert not list(folder.iterdir())
-    whole = jax.tree.map(np.array, store(root).get("Confetto", "train").batch)
-    (prepared,) = folder.iterdir()
-    killed(prepared)
-    jax.tree.map(np.testing.assert_array_equal, store(root).get("Confetto", "train").batch, whole)
-    assert list(folder.iterdir()) == [prepared]
+        counted(root, "test", interrupted)
+    assert not list(root.parent.glob("prepared/*/manifest.json"))
+    after, encoded = counted(root, "test")
+    assert encoded == 3  # the first 8 stayed
+    assert_same(after, afresh(root, "test"))
 
 
-def test_a_bad_image_leaves_nothing(root):
+def prepare_in_a_process(root, then):
+    """Another process that prepares the test images; before the second chunk it dies, or waits for a file."""
+    return subprocess.Popen(
+        [sys.executable, __file__, root, then], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_a_killed_preparation_goes_on(root):
+    """Also where the kill left the middle of a line in its journal and of a row in its arrays."""
+    with prepare_in_a_process(root, "die") as process:
+        assert process.wait() == -signal.SIGKILL
+    (journal,) = root.parent.glob("prepared/*/rows-*/journal")
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines)[:-20])
+    with journal.with_name("images_rgb.npy").open("r+b") as file:
+        file.seek(128 + 8 * SIZE * SIZE * 3)
+        file.write(b"half a row")
+    after, encoded = counted(root, "test")
+    assert encoded == 4  # of the first 8, one is not known to be whole
+    assert_same(after, afresh(root, "test"))
+
+
+def test_two_processes_prepare_at_once(root):
+    """One waits and finds what the other has prepared."""
+    with prepare_in_a_process(root, "wait") as first:
+        while not any(journal.stat().st_size > 99 for journal in root.parent.glob("prepared/*/rows-*/journal")):
+            assert first.poll() is None
+            time.sleep(0.01)
+        with prepare_in_a_process(root, "wait") as second:
+            told = second.stderr.readline()
+            assert re.fullmatch(r".*Confetto-test-\w+: another process prepares this; waiting for it\.\n", told)
+            (root / "go").touch()
+            assert first.communicate() == (str(TEST_IMAGES), "")
+            assert second.communicate() == ("0", "")
+    after, encoded = counted(root, "test")
+    assert encoded == 0
+    assert_same(after, afresh(root, "test"))
+
+
+def flip(file, position):
+    content = bytearray(file.read_bytes())
+    content[position] ^= 4
+    file.write_bytes(content)
+
+
+DAMAGE = {
+    "a bit of an image": ("images_rgb.npy", lambda file: flip(file, 128 + SIZE * SIZE * 3 * 4 + 77), 1),
+    "a bit of the last features": ("features_rgb.npy", lambda file: flip(file, -1), 1),
+    "a bit of a mask": ("mask.npy", lambda file: flip(file, 128), 1),
+    "a type": ("features_rgb.npy", lambda file: file.write_bytes(file.read_bytes().replace(b"<f2", b"<i2", 1)), 11),
+    "half a file": ("features_rgb.npy", lambda file: os.truncate(file, file.stat().st_size // 2), 11),
+    "an empty file": ("thumbnail.npy", lambda file: os.truncate(file, 0), 11),
+    "a missing file": ("depth.npy", Path.unlink, 11),
+    "a missing folder": ("depth.npy", lambda file: shutil.rmtree(file.parent), 11),
+    "a letter of the manifest": (
+        "../manifest.json",
+        lambda file: file.write_text(file.read_text().replace('"defect": "good"', '"defect": "hood"', 1)),
+        11,
+    ),
+    "half a manifest": ("../manifest.json", lambda file: os.truncate(file, 100), 11),
+}
+
+
+@pytest.mark.parametrize(("name", "harm", "lost"), DAMAGE.values(), ids=DAMAGE)
+def test_damage_is_noticed_and_repaired(root, capfd, name, harm, lost):
+    before, _ = counted(root, "test")
+    (folder,) = root.parent.glob("prepared/*/rows-*")
+    harm(folder / name)
+    capfd.readouterr()
+    after, encoded = counted(root, "test")
+    assert encoded == lost
+    assert_same(after, before)
+    told = capfd.readouterr().err
+    if "json" not in name and folder.exists() and lost < 11:
+        assert f"{lost} of 11 images are damaged and prepared again." in told
+    assert counted(root, "test")[1] == 0
+
+
+def test_a_bad_image_leaves_no_set_but_those_before_it(root):
     file = root / "Confetto" / "test_public" / "data" / "09_depth.png"
-    file.write_bytes(file.read_bytes()[:-20])
+    content = file.read_bytes()
+    file.write_bytes(content[:-20])
     with pytest.raises(UserError, match=r"09_depth\.png cannot be read"):
-        store(root).get("Confetto", "test")
-    assert not list(store(root).folder.iterdir())
+        counted(root, "test")
+    assert not list(root.parent.glob("prepared/*/manifest.json"))
+    file.write_bytes(content)
+    after, encoded = counted(root, "test")
+    assert encoded in (3, 11)  # of the first eight, processed while the ninth was read
+    assert_same(after, afresh(root, "test"))
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(root, files_no_larger_than):
-    with files_no_larger_than(100_000), pytest.raises(UserError, match=r"cannot be prepared \(File too large\); make"):
-        store(root).get("Confetto", "test")
-    assert not list(store(root).folder.iterdir())
+@pytest.mark.parametrize("size", [0, 20_000, 100_000, 1_000_000])
+def test_a_full_disk_is_told_and_nothing_lost(root, files_no_larger_than, size):
+    with (
+        files_no_larger_than(size),
+        pytest.raises(UserError, match=r"cannot be prepared \(File too large\); make room .* is kept\."),
+    ):
+        counted(root, "test")
+    assert not list(root.parent.glob("prepared/*/manifest.json"))
+    assert_same(counted(root, "test")[0], afresh(root, "test"))
+
+
+def test_features_too_large_for_their_type_are_refused(root):
+    with pytest.raises(UserError, match="features do not fit float16"):
+        store(root, lambda images: quarters(images) * 1e4).get("Confetto", "train")
+
+
+def test_a_split_without_images_is_refused(root):
+    class Empty(Eyecandies):
+        def ids(self, object, split):
+            return ()
+
+    with pytest.raises(UserError, match="Confetto has no calibration images; add some"):
+        store(root, reader=Empty(root, "Confetto")).get("Confetto", "calibration")
 
 
 def test_a_place_that_cannot_be_written(root, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot be prepared \(Not a directory\).* --config\.dataset\.prepared"):
         store(root, folder=tmp_path / "file" / "prepared").get("Confetto", "train")
+
+
+if __name__ == "__main__":  # the other process of some tests
+
+    def wait():
+        while not (Path(sys.argv[1]) / "go").exists():
+            time.sleep(0.01)
+
+    counting = Counting({"die": lambda: os.kill(os.getpid(), signal.SIGKILL), "wait": wait}[sys.argv[2]])
+    store(Path(sys.argv[1]), processing=RGB, encoder=counting).get("Confetto", "test")
+    print(counting.images, end="")

@@ -71,7 +71,7 @@ WRONG_FLAGS = {
     "words for yes or no": (["--config.model.detach_condition=maybe"], "flag --config.model.detach_condition=maybe:"),
     "a number for a group": (["--config.train=3"], "flag --config.train=3: Failed to parse '3'"),
     "an unknown flag": (["--confg=x"], "Unknown command line flag 'confg'"),
-    "something that is no flag": (["more"], "argument more is not a flag; write --config=FILE"),
+    "something that is no flag": (["more"], "argument more is not a flag; see --help."),
     "no such config": (["--config=configs/nowhere.py"], "--config cannot be read: [Errno 2] No such file or directory"),
     "no Python": ([f"--config={CONFIG.parents[1] / 'LICENSE'}"], "--config cannot be read: unexpected indent"),
 }
@@ -96,8 +96,24 @@ WRONG_VALUES = {
     "a negative seed": (keys(seed=-1), "config.seed is -1; use 0 to 4000000"),
     "heads that do not divide the width": (keys(model__heads=3), "config.model.width is"),
     "a patch larger than the image": (keys(model__patch_size=4000), "config.model.patch_size is 4000; use at most"),
+    "a floor that is none": (
+        keys(floors="ib_iumad"),
+        'config.floors is "ib_iumad"; use "feature_norm,nearest_neighbours"',
+    ),
+    "heads of iuf that do not divide the width": (
+        keys(method="iuf", model__heads=1, model__width=6),
+        "config.model.width is 6; use a multiple of 4",
+    ),
+    "a grid that uniad's mask hides": (
+        keys(method="uniad", backbone__grid=7),
+        "config.backbone.grid is 7, where uniad's",
+    ),
     "an unknown encoding": (keys(input__depth_encoding="foo"), 'config.input.depth_encoding is "foo"; use one of'),
-    "an unknown strategy": (keys(continual__strategy="replay"), 'config.continual.strategy is "replay"; use finetune'),
+    "an unknown strategy": (keys(continual__strategy="ewc"), 'config.continual.strategy is "ewc"; use one of finetune'),
+    "an unknown optimiser": (
+        keys(continual__optimizer="lion"),
+        "config.train.optimizer or config.continual.optimizer is",
+    ),
 }
 
 

@@ -104,7 +104,7 @@ def test_results_have_the_public_form(whole):
     workdir, _ = whole
     results = results_of(workdir)
     public = {"config", "protocol", "objects", "steps", "matrix", "summary", "seconds", "versions"}
-    assert set(results) == public | {"floors", "bytes"}
+    assert set(results) == public | {"floors", "bytes", "memory_bytes"}
     assert (results["protocol"], results["objects"]) == ("1-1", list(OBJECTS))
     assert results["steps"] == [["CandyCane"], ["GummyBear"]]
     assert results["config"] == json.loads((workdir / "config.json").read_text())

@@ -23,7 +23,7 @@ def test_unknown_modality_is_refused(modality):
 
 
 def test_unknown_method_is_refused():
-    with pytest.raises(UserError, match=r'config\.method is "patchcore"; use one of ib_iumad, feature_norm'):
+    with pytest.raises(UserError, match=r'config\.method is "patchcore"; use one of ib_iumad, uniad, iuf, feature'):
         build("patchcore", paper("10-0"), 10)
 
 

@@ -1,11 +1,17 @@
 """The selective scan and its gradients in numpy, float64, position by position: what each implementation must find."""
 
+import functools
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from iumad_kernels.selective_scan import pallas_mosaic
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+# Most of a test's time goes into compiling.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def arguments(batch, length, channels, states, groups=1, seed=0, dtype=np.float64, without=()):
@@ -82,6 +88,7 @@ def scan(args, dy, dh, delta_softplus=True, reverse=False):
     return y, final_state, grads | {name: value for name, value in of_channels.items() if name in a}
 
 
+@functools.partial(jit, static_argnames=("function", "delta_softplus", "reverse"))
 def found(function, args, dy, dh, **options):
     """The same by `function`, an implementation."""
     (y, final_state), vjp = jax.vjp(lambda args: function(**args, **options), args)
@@ -117,4 +124,16 @@ def check(function, args, forward=1e-5, backward=1e-4, delta_softplus=True, reve
 @pytest.fixture(scope="session")
 def exact():
     """The functions above."""
-    return SimpleNamespace(arguments=arguments, cotangents=cotangents, scan=scan, error=error, check=check, found=found)
+    return SimpleNamespace(
+        jit=jit, arguments=arguments, cotangents=cotangents, scan=scan, found=found, error=error, check=check
+    )
+
+
+@pytest.fixture
+def interpreted(monkeypatch, capfd):
+    """The Mosaic kernels on CPU, in the interpreter, which also looks for races."""
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        pytest.skip(f"jax {jax.__version__} does not export the Mosaic interpreter, InterpretGPUParams")
+    monkeypatch.setattr(pallas_mosaic, "interpret", plgpu.InterpretGPUParams(detect_races=True))
+    yield
+    assert "RACE" not in capfd.readouterr().out.upper()  # it prints what it finds

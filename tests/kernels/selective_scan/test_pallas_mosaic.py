@@ -2,25 +2,24 @@
 lowered for CUDA.
 """
 
-import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from iumad_kernels.selective_scan import pallas_mosaic, selective_scan
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import Mesh, PartitionSpec
 
 OPTIONAL = ("D", "z", "delta_bias", "initial_state")
+POSITIONS = ("x", "delta", "B", "C", "z")
 
 
-@pytest.fixture
-def interpreted(monkeypatch, capfd):
-    if not hasattr(plgpu, "InterpretGPUParams"):
-        pytest.skip(f"jax {jax.__version__} does not export the Mosaic interpreter, InterpretGPUParams")
-    monkeypatch.setattr(pallas_mosaic, "interpret", plgpu.InterpretGPUParams(detect_races=True))
-    yield
-    assert "RACE" not in capfd.readouterr().out.upper()  # the interpreter prints what it finds
+def split(args):
+    """Those with a batch axis, and the rest."""
+    parameters = {name: args[name] for name in ("A", "D", "delta_bias") if name in args}
+    return {name: array for name, array in args.items() if name not in parameters}, parameters
 
 
 def scan(delta_softplus=True, reverse=False, **args):
@@ -58,22 +57,34 @@ def test_extreme_step_sizes(exact, level):
     exact.check(scan, args)
 
 
+def one_by_one(delta_softplus=True, reverse=False, **args):
+    """As in a model that is written for one sequence and made one for many by vmap."""
+    of_sequences, parameters = split(args)
+
+    def of_one(one):
+        y, final_state = scan(delta_softplus, reverse, **{n: a[None] for n, a in one.items()}, **parameters)
+        return y[0], final_state[0]
+
+    return jax.vmap(of_one)(of_sequences)
+
+
 @pytest.mark.usefixtures("interpreted")
 def test_vmap_joins_the_batch(exact):
-    """As a model does that is written for one image and made one for many by vmap."""
-    args = exact.arguments(3, 9, 4, 3, dtype=np.float32, without=("z", "initial_state"))
-    args = {name: jnp.asarray(value) for name, value in args.items()}
-    of_sequences = {name: args.pop(name) for name in ("x", "delta", "B", "C")}
+    exact.check(one_by_one, exact.arguments(3, 9, 4, 3, dtype=np.float32))
 
-    def one_by_one(of_sequences, parameters):
-        return jax.vmap(lambda one: scan(**{n: a[None] for n, a in one.items()}, **parameters)[0][0])(of_sequences)
 
-    def batched(of_sequences, parameters):
-        return scan(**of_sequences, **parameters)[0]
+def shapes(exact, batch, length, channels, states, groups=1, dtype=jnp.float32, without=()):
+    """Of the arguments."""
+    args = exact.arguments(batch, 1, channels, states, groups, without=without)
+    shapes = {n: (batch, length, *a.shape[2:]) if n in POSITIONS else a.shape for n, a in args.items()}
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
 
-    (y, vjp), (expected, expected_vjp) = (jax.vjp(f, of_sequences, args) for f in (one_by_one, batched))
-    np.testing.assert_allclose(y, expected, rtol=1e-6)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), vjp(y), expected_vjp(y))
+
+def kernels(function, *args):
+    """The shapes of the results of each kernel in what is lowered for CUDA; all are float32."""
+    text = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    results = re.findall(r"stablehlo.custom_call @mosaic_gpu.* -> \((.*)\)", text)
+    return [[tuple(map(int, r.split("x"))) for r in re.findall(r"tensor<([\dx]+)xf32>", line)] for line in results]
 
 
 @pytest.mark.parametrize(
@@ -86,25 +97,51 @@ def test_vmap_joins_the_batch(exact):
     ],
 )
 def test_forward_and_backward_lower_for_cuda(exact, batch, length, channels, states, groups, dtype):
-    args = exact.arguments(1, 1, channels, states, groups)
-    args = {name: jax.ShapeDtypeStruct(value.shape, dtype) for name, value in args.items()}
-    args["initial_state"] = jax.ShapeDtypeStruct((batch, channels, states), dtype)
-    for name in ("x", "delta", "z", "B", "C"):
-        args[name] = jax.ShapeDtypeStruct((batch, length, *args[name].shape[2:]), dtype)
-    lowered = jax.jit(jax.grad(lambda args: scan(**args)[0].astype(jnp.float32).sum())).trace(args)
-    text = lowered.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("stablehlo.custom_call @mosaic_gpu") == 2
+    args = shapes(exact, batch, length, channels, states, groups, dtype)
+    assert len(kernels(jax.grad(lambda args: scan(**args)[0].astype(jnp.float32).sum()), args)) == 2
+
+
+def squares(of_sequences, parameters):
+    return (scan(**of_sequences, **parameters)[0] ** 2).sum()
+
+
+def on_a_device(of_sequences, parameters):
+    of_sequences, of_parameters = jax.grad(squares, (0, 1))(of_sequences, parameters)
+    return of_sequences, jax.lax.psum(of_parameters, "devices")
+
+
+def test_under_pmap_each_device_runs_the_kernels_on_its_sequences(exact):
+    of_sequences, parameters = split(shapes(exact, 6, 49, 64, 16, 4))
+    of_devices = {n: jax.ShapeDtypeStruct((2, 3, *a.shape[1:]), a.dtype) for n, a in of_sequences.items()}
+    function = jax.pmap(on_a_device, "devices", in_axes=(0, None), out_axes=(0, None))
+    assert [results[0][0] for results in kernels(function, of_devices, parameters)] == [3, 3]
+
+
+def test_under_shard_map_each_device_runs_the_kernels_on_its_sequences(exact):
+    mesh = Mesh(np.array(jax.devices()[:2]), ("devices",))
+    specs = PartitionSpec("devices"), PartitionSpec()
+    function = jax.shard_map(on_a_device, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False)
+    results = kernels(function, *split(shapes(exact, 6, 49, 64, 16, 4)))
+    assert [of_kernel[0][0] for of_kernel in results] == [3, 3]
 
 
 def test_a_vmapped_scan_is_still_one_kernel_forward_and_one_backward(exact):
-    shapes = exact.arguments(24, 49, 64, 16, 4, dtype=np.float32, without=("z", "initial_state"))
-    parameters = {name: shapes.pop(name) for name in ("A", "D", "delta_bias")}
+    args = shapes(exact, 24, 49, 64, 16, 4)
+    results = kernels(jax.grad(lambda args: one_by_one(**args)[0].sum()), args)
+    assert [of_kernel[0][0] for of_kernel in results] == [24, 24]
 
-    def loss(parameters):
-        return jax.vmap(lambda one: scan(**{n: a[None] for n, a in one.items()}, **parameters)[0])(shapes).sum()
 
-    text = jax.jit(jax.grad(loss)).trace(parameters).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("stablehlo.custom_call @mosaic_gpu") == 2
+@pytest.mark.parametrize("without", [(), ("z",)])
+@pytest.mark.parametrize(("states", "width"), [(4, 32), (16, 32), (32, 16), (64, 8)])
+def test_memory_of_the_gradient_follows_its_formula(exact, states, width, without):
+    """In arrays like x, what the kernels allocate besides y and the gradients of x and delta."""
+    batch, length, channels = 2, 64, 256
+    args = shapes(exact, batch, length, channels, states, without=without)
+    forward, backward = kernels(jax.grad(lambda args: scan(**args)[0].sum()), args)
+    # the last state, and by sequence the gradients of A, the first state, D and delta_bias
+    small = batch * channels * (3 * states + 2)
+    formula = 1 + states / 8 + 2 * states / width + ("z" in args)
+    assert sum(map(math.prod, forward + backward)) - small == (3 + formula) * batch * length * channels
 
 
 def test_says_why_it_cannot_run_here(exact):

@@ -1,0 +1,31 @@
+"""Who forgets what: the systems under the paper's protocols on ten rendered sweets, beside two floors without training.
+
+python -m iumad_jax.benchmark --config=configs/benchmark.py
+
+Every cell is a run of its own, which goes on where it stopped. Time and scores stand in README.md.
+"""
+
+from ml_collections import ConfigDict
+
+from iumad_jax import config as configs
+
+
+def get_config(protocol: str = "6-4") -> ConfigDict:
+    """What all cells share, small enough for 2 cores, and in `benchmark` what they differ in."""
+    config = configs.small(protocol)
+    config.dataset.name = "candies"
+    config.dataset.root = "runs/candies"
+    config.input.size = 128
+    config.backbone.grid = 10
+    config.model.width = 96
+    config.model.hidden = 384
+    config.model.patch_size = 8
+    config.report.pictures_per_object = 0
+
+    config.benchmark = ConfigDict()
+    config.benchmark.systems = "uniad,iuf,ib_iumad"  # of iumad_jax.benchmark.SYSTEMS
+    config.benchmark.modalities = "rgb,depth,rgb+depth"
+    config.benchmark.protocols = "10-0,9-1,6-4,6-1"
+    config.benchmark.seeds = 3
+    config.benchmark.seeds_of_one_modality = 1
+    return config

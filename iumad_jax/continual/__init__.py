@@ -1,0 +1,29 @@
+"""One file per way of learning without forgetting; `build` makes the one that a config names."""
+
+from ml_collections import ConfigDict
+
+from iumad_jax.continual.finetune import finetune
+from iumad_jax.continual.iuf import iuf
+from iumad_jax.continual.joint import joint
+from iumad_jax.continual.replay import replay
+from iumad_jax.continual.strategy import Strategy
+from iumad_jax.errors import UserError
+from iumad_jax.methods.method import Method
+
+
+def build(config: ConfigDict, method: Method, objects: int) -> Strategy:
+    """The strategy of `config.continual` for a method over a dataset of that many objects.
+
+    Raises:
+        UserError: there is no such strategy.
+    """
+    strategies = {
+        "finetune": lambda: finetune(method),
+        "iuf": lambda: iuf(config.continual, method),
+        "replay": lambda: replay(config.continual.replay, method, objects),
+        "joint": lambda: joint(method),
+    }
+    name = config.continual.strategy
+    if name not in strategies:
+        raise UserError(f'config.continual.strategy is "{name}"; use one of {", ".join(strategies)}.')
+    return strategies[name]()

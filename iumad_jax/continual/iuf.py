@@ -1,0 +1,118 @@
+"""IUF's strategy (Tang et al., ECCV 2024), used by IB-IUMAD too: weights anchored, updates projected away from what old
+objects use, and a base step that leaves room for new ones.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from iumad_jax import parallel
+from iumad_jax.continual.strategy import Memory, Strategy
+from iumad_jax.methods.method import Method
+from iumad_jax.predict import predict
+from iumad_jax.shapes import Batch, Keys, Scalars, Variables
+
+ROWS = 768  # of a queue
+
+
+def anchor(beta: float) -> optax.GradientTransformationExtraArgs:
+    """Before each update, W <- (1 - beta) W + beta W0, W0 being `memory["old"]`, the weights before the step.
+
+    The gradient is that at W. If updates are at most u, weights stay within u / beta of W0.
+    """
+
+    def update(updates: Any, state: Any, params: Any, *, memory: Memory, **_: Any) -> tuple[Any, Any]:
+        if "old" not in memory:
+            return updates, state
+        return jax.tree.map(lambda u, w, w0: u + beta * (w0 - w), updates, params, memory["old"]), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+
+
+def project() -> optax.GradientTransformationExtraArgs:
+    """The update of each layer in `memory["projections"]`, weight and bias alike, is multiplied by the layer's matrix.
+
+    It is the update and not the gradient that is projected: AdamW divides each element of a gradient by its usual size,
+    and weight decay is added, both of which bring removed directions back. For SGD it is the same.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None, *, memory: Memory, **_: Any) -> tuple[Any, Any]:
+        flat = flatten_dict(updates)
+        for (*layer, _), matrix in flatten_dict(memory.get("projections", {})).items():
+            for name in ("kernel", "bias"):
+                flat[*layer, name] = flat[*layer, name] @ matrix
+        return unflatten_dict(flat), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+
+
+def projection(moments: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d d"]:
+    """V diag(w) V^T with w_k = ln(k + 1) / ln(d), k = 0 .. d - 1: the stronger a direction is in use, the less is left.
+
+    Args:
+        moments: the sum of r r^T over rows r. Its eigenvectors V, strongest first, are the right singular vectors of
+            the matrix of these rows, completed to a basis where there are fewer rows than columns.
+    """
+    basis = np.linalg.eigh(np.asarray(moments, np.float64))[1][:, ::-1]
+    weights = np.log(np.arange(1, len(basis) + 1)) / np.log(len(basis))
+    return ((basis * weights) @ basis.T).astype(np.float32)
+
+
+def compression(rows: Float[Array, "n d"]) -> Float[Array, ""]:
+    """The sum of those singular values, normalised to sum to 1, that are below 0.1 / d.
+
+    Small, it concentrates rows in few directions, so that others stay free. Rows of zeros change nothing.
+    """
+    values = jnp.linalg.svd(rows, compute_uv=False)
+    shares = values / jnp.maximum(values.sum(), 1e-12)
+    return jnp.sum(jnp.where(shares < 0.1 / rows.shape[1], shares, 0))
+
+
+def iuf(config: ConfigDict, method: Method) -> Strategy:
+    """The strategy for `config.continual`, whose keys switch each part off.
+
+    Between steps it keeps a d x d matrix per layer that the method names as its `activations`, however many images or
+    objects there were; within a later step, the weights before it too.
+    """
+    activations = jax.jit(method.activations)
+
+    def begin(memory: Memory, variables: Variables, batch: Batch, step: int) -> Memory:
+        if step > 0:
+            old = {"old": variables["params"]} if config.anchor else {}
+            projections = jax.tree.map(projection, memory.get("moments", {}))
+            return memory | old | ({"projections": projections} if projections else {})
+        assert method.loss is not None
+        keys = jax.random.split(jax.random.key(0), len(batch.object_id))
+        outputs = jax.eval_shape(method.loss, variables, batch, keys).outputs if config.compression else {}
+        return {"queues": {name: np.zeros((ROWS, rows.shape[1]), np.float32) for name, rows in outputs.items()}}
+
+    def loss(
+        memory: Memory, variables: Variables, batch: Batch, keys: Keys
+    ) -> tuple[jax.Array, tuple[Scalars, Memory]]:
+        assert method.loss is not None
+        total, terms, outputs = method.loss(variables, batch, keys)
+        queues = memory.get("queues", {})
+        if not queues:
+            return total, (terms, memory)
+        # All devices' rows, or a matrix would depend on the number of devices. Only they have a gradient.
+        matrices = {name: jnp.concatenate([queues[name], parallel.gather(outputs[name])]) for name in queues}
+        shares = [compression(rows) for rows in matrices.values()]
+        compressed = config.compression * sum(shares) / len(shares)
+        memory = memory | {"queues": {m: jax.lax.stop_gradient(rows[-ROWS:]) for m, rows in matrices.items()}}
+        return total + compressed, (terms | {"compression": compressed}, memory)
+
+    def finish(memory: Memory, variables: Variables, batch: Batch, _: int) -> Memory:
+        if not config.projection:
+            return {}
+        rows = predict(activations, variables, batch)
+        moments = jax.tree.map(lambda r: np.asarray(r.T @ r, np.float32), rows)
+        seen = memory.get("moments")
+        return {"moments": jax.tree.map(np.add, seen, moments) if seen else moments}
+
+    return Strategy(loss, optax.chain(project(), anchor(config.anchor)), begin, finish)

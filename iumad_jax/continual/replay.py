@@ -1,0 +1,110 @@
+"""Replay without images: old objects are trained on as drawn from low-rank Gaussians of what they looked like.
+
+Nothing but rehearsal tells a network that is trained from end to end how to keep reconstructing an old object, and the
+backbone is frozen, so that what was gathered of its features never goes stale. Features alone would not do, since what
+recognises objects reads images; so features and a coarse image are drawn together.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from iumad_jax.continual.finetune import finetune
+from iumad_jax.continual.strategy import Memory, Strategy
+from iumad_jax.methods.method import Method
+from iumad_jax.shapes import Batch, Keys, Scalars, Variables
+
+
+def principal_components(
+    parts: dict[str, Float[np.ndarray, "n ..."]], rank: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The means of all parts together and their strongest directions of variation, each one standard deviation long.
+
+    Args:
+        parts: several views of the same n images; each counts with a total variance of 1.
+        rank: how many directions; those beyond n - 1 are zero.
+
+    Returns:
+        For each part, (...) and (rank, ...): mean + z @ directions with z ~ N(0, I) has their mean and, up to the rank,
+        their covariance, also across parts.
+    """
+    flat = {name: np.reshape(part, (len(part), -1)).astype(np.float64) for name, part in parts.items()}
+    means = {name: rows.mean(0) for name, rows in flat.items()}
+    centred = {name: rows - means[name] for name, rows in flat.items()}
+    grams = (rows @ rows.T / max(np.sum(rows**2), 1e-12) for rows in centred.values())
+    scores = np.sqrt(len(next(iter(flat.values())))) * np.linalg.eigh(sum(grams))[1][:, ::-1][:, :rank]
+    directions = {name: np.zeros((rank, rows.shape[1])) for name, rows in centred.items()}
+    for name, rows in centred.items():
+        directions[name][: scores.shape[1]] = scores.T @ rows / len(rows)
+    shapes = {name: part.shape[1:] for name, part in parts.items()}
+    return (
+        {name: mean.reshape(shapes[name]).astype(np.float16) for name, mean in means.items()},
+        {name: rows.reshape(rank, *shapes[name]).astype(np.float16) for name, rows in directions.items()},
+    )
+
+
+def draw(memory: Memory, key: Array) -> tuple[dict[str, Array], Array]:
+    """One sample's parts, float32, and its object, each of those remembered being as likely."""
+    which, how = jax.random.split(key)
+    object_ = jax.random.categorical(which, jnp.where(memory["remembered"], 0, -jnp.inf))
+    rank = jax.tree.leaves(memory["directions"])[0].shape[1]
+    z = jax.random.normal(how, rank)
+
+    def sample(mean: Array, directions: Array) -> Array:
+        return mean[object_].astype(jnp.float32) + jnp.tensordot(z, directions[object_].astype(jnp.float32), 1)
+
+    return jax.tree.map(sample, memory["mean"], memory["directions"]), object_
+
+
+def replay(config: ConfigDict, method: Method, objects: int) -> Strategy:
+    """The strategy for `config.continual.replay`: every image of a later step is joined by one drawn from memory.
+
+    Between steps it keeps `rank` + 1 arrays of the size of an object's features and coarse image per object, in half
+    precision, however many images the object had.
+    """
+    own = finetune(method)
+
+    def loss(
+        memory: Memory, variables: Variables, batch: Batch, keys: Keys
+    ) -> tuple[jax.Array, tuple[Scalars, Memory]]:
+        if not memory:
+            return own.loss(memory, variables, batch, keys)
+        keys, old_keys, draw_keys = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0)
+        parts, object_id = jax.vmap(lambda key: draw(memory, key))(draw_keys)
+        old = Batch(
+            {m: parts[f"features_{m}"] for m in batch.features},
+            {
+                m: jnp.clip(jax.image.resize(parts[f"image_{m}"], batch.images[m].shape, "bilinear"), 0, 255)
+                for m in batch.images
+            },
+            object_id,
+        )
+        both = jax.tree.map(lambda new, drawn: jnp.concatenate([new, drawn.astype(new.dtype)]), batch, old)
+        return own.loss(memory, variables, both, jnp.concatenate([keys, old_keys]))
+
+    def finish(memory: Memory, _: Variables, batch: Batch, object_: int) -> Memory:
+        parts = {f"features_{m}": np.asarray(features, np.float32) for m, features in batch.features.items()}
+        parts |= {f"image_{m}": coarse(images, config.image_size) for m, images in batch.images.items()}
+        mean, directions = principal_components(parts, config.rank)
+        if not memory:
+            nothing = jax.tree.map(
+                lambda a: np.zeros((objects, *a.shape), a.dtype), {"mean": mean, "directions": directions}
+            )
+            memory = nothing | {"remembered": np.zeros(objects, bool)}
+
+        def put(array: np.ndarray, value: np.ndarray | bool) -> np.ndarray:
+            array = np.array(array)
+            array[object_] = value
+            return array
+
+        return jax.tree.map(put, memory, {"mean": mean, "directions": directions, "remembered": True})
+
+    return Strategy(loss, finish=finish)
+
+
+def coarse(images: Float[Array | np.ndarray, "n h w 3"], size: int) -> Float[np.ndarray, "n s s 3"]:
+    """The images at a small size."""
+    shrink = jax.jit(lambda image: jax.image.resize(image, (size, size, 3), "bilinear"))
+    return np.stack([shrink(np.asarray(image, np.float32)) for image in images])

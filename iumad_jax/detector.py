@@ -1,0 +1,253 @@
+"""A trained model as a function of images: numpy in, numpy out."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
+
+from iumad_jax import methods, recognition, snapshots
+from iumad_jax import workdir as workdirs
+from iumad_jax.data.processing import Processing
+from iumad_jax.data.sample import Camera, Sample
+from iumad_jax.errors import UserError
+from iumad_jax.methods.method import Method
+from iumad_jax.models import pretrained
+from iumad_jax.models.efficientnet import FeatureExtractor
+from iumad_jax.shapes import Batch, Modality, Variables
+
+RECOGNISE = -1  # in place of an object's number
+
+
+class Detection(NamedTuple):
+    """What a detector says about one image; about a batch, every field has a leading axis b."""
+
+    score: Float32[np.ndarray, "*b"]
+    map: Float32[np.ndarray, "*b m m"]  # anomaly map of 224 x 224 pixels
+    mask: Bool[np.ndarray, "*b m m"]  # where the map is above the object's threshold for pixels
+    anomalous: Bool[np.ndarray, "*b"]  # whether the score is above the object's threshold
+    object: Any  # its name, a str or an array of them
+    probability: Float32[np.ndarray, "*b"]  # that it is this object, were it one of those learned
+    unknown: Bool[np.ndarray, "*b"]  # whether the image is too far from all that was learned of the object
+    image_threshold: Float32[np.ndarray, "*b"]  # of the score
+    pixel_threshold: Float32[np.ndarray, "*b"]  # of the map
+
+    @property
+    def decision(self) -> Any:
+        """`good`, `anomalous`, or `unknown`, when the image may show anything and the rest means nothing."""
+        return np.where(self.unknown, "unknown", np.where(self.anomalous, "anomalous", "good"))[()]
+
+
+class State(NamedTuple):
+    """All arrays of a trained model; k objects were learned."""
+
+    backbone: Variables
+    variables: Variables
+    recogniser: recognition.Recogniser
+    image_thresholds: Float[Array, " k"]
+    pixel_thresholds: Float[Array, " k"]
+    unknown_threshold: Float[Array, ""]
+    usual_distance: Float[Array, ""]
+
+
+class Outputs(NamedTuple):
+    """The same as `Detection`, with objects by number in the order of learning."""
+
+    score: Float[Array, " b"]
+    map: Float[Array, "b m m"]
+    mask: Bool[Array, "b m m"]
+    anomalous: Bool[Array, " b"]
+    object_id: Int[Array, " b"]
+    probability: Float[Array, " b"]
+    unknown: Bool[Array, " b"]
+    image_threshold: Float[Array, " b"]
+    pixel_threshold: Float[Array, " b"]
+
+
+def detect(
+    method: Method,
+    extractor: FeatureExtractor,
+    state: State,
+    images: dict[Modality, Float[Array, "b h w 3"]],
+    given: Int[Array, " b"],
+) -> Outputs:
+    """All that happens on the device.
+
+    Args:
+        method: of the run.
+        extractor: the backbone.
+        state: of a snapshot.
+        images: as `Processing` makes them, 0..255.
+        given: each image's object, or RECOGNISE.
+    """
+    grids: dict[Modality, Any] = {m: extractor.apply(state.backbone, x) for m, x in images.items()}
+    features = {m: grid.reshape(len(grid), -1, grid.shape[-1]) for m, grid in grids.items()}
+    distance = recognition.distances(state.recogniser, features)
+    object_id = jnp.where(given == RECOGNISE, distance.argmin(-1), given)
+    chosen = object_id[:, None] == jnp.arange(distance.shape[-1])[None]
+
+    def of_object(values: Float[Array, "b k"]) -> Float[Array, " b"]:
+        return jnp.where(chosen, values, 0).sum(-1)
+
+    probability = recognition.probabilities(distance, len(state.recogniser.centre), state.usual_distance)
+    prediction = method.predict(state.variables, Batch(features, images, object_id))
+    image_threshold, pixel_threshold = of_object(state.image_thresholds[None]), of_object(state.pixel_thresholds[None])
+    return Outputs(
+        prediction.score,
+        prediction.map,
+        prediction.map > pixel_threshold[:, None, None],
+        prediction.score > image_threshold,
+        object_id,
+        of_object(probability),
+        of_object(distance) > state.unknown_threshold,
+        image_threshold,
+        pixel_threshold,
+    )
+
+
+@dataclass(frozen=True)
+class Detector:
+    """Finds and localises defects with a trained model.
+
+        detector = Detector.load(workdir)
+        result = detector(rgb, depth)
+
+    Attributes:
+        objects: names of the learned objects, in the order of learning.
+        processing: how images are made ready.
+        camera: of the training images' depth, at `camera_width` pixels; None without depth.
+        function: (state, images, given) -> Outputs, see `detect`; compiled once for every number of images.
+        state: its first argument.
+    """
+
+    objects: tuple[str, ...]
+    processing: Processing
+    camera: Camera | None
+    camera_width: int | None
+    function: Callable[[State, dict[Modality, Any], Any], Outputs]
+    state: State
+
+    @classmethod
+    def load(cls, workdir: str | Path, step: int | None = None, **changes: Any) -> "Detector":
+        """The model of a run as it was after a step, by default the last one finished.
+
+        Args:
+            workdir: of the run; its dataset is not needed.
+            step: number of the step.
+            changes: to keys of the run's config, such as `{"backbone.weights": PATH}`.
+
+        Raises:
+            UserError: there is no such snapshot, it is damaged, or the backbone's weights are not to be found.
+        """
+        config = workdirs.read(Path(workdir))
+        config.update_from_flattened_dict(changes)
+        snapshot = snapshots.read(Path(workdir), step)
+        inputs, decided = snapshot.record["inputs"], snapshot.record["decisions"][-1]
+        method = methods.build(config.method, config, len(inputs["objects"]))
+        extractor = FeatureExtractor(config.backbone.name, config.backbone.grid)
+
+        def thresholds(kind: str) -> Array:
+            return jnp.array([of_object[kind]["threshold"] for of_object in decided["objects"].values()], jnp.float32)
+
+        state = State(
+            pretrained.load(config.backbone.name, config.backbone.weights),
+            jax.tree.map(jnp.asarray, snapshot.variables[config.method]),
+            recognition.fit(snapshot.variables["recognition"]),
+            thresholds("image"),
+            thresholds("pixel"),
+            jnp.float32(decided["unknown"]["threshold"]),
+            jnp.float32(decided["usual"]),
+        )
+        return cls(
+            tuple(decided["objects"]),
+            Processing(**inputs["processing"] | {"modalities": methods.modalities(config)}),
+            Camera(**inputs["camera"]) if inputs["camera"] else None,
+            inputs["camera_width"],
+            jax.jit(lambda state, images, given: detect(method, extractor, state, images, given)),
+            state,
+        )
+
+    def __call__(
+        self,
+        rgb: UInt8[np.ndarray, "*b h w 3"],
+        depth: Float[np.ndarray, "*b h w"] | None = None,
+        camera: Camera | None = None,
+        object: str | None = None,
+    ) -> Detection:
+        """Looks at one image or at a batch.
+
+        Args:
+            rgb: 0..255.
+            depth: metres along the optical axis, not finite or 0 where missing; needed unless the model is of RGB
+                alone, and pixel by pixel where `rgb` is.
+            camera: of the depth image; by default the one that took the training images, at this image's width.
+            object: which it is, if known; by default it is recognised.
+
+        Raises:
+            UserError: an argument is of a wrong type, shape or name, or the depth is of no use.
+        """
+        given = self.number(object)
+        if single := np.ndim(rgb) == 3:
+            rgb, depth = rgb[None], None if depth is None else np.asarray(depth)[None]
+        images = self.prepare(rgb, depth, camera)
+        outputs = self.function(self.state, images, np.full(len(rgb), given, np.int32))
+        found = jax.tree.map(np.asarray, outputs)._asdict()
+        names = np.array(self.objects)[found.pop("object_id")]
+        detection = Detection(**found, object=names)
+        return Detection(*(field[0] for field in detection)) if single else detection
+
+    def prepare(
+        self,
+        rgb: UInt8[np.ndarray, "b h w 3"],
+        depth: Float[np.ndarray, "b h w"] | None,
+        camera: Camera | None = None,
+    ) -> dict[Modality, Float32[np.ndarray, "b s s 3"]]:
+        """A batch of images as the backbone reads them; arguments and errors are those of a call."""
+        if not isinstance(rgb, np.ndarray) or rgb.dtype != np.uint8 or rgb.ndim != 4 or rgb.shape[3] != 3:
+            raise UserError(f"rgb is {_kind(rgb)}; give uint8 values of shape (rows, columns, 3), or a batch of them.")
+        if not rgb.size:
+            raise UserError(f"rgb has the shape {rgb.shape}; give at least one image with pixels.")
+        if "depth" not in self.processing.modalities:
+            depth = None
+        elif depth is None:
+            raise UserError("depth is missing; this model was trained with it.")
+        elif not isinstance(depth, np.ndarray) or depth.dtype.kind != "f" or depth.shape != rgb.shape[:3]:
+            raise UserError(f"depth is {_kind(depth)}; give metres as floats of shape {rgb.shape[:3]}, as rgb has.")
+        elif camera is None:
+            assert self.camera is not None
+            assert self.camera_width is not None
+            camera = self.camera.scaled(rgb.shape[2] / self.camera_width)
+
+        def of_one(index: int) -> dict[str, np.ndarray]:
+            metres = None if depth is None else depth[index].astype(np.float32)
+            name = "the image" if len(rgb) == 1 else f"image {index}"
+            return self.processing(Sample(name, "given", "good", rgb[index], metres, None, False, camera))
+
+        with ThreadPoolExecutor() as pool:
+            arrays = list(pool.map(of_one, range(len(rgb))))
+        return {
+            m: np.stack([one[f"images_{m}"] for one in arrays]).astype(np.float32) for m in self.processing.modalities
+        }
+
+    def number(self, name: str | None) -> int:
+        """An object's place in the order of learning, RECOGNISE for none.
+
+        Raises:
+            UserError: it was not learned.
+        """
+        if name is None:
+            return RECOGNISE
+        if name not in self.objects:
+            raise UserError(f'"{name}" is no object of this model; it learned {", ".join(self.objects)}.')
+        return self.objects.index(name)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} of shape {value.shape}"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,87 @@
+"""Which object an image shows, and whether it is one that was never learned.
+
+Each learned object is a normal distribution of an image's mean token (over all modalities, concatenated), with a mean
+of its own and one covariance for all (linear discriminant analysis), as in the detection of unknown classes by
+Mahalanobis distance (Lee et al., NeurIPS 2018). The backbone is frozen, so nothing of it is forgotten in later steps.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from iumad_jax.shapes import Batch, Modality, Variables
+
+
+class Recogniser(NamedTuple):
+    """Distances to the learned objects, after all that is slow was computed."""
+
+    centre: Float[Array, " f"]
+    whiten: Float[Array, "f f"]
+    means: Float[Array, "k f"]  # whitened, in the order of learning
+
+
+def no_statistics(batch: Batch) -> Variables:
+    """The statistics of nothing, for features such as the batch's."""
+    channels = sum(array.shape[-1] for array in batch.features.values())
+    return {
+        "count": np.zeros(0, np.float32),  # images of each object
+        "mean": np.zeros((0, channels), np.float32),
+        "scatter": np.zeros((channels, channels), np.float32),  # about the objects' own means, summed over all images
+    }
+
+
+def observe(statistics: Variables, batch: Batch) -> Variables:
+    """The statistics with one more object, of which the batch holds all training images."""
+    x = np.concatenate([np.asarray(tokens).mean(1, dtype=np.float64) for tokens in _sorted(batch.features)], axis=-1)
+    mean = x.mean(0)
+    return {
+        "count": np.append(statistics["count"], np.float32(len(x))),
+        "mean": np.append(statistics["mean"], mean[None].astype(np.float32), axis=0),
+        "scatter": statistics["scatter"] + ((x - mean).T @ (x - mean)).astype(np.float32),
+    }
+
+
+def fit(statistics: Variables) -> Recogniser:
+    """The recogniser of the objects observed so far, with the covariance shrunk by `oas`."""
+    means, count = np.asarray(statistics["mean"], np.float64), float(np.sum(statistics["count"]))
+    covariance = oas(np.asarray(statistics["scatter"], np.float64) / count, count)
+    whiten = np.linalg.cholesky(np.linalg.inv(covariance))
+    centre = means.mean(0)
+    return Recogniser(*(jnp.asarray(array, jnp.float32) for array in (centre, whiten, (means - centre) @ whiten)))
+
+
+def oas(covariance: Float[np.ndarray, "f f"], samples: float) -> Float[np.ndarray, "f f"]:
+    """A covariance shrunk towards a multiple of the identity (oracle approximating; Chen et al., 2010).
+
+    The multiple is at least 1e-6, for features that do not vary.
+    """
+    size = len(covariance)
+    scale = np.trace(covariance) / size
+    mean_square = (covariance**2).mean()
+    denominator = (samples + 1) * (mean_square - scale**2 / size)
+    share = 1.0 if denominator <= 0 else min((mean_square + scale**2) / denominator, 1.0)
+    return (1 - share) * covariance + max(share * scale, 1e-6) * np.eye(size)
+
+
+def distances(recogniser: Recogniser, features: dict[Modality, Float[Array, "b p f"]]) -> Float[Array, "b k"]:
+    """Of each image to each learned object: root mean square over whitened channels, about 1 for training images."""
+    x = jnp.concatenate([jnp.asarray(tokens, jnp.float32).mean(1) for tokens in _sorted(features)], axis=-1)
+    with jax.default_matmul_precision("float32"):
+        x = (x - recogniser.centre[None]) @ recogniser.whiten
+    return jnp.sqrt(jnp.square(x[:, None] - recogniser.means[None]).mean(-1))
+
+
+def probabilities(distance: Float[Array, "b k"], channels: int, usual: Float[Array, ""]) -> Float[Array, "b k"]:
+    """Of each learned object, were it one of them: that of the normal distributions, widened to a `usual` distance.
+
+    Few training images make too narrow distributions; `usual` is what `distance` is for other images of an object.
+    """
+    return jax.nn.softmax(-channels / 2 * jnp.square(distance / usual), axis=-1)
+
+
+def _sorted(features: dict[Modality, Any]) -> list[Any]:
+    """By modality, as inside of jit: a dictionary comes out of it in another order than it went in."""
+    return [features[modality] for modality in sorted(features)]

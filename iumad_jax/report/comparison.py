@@ -1,0 +1,140 @@
+"""Finished runs side by side: tables in the form of the paper's, and how each system forgets.
+
+Every run is a cell, whose folder is named after its system, modality, protocol and seed.
+"""
+
+import csv
+import io
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from tabulate import tabulate
+
+from iumad_jax.report import figures, published
+from iumad_jax.report.ledger import write_whole
+from iumad_jax.report.tables import METRICS, SUMMARY, read_results
+
+_COLUMNS = {  # of a protocol's table: (figure, metric)
+    **{METRICS[metric]: ("final", metric) for metric in ("i_auroc", "aupro", "p_auroc_object", "aupro_object")},
+    **{f"FM {METRICS[metric]}": ("fm", metric) for metric in ("i_auroc", "aupro", "p_auroc_object")},
+    **{f"aggregate FM {METRICS[metric]}": ("fm_aggregate", metric) for metric in ("i_auroc", "aupro")},
+    **{f"new {METRICS[metric]}": ("new", metric) for metric in ("i_auroc", "aupro")},
+}
+_CURVES = ("i_auroc", "aupro", "p_auroc_object")
+_LEGEND = (
+    "Means over objects in percent, then over seeds, ± their standard deviation (n - 1). Without a prefix: after the\n"
+    "last step. FM: how far objects fell from their best earlier value, by Chaudhry et al.; aggregate FM: how far the\n"
+    "mean over objects seen fell from the base step's. new: at the step that learned the object. Floors, not trained:\n"
+    "`feature_norm` and `nearest_neighbours`. `joint` trains again on all objects seen, so it is not incremental."
+)
+
+
+class Cell(NamedTuple):
+    """What has one run per seed."""
+
+    protocol: str
+    modality: str
+    system: str
+
+
+Runs = dict[Cell, list[dict[str, Any]]]  # what results.json holds of a system, seed by seed
+
+
+def name(system: str, modality: str, protocol: str, seed: int) -> str:
+    """The name of a run's folder."""
+    return f"{system}_{modality}_{protocol}_seed{seed}"
+
+
+def gather(workdir: Path) -> Runs:
+    """The finished runs in `workdir/cells`, with the floors that ran in them."""
+    runs: dict[Cell, dict[str, Any]] = defaultdict(dict)  # by seed: floors may have run beside several systems
+    for folder in sorted((workdir / "cells").iterdir()):
+        results = read_results(folder)
+        if results is not None:
+            system, modality, protocol, seed = folder.name.rsplit("_", 3)
+            shared = {key: results[key] for key in ("config", "objects", "steps")}
+            for found, own in {system: results, **results["floors"]}.items():
+                runs[Cell(protocol, modality, found)][seed] = {**own, **shared}
+    return {cell: list(by_seed.values()) for cell, by_seed in sorted(runs.items())}
+
+
+def write(workdir: Path) -> str:
+    """Writes comparison.md, comparison.csv and pictures of all finished runs; returns what comparison.md holds.
+
+    Raises:
+        UserError: the disk is full or the workdir not writable.
+    """
+    runs = gather(workdir)
+    text = markdown(runs)
+    write_whole(workdir / "comparison.md", text.encode())
+    write_whole(workdir / "comparison.csv", as_csv(runs).encode())
+    for protocol, modality in {(cell.protocol, cell.modality) for cell in runs}:
+        systems = {cell.system: found for cell, found in runs.items() if cell[:2] == (protocol, modality)}
+        stem = f"{protocol}_{modality}"
+        for system, found in systems.items():
+            matrix = np.mean([_matrix(run, "i_auroc") for run in found], axis=0)
+            rows = [f"step {index}" for index in range(len(matrix))]
+            path = workdir / f"matrix_{stem}_{system}.png"
+            figures.save_matrix(path, matrix, found[0]["objects"], rows, f"I-AUROC, {system}, {modality}, {protocol}")
+        curves = {METRICS[m]: {system: retention(found, m) for system, found in systems.items()} for m in _CURVES}
+        if len(next(iter(systems.values()))[0]["steps"]) > 1:
+            title = f"Objects of the base step, {modality}, protocol {protocol}"
+            figures.save_curves(workdir / f"forgetting_{stem}.png", curves, title)
+    return text
+
+
+def retention(found: list[dict[str, Any]], metric: str) -> NDArray:
+    """(seeds, steps): the mean over the base step's objects after every step."""
+    base = [found[0]["objects"].index(name) for name in found[0]["steps"][0]]
+    return np.stack([np.nanmean(_matrix(run, metric)[:, base], axis=1) for run in found])
+
+
+def markdown(runs: Runs) -> str:
+    """One table per protocol, with the paper's printed numbers where the dataset is the real one."""
+    parts = ["# Comparison"]
+    for protocol in sorted({cell.protocol for cell in runs}, key=lambda text: (-int(text.split("-")[0]), text)):
+        chosen = {cell: found for cell, found in runs.items() if cell.protocol == protocol}
+        single = all(len(found[0]["steps"]) == 1 for found in chosen.values())
+        columns = {title: key for title, key in _COLUMNS.items() if not (single and key[0] != "final")}
+        rows = []
+        for cell, found in chosen.items():
+            printed = published.printed(found[0]["config"]["dataset"]["name"], *cell)
+            cells = [_cell(*_spread(found, *key)) for key in columns.values()]
+            rows.append([cell.modality, cell.system, len(found), *cells, *printed.values()])
+        headers = ["modality", "system", "seeds", *columns]
+        headers += [f"printed {title}" for title in printed]
+        align = ["left", "left", *["right"] * (len(headers) - 2)]
+        parts += [f"## {protocol}", tabulate(rows, headers, "github", disable_numparse=True, colalign=align)]
+    return "\n\n".join([*parts, _LEGEND]) + "\n"
+
+
+def as_csv(runs: Runs) -> str:
+    """Every figure of every metric, one line each; empty where undefined."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow([*Cell._fields, "metric", "figure", "seeds", "mean", "std"])
+    for cell, found in runs.items():
+        for metric in found[0]["matrix"]:
+            for figure in SUMMARY:
+                values = ("" if np.isnan(value) else repr(float(value)) for value in _spread(found, figure, metric))
+                writer.writerow([*cell, metric, figure, len(found), *values])
+    return file.getvalue()
+
+
+def _spread(found: list[dict[str, Any]], figure: str, metric: str) -> tuple[float, float]:
+    """Mean and standard deviation over seeds; NaN where undefined."""
+    values = np.array([run["summary"][metric][figure] for run in found], float)
+    return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else float("nan")
+
+
+def _cell(mean: float, deviation: float) -> str:
+    if np.isnan(mean):
+        return "-"
+    return f"{100 * mean:z.1f}" + ("" if np.isnan(deviation) else f" ± {100 * deviation:.1f}")
+
+
+def _matrix(run: dict[str, Any], metric: str) -> NDArray:
+    return np.array(run["matrix"][metric], float)

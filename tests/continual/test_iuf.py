@@ -1,0 +1,232 @@
+"""IUF's strategy, each part against its definition: what has no effect fails."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iumad_jax import parallel, train
+from iumad_jax.config import paper
+from iumad_jax.continual.iuf import ROWS, anchor, compression, iuf, project, projection
+
+
+def of_continual(**changes):
+    config = paper("1-1").continual
+    config.update(changes)
+    return config
+
+
+def shares_below(rows):
+    """The definition in float64."""
+    values = np.linalg.svd(np.asarray(rows, np.float64), compute_uv=False)
+    shares = values / values.sum()
+    return shares[shares < 0.1 / rows.shape[1]].sum()
+
+
+# --- Compression ----------------------------------------------------------------------------------------------------
+
+
+def test_compression_by_hand():
+    """Singular values 96, 3, 0.9, 0.1 of a rotated diagonal: those below 2.5 % of their sum are 0.9 and 0.1 %."""
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.standard_normal((n, 4)))[0] for n in (9, 4))
+    rows = ((left * [96, 3, 0.9, 0.1]) @ right.T).astype(np.float32)
+    assert float(compression(rows)) == pytest.approx(0.01, rel=1e-3)
+    assert float(compression(np.concatenate([np.zeros((20, 4), np.float32), rows]))) == pytest.approx(0.01, rel=1e-3)
+    assert float(compression(np.zeros((5, 4), np.float32))) == 0
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.sampled_from([(3, 6), (8, 6), (30, 5)]), st.floats(0.5, 4))
+def test_compression_is_what_numpy_says(seed, shape, decay):
+    rows = np.random.default_rng(seed).standard_normal(shape) * np.exp(-decay * np.arange(shape[1]))
+    assert float(compression(rows.astype(np.float32))) == pytest.approx(shares_below(rows), rel=1e-2, abs=1e-5)
+
+
+def skewed(batch):
+    """Features that vary much in one direction and little in the others, so that some shares are small."""
+    narrow = np.array([30, 3, 0.2, 0.1, 0.1], np.float32)
+    return batch._replace(features={"rgb": batch.features["rgb"] * narrow})
+
+
+def test_compression_moves_the_weights_through_the_live_batch_alone(method, variables, images):
+    """Its gradient over four devices is that of finite differences in float64 with the queue held fixed."""
+    strategy = iuf(of_continual(compression=10.0), method)
+    batch, key = skewed(images(8)), jax.random.key(1)
+    queue = 0.1 * np.random.default_rng(1).standard_normal((ROWS, 4)).astype(np.float32)
+    queue[:-5] = 0
+    memory = strategy.begin({}, variables, batch, 0)
+    assert jax.tree.map(np.shape, memory) == {"queues": {"hidden": (ROWS, 4)}}
+    memory = {"queues": {"hidden": queue}}
+
+    def gradient(state, batch, key):
+        def value(params):
+            keys = parallel.own_keys(key, len(batch.object_id))
+            total, (terms, after) = strategy.loss(state["memory"], {"params": params}, batch, keys)
+            return terms["compression"], (total - terms["error"] - terms["compression"], after)
+
+        (value, (rest, after)), slope = jax.value_and_grad(value, has_aux=True)(state["params"])
+        return parallel.mean_over_devices((value, slope, rest)), after
+
+    state = parallel.replicate({"params": variables["params"], "memory": memory})
+    (value, slope, rest), after = parallel.unreplicate(
+        parallel.data_parallel(gradient)(state, parallel.shard(batch), key)
+    )
+    assert rest == pytest.approx(0, abs=1e-3)
+
+    keys = jax.random.split(key, 8)
+    live = np.asarray(method.loss(variables, batch, keys).outputs["hidden"], np.float64)
+    np.testing.assert_allclose(after["queues"]["hidden"], np.concatenate([queue[8:], live]), rtol=1e-4, atol=1e-4)
+    assert value == pytest.approx(10 * shares_below(np.concatenate([queue, live])), rel=1e-2)
+
+    noise = np.stack([jax.random.normal(k, batch.features["rgb"].shape[1:]) for k in keys])
+    mean = (batch.features["rgb"] + 0.1 * noise).astype(np.float64).mean(1)
+    kernel = np.asarray(variables["params"]["down"]["kernel"], np.float64)
+    expected = np.zeros_like(kernel)
+    for index in np.ndindex(kernel.shape):
+        ends = []
+        for step in (1e-5, -1e-5):
+            moved = kernel.copy()
+            moved[index] += step
+            ends.append(10 * shares_below(np.concatenate([queue, mean @ moved])))
+        expected[index] = (ends[0] - ends[1]) / 2e-5
+    assert np.abs(expected).max() > 1e-3
+    np.testing.assert_allclose(slope["down"]["kernel"], expected, rtol=0.02, atol=0.02 * np.abs(expected).max())
+    np.testing.assert_array_equal(slope["up"]["kernel"], 0)
+
+
+# --- Projection -----------------------------------------------------------------------------------------------------
+
+
+def test_projection_by_hand():
+    """In four dimensions, what is left of the directions is ln 1, ln 2, ln 3 and ln 4, divided by ln 4."""
+    rotation = np.linalg.qr(np.random.default_rng(0).standard_normal((4, 4)))[0]
+    matrix = projection((rotation * [100, 9, 4, 1]) @ rotation.T)
+    for direction, left in zip(rotation.T, [0, 0.5, 0.792481, 1], strict=True):
+        np.testing.assert_allclose(direction @ matrix, left * direction, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [2, 3, 40])
+def test_projection_is_that_of_the_singular_vectors_of_all_rows(count):
+    """Where there are fewer rows than dimensions, what no row uses is only damped among itself."""
+    rows = np.random.default_rng(count).standard_normal((count, 6)) * [5, 4, 3, 2, 1, 0.5]
+    matrix = projection(rows.T @ rows)
+    weights = np.log(np.arange(1, 7)) / np.log(6)
+    v = np.linalg.svd(rows)[2].T
+    used, free = v[:, :count], v[:, count:]
+    np.testing.assert_allclose(matrix @ used, used * weights[:count], atol=1e-6)
+    np.testing.assert_allclose(used.T @ matrix @ free, 0, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.eigvalsh(free.T @ matrix @ free), weights[count:], atol=1e-6)
+
+
+def test_project_changes_kernel_and_bias_of_the_named_layers_alone():
+    rng = np.random.default_rng(0)
+    updates = {
+        "a": {"b": {"kernel": rng.normal(size=(3, 2)), "bias": rng.normal(size=2)}},
+        "c": {"kernel": rng.normal(size=(3, 2)), "bias": rng.normal(size=2)},
+    }
+    matrix = np.array([[0.0, 0.0], [0.0, 1.0]])
+    memory = {"projections": {"a": {"b": {"mean": matrix}}}}
+    after, _ = project().update(updates, optax.EmptyState(), memory=memory)
+    for name in ("kernel", "bias"):
+        np.testing.assert_array_equal(after["a"]["b"][name][..., 0], 0)
+        np.testing.assert_array_equal(after["a"]["b"][name][..., 1], updates["a"]["b"][name][..., 1])
+        np.testing.assert_array_equal(after["c"][name], updates["c"][name])
+    untouched, _ = project().update(updates, optax.EmptyState(), memory={})
+    jax.tree.map(np.testing.assert_array_equal, untouched, updates)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_training_leaves_the_strongest_direction_as_it_was(method, variables, images, optimizer):
+    """Also with AdamW, which divides element by element, and with weight decay."""
+    config = paper("1-1")
+    config.train.optimizer, config.train.weight_decay = optimizer, 0.1
+    old = images(20, object_=1)
+    rows = np.asarray(method.activations(variables, old)["down"]["mean"], np.float64)
+    strongest = np.linalg.svd(rows)[2][0]
+
+    def moved(**changes):
+        strategy = iuf(of_continual(compression=0.0, **changes), method)
+        memory = strategy.finish({}, variables, old, 1)
+        memory = strategy.begin(memory, variables, images(1), 1)
+        transformation = train.make_optimizer(config.train)
+        update = train.make_update(method, transformation, strategy)
+        state = parallel.replicate(train.start(variables, transformation, 0, [], memory))
+        for _ in range(5):
+            state, _ = update(state, parallel.shard(images(8)), jax.random.key(0), np.float32(0.1))
+        after = parallel.unreplicate(state).variables["params"]["down"]
+        return {name: after[name] - variables["params"]["down"][name] for name in after}
+
+    free = moved(projection=False, anchor=0.0)
+    for kept in (moved(projection=True, anchor=0.0), moved(projection=True, anchor=0.05)):
+        for name in ("kernel", "bias"):
+            assert np.abs(free[name] @ strongest).max() > 1e-4
+            np.testing.assert_allclose(kept[name] @ strongest, 0, atol=1e-6)
+            assert np.abs(kept[name]).max() > 1e-4
+
+
+def test_what_is_kept_does_not_grow_with_images(method, variables, images):
+    """The second moments of the rows of all images and objects, and nothing else."""
+    strategy = iuf(of_continual(), method)
+    first, second = images(19, object_=0), images(30, object_=1)
+    begun = strategy.begin({}, variables, images(1), 0)
+    one = strategy.finish(begun, variables, first, 0)
+    both = strategy.finish(one, variables, second, 1)
+    assert jax.tree.map(np.shape, one) == jax.tree.map(np.shape, both) == {"moments": {"down": {"mean": (4, 4)}}}
+    down = variables["params"]["down"]
+    tokens = np.concatenate([batch.features["rgb"] for batch in (first, second)]).astype(np.float64)
+    rows = (tokens @ down["kernel"] + down["bias"]).mean(1)
+    np.testing.assert_allclose(both["moments"]["down"]["mean"], rows.T @ rows, rtol=1e-4)
+
+
+# --- Anchor ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("beta", "step"), [(0.05, 0.0), (0.05, 0.3), (0.5, -0.3), (1.0, 0.3), (0.0, 0.3)])
+def test_anchor_bounds_the_drift(beta, step):
+    """W_t - W0 = (1 - beta)^t (W_1 - W0) + step (1 - (1 - beta)^t) / beta, which never leaves step / beta."""
+    old, weights = {"w": np.array([1.0, -2.0])}, {"w": np.array([2.0, -2.5])}
+    start = weights["w"] - old["w"]
+    for t in range(1, 101):
+        updates = {"w": np.full(2, step)}
+        changes, _ = anchor(beta).update(updates, optax.EmptyState(), weights, memory={"old": old})
+        weights = optax.apply_updates(weights, changes)
+        left = (1 - beta) ** t
+        pushed = step * (1 - left) / beta if beta else step * t
+        np.testing.assert_allclose(weights["w"] - old["w"], left * start + pushed, rtol=1e-4, atol=1e-5)
+
+
+def test_anchor_without_old_weights_does_nothing():
+    updates = {"w": np.ones(2)}
+    changes, _ = anchor(0.5).update(updates, optax.EmptyState(), {"w": np.zeros(2)}, memory={})
+    np.testing.assert_array_equal(changes["w"], 1)
+
+
+# --- All together ---------------------------------------------------------------------------------------------------
+
+
+def test_each_part_is_switched_alone(method, variables, images):
+    def parts(**changes):
+        strategy = iuf(of_continual(**changes), method)
+        base = strategy.begin({}, variables, images(1), 0)
+        between = strategy.finish(base, variables, images(6), 0)
+        later = strategy.begin(between, variables, images(1), 1)
+        assert strategy.finish(later, variables, images(6), 1).keys() == between.keys()
+        return [set(memory) for memory in ({k: v for k, v in base.items() if v}, between, later)]
+
+    moments = {"moments"}
+    assert parts() == [{"queues"}, moments, {"moments", "projections", "old"}]
+    assert parts(anchor=0.0) == [{"queues"}, moments, {"moments", "projections"}]
+    assert parts(projection=False) == [{"queues"}, set(), {"old"}]
+    assert parts(compression=0.0) == [set(), moments, {"moments", "projections", "old"}]
+
+
+def test_old_weights_are_those_before_the_step(method, variables, images):
+    strategy = iuf(of_continual(), method)
+    between = strategy.finish(strategy.begin({}, variables, images(1), 0), variables, images(6), 0)
+    trained = jax.tree.map(lambda x: x + 1, variables)
+    jax.tree.map(
+        np.testing.assert_array_equal, strategy.begin(between, trained, images(1), 1)["old"], trained["params"]
+    )

@@ -1,0 +1,131 @@
+"""Replay: samples drawn have the statistics of the images that were seen, and none of the images is kept."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from iumad_jax import parallel, train
+from iumad_jax.config import paper
+from iumad_jax.continual.finetune import finetune
+from iumad_jax.continual.replay import coarse, draw, principal_components, replay
+
+
+def settings(**changes):
+    config = paper("1-1").continual.replay
+    config.update(rank=3, image_size=2)
+    config.update(changes)
+    return config
+
+
+def low_rank(rng, count, shape, factors):
+    return rng.normal(0, 3, shape) + np.tensordot(factors, rng.standard_normal((factors.shape[1], *shape)), 1)
+
+
+def test_components_have_the_mean_and_covariance_of_what_varies_in_few_directions():
+    """Also across parts, of which one is a thousand times larger in scale."""
+    rng = np.random.default_rng(0)
+    factors = rng.standard_normal((40, 3))
+    parts = {"a": low_rank(rng, 40, (2, 5), factors), "b": 1000 * low_rank(rng, 40, (4,), factors)}
+    mean, directions = principal_components(parts, rank=3)
+    assert {name: array.shape for name, array in directions.items()} == {"a": (3, 2, 5), "b": (3, 4)}
+    rows = np.concatenate([part.reshape(40, -1) for part in parts.values()], axis=1)
+    flat = np.concatenate([directions[name].reshape(3, -1) for name in parts], axis=1).astype(np.float64)
+    found_mean = np.concatenate([mean[name].ravel() for name in parts])
+    scale = rows.std(0)
+    np.testing.assert_allclose(found_mean / scale, rows.mean(0) / scale, rtol=2e-3, atol=2e-3)
+    expected = np.cov(rows.T, bias=True) / np.outer(scale, scale)
+    np.testing.assert_allclose(flat.T @ flat / np.outer(scale, scale), expected, atol=5e-3)
+
+
+def test_components_are_the_strongest():
+    """Of one part they are those of the singular value decomposition."""
+    rows = np.random.default_rng(1).standard_normal((30, 6)) * [9, 7, 5, 1, 0.5, 0.1]
+    _, directions = principal_components({"a": rows}, rank=2)
+    values, v = np.linalg.svd(rows - rows.mean(0))[1:]
+    for found, value, direction in zip(directions["a"].astype(np.float64), values, v, strict=False):
+        assert np.linalg.norm(found) == pytest.approx(value / np.sqrt(30), rel=1e-2)
+        assert abs(found @ direction) == pytest.approx(value / np.sqrt(30), rel=1e-2)
+
+
+def test_more_directions_than_images_are_zero():
+    _, directions = principal_components({"a": np.random.default_rng(0).standard_normal((2, 5))}, rank=4)
+    strength = np.abs(directions["a"]).max(1)
+    assert strength[0] > 0.1
+    np.testing.assert_allclose(strength[1:], 0, atol=1e-3)
+
+
+@pytest.fixture
+def memory(method, variables, images):
+    """Of objects 0 and 2 of three."""
+    strategy, memory = replay(settings(), method, objects=3), {}
+    for object_ in (0, 2):
+        memory = strategy.finish(memory, variables, images(25, object_), object_)
+    return jax.tree.map(jnp.asarray, memory)
+
+
+def test_draws_are_of_the_objects_seen_and_look_like_them(memory, images):
+    parts, objects = jax.vmap(lambda key: draw(memory, key))(jax.random.split(jax.random.key(0), 2000))
+    assert set(np.unique(objects)) == {0, 2}
+    assert abs((objects == 0).mean() - 0.5) < 0.05
+    for object_ in (0, 2):
+        batch, drawn = images(25, object_), np.asarray(objects) == object_
+        for found, real in [
+            (parts["features_rgb"][drawn], batch.features["rgb"]),
+            (parts["image_rgb"][drawn], coarse(batch.images["rgb"], 2)),
+        ]:
+            spread = real.std(0)
+            np.testing.assert_allclose(np.mean(found, 0) / spread, real.mean(0) / spread, atol=0.15)
+            assert 0.3 < (np.asarray(found).std(0) / spread).mean() <= 1.05  # three of many directions
+
+
+def test_what_is_kept_does_not_grow_with_images(method, variables, images):
+    strategy = replay(settings(), method, objects=3)
+    few, many = (strategy.finish({}, variables, images(count), 0) for count in (5, 50))
+    assert jax.tree.map(np.shape, few) == jax.tree.map(np.shape, many)
+    per_object = 2 * (1 + 3) * (3 * 5 + 2 * 2 * 3)  # bytes x (mean and directions) x (features and coarse image)
+    assert sum(a.nbytes for a in jax.tree.leaves(many)) == 3 * (per_object + 1)
+
+
+def test_every_image_is_joined_by_one_that_is_drawn(method, variables, images, memory):
+    """The loss is the mean over both, the drawn having the right objects and images of the right size."""
+    seen = []
+
+    def recording(variables, batch, keys):
+        seen.append(jax.tree.map(np.shape, batch))
+        return method.loss(variables, batch, keys)
+
+    strategy = replay(settings(), method.__class__(method.init, None, recording), objects=3)
+    batch, keys = images(4, object_=1), jax.random.split(jax.random.key(0), 4)
+    total, (_, after) = strategy.loss(memory, variables, batch, keys)
+    assert seen[-1].features["rgb"] == (8, 3, 5)
+    assert seen[-1].images["rgb"] == (8, 8, 8, 3)
+    jax.tree.map(np.testing.assert_array_equal, after, memory)
+    own, _ = strategy.loss({}, variables, batch, keys)
+    assert seen[-1].object_id == (4,)  # nothing is drawn in the base step
+    assert abs(float(total) - float(own)) > 0.01
+
+
+def test_replay_keeps_what_finetuning_forgets(method, variables, images):
+    """A linear model with too few dimensions for both objects, trained on the second alone or with replay."""
+    config = paper("1-1")
+    old, new = images(40, 0), images(40, 1)
+    optimizer = train.make_optimizer(config.train)
+
+    def error(variables, batch):
+        return float(method.loss(variables, batch, jax.random.split(jax.random.key(9), 40)).total)
+
+    def trained(strategy, variables, batch, memory):
+        update = train.make_update(method, optimizer, strategy)
+        state = parallel.replicate(train.start(variables, optimizer, 0, [], memory))
+        for _ in range(150):
+            state, _ = update(state, parallel.shard(batch), jax.random.key(0), np.float32(0.02))
+        return parallel.unreplicate(state).variables
+
+    strategy = replay(settings(rank=8), method, objects=2)
+    base = trained(strategy, variables, old, {})
+    memory = strategy.finish({}, base, old, 0)
+    kept = trained(strategy, base, new, memory)
+    forgotten = trained(finetune(method), base, new, {})
+    assert error(kept, old) - error(base, old) < 0.5 * (error(forgotten, old) - error(base, old))
+    assert error(kept, new) < 1.5 * error(forgotten, new)

@@ -1,0 +1,123 @@
+"""What holds for all strategies: which objects they see, and the same training on one device and on four."""
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from iumad_jax import continual, parallel, train
+from iumad_jax.config import paper
+from iumad_jax.errors import UserError
+from iumad_jax.experiment import trained_on
+from iumad_jax.methods.uniad import uniad
+from iumad_jax.protocol import steps
+from iumad_jax.shapes import Batch
+
+STRATEGIES = ("finetune", "iuf", "replay", "joint")
+
+
+def config_for(strategy):
+    config = paper("1-1")
+    config.continual.strategy = strategy
+    config.continual.replay.update(rank=3, image_size=4)
+    config.model.update(width=8, heads=2, layers=2, hidden=12, dropout=0.2)
+    config.model.jitter.probability = 0.5
+    return config
+
+
+def images(object_):
+    rng = np.random.default_rng(object_)
+    return Batch(
+        {"rgb": rng.normal(object_, 2, (8, 64, 6)).astype(np.float32)},
+        {"rgb": rng.integers(0, 256, (8, 16, 16, 3)).astype(np.float32)},
+        np.full(8, object_, np.int32),
+    )
+
+
+def two_steps(strategy_name):
+    """The losses, the weights after two steps of two updates each, and what is then in the memory."""
+    config = config_for(strategy_name)
+    method = uniad(config.model, ("rgb",))
+    strategy = continual.build(config, method, objects=2)
+    optimizer = train.make_optimizer(config.train)
+    update = train.make_update(method, optimizer, strategy)
+    variables = jax.tree.map(np.asarray, jax.jit(method.init)(jax.random.key(0), images(0)))
+    memory, losses = {}, []
+    for step in range(2):
+        memory = strategy.begin(memory, variables, images(step), step)
+        state = parallel.replicate(train.start(variables, optimizer, 0, [], memory))
+        for _ in range(2):
+            state, scalars = update(state, parallel.shard(images(step)), jax.random.key(step), np.float32(1e-2))
+            losses.append({name: float(value[0]) for name, value in scalars.items()})
+        copies = jax.tree.map(np.asarray, state.memory)
+        jax.tree.map(lambda a: np.testing.assert_array_equal(a, np.broadcast_to(a[:1], a.shape)), copies)
+        state = parallel.unreplicate(state)
+        variables, within = state.variables, state.memory
+        memory = strategy.finish(within, variables, images(step), step)
+    return losses, variables["params"], [within, memory]
+
+
+def test_four_devices_train_as_one_does(tmp_path):
+    """To rounding, with all of a strategy's chance and what it gathers within and between steps."""
+    assert jax.local_device_count() == 4
+    file = tmp_path / "one"
+    with subprocess.Popen([sys.executable, __file__, file]) as process:
+        four = {name: two_steps(name) for name in ("iuf", "replay")}
+    assert process.returncode == 0
+    one = pickle.loads(file.read_bytes())
+    for name in four:
+        for ours, theirs in zip(four[name][0], one[name][0], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-3)
+        for (path, ours), theirs in zip(
+            jax.tree.leaves_with_path(four[name][1:]), jax.tree.leaves(one[name][1:]), strict=True
+        ):
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            if not where.endswith("key/bias"):  # softmax ignores it, so that AdamW follows nothing but rounding
+                np.testing.assert_allclose(
+                    np.asarray(ours, np.float32), np.asarray(theirs, np.float32), rtol=2e-2, atol=2e-3, err_msg=where
+                )
+    assert "compression" in four["iuf"][0][0]
+    assert "compression" not in four["iuf"][0][2]
+
+
+def test_only_joint_sees_the_images_of_earlier_steps():
+    for name in STRATEGIES:
+        config = config_for(name)
+        strategy = continual.build(config, uniad(config.model, ("rgb",)), objects=5)
+        seen = [trained_on(strategy, step) for step in steps("3-1", ("a", "b", "c", "d", "e"))]
+        if name == "joint":
+            assert seen == [("a", "b", "c"), ("a", "b", "c", "d"), ("a", "b", "c", "d", "e")]
+        else:
+            assert seen == [("a", "b", "c"), ("d",), ("e",)]
+
+
+def test_unknown_strategy_is_refused(method):
+    with pytest.raises(UserError, match=r'strategy is "ewc"; use one of finetune, iuf, replay, joint'):
+        continual.build(config_for("ewc"), method, objects=2)
+
+
+def test_the_optimiser_of_later_steps():
+    config = paper("1-1")
+    config.train.learning_rate = 0.5
+    assert train.of_step(config, 1) == train.of_step(config, 0) == config.train
+    config.continual.optimizer = "sgd"
+    later = train.of_step(config, 1)
+    assert (later.optimizer, later.learning_rate) == ("sgd", 1.0)
+    assert train.of_step(config, 0) == config.train
+    gradients = {"kernel": np.array([3.0, 4.0], np.float32)}
+    optimizer = train.make_optimizer(later)
+    direction, _ = optimizer.update(gradients, optimizer.init(gradients), gradients)
+    np.testing.assert_allclose(direction["kernel"], [0.06, 0.08], rtol=1e-5)  # clipped to 0.1, and no more
+    config.continual.optimizer = "lion"
+    with pytest.raises(UserError, match=r'optimizer is "lion"; use one of adamw, sgd'):
+        train.make_optimizer(train.of_step(config, 1))
+
+
+if __name__ == "__main__":  # the same on one device, which only a process of its own has
+    jax.config.update("jax_disable_most_optimizations", True)
+    assert jax.local_device_count() == 1
+    Path(sys.argv[1]).write_bytes(pickle.dumps({name: two_steps(name) for name in ("iuf", "replay")}))

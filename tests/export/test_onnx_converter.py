@@ -1,0 +1,93 @@
+"""Every translated primitive gives in onnxruntime what it gives in JAX."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import onnxruntime
+import pytest
+from jax import lax
+
+from iumad_jax.export.onnx_converter import convert
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(2, 6, 6, 4)).astype(np.float32)
+KERNEL = RNG.normal(size=(3, 3, 2, 6)).astype(np.float32)
+MATRIX = RNG.normal(size=(4, 5)).astype(np.float32)
+
+
+def compiled_twice(x):
+    return jax.jit(lambda y: y * 2)(x) + jax.jit(lambda y: y * 2)(x.swapaxes(1, 2))
+
+
+def scanned(x, reverse=False):
+    """Over rows, with a weight from outside, a state that starts at a constant, and one that is not used."""
+    weight = jnp.exp(x.mean((1, 2)))
+
+    def step(carry, row):
+        state, other = carry
+        state = jnp.tanh(state * weight[:, None] + row)
+        return (state, other + 1.0), (state.sum(-1), row * MATRIX[None, None, :, 0])
+
+    start = (jnp.zeros((2, 6, 4)), jnp.float32(0))
+    (last, count), (sums, rows) = lax.scan(step, start, x.swapaxes(0, 1), reverse=reverse)
+    return last.sum() + count + sums.mean() + rows
+
+
+FUNCTIONS = {
+    "arithmetic": lambda x: (x + 1) * x / (jnp.abs(x) + 2) - x**3 + jnp.square(x),
+    "functions": lambda x: jnp.exp(-x) + jnp.log1p(jnp.exp(x)) + jnp.expm1(x) + jnp.tanh(x) + lax.erf(x),
+    "roots": lambda x: (
+        lax.rsqrt(jnp.abs(x) + 1) + jnp.sqrt(jnp.abs(x)) + jnp.log(jnp.abs(x) + 1) + x**2.5 * 0 + jnp.sign(x)
+    ),
+    "rounding": lambda x: jnp.floor(x) + jnp.ceil(3 * x) + jnp.clip(x, -0.5, 0.5),
+    "activations": lambda x: jax.nn.silu(x) + jax.nn.relu6(4 * x) + jax.nn.softplus(9 * x) + jax.nn.softmax(x, -1),
+    "comparisons": lambda x: jnp.where((x > 0) & (x < 1) | ~(x >= -1) | (x == 2) | (x != x), x, -x) * (x <= 0.3),
+    "extremes": lambda x: jnp.maximum(x, 0.2) + jnp.minimum(x, x[:, :1]) + x.max((1, 2), keepdims=True) - x.min(),
+    "places": lambda x: x.argmax(-1) + 10 * x.argmin(1).sum(),
+    "sums": lambda x: x.sum((0, 2)) + x.mean(),
+    "shapes": lambda x: x.transpose(3, 0, 2, 1).reshape(8, 36)[:, None, ::5].squeeze(1),
+    "pieces": lambda x: jnp.concatenate(
+        [*jnp.split(x, [1, 3], axis=-1), x[:, 2:5].mean(1, keepdims=True).repeat(6, 1)], -1
+    ),
+    "stack": lambda x: jnp.stack([x[0], x[1] * 2], axis=1),
+    "padding": lambda x: jnp.pad(x, ((0, 0), (1, 2), (0, 0), (3, 0)), constant_values=2.0),
+    "take": lambda x: jnp.take(x, np.array([[0, 2], [5, 2]]), axis=1) * 2,
+    "product": lambda x: x @ MATRIX,
+    "products": lambda x: (
+        jnp.einsum("bijc,bkjd->bkijcd", x, x).sum((1, 2, 3)) * jnp.einsum("bijc,bijd->cd", x, x)[None]
+    ),
+    "attention": lambda x: jnp.einsum("bijc,bkjc->bjik", x, x),
+    "convolution": lambda x: lax.conv_general_dilated(
+        x, KERNEL, (2, 1), ((1, 0), (2, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2
+    ),
+    "windows": lambda x: lax.reduce_window(x, 0.0, lax.add, (1, 3, 2, 1), (1, 1, 2, 1), "VALID"),
+    "broadcasting": lambda x: (
+        jnp.broadcast_to(x.mean(1, keepdims=True), x.shape)[:, 2:4].sum(1) + jnp.ones((6, 4))[None]
+    ),
+    "whole numbers": lambda x: (x * 10).astype(jnp.int32) * 3 + jnp.arange(4)[None, None, None],
+    "calls": compiled_twice,
+    "constants": lambda x: x + jnp.linspace(0, 1, 4).reshape(1, 1, 1, 4) @ jnp.eye(4),
+    "scan": scanned,
+    "scan from the end": lambda x: scanned(x, reverse=True),
+    "barrier": lambda x: lax.optimization_barrier((x, x + 1))[1] + lax.stop_gradient(x),
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_translation(function):
+    model = convert(lambda x: (function(x),), {"x": jax.ShapeDtypeStruct(X.shape, X.dtype)}, ["y"])
+    (found,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": X})
+    expected = np.asarray(function(jnp.asarray(X)))
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_not_translated_is_named():
+    with pytest.raises(NotImplementedError, match="the primitive sort is not translated to ONNX"):
+        convert(lambda x: (jnp.sort(x),), {"x": jax.ShapeDtypeStruct(X.shape, X.dtype)}, ["y"])
+    with pytest.raises(NotImplementedError, match=r"is not translated to ONNX|only a take"):
+        convert(
+            lambda x: (lax.dynamic_index_in_dim(x[0], x[0, 0, 0].argmax(), keepdims=False),),
+            {"x": jax.ShapeDtypeStruct(X.shape, X.dtype)},
+            ["y"],
+        )

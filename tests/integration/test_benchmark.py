@@ -1,0 +1,87 @@
+"""The benchmark as a user runs it: cells that go on where they stopped, and one table of all."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from iumad_jax.benchmark import cells
+from iumad_jax.config import small
+from iumad_jax.data.candies import render
+from iumad_jax.errors import UserError
+
+CONFIG = Path(__file__).parents[2] / "configs" / "benchmark.py"
+OBJECTS = "CandyCane,GummyBear"
+KEYS = {
+    "dataset.name": "eyecandies",
+    "dataset.root": "candies",
+    "dataset.objects": OBJECTS,
+    "floors": "feature_norm",
+    "input.size": 64,
+    "backbone.grid": 8,
+    "model.width": 8,
+    "model.hidden": 8,
+    "model.heads": 2,
+    "model.states": 1,
+    "train.epochs": 1,
+    "train.batch_size": 2,
+    "benchmark.systems": "uniad,iuf",
+    "benchmark.modalities": "rgb",
+    "benchmark.protocols": "1-1",
+}
+
+
+def plan(**changes):
+    config = small("6-4")
+    keys = {"systems": "uniad,ib_iumad", "modalities": "rgb,rgb+depth", "protocols": "6-4,6-1"}
+    config.benchmark = ConfigDict(keys | {"seeds": 3, "seeds_of_one_modality": 1} | changes)
+    return config
+
+
+def test_cells():
+    """Two systems under two protocols: once with one modality, three times with both; floors once for each input."""
+    found = {name: config for config, name in cells(plan())}
+    assert len(found) == 2 * 2 * (1 + 3)
+    one = found["ib_iumad_rgb+depth_6-1_seed2"]
+    assert (one.method, one.modality, one.protocol, one.seed) == ("ib_iumad", "rgb+depth", "6-1", 2)
+    assert one.continual.strategy == "iuf"
+    assert found["uniad_rgb_6-4_seed0"].continual.strategy == "finetune"
+    assert "uniad_rgb_6-4_seed1" not in found
+    assert {name for name, config in found.items() if config.floors} == {name for name in found if "uniad" in name}
+    assert all("benchmark" not in config for config in found.values())
+
+
+def test_an_unknown_system_is_refused():
+    with pytest.raises(UserError, match=r'config\.benchmark\.systems is "uniad,cdad"; use names of uniad, iuf'):
+        list(cells(plan(systems="uniad,cdad")))
+
+
+def test_a_benchmark_goes_on_where_it_stopped(tmp_path):
+    render(tmp_path / "candies", train=2, val=1, test=2, size=64, objects=OBJECTS, progress=False)
+    flags = [f"--config={CONFIG}", "--workdir=runs", *(f"--config.{key}={value}" for key, value in KEYS.items())]
+
+    def run():
+        command = [sys.executable, "-m", "iumad_jax.benchmark", *flags]
+        quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        done = subprocess.run(command, cwd=tmp_path, env=os.environ | quick, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    out = run()
+    table = (tmp_path / "runs" / "comparison.md").read_text()
+    assert out.endswith(table + "\n")
+    for system in ("uniad", "iuf", "feature_norm"):
+        assert f"| {system} " in table
+    kept = tmp_path / "runs" / "cells" / "uniad_rgb_1-1_seed0"
+    assert json.loads((kept / "results.json").read_text())["floors"].keys() == {"feature_norm"}
+    before = (kept / "results.json").stat().st_mtime_ns
+    shutil.rmtree(tmp_path / "runs" / "cells" / "iuf_rgb_1-1_seed0")
+    out = run()
+    assert "uniad_rgb_1-1_seed0: this run is finished." in out
+    assert (tmp_path / "runs" / "comparison.md").read_text() == table
+    assert (kept / "results.json").stat().st_mtime_ns == before

@@ -1,0 +1,74 @@
+"""The README's way to bring one's own objects, done in a new folder."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+COMMANDS = """\
+mkdir -p objects/bolt/train/good/rgb objects/bolt/train/good/depth
+cp photographs/*.png objects/bolt/train/good/rgb/
+cp measurements/*.png objects/bolt/train/good/depth/
+echo "unit: mm" > objects/dataset.yaml
+python -m iumad_jax.main --config=configs/folder.py --config.dataset.root=objects"""
+SMALL = {
+    "method": "feature_norm",
+    "input.size": 64,
+    "backbone.grid": 4,
+    "nearest_neighbours.patches_per_object": 20,
+}
+
+
+def write(folder: Path, name: str, mask: bool = False) -> None:
+    """A tilted plane half a metre away with a block on it; a dent in the block where a mask is asked for."""
+    columns, rows = np.meshgrid(np.arange(96), np.arange(72))
+    block, dent = (np.maximum(abs(columns - 48), abs(rows - 36)) < reach for reach in (20, 6))
+    levels = 500 + rows / 4 - 30 * block + 15 * (dent & mask)
+    rgb = np.random.default_rng(len(name)).integers(0, 256, (72, 96, 3))
+    images = {"rgb": rgb.astype(np.uint8), "depth": levels.astype(np.uint16)}
+    if mask:
+        images["mask"] = 255 * dent.astype(np.uint8)
+    for kind, image in images.items():
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / kind / f"{name}.png")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Photographs and measurements of bolts; of nuts, test images too."""
+    home = tmp_path_factory.mktemp("home")
+    for name in ("1", "22", "333"):
+        write(home / "bolts", name)
+        write(home / "objects/nut/train/good", name)
+        write(home / "objects/nut/test/good", name)
+        write(home / "objects/nut/test/dent", name, mask=True)
+    (home / "bolts/rgb").rename(home / "photographs")
+    (home / "bolts/depth").rename(home / "measurements")
+    (home / "configs").symlink_to(Path(__file__).parents[2] / "configs")
+    return home
+
+
+def test_five_lines(home):
+    """Bolts are learned first and never tested: their scores stay undefined, those of nuts do not."""
+    flags = "".join(f" --config.{key}={value}" for key, value in SMALL.items())
+    done = subprocess.run(
+        COMMANDS.replace("python", sys.executable) + flags + " --workdir=run",
+        shell=True,
+        cwd=home,
+        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((home / "run/results.json").read_text())
+    assert results["objects"] == ["bolt", "nut"]
+    scores = np.array(results["matrix"]["i_auroc"], float)
+    assert np.isnan(scores[:, 0]).all()
+    assert 0 <= scores[1, 1] <= 1
+    assert 0 <= results["summary"]["p_auroc_object"]["final"] <= 1
+    assert (home / "run/pictures/step1_nut.jpg").exists()

@@ -1,0 +1,360 @@
+"""What people do with a trained model: detect, predict, evaluate. One run is trained for all tests."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from iumad_jax import Detector, evaluate, predict, snapshots
+from iumad_jax.data.candies import render
+from iumad_jax.data.eyecandies import Eyecandies
+from iumad_jax.errors import UserError
+from iumad_jax.export import __main__ as export
+
+LEARNED, NEVER = ("CandyCane", "GummyBear"), "Lollipop"
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.py"
+SMALL = {
+    "dataset.name": "eyecandies",
+    "dataset.root": "candies",
+    "dataset.objects": ",".join(LEARNED),
+    "dataset.prepared": "prepared",
+    "input.size": 64,
+    "backbone.grid": 4,
+    "model.width": 8,
+    "model.hidden": 16,
+    "model.heads": 2,
+    "model.states": 2,
+    "train.epochs": 2,
+    "train.batch_size": 2,
+    "report.pictures_per_object": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with candies, and a workdir `run` that learned two of three objects."""
+    home = tmp_path_factory.mktemp("home")
+    render(home / "candies", train=8, val=3, test=4, size=64, objects=",".join([*LEARNED, NEVER]), progress=False)
+    flags = [f"--config.{key}={value}" for key, value in SMALL.items()]
+    code, _, err = in_process(home, "main", f"--config={QUICKSTART}:1-1", "--workdir=run", *flags)
+    assert code == 0, err
+    return home
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_quickly():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def detector(home):
+    return Detector.load(home / "run")
+
+
+@pytest.fixture(scope="module")
+def reader(home):
+    return Eyecandies(home / "candies", ",".join([*LEARNED, NEVER]))
+
+
+def in_process(home, name, *flags):
+    """Runs a command as a process: exit code, standard output, standard error."""
+    module = [sys.executable, "-m", f"iumad_jax.{name}"]
+    quick = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    done = subprocess.run([*module, *flags], cwd=home, env=quick, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def command(home, capsys, monkeypatch):
+    """Runs a command within this process, which spares its start: exit code, standard output, standard error."""
+    monkeypatch.chdir(home)
+
+    def run(name, *flags):
+        monkeypatch.setattr(sys, "argv", arguments := ["command", *flags])  # where ml_collections looks for keys
+        code = {"predict": predict, "evaluate": evaluate, "export": export}[name].main(arguments)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def samples(reader, object_, split="test"):
+    return [reader.read(object_, split, id_) for id_ in reader.ids(object_, split)]
+
+
+def results_of(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def stacked(samples):
+    return np.stack([one.rgb for one in samples]), np.stack([one.depth for one in samples])
+
+
+def test_a_detector_decides_as_the_run_did(home, detector, reader):
+    """The run evaluated prepared images in batches; the detector sees the images themselves, one by one."""
+    decided = results_of(home / "run")["decisions"][-1]
+    assert detector.objects == LEARNED
+    for name in LEARNED:
+        found = [detector(one.rgb, one.depth) for one in samples(reader, name)]
+        anomalous = np.array([one.anomalous for one in samples(reader, name)])
+        alarms = np.array([one.anomalous for one in found])
+        assert decided["objects"][name]["test"] == {
+            "false_alarms": alarms[~anomalous].mean(),
+            "misses": 1 - alarms[anomalous].mean(),
+            "recognised": np.mean([one.object == name for one in found]),
+            "taken_as_unknown": np.mean([one.unknown for one in found]),
+        }
+        calibration = detector(*stacked(samples(reader, name, "calibration")))
+        image, pixel = (decided["objects"][name][kind]["threshold"] for kind in ("image", "pixel"))
+        assert calibration.score.max() == pytest.approx(image, rel=1e-2)  # features are stored in 16 bits
+        assert calibration.map.max() == pytest.approx(pixel, rel=1e-2)
+
+
+def test_a_batch_is_its_images(detector, reader):
+    some = samples(reader, "CandyCane")[:2] + samples(reader, "GummyBear")[:1] + samples(reader, NEVER)[:1]
+    batch = detector(*stacked(some))
+    singles = [detector(one.rgb, one.depth) for one in some]
+    assert batch.object.tolist() == [one.object for one in singles]
+    assert batch.decision.tolist() == [one.decision for one in singles]
+    assert batch.object.tolist()[:3] == ["CandyCane", "CandyCane", "GummyBear"]
+    assert batch.unknown.tolist()[3]
+    assert batch.decision[3] == "unknown"
+    for field in ("score", "map", "probability", "image_threshold", "pixel_threshold"):
+        np.testing.assert_allclose(
+            getattr(batch, field), np.stack([getattr(one, field) for one in singles]), rtol=1e-4, atol=1e-6
+        )
+    for one in (batch, *singles):
+        np.testing.assert_array_equal(one.mask, one.map > np.expand_dims(one.pixel_threshold, (-1, -2)))
+        np.testing.assert_array_equal(one.anomalous, one.score > one.image_threshold)
+    assert batch.map.shape == batch.mask.shape == (4, 224, 224)
+    assert singles[0].map.shape == (224, 224)
+
+
+def test_nothing_compiles_twice(home, reader):
+    """Whatever the images' sizes are; another number of images is compiled once more."""
+    detector = Detector.load(home / "run")
+    one, other = samples(reader, "CandyCane")[:2]
+    compiled = []
+    for rgb, depth in [(one.rgb, one.depth), (other.rgb, other.depth), (one.rgb[:50], one.depth[:50])]:
+        detector(rgb, depth)
+        compiled.append(detector.function._cache_size())
+    detector(one.rgb, one.depth, object="GummyBear")
+    compiled.append(detector.function._cache_size())
+    for _ in range(2):
+        detector(*stacked([one, other]))
+        compiled.append(detector.function._cache_size())
+    assert compiled == [1, 1, 1, 1, 2, 2]
+
+
+def test_a_given_object_is_believed_but_checked(detector, reader):
+    cane = samples(reader, "CandyCane")[0]
+    found = detector(cane.rgb, cane.depth, object="CandyCane")
+    assert (found.object, bool(found.unknown)) == ("CandyCane", False)
+    wrong = detector(cane.rgb, cane.depth, object="GummyBear")
+    assert (wrong.object, bool(wrong.unknown)) == ("GummyBear", True)
+    assert wrong.image_threshold != found.image_threshold
+    assert wrong.probability < found.probability
+
+
+def test_the_camera_is_that_of_the_training_images(detector, reader):
+    cane = samples(reader, "CandyCane")[0]
+    default, told, other = (
+        detector(cane.rgb, cane.depth, camera).score for camera in (None, cane.camera, cane.camera.scaled(0.5))
+    )
+    assert default == told
+    assert other != told
+    half = cane.camera.scaled(0.5)
+    x, z = 0.1, 2.0  # a point seen on column 2 i + 1/2 of an image lies on column i of one of half the size
+    assert half.fx * x / z + half.cx == pytest.approx((cane.camera.fx * x / z + cane.camera.cx - 0.5) / 2)
+
+
+def test_earlier_steps_can_be_loaded(home, reader):
+    first = Detector.load(home / "run", step=0)
+    assert first.objects == ("CandyCane",)
+    bear = samples(reader, "GummyBear")[0]
+    assert first(bear.rgb, bear.depth).decision == "unknown"
+
+
+def test_the_workdir_alone_is_enough(home, tmp_path):
+    """No dataset, nothing that training left beside it; a read-only copy is not touched."""
+    for kept in ("config.json", "snapshots"):
+        whole = home / "run" / kept
+        (shutil.copytree if whole.is_dir() else shutil.copy)(whole, tmp_path / kept)
+    before = sorted(tmp_path.rglob("*"))
+    assert Detector.load(tmp_path).objects == LEARNED
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+WRONG = {
+    "floats": (lambda rgb, depth: (rgb / 255, depth), "rgb is float64 of shape (1, 64, 64, 3)"),
+    "no depth": (lambda rgb, depth: (rgb, None), "depth is missing; this model was trained with it."),
+    "whole numbers": (lambda rgb, depth: (rgb, rgb[..., 0]), "depth is uint8 of shape"),
+    "another size": (lambda rgb, depth: (rgb, depth[1:]), "depth is float32 of shape"),
+    "nothing measured": (lambda rgb, depth: (rgb, depth * np.nan), "the image given: a depth image has no valid"),
+    "no array": (lambda rgb, depth: ("cane.png", depth), "rgb is a str; give uint8"),
+    "no image": (lambda rgb, depth: (rgb[None][:0], depth[None][:0]), "rgb has the shape (0, 64, 64, 3)"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "told"), WRONG.values(), ids=WRONG)
+def test_a_detector_says_what_is_wrong(detector, reader, spoil, told):
+    cane = samples(reader, "CandyCane")[0]
+    with pytest.raises(UserError) as error:
+        detector(*spoil(cane.rgb, cane.depth))
+    assert str(error.value).startswith(told)
+
+
+def test_predict_writes_what_the_detector_says(home, detector, reader):
+    for folder in ("rgb/sub", "depth/sub"):
+        (home / "in" / folder).mkdir(parents=True)
+    given = {"cane": samples(reader, "CandyCane")[1], "sub/pop": samples(reader, NEVER)[0]}
+    for name, one in given.items():
+        Image.fromarray(one.rgb).save(home / "in" / "rgb" / f"{name}.png")
+        millimetres = np.nan_to_num(one.depth * 1000)
+        np.save(home / "in" / "depth" / f"{name}.npy", millimetres)
+    (home / "in" / "rgb" / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    flags = ["--input=in/rgb", "--depth=in/depth", "--depth_unit=0.001", "--output=out"]
+    code, out, err = in_process(home, "predict", "--workdir=run", *flags)
+    assert (code, out) == (2, "")
+    bad, summary = err.splitlines()
+    assert bad == "iumad_jax: in/rgb/bad.png cannot be read (it is truncated or damaged); restore it."
+    assert summary == "iumad_jax: 1 of 3 images could not be used; the others are in out."
+    written = json.loads((home / "out" / "predictions.json").read_text())
+    assert [one["image"] for one in written["damaged"]] == ["bad"]
+    with (home / "out" / "predictions.csv").open() as file:
+        table = list(csv.DictReader(file))
+    for name, row, line in zip(given, written["images"], table, strict=True):
+        one = given[name]
+        told = detector(one.rgb, one.depth)
+        assert {key: str(value) for key, value in row.items()} == line
+        assert (row["image"], row["decision"], row["object"]) == (name, told.decision, told.object)
+        assert row["score"] == pytest.approx(float(told.score), rel=1e-4)
+        assert row["defective_share"] == pytest.approx(told.mask.mean(), abs=1e-3)
+        mask = np.asarray(Image.open(home / "out" / row["mask"]))
+        assert mask.shape == one.rgb.shape[:2]
+        assert set(np.unique(mask)) <= {0, 255}
+        assert mask.mean() / 255 == pytest.approx(told.mask.mean(), abs=0.02)
+        heatmap = np.asarray(Image.open(home / "out" / row["heatmap"])).astype(int)
+        strong = np.asarray(Image.fromarray(told.map).resize((64, 64))) > 0.7 * told.pixel_threshold
+        changed = np.abs(heatmap - one.rgb).sum(-1) > 10
+        assert changed[strong].mean() > 0.9
+    assert not list((home / "out").rglob("*.unfinished"))
+
+
+def test_predict_looks_at_a_dataset(home, command):
+    code, out, err = command("predict", "--workdir=run", "--output=all", f"--config.dataset.objects={NEVER}")
+    assert code == 0, err
+    assert out == "4 images: 0 good, 0 anomalous, 4 unknown. Scores, masks and heatmaps are in all.\n"
+    assert len(list((home / "all" / "masks" / NEVER).glob("*.png"))) == 4
+
+
+def test_evaluate_repeats_what_training_found(home, command):
+    code, out, err = command("evaluate", "--workdir=run", "--output=again")
+    assert code == 0, err
+    before, again = results_of(home / "run"), results_of(home / "again")
+    assert again["matrix"] == {metric: [rows[-1]] for metric, rows in before["matrix"].items()}
+    for name, floor in before["floors"].items():
+        assert again["floors"][name]["matrix"] == {metric: [rows[-1]] for metric, rows in floor["matrix"].items()}
+    assert again["decisions"] == before["decisions"][-1:]
+    assert again["evaluated"] == {"workdir": "run", "step": 1}
+    assert out.endswith("are in again.\n")
+
+
+def test_evaluate_tells_objects_apart_that_were_never_learned(home, command):
+    code, _, err = command("evaluate", "--workdir=run", "--step=0", "--config.dataset.objects=GummyBear,CandyCane")
+    assert code == 0, err
+    folder = home / "run" / "evaluations" / "eyecandies_step0"
+    results, before = results_of(folder), results_of(home / "run")
+    assert results["objects"] == ["CandyCane"]
+    assert results["matrix"] == {metric: [rows[0][:1]] for metric, rows in before["matrix"].items()}
+    assert set(results["unknown"]["objects"]) == {"GummyBear"}
+    assert results["unknown"]["auroc_distance"] == 1
+    assert "| GummyBear" in (folder / "results.md").read_text()
+    events = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["evaluation"] * 3 + ["unknown"]
+
+
+ALONE = """
+import sys
+import numpy as np
+images = [np.load(f"{name}.npy") for name in ("rgb", "depth")]
+if sys.argv[1] == "onnx":
+    import onnxruntime
+    session = onnxruntime.InferenceSession("detector.onnx")
+    names = [one.name for one in session.get_outputs()]
+    found = dict(zip(names, session.run(None, {"rgb": images[0], "depth": images[1]})))
+    assert "jax" not in sys.modules
+else:
+    import jax
+    from jax import export
+    found = export.deserialize(bytearray(open("detector.stablehlo", "rb").read())).call(*images)
+assert "iumad_jax" not in sys.modules
+np.savez("found.npz", **found)
+"""
+
+
+@pytest.mark.parametrize("format_", ["stablehlo", "onnx"])
+def test_an_exported_file_runs_alone(home, command, detector, eyecandies_root, format_):
+    """On real images of CandyCane, in a process that does not load this package."""
+    real = samples(Eyecandies(eyecandies_root, "CandyCane"), "CandyCane")[:2]
+    expected = detector(*stacked(real))
+    for name, array in detector.prepare(*stacked(real)).items():
+        np.save(home / f"{name}.npy", array)
+    code, out, err = command(
+        "export", "--workdir=run", f"--format={format_}", f"--output=detector.{format_}", "--batch=2"
+    )
+    assert code == 0, err
+    assert out.startswith(f"detector.{format_}: ")
+    described = json.loads((home / "detector.json").read_text())
+    assert described["objects"] == list(LEARNED)
+    assert described["inputs"] == {"rgb": [2, 64, 64, 3], "depth": [2, 64, 64, 3]}
+    subprocess.run([sys.executable, "-c", ALONE, format_], cwd=home, check=True)
+    with np.load(home / "found.npz") as found:
+        assert set(found) == set(described["outputs"])
+        scale = expected.map.max()
+        np.testing.assert_allclose(found["map"], expected.map, atol=1e-4 * scale)
+        np.testing.assert_allclose(found["score"], expected.score, rtol=1e-4)
+        np.testing.assert_allclose(found["probability"], expected.probability, rtol=1e-3)
+        assert [LEARNED[index] for index in found["object_id"]] == expected.object.tolist()
+        for field in ("anomalous", "unknown", "image_threshold", "pixel_threshold"):
+            np.testing.assert_allclose(found[field], getattr(expected, field))
+        assert (found["mask"] != expected.mask).mean() < 1e-3
+
+
+BAD_COMMANDS = {
+    "no workdir": ("predict", ["--output=x"], "--workdir is missing; write --workdir=PATH."),
+    "no run there": ("evaluate", ["--workdir=candies"], "candies holds no run; give the --workdir of one."),
+    "no such step": ("evaluate", ["--workdir=run", "--step=7"], "holds no snapshot of step 7; finished are 0, 1."),
+    "no such key": ("evaluate", ["--workdir=run", "--config.dataset.rot=x"], "--config has no key 'rot'; did you mean"),
+    "a key of training": ("evaluate", ["--workdir=run", "--config.seed=1"], "--config.seed belongs to training"),
+    "no output": ("predict", ["--workdir=run"], "--output is missing"),
+    "no depth": ("predict", ["--workdir=run", "--output=x", "--input=candies"], "--depth is missing; this model"),
+    "no input": ("predict", ["--workdir=run", "--output=x", "--input=nix"], "--input is nix, which does not exist"),
+    "no such format": ("export", ["--workdir=run", "--format=pb"], "flag --format=pb: value should be one of"),
+    "no object": ("predict", ["--workdir=run", "--output=x", "--object=Bear"], '"Bear" is no object of this model'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "flags", "told"), BAD_COMMANDS.values(), ids=BAD_COMMANDS)
+def test_mistakes_are_told_in_a_sentence(home, command, name, flags, told):
+    code, out, err = command(name, *flags)
+    assert (code, out) == (2, "")
+    assert told in err
+    assert err.count("\n") == 1
+    assert not (home / "x").exists()
+
+
+def test_a_run_without_a_finished_step(home, tmp_path):
+    shutil.copy(home / "run" / "config.json", tmp_path)
+    with pytest.raises(UserError, match="holds no snapshot of any step; none is finished"):
+        snapshots.read(tmp_path)

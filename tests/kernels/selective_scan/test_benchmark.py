@@ -1,0 +1,75 @@
+"""The benchmark on what runs here: it checks before it times, and refuses to time what is wrong."""
+
+import importlib
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from iumad_kernels import selective_scan
+
+BENCHMARKS = Path(__file__).parents[3] / "kernels" / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module = importlib.import_module("selective_scan")
+    monkeypatch.setattr(module, "CHECKED", ["1x3x4x2x2"])
+    return module
+
+
+def run(benchmark, folder):
+    code = benchmark.main(["--shapes=1x5x4x2x1", "--seconds=0", f"--json={folder / 'out.json'}"])
+    return code, json.loads((folder / "out.json").read_text())
+
+
+@pytest.mark.parametrize("names", [["xla"], ["xla", "mosaic"]], ids="-".join)
+def test_checks_then_times(benchmark, names, request, tmp_path):
+    if "mosaic" in names:
+        request.getfixturevalue("interpreted")
+    code, result = run(benchmark, tmp_path)
+    assert code == 0
+    assert list(result["errors"]) == names
+    for implementation in names:
+        errors = result["errors"][implementation]["1x3x4x2x2"]
+        assert len(errors) == 11
+        assert all(0 <= error < 1e-5 for error in errors.values())
+    assert [row["name"] for row in result["rows"][::2]] == [*names, "lax.scan", "associative_scan"]
+    assert all(len(row["seconds"]) == 3 and row["disagreement"] < 1e-5 for row in result["rows"])
+
+
+def test_says_which_peers_are_left_out(benchmark, capsys):
+    assert benchmark.installed_peers() == {}
+    expected = "jax-linear-attention is left out: it needs a GPU\nmamba-ssm is left out: it needs a GPU\n"
+    assert capsys.readouterr().out == expected
+
+
+WRONG = {
+    "its gradient of D differs from the definition's by 1, more than 1e-04": lambda D: 2 * D - jax.lax.stop_gradient(D),
+    "its gradient of x differs from the definition's by nan, more than 1e-04": lambda D: D + jnp.nan,
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_wrong_kernel_is_not_timed(benchmark, message, monkeypatch, tmp_path, capsys):
+    def wrong(D, implementation, **args):
+        D = D if implementation == "reference" else WRONG[message](D)
+        return selective_scan(D=D, implementation=implementation, **args)
+
+    monkeypatch.setattr(benchmark, "selective_scan", wrong)
+    code, result = run(benchmark, tmp_path)
+    assert code == 1
+    assert result["rows"] == []
+    assert len(result["errors"]["xla"]["1x3x4x2x2"]) == 11
+    said = capsys.readouterr().err
+    assert said == f'"xla" is wrong here, so that nothing was timed: at 1x3x4x2x2 {message}\n'
+
+
+@pytest.mark.parametrize("shape", ["ed2s", "4x196x512x16", "4x196x512x16x-1", "0x1x1x1x1"])
+def test_says_what_a_shape_is(benchmark, shape, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        benchmark.main([f"--shapes={shape}"])
+    assert exit_.value.code == 2
+    assert f"'{shape}' is neither one of target, es2d, long, wide nor a shape like 24x196x" in capsys.readouterr().err

@@ -1,0 +1,124 @@
+"""Runs side by side: means and deviations by hand, the paper's numbers where they belong, pictures of every system."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+
+from iumad_jax.report import comparison, published
+from iumad_jax.report.comparison import Cell
+from iumad_jax.report.tables import METRICS, summarise
+
+OBJECTS = ["bagel", "rope", "tire"]
+
+
+def keep(workdir, folder, *matrices, dataset="candies", steps=(("bagel", "rope"), ("tire",))):
+    """A finished run: the matrix of every metric, of the method and then of the floors."""
+    systems = [{"matrix": dict.fromkeys(METRICS, m), "summary": summarise(dict.fromkeys(METRICS, m))} for m in matrices]
+    results = {
+        "config": {"dataset": {"name": dataset}},
+        "objects": OBJECTS,
+        "steps": [list(step) for step in steps],
+        **systems[0],
+        "floors": dict(zip(("feature_norm",), systems[1:], strict=False)),
+    }
+    (workdir / "cells" / folder).mkdir(parents=True)
+    text = json.dumps(results).replace("NaN", "null")
+    (workdir / "cells" / folder / "results.json").write_text(text)
+
+
+def falls(base, last):
+    """Two objects learned first, the third then; the first falls."""
+    return [[base, 0.8, np.nan], [last, 0.8, 0.6]]
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    keep(tmp_path, "iuf_rgb_2-1_seed1", falls(1.0, 0.4))
+    floor = [[0.5, 0.5, np.nan], [0.5, 0.5, 0.5]]
+    keep(tmp_path, "iuf_rgb_2-1_seed0", falls(0.9, 0.7), floor)
+    keep(tmp_path, "ib_iumad-no_mamba_rgb_2-1_seed0", falls(0.9, 0.9), floor)
+    keep(tmp_path, "iuf_rgb_3-0_seed0", [[0.9, 0.8, 0.7]], steps=[OBJECTS])
+    (tmp_path / "cells" / "iuf_rgb_2-1_seed2").mkdir()  # not finished
+    return tmp_path
+
+
+def table(text, protocol):
+    """The rows of a protocol's table by modality and system, each by its header."""
+    lines = text.split(f"## {protocol}\n")[1].strip().split("\n\n")[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {tuple(row[:2]): dict(zip(cells[0], row, strict=True)) for row in cells[2:]}
+
+
+def test_cells_are_found_by_their_folders(workdir):
+    found = {cell: len(runs) for cell, runs in comparison.gather(workdir).items()}
+    assert found == {
+        Cell("2-1", "rgb", "iuf"): 2,
+        Cell("2-1", "rgb", "feature_norm"): 1,
+        Cell("2-1", "rgb", "ib_iumad-no_mamba"): 1,
+        Cell("3-0", "rgb", "iuf"): 1,
+    }
+
+
+def test_means_and_deviations_over_seeds(workdir):
+    """Final means 0.7 and 0.6; the first object falls by 0.2 and 0.6, the second not at all."""
+    rows = table(comparison.write(workdir), "2-1")
+    iuf = rows["rgb", "iuf"]
+    assert iuf["seeds"] == "2"
+    assert iuf["I-AUROC"] == "65.0 ± 7.1"  # 5 * sqrt(2)
+    assert iuf["FM I-AUROC"] == "20.0 ± 14.1"  # of 10 and 30
+    assert iuf["aggregate FM I-AUROC"] == "22.5 ± 10.6"  # base 85 and 90, then 70 and 60
+    assert iuf["new AUPRO"] == "78.3 ± 2.4"  # 76.67 and 80
+    assert rows["rgb", "ib_iumad-no_mamba"]["I-AUROC"] == "76.7"  # one seed has no deviation
+    assert rows["rgb", "feature_norm"]["FM AUPRO"] == "0.0"
+
+
+def test_a_single_step_has_nothing_to_forget(workdir):
+    row = table(comparison.write(workdir), "3-0")["rgb", "iuf"]
+    assert row["object AUPRO"] == "80.0"
+    assert not [title for title in row if "FM" in title or "new" in title]
+
+
+def test_csv_has_every_figure(workdir):
+    comparison.write(workdir)
+    rows = list(csv.DictReader(io.StringIO((workdir / "comparison.csv").read_text())))
+    assert len(rows) == 4 * len(METRICS) * 5
+    chosen = [r for r in rows if (r["protocol"], r["system"], r["metric"]) == ("2-1", "iuf", "p_auroc")]
+    (fm,) = [row for row in chosen if row["figure"] == "fm"]
+    assert float(fm["mean"]) == pytest.approx(0.2)
+    assert float(fm["std"]) == pytest.approx(0.1 * 2**0.5)
+    (undefined,) = [r for r in rows if (r["protocol"], r["metric"], r["figure"]) == ("3-0", "aupro", "fm")]
+    assert undefined["mean"] == undefined["std"] == ""
+
+
+def test_retention_follows_the_objects_of_the_base_step(workdir):
+    found = comparison.gather(workdir)[Cell("2-1", "rgb", "iuf")]
+    np.testing.assert_allclose(comparison.retention(found, "aupro"), [[0.85, 0.75], [0.9, 0.6]])
+
+
+def test_pictures(workdir):
+    comparison.write(workdir)
+    pictures = {path.name for path in workdir.glob("*.png")}
+    assert pictures == {
+        "forgetting_2-1_rgb.png",
+        "matrix_2-1_rgb_iuf.png",
+        "matrix_2-1_rgb_feature_norm.png",
+        "matrix_2-1_rgb_ib_iumad-no_mamba.png",
+        "matrix_3-0_rgb_iuf.png",
+    }
+
+
+def test_printed_numbers_stand_beside_the_real_dataset_only(workdir, tmp_path):
+    keep(tmp_path / "real", "ib_iumad_rgb+depth_6-1_seed0", falls(0.9, 0.7), dataset="eyecandies")
+    row = table(comparison.write(tmp_path / "real"), "6-1")["rgb+depth", "ib_iumad"]
+    printed = {title: value for title, value in row.items() if title.startswith("printed")}
+    assert printed == {  # the paper's table of Eyecandies
+        "printed I-AUROC": "69.4",
+        "printed AUPRO": "75.1",
+        "printed FM I-AUROC": "7.7",
+        "printed FM AUPRO": "6.3",
+    }
+    assert "printed" not in comparison.write(workdir)
+    assert set(published.printed("mvtec3d", "6-1", "rgb", "uniad").values()) == {"-"}

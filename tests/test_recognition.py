@@ -1,0 +1,90 @@
+"""Which object an image shows."""
+
+import jax
+import numpy as np
+import pytest
+from sklearn.covariance import OAS
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+from iumad_jax import recognition
+from iumad_jax.shapes import Batch
+
+OBJECTS, CHANNELS = 3, 4
+
+
+def images_of(object_, count, seed):
+    """Tokens of both modalities about a mean of the object's own, with a noise that is not the same in all channels."""
+    rng = np.random.default_rng([object_, seed])
+    mean = np.random.default_rng(object_).normal(size=2 * CHANNELS)
+    noise = rng.normal(size=(count, 1, 2 * CHANNELS)) @ np.random.default_rng(9).normal(size=(2 * CHANNELS,) * 2) / 3
+    x = (mean + noise + 0.1 * rng.normal(size=(count, 5, 2 * CHANNELS))).astype(np.float32)
+    return Batch({"rgb": x[..., :CHANNELS], "depth": x[..., CHANNELS:]}, {}, np.full(count, object_))
+
+
+@pytest.fixture(scope="module")
+def learned():
+    statistics = recognition.no_statistics(images_of(0, 1, 0))
+    for object_ in range(OBJECTS):
+        statistics = recognition.observe(statistics, images_of(object_, 12 + object_, seed=1))
+    return statistics
+
+
+def descriptors(batch):
+    return np.concatenate([batch.features["depth"], batch.features["rgb"]], -1).mean(1).astype(np.float64)
+
+
+def by_hand(x):
+    """Distances by inverting the covariance of all training images about their objects' means."""
+    training = [descriptors(images_of(object_, 12 + object_, seed=1)) for object_ in range(OBJECTS)]
+    covariance = OAS(assume_centered=True).fit(np.concatenate([one - one.mean(0) for one in training])).covariance_
+    inverse = np.linalg.inv(covariance)
+    return np.array([[np.sqrt((d := row - one.mean(0)) @ inverse @ d / len(d)) for one in training] for row in x])
+
+
+def test_distances_are_mahalanobis_distances(learned):
+    test = images_of(1, 6, seed=2)
+    found = recognition.distances(recognition.fit(learned), test.features)
+    np.testing.assert_allclose(found, by_hand(descriptors(test)), rtol=1e-4)
+
+
+def test_distances_are_the_same_within_jit(learned):
+    """There, dictionaries come sorted."""
+    test, recogniser = images_of(2, 3, seed=2), recognition.fit(learned)
+    within = jax.jit(recognition.distances)(recogniser, test.features)
+    np.testing.assert_allclose(within, recognition.distances(recogniser, test.features), rtol=1e-5)
+
+
+def test_objects_are_recognised_as_by_discriminant_analysis(learned):
+    x = [descriptors(images_of(object_, 12 + object_, seed=1)) for object_ in range(OBJECTS)]
+    labels = np.repeat(range(OBJECTS), [len(one) for one in x])
+    peer = LinearDiscriminantAnalysis(solver="lsqr", priors=[1 / OBJECTS] * OBJECTS).fit(np.concatenate(x), labels)
+    test = [images_of(object_, 20, seed=3) for object_ in range(OBJECTS)]
+    recogniser = recognition.fit(learned)
+    ours = np.concatenate([recognition.distances(recogniser, one.features).argmin(1) for one in test])
+    truth = np.repeat(range(OBJECTS), 20)
+    theirs = peer.predict(np.concatenate([descriptors(one) for one in test]))
+    assert (ours == truth).mean() >= (theirs == truth).mean() - 0.05
+    assert (ours == truth).mean() > 0.8
+
+
+def test_probabilities_are_those_of_normal_distributions(learned):
+    distance = by_hand(descriptors(images_of(0, 4, seed=2)))
+    density = np.exp(-0.5 * (2 * CHANNELS) * (distance / 1.7) ** 2)
+    found = recognition.probabilities(distance.astype(np.float32), 2 * CHANNELS, np.float32(1.7))
+    np.testing.assert_allclose(found, density / density.sum(1, keepdims=True), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("count", [2, 5, 50])
+def test_shrinkage_is_oas(count):
+    x = np.random.default_rng(count).normal(size=(count, 6)) * [1, 2, 3, 1, 1, 5]
+    ours = recognition.oas(x.T @ x / count, count)
+    np.testing.assert_allclose(ours, OAS(assume_centered=True).fit(x).covariance_, rtol=1e-9, atol=1e-12)
+
+
+def test_features_that_do_not_vary_make_no_trouble():
+    statistics = recognition.no_statistics(Batch({"rgb": np.zeros((1, 2, 3))}, {}, None))
+    for value in (0, 1):
+        statistics = recognition.observe(statistics, Batch({"rgb": np.full((4, 2, 3), value, np.float32)}, {}, None))
+    found = recognition.distances(recognition.fit(statistics), {"rgb": np.ones((1, 2, 3), np.float32)})
+    assert found[0, 1] == pytest.approx(0, abs=1e-3)
+    assert found[0, 0] > 100
