@@ -152,12 +152,15 @@ def test_everything_can_be_reached_by_keyboard(page):
     assert unnamed == 0
 
 
-def test_a_single_step_without_depth_masks_decisions_or_training(browser, tmp_path, zoo):
+def test_a_single_step_without_depth_masks_decisions_training_or_test_images(browser, tmp_path, zoo):
     matrices = {metric: np.full((1, 1), math.nan) for metric in tables.METRICS} | {"i_auroc": np.array([[0.75]])}
+    matrices = {
+        metric: np.append(rows, [[math.nan]], axis=1) for metric, rows in matrices.items()
+    }  # nothing of the dog
     samples.save(tmp_path, 0, "cat", zoo.kept("cat", 0, marked=False))
     Ledger(tmp_path / "ledger.jsonl")
     own = {"matrix": matrices, "summary": tables.summarise(matrices)}
-    results = zoo.run(objects=["cat"], steps=[["cat"]], floors={}, decisions=[], **own)
+    results = zoo.run(objects=["cat", "dog"], steps=[["cat", "dog"]], floors={}, decisions=[], **own)
 
     def flat(name, rows):
         rgb, depth, masks = zoo.images(name, rows)
@@ -166,7 +169,11 @@ def test_a_single_step_without_depth_masks_decisions_or_training(browser, tmp_pa
     html.write(tmp_path, results, flat)
     browser.open(tmp_path / "report.html")
     assert browser.errors == []
-    assert browser.rows("#matrix") == [["after", "cat", "mean"], ["ib_iumad"], ["step 0", "0.750", "0.750"]]
+    assert browser.rows("#matrix") == [
+        ["after", "cat", "dog", "mean"],
+        ["ib_iumad"],
+        ["step 0", "0.750", "–", "0.750"],
+    ]
     absent = ["#state-label", "#decided-label", "#decisions", "#training figure"]
     assert browser.run(f"{absent}.every(s => document.querySelector(s).hidden)")
     assert browser.run("document.querySelectorAll('.card:first-child .panels figure').length") == 3
