@@ -100,7 +100,7 @@ def test_the_masks_as_they_were_decided(page, zoo):
     assert list(found) == ["cat", "ant", "bee"]
     image = zoo.decisions()[1]["objects"]["bee"]["image"]["threshold"]
     assert [float(value) for value in found["bee"][:2]] == pytest.approx([image, threshold], rel=1e-3)
-    assert found["bee"][2::2] == ["50.0 %", "100.0 %"]  # of false alarms, and recognised
+    assert found["bee"][2::2] == ["50.0 %", "100.0 %", "12.5 %"]  # false alarms, recognised, promised
 
 
 def test_verdicts_follow_the_threshold(page, zoo):
