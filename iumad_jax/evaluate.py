@@ -1,5 +1,6 @@
 """Evaluates a trained model on any dataset, without training: python -m iumad_jax.evaluate --workdir=FOLDER."""
 
+import functools
 import math
 import sys
 import time
@@ -13,10 +14,11 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from iumad_jax import commands, data, decisions, inputs, methods, recognition, snapshots
+from iumad_jax.data.store import PreparedSet
 from iumad_jax.errors import UserError
 from iumad_jax.metrics import image_auroc, pixel_metrics
 from iumad_jax.predict import predict
-from iumad_jax.report import tables
+from iumad_jax.report import html, samples, tables
 from iumad_jax.report.ledger import Ledger
 from iumad_jax.shapes import GroundTruth, Prediction
 from iumad_jax.snapshots import Snapshot
@@ -33,6 +35,24 @@ def evaluate(prediction: Prediction, truth: GroundTruth) -> dict[str, float]:
     if not truth.masked.all():
         pixels = dict.fromkeys(pixels, math.nan)
     return {"i_auroc": image_auroc(truth.anomalous, prediction.score), **pixels}
+
+
+def keep(folder: Path, step: int, name: str, test: PreparedSet, predictions: dict[str, Prediction]) -> None:
+    """Keeps what a report shows of an object's test images after a step; the run's own method comes first.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    assert test.truth is not None
+    kept = samples.summarise(
+        test.ids,
+        test.defects,
+        test.truth.anomalous,
+        test.truth.mask if test.truth.masked.all() else None,
+        {system: prediction.score for system, prediction in predictions.items()},
+        {system: prediction.map for system, prediction in predictions.items()},
+    )
+    samples.save(folder, step, name, kept)
 
 
 def main(arguments: list[str]) -> int:
@@ -55,7 +75,8 @@ def _evaluate(values: flags.FlagValues) -> str:
 
 
 def evaluate_snapshot(config: ConfigDict, workdir: Path, snapshot: Snapshot, output: Path) -> dict[str, Any]:
-    """Evaluates what a run had learned by a step on the test images of `config.dataset`; writes ledger and tables.
+    """Evaluates what a run had learned by a step on the test images of `config.dataset`; writes ledger, tables
+    and report.
 
     Returns:
         What results.json holds: those objects of the dataset that were learned, as if in one step, and under
@@ -79,8 +100,9 @@ def evaluate_snapshot(config: ConfigDict, workdir: Path, snapshot: Snapshot, out
         test = store.get(name, "test")
         assert test.truth is not None
         distances[name] = np.asarray(recognition.distances(recogniser, test.batch.features))
+        predictions = {}
         for system, method in systems.items():
-            prediction = predict(jax.jit(method.predict), variables[system], test.batch)
+            prediction = predictions[system] = predict(jax.jit(method.predict), variables[system], test.batch)
             own = system == config.method
             if own and prediction.object_logits is not None:
                 confidences[name] = np.asarray(jax.nn.softmax(prediction.object_logits).max(-1))
@@ -92,6 +114,8 @@ def evaluate_snapshot(config: ConfigDict, workdir: Path, snapshot: Snapshot, out
             if own and name in learned:
                 rates = decisions.rates(decided, name, prediction, test.truth, distances[name])
                 decided["objects"][name]["test"] = rates
+        if name in learned:
+            keep(output, 0, name, test, predictions)
 
     decided["objects"] = {name: decided["objects"][name] for name in learned}
     results = tables.gather(
@@ -107,6 +131,7 @@ def evaluate_snapshot(config: ConfigDict, workdir: Path, snapshot: Snapshot, out
     results["unknown"] = decisions.unknown_rates(decided, distances, confidences)
     results["evaluated"] = {"workdir": str(workdir), "step": snapshot.position.step}
     ledger.append("unknown", **results["unknown"])
+    html.write(output, results, functools.partial(inputs.panels, store))
     tables.write_results(output, results)
     return results
 

@@ -19,11 +19,11 @@ from iumad_jax.continual.strategy import Memory, Strategy
 from iumad_jax.data.pipeline import training_input, updates_per_epoch
 from iumad_jax.data.sample import Reader
 from iumad_jax.data.store import PreparedSet, Store
-from iumad_jax.evaluate import evaluate
+from iumad_jax.evaluate import evaluate, keep
 from iumad_jax.methods.method import Method
 from iumad_jax.metrics import final
 from iumad_jax.predict import predict
-from iumad_jax.report import figures, html, live, samples, tables
+from iumad_jax.report import figures, html, live, tables
 from iumad_jax.report.ledger import Ledger, as_json
 from iumad_jax.report.live import Live
 from iumad_jax.shapes import Prediction, Variables
@@ -234,7 +234,7 @@ def assess(this: Run, step: protocol.Step) -> None:
                 draw(this, step, name, test, prediction)
                 distance = np.asarray(recognition.distances(recogniser, test.batch.features))
                 decided["objects"][name]["test"] = decisions.rates(decided, name, prediction, test.truth, distance)
-        keep(this, step, name, test, predictions)
+        keep(this.workdir, step.index, name, test, predictions)
     mean = final(this.matrices[this.config.method]["i_auroc"][: step.index + 1])
     live.say(f"step {step.index}: mean I-AUROC {mean:.3f} over the objects seen")
     this.decisions.append(as_json(decided))
@@ -277,20 +277,6 @@ def draw(this: Run, step: protocol.Step, name: str, test: PreparedSet, predictio
         scores=prediction.score[rows],
     )
     this.live.picture(step.index, name, path)
-
-
-def keep(this: Run, step: protocol.Step, name: str, test: PreparedSet, predictions: dict[str, Prediction]) -> None:
-    """Keeps what the report shows of an object's test images after a step."""
-    assert test.truth is not None
-    kept = samples.summarise(
-        test.ids,
-        test.defects,
-        test.truth.anomalous,
-        test.truth.mask if test.truth.masked.all() else None,
-        {system: prediction.score for system, prediction in predictions.items()},
-        {system: prediction.map for system, prediction in predictions.items()},
-    )
-    samples.save(this.workdir, step.index, name, kept)
 
 
 def conclude(this: Run, steps: tuple[protocol.Step, ...]) -> dict[str, Any]:

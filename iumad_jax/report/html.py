@@ -9,6 +9,7 @@ import hashlib
 import html
 import io
 import json
+import math
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -46,10 +47,9 @@ def write(workdir: Path, results: dict[str, Any], images: Images) -> None:
     """
     done = len(results["matrix"]["i_auroc"])
     columns = tables.objects_of(results)
-    last = {name: samples.load(workdir, done - 1, name) for _, name, _ in columns}
-    as_learned = {
-        name: last[name] if step == done - 1 else samples.load(workdir, step, name) for step, name, _ in columns
-    }
+    tested = [(step, name) for step, name, column in columns if _is_tested(workdir, results, name, column)]
+    last = {name: samples.load(workdir, done - 1, name) for _, name in tested}
+    as_learned = {name: last[name] if step == done - 1 else samples.load(workdir, step, name) for step, name in tested}
     shown, left_out = _pictures(last, as_learned, images)
     page = {
         "results": results,
@@ -69,6 +69,13 @@ def write(workdir: Path, results: dict[str, Any], images: Images) -> None:
         "left_out": left_out,
     }
     ledger.write_whole(workdir / "report.html", _fill(page, tables.title(results)).encode())
+
+
+def _is_tested(workdir: Path, results: dict[str, Any], name: str, column: int) -> bool:
+    """Whether the object has test images: it was evaluated, or its samples are there though no metric is defined."""
+    last = [rows[-1][column] for rows in results["matrix"].values()]
+    step = len(results["matrix"]["i_auroc"]) - 1
+    return any(value is not None and not math.isnan(value) for value in last) or samples.exist(workdir, step, name)
 
 
 def pick(of_object: Samples) -> list[tuple[int, str, int, int]]:

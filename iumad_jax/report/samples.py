@@ -94,6 +94,11 @@ def save(workdir: Path, step: int, object_: str, samples: Samples) -> None:
     write_whole(path, file.getvalue())
 
 
+def exist(workdir: Path, step: int, object_: str) -> bool:
+    """Whether the file was written."""
+    return _path(workdir, step, object_).exists()
+
+
 def load(workdir: Path, step: int, object_: str) -> Samples:
     """Reads what `save` wrote.
 

@@ -278,6 +278,7 @@ def test_evaluate_repeats_what_training_found(home, command):
     assert again["decisions"] == before["decisions"][-1:]
     assert again["evaluated"] == {"workdir": "run", "step": 1}
     assert out.endswith("are in again.\n")
+    assert (home / "again" / "report.html").exists()
 
 
 def test_evaluate_tells_objects_apart_that_were_never_learned(home, command):

@@ -301,9 +301,9 @@ def test_the_area_under_the_curve_is_the_exact_one():
 
 
 def test_a_share_of_the_negatives_is_not_lost_to_rounding():
-    maps = np.arange(10.0).reshape(1, 1, 10)
-    _, thresholds = pro_curve(np.zeros((1, 1, 10)), maps, [0.1, 0.3, 0.7, 0.29])
-    np.testing.assert_array_equal(thresholds, [8, 6, 2, 7])  # one, three, seven and two of ten lie above
+    maps = np.arange(100.0).reshape(1, 1, 100)
+    _, thresholds = pro_curve(np.zeros((1, 1, 100)), maps, [0.29, 0.57, 0.295])  # 0.29 * 100 is 28.999999999999996
+    np.testing.assert_array_equal(thresholds, [70, 42, 70])  # 29, 57 and 29 of a hundred lie above
 
 
 def test_the_curve_where_it_is_undefined():

@@ -201,7 +201,7 @@ function samples() {
 
   const redrawn = () => {
     for (const card of cards) card.dirty = true;
-    const overlap = (name) => mean(objects.map((object) => page.curves[object][name].overlap[chosen()]));
+    const overlap = (name) => mean(objects.map((object) => page.curves[object]?.[name].overlap[chosen()]));
     const found = names.flatMap((name) => [" ", h("b", { style: colour(name), title: name }, show(overlap(name)))]);
     $("threshold").disabled = $("decided").checked;
     if ($("decided").checked) $("threshold-text").textContent = "every object's own, set by good calibration images";

@@ -197,20 +197,23 @@ function decisions() {
       const { image, pixel, test = {} } = last.objects[name];
       const shares = Object.keys(rates).map((rate) => test[rate]);
       return {
-        keys: [name, image.threshold, pixel.threshold, ...shares],
+        keys: [name, image.threshold, pixel.threshold, ...shares, image.at_most, image.images],
         element: h(
           "tr",
           {},
           h("th", { scope: "row" }, name),
           limit(image),
           limit(pixel),
-          ...shares.map((value) => h("td", {}, share(value))),
+          ...[...shares, image.at_most].map((value) => h("td", {}, share(value))),
+          h("td", {}, String(image.images)),
         ),
       };
     });
+  const headers = ["object", "image threshold", "pixel threshold", ...Object.values(rates), "promised", "from images"];
   $("decisions-note").textContent =
     `After the last step. Good calibration images alone set the thresholds, ${share(last.quantile)} of them are to` +
-    " pass; false alarms, misses, and which object an image is taken for are counted on test images.";
-  sortable($("decision-table"), ["object", "image threshold", "pixel threshold", ...Object.values(rates)], rows);
+    " pass; false alarms, misses, and which object an image is taken for are counted on test images. So many images" +
+    " promise at most so many false alarms; nothing is promised where the model was trained on them.";
+  sortable($("decision-table"), headers, rows);
   $("decisions").hidden = false;
 }

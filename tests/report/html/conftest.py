@@ -1,15 +1,21 @@
-"""A real browser, driven over the Chrome DevTools Protocol through a pair of pipes."""
+"""A real browser, driven over the Chrome DevTools Protocol through a pair of pipes, and a run to look at."""
 
-import base64
 import fcntl
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from PIL import Image
+
+from iumad_jax.report import html, samples, tables
+from iumad_jax.report.ledger import Ledger
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 _START = "import os, sys; os.dup2({}, 3); os.dup2({}, 4); os.execv(sys.argv[1], sys.argv[1:])"  # it reads 3, writes 4
@@ -100,9 +106,11 @@ class Browser:
         )
         self.settle()
 
-    def screenshot(self, path: Path, whole: bool = False):
-        found = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
-        path.write_bytes(base64.b64decode(found["data"]))
+    def rows(self, table: str):
+        """The text of every cell of a table, row by row."""
+        return self.run(
+            f"[...document.querySelectorAll('{table} tr')].map(r => [...r.cells].map(c => c.innerText.trim()))"
+        )
 
     def close(self):
         self._session = None
@@ -140,3 +148,138 @@ def browser(tmp_path_factory):
     browser = Browser(found[0], tmp_path_factory.mktemp("profile"))
     yield browser
     browser.close()
+
+
+# ---- a run made up, with names that try to be more than names ----
+
+EVIL = "</script><img src=x onerror=document.title='evil'>\"'&"
+OBJECTS = ["ant", "bee", "cat"]  # the protocol learns the cat and the ant, then the bee
+STEPS = [["cat", "ant"], ["bee"]]
+SYSTEMS = ("ib_iumad", "feature_norm", "nearest_neighbours")
+KINDS = ["good"] * 4 + ["bump"] * 3 + [EVIL] * 2
+SIZE = 32
+
+
+def truth(name):
+    """Red photographs with a green square, a bump of 2 cm on a plane, and defects in the corner."""
+    rng = np.random.default_rng(OBJECTS.index(name))
+    rgb = np.full((len(KINDS), SIZE, SIZE, 3), (150, 60, 40), np.uint8)
+    rgb[:, 8:24, 8:24] = (40, 120, 60)
+    depth = np.full((len(KINDS), SIZE, SIZE), 0.5, np.float32)
+    depth[:, 8:24, 8:24] = 0.48
+    masks = np.zeros((len(KINDS), SIZE, SIZE), bool)
+    for row, kind in enumerate(KINDS):
+        if kind != "good":
+            y, x = rng.integers(4, 20, 2)
+            masks[row, y : y + 8, x : x + 8] = True
+    return rgb, depth, masks
+
+
+def predictions(name, step):
+    """By system: scores and maps, of which the run's own method sees most."""
+    rng = np.random.default_rng([OBJECTS.index(name), step])
+    *_, masks = truth(name)
+    maps = {
+        system: (rng.random(masks.shape) + (2 - place) * masks * rng.random((len(masks), 1, 1))).astype(np.float32)
+        for place, system in enumerate(SYSTEMS)
+    }
+    return {system: of_system.max(axis=(1, 2)) for system, of_system in maps.items()}, maps
+
+
+def kept(name, step, marked=True):
+    scores, maps = predictions(name, step)
+    ids = [f"{row:03}" for row in range(len(KINDS))]
+    anomalous = [kind != "good" for kind in KINDS]
+    return samples.summarise(ids, KINDS, anomalous, truth(name)[2] if marked else None, scores, maps)
+
+
+def matrix(system):
+    rng = np.random.default_rng(SYSTEMS.index(system))
+    values = rng.uniform(0.4, 0.99, (2, 3))
+    values[0, OBJECTS.index("bee")] = math.nan
+    metrics = {metric: values ** (1 + place / 4) for place, metric in enumerate(tables.METRICS)}
+    metrics["p_auroc_object"] = np.where(np.arange(3) == 0, np.nan, metrics["p_auroc_object"])  # undefined for the ant
+    return {"matrix": metrics, "summary": tables.summarise(metrics), "bytes": 1_500_000}
+
+
+def run(**others):
+    own, *floors = SYSTEMS
+    return {
+        "config": {"method": own, "dataset": {"name": EVIL}, "modality": "rgb+depth", "seed": 3},
+        "protocol": "2-1",
+        "objects": OBJECTS,
+        "steps": STEPS,
+        **matrix(own),
+        "floors": {system: matrix(system) for system in floors},
+        "decisions": decisions(),
+        "seconds": 75.0,
+        "versions": {"jax": "0.11"},
+        **others,
+    }
+
+
+def decisions():
+    """As after both steps: half of the good images pass."""
+
+    def limit(value):
+        return {"threshold": value, "interval": [value - 0.1, value + 0.1], "images": 7, "at_most": 0.125}
+
+    def of(name, step):
+        scores, maps = predictions(name, step)
+        good = np.array(KINDS) == "good"
+        image, pixel = np.median(scores[SYSTEMS[0]][good]), np.quantile(maps[SYSTEMS[0]][good], 0.9)
+        alarm = scores[SYSTEMS[0]] > image
+        test = {"false_alarms": alarm[good].mean(), "misses": (~alarm[~good]).mean(), "recognised": 1.0}
+        return {"image": limit(float(image)), "pixel": limit(float(pixel)), "test": test | {"taken_as_unknown": 0.25}}
+
+    learned = [["cat", "ant"], ["cat", "ant", "bee"]]
+    return [{"quantile": 0.5, "objects": {name: of(name, step) for name in learned[step]}} for step in (0, 1)]
+
+
+def images(name, rows):
+    return tuple(array[list(rows)] for array in truth(name))
+
+
+def write(workdir, **others):
+    results = run(**others)
+    for step, name in ((0, "cat"), (0, "ant"), (1, "cat"), (1, "ant"), (1, "bee")):
+        samples.save(workdir, step, name, kept(name, step))
+    ledger = Ledger(workdir / "ledger.jsonl")
+    for step in (0, 1):
+        for epoch in range(5):
+            ledger.append("epoch", step=step, epoch=epoch, loss=10.0 / (1 + epoch), fusion=5.0 / (1 + epoch), kl=0.01)
+    html.write(workdir, results, images)
+    return results
+
+
+def best_bump(name):
+    """The number of its image."""
+    scores = predictions(name, 1)[0][SYSTEMS[0]]
+    return max((row for row, kind in enumerate(KINDS) if kind == "bump"), key=lambda row: scores[row])
+
+
+def upsampled(name, row, step=1):
+    """A kept map at the size of the image, by an independent route."""
+    of_step = kept(name, step)
+    small = of_step.low + of_step.maps[row] / 255 * (of_step.high - of_step.low)
+    return np.asarray(Image.fromarray(small.astype(np.float32)).resize((SIZE, SIZE), Image.Resampling.BILINEAR))
+
+
+@pytest.fixture(scope="session")
+def zoo():
+    """The run above: its constants, and what makes its parts."""
+    return SimpleNamespace(**globals())
+
+
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    write(folder)
+    return folder
+
+
+@pytest.fixture
+def page(browser, workdir):
+    browser.open(workdir / "report.html")
+    yield browser
+    assert browser.errors == []

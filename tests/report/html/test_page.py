@@ -1,0 +1,182 @@
+"""The page of a run against the numbers it was made from, read and driven in a real browser."""
+
+import math
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from iumad_jax.report import html, samples, tables
+from iumad_jax.report.ledger import Ledger
+
+
+def background(page):
+    return page.run("getComputedStyle(document.body).backgroundColor")
+
+
+def test_names_stay_names(page, workdir, zoo):
+    assert page.run("document.title") == tables.title(zoo.run())
+    assert page.run("document.querySelector('h1').innerText") == tables.title(zoo.run())
+    assert page.run("[...document.images].filter(i => !i.src.startsWith('data:')).length") == 0
+    assert page.run("document.scripts.length") == 2
+    assert zoo.EVIL in page.run("[...document.querySelectorAll('.chip')].map(chip => chip.innerText)")
+
+
+def test_nothing_but_its_own_script_may_run(page):
+    page.run("document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.evil = 1'}))")
+    assert page.run("window.evil === undefined")
+    assert len(page.errors) == 1
+    assert "Content Security Policy" in page.errors.pop()
+
+
+@pytest.mark.parametrize("metric", ["i_auroc", "aupro", "p_auroc_object"])
+def test_the_matrix_of_a_metric_with_its_floors(page, metric, zoo):
+    page.choose("#metric", metric)
+    results = zoo.run()
+    found = page.rows("#matrix")
+    assert found[0] == ["after", "cat", "ant", "bee", "mean"]
+    expected = []
+    for name, system in tables.systems_of(results).items():
+        expected.append([name])
+        for step, values in enumerate(system["matrix"][metric]):
+            ant, bee, cat = ["–" if math.isnan(value) else f"{value:.3f}" for value in values]
+            learned = values[[2, 0]] if step == 0 else values
+            expected.append([f"step {step}", cat, ant, "" if step == 0 else bee, f"{np.nanmean(learned):.3f}"])
+    assert found[1:] == expected
+    summary = page.rows("#summary")
+    assert summary[0] == [tables.METRICS[metric], "final", "acc", "fm", "fm_aggregate", "new"]
+    for row, (name, system) in zip(summary[1:], tables.systems_of(results).items(), strict=True):
+        assert row == [name, *(f"{system['summary'][metric][figure]:.3f}" for figure in tables.SUMMARY)]
+
+
+def test_objects_sort_by_mouse_and_keyboard(page, zoo):
+    values = zoo.run()["matrix"]["i_auroc"][1]
+    by_value = [zoo.OBJECTS[i] for i in np.argsort(-values)]
+
+    def order():
+        return [row[0] for row in page.rows("#object-table tbody")]
+
+    assert order() == ["cat", "ant", "bee"]  # as they were learned
+    page.click("#object-table th:nth-child(3) button")
+    assert order() == by_value
+    assert page.run("document.querySelector('#object-table th:nth-child(3)').ariaSort") == "descending"
+    page.press("Enter", 13)
+    assert order() == by_value[::-1]
+    page.click("#object-table th:nth-child(1) button")
+    assert order() == ["ant", "bee", "cat"]
+    undefined = 3 + [m for m in tables.METRICS if m != "aupro_exact"].index("p_auroc_object")
+    for _ in range(2):
+        page.click(f"#object-table th:nth-child({undefined}) button")
+        assert order()[-1] == "ant"  # what is undefined comes last either way
+
+
+def test_floors_stand_beside_the_method_in_every_cell(page, zoo):
+    (cell,) = [row[2] for row in page.rows("#object-table tbody") if row[0] == "bee"]
+    results = zoo.run()
+    assert cell.split() == [
+        f"{system['matrix']['i_auroc'][1][1]:.3f}" for system in tables.systems_of(results).values()
+    ]
+
+
+def test_curves_are_drawn_to_scale(page, zoo):
+    """The area under the lines on the screen is the number beside them."""
+    drawn = page.run(
+        "[...document.querySelectorAll('.multiple')].map(m => [m.querySelector('h3').innerText,"
+        " [...m.querySelectorAll('figure:first-child .line')].map(l => l.getAttribute('points')),"
+        " [...m.querySelectorAll('figure:first-child .chance')]"
+        ".map(l => ['x1', 'y1', 'x2', 'y2'].map(a => +l.getAttribute(a)))])"
+    )
+    assert [name for name, *_ in drawn] == ["cat", "ant", "bee"]
+    labels = [kind != "good" for kind in zoo.KINDS]
+    for name, lines, ((left, bottom, right, top),) in drawn:
+        order = (*zoo.SYSTEMS[1:], zoo.SYSTEMS[0])  # the run's own lies on top
+        for system, line in zip(order, lines, strict=True):
+            x, y = np.array([point.split(",") for point in line.split()], float).T
+            area = np.trapezoid((y - bottom) / (top - bottom), (x - left) / (right - left))
+            assert area == pytest.approx(roc_auc_score(labels, zoo.predictions(name, 1)[0][system]), abs=1e-3)
+
+
+def test_the_marker_on_the_curves_follows_the_slider(page):
+    def at():
+        return page.run("[...document.querySelectorAll('.marker')].map(m => +m.getAttribute('x1'))")
+
+    before = at()
+    assert len(before) == 3
+    page.run("document.querySelector('#threshold').focus()")
+    page.press("Home", 36)
+    assert all(after > x for after, x in zip(at(), before, strict=True))
+    end = page.run("+document.querySelector('.marker').ownerSVGElement.querySelector('.grid').getAttribute('x2')")
+    assert at()[0] == pytest.approx(end)  # the largest rate
+
+
+def test_light_and_dark_by_the_system_and_by_choice(page):
+    light = background(page)
+    page.click("#theme")
+    assert page.run("document.querySelector('#theme').innerText") == "☀ light"
+    assert background(page) == light
+    page.click("#theme")
+    dark = background(page)
+    assert dark != light
+    page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+    page.click("#theme")
+    assert page.run("document.querySelector('#theme').innerText") == "◐ auto"
+    assert background(page) == dark
+    page.click("#theme")
+    assert background(page) == light
+
+
+@pytest.mark.parametrize("width", [320, 390, 768, 1920])
+def test_nothing_sticks_out_of_a_window_of_any_width(page, width):
+    page.resize(width, 800)
+    page.settle()
+    assert page.run("document.documentElement.scrollWidth") == width
+    assert page.run("document.querySelector('.card').offsetWidth") <= width - 40
+    assert page.run("[...document.querySelectorAll('.chart')].every(c => c.clientWidth >= 130)")
+    if width < 500:  # of what is touched, nothing is too small
+        assert page.run("Math.min(...[...document.querySelectorAll('select, button')].map(e => e.offsetHeight))") >= 20
+
+
+def test_everything_can_be_reached_by_keyboard(page):
+    reached = []
+    for _ in range(45):
+        page.call("Input.dispatchKeyEvent", type="keyDown", key="Tab", code="Tab", windowsVirtualKeyCode=9)
+        page.call("Input.dispatchKeyEvent", type="keyUp", key="Tab", code="Tab", windowsVirtualKeyCode=9)
+        reached.append(page.run("document.activeElement.id || document.activeElement.className"))
+    assert reached[0] == "skip"
+    for control in ("theme", "metric", "by-object", "by-kind", "by-pick", "sort", "state", "threshold", "decided"):
+        assert control in reached
+    unnamed = page.run(
+        "[...document.querySelectorAll('select, input, button, [role=region]')]"
+        ".filter(e => !(e.labels?.length || e.ariaLabel || e.innerText)).length"
+    )
+    assert unnamed == 0
+
+
+def test_a_single_step_without_depth_masks_decisions_training_or_test_images(browser, tmp_path, zoo):
+    matrices = {metric: np.full((1, 1), math.nan) for metric in tables.METRICS} | {"i_auroc": np.array([[0.75]])}
+    matrices = {
+        metric: np.append(rows, [[math.nan]], axis=1) for metric, rows in matrices.items()
+    }  # nothing of the dog
+    samples.save(tmp_path, 0, "cat", zoo.kept("cat", 0, marked=False))
+    Ledger(tmp_path / "ledger.jsonl")
+    own = {"matrix": matrices, "summary": tables.summarise(matrices)}
+    results = zoo.run(objects=["cat", "dog"], steps=[["cat", "dog"]], floors={}, decisions=[], **own)
+
+    def flat(name, rows):
+        rgb, depth, masks = zoo.images(name, rows)
+        return rgb, np.full_like(depth, np.nan), np.zeros_like(masks)
+
+    html.write(tmp_path, results, flat)
+    browser.open(tmp_path / "report.html")
+    assert browser.errors == []
+    assert browser.rows("#matrix") == [
+        ["after", "cat", "dog", "mean"],
+        ["ib_iumad"],
+        ["step 0", "0.750", "–", "0.750"],
+    ]
+    absent = ["#state-label", "#decided-label", "#decisions", "#training figure"]
+    assert browser.run(f"{absent}.every(s => document.querySelector(s).hidden)")
+    assert browser.run("document.querySelectorAll('.card:first-child .panels figure').length") == 3
+    browser.resize(390, 800)
+    browser.settle()
+    assert browser.run("document.querySelector('#threshold').offsetWidth") > 200
