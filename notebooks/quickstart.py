@@ -48,8 +48,7 @@ config = configs.paper("2-1")
 config.dataset.name = "candies"
 config.dataset.root = f"{workdir}_candies"
 config.dataset.objects = objects
-config.dataset.render.train = images
-config.dataset.render.size = pixels
+config.dataset.render.update(train=images, test=2 * images // 3, size=pixels)  # every second test image has a defect
 config.model.width = 128
 config.model.hidden = 512
 config.model.heads = 4

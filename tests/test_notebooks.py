@@ -16,8 +16,10 @@ def execute(tmp_path_factory):
     """Runs a notebook in a folder with other parameters; returns the cells' outputs."""
     home = tmp_path_factory.mktemp("home")
     quick = pytest.MonkeyPatch()
-    quick.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     quick.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    quick.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))  # what they share compiles once
+    quick.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    quick.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
     def execute(name, **parameters):
         notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
