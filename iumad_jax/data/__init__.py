@@ -1,5 +1,6 @@
 """Readers, depth processing and the input pipeline."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -19,17 +20,11 @@ def objects(config: ConfigDict) -> tuple[str, ...]:
     Raises:
         UserError: there is no such dataset or object.
     """
-    known: tuple[str, ...]
-    match config.dataset.name:
-        case "eyecandies" | "candies":
-            known = eyecandies.OBJECTS
-        case "mvtec3d":
-            known = mvtec3d.OBJECTS
-        case "folder":
-            known = object_names(Path(config.dataset.root))
-        case name:
-            raise UserError(f'config.dataset.name is "{name}"; use eyecandies, candies, mvtec3d or folder.')
-    return select(config.dataset.objects, known)
+    dataset, readers = config.dataset, _readers(config)
+    if dataset.name not in readers:
+        raise UserError(f'config.dataset.name is "{dataset.name}"; use one of {", ".join(readers)}.')
+    fixed = {"eyecandies": eyecandies.OBJECTS, "candies": eyecandies.OBJECTS, "mvtec3d": mvtec3d.OBJECTS}
+    return select(dataset.objects, fixed.get(dataset.name) or object_names(Path(dataset.root)))
 
 
 def open_reader(config: ConfigDict) -> Reader:
@@ -38,17 +33,23 @@ def open_reader(config: ConfigDict) -> Reader:
     Raises:
         UserError: there is no such dataset, or its files are at fault.
     """
-    dataset, root = config.dataset, Path(config.dataset.root)
+    dataset = config.dataset
     objects(config)  # an unknown name is told before anything is rendered
-    needs_depth = "depth" in config.modality
-    normals = needs_depth and config.input.depth_encoding == "normals_official"
-    if normals and dataset.name not in ("eyecandies", "candies"):
+    official = "depth" in config.modality and config.input.depth_encoding == "normals_official"
+    if official and dataset.name not in ("eyecandies", "candies"):
         raise UserError(f'config.input.depth_encoding is "normals_official", which {dataset.name} lacks; use normals.')
-    match dataset.name:
-        case "mvtec3d":
-            return MVTec3D(root, dataset.objects, dataset.validation, needs_depth)
-        case "folder":
-            return Folder(root, dataset.objects, needs_depth)
-        case "candies":
-            candies.render(root, **dataset.render)
-    return Eyecandies(root, dataset.objects, dataset.light, normals)
+    if dataset.name == "candies":
+        candies.render(Path(dataset.root), **dataset.render)
+    return _readers(config)[dataset.name]()
+
+
+def _readers(config: ConfigDict) -> dict[str, Callable[[], Reader]]:
+    root, chosen, light = Path(config.dataset.root), config.dataset.objects, config.dataset.light
+    depth = "depth" in config.modality
+    normals = depth and config.input.depth_encoding == "normals_official"
+    return {
+        "eyecandies": lambda: Eyecandies(root, chosen, light, normals),
+        "candies": lambda: Eyecandies(root, chosen, light, normals),
+        "mvtec3d": lambda: MVTec3D(root, chosen, config.dataset.validation, depth),
+        "folder": lambda: Folder(root, chosen, depth),
+    }

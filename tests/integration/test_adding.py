@@ -1,15 +1,16 @@
-"""The README's own files, added to a copy of the package as it says, train and are evaluated."""
+"""The README's own method, dataset and strategy, added to a copy of the package as it says, make a run together."""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from iumad_jax.data.candies import render
 from iumad_jax.report.ledger import read
 
 ROOT = Path(__file__).parents[2]
@@ -23,26 +24,34 @@ def home(tmp_path_factory):
     shutil.copytree(ROOT / "iumad_jax", home / "iumad_jax", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "configs", home / "configs")
     blocks = BLOCK.findall((ROOT / "README.md").read_text())
-    assert [kind for kind, _, _ in blocks] == ["file", "line"] * 2
+    assert [kind for kind, _, _ in blocks] == ["file", "line"] * 3
     for (_, file, content), (_, room, line) in zip(blocks[::2], blocks[1::2], strict=True):
         assert len(content.splitlines()) < 30
         assert not (home / file).exists()
         (home / file).write_text(content)
-        name = Path(file).stem
+        (name,) = re.findall(r"^(?:def|class) (\w+)(?!.*nn\.Module)", content, re.MULTILINE)
         before = (home / room).read_text()
         imported = before.replace("\n\n", f"\n\nfrom {file[:-3].replace('/', '.')} import {name}\n", 1)
-        after = re.sub(r"(    \w+ = \{\n)", rf"\1{line}", imported, count=1)
+        after = re.sub(r"(    (?:\w+ =|return) \{\n)", rf"\1{line}", imported, count=1)
         assert len(after.splitlines()) == len(before.splitlines()) + 2
         (home / room).write_text(after)
-    render(home / "candies", train=4, val=1, test=4, size=64, objects="CandyCane,GummyBear", progress=False)
+    rng = np.random.default_rng(0)
+    for object_, split, number in product(("bolt", "nut"), ("train", "test"), range(4)):
+        depth = np.full((48, 64), 0.5, np.float32) - rng.normal(0, 1e-4, (48, 64)).astype(np.float32)
+        depth[16:32, 20:40] -= 0.02
+        mask = np.zeros((48, 64), bool)
+        mask[18:22, 22:26] = split == "test" and number % 2
+        folder = home / "arrays" / object_ / split
+        folder.mkdir(parents=True, exist_ok=True)
+        rgb = rng.integers(0, 256, (48, 64, 3), np.uint8)
+        np.savez(folder / f"{number}.npz", rgb=rgb, depth=depth, mask=mask)
     return home
 
 
-def test_the_readmes_method_and_strategy(home):
+def test_the_readmes_method_dataset_and_strategy(home):
     values = {
-        "dataset.name": "eyecandies",
-        "dataset.root": "candies",
-        "dataset.objects": "CandyCane,GummyBear",
+        "dataset.name": "arrays",
+        "dataset.root": "arrays",
         "method": "autoencoder",
         "continual.strategy": "l2",
         "input.size": 64,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-COMMANDS = """\
-mkdir -p objects/bolt/train/good/rgb objects/bolt/train/good/depth
-cp photographs/*.png objects/bolt/train/good/rgb/
-cp measurements/*.png objects/bolt/train/good/depth/
-echo "unit: mm" > objects/dataset.yaml
-python -m iumad_jax.main --config=configs/folder.py --config.dataset.root=objects"""
+README = (Path(__file__).parents[2] / "README.md").read_text()
+COMMANDS = re.search(r"<!-- own objects commands -->\n```bash\n(.*?)\n```\n", README, re.DOTALL)[1]
 SMALL = {
     "method": "feature_norm",
     "input.size": 64,
