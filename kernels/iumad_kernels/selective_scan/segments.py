@@ -19,7 +19,10 @@ from iumad_kernels.selective_scan.softplus import softplus
 def in_segments(
     forward: Callable, backward: Callable, number: Callable[[Array, Array], int], *, delta_softplus: bool, reverse: bool
 ) -> tuple[Callable, Callable]:
-    """An implementation's forward and backward pass, as `differentiable` takes them, for number(x, B) segments."""
+    """An implementation's two passes, as `differentiable` takes them, over number(x, B) segments of each sequence.
+
+    Its residual "d" must have the batch axis first.
+    """
     options: dict[str, Any] = {"delta_softplus": delta_softplus, "reverse": reverse}
 
     def forward_in_segments(sequences: dict, parameters: dict, *, differentiated: bool) -> tuple[tuple, dict]:
@@ -29,25 +32,23 @@ def in_segments(
             return forward(sequences, parameters, differentiated=differentiated, **options)
         cut = _cut(sequences, segments)
         (_, found), _ = forward(cut | {"z": None}, parameters, differentiated=False, **options)
-        decays = _decays(cut["delta"], parameters, delta_softplus)
-        h = jnp.zeros((len(x), *found.shape[1:])) if h is None else h.astype(jnp.float32)
-        starts, last = _chain(h, found, decays, reverse)
+        h = jnp.zeros((len(x), *found.shape[1:]), found.dtype) if h is None else h.astype(found.dtype)
+        starts, last = _chain(h, found, _decays(cut, parameters, delta_softplus), reverse)
         (y, _), residuals = forward(
             cut | {"initial_state": starts}, parameters, differentiated=differentiated, **options
         )
-        return (y.reshape(x.shape), last), residuals | {"decays": decays}
+        return (y.reshape(x.shape), last), residuals
 
     def backward_in_segments(
         sequences: dict, parameters: dict, residuals: dict, cotangents: tuple
     ) -> tuple[dict, dict]:
-        segments = number(sequences["x"], sequences["B"])
+        segments = len(residuals["d"]) // len(sequences["x"])  # number() may have seen another batch, under vmap
         if segments == 1:
             return backward(sequences, parameters, residuals, cotangents, **options)
-        (dy, dh), decays = cotangents, residuals["decays"]
-        residuals = {name: residuals[name] for name in residuals if name != "decays"}
-        zeros = jnp.zeros_like(decays)
-        cut = _cut(sequences | {"dy": dy}, segments) | {"initial_state": zeros}  # only for it to have a gradient
-        dy = cut.pop("dy")
+        dy, dh = cotangents
+        cut = _cut(sequences | {"dy": dy}, segments)
+        dy, decays = cut.pop("dy"), _decays(cut, parameters, delta_softplus)
+        cut["initial_state"] = zeros = jnp.zeros_like(decays)  # only for it to have a gradient
         found = backward(cut, parameters, residuals, (dy, zeros), **options)[0]["initial_state"]
         ends, first = _chain(dh, found, decays, not reverse)
         of_segments, by_segment = backward(cut, parameters, residuals, (dy, ends), **options)
@@ -64,9 +65,9 @@ def _cut(sequences: dict, segments: int) -> dict:
     return jax.tree.map(lambda array: array.reshape(-1, length, *array.shape[2:]), sequences | {"initial_state": None})
 
 
-def _decays(delta: Array, parameters: dict, delta_softplus: bool) -> Array:
-    """What each segment multiplies a state by, (batch * segments, channels, states)."""
-    d = delta.astype(jnp.float32)
+def _decays(sequences: dict, parameters: dict, delta_softplus: bool) -> Array:
+    """What each sequence multiplies a state by, (batch, channels, states)."""
+    d = sequences["delta"].astype(jnp.float32)
     if parameters["delta_bias"] is not None:
         d += parameters["delta_bias"].astype(jnp.float32)[None, None]
     d = softplus(d) if delta_softplus else d

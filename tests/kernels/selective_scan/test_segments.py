@@ -1,5 +1,7 @@
 """Segments scanned at the same time against loops in numpy over the whole sequence, float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,9 @@ from iumad_kernels.selective_scan.rules import differentiable
 from iumad_kernels.selective_scan.segments import in_segments
 
 
-def scan_in_three(x, delta, A, B, C, D=None, z=None, delta_bias=None, initial_state=None, **options):
-    passes = in_segments(xla._forward, xla._backward, lambda x, B: 3, **options)
+def scan_in_segments(x, delta, A, B, C, D=None, z=None, delta_bias=None, initial_state=None, *, number, **options):
+    """Of as many segments as number(batch) says."""
+    passes = in_segments(xla._forward, xla._backward, lambda x, B: number(len(x)), **options)
     sequences = {"x": x, "delta": delta, "B": B, "C": C, "z": z, "initial_state": initial_state}
     return differentiable(*passes, None)(sequences, {"A": A, "D": D, "delta_bias": delta_bias})
 
@@ -19,9 +22,23 @@ def scan_in_three(x, delta, A, B, C, D=None, z=None, delta_bias=None, initial_st
     ("without", "delta_softplus", "reverse"),
     [((), True, False), (("z", "initial_state"), True, True), (("D", "delta_bias"), False, True)],
 )
-def test_is_the_scan_of_the_whole(exact, without, delta_softplus, reverse):
+def test_give_the_scan_of_the_whole(exact, without, delta_softplus, reverse):
     args = exact.arguments(2, 9, 4, 3, 2, dtype=np.float32, without=without)
-    exact.check(scan_in_three, args, delta_softplus=delta_softplus, reverse=reverse)
+    scan = functools.partial(scan_in_segments, number=lambda batch: 3)
+    exact.check(scan, args, delta_softplus=delta_softplus, reverse=reverse)
+
+
+def test_under_vmap_are_of_the_joined_batch(exact):
+    def vmapped(A, D, delta_bias, *, delta_softplus, reverse, **sequences):
+        options = {"delta_softplus": delta_softplus, "reverse": reverse, "number": {1: 1, 4: 2}.get}
+
+        def scan(one):
+            y, h = scan_in_segments(A=A, D=D, delta_bias=delta_bias, **{n: a[None] for n, a in one.items()}, **options)
+            return y[0], h[0]
+
+        return jax.vmap(scan)(sequences)
+
+    exact.check(vmapped, exact.arguments(4, 6, 4, 3, 2, dtype=np.float32))
 
 
 @pytest.mark.parametrize(
