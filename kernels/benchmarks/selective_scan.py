@@ -1,6 +1,6 @@
 """Times the selective scan, forward and forward + backward, against what JAX has, in turns within one run.
 
-    python kernels/benchmarks/selective_scan.py [--shapes=cpu] [--json=out.json] [--picture=out.png]
+    python kernels/benchmarks/selective_scan.py [--shapes=target,long] [--json=out.json] [--picture=out.png]
 
 Shapes are batch x length x channels x states x groups, or the name of a list: `target`, `es2d` (the Mamba decoder's, at
 patch sizes 4, 8 and 16), `long` (1,024 to 65,536 positions). On a GPU, `--dtype=bfloat16` also makes sense. Prints a

@@ -1,6 +1,6 @@
 """The selective scan as two Pallas Mosaic GPU kernels, for NVIDIA Hopper and newer.
 
-A block of threads, one warpgroup, walks all positions of one sequence for 8 to 32 channels a warp. Its state stays in
+A block of threads, one warpgroup, walks a sequence, or a segment of it, for 8 to 32 channels a warp. Its state stays in
 registers; a tile of positions at a time comes in by TMA while the tile before is worked on. The forward kernel saves
 the state before each tile; the backward kernel walks the tiles from the last to the first, and in each of them first
 recomputes the states, into shared memory, then propagates the gradients. All sums over threads are shuffles within a
