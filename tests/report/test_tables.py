@@ -140,13 +140,15 @@ def test_floors_stand_beside_the_method(console):
 def test_what_the_strategy_keeps_is_told_per_object(console):
     def told(strategy):
         config = run()["config"] | {"continual": {"strategy": strategy}}
-        (line,) = [line for line in console(run(config=config, memory_bytes=6_000)).splitlines() if "trategy" in line]
+        (line,) = [
+            line for line in console(run(config=config, memory_bytes=6_000)).splitlines() if line.startswith("Strategy")
+        ]
         return line
 
     assert told("replay") == "Strategy replay keeps 2.0 kB per object beside the weights."
     assert told("joint").startswith("Strategy joint is not incremental: every step trains on the images of all objects")
     assert "(2.0 kB per object are kept). It is an upper bound" in told("joint")
-    assert "trategy" not in console(run())
+    assert "\nStrategy" not in console(run())
 
 
 def test_the_console_says_where_the_rest_lies(console, tmp_path):
