@@ -49,7 +49,7 @@ def test_components_are_the_strongest():
 
 
 def test_every_part_counts_the_same_whatever_its_scale():
-    """Of all directions, the strongest is the one and only of a part; another varies in two, a thousand times as much."""
+    """The strongest direction is the only one of a part, though another varies a thousand times as much, in two."""
     factors = np.linalg.qr(np.random.default_rng(0).standard_normal((40, 4)))[0]
     factors = factors - factors.mean(0)
     parts = {"a": factors[:, :1], "b": 1000 * factors[:, 1:3]}
