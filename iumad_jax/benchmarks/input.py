@@ -44,18 +44,18 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def _measure(values: flags.FlagValues) -> str:
-    from iumad_jax import data, experiment
+    from iumad_jax import data, inputs
 
     config, _ = commands.given_config(values)
     config.dataset.prepared = ""
     reader = data.open_reader(config)
     object_ = reader.objects[0]
     with tempfile.TemporaryDirectory() as folder:
-        store = experiment.open_store(config, reader, Path(folder))
+        store = inputs.open_store(config, reader, Path(folder))
         rows, per_second = _preparing(store, object_)
         batch = store.get(object_, "train").batch
         began = time.perf_counter()
-        experiment.open_store(config, reader, Path(folder)).get(object_, "train")
+        inputs.open_store(config, reader, Path(folder)).get(object_, "train")
         size = sum(array.nbytes for array in jax.tree.leaves(batch))
         rows.append(("opening with all checksums", _rate(size / 1e9, began, 2), "GB/s"))
         rows += _reading(batch, Path(folder))

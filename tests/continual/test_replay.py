@@ -49,6 +49,15 @@ def test_components_are_the_strongest():
         assert abs(found @ direction) == pytest.approx(value / np.sqrt(30), rel=1e-2)
 
 
+def test_every_part_counts_the_same_whatever_its_scale():
+    """The strongest direction is the only one of a part, though another varies a thousand times as much, in two."""
+    factors = np.linalg.qr(np.random.default_rng(0).standard_normal((40, 4)))[0]
+    factors = factors - factors.mean(0)
+    parts = {"a": factors[:, :1], "b": 1000 * factors[:, 1:3]}
+    _, directions = principal_components(parts, rank=1)
+    assert abs(float(directions["a"][0, 0])) == pytest.approx(parts["a"].std(), rel=0.05)
+
+
 def test_more_directions_than_images_are_zero():
     _, directions = principal_components({"a": np.random.default_rng(0).standard_normal((2, 5))}, rank=4)
     strength = np.abs(directions["a"]).max(1)
