@@ -7,7 +7,7 @@ Every object and split has a folder of its own, named after all that its images 
     rows-<hash>/     one .npy file per array, one row per image
 
 Memory-mapped files because they are read at random several times faster than records that have to be parsed
-(`python -m iumad_jax.benchmarks.input`).
+(`python -m iumad_jax.speed.input`).
 """
 
 import dataclasses

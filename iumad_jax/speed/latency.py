@@ -1,4 +1,4 @@
-"""How long a trained model takes to look at an image: python -m iumad_jax.benchmarks.latency --workdir=FOLDER.
+"""How long a trained model takes to look at an image: python -m iumad_jax.speed.latency --workdir=FOLDER.
 
 Images are the first test images of the run's dataset, or of the one that --config.dataset.KEY=VALUE names. Medians of
 repetitions after a first call, which compiles.

@@ -1,4 +1,4 @@
-"""How fast images are prepared, read and brought to a model: python -m iumad_jax.benchmarks.input --config=FILE.
+"""How fast images are prepared, read and brought to a model: python -m iumad_jax.speed.input --config=FILE.
 
 With the training images of the config's first object, prepared anew in a temporary folder, in one run: preparing, stage
 by stage in a single-threaded loop, and by the store; reading prepared images, and the same from ArrayRecord; images

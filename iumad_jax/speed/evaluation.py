@@ -1,4 +1,4 @@
-"""Time, memory and exactness of an evaluation the size of MVTec 3D-AD: python -m iumad_jax.benchmarks.evaluation.
+"""Time, memory and exactness of an evaluation the size of MVTec 3D-AD: python -m iumad_jax.speed.evaluation.
 
 All metrics and tables of 1,197 maps of 224 x 224 pixels over ten objects, without pictures. The maps are interpolated
 from 14 x 14 tokens, as a model's are. The first object's metrics are computed again by scikit-learn and by loops.
