@@ -59,6 +59,12 @@ def random_images(count, object_=0, seed=0):
     )
 
 
+def skewed(batch):
+    """Features that vary much in one direction and little in the others, so that some singular values are small."""
+    narrow = np.array([30, 3, 0.2, 0.1, 0.1], np.float32)
+    return batch._replace(features={"rgb": batch.features["rgb"] * narrow})
+
+
 @pytest.fixture
 def method():
     return linear()
@@ -72,3 +78,8 @@ def variables(method):
 @pytest.fixture
 def images():
     return random_images
+
+
+@pytest.fixture
+def skewed_images():
+    return lambda *args: skewed(random_images(*args))

@@ -46,16 +46,10 @@ def test_compression_is_what_numpy_says(seed, shape, decay):
     assert float(compression(rows.astype(np.float32))) == pytest.approx(shares_below(rows), rel=1e-2, abs=1e-5)
 
 
-def skewed(batch):
-    """Features that vary much in one direction and little in the others, so that some shares are small."""
-    narrow = np.array([30, 3, 0.2, 0.1, 0.1], np.float32)
-    return batch._replace(features={"rgb": batch.features["rgb"] * narrow})
-
-
-def test_compression_moves_the_weights_through_the_live_batch_alone(method, variables, images):
+def test_compression_moves_the_weights_through_the_live_batch_alone(method, variables, skewed_images):
     """Its gradient over four devices is that of finite differences in float64 with the queue held fixed."""
     strategy = iuf(of_continual(compression=10.0), method)
-    batch, key = skewed(images(8)), jax.random.key(1)
+    batch, key = skewed_images(8), jax.random.key(1)
     queue = 0.1 * np.random.default_rng(1).standard_normal((ROWS, 4)).astype(np.float32)
     queue[:-5] = 0
     memory = strategy.begin({}, variables, batch, 0)
