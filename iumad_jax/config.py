@@ -104,7 +104,7 @@ def paper(protocol: str) -> ConfigDict:
     config.train.drop_epoch = 800  # "step": after which the learning rate is a tenth
 
     config.continual = ConfigDict()
-    config.continual.strategy = "finetune"  # or iuf, replay; or joint: all objects seen so far, not incremental
+    config.continual.strategy = "iuf"  # or finetune, replay; or joint: all objects seen so far, not incremental
     config.continual.optimizer = "adamw"  # of steps after the base step; or sgd, as in IUF's release
     config.continual.sgd_learning_rate = 1.0  # of these steps, with sgd; adamw has that of train
     config.continual.anchor = 0.05  # iuf: how far weights go back to those before the step, each update; 0: not at all
@@ -135,6 +135,7 @@ def small(protocol: str) -> ConfigDict:
     config.train.batch_size = 8
     config.train.learning_rate = 2e-3
     config.train.schedule = "cosine"
+    config.continual.strategy = "finetune"
     return config
 
 
