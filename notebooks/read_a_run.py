@@ -121,7 +121,7 @@ plt.show()
 
 # %%
 worst = np.argsort(-kept.scores[results["config"]["method"]])[:6]
-figure, axes = plt.subplots(1, 6, figsize=(12, 2.4))
+figure, axes = plt.subplots(1, len(worst), figsize=(2 * len(worst), 2.4))
 for axis, row in zip(axes, worst, strict=True):
     axis.imshow(kept.maps[row], "inferno", vmin=0, vmax=255)
     axis.set(title=f"{kept.defects[row]} {kept.ids[row]}", xticks=[], yticks=[])
