@@ -36,7 +36,8 @@ def main() -> None:
         if index == 0:
             difference = _difference(matrix, prediction, truth)
     began = time.perf_counter()
-    config = {"method": "random", "modality": "rgb", "dataset": {"name": "noise"}, "protocol": "10-0"}
+    config: dict[str, Any] = {"method": "random", "modality": "rgb", "dataset": {"name": "noise"}, "protocol": "10-0"}
+    config["continual"] = {"strategy": "none"}
     tables.markdown(tables.gather(config, objects, [objects], {"random": matrix}, {"random": 0}, 0, [], seconds))
     seconds += time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kB on Linux
