@@ -68,10 +68,15 @@ def training_input(
     Raises:
         UserError: there are fewer images than in a batch.
     """
-    size = sum(array.nbytes for array in jax.tree.leaves(list(sets)))
-    if resident == "always" or (resident == "auto" and size <= _SHARE * parallel.memory_per_device()):
+    if resident == "always" or (resident == "auto" and fit_on_device(sets)):
         return _resident(sets, batch_size, seed, first_epoch, at_once)
     return streamed(training_batches(sets, batch_size, seed, first_epoch))
+
+
+def fit_on_device(sets: Sequence[Batch]) -> bool:
+    """Whether every device may hold all of these images."""
+    size = sum(array.nbytes for array in jax.tree.leaves(list(sets)))
+    return size <= _SHARE * parallel.memory_per_device()
 
 
 def training_batches(sets: Sequence[Batch], batch_size: int, seed: int, first_epoch: int) -> grain.IterDataset:

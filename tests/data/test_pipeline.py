@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iumad_jax.data.pipeline import training_batches, training_input, updates_per_epoch
+from iumad_jax.data.pipeline import fit_on_device, training_batches, training_input, updates_per_epoch
 from iumad_jax.errors import UserError
 from iumad_jax.shapes import Batch
 
@@ -124,9 +124,12 @@ def test_resident_images_come_in_the_order_of_streamed_ones(first, at_once):
 
 def test_images_are_resident_where_a_quarter_of_the_memory_holds_them():
     share = psutil.virtual_memory().available / jax.local_device_count() / 4
-    count = int(share / images(1)[0].features["rgb"].nbytes * 1.5)
-    endless = jax.tree.map(lambda array: np.broadcast_to(array, (count, *array.shape[1:])), images(1)[0])
-    for which, expected in [(images(40), True), ([endless], False)]:
-        batch, _ = next(pieces := training_input(which, 8, 0, 0))
-        assert isinstance(batch.object_id, jax.Array) == expected
-        pieces.close()
+    (one,) = images(1)
+    per_image = sum(array.nbytes for array in jax.tree.leaves(one))
+    for factor, expected in [(1.2, False), (0.8, True)]:  # RAM comes and goes meanwhile
+        count = int(share / per_image * factor / 2)
+        half = jax.tree.map(lambda array, n=count: np.broadcast_to(array, (n, *array.shape[1:])), one)
+        assert fit_on_device([half, half]) == expected
+    batch, _ = next(pieces := training_input(images(40), 8, 0, 0))
+    assert isinstance(batch.object_id, jax.Array)
+    pieces.close()

@@ -432,7 +432,8 @@ def test_a_place_that_cannot_be_written(root, tmp_path):
 if __name__ == "__main__":  # the other process of some tests
 
     def wait():
-        while not (Path(sys.argv[1]) / "go").exists():
+        latest = time.monotonic() + 60
+        while not (Path(sys.argv[1]) / "go").exists() and time.monotonic() < latest:
             time.sleep(0.01)
 
     counting = Counting({"die": lambda: os.kill(os.getpid(), signal.SIGKILL), "wait": wait}[sys.argv[2]])
