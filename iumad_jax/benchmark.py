@@ -19,6 +19,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {  # what a system changes in the config th
     "iuf": {"method": "iuf", "continual.strategy": "iuf"},
     "ib_iumad": {"method": "ib_iumad", "continual.strategy": "iuf"},
     "ib_iumad-finetune": {"method": "ib_iumad", "continual.strategy": "finetune"},
+    "ib_iumad-replay": {"method": "ib_iumad", "continual.strategy": "replay"},
     "ib_iumad-joint": {"method": "ib_iumad", "continual.strategy": "joint"},
     "ib_iumad-no_mamba": {"method": "ib_iumad", "continual.strategy": "iuf", "model.mamba": False},
     "ib_iumad-no_bottleneck": {"method": "ib_iumad", "continual.strategy": "iuf", "model.bottleneck": False},
@@ -28,7 +29,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {  # what a system changes in the config th
 def benchmark(config: ConfigDict, workdir: Path) -> str:
     """Runs every cell that is not finished yet and returns the table of all in the workdir, written after each.
 
-    A cell that cannot be trained is told and left out.
+    Pictures are drawn at the end. A cell that cannot be trained is told and left out.
 
     Args:
         config: a run's config, with `config.benchmark` (explained in configs/benchmark.py).
@@ -45,6 +46,7 @@ def benchmark(config: ConfigDict, workdir: Path) -> str:
             print(f"{name} stopped: {error}", file=sys.stderr, flush=True)
         jax.clear_caches()
         table = comparison.write(workdir)
+    comparison.draw(workdir)
     return table
 
 

@@ -62,7 +62,7 @@ def gather(workdir: Path) -> Runs:
 
 
 def write(workdir: Path) -> str:
-    """Writes comparison.md, comparison.csv and pictures of all finished runs; returns what comparison.md holds.
+    """Writes comparison.md and comparison.csv of all finished runs; returns what comparison.md holds.
 
     Raises:
         UserError: the disk is full or the workdir not writable.
@@ -71,6 +71,12 @@ def write(workdir: Path) -> str:
     text = markdown(runs)
     write_whole(workdir / "comparison.md", text.encode())
     write_whole(workdir / "comparison.csv", as_csv(runs).encode())
+    return text
+
+
+def draw(workdir: Path) -> None:
+    """Draws every system's matrix, and per protocol and modality how all of them forget."""
+    runs = gather(workdir)
     for protocol, modality in {(cell.protocol, cell.modality) for cell in runs}:
         systems = {cell.system: found for cell, found in runs.items() if cell[:2] == (protocol, modality)}
         stem = f"{protocol}_{modality}"
@@ -83,7 +89,6 @@ def write(workdir: Path) -> str:
         if len(next(iter(systems.values()))[0]["steps"]) > 1:
             title = f"Objects of the base step, {modality}, protocol {protocol}"
             figures.save_curves(workdir / f"forgetting_{stem}.png", curves, title)
-    return text
 
 
 def retention(found: list[dict[str, Any]], metric: str) -> NDArray:

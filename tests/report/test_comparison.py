@@ -99,7 +99,7 @@ def test_retention_follows_the_objects_of_the_base_step(workdir):
 
 
 def test_pictures(workdir):
-    comparison.write(workdir)
+    comparison.draw(workdir)
     pictures = {path.name for path in workdir.glob("*.png")}
     assert pictures == {
         "forgetting_2-1_rgb.png",
