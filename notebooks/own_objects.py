@@ -34,6 +34,7 @@ if importlib.util.find_spec("iumad_jax") is None:
 root = "data/objects"  # one folder per object
 workdir = "runs/own_objects"
 epochs, images, pixels = 20, 24, 256
+size = 224  # pixels that the network sees; its tokens are of 16 x 16
 
 # %% [markdown]
 # ## The folders
@@ -98,6 +99,8 @@ config = configs.paper("1-1")
 config.dataset.name = "folder"
 config.dataset.root = root
 config.dataset.objects = "washer,gear"  # in the order of learning
+config.input.size = size
+config.backbone.grid = size // 16
 config.model.width = 128
 config.model.hidden = 512
 config.model.heads = 4

@@ -34,6 +34,7 @@ if importlib.util.find_spec("iumad_jax") is None:
 workdir = "runs/notebook"
 objects = "CandyCane,GummyBear,Marshmallow"
 epochs, images, pixels = 20, 24, 256
+size = 224  # pixels that the network sees; its tokens are of 16 x 16
 
 # %% [markdown]
 # ## The experiment
@@ -49,6 +50,8 @@ config.dataset.name = "candies"
 config.dataset.root = f"{workdir}_candies"
 config.dataset.objects = objects
 config.dataset.render.update(train=images, test=2 * images // 3, size=pixels)  # every second test image has a defect
+config.input.size = size
+config.backbone.grid = size // 16
 config.model.width = 128
 config.model.hidden = 512
 config.model.heads = 4

@@ -48,7 +48,8 @@ if not (Path(workdir) / "results.json").exists():
     config.dataset.name = "candies"
     config.dataset.root = f"{workdir}_candies"
     config.dataset.objects = "CandyCane,GummyBear"
-    config.dataset.render.update(train=6, test=6, size=128)
+    config.dataset.render.update(train=6, test=6, size=64)
+    config.input.size, config.backbone.grid = 64, 4
     experiment.run(config, Path(workdir))
 
 # %% [markdown]

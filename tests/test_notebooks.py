@@ -16,6 +16,7 @@ def execute(tmp_path_factory):
     """Runs a notebook in a folder with other parameters; returns the cells' outputs."""
     home = tmp_path_factory.mktemp("home")
     quick = pytest.MonkeyPatch()
+    quick.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     quick.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     quick.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))  # what they share compiles once
     quick.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
@@ -27,7 +28,7 @@ def execute(tmp_path_factory):
         assert len(cells) == 1
         assert all(key in cells[0].source for key in parameters)
         cells[0].source += "".join(f"\n{key} = {value!r}" for key, value in parameters.items())
-        NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": home}}).execute()
+        NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": home}}).execute()
         return home, [output for cell in notebook.cells for output in cell.get("outputs", [])]
 
     yield execute
@@ -64,7 +65,7 @@ def test_a_notebook_and_its_script_are_one(name):
 
 @pytest.fixture(scope="module")
 def quickstart(execute):
-    return execute("quickstart", objects="CandyCane,GummyBear,Marshmallow", epochs=1, images=8, pixels=64)
+    return execute("quickstart", objects="CandyCane,GummyBear,Marshmallow", epochs=1, images=8, pixels=64, size=64)
 
 
 def test_quickstart(quickstart):
@@ -93,7 +94,7 @@ def test_reading_without_a_run_makes_the_smallest(execute):
 
 def test_own_objects(execute):
     pytest.importorskip("iumad_jax.data.folder")
-    home, outputs = execute("own_objects", epochs=1, images=8, pixels=64)
+    home, outputs = execute("own_objects", epochs=1, images=8, pixels=64, size=64)
     (table,) = shown(outputs, "text/markdown")
     assert "washer" in table
     assert "gear" in table
