@@ -21,7 +21,6 @@ def get_config(protocol: str = "6-4") -> ConfigDict:
     config.model.hidden = 384
     config.model.class_grid = 28
     config.train.epochs = 15
-    config.continual.anchor = 0.005  # the paper's 0.05 hardly lets anything be learned at this learning rate
     config.report.pictures_per_object = 0
 
     config.benchmark = ConfigDict()

@@ -7,6 +7,7 @@
 #       extension: .py
 #       format_name: percent
 #       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3 (ipykernel)
 #     language: python
@@ -95,25 +96,13 @@ for shape, defect in (("washer", "notch"), ("gear", "dent")):
 from iumad_jax import config as configs
 from iumad_jax import experiment
 
-config = configs.paper("1-1")
+config = configs.small("1-1")
 config.dataset.name = "folder"
 config.dataset.root = root
 config.dataset.objects = "washer,gear"  # in the order of learning
 config.input.size = size
 config.backbone.grid = size // 16
-config.model.width = 128
-config.model.hidden = 512
-config.model.heads = 4
-config.model.layers = 1
-config.model.patch_size = 16
-config.model.dropout = 0.0
-config.model.jitter.scale = 5.0
-config.model.standardise = True
-config.model.ib_weight = 0.001
 config.train.epochs = epochs
-config.train.batch_size = 8
-config.train.learning_rate = 2e-3
-config.train.schedule = "cosine"
 
 results = experiment.run(config, Path(workdir))
 

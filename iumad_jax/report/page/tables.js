@@ -174,6 +174,17 @@ function objectTable() {
   );
 }
 
+/** What an evaluation found of objects that were never learned. */
+function neverLearned(share) {
+  const flagged = Object.entries(results.unknown?.objects ?? {});
+  if (!flagged.length) return "";
+  const shares = flagged.map(([name, value]) => `${name} ${share(value)}`).join(", ");
+  return (
+    ` Flagged as unknown, of objects never learned: ${shares};` +
+    ` of learned ones ${share(results.unknown.taken_as_unknown)}.`
+  );
+}
+
 /** The thresholds that calibration images set, and how often the decisions err on test images. */
 function decisions() {
   const last = results.decisions?.at(-1);
@@ -213,7 +224,8 @@ function decisions() {
   $("decisions-note").textContent =
     `After the last step. Good calibration images alone set the thresholds, ${share(last.quantile)} of them are to` +
     " pass; false alarms, misses, and which object an image is taken for are counted on test images. So many images" +
-    " promise at most so many false alarms; nothing is promised where the model was trained on them.";
+    " promise at most so many false alarms; nothing is promised where the model was trained on them." +
+    neverLearned(share);
   sortable($("decision-table"), headers, rows);
   $("decisions").hidden = false;
 }

@@ -274,7 +274,7 @@ def zoo():
 @pytest.fixture(scope="session")
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    write(folder)
+    write(folder, unknown={"objects": {"yak": 0.75}, "taken_as_unknown": 0.25})
     return folder
 
 

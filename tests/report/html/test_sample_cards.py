@@ -101,6 +101,8 @@ def test_the_masks_as_they_were_decided(page, zoo):
     image = zoo.decisions()[1]["objects"]["bee"]["image"]["threshold"]
     assert [float(value) for value in found["bee"][:2]] == pytest.approx([image, threshold], rel=1e-3)
     assert found["bee"][2::2] == ["50.0 %", "100.0 %", "12.5 %"]  # false alarms, recognised, promised
+    note = page.run("document.querySelector('#decisions-note').textContent")
+    assert note.endswith("of objects never learned: yak 75.0 %; of learned ones 25.0 %.")
 
 
 def test_verdicts_follow_the_threshold(page, zoo):
