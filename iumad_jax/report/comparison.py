@@ -23,6 +23,7 @@ _COLUMNS = {  # of a protocol's table: (figure, metric)
     **{f"aggregate FM {METRICS[metric]}": ("fm_aggregate", metric) for metric in ("i_auroc", "aupro")},
     **{f"new {METRICS[metric]}": ("new", metric) for metric in ("i_auroc", "aupro")},
 }
+_OVERVIEW = [METRICS["i_auroc"], METRICS["aupro"], f"FM {METRICS['i_auroc']}"]
 _CURVES = ("i_auroc", "aupro", "p_auroc_object")
 _LEGEND = (
     "Means over objects in percent, then over seeds, ± their standard deviation (n - 1). Without a prefix: after the\n"
@@ -98,9 +99,12 @@ def retention(found: list[dict[str, Any]], metric: str) -> NDArray:
 
 
 def markdown(runs: Runs) -> str:
-    """One table per protocol, with the paper's printed numbers where the dataset is the real one."""
-    parts = ["# Comparison"]
-    for protocol in sorted({cell.protocol for cell in runs}, key=lambda text: (-int(text.split("-")[0]), text)):
+    """All protocols in the paper's form, then one table of each, with the paper's printed numbers where the dataset is
+    the real one.
+    """
+    protocols = sorted({cell.protocol for cell in runs}, key=lambda text: (-int(text.split("-")[0]), text))
+    parts = ["# Comparison", "I-AUROC / AUPRO / FM of I-AUROC:", _overview(runs, protocols)]
+    for protocol in protocols:
         chosen = {cell: found for cell, found in runs.items() if cell.protocol == protocol}
         single = all(len(found[0]["steps"]) == 1 for found in chosen.values())
         columns = {title: key for title, key in _COLUMNS.items() if not (single and key[0] != "final")}
@@ -114,6 +118,19 @@ def markdown(runs: Runs) -> str:
         align = ["left", "left", *["right"] * (len(headers) - 2)]
         parts += [f"## {protocol}", tabulate(rows, headers, "github", disable_numparse=True, colalign=align)]
     return "\n\n".join([*parts, _LEGEND]) + "\n"
+
+
+def _overview(runs: Runs, protocols: list[str]) -> str:
+    """One line per modality and system, one column per protocol."""
+
+    def entry(cell: Cell) -> str:
+        if cell not in runs:
+            return "not measured"
+        return " / ".join(_cell(*_spread(runs[cell], *_COLUMNS[title])) for title in _OVERVIEW)
+
+    lines = sorted({(cell.modality, cell.system) for cell in runs})
+    rows = [[*line, *(entry(Cell(protocol, *line)) for protocol in protocols)] for line in lines]
+    return tabulate(rows, ["modality", "system", *protocols], "github", disable_numparse=True)
 
 
 def as_csv(runs: Runs) -> str:

@@ -81,6 +81,14 @@ def test_a_single_step_has_nothing_to_forget(workdir):
     assert not [title for title in row if "FM" in title or "new" in title]
 
 
+def test_overview_in_the_form_of_the_paper(workdir):
+    rows = table(comparison.write(workdir).replace("FM of I-AUROC:", "\n## all\n"), "all")
+    assert list(rows["rgb", "iuf"])[2:] == ["3-0", "2-1"]
+    assert rows["rgb", "iuf"]["3-0"] == "80.0 / 80.0 / -"
+    assert rows["rgb", "iuf"]["2-1"] == "65.0 ± 7.1 / 65.0 ± 7.1 / 20.0 ± 14.1"
+    assert rows["rgb", "feature_norm"]["3-0"] == "not measured"
+
+
 def test_csv_has_every_figure(workdir):
     comparison.write(workdir)
     rows = list(csv.DictReader(io.StringIO((workdir / "comparison.csv").read_text())))
