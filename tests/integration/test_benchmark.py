@@ -28,6 +28,7 @@ KEYS = {
     "model.hidden": 8,
     "model.heads": 2,
     "model.states": 1,
+    "model.class_grid": 8,
     "train.epochs": 1,
     "train.batch_size": 2,
     "benchmark.systems": "uniad,iuf",
