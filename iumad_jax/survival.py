@@ -1,10 +1,10 @@
 """Stops a run again and again and looks whether it ends the same: python -m iumad_jax.survival --config=FILE.
 
-A run of the config is let alone once. Then runs of it, each in a folder of its own, meet faults at random moments and are
-started again until they end by themselves. The faults: SIGKILL; SIGTERM or SIGINT; SIGKILL and a spoiled file in the
-newest snapshot; a disk that is full from some moment on. A fault is survived exactly if the process answers it as it
-should and the run that met it ends with the ledger, the snapshots of all steps, the pictures and the results of the run
-that was let alone, byte by byte but for the time taken.
+A run of the config is let alone once. Then runs of it, each in a folder of its own, meet faults at random moments and
+are started again until they end by themselves. The faults: SIGKILL; SIGTERM or SIGINT; SIGKILL and a spoiled file in
+the newest snapshot; a disk that is full from some moment on. A fault is survived exactly if the process answers it as
+it should and the run that met it ends with the ledger, the snapshots of all steps, the pictures and the results of the
+run that was let alone, byte by byte but for the time taken.
 """
 
 import json

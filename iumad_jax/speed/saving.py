@@ -9,6 +9,7 @@ import tempfile
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -45,12 +46,12 @@ def _measure(values: flags.FlagValues) -> str:
     rng, size, count = np.random.default_rng(0), config.input.size, 2 * config.train.batch_size
     extractor = FeatureExtractor(config.backbone.name, config.backbone.grid)
     shape = jax.eval_shape(extractor.init_with_output, jax.random.key(0), np.zeros((1, size, size, 3), np.float32))[0]
-    batch = Batch(
+    noise: Any = Batch(
         {m: rng.normal(size=(count, config.backbone.grid**2, shape.shape[-1])) for m in methods.modalities(config)},
         {m: rng.uniform(0, 255, (count, size, size, 3)) for m in methods.modalities(config)},
         rng.integers(0, _OBJECTS, count),
     )
-    batch = jax.tree.map(lambda array: array.astype(np.float32 if array.ndim > 1 else np.int32), batch)
+    batch = jax.tree.map(lambda array: array.astype(np.float32 if array.ndim > 1 else np.int32), noise)
     method, optimizer = methods.build(config.method, config, _OBJECTS), train.make_optimizer(config.train)
     variables = jax.jit(method.init)(jax.random.key(0), jax.tree.map(lambda array: array[:1], batch))
     ends: list[float] = []  # of rounds
