@@ -46,12 +46,11 @@ def _measure(values: flags.FlagValues) -> str:
     rng, size, count = np.random.default_rng(0), config.input.size, 2 * config.train.batch_size
     extractor = FeatureExtractor(config.backbone.name, config.backbone.grid)
     shape = jax.eval_shape(extractor.init_with_output, jax.random.key(0), np.zeros((1, size, size, 3), np.float32))[0]
-    noise: Any = Batch(
-        {m: rng.normal(size=(count, config.backbone.grid**2, shape.shape[-1])) for m in methods.modalities(config)},
-        {m: rng.uniform(0, 255, (count, size, size, 3)) for m in methods.modalities(config)},
-        rng.integers(0, _OBJECTS, count),
-    )
-    batch = jax.tree.map(lambda array: array.astype(np.float32 if array.ndim > 1 else np.int32), noise)
+    features: Any = rng.normal(size=(count, config.backbone.grid**2, shape.shape[-1])).astype(np.float32)
+    images: Any = rng.uniform(0, 255, (count, size, size, 3)).astype(np.float32)
+    objects: Any = rng.integers(0, _OBJECTS, count).astype(np.int32)
+    modalities = methods.modalities(config)
+    batch = Batch(dict.fromkeys(modalities, features), dict.fromkeys(modalities, images), objects)
     method, optimizer = methods.build(config.method, config, _OBJECTS), train.make_optimizer(config.train)
     variables = jax.jit(method.init)(jax.random.key(0), jax.tree.map(lambda array: array[:1], batch))
     ends: list[float] = []  # of rounds
