@@ -72,8 +72,10 @@ class Snapshots:
             max_to_keep=keep,
             cleanup_tmp_directories=True,
             enable_async_checkpointing=False,
+            create=False,
             multiprocessing_options=parallel.alone(),
         )
+        folder.mkdir(parents=True, exist_ok=True)
         with _silent_threads():  # it reads what may be damaged
             return ocp.CheckpointManager(folder.absolute(), options=options)
 
