@@ -65,7 +65,9 @@ class Narrow(nn.Module):
 
     @nn.compact
     def __call__(self, tokens, images, *, deterministic):
-        noisy = tokens["rgb"] if deterministic else jitter(self.make_rng("jitter"), tokens["rgb"], scale=2, probability=0.5)
+        noisy = (
+            tokens["rgb"] if deterministic else jitter(self.make_rng("jitter"), tokens["rgb"], scale=2, probability=0.5)
+        )
         hidden = nn.Dense(4)(noisy)
         colour = nn.Dense(2)(images["rgb"].mean((0, 1)) / 255)
         return (nn.Dense(6)(hidden), colour), {"rgb": (hidden,)}

@@ -53,7 +53,9 @@ def _compare(values: flags.FlagValues, arguments: list[str]) -> str:
         share = first / devices / seconds if kind != "cpu" else first / rows[0][1] / seconds if rows else 1.0
         rows.append([kind, devices, 1e3 * seconds, config.train.batch_size / seconds, share])
     against = "of the first row's time" if rows[0][0] == "cpu" else "efficiency against the first row"
-    return tabulate(rows, ["", "devices", "ms/update", "images/s", against], "github", floatfmt=("", "", ".1f", ".1f", ".3f"))
+    return tabulate(
+        rows, ["", "devices", "ms/update", "images/s", against], "github", floatfmt=("", "", ".1f", ".1f", ".3f")
+    )
 
 
 def _measure(values: flags.FlagValues) -> tuple[str, int, float]:
@@ -67,7 +69,10 @@ def _measure(values: flags.FlagValues) -> tuple[str, int, float]:
 
     config, rng = values.config, np.random.default_rng(0)
     count, size, grid = config.train.batch_size, config.input.size, config.backbone.grid
-    extractor, image = FeatureExtractor(config.backbone.name, grid), jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+    extractor, image = (
+        FeatureExtractor(config.backbone.name, grid),
+        jax.ShapeDtypeStruct((1, size, size, 3), np.float32),
+    )
     features, _ = jax.eval_shape(extractor.init_with_output, jax.random.key(0), image)
     modalities = methods.modalities(config)
     batch = Batch(
