@@ -85,6 +85,7 @@ class Run:
             "inputs": self.inputs,
             "seconds": time.monotonic() - self.began,
         }
+        self.variables, self.memory = jax.tree.map(np.asarray, (self.variables, self.memory))  # as they come back
         kept = self.position, self.variables, self.optimizer_leaves, self.losses, record, self.memory
         self.snapshots.save(Snapshot(*kept))
         self.saved = time.monotonic()

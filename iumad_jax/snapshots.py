@@ -246,7 +246,8 @@ def _restore(manager: ocp.CheckpointManager, number: int) -> Snapshot:
                 number, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(), record=ocp.args.JsonRestore())
             )
         record = dict(restored.record)
-        return Snapshot(position=Position(**record.pop("position")), record=record, **restored.arrays)
+        arrays = jax.tree.map(np.asarray, restored.arrays)  # NumPy computes in float64 where JAX does not
+        return Snapshot(position=Position(**record.pop("position")), record=record, **arrays)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{manager.directory / str(number)}: the snapshot cannot be read ({_reason(error)}); restore it."
