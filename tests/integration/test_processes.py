@@ -1,14 +1,12 @@
 """The command as several processes that share its training: killed, started again, with more or fewer devices."""
 
 import os
-import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -79,13 +77,25 @@ def start_two(start):
 
 
 def ends(process):
-    """Exit code, standard output, standard error, seconds that it still took."""
-    began = time.monotonic()
+    """Exit code, standard output, standard error."""
     try:
         out, err = process.communicate(timeout=600)
     finally:
         process.kill()
-    return process.returncode, out, err, time.monotonic() - began
+    return process.returncode, out, err
+
+
+def assert_ends_since_another_did(process, limit):
+    """It does so by itself before the time limit, says so, and does not pretend to be done."""
+    try:
+        _, err = process.communicate(timeout=max(limit - time.monotonic(), 1))
+    finally:
+        process.kill()
+    assert process.returncode not in (0, -signal.SIGKILL)
+    *_, last = err.splitlines()
+    assert last.startswith("iumad_jax: ")
+    assert "another one ha" in last
+    assert last.endswith("start all of them again to go on from the last snapshot.")
 
 
 def kill(process, ledger, place):
@@ -93,44 +103,61 @@ def kill(process, ledger, place):
     while not (ledger.exists() and place in ledger.read_text()):
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.communicate()
-
-
-@pytest.fixture(scope="module")
-def one(start, tmp_path_factory):
-    """The ledger of one process with one device."""
-    workdir = tmp_path_factory.mktemp("one") / "run"
-    code, _, err, _ = ends(start(workdir, 1))
-    assert code == 0, err
-    return read(workdir / "ledger.jsonl")
 
 
 def assert_same(ledger, expected):
     """To rounding, since sums over images are taken in another order."""
+    assert [event["event"] for event in ledger] == [event["event"] for event in expected]
     for event, other in zip(ledger, expected, strict=True):
-        assert event.keys() == other.keys()
-        for name, value in other.items():
-            if event["event"] == "epoch" or not isinstance(value, float):
-                assert event[name] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value)
+        if event["event"] == "epoch":
+            assert event == pytest.approx(other, rel=1e-4)
+        if event["event"] == "evaluation":  # a few pixels change their places in the order
+            assert event == {k: pytest.approx(v, abs=1e-3) if isinstance(v, float) else v for k, v in other.items()}
 
 
-def test_two_processes_train_as_one_does_whatever_happens_to_them(start, start_two, one, tmp_path):
-    workdir = tmp_path / "run"
-    first, second = start_two(workdir)
-    kill(second, workdir / "ledger.jsonl", '"step": 0, "epoch": 3')
-    code, out, err, seconds = ends(first)
-    print(code, out, err, seconds)
+def test_two_processes_train_as_one_does_whatever_happens_to_them(start, start_two, tmp_path):
+    """With two devices each, a batch of three images, and processes that are killed; and so do four devices of one."""
+    one, two, four = (tmp_path / name for name in ("one", "two", "four"))
+    first, second = start_two(two)
+    kill(second, two / "ledger.jsonl", '"step": 0, "epoch": 3')
+    killed = time.monotonic()
+    assert ends(start(one, 1))[0] == 0
+    expected = read(one / "ledger.jsonl")
+    assert_ends_since_another_did(first, killed + 60)
 
-    first, second = start_two(workdir)
-    kill(first, workdir / "ledger.jsonl", '"step": 1, "epoch": 3')
-    code, out, err, seconds = ends(second)
-    print(code, out, err, seconds)
+    first, second = start_two(two)
+    kill(first, two / "ledger.jsonl", '"step": 1, "epoch": 3')
+    assert_ends_since_another_did(second, time.monotonic() + 60)
 
-    shutil.copytree(workdir, tmp_path / "copy")
-    for process in start_two(workdir):
-        print(ends(process))
-    assert_same(read(workdir / "ledger.jsonl"), one)
-    print(ends(start(tmp_path / "copy", 4)))
-    assert_same(read(tmp_path / "copy" / "ledger.jsonl"), one)
-    assert 0
+    shutil.copytree(two, four)
+    code, _, err = ends(start(four, 4))
+    assert code == 0, err
+    assert_same(read(four / "ledger.jsonl"), expected)
+
+    first, second = start_two(two)
+    (code, out, err), (other_code, other_out, other_err) = ends(first), ends(second)
+    assert (code, other_code) == (0, 0), (err, other_err)
+    assert_same(read(two / "ledger.jsonl"), expected)
+    assert f"heatmap pictures are in {two}." in out
+    assert "Process 0 tells the results." in other_out
+    assert other_err == ""
+    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}  # and nothing else is written
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--processes=2", "--process=0"], "--coordinator, --processes and --process belong together"),
+        (
+            ["--coordinator=localhost:1", "--processes=2", "--process=2"],
+            "--process is 2; use 0 to 1, as --processes is 2",
+        ),
+    ],
+)
+def test_flags_that_do_not_name_a_process_are_refused(start, tmp_path, flags, sentence):
+    code, out, err = ends(start(tmp_path / "run", 1, *flags))
+    assert (code, out) == (2, "")
+    assert err.startswith(f"iumad_jax: {sentence}")
+    assert not (tmp_path / "run").exists()
