@@ -25,6 +25,7 @@ _LIMITS = {
     "nearest_neighbours.patches_per_object": (2, 10**7),
     "decisions.quantile": (0.5, 1),
     "train.epochs": (0, 10**6 - 1),
+    "train.batch_size": (1, 10**6),
     "train.learning_rate": (0, math.inf),
     "train.weight_decay": (0, math.inf),
     "train.clip_norm": (0, math.inf),

@@ -76,6 +76,8 @@ class Run:
 
     def save(self) -> None:
         """Takes a snapshot, which is written while the run goes on, and ends the run if that is asked for."""
+        if not parallel.is_first():
+            return
         record = {
             "ledger_lines": len(self.ledger),
             "matrices": jax.tree.map(np.ndarray.tolist, self.matrices),
@@ -90,11 +92,11 @@ class Run:
         interruption.check()
 
 
-def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+def run(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     """Runs a config's protocol in a workdir, going on where an earlier run of it stopped.
 
     Returns:
-        What results.json holds (evaluation.md, "Public names").
+        What results.json holds (evaluation.md, "Public names"); None in processes other than the first.
 
     Raises:
         UserError: the config, the dataset or the workdir is at fault.
@@ -108,10 +110,11 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         return finished
 
     steps = protocol.steps(config.protocol, data.objects(config))
-    reader = data.open_reader(config)
     with ExitStack() as held:
-        this = start(config, workdir, reader, steps, held)
+        with parallel.first_before_others():
+            this = start(config, workdir, data.open_reader(config), steps, held)
         for step in steps[this.position.step + this.position.finished :]:
+            prepare(this, step)
             learn(this, step)
             assess(this, step)
         return conclude(this, steps)
@@ -129,8 +132,10 @@ def start(config: ConfigDict, workdir: Path, reader: Reader, steps: tuple[protoc
     check_training(config, method, strategy, reader, steps)
     live.check(config.report.tensorboard)
     store = inputs.open_store(config, reader, workdir)
-    held.enter_context(workdirs.claimed(workdir, config))
-    saved, ledger = held.enter_context(closing(Snapshots(workdir))), Ledger(workdir / "ledger.jsonl")
+    if parallel.is_first():
+        held.enter_context(workdirs.claimed(workdir, config))
+    saved = held.enter_context(closing(Snapshots(workdir)))
+    ledger = parallel.in_first(Ledger, workdir / "ledger.jsonl")
     snapshot = saved.latest()
     if snapshot is None:
         example = jax.tree.map(lambda array: array[:1], store.get(reader.objects[0], "train").batch)
@@ -161,7 +166,7 @@ def start(config: ConfigDict, workdir: Path, reader: Reader, steps: tuple[protoc
         saved,
         ledger,
         inputs.describe(store),
-        held.enter_context(closing(Live(workdir, config.report.tensorboard))),
+        held.enter_context(closing(parallel.in_first(Live, workdir, config.report.tensorboard))),
         snapshot.variables,
         matrices,
         snapshot.record["decisions"],
@@ -180,7 +185,6 @@ def check_training(
     """Raises UserError unless every step can be trained."""
     if not is_trained(config, method):
         return
-    parallel.check_batch_size(config.train.batch_size)
     train.learning_rates(config.train, updates_per_epoch=1)
     for step in steps:
         images = sum(len(reader.ids(name, "train")) for name in strategy.objects(step))
@@ -190,6 +194,15 @@ def check_training(
 def is_trained(config: ConfigDict, method: Method) -> bool:
     """Whether there is anything to train."""
     return method.loss is not None and config.train.epochs > 0
+
+
+@parallel.by_first
+def prepare(this: Run, step: protocol.Step) -> None:
+    """Prepares what the step learns from, where it is not yet."""
+    for name in step.learned:
+        this.store.prepare(name, "train")
+        if this.store.reader.ids(name, "calibration"):
+            this.store.prepare(name, "calibration")
 
 
 def learn(this: Run, step: protocol.Step) -> None:
@@ -241,6 +254,7 @@ def learn(this: Run, step: protocol.Step) -> None:
         this.memory = strategy.finish(this.memory, this.variables[config.method], one.batch, object_)
 
 
+@parallel.by_first
 def assess(this: Run, step: protocol.Step) -> None:
     """Evaluates every system on all objects seen so far, draws heatmaps, and takes the step's snapshot."""
     recogniser = recognition.fit(this.variables["recognition"])
@@ -309,6 +323,7 @@ def draw(this: Run, step: protocol.Step, name: str, test: PreparedSet, predictio
     this.live.picture(step.index, name, path)
 
 
+@parallel.by_first
 def conclude(this: Run, steps: tuple[protocol.Step, ...]) -> dict[str, Any]:
     """Writes the results and pictures of a finished run."""
     this.snapshots.wait()  # a run with results is not opened again

@@ -1,4 +1,9 @@
-"""Trains and evaluates one method under one protocol: python -m iumad_jax.main --config=configs/quickstart.py."""
+"""Trains and evaluates one method under one protocol: python -m iumad_jax.main --config=configs/quickstart.py.
+
+It uses all devices of this process. On several hosts, the same command is started on each, with --cluster where JAX
+finds out by itself how they belong together (SLURM, Open MPI), or else with the last three flags, and with a --workdir
+and a dataset that all share.
+"""
 
 import sys
 
@@ -15,14 +20,20 @@ def main(arguments: list[str]) -> int:
 def _define(values: flags.FlagValues) -> None:
     commands.define_config(values)
     commands.define_workdir(values)
+    flags.DEFINE_bool("cluster", False, "Be one of the processes that SLURM or Open MPI started.", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT, any free port of process 0's host.", flag_values=values)
+    flags.DEFINE_integer("processes", None, "How many there are.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("process", None, "Which this is, from 0.", lower_bound=0, flag_values=values)
 
 
 def _train(values: flags.FlagValues) -> str:
     config, workdir = commands.given_config(values)
-    from iumad_jax import experiment  # after the flags: a typo is told at once, before JAX is loaded
+    from iumad_jax import experiment, parallel  # after the flags: a typo is told at once, before JAX is loaded
     from iumad_jax.report import tables
 
-    return tables.console(experiment.run(config, workdir), workdir)
+    with parallel.joined(values.coordinator, values.processes, values.process, values.cluster):
+        results = experiment.run(config, workdir)
+    return tables.console(results, workdir) if results else "Process 0 tells the results."
 
 
 if __name__ == "__main__":

@@ -1,27 +1,39 @@
-"""Everything that knows about more than one device: data parallelism with `jax.pmap`."""
+"""Everything that knows about more than one device or process.
 
+Devices share every batch (`jax.pmap`), those of all processes; what is computed does not depend on how many there are.
+Processes run the same program on the same data. The first alone writes to the workdir, while the others wait for it.
+"""
+
+import atexit
+import functools
 import inspect
-from collections.abc import Callable
-from typing import Any
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import psutil
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from iumad_jax import interruption
 from iumad_jax.errors import UserError
 
 AXIS = "devices"
+_SILENCE = 30  # seconds without a sign of life after which a process counts as dead
+_PATIENCE = 10**9  # milliseconds that a process waits for others that are alive: preparing a dataset can take days
 
-
-def check_batch_size(batch_size: int) -> None:
-    """Raises UserError unless a batch has images and divides evenly over the devices."""
-    devices = jax.local_device_count()
-    if batch_size < 1 or batch_size % devices:
-        raise UserError(
-            f"config.train.batch_size is {batch_size}, which does not divide over {devices} devices; use a positive"
-            f" multiple of {devices}."
-        )
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_meetings = itertools.count()
 
 
 def memory_per_device() -> float:
@@ -63,10 +75,34 @@ def unreplicate(tree: Any) -> Any:
     return jax.tree.map(lambda a: np.asarray(a.addressable_shards[0].data)[0], tree)
 
 
-def shard(batch: Any) -> Any:
-    """Splits the leading dimension of every array over the devices."""
-    devices = jax.local_device_count()
-    return jax.tree.map(lambda array: np.reshape(array, (devices, -1, *array.shape[1:])), batch)
+def share(rows: np.ndarray) -> np.ndarray:
+    """What each device of this process takes of a batch's rows: (..., batch) -> (devices, ..., places).
+
+    Every device has as many places. If they are more than rows, the last are filled with the first row once more, and
+    `weights` leaves them out.
+    """
+    fill = -rows.shape[-1] % jax.device_count()
+    filled = np.concatenate([rows, np.repeat(rows[..., :1], fill, axis=-1)], axis=-1)
+    return _own(filled.reshape(*rows.shape[:-1], jax.device_count(), -1))
+
+
+def weights(batch_size: int) -> np.ndarray | None:
+    """What the image at each place counts in its device's mean: (devices, places); None: all the same.
+
+    The mean over devices of these means is that over the batch.
+    """
+    fill = -batch_size % jax.device_count()
+    if not fill:
+        return None
+    counts = np.zeros(batch_size + fill, np.float32)
+    counts[:batch_size] = len(counts) / batch_size
+    return _own(counts.reshape(jax.device_count(), -1))
+
+
+def _own(by_device: np.ndarray) -> np.ndarray:
+    """This process's part of (..., all devices, places), its devices first."""
+    first = jax.process_index() * jax.local_device_count()
+    return np.moveaxis(by_device, -2, 0)[first : first + jax.local_device_count()]
 
 
 def own_keys(key: jax.Array, images: int) -> jax.Array:
@@ -83,9 +119,134 @@ def mean_over_devices(tree: Any) -> Any:
     return jax.lax.pmean(tree, AXIS)
 
 
-def gather(rows: jax.Array) -> jax.Array:
-    """Inside `data_parallel`: the rows of all devices, in the order of the whole batch, on every device.
+def gather(rows: jax.Array, weight: jax.Array | None) -> tuple[jax.Array, int | jax.Array]:
+    """Inside `data_parallel`: the rows of all devices, in the order of the whole batch, on every device; how many.
 
-    Of a loss of them that every device computes, the mean over devices of the gradients is the gradient.
+    Behind these many, there are zeros for the places that were filled. Of a loss of the rows that every device
+    computes, the mean over devices of the gradients is the gradient.
     """
-    return jax.lax.all_gather(rows, AXIS, tiled=True)
+    if weight is not None:
+        rows = rows * (weight > 0)[:, None]
+    gathered = jax.lax.all_gather(rows, AXIS, tiled=True)
+    return gathered, len(gathered) if weight is None else jax.lax.psum(jnp.sum(weight > 0), AXIS)
+
+
+# --- Processes ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def joined(coordinator: str | None, processes: int | None, process: int | None, cluster: bool) -> Iterator[None]:
+    """Makes this process one of several within, if any argument is given; before JAX is used.
+
+    Args:
+        coordinator: host and port at which the first process is found.
+        processes: how many there are.
+        process: which this is, from 0.
+        cluster: whether JAX finds out all three, as it does under SLURM and Open MPI.
+
+    Raises:
+        UserError: arguments are missing, or another process has ended.
+    """
+    given = (coordinator, processes, process)
+    if not cluster and given == (None, None, None):
+        yield
+        return
+    if None in given and not (cluster and given == (None, None, None)):
+        raise UserError("--coordinator, --processes and --process belong together; or let --cluster find all three.")
+    if not cluster and not 0 <= process < processes:
+        raise UserError(f"--process is {process}; use 0 to {processes - 1}, as --processes is {processes}.")
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+    lost = "start all of them again to go on from the last snapshot"
+    with _last_words(f"iumad_jax: a process has ended, by itself or since another one had; {lost}."):
+        try:
+            jax.distributed.initialize(
+                coordinator, processes, process, heartbeat_timeout_seconds=_SILENCE, shutdown_timeout_seconds=_SILENCE
+            )
+            if not is_first():  # which saves when it is told to end; then these end, too
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    signal.signal(number, signal.SIG_IGN)
+            yield
+            jax.distributed.shutdown()
+        except BaseException as error:
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                reason = str(error).splitlines()[0]
+                error = UserError(f"this process cannot go on, perhaps since another one has ended ({reason}); {lost}.")
+            codes = {UserError: 2, interruption.Interrupted: interruption.EXIT_CODE}
+            atexit.register(_leave, codes.get(type(error), 1))
+            raise error
+
+
+@contextmanager
+def _last_words(words: str) -> Iterator[None]:
+    """Has the words said if this process ends within, as when it is killed: JAX aborts it when another one dies."""
+    speaker = subprocess.Popen(
+        ["sh", "-c", 'trap "" INT TERM; read -r _ || echo "$0" >&2', words], stdin=subprocess.PIPE
+    )
+    try:
+        yield
+    finally:
+        speaker.communicate(b"\n")
+
+
+def _leave(code: int) -> None:
+    """Ends the process without waiting for the others, which wait for this one and then end, too."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes."""
+    return jax.process_index() == 0
+
+
+def by_first(function: Callable[_P, _T]) -> Callable[_P, _T | None]:
+    """The function, done by the first process while the others wait; for them it returns None."""
+
+    @functools.wraps(function)
+    def done(*args: _P.args, **kwargs: _P.kwargs) -> _T | None:
+        result = function(*args, **kwargs) if is_first() else None
+        _meet()
+        return result
+
+    return done
+
+
+@contextmanager
+def first_before_others() -> Iterator[None]:
+    """Within, the first process is alone, and then all others are."""
+    if not is_first():
+        _meet()
+    yield
+    if is_first():
+        _meet()
+    _meet()
+
+
+def in_first(make: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    """What the first process makes of the arguments; elsewhere something whose methods do nothing."""
+    return make(*args, **kwargs) if is_first() else _Mute()  # type: ignore[return-value]
+
+
+class _Mute:
+    def __getattr__(self, _: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+    def __len__(self) -> int:
+        return 0
+
+
+def everywhere(condition: bool) -> bool:
+    """Whether a condition holds in every process, all of which ask."""
+    return bool(np.all(multihost_utils.process_allgather(np.array(condition))))
+
+
+def alone() -> ocp.options.MultiprocessingOptions:
+    """For Orbax: every process reads and writes for itself, without waiting for others."""
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+
+
+def _meet() -> None:
+    """Waits for all other processes."""
+    ocp.multihost.get_barrier_sync_fn()(key=f"meeting {next(_meetings)}", timeout_ms=_PATIENCE)

@@ -10,6 +10,7 @@ Arrays are channels-last everywhere.
 
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 MAP_SIZE = 224  # every map and mask is compared at this size, whatever the input size (evaluation.md)
@@ -32,6 +33,11 @@ class Batch(NamedTuple):
     features: dict[Modality, Float[Array, "b p f"]]
     images: dict[Modality, Float[Array, "b h w 3"]]
     object_id: Int[Array, " b"]
+    weight: Float[Array, " b"] | None = None  # of each image in a mean over them; None: all the same
+
+    def mean(self, values: Float[Array, " b"]) -> Float[Array, ""]:
+        """Of one value per image, with their weights, which are on average 1 over all devices."""
+        return jnp.mean(values if self.weight is None else self.weight * values)
 
 
 class Prediction(NamedTuple):

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from iumad_jax import parallel
 from iumad_jax.errors import UserError
 from iumad_jax.report.ledger import write_whole
 from iumad_jax.shapes import Variables
@@ -65,7 +66,11 @@ class Snapshots:
     @staticmethod
     def _manager(folder: Path, keep: int | None) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=False
+            max_to_keep=keep,
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=False,
+            create=False,
+            multiprocessing_options=parallel.alone(),
         )
         try:
             folder.mkdir(parents=True, exist_ok=True)  # Orbax would tell when it saves
@@ -171,7 +176,9 @@ def read(workdir: Path, step: int | None = None) -> Snapshot:
 
 
 def _reader(folder: Path) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(read_only=True, enable_async_checkpointing=False)
+    options = ocp.CheckpointManagerOptions(
+        read_only=True, enable_async_checkpointing=False, multiprocessing_options=parallel.alone()
+    )
     return ocp.CheckpointManager(folder, options=options)
 
 

@@ -140,12 +140,12 @@ def make_update(method: Method, optimizer: optax.GradientTransformation, strateg
 
 def _repeated(update: Callable) -> Callable:
     def updates(state: TrainState, piece: Piece, key: jax.Array, rates: jax.Array) -> tuple[TrainState, Scalars]:
-        images, rows = piece
+        images, rows, weights = piece
 
         def one(state: TrainState, this: tuple[Any, jax.Array]) -> tuple[TrainState, Scalars]:
             of_this, rate = this
             batch = jax.tree.map(lambda a: a[of_this].astype(jnp.float32 if a.ndim > 1 else a.dtype), images)
-            return update(state, batch, key, rate)
+            return update(state, batch._replace(weight=weights), key, rate)
 
         if len(rows) > 1:
             return jax.lax.scan(one, state, (rows, rates))
@@ -194,7 +194,7 @@ def epochs(
             began = time.monotonic()
             while done < per_epoch:
                 piece = next(pieces)
-                piece_rates = own_rates[done : done + piece[1].shape[1]]
+                piece_rates = own_rates[done : done + piece.rows.shape[1]]
                 state, scalars = updates(state, piece, key, piece_rates)
                 jax.block_until_ready(parts[-1:])  # or pieces would gather in front of a slow device
                 parts.append(scalars)

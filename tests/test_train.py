@@ -74,7 +74,7 @@ def test_updates_are_those_of_adamw_with_a_clipped_norm():
     first, second = ({k: np.zeros_like(v) for k, v in params.items()} for _ in range(2))
     clipped = []
     for t in range(1, 4 * PER_EPOCH + 1):
-        numbers = next(batches).features["rgb"].astype(np.float64)
+        numbers = next(batches).images.features["rgb"].astype(np.float64)
         gradients = {k: p - numbers.mean() for k, p in params.items()}
         norm = np.sqrt(sum((g**2).sum() for g in gradients.values()))
         clipped.append(norm > 6)
@@ -100,7 +100,7 @@ def test_the_losses_of_an_epoch_are_means_over_its_updates():
     params = method.init(jax.random.key(1), data)["params"]
     batches = iter(training_batches([data], BATCH, seed=7, first=0))
     for epoch in trained(method, config, data):
-        numbers = [next(batches).features["rgb"].astype(np.float64) for _ in range(PER_EPOCH)]
+        numbers = [next(batches).images.features["rgb"].astype(np.float64) for _ in range(PER_EPOCH)]
         losses = [0.5 * sum(((p - x) ** 2).sum() for p in params.values()) for x in np.ravel(numbers)]
         assert epoch.losses == {"loss": pytest.approx(np.mean(losses), rel=1e-5), "pull": epoch.losses["loss"]}
 
@@ -196,7 +196,7 @@ def test_resident_images_train_as_streamed_ones_do(at_once):
 def test_a_loss_that_is_not_finite_stops_training():
     """An image without a number, left out of the first epoch, ends the run in the second, whose weights it spoils."""
     data = images()
-    order = [batch.object_id for batch, _ in zip(training_batches([data], BATCH, 7, 0), range(10), strict=False)]
+    order = [piece.images.object_id for piece, _ in zip(training_batches([data], BATCH, 7, 0), range(10), strict=False)]
     (broken,) = set(range(IMAGES)) - set(np.ravel(order[:PER_EPOCH]).tolist())
     (update,) = [number for number, ids in enumerate(order[PER_EPOCH:]) if broken in ids]
     data.features["rgb"][broken] = np.nan

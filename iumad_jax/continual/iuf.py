@@ -101,10 +101,12 @@ def iuf(config: ConfigDict, method: Method) -> Strategy:
         if not queues:
             return total, (terms, memory)
         # All devices' rows, or a matrix would depend on the number of devices. Only they have a gradient.
-        matrices = {name: jnp.concatenate([queues[name], parallel.gather(outputs[name])]) for name in queues}
+        live = {name: parallel.gather(outputs[name], batch.weight) for name in queues}
+        matrices = {name: jnp.concatenate([queues[name], rows]) for name, (rows, _) in live.items()}
         shares = [compression(rows) for rows in matrices.values()]
         compressed = config.compression * sum(shares) / len(shares)
-        memory = memory | {"queues": {m: jax.lax.stop_gradient(rows[-ROWS:]) for m, rows in matrices.items()}}
+        kept = {name: jax.lax.dynamic_slice_in_dim(matrices[name], count, ROWS) for name, (_, count) in live.items()}
+        memory = memory | {"queues": jax.lax.stop_gradient(kept)}
         return total + compressed, (terms | {"compression": compressed}, memory)
 
     def finish(memory: Memory, variables: Variables, batch: Batch, _: int) -> Memory:

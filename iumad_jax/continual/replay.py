@@ -83,6 +83,7 @@ def replay(config: ConfigDict, method: Method, objects: int) -> Strategy:
                 for m in batch.images
             },
             object_id,
+            batch.weight,
         )
         both = jax.tree.map(lambda new, drawn: jnp.concatenate([new, drawn.astype(new.dtype)]), batch, old)
         return own.loss(memory, variables, both, jnp.concatenate([keys, old_keys]))

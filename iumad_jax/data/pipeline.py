@@ -2,11 +2,12 @@
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from typing import NamedTuple
 
 import grain
 import jax
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from iumad_jax import parallel
 from iumad_jax.errors import UserError
@@ -14,8 +15,13 @@ from iumad_jax.shapes import Batch
 
 _SHARE = 1 / 4  # of a device's memory that resident images may take
 
-# Images, spread over the devices, and which of them each of some updates takes: the places on every device.
-Piece = tuple[Batch, Int[Array | np.ndarray, "devices updates images"]]
+
+class Piece(NamedTuple):
+    """The input of some updates, for each device of this process."""
+
+    images: Batch  # (devices, images, ...)
+    rows: Int[Array | np.ndarray, "devices updates places"]  # which of them each update takes
+    weights: Float[Array | np.ndarray, "devices places"] | None  # see `parallel.weights`
 
 
 class _Images:
@@ -32,6 +38,15 @@ class _Images:
         which = int(np.searchsorted(self._ends, index, side="right"))
         within = int(index) - (int(self._ends[which - 1]) if which else 0)
         return jax.tree.map(lambda array: np.asarray(array[within]), self._sets[which])
+
+    def piece(self, rows: Int[np.ndarray, " batch"]) -> Piece:
+        """One update's, with these images."""
+        share = parallel.share(rows)
+        devices, places = share.shape
+        images = [self[row] for row in share.ravel()]
+        stacked = jax.tree.map(lambda *one: np.stack(one).reshape(*share.shape, *one[0].shape), *images)
+        taken = np.broadcast_to(np.arange(places, dtype=np.int32), (devices, 1, places))
+        return Piece(stacked, taken, parallel.weights(len(rows)))
 
 
 def updates_per_epoch(images: int, batch_size: int) -> int:
@@ -75,28 +90,27 @@ def training_input(
 def fit_on_device(sets: Sequence[Batch]) -> bool:
     """Whether every device may hold all of these images."""
     size = sum(array.nbytes for array in jax.tree.leaves(list(sets)))
-    return size <= _SHARE * parallel.memory_per_device()
+    return parallel.everywhere(size <= _SHARE * parallel.memory_per_device())
 
 
 def training_batches(sets: Sequence[Batch], batch_size: int, seed: int, first: int) -> grain.IterDataset:
-    """The batches of `training_input`, read ahead by a bounded number."""
+    """This process's share of the batches of `training_input`, each a piece, read ahead by a bounded number."""
     images = _Images(sets)
-    batches = _in_order(grain.MapDataset.source(images), batch_size, seed)
+    batches = _in_order(len(images), batch_size, seed)
     updates_per_epoch(len(images), batch_size)  # raises
-    return batches[first:].to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    return batches[first:].map(images.piece).to_iter_dataset(options)
 
 
 def streamed(batches: grain.IterDataset) -> Generator[Piece, None, None]:
-    """Every batch as a piece for one update."""
+    """The pieces, until they are closed."""
     with closing(iter(batches)) as stream:
-        yield from map(whole, stream)
+        yield from stream
 
 
 def whole(batch: Batch) -> Piece:
-    """A batch, spread over the devices, for one update."""
-    shards = parallel.shard(batch)
-    devices, images = shards.object_id.shape
-    return shards, np.broadcast_to(np.arange(images, dtype=np.int32), (devices, 1, images))
+    """A batch for one update."""
+    return _Images([batch]).piece(np.arange(len(batch.object_id)))
 
 
 def _resident(
@@ -105,14 +119,15 @@ def _resident(
     count = sum(len(one.object_id) for one in sets)
     per_epoch = updates_per_epoch(count, batch_size)
     at_once = at_once or parallel.updates_at_once(per_epoch)
-    batches = _in_order(grain.MapDataset.range(count), batch_size, seed)
+    batches = _in_order(count, batch_size, seed)
     images = parallel.replicate(jax.tree.map(lambda *arrays: np.concatenate(arrays), *sets))
     while True:
         count = min(at_once, per_epoch - first % per_epoch)
         rows = np.stack([batches[first + update] for update in range(count)], dtype=np.int32)
         first += count
-        yield images, np.moveaxis(parallel.shard(rows.T), 1, 2)
+        yield Piece(images, parallel.share(rows), parallel.weights(batch_size))
 
 
-def _in_order(dataset: grain.MapDataset, batch_size: int, seed: int) -> grain.MapDataset:
-    return dataset.shuffle(seed=seed).batch(batch_size, drop_remainder=True).repeat()
+def _in_order(images: int, batch_size: int, seed: int) -> grain.MapDataset:
+    """Which images every update takes."""
+    return grain.MapDataset.range(images).shuffle(seed=seed).batch(batch_size, drop_remainder=True).repeat()

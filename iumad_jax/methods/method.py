@@ -14,7 +14,7 @@ class Loss(NamedTuple):
     """The training loss of a batch."""
 
     total: Float[Array, ""]  # differentiated with respect to `variables["params"]`
-    terms: Scalars  # what it is made of, each a mean over images
+    terms: Scalars  # what it is made of, each a mean over images (`Batch.mean`)
     outputs: dict[str, Float[Array, "b d"]]  # what a strategy may shape: token means of decoder layers, by name
 
 

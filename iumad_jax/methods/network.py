@@ -102,7 +102,7 @@ def from_network(
 
         features = normalised(variables, batch)
         terms, outputs = jax.vmap(of_one_image)(features, batch.images, batch.object_id, keys)
-        terms = jax.tree.map(jnp.mean, terms)
+        terms = jax.tree.map(batch.mean, terms)
         return Loss(sum(terms.values()), terms, outputs)
 
     def predict(variables: Variables, batch: Batch) -> Prediction:

@@ -67,7 +67,7 @@ def test_compression_moves_the_weights_through_the_live_batch_alone(method, vari
 
     state = parallel.replicate({"params": variables["params"], "memory": memory})
     (value, slope, rest), after = parallel.unreplicate(
-        parallel.data_parallel(gradient)(state, parallel.shard(batch), key)
+        parallel.data_parallel(gradient)(state, whole(batch).images, key)
     )
     assert rest == pytest.approx(0, abs=1e-3)
 

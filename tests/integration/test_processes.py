@@ -1,0 +1,163 @@
+"""The command as several processes that share its training: killed, started again, with more or fewer devices."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from iumad_jax.data.candies import render
+from iumad_jax.report.ledger import read
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.py"
+SMALL = {
+    "dataset.name": "eyecandies",
+    "dataset.root": "candies",
+    "dataset.objects": "CandyCane,GummyBear",
+    "dataset.prepared": "prepared",
+    "method": "uniad",
+    "floors": "",
+    "modality": "rgb",
+    "input.size": 64,
+    "backbone.grid": 8,
+    "model.width": 8,
+    "model.hidden": 8,
+    "model.heads": 2,
+    "model.dropout": 0.1,
+    "train.epochs": 12,
+    "train.batch_size": 3,  # over four devices
+    "report.pictures_per_object": 1,
+    "snapshots.every_minutes": 0.0,
+}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Starts the command with so many devices, as one of several processes if told so by further flags."""
+    home = tmp_path_factory.mktemp("home")
+    render(home / "candies", train=7, val=1, test=4, size=64, objects=SMALL["dataset.objects"], progress=False)
+    quick = {  # compiled without optimisation, and once for all processes
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
+
+    def start(workdir, devices, *flags):
+        flags = [f"--config={QUICKSTART}:1-1", f"--workdir={workdir}", *flags]
+        return subprocess.Popen(
+            [sys.executable, "-m", "iumad_jax.main", *flags, *(f"--config.{key}={SMALL[key]}" for key in SMALL)],
+            cwd=home,
+            env=os.environ | quick | {"JAX_NUM_CPU_DEVICES": str(devices)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def start_two(start):
+    """Starts two processes with two devices each, which find each other."""
+
+    def start_two(workdir):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        flags = [f"--coordinator={address}", "--processes=2"]
+        return [start(workdir, 2, *flags, f"--process={process}") for process in (0, 1)]
+
+    return start_two
+
+
+def ends(process):
+    """Exit code, standard output, standard error."""
+    try:
+        out, err = process.communicate(timeout=600)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def assert_ends_since_another_did(process, limit):
+    """It does so by itself before the time limit, says so, and does not pretend to be done."""
+    try:
+        _, err = process.communicate(timeout=max(limit - time.monotonic(), 1))
+    finally:
+        process.kill()
+    assert process.returncode not in (0, -signal.SIGKILL)
+    *_, last = err.splitlines()
+    assert last.startswith("iumad_jax: ")
+    assert "another one ha" in last
+    assert last.endswith("start all of them again to go on from the last snapshot.")
+
+
+def kill(process, ledger, place):
+    """Kills a process when the ledger says so."""
+    while not (ledger.exists() and place in ledger.read_text()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+
+
+def assert_same(ledger, expected):
+    """To rounding, since sums over images are taken in another order."""
+    assert [event["event"] for event in ledger] == [event["event"] for event in expected]
+    for event, other in zip(ledger, expected, strict=True):
+        if event["event"] == "epoch":
+            assert event == pytest.approx(other, rel=1e-4)
+        if event["event"] == "evaluation":  # a few pixels change their places in the order
+            assert event == {k: pytest.approx(v, abs=1e-3) if isinstance(v, float) else v for k, v in other.items()}
+
+
+def test_two_processes_train_as_one_does_whatever_happens_to_them(start, start_two, tmp_path):
+    """With two devices each, a batch of three images, and processes that are killed; and so do four devices of one."""
+    one, two, four = (tmp_path / name for name in ("one", "two", "four"))
+    first, second = start_two(two)
+    kill(second, two / "ledger.jsonl", '"step": 0, "epoch": 3')
+    killed = time.monotonic()
+    assert ends(start(one, 1))[0] == 0
+    expected = read(one / "ledger.jsonl")
+    assert_ends_since_another_did(first, killed + 60)
+
+    first, second = start_two(two)
+    kill(first, two / "ledger.jsonl", '"step": 1, "epoch": 3')
+    assert_ends_since_another_did(second, time.monotonic() + 60)
+
+    shutil.copytree(two, four)
+    code, _, err = ends(start(four, 4))
+    assert code == 0, err
+    assert_same(read(four / "ledger.jsonl"), expected)
+
+    first, second = start_two(two)
+    (code, out, err), (other_code, other_out, other_err) = ends(first), ends(second)
+    assert (code, other_code) == (0, 0), (err, other_err)
+    assert_same(read(two / "ledger.jsonl"), expected)
+    assert f"heatmap pictures are in {two}." in out
+    assert "Process 0 tells the results." in other_out
+    assert other_err == ""
+    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}  # and nothing else is written
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--processes=2", "--process=0"], "--coordinator, --processes and --process belong together"),
+        (
+            ["--coordinator=localhost:1", "--processes=2", "--process=2"],
+            "--process is 2; use 0 to 1, as --processes is 2",
+        ),
+    ],
+)
+def test_flags_that_do_not_name_a_process_are_refused(start, tmp_path, flags, sentence):
+    code, out, err = ends(start(tmp_path / "run", 1, *flags))
+    assert (code, out) == (2, "")
+    assert err.startswith(f"iumad_jax: {sentence}")
+    assert not (tmp_path / "run").exists()
