@@ -12,7 +12,7 @@ import optax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from iumad_jax import parallel
+from iumad_jax import numerics, parallel
 from iumad_jax.continual.finetune import finetune
 from iumad_jax.continual.strategy import Memory, Strategy
 from iumad_jax.data.pipeline import Piece
@@ -36,7 +36,7 @@ class Epoch(NamedTuple):
     """One pass over the step's images."""
 
     number: int
-    losses: dict[str, float]  # means over the updates, "loss" being the total
+    losses: dict[str, float]  # means over the updates, "loss" being the total, and of the norms of `numerics.measure`
     learning_rate: float  # of the last update
     seconds: float
     state: TrainState
@@ -105,11 +105,17 @@ def start(
     return TrainState(variables, state, np.int32(update), memory or {})
 
 
-def make_update(method: Method, optimizer: optax.GradientTransformation, strategy: Strategy | None = None) -> Any:
+def make_update(
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    strategy: Strategy | None = None,
+    find_operations: bool = False,
+) -> Any:
     """The jitted updates (state, piece, key, learning rates) -> (state, scalars) over all devices.
 
     Those of a piece, which can be a whole epoch, run one after the other in a loop on the device. Images arrive as they
-    are stored and are float32 from here on. No strategy is `finetune`.
+    are stored and are float32 from here on. No strategy is `finetune`. `find_operations`: see
+    `numerics.finding_operations`, which takes pieces of one update.
     """
     ours = strategy or finetune(method)
 
@@ -125,10 +131,13 @@ def make_update(method: Method, optimizer: optax.GradientTransformation, strateg
         direction, optimizer_state = optimizer.update(gradients, state.optimizer, params)
         changes = jax.tree.map(lambda change: -rate * change, direction)
         changes, _ = ours.constrain.update(changes, ours.constrain.init(params), params, memory=memory)
+        scalars |= numerics.measure(gradients, changes)
         variables = state.variables | {"params": optax.apply_updates(params, changes)}
         return TrainState(variables, optimizer_state, state.update + 1, memory), scalars
 
-    return parallel.data_parallel(_repeated(update))
+    updates = _repeated(update)
+    compiled = parallel.data_parallel(updates)
+    return numerics.finding_operations(compiled, parallel.on_one_device(updates)) if find_operations else compiled
 
 
 def _repeated(update: Callable) -> Callable:
@@ -160,7 +169,7 @@ def epochs(
     """Trains up to epoch `last` from the one that the state is at, yielding after each.
 
     Raises:
-        UserError: a loss is not finite.
+        NotFinite: a loss, a gradient or a weight is not finite.
     """
     first = int(state.update) // per_epoch
     state = parallel.replicate(state)
@@ -182,14 +191,7 @@ def epochs(
             losses = {
                 name: np.concatenate([np.asarray(scalars[name])[0] for scalars in history]) for name in history[0]
             }
-            for name, values in losses.items():
-                if not np.isfinite(values).all():
-                    broken = int(np.argmin(np.isfinite(values)))
-                    raise UserError(
-                        f'loss "{name}" became {values[broken]} in update {broken} of epoch {index}; training stopped'
-                        " and nothing of this epoch was saved: lower config.train.learning_rate, or look for broken"
-                        " images."
-                    )
+            losses = numerics.check(losses, state.variables["params"], index * per_epoch)
             bar.set_postfix(loss=f"{losses['loss'].mean():.4f}")
             means = {name: float(values.mean(dtype=np.float64)) for name, values in losses.items()}
             yield Epoch(index, means, float(piece_rates[-1]), time.monotonic() - began, parallel.unreplicate(state))

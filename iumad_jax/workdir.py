@@ -21,7 +21,7 @@ def check(workdir: Path, config: ConfigDict) -> None:
     if not (workdir / _NAME).exists():
         return
     before, now = _flat(read(workdir).to_dict()), _flat(json.loads(config.to_json()))
-    differing = [key for key in before | now if before.get(key) != now.get(key)]
+    differing = [key for key in before | now if before.get(key) != now.get(key) and not key.startswith("debug.")]
     if differing:
         changes = ", ".join(f"config.{key} ({before.get(key)} there, {now.get(key)} now)" for key in differing)
         raise UserError(f"{workdir}: holds a run of another config, differing in {changes}; choose another --workdir.")

@@ -73,6 +73,11 @@ def training_input(
     return streamed(training_batches(sets, batch_size, seed, first_epoch))
 
 
+def images_of(update: int, images: int, batch_size: int, seed: int) -> np.ndarray:
+    """Which of a step's images an update takes, counted from the step's first."""
+    return _in_order(grain.MapDataset.range(images), batch_size, seed)[update]
+
+
 def fit_on_device(sets: Sequence[Batch]) -> bool:
     """Whether every device may hold all of these images."""
     size = sum(array.nbytes for array in jax.tree.leaves(list(sets)))

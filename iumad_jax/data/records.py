@@ -89,7 +89,7 @@ def load(folder: Path, names: Sequence[str], count: int) -> Values:
 
 
 def _load(file: Path, count: int) -> np.ndarray:
-    with suppress(OSError, ValueError, EOFError):
+    with suppress(Exception):  # NumPy raises whatever a damaged header leads to
         array = np.load(file, mmap_mode="r")
         if len(array) == count:
             return array
