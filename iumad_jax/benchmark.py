@@ -76,7 +76,7 @@ def cells(config: ConfigDict) -> Iterator[tuple[ConfigDict, str]]:
 
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit code."""
-    return commands.execute(str(__doc__), arguments, _define, _benchmark)
+    return commands.execute(str(__doc__), arguments, _define, _benchmark, resumable=True)
 
 
 def _define(values: flags.FlagValues) -> None:

@@ -2,12 +2,13 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from iumad_jax import interruption
 from iumad_jax import workdir as workdirs
 from iumad_jax.errors import UserError
 
@@ -19,6 +20,7 @@ def execute(
     act: Callable[[flags.FlagValues], str],
     *,
     dataset: bool = False,
+    resumable: bool = False,
 ) -> int:
     """Runs a command and returns its exit code.
 
@@ -28,6 +30,7 @@ def execute(
         define: defines the command's flags.
         act: does it and returns what to print. It imports what loads JAX, so that a typo is told at once.
         dataset: whether --config.dataset.KEY=VALUE changes the config of the run in --workdir.
+        resumable: whether the command goes on where it stopped, so that SIGTERM and SIGINT may stop it anywhere.
     """
     values = flags.FlagValues()
     define(values)
@@ -35,16 +38,24 @@ def execute(
         lines = [f"{name}: {values[name].help}" for name in values]
         if dataset or "config" in values:
             lines.append(f"config.{'dataset.' if dataset else ''}KEY: every key is in iumad_jax/config.py")
+        if resumable:
+            doc += (
+                f"\nExit codes: 0 done; 2 a mistake, told in a sentence; {interruption.EXIT_CODE} stopped by SIGTERM or"
+                " SIGINT with all work saved:\nthe same command goes on from there.\n"
+            )
         print("\n".join([doc, "", *(f"  --{line}" for line in lines)]))
         return 0
     try:
         if dataset:
             _define_dataset(values, arguments)
         _parse(values, arguments)
-        print(act(values))
+        with interruption.handled() if resumable else nullcontext():
+            print(act(values))
     except UserError as error:
         print(f"iumad_jax: {error}", file=sys.stderr)
         return 2
+    except interruption.Interrupted:  # which was told when the signal came
+        return interruption.EXIT_CODE
     return 0
 
 

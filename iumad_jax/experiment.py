@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import time
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from iumad_jax import (
     data,
     decisions,
     inputs,
+    interruption,
     methods,
     numerics,
     parallel,
@@ -63,11 +65,18 @@ class Run:
     decisions: list[decisions.Decisions]  # after every step
     position: Position
     optimizer_leaves: list[Any]
+    losses: dict[str, np.ndarray]  # of the updates of an epoch that is not finished
     memory: Memory  # of the strategy
     began: float  # on the monotonic clock, moved back by the time that earlier runs took
+    saved: float  # on the same
+
+    def due(self) -> bool:
+        """Whether it is time for a snapshot, or to end."""
+        late = time.monotonic() - self.saved > 60 * self.config.snapshots.every_minutes
+        return late or self.snapshots.failed or interruption.requested()
 
     def save(self) -> None:
-        """Takes a snapshot."""
+        """Takes a snapshot, which is written while the run goes on, and ends the run if that is asked for."""
         record = {
             "ledger_lines": len(self.ledger),
             "matrices": jax.tree.map(np.ndarray.tolist, self.matrices),
@@ -75,7 +84,11 @@ class Run:
             "inputs": self.inputs,
             "seconds": time.monotonic() - self.began,
         }
-        self.snapshots.save(Snapshot(self.position, self.variables, self.optimizer_leaves, record, self.memory))
+        self.variables, self.memory = jax.tree.map(np.asarray, (self.variables, self.memory))  # as they come back
+        kept = self.position, self.variables, self.optimizer_leaves, self.losses, record, self.memory
+        self.snapshots.save(Snapshot(*kept))
+        self.saved = time.monotonic()
+        interruption.check()
 
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -86,6 +99,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     Raises:
         UserError: the config, the dataset or the workdir is at fault.
+        Interrupted: the process was asked to end; see `interruption.handled`.
     """
     configs.check(config)
     workdirs.check(workdir, config)
@@ -96,17 +110,18 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     steps = protocol.steps(config.protocol, data.objects(config))
     reader = data.open_reader(config)
-    this = start(config, workdir, reader, steps)
-    for step in steps[this.position.step + this.position.finished :]:
-        learn(this, step)
-        assess(this, step)
-    return conclude(this, steps)
+    with ExitStack() as held:
+        this = start(config, workdir, reader, steps, held)
+        for step in steps[this.position.step + this.position.finished :]:
+            learn(this, step)
+            assess(this, step)
+        return conclude(this, steps)
 
 
-def start(config: ConfigDict, workdir: Path, reader: Reader, steps: tuple[protocol.Step, ...]) -> Run:
+def start(config: ConfigDict, workdir: Path, reader: Reader, steps: tuple[protocol.Step, ...], held: ExitStack) -> Run:
     """The run as it stood when its last snapshot was taken, or at its very beginning.
 
-    What would stop it later is refused before anything is written.
+    What would stop it later is refused before anything is written. `held` gives up the workdir in the end.
     """
     systems = methods.systems(config, len(reader.objects))
     method = systems[config.method]
@@ -115,8 +130,8 @@ def start(config: ConfigDict, workdir: Path, reader: Reader, steps: tuple[protoc
     check_training(config, method, strategy, reader, steps)
     live.check(config.report.tensorboard)
     store = inputs.open_store(config, reader, workdir)
-    workdirs.claim(workdir, config)
-    saved, ledger = Snapshots(workdir), Ledger(workdir / "ledger.jsonl")
+    held.enter_context(workdirs.claimed(workdir, config))
+    saved, ledger = held.enter_context(closing(Snapshots(workdir))), Ledger(workdir / "ledger.jsonl")
     snapshot = saved.latest()
     if snapshot is None:
         example = jax.tree.map(lambda array: array[:1], store.get(reader.objects[0], "train").batch)
@@ -130,7 +145,7 @@ def start(config: ConfigDict, workdir: Path, reader: Reader, steps: tuple[protoc
             for name in systems
         }
         record = {"ledger_lines": 0, "matrices": matrices, "decisions": [], "seconds": 0.0}
-        snapshot = Snapshot(Position(-1, 0, finished=True), variables, [], record, {})
+        snapshot = Snapshot(Position(-1, 0, finished=True), variables, [], {}, record, {})
     ledger.truncate(snapshot.record["ledger_lines"])
     matrices = {
         name: {metric: np.array(rows) for metric, rows in by_metric.items()}
@@ -149,14 +164,16 @@ def start(config: ConfigDict, workdir: Path, reader: Reader, steps: tuple[protoc
         saved,
         ledger,
         inputs.describe(store),
-        Live(workdir, config.report.tensorboard),
+        held.enter_context(closing(Live(workdir, config.report.tensorboard))),
         snapshot.variables,
         matrices,
         snapshot.record["decisions"],
         snapshot.position,
         snapshot.optimizer,
+        snapshot.losses,
         snapshot.memory,
         time.monotonic() - snapshot.record["seconds"],
+        time.monotonic(),
     )
 
 
@@ -203,29 +220,29 @@ def learn(this: Run, step: protocol.Step) -> None:
     per_epoch = updates_per_epoch(images, config.train.batch_size)
     own = train.of_step(config, step.index)
     rates, optimizer = train.learning_rates(own, per_epoch), this.optimizers[own.optimizer]
-    done = this.position.epochs
+    done = this.position.updates
     variables, leaves = this.variables[config.method], this.optimizer_leaves
-    state = train.start(variables, optimizer, done * per_epoch, leaves, this.memory)
+    state = train.start(variables, optimizer, done, leaves, this.memory)
     seed = config.seed * 1000 + step.index
     size, at_once = config.train.batch_size, int(config.debug.nans)
     pieces = training_input([one.batch for one in sets], size, seed, done, config.input.resident, at_once)
     names = [f"{name}/train/{id_}" for name, one in zip(strategy.objects(step), sets, strict=True) for id_ in one.ids]
     key = jax.random.fold_in(jax.random.key(config.seed), step.index)
-    saved = time.monotonic()
-    passes = train.epochs(this.updates[own.optimizer], state, pieces, rates, key, per_epoch, config.train.epochs)
-    shown = lambda update: [names[row] for row in images_of(update, images, size, seed)]  # noqa: E731
+    update, last = this.updates[own.optimizer], config.train.epochs
+    passes = train.epochs(update, state, pieces, rates, key, per_epoch, last, this.losses, this.due)
+    shown = lambda number: [names[row] for row in images_of(number, images, size, seed)]  # noqa: E731
     for epoch in numerics.explain(passes, step.index, per_epoch, shown):
-        this.ledger.append("epoch", step=step.index, epoch=epoch.number, **epoch.losses)
-        seen = per_epoch * config.train.batch_size
-        this.live.epoch(
-            step.index, epoch.number, config.train.epochs, epoch.losses, epoch.learning_rate, seen, epoch.seconds
-        )
+        if epoch.whole:
+            this.ledger.append("epoch", step=step.index, epoch=epoch.number, **epoch.losses)
+            seen = per_epoch * size
+            this.live.epoch(
+                step.index, epoch.number, config.train.epochs, epoch.losses, epoch.learning_rate, seen, epoch.seconds
+            )
         this.variables[config.method], this.memory = epoch.state.variables, epoch.state.memory
-        this.position = Position(step.index, epoch.number + 1)
-        if time.monotonic() - saved > 60 * config.snapshots.every_minutes:
+        this.position, this.losses = Position(step.index, epoch.updates), {} if epoch.whole else epoch.history
+        if this.due() or epoch.updates == last * per_epoch:  # so that evaluation can be interrupted
             this.optimizer_leaves = jax.tree.leaves(epoch.state.optimizer)
             this.save()
-            saved = time.monotonic()
     for one in learned:
         object_ = int(one.batch.object_id[0])
         this.memory = strategy.finish(this.memory, this.variables[config.method], one.batch, object_)
@@ -242,6 +259,7 @@ def assess(this: Run, step: protocol.Step) -> None:
         assert test.truth is not None
         predictions = {}
         for system, method in this.systems.items():
+            interruption.check()
             prediction = predictions[system] = predict(jax.jit(method.predict), this.variables[system], test.batch)
             values = evaluate(prediction, test.truth)
             for metric, value in values.items():
@@ -268,6 +286,7 @@ def decide(this: Run, step: protocol.Step, recogniser: recognition.Recogniser) -
     """Sets the thresholds of all objects seen so far."""
     compiled, good = jax.jit(this.systems[this.config.method].predict), {}
     for name in step.seen:
+        interruption.check()
         _, batch = inputs.good_images(this.store, name)
         good[name] = decisions.Good(
             predict(compiled, this.variables[this.config.method], batch),
@@ -299,6 +318,7 @@ def draw(this: Run, step: protocol.Step, name: str, test: PreparedSet, predictio
 
 def conclude(this: Run, steps: tuple[protocol.Step, ...]) -> dict[str, Any]:
     """Writes the results and pictures of a finished run."""
+    this.snapshots.wait()  # a run with results is not opened again
     config, objects = this.config, this.store.reader.objects
     results = tables.gather(
         config.to_dict(),
@@ -315,8 +335,6 @@ def conclude(this: Run, steps: tuple[protocol.Step, ...]) -> dict[str, Any]:
         figures.save_matrix(path, matrix, objects, [f"step {step.index}" for step in steps], metric)
     html.write(this.workdir, results, functools.partial(inputs.panels, this.store))
     tables.write_results(this.workdir, results)
-    this.snapshots.close()
-    this.live.close()
     return results
 
 

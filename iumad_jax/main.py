@@ -9,7 +9,7 @@ from iumad_jax import commands
 
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit code."""
-    return commands.execute(str(__doc__), arguments, _define, _train)
+    return commands.execute(str(__doc__), arguments, _define, _train, resumable=True)
 
 
 def _define(values: flags.FlagValues) -> None:

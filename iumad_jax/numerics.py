@@ -15,7 +15,7 @@ from jax.extend.core import Literal
 from iumad_jax.errors import UserError
 from iumad_jax.shapes import Scalars
 
-_PARAMETER = "parameter"  # among an update's scalars: the number of the first one whose gradient is not finite
+PARAMETER = "parameter"  # among an update's scalars: the number of the first one whose gradient is not finite
 _LIBRARIES = tuple(str(Path(str(library.__file__)).parent) for library in (jax, flax, optax))
 
 
@@ -36,15 +36,15 @@ def measure(gradients: Any, changes: Any) -> Scalars:
     return {
         "gradient_norm": jnp.sqrt(squares.sum()),
         "update_norm": optax.tree.norm(changes),
-        _PARAMETER: jnp.argmin(jnp.isfinite(squares)),
+        PARAMETER: jnp.argmin(jnp.isfinite(squares)),
     }
 
 
-def check(history: dict[str, np.ndarray], params: Any, first: int) -> dict[str, np.ndarray]:
-    """The scalars (updates,) of some updates, less what only this function reads.
+def check(history: dict[str, np.ndarray], params: Any, first: int) -> None:
+    """Judges some updates.
 
     Args:
-        history: by name: losses, "loss" being the total, and those of `measure`.
+        history: scalars (updates,) by name: losses, "loss" being the total, and those of `measure`.
         params: what is trained, for the names.
         first: the number of the first of these updates in its step.
 
@@ -52,19 +52,17 @@ def check(history: dict[str, np.ndarray], params: Any, first: int) -> dict[str, 
         NotFinite: one of them is not finite; of the earliest update, a term of the loss rather than their total, that
             rather than a gradient.
     """
-    values = dict(history)
-    parameter = values.pop(_PARAMETER)
     last = ["loss", "gradient_norm", "update_norm"]
-    names = [name for name in values if name not in last] + last
-    finite = np.isfinite([values[name] for name in names])
+    names = [name for name in history if name not in (*last, PARAMETER)] + last
+    finite = np.isfinite([history[name] for name in names])
     if finite.all():
-        return values
+        return
     update = int(np.argmin(finite.all(axis=0)))
     name = names[int(np.argmin(finite[:, update]))]
-    path, _ = jax.tree.leaves_with_path(params)[parameter[update]]
+    path, _ = jax.tree.leaves_with_path(params)[history[PARAMETER][update]]
     told = {"gradient_norm": f"the gradient of {_name(path)}", "update_norm": "what is added to the weights"}
     what = told.get(name, f'loss "{name}"')
-    raise NotFinite(f"{what} became {values[name][update]}", first + update)
+    raise NotFinite(f"{what} became {history[name][update]}", first + update)
 
 
 def finding_operations(updates: Callable, on_one_device: Callable) -> Callable:
@@ -154,7 +152,7 @@ def explain(passes: Iterator[Any], step: int, per_epoch: int, images: Callable[[
     """The same epochs of a step, with a whole sentence in place of NotFinite.
 
     Args:
-        passes: of `train.epochs`.
+        passes: of `train.epochs`; whatever is not finite ends them before it is yielded.
         step: its number.
         per_epoch: updates in an epoch.
         images: names those of an update of the step.

@@ -26,7 +26,7 @@ _ON_SHEET: "dict[Split, int]" = {"train": 4, "calibration": 1, "test": 10}  # im
 
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit code."""
-    return commands.execute(str(__doc__), arguments, _define, _prepare)
+    return commands.execute(str(__doc__), arguments, _define, _prepare, resumable=True)
 
 
 def _define(values: flags.FlagValues) -> None:

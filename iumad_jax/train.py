@@ -33,13 +33,22 @@ class TrainState(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    """One pass over the step's images."""
+    """One pass over the step's images, or what is done of it."""
 
     number: int
-    losses: dict[str, float]  # means over the updates, "loss" being the total, and of the norms of `numerics.measure`
+    updates: int  # done in this step
+    whole: bool
+    history: dict[str, np.ndarray]  # losses of the epoch's updates so far, "loss" being the total
+>>>>>>> survive
     learning_rate: float  # of the last update
-    seconds: float
+    seconds: float  # that the whole takes
     state: TrainState
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Means over the updates, also of the norms of `numerics.measure`."""
+        shown = {name: values for name, values in self.history.items() if name != numerics.PARAMETER}
+        return {name: float(values.mean(dtype=np.float64)) for name, values in shown.items()}
 
 
 def of_step(config: ConfigDict, step: int) -> ConfigDict:
@@ -165,29 +174,44 @@ def epochs(
     key: jax.Array,
     per_epoch: int,
     last: int,
+    history: dict[str, np.ndarray] | None = None,
+    pause: Callable[[], bool] = lambda: False,
 ) -> Iterator[Epoch]:
-    """Trains up to epoch `last` from the one that the state is at, yielding after each.
+    """Trains up to epoch `last` from the update that the state is at, yielding after each, and where `pause` says so.
+
+    Args:
+        updates: see `make_update`.
+        state: where to begin.
+        pieces: the images from there on.
+        rates: the learning rate of every update.
+        key: of all randomness.
+        per_epoch: updates of an epoch.
+        last: how many epochs there are.
+        history: of the epoch that the state is in the middle of.
+        pause: asked after every piece.
 
     Raises:
         NotFinite: a loss, a gradient or a weight is not finite.
     """
-    first = int(state.update) // per_epoch
+    first, total = int(state.update), last * per_epoch
     state = parallel.replicate(state)
-    total, done = last * per_epoch, first * per_epoch
-    bar = tqdm(desc="training", total=total, initial=done, unit="update", disable=None, leave=False)
+    parts = [jax.tree.map(lambda losses: losses[None], history)] if history else []  # as a device gives them
+    bar = tqdm(desc="training", total=total, initial=first, unit="update", disable=None, leave=False)
     with closing(pieces), bar:
-        for index in range(first, last):
+        for index in range(first // per_epoch, last):
             numbers = np.arange(index * per_epoch, (index + 1) * per_epoch)
             own_rates = np.broadcast_to(np.asarray(rates(numbers), np.float32), numbers.shape)
-            history: list[Scalars] = []
+            done = before = max(0, first - index * per_epoch)
             began = time.monotonic()
-            while own_rates.size:
+            while done < per_epoch:
                 piece = next(pieces)
-                piece_rates, own_rates = np.split(own_rates, piece[1].shape[1:2])
+                piece_rates = own_rates[done : done + piece[1].shape[1]]
                 state, scalars = updates(state, piece, key, piece_rates)
-                jax.block_until_ready(history[-1:])  # or pieces would gather in front of a slow device
-                history.append(scalars)
+                jax.block_until_ready(parts[-1:])  # or pieces would gather in front of a slow device
+                parts.append(scalars)
+                done += piece_rates.size
                 bar.update(piece_rates.size)
+<<<<<<< HEAD
             losses = {
                 name: np.concatenate([np.asarray(scalars[name])[0] for scalars in history]) for name in history[0]
             }
@@ -195,3 +219,13 @@ def epochs(
             bar.set_postfix(loss=f"{losses['loss'].mean():.4f}")
             means = {name: float(values.mean(dtype=np.float64)) for name, values in losses.items()}
             yield Epoch(index, means, float(piece_rates[-1]), time.monotonic() - began, parallel.unreplicate(state))
+=======
+                if done == per_epoch or pause():
+                    losses = {name: np.concatenate([np.asarray(part[name])[0] for part in parts]) for name in parts[0]}
+                    numerics.check(losses, state.variables["params"], index * per_epoch)
+                    bar.set_postfix(loss=f"{losses['loss'].mean():.4f}")
+                    seconds = (time.monotonic() - began) * per_epoch / (done - before)
+                    updates_done = index * per_epoch + done
+                    rate, reached = float(piece_rates[-1]), parallel.unreplicate(state)
+                    yield Epoch(index, updates_done, done == per_epoch, losses, rate, seconds, reached)
+            parts = []

@@ -1,9 +1,12 @@
 """A workdir belongs to one config."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
 from iumad_jax.errors import UserError
@@ -42,17 +45,28 @@ def read(workdir: Path) -> ConfigDict:
         raise UserError(f"{file}: not the config of a run ({error}); choose another --workdir.") from error
 
 
-def claim(workdir: Path, config: ConfigDict) -> None:
-    """Makes the workdir with a place for pictures, and notes the config in it.
+@contextmanager
+def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
+    """Makes the workdir with a place for pictures, notes the config in it, and keeps other processes out meanwhile.
+
+    The system gives up the lock of a process that is killed.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: another process has it, or it cannot be written.
     """
+    lock = FileLock(workdir / "lock")
     try:
         (workdir / "pictures").mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise UserError(f"{workdir}: another process runs here; wait for it, or choose another --workdir.") from error
     except OSError as error:
         raise UserError(f"{workdir}: not a writable folder ({error.strerror}); choose another --workdir.") from error
-    write_whole(workdir / _NAME, (json.dumps(json.loads(config.to_json()), indent=2) + "\n").encode())
+    try:
+        write_whole(workdir / _NAME, (json.dumps(json.loads(config.to_json()), indent=2) + "\n").encode())
+        yield
+    finally:
+        lock.release()
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

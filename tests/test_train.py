@@ -12,9 +12,9 @@ from iumad_jax import train
 from iumad_jax.config import paper
 from iumad_jax.data.pipeline import images_of, training_batches, training_input
 from iumad_jax.errors import UserError
-from iumad_jax.numerics import NotFinite, check, explain
 from iumad_jax.methods.ib_iumad import ib_iumad
 from iumad_jax.methods.method import Loss, Method
+from iumad_jax.numerics import NotFinite, check, explain
 from iumad_jax.shapes import Batch
 
 IMAGES, BATCH, PER_EPOCH = 21, 4, 5
@@ -54,15 +54,15 @@ def settings(**changes):
     return config
 
 
-def trained(method, config, images, first=0, state=None, update=None, pieces=None):
-    """Every epoch from the first, each as training leaves it."""
+def trained(method, config, images, first=0, state=None, update=None, pieces=None, **rest):
+    """Every epoch from the first update, each as training leaves it."""
     optimizer = train.make_optimizer(config)
     if state is None:
         state = train.start(method.init(jax.random.key(1), images), optimizer, 0, [])
     pieces = pieces or training_input([images], BATCH, 7, first)
     update = update or train.make_update(method, optimizer)
     rates = train.learning_rates(config, PER_EPOCH)
-    return train.epochs(update, state, pieces, rates, jax.random.key(2), PER_EPOCH, config.epochs)
+    return train.epochs(update, state, pieces, rates, jax.random.key(2), PER_EPOCH, config.epochs, **rest)
 
 
 def test_updates_are_those_of_adamw_with_a_clipped_norm():
@@ -70,7 +70,7 @@ def test_updates_are_those_of_adamw_with_a_clipped_norm():
     config = settings(schedule="step", drop_epoch=2)
     method, data = pull(), images()
     found = list(trained(method, config, data))
-    batches = iter(training_batches([data], BATCH, seed=7, first_epoch=0))
+    batches = iter(training_batches([data], BATCH, seed=7, first=0))
 
     params = {k: np.asarray(v, np.float64) for k, v in method.init(jax.random.key(1), data)["params"].items()}
     first, second = ({k: np.zeros_like(v) for k, v in params.items()} for _ in range(2))
@@ -100,7 +100,7 @@ def test_the_losses_of_an_epoch_are_means_over_its_updates():
     config = settings(learning_rate=0.0)
     method, data = pull(), images()
     params = method.init(jax.random.key(1), data)["params"]
-    batches = iter(training_batches([data], BATCH, seed=7, first_epoch=0))
+    batches = iter(training_batches([data], BATCH, seed=7, first=0))
     for epoch in trained(method, config, data):
         numbers = [next(batches).features["rgb"].astype(np.float64) for _ in range(PER_EPOCH)]
         losses = [0.5 * sum(((p - x) ** 2).sum() for p in params.values()) for x in np.ravel(numbers)]
@@ -166,21 +166,25 @@ def test_unknown_schedule_is_refused():
 
 
 def test_training_goes_on_as_if_it_had_never_stopped():
-    """From the numbers of an epoch's end alone: same keys, same order of images, same moments, bit by bit."""
+    """From the numbers after any update alone: same keys, same order of images, same moments and losses, bit by bit."""
     method, config, data = pull(noise=1.0), settings(schedule="cosine"), images()
     whole = list(trained(method, config, data))
-    assert len(whole) == 4
-    for stopped in whole[:3]:
-        done = stopped.number + 1
-        leaves = jax.tree.leaves(stopped.state.optimizer)
-        optimizer = train.make_optimizer(config)
-        state = train.start(stopped.state.variables, optimizer, done * PER_EPOCH, leaves)
-        rest = list(trained(method, config, data, first=done, state=state))
-        assert [epoch.number for epoch in rest] == list(range(done, 4))
-        for one, other in zip(whole[done:], rest, strict=True):
-            assert one.losses == other.losses
-            jax.tree.map(np.testing.assert_array_equal, one.state, other.state)
+    assert [epoch.updates for epoch in whole] == [5, 10, 15, 20]
+    assert all(epoch.whole for epoch in whole)
     assert len({epoch.losses["loss"] for epoch in whole}) == 4
+    paused = list(trained(method, config, data, pause=lambda: True))
+    assert [epoch.updates for epoch in paused] == list(range(1, 21))
+    assert [epoch.updates for epoch in paused if epoch.whole] == [5, 10, 15, 20]
+    optimizer = train.make_optimizer(config)
+    for stopped in (paused[i] for i in (0, 4, 6, 8, 9, 18)):
+        done = stopped.updates
+        state = train.start(stopped.state.variables, optimizer, done, jax.tree.leaves(stopped.state.optimizer))
+        history = {} if stopped.whole else stopped.history
+        rest = list(trained(method, config, data, done, state, history=history))
+        assert [epoch.number for epoch in rest] == list(range(done // PER_EPOCH, 4))
+        for one, other in zip(whole[done // PER_EPOCH :], rest, strict=True):
+            assert one.losses == other.losses
+            jax.tree.map(np.testing.assert_array_equal, (one.state, one.history), (other.state, other.history))
 
 
 @pytest.mark.parametrize("at_once", [1, PER_EPOCH])
@@ -257,7 +261,7 @@ def test_what_is_not_finite_is_told_by_its_first_part():
     good = {name: np.ones(4) for name in ("loss", "pull", "gradient_norm", "update_norm")} | {
         "parameter": np.zeros(4, int)
     }
-    assert check(good, params, 10) == {name: values for name, values in good.items() if name != "parameter"}
+    check(good, params, 10)
     bad = {name: np.array([1, 1, np.nan, np.nan]) for name in good} | {"parameter": np.array([0, 0, 1, 1])}
     for broken, told in [
         (bad, 'loss "pull" became nan in update 12 of its step'),
@@ -288,6 +292,6 @@ def test_the_update_is_compiled_once(caplog):
         caplog.clear()
         (*_, last) = epochs
         for done, leaves in [(0, []), (2, jax.tree.leaves(last.state.optimizer))]:
-            state = train.start(last.state.variables, optimizer, done * PER_EPOCH, leaves)
+            state = train.start(last.state.variables, optimizer, done, leaves)
             list(trained(method, config, images(1), done, state, update))
     assert "Compiling" not in caplog.text

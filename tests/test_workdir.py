@@ -1,6 +1,9 @@
 """A workdir belongs to one config."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -15,16 +18,49 @@ def changed(**changes):
     return config
 
 
+def claim(folder, config):
+    with workdirs.claimed(folder, config):
+        pass
+
+
 def test_a_new_workdir_is_anyones_until_it_is_claimed(tmp_path):
     folder = tmp_path / "runs" / "new"
     workdirs.check(folder, paper("6-1"))
     workdirs.check(folder, changed(seed=1))
     assert not folder.exists()  # checking writes nothing
-    workdirs.claim(folder, paper("6-1"))
-    workdirs.claim(folder, paper("6-1"))
+    claim(folder, paper("6-1"))
+    claim(folder, paper("6-1"))
     workdirs.check(folder, paper("6-1"))
     assert json.loads((folder / "config.json").read_text())["model"]["jitter"] == {"scale": 20.0, "probability": 1.0}
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "pictures"]
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "lock", "pictures"]
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from iumad_jax import workdir
+from iumad_jax.config import paper
+
+with workdir.claimed(Path(sys.argv[1]), paper("6-1")):
+    print("claimed", flush=True)
+    input()
+"""
+
+
+def test_two_processes_do_not_share_a_workdir_and_a_killed_one_leaves_it(tmp_path):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], **pipes) as process:
+        assert process.stdout.readline() == b"claimed\n"
+        with pytest.raises(UserError) as error:
+            claim(tmp_path, paper("6-1"))
+        assert str(error.value) == f"{tmp_path}: another process runs here; wait for it, or choose another --workdir."
+        process.send_signal(signal.SIGKILL)
+    claim(tmp_path, paper("6-1"))
+    with pytest.raises(UserError, match="cannot write"):
+        (tmp_path / "config.json.unfinished").mkdir()
+        claim(tmp_path, paper("6-1"))
+    (tmp_path / "config.json.unfinished").rmdir()
+    claim(tmp_path, paper("6-1"))  # an error gives it up as well
 
 
 @pytest.mark.parametrize(
@@ -42,7 +78,7 @@ def test_a_new_workdir_is_anyones_until_it_is_claimed(tmp_path):
     ],
 )
 def test_another_config_is_refused_naming_every_key_that_differs(tmp_path, changes, told):
-    workdirs.claim(tmp_path, paper("6-1"))
+    claim(tmp_path, paper("6-1"))
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(UserError) as error:
         workdirs.check(tmp_path, changed(**changes))
@@ -56,7 +92,7 @@ def test_another_config_is_refused_naming_every_key_that_differs(tmp_path, chang
 
 def test_a_key_that_only_one_of_them_has_differs(tmp_path):
     config = paper("6-1")
-    workdirs.claim(tmp_path, config)
+    claim(tmp_path, config)
     del config.report.pictures_per_object
     config.unlock()
     config.train.momentum = 0.9
@@ -76,11 +112,11 @@ def test_a_damaged_note_is_told(tmp_path, content):
 def test_a_place_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file/run: not a writable folder \(Not a directory\); choose another"):
-        workdirs.claim(tmp_path / "file" / "run", paper("6-1"))
+        claim(tmp_path / "file" / "run", paper("6-1"))
 
 
 def test_a_full_disk_leaves_the_workdir_unclaimed(tmp_path, files_no_larger_than):
     with files_no_larger_than(100), pytest.raises(UserError, match=r"cannot write .*config\.json: File too large"):
-        workdirs.claim(tmp_path, paper("6-1"))
-    assert [p.name for p in tmp_path.iterdir()] == ["pictures"]
+        claim(tmp_path, paper("6-1"))
+    assert not (tmp_path / "config.json").exists()
     workdirs.check(tmp_path, changed(seed=1))

@@ -1,6 +1,5 @@
 """From prepared images to batches in a reproducible order, with grain: streamed, or from device memory."""
 
-import itertools
 from collections.abc import Generator, Sequence
 from contextlib import closing
 
@@ -50,27 +49,27 @@ def updates_per_epoch(images: int, batch_size: int) -> int:
 
 
 def training_input(
-    sets: Sequence[Batch], batch_size: int, seed: int, first_epoch: int, resident: str = "auto", at_once: int = 0
+    sets: Sequence[Batch], batch_size: int, seed: int, first: int, resident: str = "auto", at_once: int = 0
 ) -> Generator[Piece, None, None]:
     """Endless shuffled batches, each epoch in another order; the last partial batch of an epoch is dropped.
 
-    The order is a function of the seed and the epoch, so that training resumes exactly at any epoch, and is the same
-    whether images are resident (all placed in device memory now) or streamed from disk (each piece a batch).
+    The order is a function of the seed and the epoch, so that training resumes exactly at any update, and is
+    the same whether images are resident (all placed in device memory now) or streamed from disk (each piece a batch).
 
     Args:
         sets: the images, object by object.
         batch_size: images of an update.
         seed: of the order.
-        first_epoch: where to begin.
+        first: the update to begin with, the first of all being 0.
         resident: "always", "never", or "auto": if they take at most a quarter of every device's memory.
-        at_once: updates in a piece of resident images, a divisor of those of an epoch; 0: what suits the device.
+        at_once: updates in a piece of resident images, less at the end of an epoch; 0: what suits the device.
 
     Raises:
         UserError: there are fewer images than in a batch.
     """
     if resident == "always" or (resident == "auto" and fit_on_device(sets)):
-        return _resident(sets, batch_size, seed, first_epoch, at_once)
-    return streamed(training_batches(sets, batch_size, seed, first_epoch))
+        return _resident(sets, batch_size, seed, first, at_once)
+    return streamed(training_batches(sets, batch_size, seed, first))
 
 
 def images_of(update: int, images: int, batch_size: int, seed: int) -> np.ndarray:
@@ -84,12 +83,12 @@ def fit_on_device(sets: Sequence[Batch]) -> bool:
     return size <= _SHARE * parallel.memory_per_device()
 
 
-def training_batches(sets: Sequence[Batch], batch_size: int, seed: int, first_epoch: int) -> grain.IterDataset:
+def training_batches(sets: Sequence[Batch], batch_size: int, seed: int, first: int) -> grain.IterDataset:
     """The batches of `training_input`, read ahead by a bounded number."""
     images = _Images(sets)
     batches = _in_order(grain.MapDataset.source(images), batch_size, seed)
-    start = first_epoch * updates_per_epoch(len(images), batch_size)
-    return batches[start:].to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
+    updates_per_epoch(len(images), batch_size)  # raises
+    return batches[first:].to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
 
 
 def streamed(batches: grain.IterDataset) -> Generator[Piece, None, None]:
@@ -106,15 +105,17 @@ def whole(batch: Batch) -> Piece:
 
 
 def _resident(
-    sets: Sequence[Batch], batch_size: int, seed: int, first_epoch: int, at_once: int
+    sets: Sequence[Batch], batch_size: int, seed: int, first: int, at_once: int
 ) -> Generator[Piece, None, None]:
     count = sum(len(one.object_id) for one in sets)
     per_epoch = updates_per_epoch(count, batch_size)
     at_once = at_once or parallel.updates_at_once(per_epoch)
     batches = _in_order(grain.MapDataset.range(count), batch_size, seed)
     images = parallel.replicate(jax.tree.map(lambda *arrays: np.concatenate(arrays), *sets))
-    for first in itertools.count(first_epoch * per_epoch, at_once):
-        rows = np.stack([batches[first + update] for update in range(at_once)], dtype=np.int32)
+    while True:
+        count = min(at_once, per_epoch - first % per_epoch)
+        rows = np.stack([batches[first + update] for update in range(count)], dtype=np.int32)
+        first += count
         yield images, np.moveaxis(parallel.shard(rows.T), 1, 2)
 
 

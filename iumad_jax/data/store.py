@@ -28,6 +28,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from iumad_jax import interruption
 from iumad_jax.data import records
 from iumad_jax.data.processing import Processing
 from iumad_jax.data.records import Image, Manifest, Values
@@ -169,6 +170,7 @@ class Store:
             with bar, ThreadPoolExecutor() as pool:
                 ahead = self._ahead(pool, object_, split, [(index, images[index]) for index in todo])
                 while chunk := list(islice(ahead, _CHUNK)):
+                    interruption.check()
                     self._encode([values for _, _, values in chunk])
                     written = {}
                     for index, image, values in chunk:

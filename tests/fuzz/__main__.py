@@ -1,4 +1,4 @@
-"""Feeds every reader of what need not be trusted with damaged and lying inputs:
+"""Feeds every reader of what need not be trusted with damaged and lying inputs.
 
     python -m tests.fuzz --inputs=10000 [--target=ledger] [--coverage] [--first=N]
 

@@ -10,10 +10,10 @@ Draw = Callable[[int], int]  # a number from 0, below the one given
 _NUMBERS = (0, 1, -1, 2, 127, 128, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2**64, 10**30)
 _WORDS = (
     *(str(number).encode() for number in _NUMBERS),
-    *b"nan inf -inf 1e999 1e-999 0.5 null true false None True [] {} \"\" '' ../.. / .. ~ \0 \n \r\n : - & * % @ #".split(b" "),
-    *(b"[" * 2000, b"{a: " * 500, b"9" * 5000, b"&a [*a]", b"<<: *a", b"!!python/object/apply:os.system [ls]", b"\x1b[2J"),
-    *(b"\xff\xfe", b"\xc3\x28", "Ω".encode(), b"=1+1", b"</script>", b"$(ls)"),
-)  # fmt: skip
+    *b"nan inf -inf 1e999 1e-999 0.5 null true false None True [] {} \"\" '' ../.. / .. ~".split(b" "),
+    *b"\0 \n \r\n : - & * % @ # \xff\xfe \xc3\x28 \xce\xa9 =1+1 </script> $(ls) \x1b[2J".split(b" "),
+    *(b"&a [*a]", b"<<: *a", b"!!python/object/apply:os.system [ls]", b"[" * 2000, b"{a: " * 500, b"9" * 5000),
+)
 
 
 def mutate(content: bytes, other: bytes, draw: Draw) -> bytes:

@@ -2,17 +2,18 @@
 
 import contextlib
 import io
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 import yaml
+from absl import flags
 from PIL import Image
 
 from iumad_jax import commands, continual, data, experiment, methods, protocol, snapshots, train
@@ -103,8 +104,8 @@ def images(folder: Path) -> Target:
 
 def depth(folder: Path) -> Target:
     """Depth images and clouds of every format."""
-    encoders = {name: one for name, one in test_depth_files.FORMATS.items()} | {"PNG": ("png", test_depth_files.png)}
-    seeds = {f"{i}.{ending}": encode(CLOUD) for i, (ending, encode) in enumerate(encoders.values())}
+    encoders = [*test_depth_files.FORMATS.values(), ("png", test_depth_files.png)]
+    seeds = {f"{i}.{ending}": encode(CLOUD) for i, (ending, encode) in enumerate(encoders)}
     seeds["deflated.tiff"] = test_depth_files.tiff(CLOUD[..., 2], compression="zlib")
     seeds["tiles.tiff"] = test_depth_files.tiff(CLOUD[..., 2], tile=(16, 16))
 
@@ -217,7 +218,7 @@ _NAMES = (
 
 def _disarrange(paths: list[Path], draw: Iterator[int]) -> None:
     """One change of a tree, if the system lets it be done."""
-    path, other = (paths[(next(draw) * 256 + next(draw)) % len(paths)] for _ in range(2))
+    path, other = paths[(next(draw) * 256 + next(draw)) % len(paths)], paths[next(draw) % len(paths)]
     with contextlib.suppress(OSError, ValueError):
         new = path.with_name(_NAMES[next(draw) % len(_NAMES)]) if next(draw) % 2 else other
         match next(draw) % 6:
@@ -340,13 +341,21 @@ def weights(folder: Path) -> Target:
 
 def config(folder: Path) -> Target:
     """--config.KEY=VALUE, one flag per line, as far as a run checks them before it writes anything."""
-    root = folder / "dataset"
-    _write(root, _folder_files())
+    root, files = folder / "dataset", _folder_files()
+    _write(root, files)
+    for number in range(4):  # as many as a batch
+        for kind in ("rgb", "depth"):
+            _write(root, {f"bolt/train/good/{kind}/{number}.png": files[f"bolt/train/good/{kind}/a b.png"]})
     keys = list(_flat(configs.paper("1-0").to_dict()).items())
-    lines = [f"--config.{key}={value}" for key, value in keys if key != "dataset.root"]
+    lines = [f"--config.{key}={value}" for key, value in keys if key not in ("dataset.root", "dataset.name")]
     seeds = {str(i): "\n".join(lines[i : i + 3]).encode() for i in range(0, len(lines), 3)}
+    always = (f"--config={CONFIG}:1-0", f"--config.dataset.root={root}", "--config.train.batch_size=4")
 
-    def act(values: object) -> str:
+    def define(values: flags.FlagValues) -> None:
+        commands.define_config(values)
+        commands.define_workdir(values)
+
+    def act(values: flags.FlagValues) -> str:
         config, _ = commands.given_config(values)
         if config.dataset.name != "candies":  # which would be rendered
             configs.check(config)
@@ -362,12 +371,10 @@ def config(folder: Path) -> Target:
 
     def read(name: str, content: bytes) -> None:
         lines = content.decode("utf8", "surrogateescape").split("\n")
-        flags = [line for line in lines if line.startswith("--config.") and "\0" not in line]
+        given = [line for line in lines if line.startswith("--config.") and "\0" not in line]
         errors = io.StringIO()
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-            code = commands.execute(
-                "", ["main", f"--config={CONFIG}", f"--config.dataset.root={root}", *flags], commands.define_config, act
-            )
+            code = commands.execute("", ["main", *always, *given], define, act)
         if code:
             raise commands.UserError(errors.getvalue().removesuffix("\n"))
 
@@ -439,14 +446,13 @@ def workdir(folder: Path) -> Target:
 
 def snapshot(folder: Path) -> Target:
     """The snapshots of a run: what they hold is what was saved, or they are refused."""
-    position = Position(0, 0, finished=True)
     variables = {"ib_iumad": {"params": {"kernel": np.arange(600, dtype=np.float32)}, "statistics": {}}}
     record = {"ledger_lines": 3, "decisions": [{"usual": 0.25}], "seconds": 2.5}
-    saved = Snapshot(position, variables, [], record, {"old": {"kernel": np.ones(3, jnp.bfloat16)}})
+    memory = {"old": {"kernel": np.ones(3, jnp.bfloat16)}}
+    saved = Snapshot(Position(0, 0, finished=True), variables, [], {}, record, memory)
     original = folder / "original"
-    snapshots_ = Snapshots(original)
-    snapshots_.save(saved)
-    snapshots_.close()
+    with contextlib.closing(Snapshots(original)) as written:
+        written.save(saved)
     files = {str(file.relative_to(original)): file.read_bytes() for file in original.rglob("*") if file.is_file()}
     damaged = folder / "run"
 
@@ -454,7 +460,8 @@ def snapshot(folder: Path) -> Target:
         shutil.rmtree(damaged, ignore_errors=True)
         shutil.copytree(original, damaged)
         (damaged / name).write_bytes(content)
-        snapshots.read(damaged)
+        found = snapshots.read(damaged)
+        jax.tree.map(np.testing.assert_array_equal, found, saved)
 
     return Target({name: content for name, content in files.items() if content}, read)
 

@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
+from iumad_jax import interruption
 from iumad_jax.data.candies import defects as flaws
 from iumad_jax.data.candies import draw
 from iumad_jax.data.candies.defects import KINDS, Defects
@@ -89,6 +90,7 @@ def render(
             try:
                 for _ in pool.map(partial(write_sample, unfinished, seed, size), *zip(*jobs, strict=True)):
                     bar.update()
+                    interruption.check()
             finally:
                 pool.shutdown(cancel_futures=True)
         unfinished.replace(root)
