@@ -38,8 +38,7 @@ class Epoch(NamedTuple):
     number: int
     updates: int  # done in this step
     whole: bool
-    history: dict[str, np.ndarray]  # losses of the epoch's updates so far, "loss" being the total
->>>>>>> survive
+    history: dict[str, np.ndarray]  # scalars of the epoch's updates so far, "loss" being the total
     learning_rate: float  # of the last update
     seconds: float  # that the whole takes
     state: TrainState
@@ -211,15 +210,6 @@ def epochs(
                 parts.append(scalars)
                 done += piece_rates.size
                 bar.update(piece_rates.size)
-<<<<<<< HEAD
-            losses = {
-                name: np.concatenate([np.asarray(scalars[name])[0] for scalars in history]) for name in history[0]
-            }
-            losses = numerics.check(losses, state.variables["params"], index * per_epoch)
-            bar.set_postfix(loss=f"{losses['loss'].mean():.4f}")
-            means = {name: float(values.mean(dtype=np.float64)) for name, values in losses.items()}
-            yield Epoch(index, means, float(piece_rates[-1]), time.monotonic() - began, parallel.unreplicate(state))
-=======
                 if done == per_epoch or pause():
                     losses = {name: np.concatenate([np.asarray(part[name])[0] for part in parts]) for name in parts[0]}
                     numerics.check(losses, state.variables["params"], index * per_epoch)
