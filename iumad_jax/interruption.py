@@ -55,7 +55,7 @@ def handled() -> Iterator[None]:
 
 def _watch(reader: int) -> None:
     """A thread of its own, since Python's handlers run in the main one, when that comes back from what it calls."""
-    with open(reader, "rb", buffering=0) as signals:
+    with open(reader, "rb", buffering=0) as signals:  # noqa: PTH123 - not a path
         if not (number := signals.read(1)):
             return
         _requested.set()

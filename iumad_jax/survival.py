@@ -169,9 +169,7 @@ class Trial:
 
     def unsaid(self) -> list[str]:
         """Damage that no process told."""
-        return [
-            f"{folder} was spoiled and nobody said so" for folder in self.spoiled if str(folder) not in self.all_said
-        ]
+        return [f"{folder} was spoiled and nobody said so" for folder in self.spoiled if str(folder) not in self.all_said]
 
 
 def _live(folder: Path, config: ConfigDict) -> None:
@@ -268,10 +266,7 @@ def _kept(workdir: Path) -> dict[str, Any]:
         snapshot = snapshots.read(workdir, step)
         del snapshot.record["seconds"]
         arrays = jax.tree.leaves_with_path((snapshot.variables, snapshot.memory))
-        kept[f"snapshot {step}"] = (
-            [(path, array.dtype, array.tobytes()) for path, array in arrays],
-            repr(snapshot.record),
-        )
+        kept[f"snapshot {step}"] = [(path, array.dtype, array.tobytes()) for path, array in arrays], repr(snapshot.record)
     return kept
 
 

@@ -222,9 +222,13 @@ def read_results(workdir: Path) -> dict[str, Any] | None:
         UserError: results.json cannot be read.
     """
     path = workdir / "results.json"
+    if not path.exists():
+        return None
     try:
-        return json.loads(path.read_bytes()) if path.exists() else None
-    except (OSError, ValueError) as error:
+        results = json.loads(path.read_bytes())
+        markdown(results)  # what cannot be shown is damaged
+        return results
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}; remove it to have the run write it again") from error
 
 

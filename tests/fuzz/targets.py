@@ -4,9 +4,12 @@ import contextlib
 import io
 import os
 import shutil
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +29,7 @@ from iumad_jax.data.folder import Folder
 from iumad_jax.data.images import read_mask, read_photograph
 from iumad_jax.data.mvtec3d import MVTec3D
 from iumad_jax.data.processing import Processing
-from iumad_jax.data.sample import Reader
+from iumad_jax.data.sample import Reader, Split
 from iumad_jax.data.store import Store
 from iumad_jax.models import pretrained
 from iumad_jax.report import ledger, live, samples, tables
@@ -82,7 +85,6 @@ def images(folder: Path) -> Target:
     grey = RGB[..., 0]
     seeds = {
         "rgb.png": _encoded(RGB, "PNG"),
-        "palette.png": _encoded(np.asarray(Image.fromarray(RGB).convert("P")), "PNG"),
         "levels.png": _encoded(LEVELS, "PNG"),
         "rgb.jpg": _encoded(RGB, "JPEG"),
         "progressive.jpg": _encoded(RGB, "JPEG", progressive=True),
@@ -124,26 +126,28 @@ def _write(root: Path, files: dict[str, bytes]) -> None:
 
 
 def _dataset(folder: Path, files: dict[str, bytes], open_: Callable[[Path], Reader]) -> Target:
-    """A dataset with one file changed, read and processed as a run would."""
+    """A dataset with one file changed, opened, and the sample that the file belongs to read and processed."""
     root = folder / "dataset"
     _write(root, files)
 
     def read(name: str, content: bytes) -> None:
         (root / name).write_bytes(content)
         try:
-            _use(open_(root))
+            reader = open_(root)
+            which = next(one for one in _samples(reader) if root / name in reader.files(*one))
+            processing = Processing(("rgb", "depth"), 16, "normals", reader.height_range, reader.object_height, 3)
+            processing(reader.read(*which))
         finally:
             (root / name).write_bytes(files[name])
 
     return Target(files, read)
 
 
-def _use(reader: Reader) -> None:
-    processing = Processing(("rgb", "depth"), 16, "normals", reader.height_range, reader.object_height, 3)
+def _samples(reader: Reader) -> Iterator[tuple[str, Split, str]]:
     for name in reader.objects:
-        for split in ("train", "calibration", "test", "unlabelled"):
+        for split in get_args(Split):
             for id_ in reader.ids(name, split):
-                processing(reader.read(name, split, id_))
+                yield name, split, id_
 
 
 def _eyecandies_files() -> dict[str, bytes]:
@@ -252,7 +256,9 @@ def layout(folder: Path) -> Target:
         with contextlib.suppress(StopIteration):
             while paths := sorted(root.rglob("*")):
                 _disarrange(paths, draw)
-        _use(open_(root))
+        reader = open_(root)
+        for which in _samples(reader):
+            reader.read(*which)
 
     seeds = {name: bytes(range(7, 28)) for name in templates}
     return Target(seeds, read)
@@ -347,7 +353,7 @@ def config(folder: Path) -> Target:
         for kind in ("rgb", "depth"):
             _write(root, {f"bolt/train/good/{kind}/{number}.png": files[f"bolt/train/good/{kind}/a b.png"]})
     keys = list(_flat(configs.paper("1-0").to_dict()).items())
-    lines = [f"--config.{key}={value}" for key, value in keys if key not in ("dataset.root", "dataset.name")]
+    lines = [f"--config.{key}={value}" for key, value in keys if key not in ("dataset.root", "dataset.name", "train.batch_size")]
     seeds = {str(i): "\n".join(lines[i : i + 3]).encode() for i in range(0, len(lines), 3)}
     always = (f"--config={CONFIG}:1-0", f"--config.dataset.root={root}", "--config.train.batch_size=4")
 
@@ -374,7 +380,12 @@ def config(folder: Path) -> Target:
         given = [line for line in lines if line.startswith("--config.") and "\0" not in line]
         errors = io.StringIO()
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-            code = commands.execute("", ["main", *always, *given], define, act)
+            sys.argv, before = ["main", *always, *given], sys.argv  # ml_collections looks there for keys
+            try:
+                with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # also its
+                    code = commands.execute("", sys.argv, define, act)
+            finally:
+                sys.argv = before
         if code:
             raise commands.UserError(errors.getvalue().removesuffix("\n"))
 
@@ -411,7 +422,8 @@ def ledger_(folder: Path) -> Target:
 def workdir(folder: Path) -> Target:
     """What a finished run is read from: its config, its results, the samples of its report."""
     config = configs.small("1-1")
-    workdirs.claim(folder, config)
+    with workdirs.claimed(folder, config):
+        pass
     matrix = {metric: [[0.9, float("nan")], [0.8, 0.7]] for metric in tables.METRICS}
     decided = {"objects": {}, "unknown": {"threshold": 1.0}, "usual": 1.0}
     results = tables.gather(
@@ -437,7 +449,6 @@ def workdir(folder: Path) -> Target:
             case "results.json":
                 found = tables.read_results(folder)
                 tables.console(found, folder)
-                tables.markdown(found), tables.latex(found), tables.comma_separated(found)
             case _:
                 samples.load(folder, 0, "bolt")
 

@@ -30,7 +30,7 @@ def watch(target: Target, name: str, content: bytes) -> Outcome:
         target.read(name, content)
     except UserError as error:
         kind, told = "refused", str(error)
-        if not (told.isprintable() and 10 < len(told) < 2000):
+        if not (told.isprintable() and 10 < len(told) < 5000):
             kind, told = "crash", f"no sentence: {told!a:.300}"
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
