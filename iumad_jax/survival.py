@@ -56,9 +56,9 @@ def _survive(values: flags.FlagValues) -> str:
     """The table of all faults."""
     config, _ = commands.given_config(values)
     home, rng = Path(values.workdir).absolute(), np.random.default_rng(values.seed)
-    if config.dataset.name == "candies":
-        config.dataset.root = "candies"  # in each run's own folder, so that rendering is interrupted as well
-    os.environ |= {  # of the processes: that they start faster, and run the same programs
+    config.dataset.root = str(Path(config.dataset.root).absolute())
+    os.environ |= {  # of the processes, which would mostly compile
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(home / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
@@ -115,7 +115,7 @@ class Trial:
 
     def start(self) -> BaseProcess:
         """A process that goes on with it."""
-        context = multiprocessing.get_context("forkserver")  # which has imported what takes long
+        context = multiprocessing.get_context("forkserver")  # which imports once for all what takes long
         context.set_forkserver_preload(["iumad_jax.experiment"])
         process = context.Process(target=_live, args=(self.folder, self.config))
         process.start()

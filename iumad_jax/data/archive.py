@@ -99,7 +99,7 @@ def unpack(archive: Path, root: Path, limits: Limits) -> str:
 def _unpacked_from(root: Path) -> str | None:
     try:
         return json.loads((root / _RECORD).read_text())["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

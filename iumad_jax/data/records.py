@@ -112,7 +112,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a set, None if it has none or a damaged one."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         content = json.loads((folder / _MANIFEST).read_bytes())
         if content["sha256"] == digest(content["manifest"]):
             return content["manifest"]

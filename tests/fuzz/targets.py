@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import shutil
 import sys
@@ -353,7 +354,11 @@ def config(folder: Path) -> Target:
         for kind in ("rgb", "depth"):
             _write(root, {f"bolt/train/good/{kind}/{number}.png": files[f"bolt/train/good/{kind}/a b.png"]})
     keys = list(_flat(configs.paper("1-0").to_dict()).items())
-    lines = [f"--config.{key}={value}" for key, value in keys if key not in ("dataset.root", "dataset.name", "train.batch_size")]
+    lines = [
+        f"--config.{key}={value}"
+        for key, value in keys
+        if key not in ("dataset.root", "dataset.name", "train.batch_size")
+    ]
     seeds = {str(i): "\n".join(lines[i : i + 3]).encode() for i in range(0, len(lines), 3)}
     always = (f"--config={CONFIG}:1-0", f"--config.dataset.root={root}", "--config.train.batch_size=4")
 
@@ -456,7 +461,7 @@ def workdir(folder: Path) -> Target:
 
 
 def snapshot(folder: Path) -> Target:
-    """The snapshots of a run: what they hold is what was saved, or they are refused."""
+    """A snapshot: what it holds is what was saved, or it is refused; also one whose hashes were made to fit."""
     variables = {"ib_iumad": {"params": {"kernel": np.arange(600, dtype=np.float32)}, "statistics": {}}}
     record = {"ledger_lines": 3, "decisions": [{"usual": 0.25}], "seconds": 2.5}
     memory = {"old": {"kernel": np.ones(3, jnp.bfloat16)}}
@@ -470,11 +475,17 @@ def snapshot(folder: Path) -> Target:
     def read(name: str, content: bytes) -> None:
         shutil.rmtree(damaged, ignore_errors=True)
         shutil.copytree(original, damaged)
-        (damaged / name).write_bytes(content)
-        found = snapshots.read(damaged)
-        jax.tree.map(np.testing.assert_array_equal, found, saved)
+        kind, _, file = name.partition(" ")
+        (damaged / file).write_bytes(content)
+        if kind == "forged":
+            folder = damaged / "snapshots" / "0"
+            (folder / snapshots.MANIFEST).write_text(json.dumps(snapshots.hashes(folder)))
+            snapshots.read(damaged)
+        else:
+            jax.tree.map(np.testing.assert_array_equal, snapshots.read(damaged), saved)
 
-    return Target({name: content for name, content in files.items() if content}, read)
+    kinds = ("damaged", "forged")
+    return Target({f"{kind} {name}": content for kind in kinds for name, content in files.items() if content}, read)
 
 
 TARGETS: dict[str, Callable[[Path], Target]] = {
