@@ -119,9 +119,10 @@ def test_a_full_disk_is_told_and_the_snapshot_before_is_intact(tmp_path, capfd, 
     with opened(tmp_path) as snapshots:
         snapshots.save(before)
         snapshots.wait()
-        with files_no_larger_than(room), pytest.raises(UserError) as error:
+        with files_no_larger_than(room):
             snapshots.save(after)
-            snapshots.wait()
+            with pytest.raises(UserError) as error:
+                snapshots.wait()
         folder = tmp_path / ("snapshots" if finished else "snapshots_within_step")
         assert str(error.value) == (
             f"{folder}: the snapshot could not be saved (File too large); the one before it is intact,"

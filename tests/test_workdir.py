@@ -56,8 +56,8 @@ def test_two_processes_do_not_share_a_workdir_and_a_killed_one_leaves_it(tmp_pat
         assert str(error.value) == f"{tmp_path}: another process runs here; wait for it, or choose another --workdir."
         process.send_signal(signal.SIGKILL)
     claim(tmp_path, paper("6-1"))
+    (tmp_path / "config.json.unfinished").mkdir()
     with pytest.raises(UserError, match="cannot write"):
-        (tmp_path / "config.json.unfinished").mkdir()
         claim(tmp_path, paper("6-1"))
     (tmp_path / "config.json.unfinished").rmdir()
     claim(tmp_path, paper("6-1"))  # an error gives it up as well

@@ -25,6 +25,7 @@ _DEEPEST = 32  # folders within each other
 _RECORD = ".archive.json"  # in the unpacked folder: what it was unpacked from
 _DAMAGE = (
     EOFError,
+    LookupError,
     NotImplementedError,  # and further what the libraries raise for what they cannot read
     RuntimeError,
     ValueError,
