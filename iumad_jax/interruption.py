@@ -55,15 +55,13 @@ def handled() -> Iterator[None]:
 
 def _watch(reader: int) -> None:
     """A thread of its own, since Python's handlers run in the main one, when that comes back from what it calls."""
-    with open(reader, "rb", buffering=0) as signals:  # noqa: PTH123 - not a path
+    with open(reader, "rb", buffering=0) as signals:
         if not (number := signals.read(1)):
             return
         _requested.set()
         name = signal.Signals(number[0]).name
-        told = (
-            f"iumad_jax: stopping on {name}; the same command goes on from here (SIGINT, Ctrl-C, now ends it at once)."
-        )
-        print("\n" * sys.stderr.isatty() + told, file=sys.stderr, flush=True)
+        told = f"stopping on {name}; the same command goes on from here (SIGINT, Ctrl-C, now ends it at once)."
+        print("\n" * sys.stderr.isatty() + f"iumad_jax: {told}", file=sys.stderr, flush=True)
         end = time.monotonic() + _PATIENCE
         while select.select([signals], [], [], max(0.0, end - time.monotonic()))[0]:
             if not (number := signals.read(1)):

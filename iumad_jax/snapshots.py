@@ -57,11 +57,8 @@ class Snapshots:
             UserError: the workdir is not writable.
         """
         logging.getLogger("absl").setLevel(logging.WARNING)
-        try:
-            self._finished = self._manager(workdir / "snapshots", keep=None)
-            self._within = self._manager(workdir / "snapshots_within_step", keep=2)
-        except OSError as error:
-            raise UserError(f"{workdir}: snapshots cannot be kept here ({_reason(error)}); make room.") from error
+        self._finished = self._manager(workdir / "snapshots", keep=None)
+        self._within = self._manager(workdir / "snapshots_within_step", keep=2)
         self._thread = ThreadPoolExecutor(1, "snapshots")
         self._saving: Future[None] | None = None
 
@@ -70,6 +67,10 @@ class Snapshots:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=False
         )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)  # Orbax would tell when it saves
+        except OSError as error:
+            raise UserError(f"{folder}: not a writable folder ({_reason(error)}); make room for one.") from error
         with _silent_threads():  # it reads what may be damaged
             return ocp.CheckpointManager(folder.absolute(), options=options)
 

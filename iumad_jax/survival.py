@@ -1,10 +1,10 @@
 """Stops a run again and again and looks whether it ends the same: python -m iumad_jax.survival --config=FILE.
 
-A run of the config is let alone once. Then runs of it, each in a folder of its own, meet faults at random moments and are
-started again until they end by themselves. The faults: SIGKILL; SIGTERM or SIGINT; SIGKILL and a spoiled file in the
-newest snapshot; a disk that is full from some moment on. A fault is survived exactly if the process answers it as it
-should and the run that met it ends with the ledger, the snapshots of all steps, the pictures and the results of the run
-that was let alone, byte by byte but for the time taken.
+A run of the config is let alone once. Then runs of it, each in a folder of its own, meet faults at random moments and
+are started again until they end by themselves. The faults: SIGKILL; SIGTERM or SIGINT; SIGKILL and a spoiled file in
+the newest snapshot; a disk that is full from some moment on. A fault is survived exactly if the process answers it as
+it should and the run that met it ends with the ledger, the snapshots of all steps, the pictures and the results of the
+run that was let alone, byte by byte but for the time taken.
 """
 
 import json
@@ -169,7 +169,9 @@ class Trial:
 
     def unsaid(self) -> list[str]:
         """Damage that no process told."""
-        return [f"{folder} was spoiled and nobody said so" for folder in self.spoiled if str(folder) not in self.all_said]
+        return [
+            f"{folder} was spoiled and nobody said so" for folder in self.spoiled if str(folder) not in self.all_said
+        ]
 
 
 def _live(folder: Path, config: ConfigDict) -> None:
@@ -266,7 +268,10 @@ def _kept(workdir: Path) -> dict[str, Any]:
         snapshot = snapshots.read(workdir, step)
         del snapshot.record["seconds"]
         arrays = jax.tree.leaves_with_path((snapshot.variables, snapshot.memory))
-        kept[f"snapshot {step}"] = [(path, array.dtype, array.tobytes()) for path, array in arrays], repr(snapshot.record)
+        kept[f"snapshot {step}"] = (
+            [(path, array.dtype, array.tobytes()) for path, array in arrays],
+            repr(snapshot.record),
+        )
     return kept
 
 

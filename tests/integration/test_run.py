@@ -225,31 +225,61 @@ def test_the_live_view_tells_the_same_as_the_ledger_with_the_time(whole):
         )
 
 
-def test_a_run_killed_within_a_step_ends_as_if_it_had_not_been(start, run, whole, tmp_path):
-    """With one seed, every byte of the ledger is the same; so are all results but the time taken."""
-    workdir = tmp_path / "run"
-    ledger = workdir / "ledger.jsonl"
-    with start(workdir) as process:
-        while not (ledger.exists() and '"step": 1, "epoch": 2' in ledger.read_text()):
-            assert process.poll() is None
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
-    before = ledger.read_bytes()
-    assert read(ledger)[-1]["event"] == "epoch"  # within step 1
-    assert list((workdir / "snapshots_within_step").glob("100000?"))
-    assert not (workdir / "results.json").exists()
-    with ledger.open("ab") as file:
-        file.write(b'{"event": "epoch", "st')  # what a crash of the machine may leave as well
+def wait_until(process, happened):
+    while not happened():
+        assert process.poll() is None
+        time.sleep(0.005)
 
-    code, _, err = run(workdir)
+
+def asked_to_stop(process, number):
+    """Sends a signal and returns what the process still said; it has to end with 75 within 10 seconds."""
+    asked = time.monotonic()
+    process.send_signal(number)
+    out, err = process.communicate()
+    assert time.monotonic() - asked < 10
+    assert (process.returncode, out) == (75, ""), err
+    return err.splitlines()
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_nothing_had_been(start, run, whole, tmp_path):
+    """While it prepares, in the middle of an epoch and while it evaluates, though snapshots are taken rarely."""
+    workdir, prepared = tmp_path / "run", tmp_path / "prepared"
+    rarely = {"snapshots.every_minutes": 5.0, "dataset.prepared": str(prepared)}
+    ledger, within = workdir / "ledger.jsonl", workdir / "snapshots_within_step"
+
+    def updates():
+        return [int(path.name) for path in within.glob("*[0-9]") if path.is_dir()]
+
+    with start(workdir, **rarely) as process:
+        wait_until(process, prepared.exists)
+        *_, last = asked_to_stop(process, signal.SIGTERM)
+    assert last == (
+        "iumad_jax: stopping on SIGTERM; the same command goes on from here (SIGINT, Ctrl-C, now ends it at once)."
+    )
+    assert not updates()
+    with start(workdir, **rarely) as process:
+        wait_until(process, lambda: ledger.exists() and '"epoch": 1' in ledger.read_text())
+        assert any("stopping on SIGINT; the same command" in line for line in asked_to_stop(process, signal.SIGINT))
+    assert len(updates()) == 1  # where it was: losses are told of whole epochs, and all updates are kept
+    assert updates()[0] // 2 + 1 == len(read(ledger))
+    with start(workdir, **rarely) as process:
+        wait_until(process, lambda: read(ledger)[-1]["event"] == "evaluation")
+        asked_to_stop(process, signal.SIGTERM)
+    assert 12 in updates()
+    code, _, err = run(workdir, **rarely)
     assert code == 0, err
-    complete = (whole[0] / "ledger.jsonl").read_bytes()
-    assert complete.startswith(before)
-    assert ledger.read_bytes() == complete
-    one, other = results_of(whole[0]), results_of(workdir)
-    assert one.pop("seconds") != other.pop("seconds")
-    assert one == other
+    assert ledger.read_bytes() == (whole[0] / "ledger.jsonl").read_bytes()
+
+
+def test_a_second_sigint_ends_a_run_at_once(start, tmp_path):
+    with start(tmp_path / "run") as process:
+        assert process.stderr.readline().startswith("step 0: learning")  # compiles next, and does not look up
+        process.send_signal(signal.SIGINT)
+        assert "stopping on SIGINT" in process.stderr.readline()
+        asked = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 130
+        assert time.monotonic() - asked < 2
 
 
 def test_a_finished_run_says_so_and_prints_its_result_again(run, whole):
@@ -329,4 +359,3 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, whole, tmp_path):
     assert last.startswith('iumad_jax: loss "')
     assert "of epoch 0; training stopped and nothing of this epoch was saved: lower config.train.learning_rate" in last
     assert [event["event"] for event in read(tmp_path / "run" / "ledger.jsonl")] == ["step"]
-    assert not list((tmp_path / "run" / "snapshots_within_step").iterdir())
