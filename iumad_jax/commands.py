@@ -141,6 +141,6 @@ def _config_errors() -> Iterator[None]:
         key, _, hint = str(inner.args[0] if isinstance(inner, KeyError) else inner).partition("\n")
         hint = hint[:1].lower() + hint[1:] or "every key is explained in iumad_jax/config.py."
         raise UserError(f"--config has no key {key}; {hint}") from error
-    except (OSError, SyntaxError, TypeError, ValueError) as error:
+    except (OSError, RecursionError, SyntaxError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[-1].strip(" .")
         raise UserError(f"--config cannot be read: {reason}.") from error

@@ -21,6 +21,7 @@ from iumad_jax import (
     inputs,
     interruption,
     methods,
+    numerics,
     parallel,
     protocol,
     recognition,
@@ -29,7 +30,7 @@ from iumad_jax import (
 )
 from iumad_jax import workdir as workdirs
 from iumad_jax.continual.strategy import Memory, Strategy
-from iumad_jax.data.pipeline import training_input, updates_per_epoch
+from iumad_jax.data.pipeline import images_of, training_input, updates_per_epoch
 from iumad_jax.data.sample import Reader
 from iumad_jax.data.store import PreparedSet, Store
 from iumad_jax.evaluate import evaluate, keep
@@ -155,6 +156,8 @@ def start(config: ConfigDict, workdir: Path, reader: Reader, steps: tuple[protoc
         name: {metric: np.array(rows) for metric, rows in by_metric.items()}
         for name, by_metric in snapshot.record["matrices"].items()
     }
+    nans = config.debug.nans
+    updates = {name: train.make_update(method, optimizer, strategy, nans) for name, optimizer in optimizers.items()}
     return Run(
         config,
         workdir,
@@ -162,7 +165,7 @@ def start(config: ConfigDict, workdir: Path, reader: Reader, steps: tuple[protoc
         systems,
         strategy,
         optimizers,
-        {name: train.make_update(method, optimizer, strategy) for name, optimizer in optimizers.items()},
+        updates,
         saved,
         ledger,
         inputs.describe(store),
@@ -234,13 +237,17 @@ def learn(this: Run, step: protocol.Step) -> None:
     variables, leaves = this.variables[config.method], this.optimizer_leaves
     state = train.start(variables, optimizer, done, leaves, this.memory)
     seed = config.seed * 1000 + step.index
-    pieces = training_input([one.batch for one in sets], config.train.batch_size, seed, done, config.input.resident)
+    size, at_once = config.train.batch_size, int(config.debug.nans)
+    pieces = training_input([one.batch for one in sets], size, seed, done, config.input.resident, at_once)
+    names = [f"{name}/train/{id_}" for name, one in zip(strategy.objects(step), sets, strict=True) for id_ in one.ids]
     key = jax.random.fold_in(jax.random.key(config.seed), step.index)
     update, last = this.updates[own.optimizer], config.train.epochs
-    for epoch in train.epochs(update, state, pieces, rates, key, per_epoch, last, this.losses, this.due):
+    passes = train.epochs(update, state, pieces, rates, key, per_epoch, last, this.losses, this.due)
+    shown = lambda number: [names[row] for row in images_of(number, images, size, seed)]  # noqa: E731
+    for epoch in numerics.explain(passes, step.index, per_epoch, shown):
         if epoch.whole:
             this.ledger.append("epoch", step=step.index, epoch=epoch.number, **epoch.losses)
-            seen = per_epoch * config.train.batch_size
+            seen = per_epoch * size
             this.live.epoch(
                 step.index, epoch.number, config.train.epochs, epoch.losses, epoch.learning_rate, seen, epoch.seconds
             )

@@ -26,7 +26,7 @@ from iumad_jax.data.images import PHOTOGRAPHS, check_same_size, read_photograph
 from iumad_jax.data.sample import Camera
 from iumad_jax.detector import Detection, Detector
 from iumad_jax.errors import UserError
-from iumad_jax.report import figures
+from iumad_jax.report import figures, tables
 from iumad_jax.report.ledger import as_json, write_whole
 from iumad_jax.shapes import Batch, Prediction, Variables
 
@@ -115,7 +115,7 @@ def _files(values: flags.FlagValues, detector: Detector) -> Iterator[Shot]:
     root = Path(values.input)
     if not root.exists():
         raise UserError(f"--input is {root}, which does not exist; name an image or a folder of images.")
-    images = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix.lower() in PHOTOGRAPHS)
+    images = [root] if root.is_file() else _photographs(root)
     if not images or images[0].suffix.lower() not in PHOTOGRAPHS:
         raise UserError(f"--input is {root}, which is or holds no image; give files ending in {' '.join(PHOTOGRAPHS)}.")
     needs_depth = "depth" in detector.processing.modalities
@@ -140,6 +140,14 @@ def _files(values: flags.FlagValues, detector: Detector) -> Iterator[Shot]:
             return rgb, depth, camera or own
 
         yield Shot(name, read)
+
+
+def _photographs(root: Path) -> list[Path]:
+    images = sorted(file for file in root.rglob("*") if file.suffix.lower() in PHOTOGRAPHS and file.is_file())
+    for file in images:
+        if not str(file).isprintable():
+            raise UserError(f"{file} has a name that cannot be printed; rename it.")
+    return images
 
 
 def _depth_file(place: Path, name: str) -> Path:
@@ -192,7 +200,7 @@ def _csv(rows: list[dict[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]) if rows else ["image"], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: tables.spreadsheet_text(value) for key, value in row.items()} for row in rows)
     return text.getvalue()
 
 

@@ -25,7 +25,7 @@ from iumad_jax.errors import UserError
 from iumad_jax.report.ledger import write_whole
 from iumad_jax.shapes import Variables
 
-_MANIFEST = "sha256.json"
+MANIFEST = "sha256.json"
 _UPDATES = 10**12  # more than a step has
 
 
@@ -191,7 +191,7 @@ def _write(manager: ocp.CheckpointManager, number: int, arrays: Any, record: dic
                 force=True,
             )
         folder = Path(manager.directory / str(number))
-        write_whole(folder / _MANIFEST, json.dumps(_hashes(folder), indent=1).encode())
+        write_whole(folder / MANIFEST, json.dumps(hashes(folder), indent=1).encode())
     except (OSError, ValueError) as error:
         if isinstance(error, ValueError) and "os_error_code" not in str(error):  # not tensorstore's own OSError
             raise
@@ -201,11 +201,11 @@ def _write(manager: ocp.CheckpointManager, number: int, arrays: Any, record: dic
         ) from error
 
 
-def _hashes(folder: Path) -> dict[str, str]:
+def hashes(folder: Path) -> dict[str, str]:
     """The SHA-256 of every file, by its path within the folder."""
     hashes = {}
     for file in sorted(folder.rglob("*")):
-        if file.is_file() and file.name != _MANIFEST:
+        if file.is_file() and file.name != MANIFEST:
             with file.open("rb") as stream:
                 hashes[str(file.relative_to(folder))] = hashlib.file_digest(stream, "sha256").hexdigest()
     return hashes
@@ -214,7 +214,7 @@ def _hashes(folder: Path) -> dict[str, str]:
 def _damage(folder: Path) -> str | None:
     """What is wrong with a snapshot, None if all of its files are as they were written."""
     try:
-        noted, found = json.loads((folder / _MANIFEST).read_bytes()), _hashes(folder)
+        noted, found = json.loads((folder / MANIFEST).read_bytes()), hashes(folder)
         if noted == found:
             return None
         differing = sorted(file for file in noted | found if noted.get(file) != found.get(file))
@@ -223,7 +223,7 @@ def _damage(folder: Path) -> str | None:
         return "was not finished or is damaged (it has no manifest)"
     except OSError as error:
         return f"cannot be read ({_reason(error)})"
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return "is damaged (its manifest is not as it was written)"
 
 

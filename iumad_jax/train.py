@@ -12,7 +12,7 @@ import optax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from iumad_jax import parallel
+from iumad_jax import numerics, parallel
 from iumad_jax.continual.finetune import finetune
 from iumad_jax.continual.strategy import Memory, Strategy
 from iumad_jax.data.pipeline import Piece
@@ -38,15 +38,16 @@ class Epoch(NamedTuple):
     number: int
     updates: int  # done in this step
     whole: bool
-    history: dict[str, np.ndarray]  # losses of the epoch's updates so far, "loss" being the total
+    history: dict[str, np.ndarray]  # scalars of the epoch's updates so far, "loss" being the total
     learning_rate: float  # of the last update
     seconds: float  # that the whole takes
     state: TrainState
 
     @property
     def losses(self) -> dict[str, float]:
-        """Means over the updates."""
-        return {name: float(values.mean(dtype=np.float64)) for name, values in self.history.items()}
+        """Means over the updates, also of the norms of `numerics.measure`."""
+        shown = {name: values for name, values in self.history.items() if name != numerics.PARAMETER}
+        return {name: float(values.mean(dtype=np.float64)) for name, values in shown.items()}
 
 
 def of_step(config: ConfigDict, step: int) -> ConfigDict:
@@ -112,11 +113,17 @@ def start(
     return TrainState(variables, state, np.int32(update), memory or {})
 
 
-def make_update(method: Method, optimizer: optax.GradientTransformation, strategy: Strategy | None = None) -> Any:
+def make_update(
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    strategy: Strategy | None = None,
+    find_operations: bool = False,
+) -> Any:
     """The jitted updates (state, piece, key, learning rates) -> (state, scalars) over all devices.
 
     Those of a piece, which can be a whole epoch, run one after the other in a loop on the device. Images arrive as they
-    are stored and are float32 from here on. No strategy is `finetune`.
+    are stored and are float32 from here on. No strategy is `finetune`. `find_operations`: see
+    `numerics.finding_operations`, which takes pieces of one update.
     """
     ours = strategy or finetune(method)
 
@@ -132,10 +139,13 @@ def make_update(method: Method, optimizer: optax.GradientTransformation, strateg
         direction, optimizer_state = optimizer.update(gradients, state.optimizer, params)
         changes = jax.tree.map(lambda change: -rate * change, direction)
         changes, _ = ours.constrain.update(changes, ours.constrain.init(params), params, memory=memory)
+        scalars |= numerics.measure(gradients, changes)
         variables = state.variables | {"params": optax.apply_updates(params, changes)}
         return TrainState(variables, optimizer_state, state.update + 1, memory), scalars
 
-    return parallel.data_parallel(_repeated(update))
+    updates = _repeated(update)
+    compiled = parallel.data_parallel(updates)
+    return numerics.finding_operations(compiled, parallel.on_one_device(updates)) if find_operations else compiled
 
 
 def _repeated(update: Callable) -> Callable:
@@ -180,7 +190,7 @@ def epochs(
         pause: asked after every piece.
 
     Raises:
-        UserError: a loss is not finite.
+        NotFinite: a loss, a gradient or a weight is not finite.
     """
     first, total = int(state.update), last * per_epoch
     state = parallel.replicate(state)
@@ -201,24 +211,11 @@ def epochs(
                 done += piece_rates.size
                 bar.update(piece_rates.size)
                 if done == per_epoch or pause():
-                    losses = _losses(parts, index)
+                    losses = {name: np.concatenate([np.asarray(part[name])[0] for part in parts]) for name in parts[0]}
+                    numerics.check(losses, state.variables["params"], index * per_epoch)
                     bar.set_postfix(loss=f"{losses['loss'].mean():.4f}")
                     seconds = (time.monotonic() - began) * per_epoch / (done - before)
                     updates_done = index * per_epoch + done
                     rate, reached = float(piece_rates[-1]), parallel.unreplicate(state)
                     yield Epoch(index, updates_done, done == per_epoch, losses, rate, seconds, reached)
             parts = []
-
-
-def _losses(parts: list[Scalars], epoch: int) -> dict[str, np.ndarray]:
-    """Of all updates of an epoch so far."""
-    losses = {name: np.concatenate([np.asarray(scalars[name])[0] for scalars in parts]) for name in parts[0]}
-    for name, values in losses.items():
-        if not np.isfinite(values).all():
-            broken = int(np.argmin(np.isfinite(values)))
-            raise UserError(
-                f'loss "{name}" became {values[broken]} in update {broken} of epoch {epoch}; training stopped'
-                " and nothing of this epoch was saved: lower config.train.learning_rate, or look for broken"
-                " images."
-            )
-    return losses

@@ -9,6 +9,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
+from iumad_jax import config as configs
 from iumad_jax.errors import UserError
 from iumad_jax.report.ledger import write_whole
 
@@ -24,7 +25,7 @@ def check(workdir: Path, config: ConfigDict) -> None:
     if not (workdir / _NAME).exists():
         return
     before, now = _flat(read(workdir).to_dict()), _flat(json.loads(config.to_json()))
-    differing = [key for key in before | now if before.get(key) != now.get(key)]
+    differing = [key for key in before | now if before.get(key) != now.get(key) and not key.startswith("debug.")]
     if differing:
         changes = ", ".join(f"config.{key} ({before.get(key)} there, {now.get(key)} now)" for key in differing)
         raise UserError(f"{workdir}: holds a run of another config, differing in {changes}; choose another --workdir.")
@@ -38,11 +39,17 @@ def read(workdir: Path) -> ConfigDict:
     """
     file = workdir / _NAME
     try:
-        return ConfigDict(json.loads(file.read_text()))
+        config = ConfigDict(json.loads(file.read_text()))
     except FileNotFoundError as error:
         raise UserError(f"{workdir} holds no run; give the --workdir of one.") from error
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: not the config of a run ({error}); choose another --workdir.") from error
+    found = _flat(config.to_dict())
+    for key, value in _flat(configs.paper("1-0").to_dict()).items():
+        if type(found.get(key)) is not type(value):
+            raise UserError(f"{file}: has no config.{key} of type {type(value).__name__}; choose another --workdir.")
+    configs.check(config)
+    return config
 
 
 @contextmanager

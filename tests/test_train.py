@@ -1,6 +1,7 @@
 """Training: the optimiser against float64 NumPy, the schedules by hand, and what a resumed or broken run leaves."""
 
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,11 @@ import pytest
 
 from iumad_jax import train
 from iumad_jax.config import paper
-from iumad_jax.data.pipeline import training_batches, training_input
+from iumad_jax.data.pipeline import images_of, training_batches, training_input
 from iumad_jax.errors import UserError
 from iumad_jax.methods.ib_iumad import ib_iumad
 from iumad_jax.methods.method import Loss, Method
+from iumad_jax.numerics import NotFinite, check, explain
 from iumad_jax.shapes import Batch
 
 IMAGES, BATCH, PER_EPOCH = 21, 4, 5
@@ -102,7 +104,13 @@ def test_the_losses_of_an_epoch_are_means_over_its_updates():
     for epoch in trained(method, config, data):
         numbers = [next(batches).images.features["rgb"].astype(np.float64) for _ in range(PER_EPOCH)]
         losses = [0.5 * sum(((p - x) ** 2).sum() for p in params.values()) for x in np.ravel(numbers)]
-        assert epoch.losses == {"loss": pytest.approx(np.mean(losses), rel=1e-5), "pull": epoch.losses["loss"]}
+        squares = [sum(((p - np.mean(x)) ** 2).sum() for p in params.values()) for x in numbers]
+        assert epoch.losses == {
+            "loss": pytest.approx(np.mean(losses), rel=1e-5),
+            "pull": epoch.losses["loss"],
+            "gradient_norm": pytest.approx(np.mean(np.sqrt(squares)), rel=1e-5),
+            "update_norm": 0,
+        }
 
 
 def test_every_update_draws_its_own_noise():
@@ -193,17 +201,83 @@ def test_resident_images_train_as_streamed_ones_do(at_once):
         assert other.losses == pytest.approx(one.losses, rel=rtol, abs=0)
 
 
-def test_a_loss_that_is_not_finite_stops_training():
-    """An image without a number, left out of the first epoch, ends the run in the second, whose weights it spoils."""
+def square_root(number):
+    return jnp.sqrt(number)  # whose derivative at 0 is infinite
+
+
+def logarithm(number):
+    return jax.lax.scan(lambda carry, x: (carry + jnp.log(x), None), 0.0, jnp.stack([1.0, number]))[0]
+
+
+def flawed(flaw):
+    """`pull`, whose loss has a further term of one parameter that a flaw makes of it."""
+    method = pull()
+
+    def loss(variables, batch, keys):
+        own = method.loss(variables, batch, keys)
+        term = jnp.sum(jax.vmap(flaw)(variables["params"]["bias"] * 0 + batch.features["rgb"].min()))
+        return own._replace(total=own.total + term, terms=own.terms | {"flaw": term})
+
+    return Method(method.init, predict=None, loss=loss)
+
+
+def spoiled(number):
+    """Images of which one, left out of the first epoch, has another number; its place and the update that takes it."""
     data = images()
+    data.features["rgb"][:] = np.abs(data.features["rgb"]) + 1
     order = [piece.images.object_id for piece, _ in zip(training_batches([data], BATCH, 7, 0), range(10), strict=False)]
     (broken,) = set(range(IMAGES)) - set(np.ravel(order[:PER_EPOCH]).tolist())
-    (update,) = [number for number, ids in enumerate(order[PER_EPOCH:]) if broken in ids]
-    data.features["rgb"][broken] = np.nan
-    epochs = trained(pull(), settings(), data)
+    (update,) = [number for number, ids in enumerate(order) if broken in ids]
+    data.features["rgb"][broken] = number
+    return data, update, np.ravel(order[update])
+
+
+@pytest.mark.parametrize(
+    ("flaw", "number", "told"),
+    [
+        (jnp.abs, np.nan, r"images/features/rgb was nan or inf before any operation"),
+        (logarithm, -1, r"\S+/test_train\.py:\d+ \(return .*jnp\.log\(x\).*\), in its log, became nan"),
+        (square_root, 0, r"\S+/test_train\.py:\d+ \(return jnp\.sqrt\(number\) .*\), in its \w+, became inf"),
+    ],
+)
+def test_the_operation_that_makes_nan_is_found(flaw, number, told):
+    """In the forward or backward pass, also within a loop; and the images of the update are named."""
+    data, update, rows = spoiled(number)
+    method, config = flawed(flaw), settings(learning_rate=1e-3, schedule="step")
+    finding = train.make_update(method, train.make_optimizer(config), None, find_operations=True)
+    passes = trained(method, config, data, update=finding, pieces=training_input([data], BATCH, 7, 0, "always", 1))
+    epochs = explain(passes, 3, PER_EPOCH, lambda update: [f"x/{row}" for row in images_of(update, IMAGES, BATCH, 7)])
     assert np.isfinite(next(epochs).losses["loss"])
-    with pytest.raises(UserError, match=rf'loss "loss" became nan in update {update} of epoch 1; .* nothing of this'):
+    with pytest.raises(UserError) as error:
         next(epochs)
+    named = ", ".join(f"x/{row}" for row in rows)
+    expected = rf"{told} in step 3, epoch 1, update {update - PER_EPOCH}, whose images are {named}; [^\n]*\."
+    assert re.fullmatch(expected, str(error.value))
+
+
+def test_what_is_not_finite_is_told_by_its_first_part():
+    """Of the earliest update the term, not the total that it spoils; the gradient of the parameter that broke first."""
+    params = {"a": 0, "b": {"c": 0}}
+    good = {name: np.ones(4) for name in ("loss", "pull", "gradient_norm", "update_norm")} | {
+        "parameter": np.zeros(4, int)
+    }
+    check(good, params, 10)
+    bad = {name: np.array([1, 1, np.nan, np.nan]) for name in good} | {"parameter": np.array([0, 0, 1, 1])}
+    for broken, told in [
+        (bad, 'loss "pull" became nan in update 12 of its step'),
+        (bad | {"pull": np.array([1, 1, 1, np.inf])}, 'loss "loss" became nan in update 12'),
+        (bad | {"pull": good["pull"], "loss": good["loss"]}, "the gradient of b/c became nan in update 12"),
+        (good | {"update_norm": np.array([1, np.inf, 1, 1])}, "what is added to the weights became inf in update 11"),
+    ]:
+        with pytest.raises(NotFinite, match=told):
+            check(broken, params, 10)
+
+
+def test_weights_that_are_not_finite_are_never_kept():
+    """Not even those of an epoch's last update, before any loss could tell."""
+    config = settings(learning_rate=1e38, schedule="step", clip_norm=1e9)
+    with pytest.raises(NotFinite, match=r"what is added to the weights became inf in update 0 of its step"):
+        next(trained(pull(), config, images()))
 
 
 def test_the_update_is_compiled_once(caplog):

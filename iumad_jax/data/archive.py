@@ -25,6 +25,7 @@ _DEEPEST = 32  # folders within each other
 _RECORD = ".archive.json"  # in the unpacked folder: what it was unpacked from
 _DAMAGE = (
     EOFError,
+    LookupError,
     NotImplementedError,  # and further what the libraries raise for what they cannot read
     RuntimeError,
     ValueError,
@@ -99,7 +100,7 @@ def unpack(archive: Path, root: Path, limits: Limits) -> str:
 def _unpacked_from(root: Path) -> str | None:
     try:
         return json.loads((root / _RECORD).read_text())["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

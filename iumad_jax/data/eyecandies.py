@@ -1,14 +1,13 @@
 """The Eyecandies format (Bonfiglioli et al., ACCV 2022), which the embedded `candies` are written in too."""
 
 import re
-import reprlib
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32
 
 from iumad_jax.data.depth_files import check_distance
-from iumad_jax.data.files import check_file, listing, opening, read_yaml, select
+from iumad_jax.data.files import check_file, listing, opening, read_yaml, select, shown
 from iumad_jax.data.images import check_same_size, read_image, read_mask
 from iumad_jax.data.sample import Camera, Sample, Split
 from iumad_jax.errors import UserError
@@ -163,9 +162,7 @@ def _read_range(file: Path) -> tuple[float, float]:
     for key in ("min", "max"):
         value = span.get(key) if isinstance(span, dict) else None
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < _FARTHEST:
-            raise UserError(
-                f"{file} has {reprlib.repr(value):.40} as normalization: {key}; give metres, from 0 to {_FARTHEST}."
-            )
+            raise UserError(f"{file} has {shown(value)} as normalization: {key}; give metres, from 0 to {_FARTHEST}.")
         metres.append(float(value))
     nearest, farthest = metres
     if nearest > farthest:
@@ -183,7 +180,7 @@ def _read_defect(file: Path) -> str:
     labels = read_yaml(file)
     for key in ("anomalous", *(f"anomalous_{kind}" for kind in DEFECTS)):
         if labels.get(key) not in (0, 1):
-            raise UserError(f"{file} has {reprlib.repr(labels.get(key)):.40} as {key}; give 0 or 1.")
+            raise UserError(f"{file} has {shown(labels.get(key))} as {key}; give 0 or 1.")
     kinds = [kind for kind in DEFECTS if labels[f"anomalous_{kind}"]]
     if bool(kinds) != bool(labels["anomalous"]):
         raise UserError(f"{file} has anomalous: {labels['anomalous']} but the kinds {kinds}; make them agree.")

@@ -1,6 +1,7 @@
 """What lies in a dataset's folders, looked at without decoding anything, and its small text files."""
 
 import os
+import reprlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,13 +52,15 @@ def listing(folder: Path, root: Path) -> dict[str, os.DirEntry[str]]:
     """What a folder holds, by name, sorted, without hidden files.
 
     Raises:
-        UserError: the folder or a link in it leads out of the root.
+        UserError: the folder or a link in it leads out of the root, or a name cannot be printed.
         OSError: it cannot be read, or a link leads nowhere but to itself.
     """
     _check_inside(folder, root)
     with os.scandir(folder) as entries:
         found = {entry.name: entry for entry in sorted(entries, key=lambda one: one.name) if entry.name[0] != "."}
     for name, entry in found.items():
+        if not name.isprintable():
+            raise UserError(f"{folder / name} has a name that cannot be printed; rename it.")
         if entry.is_symlink():
             (folder / name).stat()
             _check_inside(folder / name, root)
@@ -96,13 +99,30 @@ def read_yaml(file: Path) -> dict[Any, Any]:
     if len(text) > _MAX_YAML_BYTES:
         raise UserError(f"{file} is larger than {_MAX_YAML_BYTES} bytes; restore it.")
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{file} is not plain YAML ({reason}); restore it.") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no keys; restore it.")
     return content
+
+
+class _Loader(yaml.SafeLoader):
+    """Without aliases: a few of them can stand for more than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias")
+        return super().compose_node(parent, index)
+
+
+def shown(value: Any) -> str:
+    """A value of such a file, in few characters."""
+    try:
+        return f"{reprlib.repr(value):.40}"
+    except ValueError:  # Python does not write numbers of more than some thousand digits
+        return "a huge number"
 
 
 def unreadable(file: Path, error: Exception) -> UserError:

@@ -1,13 +1,13 @@
 """One's own objects, in folders."""
 
 import math
-import reprlib
+import sys
 from pathlib import Path
 from typing import Any
 
 from iumad_jax.data import depth
 from iumad_jax.data.depth_files import DEPTH_IMAGES
-from iumad_jax.data.files import folders, opening, read_yaml, select
+from iumad_jax.data.files import folders, opening, read_yaml, select, shown
 from iumad_jax.data.images import PHOTOGRAPHS
 from iumad_jax.data.layout import Item, good_items, items_of, labelled_items, read_item
 from iumad_jax.data.sample import Camera, Sample, Split
@@ -123,7 +123,7 @@ def _settings(file: Path, given: dict[Any, Any]) -> dict[str, Any]:
     known = ("unit", "camera", *_LENGTHS, "normals_window")
     for key in given:
         if key not in known:
-            raise UserError(f"{file} has the key {reprlib.repr(key):.40}; known are {', '.join(known)}.")
+            raise UserError(f"{file} has the key {shown(key)}; known are {', '.join(known)}.")
     settings: dict[str, Any] = {key: _number(file, key, given.get(key, value)) for key, value in _LENGTHS.items()}
     if "unit" in given:
         unit = given["unit"]
@@ -131,20 +131,20 @@ def _settings(file: Path, given: dict[Any, Any]) -> dict[str, Any]:
     if "camera" in given:
         camera = given["camera"]
         if not isinstance(camera, dict) or set(camera) != set(_CAMERA):
-            raise UserError(f"{file} has {reprlib.repr(camera):.60} as camera; give {', '.join(_CAMERA)} in pixels.")
+            raise UserError(f"{file} has {shown(camera)} as camera; give {', '.join(_CAMERA)} in pixels.")
         focal = [_number(file, f"camera: {key}", camera[key]) for key in ("fx", "fy")]
         centre = [_number(file, f"camera: {key}", camera[key], above=-math.inf) for key in ("cx", "cy")]
         settings["camera"] = Camera(focal[0], focal[1], centre[0], centre[1])
     if "normals_window" in given:
         window = given["normals_window"]
         if window not in range(3, 100, 2) or isinstance(window, bool):
-            raise UserError(f"{file} has {reprlib.repr(window):.40} as normals_window; give 3, 5, 7 or more, up to 99.")
+            raise UserError(f"{file} has {shown(window)} as normals_window; give 3, 5, 7 or more, up to 99.")
         settings["normals_window"] = window
     return settings
 
 
 def _number(file: Path, key: str, value: Any, above: float = 0) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not above < value < math.inf:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not above < value < sys.float_info.max:
         known = f"{', '.join(_UNITS)} or metres per level" if key == "unit" else f"a number above {above}"
-        raise UserError(f"{file} has {reprlib.repr(value):.40} as {key}; give {known}.")
+        raise UserError(f"{file} has {shown(value)} as {key}; give {known}.")
     return float(value)

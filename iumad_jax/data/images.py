@@ -1,5 +1,6 @@
 """Photographs and masks: the header is checked before anything is decoded."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ _KINDS = {  # by Pillow's mode
     "I;16B": "16-bit grey",
 }
 _ORIENTATION = 0x0112  # EXIF
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd EXIF data, where the pixels are as they should be
 
 
 def read_image(file: Path, *kinds: str) -> np.ndarray:
@@ -55,7 +57,7 @@ def read_image(file: Path, *kinds: str) -> np.ndarray:
                 if name == "JPEG" and image.getexif().get(_ORIENTATION, 1) != 1:
                     raise UserError(f"{file} is shown turned, by its EXIF orientation; save it upright.")
                 return np.array(image)
-    except (OSError, SyntaxError, ValueError, LookupError, TypeError) as error:  # all that Pillow may raise
+    except (OSError, SyntaxError, ValueError, LookupError, TypeError, Warning) as error:  # all that Pillow may raise
         raise unreadable(file, error) from error
 
 

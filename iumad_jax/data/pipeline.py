@@ -87,6 +87,11 @@ def training_input(
     return streamed(training_batches(sets, batch_size, seed, first))
 
 
+def images_of(update: int, images: int, batch_size: int, seed: int) -> np.ndarray:
+    """Which of a step's images an update takes, counted from the step's first."""
+    return _in_order(images, batch_size, seed)[update]
+
+
 def fit_on_device(sets: Sequence[Batch]) -> bool:
     """Whether every device may hold all of these images."""
     size = sum(array.nbytes for array in jax.tree.leaves(list(sets)))

@@ -89,7 +89,7 @@ def load(folder: Path, names: Sequence[str], count: int) -> Values:
 
 
 def _load(file: Path, count: int) -> np.ndarray:
-    with suppress(OSError, ValueError, EOFError):
+    with suppress(Exception):  # NumPy raises whatever a damaged header leads to
         array = np.load(file, mmap_mode="r")
         if len(array) == count:
             return array
@@ -112,7 +112,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a set, None if it has none or a damaged one."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         content = json.loads((folder / _MANIFEST).read_bytes())
         if content["sha256"] == digest(content["manifest"]):
             return content["manifest"]

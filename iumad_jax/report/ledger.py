@@ -96,7 +96,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     events = []
     for number, line in enumerate(lines, 1):
         event = None
-        with suppress(ValueError):  # also of decoding
+        with suppress(ValueError, RecursionError):  # also of decoding
             event = json.loads(line)
         if not isinstance(event, dict) or "event" not in event:
             raise UserError(f"{path} line {number} is damaged: not a JSON object with an event; restore the file")

@@ -10,6 +10,7 @@ evaluation, is what `iumad_jax.decisions.unknown_rates` returns.
 """
 
 import csv
+import html
 import io
 import json
 import math
@@ -193,9 +194,14 @@ def comma_separated(results: dict[str, Any]) -> str:
         columns = [*(matrix[-1] for matrix in matrices), *(falls(matrix) for matrix in matrices)]
         means = [*map(final, matrices), *map(forgetting, matrices)]
         for step, object_, column in objects_of(results):
-            writer.writerow([name, object_, step, *(_number(values[column]) for values in columns)])
+            writer.writerow([name, spreadsheet_text(object_), step, *(_number(values[column]) for values in columns)])
         writer.writerow([name, "mean", "", *map(_number, means)])
     return file.getvalue()
+
+
+def spreadsheet_text(value: Any) -> Any:
+    """A name as a spreadsheet shows it, where it would take it for a formula and compute it; numbers as they are."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
 
 
 def _number(value: float | None) -> str:
@@ -222,9 +228,13 @@ def read_results(workdir: Path) -> dict[str, Any] | None:
         UserError: results.json cannot be read.
     """
     path = workdir / "results.json"
+    if not path.exists():
+        return None
     try:
-        return json.loads(path.read_bytes()) if path.exists() else None
-    except (OSError, ValueError) as error:
+        results = json.loads(path.read_bytes())
+        markdown(results)  # what cannot be shown is damaged
+        return results
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}; remove it to have the run write it again") from error
 
 
@@ -354,4 +364,7 @@ def _cell(value: float | None) -> str:
 
 
 def _table(rows: list[list[Any]], headers: list[str], style: str) -> str:
+    if style == "github":  # Markdown, where names could be markup
+        rows = [[html.escape(str(cell), quote=False).replace("|", "\\|") for cell in row] for row in rows]
+        headers = [html.escape(header, quote=False).replace("|", "\\|") for header in headers]
     return tabulate(rows, headers, style, disable_numparse=True, colalign=["left", *["right"] * (len(headers) - 1)])

@@ -154,6 +154,10 @@ def test_a_zip_that_lies_about_a_size_is_refused(tmp_path, told):
     refused(archive, tmp_path, "is truncated or damaged")
 
 
+def test_a_zip_with_an_entry_without_a_name_is_refused(tmp_path):
+    refused(write_zip(tmp_path / "a.zip", [("", b"")]), tmp_path, "is truncated or damaged")
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("keep", [0, 0.1, 0.3, 0.5])  # a .tar is padded to twice its size
 def test_truncated_archives_are_refused(tmp_path, kind, keep):

@@ -179,6 +179,12 @@ BAD = {
     "an empty test": ("Zahnrad groß/test", "empty", "test holds no folder good and none named after a defect"),
     "an empty defect": (BROKEN, "empty", "broken tooth/rgb holds no images"),
     "an unknown split": ("bolt/unlabelled", ("rename_to", "Test"), "bolt/Test is not one of train, val, test"),
+    "a name with a command to the terminal": (RGB, ("rename_to", "\x1b[2J.png"), r"\x1b[2J.png has a name that cannot"),
+    "a name in no encoding": (
+        RGB,
+        ("rename_to", "\udcff.png"),
+        r"\udcff.png has a name that cannot be printed; rename",
+    ),
     "an unknown kind": (f"{BROKEN}/mask", ("rename_to", "masks"), "masks is not one of rgb, depth, mask"),
     "an unknown ending": (RGB, ("copy_to", "001.webp"), "001.webp is not one of .png .jpg"),
     "one name twice": (RGB, ("copy_to", "000.jpg"), "000.png and 000.jpg have one name; rename or remove either"),

@@ -145,7 +145,7 @@ def test_the_ledger_tells_the_story_in_order(whole):
     assert [(event["step"], event["epoch"]) for event in epochs] == [(s, e) for s in (0, 1) for e in range(6)]
     for event in epochs:
         losses = {"fusion", "kl", "ib_heads", "object_rgb"} | ({"compression"} if event["step"] == 0 else set())
-        assert set(event) == {"event", "step", "epoch", "loss"} | losses
+        assert set(event) == {"event", "step", "epoch", "loss", "gradient_norm", "update_norm"} | losses
         assert event["loss"] == pytest.approx(sum(event[name] for name in losses), rel=1e-4)
     assert epochs[5]["loss"] < epochs[0]["loss"]
     results = results_of(workdir)

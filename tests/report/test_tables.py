@@ -247,6 +247,17 @@ def test_latex_keeps_names_from_being_commands(tmp_path):
         subprocess.run([program, "-halt-on-error", "page"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
 
 
+def test_names_are_neither_formulas_nor_markup():
+    names = ["=HYPERLINK(1)", "a|b<img src=x>", "@cat"]
+    results = with_floor(objects=names, steps=[[names[1], names[0]], ["@cat"]])
+    rows = list(csv.DictReader(io.StringIO(tables.comma_separated(results))))
+    assert [row["object"] for row in rows[:3]] == ["a|b<img src=x>", "'=HYPERLINK(1)", "'@cat"]
+    assert rows[0]["fm_p_auroc"] == "" or float(rows[0]["fm_p_auroc"]) < 0  # a number stays one, also a negative one
+    text = tables.markdown(results)
+    assert r"| a\|b&lt;img src=x&gt; " in text
+    assert "<img" not in text
+
+
 def test_comma_separated_values_read_back_to_the_last_digit():
     rows = list(csv.DictReader(io.StringIO(tables.comma_separated(with_floor()))))
     assert [(row["method"], row["object"], row["step"]) for row in rows] == [

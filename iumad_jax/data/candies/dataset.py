@@ -109,7 +109,7 @@ def check_manifest(directory: Path, wanted: dict) -> None:
     """Refuse a directory that holds anything but the dataset with these settings."""
     try:
         found = json.loads((directory / MANIFEST).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise UserError(f"{directory}: holds files, but no candies dataset; choose another root.") from None
     if differing := [key for key in wanted if found.get(key) != wanted[key]]:
         raise UserError(

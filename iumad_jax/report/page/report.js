@@ -164,7 +164,8 @@ function curves() {
 
 function training() {
   const events = page.losses;
-  const terms = [...new Set(events.flatMap(Object.keys))].filter((key) => !["event", "step", "epoch"].includes(key));
+  const others = ["event", "step", "epoch", "gradient_norm", "update_norm"];
+  const terms = [...new Set(events.flatMap(Object.keys))].filter((key) => !others.includes(key));
   terms.sort((a, b) => (b === "loss") - (a === "loss"));
   $("training-note").textContent = events.length
     ? "Means of the losses over each epoch, one step after the other."

@@ -1,0 +1,74 @@
+"""A run whose second object has a broken prepared image: it says which, and keeps what it had."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from iumad_jax import data, experiment, inputs, snapshots
+from iumad_jax.config import small
+from iumad_jax.data import records
+from iumad_jax.errors import UserError
+
+SMALL = {
+    "dataset.name": "folder",
+    "modality": "rgb",
+    "method": "uniad",
+    "floors": "",
+    "input.size": 64,
+    "backbone.grid": 8,
+    "model.width": 8,
+    "model.hidden": 8,
+    "model.heads": 2,
+    "train.epochs": 1,
+    "train.batch_size": 4,
+}
+
+
+@pytest.fixture(autouse=True)
+def _compiled_without_optimisation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def test_a_broken_image_stops_the_run_and_is_named(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("nut", "bolt"):
+        folder = tmp_path / "objects" / name / "train" / "good" / "rgb"
+        folder.mkdir(parents=True)
+        for number in range(8):
+            Image.fromarray(rng.integers(0, 256, (64, 64, 3)).astype(np.uint8)).save(folder / f"{number}.png")
+    config, workdir = small("1-1"), tmp_path / "run"
+    root = {"dataset.root": str(tmp_path / "objects"), "dataset.objects": "nut,bolt"}
+    config.update_from_flattened_dict(SMALL | root)
+
+    store = inputs.open_store(config, data.open_reader(config), workdir)
+    manifest = store.prepare("bolt", "train")
+    (home,) = (workdir / "prepared").glob("bolt-*")
+    features = np.load(home / manifest["rows"] / "features_rgb.npy", mmap_mode="r+")
+    features[5, 3, 2] = np.nan
+    features.flush()
+    arrays = {name: np.load(home / manifest["rows"] / f"{name}.npy") for name in ("features_rgb", "images_rgb")}
+    manifest["images"][5]["crc32"] = records.checksum(records.row(arrays, 5))
+    records.write_manifest(home, manifest)
+
+    told = {}
+    for nans in (False, True):  # the second run looks for the operation, from where the first one stopped
+        config.debug.nans = nans
+        with pytest.raises(UserError) as error:
+            experiment.run(config, workdir)
+        told[nans], _, rest = str(error.value).partition(" in step 1, epoch 0, update ")
+        _, _, rest = rest.partition(", whose images are ")
+        assert "bolt/train/5" in rest.partition(";")[0].split(", ")
+        assert len(rest.partition(";")[0].split(", ")) == 4
+        assert snapshots.read(workdir).position.step == 0
+        events = [json.loads(line) for line in (workdir / "ledger.jsonl").read_text().splitlines()]
+        assert [event["step"] for event in events if event["event"] == "epoch"] == [0]
+        assert not (workdir / "results.json").exists()
+    assert told == {
+        False: 'loss "reconstruction_rgb" became nan',
+        True: "images/features/rgb was nan or inf before any operation",
+    }
