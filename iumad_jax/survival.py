@@ -79,6 +79,7 @@ def _survive(values: flags.FlagValues) -> str:
                 bar.update()
             trial.wrong += trial.unsaid() + _differences(trial.workdir, alone.workdir)
             tried.update(trial.faults)
+            print(f"{tried.total()} faults, {len(failed) + bool(trial.wrong)} runs that differ", file=sys.stderr)
             if trial.wrong:
                 failed.append(f"{trial.folder}: {', '.join(trial.wrong)}")
             else:
