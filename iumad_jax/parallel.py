@@ -151,9 +151,9 @@ def joined(coordinator: str | None, processes: int | None, process: int | None, 
     if not cluster and given == (None, None, None):
         yield
         return
-    if None in given and not (cluster and given == (None, None, None)):
+    if cluster != (given == (None, None, None)) or (not cluster and None in given):
         raise UserError("--coordinator, --processes and --process belong together; or let --cluster find all three.")
-    if not cluster and not 0 <= process < processes:
+    if process is not None and processes is not None and process >= processes:
         raise UserError(f"--process is {process}; use 0 to {processes - 1}, as --processes is {processes}.")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     lost = "start all of them again to go on from the last snapshot"
@@ -171,7 +171,7 @@ def joined(coordinator: str | None, processes: int | None, process: int | None, 
             if isinstance(error, jax.errors.JaxRuntimeError):
                 reason = str(error).splitlines()[0]
                 error = UserError(f"this process cannot go on, perhaps since another one has ended ({reason}); {lost}.")
-            codes = {UserError: 2, interruption.Interrupted: interruption.EXIT_CODE}
+            codes: dict[type, int] = {UserError: 2, interruption.Interrupted: interruption.EXIT_CODE}
             atexit.register(_leave, codes.get(type(error), 1))
             raise error
 
