@@ -157,17 +157,15 @@ def joined(coordinator: str | None, processes: int | None, process: int | None, 
     if not cluster and given == (None, None, None):
         yield
         return
-    if None in given and not (cluster and given == (None, None, None)):
+    if cluster != (given == (None, None, None)) or (not cluster and None in given):
         raise UserError("--coordinator, --processes and --process belong together; or let --cluster find all three.")
-    if not cluster and not 0 <= process < processes:
+    if process is not None and processes is not None and process >= processes:
         raise UserError(f"--process is {process}; use 0 to {processes - 1}, as --processes is {processes}.")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     lost = "start all of them again to go on from the last snapshot"
     with _last_words(f"iumad_jax: a process has ended, by itself or since another one had; {lost}."):
         try:
-            jax.distributed.initialize(
-                coordinator, processes, process, heartbeat_timeout_seconds=_SILENCE, shutdown_timeout_seconds=_SILENCE
-            )
+            _find(coordinator, processes, process)
             if not is_first():  # which saves when it is told to end; then these end, too
                 for number in (signal.SIGINT, signal.SIGTERM):
                     signal.signal(number, signal.SIG_IGN)
@@ -178,8 +176,24 @@ def joined(coordinator: str | None, processes: int | None, process: int | None, 
                 reason = str(error).splitlines()[0]
                 error = UserError(f"this process cannot go on, perhaps since another one has ended ({reason}); {lost}.")
             codes = {UserError: 2, interruption.Interrupted: interruption.EXIT_CODE}
-            atexit.register(_leave, codes.get(type(error), 1))
+            atexit.register(_leave, next((code for kind, code in codes.items() if isinstance(error, kind)), 1))
             raise error
+
+
+def _find(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Waits until all processes have found each other, and their devices, too.
+
+    Those wait for half a minute when they first exchange anything, and later as long as another process compiles.
+    """
+    try:
+        jax.distributed.initialize(
+            coordinator, processes, process, heartbeat_timeout_seconds=_SILENCE, shutdown_timeout_seconds=_SILENCE
+        )
+    except ValueError as error:  # also of a cluster that JAX does not know
+        raise UserError(f"--cluster or --coordinator is of no use here: {str(error).rstrip('.')}.") from error
+    _meet()
+    everywhere(True)
+    jax.block_until_ready(jax.pmap(mean_over_devices, axis_name=AXIS)(np.zeros(jax.local_device_count())))
 
 
 @contextmanager

@@ -75,10 +75,15 @@ def _measure(values: flags.FlagValues) -> tuple[str, int, float]:
     )
     features, _ = jax.eval_shape(extractor.init_with_output, jax.random.key(0), image)
     modalities = methods.modalities(config)
+
+    def random(*shape: int) -> Any:
+        return rng.standard_normal((count, *shape)).astype(np.float32)
+
+    objects: Any = rng.integers(0, _OBJECTS, count).astype(np.int32)
     batch = Batch(
-        {m: rng.standard_normal((count, grid**2, features.shape[-1])).astype(np.float32) for m in modalities},
-        {m: rng.uniform(0, 255, (count, size, size, 3)).astype(np.float32) for m in modalities},
-        rng.integers(0, _OBJECTS, count).astype(np.int32),
+        {m: random(grid**2, features.shape[-1]) for m in modalities},
+        {m: 128 + 40 * random(size, size, 3) for m in modalities},
+        objects,
     )
     method, optimizer = methods.build(config.method, config, _OBJECTS), train.make_optimizer(config.train)
     update, piece = train.make_update(method, optimizer), whole(batch)
@@ -87,7 +92,7 @@ def _measure(values: flags.FlagValues) -> tuple[str, int, float]:
     began = time.perf_counter()
     while not taken or time.perf_counter() - began < values.seconds:
         before = time.perf_counter()
-        state, scalars = update(state, piece, jax.random.key(1), np.float32([1e-4]))
+        state, scalars = update(state, piece, jax.random.key(1), np.full(1, 1e-4, np.float32))
         jax.block_until_ready(scalars)
         taken.append(time.perf_counter() - before)
         if len(taken) == 1:  # which compiled

@@ -57,12 +57,16 @@ def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]
 
     side, grid, modalities = config.input.size, config.backbone.grid, methods.modalities(config)
     extractor = FeatureExtractor(config.backbone.name, grid)
-    pixels = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
+
+    def shaped(shape: tuple[int, ...], dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    pixels = shaped((1, side, side, 3), np.float32)
     channels = jax.eval_shape(extractor.init_with_output, jax.random.key(0), pixels)[0].shape[-1]
     image = Batch(
-        {m: jax.ShapeDtypeStruct((1, grid**2, channels), np.float16) for m in modalities},
-        {m: jax.ShapeDtypeStruct(pixels.shape, np.uint8 if m == "rgb" else np.float16) for m in modalities},
-        jax.ShapeDtypeStruct((1,), np.int32),
+        {m: shaped((1, grid**2, channels), np.float16) for m in modalities},
+        {m: shaped(pixels.shape, np.uint8 if m == "rgb" else np.float16) for m in modalities},
+        shaped((1,), np.int32),
     )
     truth = MAP_SIZE**2 * (3 * np.dtype(bool).itemsize + 3 + np.dtype(np.float32).itemsize)
 
@@ -78,7 +82,8 @@ def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]
     rng, pairs = np.random.default_rng(0), objects * (objects + 1) / 2  # of a step and an object seen by then
     values = {metric: rng.random() for metric in METRICS}
     event = {"event": "evaluation", "step": objects, "object": "a" * 12, "method": config.method, **values}
-    good = decisions.Good(Prediction(rng.random((test, 2, 2)), rng.random(test), None), rng.random((test, 2)))
+    maps: Any = rng.random((test, 2, 2))
+    good = decisions.Good(Prediction(maps, maps.max((1, 2)), None), rng.random((test, 2)))
     one = json.dumps(decisions.calibrate({"a" * 12: good, "b": good}, 0.995)["objects"]["a" * 12])
     numbers = len(systems) * len(METRICS)
     record = pairs * (numbers * len(f"{rng.random()}, ") + len(one)) + numbers * (objects**2 - pairs) * len("NaN, ")
