@@ -61,7 +61,7 @@ def test_a_broken_image_stops_the_run_and_is_named(tmp_path):
         with pytest.raises(UserError) as error:
             experiment.run(config, workdir)
         told[nans], _, rest = str(error.value).partition(" in step 1, epoch 0, update ")
-        update, _, rest = rest.partition(", whose images are ")
+        _, _, rest = rest.partition(", whose images are ")
         assert "bolt/train/5" in rest.partition(";")[0].split(", ")
         assert len(rest.partition(";")[0].split(", ")) == 4
         assert snapshots.read(workdir).position.step == 0
