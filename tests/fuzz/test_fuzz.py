@@ -41,6 +41,7 @@ def test_what_is_changed_can_be_read_as_it_was(tmp_path, name):
 BOMB = b"a0: &a0 {k: v}\n" + b"".join(
     b"a%d: &a%d {<<: [%s]}\n" % (i, i, b",".join([b"*a%d" % (i - 1)] * 10)) for i in range(1, 10)
 )
+CLOUD = b"VERSION .7\nFIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nWIDTH 2\nHEIGHT 2\nPOINTS 4\n"
 FOUND = {
     "deeper JSON than Python reads: ledger": ("ledger", "ledger.jsonl", b"[" * 100_000 + b"\n"),
     "deeper JSON than Python reads: config": ("workdir", "config.json", b"[" * 100_000),
@@ -48,7 +49,7 @@ FOUND = {
     "another config": ("workdir", "config.json", b"{}"),
     "other results": ("workdir", "results.json", b'{"config": {"method": 3}}'),
     "a NumPy header that does not end": ("workdir", "samples/step0_bolt.npz", b"\x93NUMPY\x01\0\x08\0{'descr'"),
-    "control characters": ("depth", "11.pcd", b"VERSION .7\nFIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nWIDTH 2\nHEIGHT 2\nPOINTS 4\nDATA \x1b[2J\n"),
+    "control characters": ("depth", "11.pcd", CLOUD + b"DATA \x1b[2J\n"),
     "a TIFF of its header alone": ("images", "rgb.tiff", b"II*\0\x08\0\0\0"),
     "a number larger than floats": ("folder", "dataset.yaml", b"unit: " + b"9" * 400),
     "a number too long to print": ("folder", "dataset.yaml", b"normals_window: 1" + b":1" * 3000),

@@ -18,7 +18,8 @@ def keep(workdir, folder, *matrices, dataset="candies", steps=(("bagel", "rope")
     """A finished run: the matrix of every metric, of the method and then of the floors."""
     systems = [{"matrix": dict.fromkeys(METRICS, m), "summary": summarise(dict.fromkeys(METRICS, m))} for m in matrices]
     results = {
-        "config": {"dataset": {"name": dataset}},
+        "config": {"method": "iuf", "modality": "rgb", "dataset": {"name": dataset}},
+        "protocol": "2-1",
         "objects": OBJECTS,
         "steps": [list(step) for step in steps],
         **systems[0],
