@@ -184,7 +184,9 @@ def _live(folder: Path, config: ConfigDict) -> None:
     from iumad_jax import experiment
 
     def act(_: flags.FlagValues) -> str:
-        return str(experiment.run(config, Path("run"))["seconds"])
+        results = experiment.run(config, Path("run"))
+        assert results is not None  # as in the first of several processes
+        return str(results["seconds"])
 
     sys.exit(commands.execute("", ["run"], lambda _: None, act, resumable=True))
 

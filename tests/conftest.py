@@ -10,6 +10,10 @@ from pathlib import Path
 # On 2 cores and jax <= 0.11, steps over emulated devices deadlock unless this is set before jax is imported.
 os.environ.setdefault("NPROC", "8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Models this small train no faster on two cores than on one, and much slower where they have to share them.
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]})
 
 import jax
 import pytest

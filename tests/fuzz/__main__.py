@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
+from importlib import import_module
 from pathlib import Path
 
 import psutil
@@ -86,7 +87,7 @@ def work(name: str, first: int, inputs: int, log: Path, coverage: bool) -> int:
         import atheris
 
         with atheris.instrument_imports(include=["iumad_jax", "PIL", "tifffile", "yaml", "zipfile", "tarfile"]):
-            from tests.fuzz.targets import TARGETS
+            import_module("tests.fuzz.targets")
     from tests.fuzz.mutations import mutate
     from tests.fuzz.targets import TARGETS
     from tests.fuzz.watch import watch

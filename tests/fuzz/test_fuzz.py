@@ -38,6 +38,7 @@ def test_what_is_changed_can_be_read_as_it_was(tmp_path, name):
         assert outcome.kind == ("refused" if seed in refused else "read"), (seed, outcome)
 
 
+CONTROL = b"VERSION .7\nFIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nWIDTH 2\nHEIGHT 2\nPOINTS 4\nDATA \x1b[2J\n"
 BOMB = b"a0: &a0 {k: v}\n" + b"".join(
     b"a%d: &a%d {<<: [%s]}\n" % (i, i, b",".join([b"*a%d" % (i - 1)] * 10)) for i in range(1, 10)
 )
