@@ -52,7 +52,7 @@ def name(system: str, modality: str, protocol: str, seed: int) -> str:
 def gather(workdir: Path) -> Runs:
     """The finished runs in `workdir/cells`, with the floors that ran in them."""
     runs: dict[Cell, dict[str, Any]] = defaultdict(dict)  # by seed: floors may have run beside several systems
-    for folder in sorted((workdir / "cells").iterdir()):
+    for folder in sorted((workdir / "cells").glob("*")):
         results = read_results(folder)
         if results is not None:
             system, modality, protocol, seed = folder.name.rsplit("_", 3)

@@ -90,6 +90,14 @@ def test_overview_in_the_form_of_the_paper(workdir):
     assert rows["rgb", "feature_norm"]["3-0"] == "not measured"
 
 
+def test_where_no_run_is_finished_there_is_no_row(tmp_path):
+    text = comparison.write(tmp_path)
+    assert "| rgb" not in text
+    assert len((tmp_path / "comparison.csv").read_text().splitlines()) == 1
+    comparison.draw(tmp_path)
+    assert not list(tmp_path.glob("*.png"))
+
+
 def test_csv_has_every_figure(workdir):
     comparison.write(workdir)
     rows = list(csv.DictReader(io.StringIO((workdir / "comparison.csv").read_text())))
