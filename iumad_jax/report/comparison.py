@@ -102,7 +102,7 @@ def markdown(runs: Runs) -> str:
     """All protocols in the paper's form, then one table of each, with the paper's printed numbers where the dataset is
     the real one.
     """
-    protocols = sorted({cell.protocol for cell in runs}, key=lambda text: (-int(text.split("-")[0]), text))
+    protocols = sorted({cell.protocol for cell in runs}, key=lambda text: [-int(n) for n in text.split("-")])
     parts = ["# Comparison", "I-AUROC / AUPRO / FM of I-AUROC:", _overview(runs, protocols)]
     for protocol in protocols:
         chosen = {cell: found for cell, found in runs.items() if cell.protocol == protocol}
