@@ -71,8 +71,8 @@ def test_the_readmes_method_dataset_and_strategy(home):
     assert done.returncode == 0, done.stderr
     epochs = [event for event in read(home / "run" / "ledger.jsonl") if event["event"] == "epoch"]
     assert [set(event) - {"event", "step", "epoch"} for event in epochs] == [
-        *[{"loss", "error"}] * 3,
-        *[{"loss", "error", "pull"}] * 3,
+        *[{"loss", "error", "gradient_norm", "update_norm"}] * 3,
+        *[{"loss", "error", "gradient_norm", "update_norm", "pull"}] * 3,
     ]
     assert epochs[2]["error"] < epochs[0]["error"]
     assert epochs[5]["pull"] > 0

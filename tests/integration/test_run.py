@@ -327,6 +327,7 @@ def test_other_modalities_and_methods(run, whole, tmp_path, modality, method):
     results, trained = results_of(workdir), method == "ib_iumad"
     epochs = [set(event) for event in read(workdir / "ledger.jsonl") if event["event"] == "epoch"]
     terms = {"loss", "fusion", "kl", "ib_heads", "object_rgb", "object_depth", "compression"}
+    terms |= {"gradient_norm", "update_norm"}
     assert epochs == ([{"event", "step", "epoch"} | terms] if trained else [])
     assert set(results["floors"]) == {"feature_norm", "nearest_neighbours"} - {method}
     for metric in METRICS:
@@ -356,6 +357,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, whole, tmp_path):
     code, out, err = run(tmp_path / "run", **{"train.learning_rate": 1e30, "train.schedule": "step"})
     assert (code, out) == (2, "")
     *_, last = err.splitlines()
-    assert last.startswith('iumad_jax: loss "')
-    assert "of epoch 0; training stopped and nothing of this epoch was saved: lower config.train.learning_rate" in last
+    told = "iumad_jax: what is added to the weights became inf in step 0, epoch 0, update 0, whose images are CandyCane/"
+    assert last.startswith(told)
+    assert "; training stopped and the last snapshot is from before that: lower config.train.learning_rate" in last
     assert [event["event"] for event in read(tmp_path / "run" / "ledger.jsonl")] == ["step"]
