@@ -357,7 +357,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, whole, tmp_path):
     code, out, err = run(tmp_path / "run", **{"train.learning_rate": 1e30, "train.schedule": "step"})
     assert (code, out) == (2, "")
     *_, last = err.splitlines()
-    told = "iumad_jax: what is added to the weights became inf in step 0, epoch 0, update 0, whose images are CandyCane/"
+    told = (
+        "iumad_jax: what is added to the weights became inf in step 0, epoch 0, update 0, whose images are CandyCane/"
+    )
     assert last.startswith(told)
     assert "; training stopped and the last snapshot is from before that: lower config.train.learning_rate" in last
     assert [event["event"] for event in read(tmp_path / "run" / "ledger.jsonl")] == ["step"]
