@@ -91,8 +91,8 @@ def load(folder: Path, names: Sequence[str], count: int) -> Values:
 def _load(file: Path, count: int) -> np.ndarray:
     with suppress(Exception):  # NumPy raises whatever a damaged header leads to
         array = np.load(file, mmap_mode="r")
-        if len(array) == count:
-            return array
+        if len(array) == count and _starts_with(file, _header(array.shape, array.dtype)):
+            return array  # else `Writer` would begin the file anew, and rows that seem unharmed be lost
     return np.zeros((0,))
 
 
@@ -162,16 +162,20 @@ class Writer:
         (self._folder / _JOURNAL).unlink()
 
     def _open(self, file: Path, value: np.ndarray) -> tuple[BinaryIO, int]:
-        header = io.BytesIO()
-        shape = (self._count, *value.shape)
-        what = {"descr": np.lib.format.dtype_to_descr(value.dtype), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(header, what)
-        start = header.getvalue()
+        start = _header((self._count, *value.shape), value.dtype)
         if not file.exists() or not _starts_with(file, start):
             file.unlink(missing_ok=True)  # not emptied: another process may have it mapped
             file.write_bytes(start)
         os.truncate(file, len(start) + self._count * value.nbytes)
         return self._stack.enter_context(file.open("r+b")), len(start)
+
+
+def _header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    """With which a file of rows begins."""
+    header = io.BytesIO()
+    what = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, what)
+    return header.getvalue()
 
 
 def _starts_with(file: Path, start: bytes) -> bool:

@@ -352,11 +352,18 @@ def flip(file, position):
     file.write_bytes(content)
 
 
+def respell(file):
+    """The header as valid as before but in other letters, and the first row harmed."""
+    file.write_bytes(file.read_bytes().replace(b"'descr': ", b"'descr' :", 1))
+    flip(file, 128)
+
+
 DAMAGE = {
     "a bit of an image": ("images_rgb.npy", lambda file: flip(file, 128 + SIZE * SIZE * 3 * 4 + 77), 1),
     "a bit of the last features": ("features_rgb.npy", lambda file: flip(file, -1), 1),
     "a bit of a mask": ("mask.npy", lambda file: flip(file, 128), 1),
     "a type": ("features_rgb.npy", lambda file: file.write_bytes(file.read_bytes().replace(b"<f2", b"<i2", 1)), 11),
+    "a header, and a row": ("anomalous.npy", respell, 11),
     "half a file": ("features_rgb.npy", lambda file: os.truncate(file, file.stat().st_size // 2), 11),
     "an empty file": ("thumbnail.npy", lambda file: os.truncate(file, 0), 11),
     "a missing file": ("depth.npy", Path.unlink, 11),
