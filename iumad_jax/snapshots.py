@@ -8,6 +8,7 @@ import copy
 import hashlib
 import json
 import logging
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from iumad_jax.shapes import Variables
 
 MANIFEST = "sha256.json"
 _UPDATES = 10**12  # more than a step has
+_UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of what Orbax has not finished
 
 
 class Position(NamedTuple):
@@ -58,26 +60,16 @@ class Snapshots:
             UserError: the workdir is not writable.
         """
         logging.getLogger("absl").setLevel(logging.WARNING)
-        self._finished = self._manager(workdir / "snapshots", keep=None)
-        self._within = self._manager(workdir / "snapshots_within_step", keep=2)
+        self._finished, self._within = ((workdir / name).absolute() for name in ("snapshots", "snapshots_within_step"))
+        for folder in (self._finished, self._within):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                for unfinished in folder.glob(f"*{_UNFINISHED}*"):
+                    shutil.rmtree(unfinished)
+            except OSError as error:
+                raise UserError(f"{folder}: not a writable folder ({_reason(error)}); make room for one.") from error
         self._thread = ThreadPoolExecutor(1, "snapshots")
         self._saving: Future[None] | None = None
-
-    @staticmethod
-    def _manager(folder: Path, keep: int | None) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            cleanup_tmp_directories=True,
-            enable_async_checkpointing=False,
-            create=False,
-            multiprocessing_options=parallel.alone(),
-        )
-        try:
-            folder.mkdir(parents=True, exist_ok=True)  # Orbax would tell when it saves
-        except OSError as error:
-            raise UserError(f"{folder}: not a writable folder ({_reason(error)}); make room for one.") from error
-        with _silent_threads():  # it reads what may be damaged
-            return ocp.CheckpointManager(folder.absolute(), options=options)
 
     def save(self, snapshot: Snapshot) -> None:
         """Begins to save a snapshot; a finished step's stays, one within a step replaces the last but one before.
@@ -87,11 +79,11 @@ class Snapshots:
         """
         self.wait()
         step, updates, finished = snapshot.position
-        manager, number = (self._finished, step) if finished else (self._within, step * _UPDATES + updates)
+        folder = self._finished / str(step) if finished else self._within / str(step * _UPDATES + updates)
         kept = {key: getattr(snapshot, key) for key in ("variables", "optimizer", "losses", "memory")}
         arrays = jax.tree.map(np.array, kept)  # copies: training reuses its buffers
         record = copy.deepcopy(snapshot.record) | {"position": snapshot.position._asdict()}
-        self._saving = self._thread.submit(_write, manager, number, arrays, record)
+        self._saving = self._thread.submit(_write, folder, arrays, record, None if finished else 2)
 
     @property
     def failed(self) -> bool:
@@ -117,18 +109,14 @@ class Snapshots:
             UserError: all are damaged, or it cannot be read.
         """
         self.wait()
-        there = [((number + 1) * _UPDATES, number, self._finished) for number in self._finished.all_steps()]
-        there += [(number, number, self._within) for number in self._within.all_steps()]
+        there = [((number + 1) * _UPDATES, folder) for number, folder in _numbered(self._finished)]
+        there += _numbered(self._within)
         damaged: list[tuple[Path, str]] = []
-        for _, number, manager in sorted(there, key=lambda one: one[0], reverse=True):
-            folder = Path(manager.directory / str(number))
+        for _, folder in sorted(there, reverse=True):
             if (damage := _damage(folder)) is None:
                 for other, reason in damaged:
                     _set_aside(other, f"{reason}; going on from {folder}")
-                with _silent_threads():
-                    self._finished.reload()
-                    self._within.reload()
-                return _restore(manager, number)
+                return _restore(folder)
             damaged.append((folder, damage))
         if damaged:
             told = "; ".join(f"{folder} {damage}" for folder, damage in damaged)
@@ -136,7 +124,7 @@ class Snapshots:
         return None
 
     def close(self) -> None:
-        """Waits until everything is on disk and ends all threads.
+        """Waits until everything is on disk and ends the thread.
 
         Raises:
             UserError: it cannot be written.
@@ -145,8 +133,6 @@ class Snapshots:
             self.wait()
         finally:
             self._thread.shutdown()
-            self._finished.close()
-            self._within.close()
 
 
 def read(workdir: Path, step: int | None = None) -> Snapshot:
@@ -156,47 +142,54 @@ def read(workdir: Path, step: int | None = None) -> Snapshot:
         UserError: there is none, or it is damaged.
     """
     folder = (workdir / "snapshots").absolute()
-    steps: list[int] = []
+    there = dict(_numbered(folder))
     damaged: list[str] = []
-    if folder.is_dir():
-        with _silent_threads(), _reader(folder) as manager:
-            steps = sorted(manager.all_steps())
-            for number in reversed(steps) if step is None else {step} & set(steps):
-                damage = _damage(folder / str(number))
-                if damage is None:
-                    for told in damaged:
-                        print(f"iumad_jax: {told}; using {folder / str(number)}", file=sys.stderr)
-                    return _restore(manager, number)
-                damaged.append(f"{folder / str(number)} {damage}")
+    for number in sorted(there, reverse=True) if step is None else {step} & set(there):
+        damage = _damage(there[number])
+        if damage is None:
+            for told in damaged:
+                print(f"iumad_jax: {told}; using {there[number]}", file=sys.stderr)
+            return _restore(there[number])
+        damaged.append(f"{there[number]} {damage}")
     if damaged:
         raise UserError(f"{'; '.join(damaged)}: restore it, or choose another --step or --workdir.")
-    found = f"finished are {', '.join(map(str, steps))}" if steps else "none is finished"
+    found = f"finished are {', '.join(map(str, sorted(there)))}" if there else "none is finished"
     wanted = "any step" if step is None else f"step {step}"
     raise UserError(f"{folder} holds no snapshot of {wanted}; {found}.")
 
 
-def _reader(folder: Path) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(
-        read_only=True, enable_async_checkpointing=False, multiprocessing_options=parallel.alone()
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    """The snapshots in a folder, by number."""
+    return [(int(one.name), one) for one in folder.glob("*") if one.name.isdecimal()]
+
+
+@contextmanager
+def _checkpointer() -> Iterator[ocp.Checkpointer]:
+    """Orbax's, for this process alone. Its CheckpointManager would read all snapshots' metadata, also damaged ones."""
+    alone = parallel.alone()
+    handler = ocp.CompositeCheckpointHandler(
+        arrays=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+        record=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+        composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
     )
-    return ocp.CheckpointManager(folder, options=options)
+    with _silent_threads(), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        yield checkpointer
 
 
-def _write(manager: ocp.CheckpointManager, number: int, arrays: Any, record: dict[str, Any]) -> None:
+def _write(folder: Path, arrays: Any, record: dict[str, Any], keep: int | None) -> None:
+    """Writes a snapshot and, of all beside it, keeps the newest ones."""
     try:
-        with _silent_threads():
-            manager.save(
-                number,
-                args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)),
-                force=True,
-            )
-        folder = Path(manager.directory / str(number))
+        with _checkpointer() as checkpointer:
+            args = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record))
+            checkpointer.save(folder, args=args, force=True)
         write_whole(folder / MANIFEST, json.dumps(hashes(folder), indent=1).encode())
+        for _, old in sorted(_numbered(folder.parent), reverse=True)[keep:] if keep else []:
+            shutil.rmtree(old)
     except (OSError, ValueError) as error:
         if isinstance(error, ValueError) and "os_error_code" not in str(error):  # not tensorstore's own OSError
             raise
         raise UserError(
-            f"{manager.directory}: the snapshot could not be saved ({_reason(error)}); the one before it is intact,"
+            f"{folder.parent}: the snapshot could not be saved ({_reason(error)}); the one before it is intact,"
             " so make room and run the same command again."
         ) from error
 
@@ -239,19 +232,16 @@ def _set_aside(folder: Path, reason: str) -> None:
     print(f"iumad_jax: {folder} {reason}; it is kept as {aside.name}.", file=sys.stderr, flush=True)
 
 
-def _restore(manager: ocp.CheckpointManager, number: int) -> Snapshot:
+def _restore(folder: Path) -> Snapshot:
     try:
-        with _silent_threads():
-            restored = manager.restore(
-                number, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(), record=ocp.args.JsonRestore())
-            )
+        with _checkpointer() as checkpointer:
+            args = ocp.args.Composite(arrays=ocp.args.StandardRestore(), record=ocp.args.JsonRestore())
+            restored = checkpointer.restore(folder, args=args)
         record = dict(restored.record)
         arrays = jax.tree.map(np.asarray, restored.arrays)  # NumPy computes in float64 where JAX does not
         return Snapshot(position=Position(**record.pop("position")), record=record, **arrays)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{manager.directory / str(number)}: the snapshot cannot be read ({_reason(error)}); restore it."
-        ) from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{folder}: the snapshot cannot be read ({_reason(error)}); restore it.") from error
 
 
 def size_of(tree: Any) -> int:

@@ -198,7 +198,8 @@ def damages(folder):
         flipped = bytearray(content)
         if content:
             flipped[rng.integers(len(content))] ^= 1 << rng.integers(8)
-        for spoiled in {content[: len(content) // 2], b"", bytes(flipped), content + b"0", None} - {content}:
+        key = content.replace(b"_timestamp", b"_timestanp", 1)  # still JSON
+        for spoiled in {content[: len(content) // 2], b"", bytes(flipped), key, content + b"0", None} - {content}:
             file.unlink() if spoiled is None else file.write_bytes(spoiled)
             yield file
             file.write_bytes(content)
@@ -222,8 +223,9 @@ def test_of_a_damaged_snapshot_nothing_is_used_but_the_one_before(tmp_path, capf
         )
         assert not newest.exists()
         aside.rename(newest)
-    with opened(tmp_path) as snapshots:
-        assert_same(snapshots.latest(), snapshot(1, 4, seed=2))
+    for _ in damages(before):  # that are older do not matter
+        with opened(tmp_path) as snapshots:
+            assert_same(snapshots.latest(), snapshot(1, 4, seed=2))
     for folder in (newest, before):
         next(damages(folder))
     with opened(tmp_path) as snapshots:
@@ -259,12 +261,10 @@ def test_reading_passes_over_a_damaged_snapshot_unless_it_is_asked_for(tmp_path,
         snapshots.save(snapshot(1, 0, finished=True, seed=1))
     assert_same(read(tmp_path), snapshot(1, 0, finished=True, seed=1))
     assert_same(read(tmp_path, step=0), snapshot(0, 0, finished=True))
-    for name in ("1", "0"):
-        file = tmp_path / "snapshots" / name / "arrays" / "_METADATA"
-        file.write_bytes(file.read_bytes().replace(b"kernel", b"kernfl"))
-        with pytest.raises(
-            UserError, match=rf"snapshots/{name} is damaged \(arrays/_METADATA .*: restore it, or choose"
-        ):
+    for name, spoiled in (("1", "_CHECKPOINT_METADATA"), ("0", "arrays/_METADATA")):
+        file = tmp_path / "snapshots" / name / spoiled
+        file.write_bytes(file.read_bytes().replace(b"kernel", b"kernfl").replace(b"_timestamp", b"_timestanp"))
+        with pytest.raises(UserError, match=rf"snapshots/{name} is damaged \({spoiled} .*: restore it, or choose"):
             read(tmp_path, step=int(name))
         if name == "1":
             assert_same(read(tmp_path), snapshot(0, 0, finished=True))
