@@ -20,7 +20,7 @@ import yaml
 from absl import flags
 from PIL import Image
 
-from iumad_jax import commands, continual, data, experiment, methods, protocol, snapshots, train
+from iumad_jax import commands, continual, data, methods, protocol, run, snapshots, train
 from iumad_jax import config as configs
 from iumad_jax import workdir as workdirs
 from iumad_jax.data.archive import unpack
@@ -376,7 +376,7 @@ def config(folder: Path) -> Target:
             strategy = continual.build(config, method, len(objects))
             for step in (0, 1):
                 train.make_optimizer(train.of_step(config, step))
-            experiment.check_training(config, method, strategy, data.open_reader(config), steps)
+            run.check_training(config, method, strategy, data.open_reader(config), steps)
             live.check(config.report.tensorboard)
         return ""
 
