@@ -136,7 +136,10 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def latex(results: dict[str, Any]) -> str:
-    """The paper's table for booktabs: I-AUROC, AUPRO and how far both fell, in percent, the best of a row in bold."""
+    """The paper's table: I-AUROC, AUPRO and how far both fell, in percent, the best of a row in bold.
+
+    It needs the packages booktabs and graphicx, and is never wider than the line it stands in.
+    """
     systems, learned = systems_of(results), objects_of(results)
     heads = ["I-AUROC", "AUPRO", "FM (I)", "FM (A)"]
     rows: dict[str, list[list[Any]]] = {name: [] for name in (*(name for _, name, _ in learned), "mean")}
@@ -151,6 +154,7 @@ def latex(results: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"% {title(results)}; FM: the best earlier value minus the last",
+            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
             rf"\begin{{tabular}}{{l{'r' * len(heads) * len(systems)}}}",
             r"\toprule",
             rf"& {groups} \\",
@@ -161,7 +165,7 @@ def latex(results: dict[str, Any]) -> str:
             r"\midrule",
             _tex_row("mean", rows.pop("mean")),
             r"\bottomrule",
-            r"\end{tabular}",
+            r"\end{tabular}}",
             "",
         ]
     )

@@ -209,6 +209,7 @@ def test_results_that_cannot_be_read_or_written(tmp_path):
 
 
 LATEX = r"""% ib_iumad on zoo, rgb+depth, protocol 2-1; FM: the best earlier value minus the last
+\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%
 \begin{tabular}{lrrrrrrrr}
 \toprule
 & \multicolumn{4}{c}{ib\_iumad} & \multicolumn{4}{c}{feature\_norm} \\
@@ -221,7 +222,7 @@ cat & 60.0 & 30.0 & -- & -- & \textbf{65.0} & \textbf{65.0} & -- & -- \\
 \midrule
 mean & \textbf{71.7} & 43.3 & 7.5 & 10.0 & 65.0 & \textbf{65.0} & \textbf{0.0} & \textbf{0.0} \\
 \bottomrule
-\end{tabular}
+\end{tabular}}
 """
 
 
@@ -235,16 +236,19 @@ def test_latex_in_the_papers_form():
     assert r"zebra & 70.0 & 60.0 & 10.0 & 10.0 \\" in alone.splitlines()
 
 
-def test_latex_keeps_names_from_being_commands(tmp_path):
+def test_latex_keeps_names_from_being_commands_and_fits_a_column(tmp_path):
     names = [r"50%_a&b#c$d", r"\input{x}^2~y", "cat"]
     steps = [[names[1], names[0]], ["cat"]]
     text = tables.latex(with_floor(objects=names, steps=steps))
     assert r"50\%\_a\&b\#c\$d & " in text
     assert r"\textbackslash{}input\{x\}\textasciicircum{}2\textasciitilde{}y & " in text
     if program := shutil.which("pdflatex"):
-        page = rf"\documentclass{{article}}\usepackage{{booktabs}}\begin{{document}}{text}\end{{document}}"
+        packages = r"\usepackage{booktabs}\usepackage{graphicx}"
+        body = rf"\begin{{document}}\noindent {text}\end{{document}}"
+        page = rf"\documentclass[twocolumn]{{article}}{packages}{body}"
         (tmp_path / "page.tex").write_text(page)
         subprocess.run([program, "-halt-on-error", "page"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+        assert "Overfull" not in (tmp_path / "page.log").read_text()
 
 
 def test_names_are_neither_formulas_nor_markup():
