@@ -24,7 +24,7 @@ from tabulate import tabulate
 
 from iumad_jax import commands
 
-_CHUNK = 8  # images encoded at once
+_BATCH = 8
 _SECONDS = 3.0  # of a measurement that can be repeated
 _ROUNDS = 5
 _EPOCH = 10_000  # images
@@ -75,6 +75,7 @@ def _rate(count: float, began: float, digits: int = 0) -> str:
 def _preparing(store: Any, object_: str) -> tuple[list[Row], float]:
     """Also how many images a single-threaded loop makes ready per second."""
     from iumad_jax.data import depth
+    from iumad_jax.data.store import CHUNK
 
     seconds = dict.fromkeys(("read", "depth", "processing", "backbone"), 0.0)
 
@@ -86,15 +87,15 @@ def _preparing(store: Any, object_: str) -> tuple[list[Row], float]:
 
     ids = store.reader.ids(object_, "train")
     size = store.processing.size
-    np.asarray(store.encoder(np.zeros((_CHUNK, size, size, 3), np.float32)))  # compiles
-    for start in range(0, len(ids), _CHUNK):
-        samples = [timed("read", store.reader.read, object_, "train", id_) for id_ in ids[start : start + _CHUNK]]
+    np.asarray(store.encoder(np.zeros((CHUNK, size, size, 3), np.float32)))  # compiles
+    for start in range(0, len(ids), CHUNK):
+        samples = [timed("read", store.reader.read, object_, "train", id_) for id_ in ids[start : start + CHUNK]]
         for sample in samples:
             if sample.depth is not None:  # a part of processing, timed once more by itself
                 timed("depth", depth.measure, sample.depth, sample.camera, store.processing.normals_window)
         arrays = [timed("processing", store.processing, sample) for sample in samples]
         for modality in store.processing.modalities:
-            images = np.zeros((_CHUNK, size, size, 3), np.float32)
+            images = np.zeros((CHUNK, size, size, 3), np.float32)
             images[: len(arrays)] = [one[f"images_{modality}"] for one in arrays]
             timed("backbone", lambda images: np.asarray(store.encoder(images)), images)
     loop = len(ids) / (seconds["read"] + seconds["processing"] + seconds["backbone"])
@@ -161,12 +162,12 @@ def _ready(batch: Any, per_second: float) -> Iterator[Row]:
 
     for name, resident in {"streamed": "never", "resident": "always"}.items():
         began = time.perf_counter()
-        steps = _on_device(pipeline.training_input([batch], _CHUNK, 0, 0, resident, 1), 10**6)
+        steps = _on_device(pipeline.training_input([batch], _BATCH, 0, 0, resident, 1), 10**6)
         next(steps)
         placed, began, done = time.perf_counter() - began, time.perf_counter(), 0
         while time.perf_counter() - began < _SECONDS:
             next(steps)
-            done += _CHUNK
+            done += _BATCH
         rate = done / (time.perf_counter() - began)
         yield f"on the device, {name}", f"{rate:,.0f}", f"images/s, {rate / per_second:.0f} times the loop"
         yield f"until the first batch, {name}", f"{placed:.2f}", "s, with compilation"
@@ -212,9 +213,9 @@ def _memory(batch: Any) -> Iterator[Row]:
     from iumad_jax.data import pipeline
 
     sets = [batch] * (1 + _EPOCH // len(batch.object_id))
-    updates = _EPOCH // _CHUNK
+    updates = _EPOCH // _BATCH
     held = []
-    for _ in _on_device(pipeline.training_input(sets, _CHUNK, 0, 0, "never"), updates):
+    for _ in _on_device(pipeline.training_input(sets, _BATCH, 0, 0, "never"), updates):
         memory = psutil.Process().memory_info()
         held.append((memory.rss - memory.shared) / 1e6)
     tenths = [max(part) for part in np.array_split(held, 10)]

@@ -1,12 +1,14 @@
 """How long a trained model takes to look at an image: python -m iumad_jax.speed.latency --workdir=FOLDER.
 
-Images are the first test images of the run's dataset, or of the one that --config.dataset.KEY=VALUE names. Medians of
-repetitions after a first call, which compiles.
+In JAX, and in onnxruntime where the packages of iumad-jax[export] are installed. Images are the first test images of
+the run's dataset, or of the one that --config.dataset.KEY=VALUE names. Medians of repetitions after a first call, which
+compiles.
 """
 
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +99,10 @@ def _engines(workdir: Path, step: int | None, prepared: dict[str, np.ndarray]) -
             run = formats.runner(formats.export(detector, format_, batch), format_)
         return lambda: run(*images)
 
-    device = jax.devices()[0].device_kind
-    return {
-        f"JAX on {device}": lambda batch: loaded(batch, "stablehlo"),
-        "onnxruntime on CPU": lambda batch: loaded(batch, "onnx"),
-    }
+    engines = {f"JAX on {jax.devices()[0].device_kind}": lambda batch: loaded(batch, "stablehlo")}
+    if find_spec("onnx") and find_spec("onnxruntime"):
+        engines["onnxruntime on CPU"] = lambda batch: loaded(batch, "onnx")
+    return engines
 
 
 if __name__ == "__main__":
