@@ -34,8 +34,13 @@ def _define(values: flags.FlagValues) -> None:
     commands.define_config(values)
     commands.define_workdir(values)
     flags.DEFINE_list("devices", "1,2,4,8", "How many, in turn.", flag_values=values)
+    flags.register_validator("devices", _are_counts, "give whole numbers from 1 with commas between.", values)
     flags.DEFINE_float("seconds", 20, "Of every measurement.", lower_bound=0, flag_values=values)
     flags.DEFINE_bool("here", False, "Measure in this process, with all of its devices.", flag_values=values)
+
+
+def _are_counts(numbers: list[str]) -> bool:
+    return bool(numbers) and all(number.isdecimal() and int(number) > 0 for number in numbers)
 
 
 def _compare(values: flags.FlagValues, arguments: list[str]) -> str:
@@ -45,14 +50,16 @@ def _compare(values: flags.FlagValues, arguments: list[str]) -> str:
     for number in values.devices:
         seen = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(int(number)))), "JAX_NUM_CPU_DEVICES": number}
         command = [sys.executable, "-m", "iumad_jax.speed.devices", *arguments[1:], "--here"]
-        done = subprocess.run(command, env=os.environ | {"NPROC": "8"} | seen, stdout=subprocess.PIPE, check=True)
+        done = subprocess.run(command, env=os.environ | {"NPROC": "8"} | seen, stdout=subprocess.PIPE)
+        if done.returncode:
+            raise UserError(f"--devices={number}: measuring failed with exit code {done.returncode}; see above.")
         kind, devices, seconds = json.loads(done.stdout)
         if devices != int(number):
             raise UserError(f"--devices asks for {number} but there are {devices}; give numbers up to that.")
         first = first or seconds * devices
         share = first / devices / seconds if kind != "cpu" else first / rows[0][1] / seconds if rows else 1.0
         rows.append([kind, devices, 1e3 * seconds, config.train.batch_size / seconds, share])
-    against = "of the first row's time" if rows[0][0] == "cpu" else "efficiency against the first row"
+    against = "images/s against the first row" if rows[0][0] == "cpu" else "efficiency against the first row"
     return tabulate(
         rows, ["", "devices", "ms/update", "images/s", against], "github", floatfmt=("", "", ".1f", ".1f", ".3f")
     )
