@@ -141,7 +141,8 @@ def assess(this: Run, step: protocol.Step) -> None:
                 decided["objects"][name]["test"] = decisions.rates(decided, name, prediction, test.truth, distance)
         keep(this.workdir, step.index, name, test, predictions)
     mean = final(this.matrices[this.config.method]["i_auroc"][: step.index + 1])
-    live.say(f"step {step.index}: mean I-AUROC {mean:.3f} over the objects seen")
+    if np.isfinite(mean):
+        live.say(f"step {step.index}: mean I-AUROC {mean:.3f} over the objects seen")
     this.decisions.append(as_json(decided))
     this.ledger.append("decisions", step=step.index, **decided)
     this.ledger.append(
@@ -200,7 +201,8 @@ def conclude(this: Run, steps: tuple[protocol.Step, ...]) -> dict[str, Any]:
         this.decisions,
         time.monotonic() - this.began,
     )
-    for metric, matrix in this.matrices[config.method].items():
+    for metric in tables.measured(results):
+        matrix = this.matrices[config.method][metric]
         path = this.workdir / "pictures" / f"matrix_{metric}.png"
         figures.save_matrix(path, matrix, objects, [f"step {step.index}" for step in steps], metric)
     html.write(this.workdir, results, functools.partial(inputs.panels, this.store))

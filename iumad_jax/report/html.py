@@ -54,7 +54,7 @@ def write(workdir: Path, results: dict[str, Any], images: Images) -> None:
     page = {
         "results": results,
         "columns": columns,
-        "metrics": {metric: tables.METRICS[metric] for metric in tables.metrics_of(results)},
+        "metrics": {metric: tables.METRICS[metric] for metric in tables.measured(results)},
         "figures": tables.FIGURES,
         "systems": {
             name: {key: system[key] for key in ("matrix", "summary")}

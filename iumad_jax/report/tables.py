@@ -12,6 +12,7 @@ evaluation, is what `iumad_jax.decisions.unknown_rates` returns.
 import csv
 import html
 import io
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -124,7 +125,7 @@ def markdown(results: dict[str, Any]) -> str:
     """Every object after the last step, what was learned and forgotten, and the whole matrix of every metric."""
     learned = objects_of(results)
     parts = [f"# {title(results)}", *_overview(results, "github")]
-    for metric in metrics_of(results):
+    for metric in measured(results):
         rows = [
             [name, step, *(_cell(row[c]) if first <= step else "" for first, _, c in learned), _cell(final([row]))]
             for name, system in systems_of(results).items()
@@ -243,12 +244,13 @@ def read_results(workdir: Path) -> dict[str, Any] | None:
 
 
 def _overview(results: dict[str, Any], style: str) -> Iterator[str]:
-    learned, systems = objects_of(results), systems_of(results)
-    columns = [metric for metric in metrics_of(results) if metric != "aupro_exact"]
+    learned, systems, metrics = objects_of(results), systems_of(results), measured(results)
+    columns = [metric for metric in metrics if metric != "aupro_exact"]
     last = {metric: results["matrix"][metric][-1] for metric in columns}
 
+    rows: list[list[Any]]
     rows = [[name, step, *(_cell(last[metric][column]) for metric in columns)] for step, name, column in learned]
-    for name, system in systems.items():
+    for name, system in systems.items() if metrics else ():
         mean = "mean" if system is results else f"mean of {name}"
         rows.append([mean, "", *(_cell(system["summary"][metric]["final"]) for metric in columns)])
     yield _table(rows, ["object", "step", *(METRICS[metric] for metric in columns)], style)
@@ -257,13 +259,14 @@ def _overview(results: dict[str, Any], style: str) -> Iterator[str]:
 
     rows = [
         [METRICS[metric], name, *(_cell(system["summary"][metric][figure]) for figure in SUMMARY)]
-        for metric in metrics_of(results)
+        for metric in metrics
         for name, system in systems.items()
     ]
-    yield _table(rows, ["metric", "method", *SUMMARY], style)
-    explained = [f"{figure}: {meaning}" for figure, meaning in FIGURES.items()]
-    yield "; ".join(explained[:2]) + ";\n" + "; ".join(explained[2:4]) + ";\n" + explained[4] + "."
-    if len(results["matrix"]["i_auroc"]) == 1:
+    if metrics:
+        yield _table(rows, ["metric", "method", *SUMMARY], style)
+        explained = [f"{figure}: {meaning}" for figure, meaning in FIGURES.items()]
+        yield "; ".join(explained[:2]) + ";\n" + "; ".join(explained[2:4]) + ";\n" + explained[4] + "."
+    if metrics and len(results["matrix"]["i_auroc"]) == 1:
         yield "fm and fm_aggregate are undefined (-): with a single step there is nothing earlier to forget."
     if "bytes" in results:
         kept = ", ".join(f"{name} {system['bytes'] / 1e6:.1f} MB" for name, system in systems.items())
@@ -274,6 +277,12 @@ def _overview(results: dict[str, Any], style: str) -> Iterator[str]:
 
 def remarks(results: dict[str, Any]) -> Iterator[str]:
     """What must be said beside the numbers after the last step: which are undefined and why, and which show nothing."""
+    if not measured(results):
+        yield (
+            "Nothing is measured: no object has both good and defective test images. Good images have set the"
+            " thresholds, so that python -m iumad_jax.predict can judge new ones."
+        )
+        return
     learned = objects_of(results)
     columns = [metric for metric in metrics_of(results) if metric != "aupro_exact"]
     last = {metric: results["matrix"][metric][-1] for metric in columns}
@@ -350,6 +359,13 @@ def systems_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def metrics_of(results: dict[str, Any]) -> list[str]:
     """The metrics it has, in the order of `METRICS`."""
     return [metric for metric in METRICS if metric in results["matrix"]]
+
+
+def measured(results: dict[str, Any]) -> list[str]:
+    """The metrics that are defined for some object after some step, in the order of `METRICS`."""
+    matrices = [system["matrix"] for system in systems_of(results).values()]
+    defined = {m for matrix in matrices for m in matrix if not all(map(_undefined, itertools.chain(*matrix[m])))}
+    return [metric for metric in METRICS if metric in defined]
 
 
 def objects_of(results: dict[str, Any]) -> list[tuple[int, str, int]]:

@@ -28,9 +28,8 @@ function ticks(low, high, count) {
   const rough = (high - low) / count || 1;
   const power = 10 ** Math.floor(Math.log10(rough));
   const size = power * [1, 2, 5, 10].find((factor) => factor * power >= rough);
-  return Array.from({ length: Math.floor((high - low) / size + 1e-6) + 1 }, (_, i) => low + i * size).map(
-    (value) => Math.round(value / size) * size,
-  );
+  const first = Math.ceil(low / size - 1e-6);
+  return Array.from({ length: Math.floor(high / size + 1e-6) - first + 1 }, (_, i) => (first + i) * size);
 }
 
 /** Draws lines [{name, points, style, kind, label}] into a box, again whenever its width changes. */

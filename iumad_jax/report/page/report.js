@@ -18,8 +18,9 @@ function overview() {
   const minutes = Math.floor(seconds / 60);
   const time = minutes ? `${minutes} min ${Math.round(seconds % 60)} s` : `${seconds.toFixed(1)} s`;
   $("subtitle").textContent =
-    `${objects.length} objects in ${steps} ${steps === 1 ? "step" : "steps"} · seed ${config.seed} · ${time}`;
+    `${objects.length} ${objects.length === 1 ? "object" : "objects"} in ${steps} ${steps === 1 ? "step" : "steps"} · seed ${config.seed} · ${time}`;
   const floor = `${floors.join(" and ")} are not trained: what does not beat these floors has not shown anything.`;
+  $("key").hidden = !Object.keys(metrics).length;
   $("key").textContent = `Means over objects after the last step.${floors.length ? ` ${floor}` : ""}`;
   for (const metric of ["i_auroc", "aupro", "p_auroc_object", "aupro_object"].filter((key) => metrics[key])) {
     const figures = systems[own].summary[metric];
@@ -245,6 +246,13 @@ function theme() {
   set(now);
 }
 
+const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
+
+/** Hides a section that has nothing to show. */
+function needs(section, found) {
+  $(section).hidden = links.get(section).hidden = !found.length;
+}
+
 theme();
 overview();
 samples();
@@ -252,13 +260,15 @@ objectTable();
 decisions();
 curves();
 training();
+needs("forgetting", Object.keys(metrics));
+needs("curves", Object.keys(page.curves));
+needs("samples", page.samples);
 $("metric").append(...Object.entries(metrics).map(([key, label]) => h("option", { value: key }, label)));
 $("metric").addEventListener("change", () => forgetting($("metric").value));
 $("figures").append(
   ...Object.entries(page.figures).flatMap(([name, meaning]) => [h("dt", {}, name), h("dd", {}, meaning)]),
 );
-forgetting($("metric").value);
-const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
+if ($("metric").value) forgetting($("metric").value);
 const spy = new IntersectionObserver(
   (entries) => {
     for (const { target, isIntersecting } of entries) links.get(target.id).classList.toggle("here", isIntersecting);

@@ -152,13 +152,14 @@ function objectTable() {
       element: h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, String(step)), ...values.map(cell)),
     };
   });
+  sortable($("object-table"), ["object", "step", ...shown.map((metric) => metrics[metric])], rows);
+  if (!shown.length) return;
   $("objects-note").replaceChildren(
     "In every cell: ",
     h("b", { style: colour(own) }, own),
     ...floors.flatMap((name) => [", ", h("b", { style: `color: var(--color); ${colour(name)}` }, name)]),
     floors.length ? "; ✓ where the first is above every floor." : ".",
   );
-  sortable($("object-table"), ["object", "step", ...shown.map((metric) => metrics[metric])], rows);
   $("object-table").append(
     h(
       "tfoot",

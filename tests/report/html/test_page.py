@@ -180,3 +180,35 @@ def test_a_single_step_without_depth_masks_decisions_training_or_test_images(bro
     browser.resize(390, 800)
     browser.settle()
     assert browser.run("document.querySelector('#threshold').offsetWidth") > 200
+
+
+def test_a_run_without_any_test_images(browser, tmp_path, zoo):
+    matrices = {metric: np.full((1, 1), math.nan) for metric in tables.METRICS}
+    own = {"matrix": matrices, "summary": tables.summarise(matrices)}
+    results = zoo.run(
+        objects=["cat"], steps=[["cat"]], floors={"feature_norm": own}, decisions=zoo.decisions()[:1], **own
+    )
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    for epoch in range(20):
+        ledger.append("epoch", step=0, epoch=epoch, loss=1.0 / (1 + epoch))
+    html.write(tmp_path, results, zoo.images)
+    browser.open(tmp_path / "report.html")
+    assert browser.errors == []
+    shown = "[...document.querySelectorAll('main > section')].filter(e => !e.hidden).map(e => e.id)"
+    assert browser.run(shown) == ["overview", "objects", "training", "run"]
+    linked = "[...document.querySelectorAll('nav a')].filter(e => !e.hidden).map(e => e.hash.slice(1))"
+    assert browser.run(linked) == browser.run(shown)
+    assert "Nothing is measured" in browser.run("document.querySelector('#remarks').innerText")
+    assert browser.rows("#object-table") == [["object", "step"], ["cat", "0"]]
+    assert "–" not in browser.run("document.querySelector('#overview').innerText")
+    browser.settle()
+    ticks = (
+        "[...document.querySelectorAll('#loss-chart text')].filter(e => e.getBBox().y > 245).map(e => e.textContent)"
+    )
+    assert browser.run(ticks) == [
+        "5",
+        "10",
+        "15",
+        "20",
+        "epochs of all steps",
+    ]  # the first epoch is 1: no 0 beside the axis
