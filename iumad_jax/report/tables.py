@@ -166,7 +166,7 @@ def latex(results: dict[str, Any]) -> str:
             r"\midrule",
             _tex_row("mean", rows.pop("mean")),
             r"\bottomrule",
-            r"\end{tabular}}",
+            r"\end{tabular}}%",
             "",
         ]
     )

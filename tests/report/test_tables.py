@@ -229,7 +229,7 @@ cat & 60.0 & 30.0 & -- & -- & \textbf{65.0} & \textbf{65.0} & -- & -- \\
 \midrule
 mean & \textbf{71.7} & 43.3 & 7.5 & 10.0 & 65.0 & \textbf{65.0} & \textbf{0.0} & \textbf{0.0} \\
 \bottomrule
-\end{tabular}}
+\end{tabular}}%
 """
 
 
@@ -251,7 +251,8 @@ def test_latex_keeps_names_from_being_commands_and_fits_a_column(tmp_path):
     assert r"\textbackslash{}input\{x\}\textasciicircum{}2\textasciitilde{}y & " in text
     if program := shutil.which("pdflatex"):
         packages = r"\usepackage{booktabs}\usepackage{graphicx}"
-        body = rf"\begin{{document}}\noindent {text}\end{{document}}"
+        (tmp_path / "table.tex").write_text(text)
+        body = "\\begin{document}\\noindent\\input{table}\n\\end{document}"
         page = rf"\documentclass[twocolumn]{{article}}{packages}{body}"
         (tmp_path / "page.tex").write_text(page)
         subprocess.run([program, "-halt-on-error", "page"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
