@@ -228,8 +228,11 @@ class Detector:
             name = "the image" if len(rgb) == 1 else f"image {index}"
             return self.processing(Sample(name, "given", "good", rgb[index], metres, None, False, camera))
 
-        with ThreadPoolExecutor() as pool:
-            arrays = list(pool.map(of_one, range(len(rgb))))
+        if len(rgb) == 1:  # a thread would only take its time to start
+            arrays = [of_one(0)]
+        else:
+            with ThreadPoolExecutor() as pool:
+                arrays = list(pool.map(of_one, range(len(rgb))))
         return {
             m: np.stack([one[f"images_{m}"] for one in arrays]).astype(np.float32) for m in self.processing.modalities
         }
