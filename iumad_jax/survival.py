@@ -62,6 +62,7 @@ def _survive(values: flags.FlagValues) -> str:
         "JAX_COMPILATION_CACHE_DIR": str(home / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+        "PYTHONWARNINGS": "ignore:resource_tracker",  # of semaphores that killed processes leave
     }
     began, alone = time.monotonic(), Trial(home / "alone", config)
     if alone.end(alone.start()) != 0:
