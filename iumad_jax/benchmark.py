@@ -29,13 +29,13 @@ SYSTEMS: dict[str, dict[str, Any]] = {  # what a system changes in the config th
 def benchmark(config: ConfigDict, workdir: Path) -> str:
     """Runs every cell that is not finished yet and returns the table of all in the workdir, written after each.
 
-    Pictures are drawn at the end. A cell that cannot be trained is told and left out.
+    Pictures are drawn at the end. A cell that cannot be trained is told and left out, which is an error in the end.
 
     Args:
         config: a run's config, with `config.benchmark` (explained in configs/benchmark.py).
         workdir: every cell is a run in a folder of its own in there, and may have come from another command.
     """
-    todo, table = list(cells(config)), ""
+    todo, table, stopped = list(cells(config)), "", []
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))  # most cells share their programs
     for number, (cell, name) in enumerate(todo, 1):
         print(f"cell {number} of {len(todo)}: {name}", flush=True)
@@ -44,9 +44,13 @@ def benchmark(config: ConfigDict, workdir: Path) -> str:
             experiment.run(cell, workdir / "cells" / name)
         except UserError as error:
             print(f"{name} stopped: {error}", file=sys.stderr, flush=True)
+            stopped.append(name)
         jax.clear_caches()
         table = comparison.write(workdir)
     comparison.draw(workdir)
+    if stopped:
+        print(table)
+        raise UserError(f"{len(stopped)} of {len(todo)} cells stopped: {', '.join(stopped)}; the reasons stand above.")
     return table
 
 

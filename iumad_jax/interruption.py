@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
 AT_ONCE = 130  # what a shell says of a process that SIGINT ended
@@ -61,7 +61,8 @@ def _watch(reader: int) -> None:
         _requested.set()
         name = signal.Signals(number[0]).name
         told = f"stopping on {name}; the same command goes on from here (SIGINT, Ctrl-C, now ends it at once)."
-        print("\n" * sys.stderr.isatty() + f"iumad_jax: {told}", file=sys.stderr, flush=True)
+        with suppress(OSError, ValueError):  # where nobody reads any more
+            print("\n" * sys.stderr.isatty() + f"iumad_jax: {told}", file=sys.stderr, flush=True)
         end = time.monotonic() + _PATIENCE
         while select.select([signals], [], [], max(0.0, end - time.monotonic()))[0]:
             if not (number := signals.read(1)):

@@ -9,6 +9,7 @@ import functools
 import inspect
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -161,9 +162,11 @@ def joined(coordinator: str | None, processes: int | None, process: int | None, 
         raise UserError("--coordinator, --processes and --process belong together; or let --cluster find all three.")
     if process is not None and processes is not None and process >= processes:
         raise UserError(f"--process is {process}; use 0 to {processes - 1}, as --processes is {processes}.")
+    if coordinator is not None and not re.fullmatch(r".+:[0-9]{1,5}", coordinator):
+        raise UserError(f'--coordinator is "{coordinator}"; give the host of process 0 and a free port, HOST:PORT.')
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     lost = "start all of them again to go on from the last snapshot"
-    with _last_words(f"iumad_jax: a process has ended, by itself or since another one had; {lost}."):
+    with _last_words(f"iumad_jax: a process has ended, or did not find the others; {lost}."):
         try:
             _find(coordinator, processes, process)
             if not is_first():  # which saves when it is told to end; then these end, too

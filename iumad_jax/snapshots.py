@@ -1,7 +1,7 @@
 """Orbax snapshots: one per incremental step, and the two newest within a step.
 
-Every snapshot has a manifest, the SHA-256 of each of its files, because Orbax restores flipped bits silently. It is
-written last: what has none was never finished.
+Every snapshot has a manifest, the SHA-256 of each of its files, because Orbax restores flipped bits silently. It gets
+its name when that is written, too: what a crash leaves behind has another name.
 """
 
 import copy
@@ -28,7 +28,7 @@ from iumad_jax.shapes import Variables
 
 MANIFEST = "sha256.json"
 _UPDATES = 10**12  # more than a step has
-_UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of what Orbax has not finished
+_UNFINISHED = ".unfinished"  # in the names of snapshots until they are whole
 
 
 class Position(NamedTuple):
@@ -178,18 +178,22 @@ def _checkpointer() -> Iterator[ocp.Checkpointer]:
 
 def _write(folder: Path, arrays: Any, record: dict[str, Any], keep: int | None) -> None:
     """Writes a snapshot and, of all beside it, keeps the newest ones."""
+    unfinished = folder.with_name(folder.name + _UNFINISHED)
     try:
         with _checkpointer() as checkpointer:
             args = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record))
-            checkpointer.save(folder, args=args, force=True)
-        write_whole(folder / MANIFEST, json.dumps(hashes(folder), indent=1).encode())
+            checkpointer.save(unfinished, args=args, force=True)
+        write_whole(unfinished / MANIFEST, json.dumps(hashes(unfinished), indent=1).encode())
+        if folder.exists():  # of the same position, from which the run went on
+            shutil.rmtree(folder)
+        unfinished.rename(folder)
         for _, old in sorted(_numbered(folder.parent), reverse=True)[keep:] if keep else []:
             shutil.rmtree(old)
     except (OSError, ValueError) as error:
         if isinstance(error, ValueError) and "os_error_code" not in str(error):  # not tensorstore's own OSError
             raise
         raise UserError(
-            f"{folder.parent}: the snapshot could not be saved ({_reason(error)}); the one before it is intact,"
+            f"{folder.parent}: the snapshot could not be saved ({_reason(error)}); what was saved before is intact,"
             " so make room and run the same command again."
         ) from error
 
@@ -213,7 +217,7 @@ def _damage(folder: Path) -> str | None:
         differing = sorted(file for file in noted | found if noted.get(file) != found.get(file))
         return f"is damaged ({differing[0]} is missing or not as it was written)"
     except FileNotFoundError:
-        return "was not finished or is damaged (it has no manifest)"
+        return "is damaged (its manifest is missing)"
     except OSError as error:
         return f"cannot be read ({_reason(error)})"
     except (ValueError, TypeError, RecursionError):

@@ -125,7 +125,7 @@ def test_a_full_disk_is_told_and_the_snapshot_before_is_intact(tmp_path, capfd, 
                 snapshots.wait()
         folder = tmp_path / ("snapshots" if finished else "snapshots_within_step")
         assert str(error.value) == (
-            f"{folder}: the snapshot could not be saved (File too large); the one before it is intact,"
+            f"{folder}: the snapshot could not be saved (File too large); what was saved before is intact,"
             " so make room and run the same command again."
         )
     with opened(tmp_path) as snapshots:
@@ -276,3 +276,23 @@ def test_reading_passes_over_a_damaged_snapshot_unless_it_is_asked_for(tmp_path,
     ):
         read(tmp_path)
     assert sorted(path.name for path in (tmp_path / "snapshots").iterdir()) == ["0", "1"]
+
+
+def test_a_kill_before_the_first_snapshot_is_whole_leaves_none(tmp_path, monkeypatch):
+    """Also when all but its manifest is written: the run begins anew, and nothing is called damaged."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context, opened(tmp_path) as snapshots:
+        context.setattr("iumad_jax.snapshots.write_whole", killed)
+        snapshots.save(snapshot(0, 3))
+        with pytest.raises(KeyboardInterrupt):
+            snapshots.wait()
+    assert list((tmp_path / "snapshots_within_step").iterdir())
+    with opened(tmp_path) as snapshots:
+        assert snapshots.latest() is None
+        assert not list((tmp_path / "snapshots_within_step").iterdir())
+        snapshots.save(snapshot(0, 3))
+        snapshots.save(snapshot(0, 3))  # of the same position, as after going on from it
+        assert_same(snapshots.latest(), snapshot(0, 3))

@@ -155,7 +155,8 @@ def test_a_zip_that_lies_about_a_size_is_refused(tmp_path, told):
 
 
 def test_a_zip_with_an_entry_without_a_name_is_refused(tmp_path):
-    refused(write_zip(tmp_path / "a.zip", [("", b"")]), tmp_path, "is truncated or damaged")
+    told = "is truncated or damaged|'' in the place of another"  # before and since Python 3.13
+    refused(write_zip(tmp_path / "a.zip", [("", b"")]), tmp_path, told)
 
 
 @pytest.mark.parametrize("kind", FORMATS)

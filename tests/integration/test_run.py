@@ -312,8 +312,8 @@ def test_a_full_disk_stops_the_run(start, whole, tmp_path):
     assert (process.returncode, out) == (2, "")
     folder = workdir / "snapshots_within_step"
     assert err.splitlines(keepends=True)[-1] == (
-        f"iumad_jax: {folder}: the snapshot could not be saved (File too large); the one before it is intact, so make"
-        " room and run the same command again.\n"
+        f"iumad_jax: {folder}: the snapshot could not be saved (File too large); what was saved before is intact,"
+        " so make room and run the same command again.\n"
     )
     assert not any(path.name.isdigit() for path in folder.iterdir())
 
