@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,8 +129,8 @@ class Detector:
     processing: Processing
     camera: Camera | None
     camera_width: int | None
-    function: Callable[[State, dict[Modality, Any], Any], Outputs]
-    state: State
+    function: Callable[[State, dict[Modality, Any], Any], Outputs] = field(repr=False)
+    state: State = field(repr=False)  # all weights
 
     @classmethod
     def load(cls, workdir: str | Path, step: int | None = None, **changes: Any) -> "Detector":

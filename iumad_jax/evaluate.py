@@ -71,6 +71,8 @@ def _evaluate(values: flags.FlagValues) -> str:
     snapshot = snapshots.read(workdir, values.step)
     default = workdir / "evaluations" / f"{config.dataset.name}_step{snapshot.position.step}"
     output = Path(values.output or default)
+    if (output / "config.json").exists():
+        raise UserError(f"--output={output} is the folder of a run, which would lose its own results; choose another.")
     return tables.console(evaluate_snapshot(config, workdir, snapshot, output), output)
 
 
@@ -92,6 +94,10 @@ def evaluate_snapshot(config: ConfigDict, workdir: Path, snapshot: Snapshot, out
     recogniser = recognition.fit(variables["recognition"])
     systems = methods.systems(config, len(snapshot.record["inputs"]["objects"]))
     learned = [name for name in reader.objects if name in decided["objects"]]
+    if not learned:
+        raise UserError(
+            f"none of {', '.join(reader.objects)} was learned; name one of {', '.join(decided['objects'])} too."
+        )
     ledger = _new_ledger(output)
 
     matrices = {s: {metric: np.full((1, len(learned)), np.nan) for metric in tables.METRICS} for s in systems}

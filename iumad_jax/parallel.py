@@ -166,7 +166,7 @@ def joined(coordinator: str | None, processes: int | None, process: int | None, 
         raise UserError(f'--coordinator is "{coordinator}"; give the host of process 0 and a free port, HOST:PORT.')
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     lost = "start all of them again to go on from the last snapshot"
-    with _last_words(f"iumad_jax: a process has ended, or did not find the others; {lost}."):
+    with _last_words(f"iumad_jax: a process has ended, by itself or since another one had; {lost}."):
         try:
             _find(coordinator, processes, process)
             if not is_first():  # which saves when it is told to end; then these end, too

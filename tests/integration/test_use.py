@@ -295,6 +295,21 @@ def test_evaluate_tells_objects_apart_that_were_never_learned(home, command):
     assert [event["event"] for event in events] == ["evaluation"] * 3 + ["unknown"]
 
 
+def test_evaluate_neither_takes_the_place_of_a_run_nor_judges_what_nothing_learned(home, command):
+    before = (home / "run" / "ledger.jsonl").read_bytes(), (home / "run" / "results.json").read_bytes()
+    code, out, err = command("evaluate", "--workdir=run", "--output=run")
+    assert (code, out) == (2, "")
+    assert err == (
+        "iumad_jax: --output=run is the folder of a run, which would lose its own results; choose another.\n"
+    )
+    assert before == ((home / "run" / "ledger.jsonl").read_bytes(), (home / "run" / "results.json").read_bytes())
+    flags = ("--step=0", "--config.dataset.objects=GummyBear", "--output=unlearned")
+    code, out, err = command("evaluate", "--workdir=run", *flags)
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1] == "iumad_jax: none of GummyBear was learned; name one of CandyCane too."
+    assert not (home / "unlearned").exists()
+
+
 ALONE = """
 import sys
 import numpy as np
