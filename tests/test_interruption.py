@@ -60,3 +60,19 @@ def test_who_does_not_look_is_ended_all_the_same(signals, code):
             time.sleep(0.1)
         assert process.wait() == code
         assert process.stderr.read().count("\n") == 1
+
+
+@pytest.mark.parametrize(("signals", "code"), [([signal.SIGTERM], 75), ([signal.SIGINT, signal.SIGINT], 130)])
+def test_signals_work_when_nobody_reads_what_is_said(signals, code):
+    """As behind `| tee`, which Ctrl-C ends first."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", NOBODY_LOOKS], **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.stderr.close()
+        for number in signals:
+            process.send_signal(number)
+            time.sleep(0.1)
+        try:
+            assert process.wait(timeout=10) == code
+        finally:
+            process.kill()

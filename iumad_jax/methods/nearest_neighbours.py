@@ -59,11 +59,12 @@ def nearest_neighbours(patches_per_object: int, seed: int) -> Method:
 
 
 def _usual_distance(memory: Float[np.ndarray, "n f"], moments: dict, rng: np.random.Generator) -> np.ndarray:
-    """The median distance from some patches of the memory to the nearest of the others."""
+    """The median distance from some patches of the memory to the nearest of the others; 1 where that is 0."""
     standardised = standardise(jnp.asarray(memory), moments)
     held_out = rng.permutation(len(memory))
     some, others = np.split(held_out, [min(512, len(memory) // 2)])
-    return np.asarray(jnp.median(_nearest(standardised[some], standardised[others])))
+    median = jnp.median(_nearest(standardised[some], standardised[others]))
+    return np.asarray(jnp.where(median > 0, median, 1.0))
 
 
 @jax.jit

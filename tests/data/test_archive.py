@@ -155,7 +155,7 @@ def test_a_zip_that_lies_about_a_size_is_refused(tmp_path, told):
 
 
 def test_a_zip_with_an_entry_without_a_name_is_refused(tmp_path):
-    told = "is truncated or damaged|'' in the place of another"  # before and since Python 3.13
+    told = "'' in the place of another" if sys.version_info >= (3, 13) else "is truncated or damaged"  # by zipfile
     refused(write_zip(tmp_path / "a.zip", [("", b"")]), tmp_path, told)
 
 

@@ -63,6 +63,20 @@ def test_an_unknown_system_is_refused():
         list(cells(plan(systems="uniad,cdad")))
 
 
+def test_cells_that_stop_are_an_error_in_the_end(tmp_path):
+    """All of them are tried; the exit code must tell a script."""
+    for name in ("uniad_rgb_1-1_seed0", "iuf_rgb_1-1_seed0"):
+        (tmp_path / "cells" / name).mkdir(parents=True)
+        (tmp_path / "cells" / name / "config.json").write_text("{")
+    flags = [f"--config={CONFIG}", "--workdir=.", *(f"--config.{key}={value}" for key, value in KEYS.items())]
+    command = [sys.executable, "-m", "iumad_jax.benchmark", *flags]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    *told, last = done.stderr.splitlines()
+    assert [line.split(" stopped: ")[0] for line in told] == ["uniad_rgb_1-1_seed0", "iuf_rgb_1-1_seed0"]
+    assert last.startswith("iumad_jax: 2 of 2 cells stopped: uniad_rgb_1-1_seed0, iuf_rgb_1-1_seed0;")
+
+
 def test_a_benchmark_goes_on_where_it_stopped(tmp_path):
     render(tmp_path / "candies", train=2, val=1, test=2, size=64, objects=OBJECTS, progress=False)
     flags = [f"--config={CONFIG}", "--workdir=runs", *(f"--config.{key}={value}" for key, value in KEYS.items())]

@@ -148,6 +148,11 @@ def test_two_processes_train_as_one_does_whatever_happens_to_them(start, start_t
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
+        (["--coordinator=localhost", "--processes=2", "--process=0"], '--coordinator is "localhost"; give the host'),
+        (
+            ["--coordinator=localhost:x", "--processes=2", "--process=0"],
+            '--coordinator is "localhost:x"; give the host',
+        ),
         (["--processes=2", "--process=0"], "--coordinator, --processes and --process belong together"),
         (
             ["--coordinator=localhost:1", "--processes=2", "--process=2"],

@@ -53,6 +53,18 @@ def test_a_training_patch_is_at_no_distance():
     assert float(method.predict(observed(method, batch), batch).map.max()) < 0.01
 
 
+def test_images_that_are_all_alike_hide_no_defect():
+    """As depth images of a flat part: no distance among them is usual, so that none can be divided by it."""
+    one = random_batch(0, images=1).features["rgb"]
+    alike = Batch({"rgb": np.repeat(one, 3, axis=0)}, {}, np.zeros(3, np.int32))
+    changed = one.copy()
+    changed[0, 5] += 4
+    method = nearest_neighbours(patches_per_object=1000, seed=0)
+    variables = observed(method, alike)
+    good, defective = (method.predict(variables, Batch({"rgb": x}, {}, np.zeros(1, np.int32))) for x in (one, changed))
+    assert float(good.score[0]) < 0.1 < 0.5 < float(defective.score[0]) < 100
+
+
 def test_memory_grows_by_a_bounded_number_of_different_patches_per_object():
     batches = [random_batch(seed) for seed in range(3)]
     memory = observed(nearest_neighbours(10, seed=0), *batches)["statistics"]["rgb"]["memory"]
