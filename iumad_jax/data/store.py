@@ -38,7 +38,7 @@ from iumad_jax.models import efficientnet
 from iumad_jax.shapes import Batch, GroundTruth
 
 Encoder = Callable[[Any], jax.Array]  # images (b h w 3), 0..255 -> features (b g g f)
-CHUNK = 8  # images encoded at once
+ENCODED_AT_ONCE = 2  # images: with more, activations leave a CPU's caches, and one takes twice as long
 _AHEAD = 16  # images processed while others are encoded
 
 
@@ -169,7 +169,7 @@ class Store:
             bar.set_description(f"preparing {object_} {split}")
             with bar, ThreadPoolExecutor() as pool:
                 ahead = self._ahead(pool, object_, split, [(index, images[index]) for index in todo])
-                while chunk := list(islice(ahead, CHUNK)):
+                while chunk := list(islice(ahead, ENCODED_AT_ONCE)):
                     interruption.check()
                     self._encode([values for _, _, values in chunk])
                     written = {}
@@ -250,7 +250,7 @@ class Store:
         """Adds the features of some images, filled up so that the backbone is compiled once."""
         for modality in self.processing.modalities:
             images = np.stack([values[f"images_{modality}"] for values in chunk])
-            full = np.zeros((CHUNK, *images.shape[1:]), np.float32)
+            full = np.zeros((ENCODED_AT_ONCE, *images.shape[1:]), np.float32)
             full[: len(images)] = images
             features = np.asarray(self.encoder(full))[: len(images)]
             if not np.abs(features).max() <= np.finfo(np.float16).max:  # also NaN

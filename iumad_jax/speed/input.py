@@ -75,7 +75,7 @@ def _rate(count: float, began: float, digits: int = 0) -> str:
 def _preparing(store: Any, object_: str) -> tuple[list[Row], float]:
     """Also how many images a single-threaded loop makes ready per second."""
     from iumad_jax.data import depth
-    from iumad_jax.data.store import CHUNK
+    from iumad_jax.data.store import ENCODED_AT_ONCE
 
     seconds = dict.fromkeys(("read", "depth", "processing", "backbone"), 0.0)
 
@@ -87,15 +87,17 @@ def _preparing(store: Any, object_: str) -> tuple[list[Row], float]:
 
     ids = store.reader.ids(object_, "train")
     size = store.processing.size
-    np.asarray(store.encoder(np.zeros((CHUNK, size, size, 3), np.float32)))  # compiles
-    for start in range(0, len(ids), CHUNK):
-        samples = [timed("read", store.reader.read, object_, "train", id_) for id_ in ids[start : start + CHUNK]]
+    np.asarray(store.encoder(np.zeros((ENCODED_AT_ONCE, size, size, 3), np.float32)))  # compiles
+    for start in range(0, len(ids), ENCODED_AT_ONCE):
+        samples = [
+            timed("read", store.reader.read, object_, "train", id_) for id_ in ids[start : start + ENCODED_AT_ONCE]
+        ]
         for sample in samples:
             if sample.depth is not None:  # a part of processing, timed once more by itself
                 timed("depth", depth.measure, sample.depth, sample.camera, store.processing.normals_window)
         arrays = [timed("processing", store.processing, sample) for sample in samples]
         for modality in store.processing.modalities:
-            images = np.zeros((CHUNK, size, size, 3), np.float32)
+            images = np.zeros((ENCODED_AT_ONCE, size, size, 3), np.float32)
             images[: len(arrays)] = [one[f"images_{modality}"] for one in arrays]
             timed("backbone", lambda images: np.asarray(store.encoder(images)), images)
     loop = len(ids) / (seconds["read"] + seconds["processing"] + seconds["backbone"])

@@ -17,8 +17,9 @@ function overview() {
   $("title").textContent = document.title;
   const minutes = Math.floor(seconds / 60);
   const time = minutes ? `${minutes} min ${Math.round(seconds % 60)} s` : `${seconds.toFixed(1)} s`;
+  const count = (number, name) => `${number} ${name}${number === 1 ? "" : "s"}`;
   $("subtitle").textContent =
-    `${objects.length} ${objects.length === 1 ? "object" : "objects"} in ${steps} ${steps === 1 ? "step" : "steps"} · seed ${config.seed} · ${time}`;
+    `${count(objects.length, "object")} in ${count(steps, "step")} · seed ${config.seed} · ${time}`;
   const floor = `${floors.join(" and ")} are not trained: what does not beat these floors has not shown anything.`;
   $("key").hidden = !Object.keys(metrics).length;
   $("key").textContent = `Means over objects after the last step.${floors.length ? ` ${floor}` : ""}`;
