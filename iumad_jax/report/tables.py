@@ -248,26 +248,28 @@ def _overview(results: dict[str, Any], style: str) -> Iterator[str]:
     columns = [metric for metric in metrics if metric != "aupro_exact"]
     last = {metric: results["matrix"][metric][-1] for metric in columns}
 
-    rows: list[list[Any]]
-    rows = [[name, step, *(_cell(last[metric][column]) for metric in columns)] for step, name, column in learned]
-    for name, system in systems.items() if metrics else ():
-        mean = "mean" if system is results else f"mean of {name}"
-        rows.append([mean, "", *(_cell(system["summary"][metric]["final"]) for metric in columns)])
+    rows: list[list[Any]] = [
+        [name, step, *(_cell(last[metric][column]) for metric in columns)] for step, name, column in learned
+    ]
+    if metrics:
+        for name, system in systems.items():
+            mean = "mean" if system is results else f"mean of {name}"
+            rows.append([mean, "", *(_cell(system["summary"][metric]["final"]) for metric in columns)])
     yield _table(rows, ["object", "step", *(METRICS[metric] for metric in columns)], style)
 
     yield from remarks(results)
 
-    rows = [
-        [METRICS[metric], name, *(_cell(system["summary"][metric][figure]) for figure in SUMMARY)]
-        for metric in metrics
-        for name, system in systems.items()
-    ]
     if metrics:
+        rows = [
+            [METRICS[metric], name, *(_cell(system["summary"][metric][figure]) for figure in SUMMARY)]
+            for metric in metrics
+            for name, system in systems.items()
+        ]
         yield _table(rows, ["metric", "method", *SUMMARY], style)
         explained = [f"{figure}: {meaning}" for figure, meaning in FIGURES.items()]
         yield "; ".join(explained[:2]) + ";\n" + "; ".join(explained[2:4]) + ";\n" + explained[4] + "."
-    if metrics and len(results["matrix"]["i_auroc"]) == 1:
-        yield "fm and fm_aggregate are undefined (-): with a single step there is nothing earlier to forget."
+        if len(results["matrix"]["i_auroc"]) == 1:
+            yield "fm and fm_aggregate are undefined (-): with a single step there is nothing earlier to forget."
     if "bytes" in results:
         kept = ", ".join(f"{name} {system['bytes'] / 1e6:.1f} MB" for name, system in systems.items())
         yield f"Kept for later steps: {kept}."
