@@ -19,7 +19,7 @@ from iumad_jax.errors import UserError
 from iumad_jax.metrics import image_auroc, pixel_metrics
 from iumad_jax.predict import predict
 from iumad_jax.report import html, samples, tables
-from iumad_jax.report.ledger import Ledger
+from iumad_jax.report.ledger import Ledger, write_whole
 from iumad_jax.shapes import GroundTruth, Prediction
 from iumad_jax.snapshots import Snapshot
 
@@ -147,9 +147,8 @@ def _new_ledger(output: Path) -> Ledger:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{output}: not a writable folder ({error.strerror}); choose another --output.") from error
-    ledger = Ledger(output / "ledger.jsonl")
-    ledger.truncate(0)
-    return ledger
+    write_whole(output / "ledger.jsonl", b"")
+    return Ledger(output / "ledger.jsonl")
 
 
 if __name__ == "__main__":

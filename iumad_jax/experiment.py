@@ -47,6 +47,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     with ExitStack() as held:
         with parallel.first_before_others():
             this = start(config, workdir, data.open_reader(config), steps, held)
+        parallel.check_same(this.common)
         for step in steps[this.position.step + this.position.finished :]:
             prepare(this, step)
             learn(this, step)

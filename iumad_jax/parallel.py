@@ -5,14 +5,18 @@ Processes run the same program on the same data. The first alone writes to the w
 """
 
 import atexit
+import errno
 import functools
+import hashlib
 import inspect
 import itertools
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
@@ -29,6 +33,7 @@ from iumad_jax import interruption
 from iumad_jax.errors import UserError
 
 AXIS = "devices"
+_PATIENCE_TO_FIND = 300  # seconds in which all processes must have started
 _SILENCE = 30  # seconds without a sign of life after which a process counts as dead
 _PATIENCE = 10**9  # milliseconds that a process waits for others that are alive: preparing a dataset can take days
 
@@ -162,13 +167,15 @@ def joined(coordinator: str | None, processes: int | None, process: int | None, 
         raise UserError("--coordinator, --processes and --process belong together; or let --cluster find all three.")
     if process is not None and processes is not None and process >= processes:
         raise UserError(f"--process is {process}; use 0 to {processes - 1}, as --processes is {processes}.")
-    if coordinator is not None and not re.fullmatch(r".+:[0-9]{1,5}", coordinator):
-        raise UserError(f'--coordinator is "{coordinator}"; give the host of process 0 and a free port, HOST:PORT.')
+    if coordinator is not None:
+        _check_address(coordinator)
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     lost = "start all of them again to go on from the last snapshot"
+    with _last_words(f"iumad_jax: not all processes came within {_PATIENCE_TO_FIND} s; start all of them again."):
+        _find(coordinator, processes, process)
     with _last_words(f"iumad_jax: a process has ended, by itself or since another one had; {lost}."):
         try:
-            _find(coordinator, processes, process)
+            _find_devices()
             if not is_first():  # which saves when it is told to end; then these end, too
                 for number in (signal.SIGINT, signal.SIGTERM):
                     signal.signal(number, signal.SIG_IGN)
@@ -183,17 +190,67 @@ def joined(coordinator: str | None, processes: int | None, process: int | None, 
             raise error
 
 
-def _find(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Waits until all processes have found each other, and their devices, too.
+def _check_address(coordinator: str) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
+        raise UserError(f'--coordinator is "{coordinator}"; give the host of process 0 and a free port, HOST:PORT.')
 
-    Those wait for half a minute when they first exchange anything, and later as long as another process compiles.
+
+def _find(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Waits until all processes have found each other.
+
+    JAX aborts a process that does not find the coordinator, or whose port for it is taken, so that both are tried first.
     """
+    if coordinator is not None:
+        told = f"process {process} of {processes} waits for the others at {coordinator}, up to {_PATIENCE_TO_FIND} s"
+        print(f"iumad_jax: {told}", file=sys.stderr, flush=True)
+        (_check_free if process == 0 else _wait_for)(coordinator)
     try:
         jax.distributed.initialize(
-            coordinator, processes, process, heartbeat_timeout_seconds=_SILENCE, shutdown_timeout_seconds=_SILENCE
+            coordinator,
+            processes,
+            process,
+            cluster_detection_method="deactivate" if coordinator else None,  # else SLURM's would give it one GPU
+            initialization_timeout=_PATIENCE_TO_FIND,
+            heartbeat_timeout_seconds=_SILENCE,
+            shutdown_timeout_seconds=_SILENCE,
         )
     except ValueError as error:  # also of a cluster that JAX does not know
         raise UserError(f"--cluster or --coordinator is of no use here: {str(error).rstrip('.')}.") from error
+
+
+def _check_free(coordinator: str) -> None:
+    """Raises UserError if this process cannot listen at the coordinator's port."""
+    try:
+        socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
+    except OSError as error:
+        reason = os.strerror(error.errno or errno.EADDRINUSE)
+        raise UserError(f"--coordinator={coordinator}: {reason}; give all processes another port.") from error
+
+
+def _wait_for(coordinator: str) -> None:
+    """Waits until something listens at the coordinator's address."""
+    host, _, port = coordinator.rpartition(":")
+    end = time.monotonic() + _PATIENCE_TO_FIND
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except OSError as error:
+            if time.monotonic() > end:
+                reason = error.strerror or "no answer"
+                raise UserError(
+                    f"--coordinator={coordinator}: {reason} for {_PATIENCE_TO_FIND} s; start process 0 there."
+                ) from error
+            time.sleep(1)
+        else:
+            return
+
+
+def _find_devices() -> None:
+    """Waits until the processes have found each other's devices, too.
+
+    They wait for half a minute when they first exchange anything, and later as long as another process compiles.
+    """
     _meet()
     everywhere(True)
     jax.block_until_ready(jax.pmap(mean_over_devices, axis_name=AXIS)(np.zeros(jax.local_device_count())))
@@ -262,6 +319,33 @@ class _Mute:
 def everywhere(condition: bool) -> bool:
     """Whether a condition holds in every process, all of which ask."""
     return bool(np.all(multihost_utils.process_allgather(np.array(condition))))
+
+
+def check_same(own: Callable[[], dict[str, Any]]) -> None:
+    """Compares what every process has: by name, text, numbers and arrays within any tree.
+
+    Raises:
+        UserError: something differs; in all processes alike.
+    """
+    if jax.process_count() == 1:
+        return
+    values = own() | {"number of devices": jax.local_device_count(), "version of JAX": jax.__version__}
+    digests = multihost_utils.process_allgather(np.array([list(_digest(value)) for value in values.values()]))
+    same = (digests == digests[0]).all((0, 2))
+    if differing := [name for name, is_same in zip(values, same, strict=True) if not is_same]:
+        raise UserError(
+            f"the processes differ in their {' and '.join(differing)}; give all of them the same command, and a workdir"
+            " and a dataset that they share."
+        )
+
+
+def _digest(tree: Any) -> bytes:
+    """SHA-256 of text, numbers and arrays within any tree."""
+    leaves, structure = jax.tree.flatten(tree)
+    digest = hashlib.sha256(str(structure).encode())
+    for leaf in leaves:
+        digest.update(np.asarray(leaf).tobytes() if hasattr(leaf, "dtype") else repr(leaf).encode())
+    return digest.digest()
 
 
 def alone() -> ocp.options.MultiprocessingOptions:

@@ -19,7 +19,7 @@ from iumad_jax.data.sample import Reader
 from iumad_jax.data.store import Store
 from iumad_jax.methods.method import Method
 from iumad_jax.report import live, tables
-from iumad_jax.report.ledger import Ledger
+from iumad_jax.report.ledger import SHA256_OF_NOTHING, Ledger
 from iumad_jax.report.live import Live
 from iumad_jax.shapes import Variables
 from iumad_jax.snapshots import Position, Snapshot, Snapshots
@@ -56,12 +56,22 @@ class Run:
         late = time.monotonic() - self.saved > 60 * self.config.snapshots.every_minutes
         return late or self.snapshots.failed or interruption.requested()
 
+    def common(self) -> dict[str, Any]:
+        """What all processes of a run must have alike, by name."""
+        reader = self.store.reader
+        images = {name: reader.ids(name, "train") for name in reader.objects}
+        config = {key: value for key, value in self.config.to_dict().items() if key != "debug"}
+        state = self.variables, self.optimizer_leaves, self.losses, self.memory
+        snapshot = self.position, state if self.position.step >= 0 else None  # another CPU rounds another way
+        return {"config": config, "images": images, "weights": self.store.settings, "snapshot": snapshot}
+
     def save(self) -> None:
         """Takes a snapshot, which is written while the run goes on, and ends the run if that is asked for."""
         if not parallel.is_first():
             return
         record = {
             "ledger_lines": len(self.ledger),
+            "ledger_sha256": self.ledger.sha256,
             "matrices": jax.tree.map(np.ndarray.tolist, self.matrices),
             "decisions": self.decisions,
             "inputs": self.inputs,
@@ -102,9 +112,10 @@ def start(config: ConfigDict, workdir: Path, reader: Reader, steps: tuple[protoc
             name: {metric: np.full((len(steps), len(reader.objects)), np.nan) for metric in tables.METRICS}
             for name in systems
         }
-        record = {"ledger_lines": 0, "matrices": matrices, "decisions": [], "seconds": 0.0}
+        told = {"ledger_lines": 0, "ledger_sha256": SHA256_OF_NOTHING}
+        record = {**told, "matrices": matrices, "decisions": [], "seconds": 0.0}
         snapshot = Snapshot(Position(-1, 0, finished=True), variables, [], {}, record, {})
-    ledger.truncate(snapshot.record["ledger_lines"])
+    ledger.truncate(snapshot.record["ledger_lines"], snapshot.record["ledger_sha256"])
     matrices = {
         name: {metric: np.array(rows) for metric, rows in by_metric.items()}
         for name, by_metric in snapshot.record["matrices"].items()

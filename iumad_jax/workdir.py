@@ -59,7 +59,7 @@ def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
     The system gives up the lock of a process that is killed.
 
     Raises:
-        UserError: another process has it, or it cannot be written.
+        UserError: another process has it, it belongs to another config, or it cannot be written.
     """
     lock = FileLock(workdir / "lock")
     try:
@@ -70,6 +70,7 @@ def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{workdir}: not a writable folder ({error.strerror}); choose another --workdir.") from error
     try:
+        check(workdir, config)  # another process may have claimed it meanwhile
         write_whole(workdir / _NAME, (json.dumps(json.loads(config.to_json()), indent=2) + "\n").encode())
         yield
     finally:

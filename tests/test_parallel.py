@@ -2,6 +2,7 @@
 
 import functools
 import pickle
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from iumad_jax.config import paper
 from iumad_jax.continual.iuf import iuf
 from iumad_jax.continual.replay import replay
 from iumad_jax.data.pipeline import training_batches, whole
+from iumad_jax.errors import UserError
 from iumad_jax.methods.ib_iumad import ib_iumad
 from iumad_jax.methods.network import from_network, jitter
 from iumad_jax.shapes import Batch
@@ -186,3 +188,14 @@ if __name__ == "__main__":  # the same on another number of devices, which only 
     jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))
     found = everything_small(), three_updates() if sys.argv[2] == "1" else None
     Path(sys.argv[1]).write_bytes(pickle.dumps(found))
+
+
+def test_a_coordinator_that_does_not_answer_is_told(monkeypatch):
+    monkeypatch.setattr(parallel, "_PATIENCE_TO_FIND", 1)
+    with socket.create_server(("localhost", 0)) as taken:
+        address = f"localhost:{taken.getsockname()[1]}"
+    with (
+        pytest.raises(UserError, match=rf"--coordinator={address}: Connection refused for 1 s; start process 0 there"),
+        parallel.joined(address, 2, 1, cluster=False),
+    ):
+        pass

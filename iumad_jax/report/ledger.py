@@ -3,6 +3,7 @@
 Two runs with one seed write the same bytes: no clock, fields in the order given, floats that read back as they were.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -15,6 +16,8 @@ import numpy as np
 
 from iumad_jax.errors import UserError
 
+SHA256_OF_NOTHING = hashlib.sha256().hexdigest()
+
 
 class Ledger:
     """The ledger a run writes; its length is the number of its events.
@@ -26,15 +29,19 @@ class Ledger:
         """Open or create the file.
 
         Raises:
-            UserError: the file is damaged, or cannot be read or written.
+            UserError: the file cannot be read or written.
         """
         self.path = path
-        self._lines = len(read(path)) if path.exists() else 0
         self._change(path.touch)
-        self.truncate(self._lines)
+        self._cut(self._read().split(b"\n")[:-1])
 
     def __len__(self) -> int:
         return self._lines
+
+    @property
+    def sha256(self) -> str:
+        """Of all lines, so that what a snapshot had seen is known again."""
+        return self._sha256.hexdigest()
 
     def append(self, event: str, **fields: Any) -> None:
         """Write one event to disk, for good before this returns.
@@ -56,25 +63,34 @@ class Ledger:
 
         self._change(write)
         self._lines += 1
+        self._sha256.update(line.encode())
 
-    def truncate(self, lines: int) -> None:
+    def truncate(self, lines: int, sha256: str) -> None:
         """Forget all events but the first `lines`, so that a resumed run goes on from what its snapshot had seen.
 
         Raises:
-            UserError: the ledger has fewer lines, or the file is not writable.
+            UserError: these lines are not what `sha256` was told of, or the file is not writable.
         """
-        if lines > self._lines:
+        kept = self._read().split(b"\n")[:-1][:lines]
+        if hashlib.sha256(b"".join(line + b"\n" for line in kept)).hexdigest() != sha256:
+            found = "are not as they were written" if len(kept) == lines else f"are {len(kept)} now"
             raise UserError(
-                f"{self.path} has {self._lines} complete lines but the snapshot had seen {lines}: "
+                f"{self.path}: the {lines} lines that the snapshot had seen {found}; "
                 "restore the file, or start again in an empty workdir"
             )
+        self._cut(kept)
 
-        def cut() -> None:
-            kept = self.path.read_bytes().split(b"\n")[:lines]
-            os.truncate(self.path, sum(len(line) + 1 for line in kept))
+    def _read(self) -> bytes:
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror}") from error
 
-        self._change(cut)
-        self._lines = lines
+    def _cut(self, lines: list[bytes]) -> None:
+        """Keeps the first lines, which are these."""
+        content = b"".join(line + b"\n" for line in lines)
+        self._change(lambda: os.truncate(self.path, len(content)))
+        self._lines, self._sha256 = len(lines), hashlib.sha256(content)
 
     def _change(self, change: Callable[[], None]) -> None:
         try:

@@ -415,8 +415,8 @@ def ledger_(folder: Path) -> Target:
 
     def read(name: str, content: bytes) -> None:
         file.write_bytes(content)
-        events = ledger.read(file)
         opened = ledger.Ledger(file)
+        events = ledger.read(file)
         assert len(opened) == len(events)
         opened.append("end")
         assert ledger.read(file)[:-1] == events or events != events  # NaN

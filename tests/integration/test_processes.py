@@ -1,6 +1,7 @@
 """The command as several processes that share its training: killed, started again, with more or fewer devices."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -64,14 +65,14 @@ def start(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start_two(start):
-    """Starts two processes with two devices each, which find each other."""
+    """Starts two processes with two devices each, which find each other; the second may have further flags."""
 
-    def start_two(workdir):
+    def start_two(workdir, *of_second):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
         flags = [f"--coordinator={address}", "--processes=2"]
-        return [start(workdir, 2, *flags, f"--process={process}") for process in (0, 1)]
+        return start(workdir, 2, *flags, "--process=0"), start(workdir, 2, *flags, "--process=1", *of_second)
 
     return start_two
 
@@ -141,8 +142,26 @@ def test_two_processes_train_as_one_does_whatever_happens_to_them(start, start_t
     assert_same(read(two / "ledger.jsonl"), expected)
     assert f"heatmap pictures are in {two}." in out
     assert "Process 0 tells the results." in other_out
-    assert other_err == ""
+    assert re.fullmatch(r"iumad_jax: process 1 of 2 waits for the others at localhost:\d+, up to 300 s\n", other_err)
     assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}  # and nothing else is written
+
+
+def test_processes_that_are_not_alike_do_not_train(start_two, tmp_path):
+    for process in start_two(tmp_path / "run", "--config.seed=1"):
+        code, _, err = ends(process)
+        assert code == 2, err
+        *_, last = err.splitlines()
+        assert last.startswith("iumad_jax: the processes differ in their config; give all of them the same command")
+    assert (tmp_path / "run" / "ledger.jsonl").read_bytes() == b""
+
+
+def test_a_port_that_is_taken_is_told(start, tmp_path):
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        code, _, err = ends(start(tmp_path, 1, f"--coordinator=localhost:{port}", "--processes=2", "--process=0"))
+    assert code == 2
+    *_, last = err.splitlines()
+    assert last.startswith(f"iumad_jax: --coordinator=localhost:{port}: Address already in use; give all processes an")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The ledger: the same bytes for the same events, and nothing lost or half kept after a crash."""
 
+import hashlib
 import math
 import struct
 
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iumad_jax.errors import UserError
-from iumad_jax.report.ledger import Ledger, read, write_whole
+from iumad_jax.report.ledger import SHA256_OF_NOTHING, Ledger, read, write_whole
 
 
 @pytest.fixture
@@ -84,38 +85,49 @@ def test_a_torn_last_line_is_dropped(path, torn):
 
 def test_resuming_cuts_back_to_the_snapshot(path):
     """Stopped after line 5 and resumed from a snapshot taken after line 2, a run ends with an unbroken run's bytes."""
-    unbroken = Ledger(path)
+    unbroken, seen = Ledger(path), [SHA256_OF_NOTHING]
     for number in range(6):
         unbroken.append("epoch", number=number)
+        seen.append(unbroken.sha256)
     expected = path.read_bytes()
+    assert seen[6] == hashlib.sha256(expected).hexdigest()
 
-    unbroken.truncate(5)
+    unbroken.truncate(5, seen[5])
+    path.write_bytes(path.read_bytes() + b"no JSON, but behind what is kept\n")
     resumed = Ledger(path)
-    resumed.truncate(2)
+    resumed.truncate(2, seen[2])
     assert len(resumed) == 2
     assert [event["number"] for event in read(path)] == [0, 1]
     for number in range(2, 6):
         resumed.append("epoch", number=number)
     assert path.read_bytes() == expected
-    resumed.truncate(0)
+    assert resumed.sha256 == seen[6]
+    resumed.truncate(0, SHA256_OF_NOTHING)
     assert path.read_bytes() == b""
 
 
-def test_a_ledger_shorter_than_its_snapshot_is_refused(path):
+def test_a_ledger_that_is_not_what_its_snapshot_had_seen_is_refused(path):
+    """Also where every line is still JSON."""
     ledger = Ledger(path)
-    ledger.append("a")
-    with pytest.raises(UserError, match=r"ledger\.jsonl has 1 complete lines but the snapshot had seen 3"):
-        ledger.truncate(3)
-    assert len(read(path)) == 1
+    for number in range(3):
+        ledger.append("a", number=number)
+    sha256, whole = ledger.sha256, path.read_bytes()
+    for lines, found in {
+        b'{"event": "a"}\n': "are 1 now",
+        whole.replace(b"1", b"3"): "are not as they were written",
+    }.items():
+        path.write_bytes(lines)
+        with pytest.raises(UserError, match=rf"ledger\.jsonl: the 3 lines that the snapshot had seen {found}; restore"):
+            Ledger(path).truncate(3, sha256)
+        assert path.read_bytes() == lines
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b"3", b'{"n": 1}', b'{"event": "\xe4"}', b"null"])
 def test_a_damaged_line_is_named(path, damage):
     content = b'{"event": "a"}\n' + damage + b'\n{"event": "c"}\n'
     path.write_bytes(content)
-    for opening in (read, Ledger):
-        with pytest.raises(UserError, match=r"ledger\.jsonl line 2 is damaged"):
-            opening(path)
+    with pytest.raises(UserError, match=r"ledger\.jsonl line 2 is damaged"):
+        read(path)
     assert path.read_bytes() == content
 
 
