@@ -3,15 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from iumad_jax.data.sample import Camera
     from iumad_jax.detector import Detector
 
-__all__ = ["Detector"]
+__all__ = ["Camera", "Detector"]
 
 
 def __getattr__(name: str) -> Any:
-    """`Detector`, which loads JAX, only when somebody asks for it."""
-    if name != "Detector":
+    """What loads JAX only when somebody asks for it."""
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from iumad_jax.detector import Detector
+    from iumad_jax import detector
 
-    return Detector
+    return getattr(detector, name)

@@ -32,10 +32,12 @@ class Detection(NamedTuple):
     mask: Bool[np.ndarray, "*b m m"]  # where the map is above the object's threshold for pixels
     anomalous: Bool[np.ndarray, "*b"]  # whether the score is above the object's threshold
     object: Any  # its name, a str or an array of them
-    probability: Float32[np.ndarray, "*b"]  # that it is this object, were it one of those learned
-    unknown: Bool[np.ndarray, "*b"]  # whether the image is too far from all that was learned of the object
+    probability: Float32[np.ndarray, "*b"]  # that it is this object, given that it is one of those learned
+    distance: Float32[np.ndarray, "*b"]  # of the image to the object, of `recognition.distances`
+    unknown: Bool[np.ndarray, "*b"]  # whether the distance is above its threshold
     image_threshold: Float32[np.ndarray, "*b"]  # of the score
     pixel_threshold: Float32[np.ndarray, "*b"]  # of the map
+    unknown_threshold: Float32[np.ndarray, "*b"]  # of the distance
 
     @property
     def decision(self) -> Any:
@@ -64,9 +66,11 @@ class Outputs(NamedTuple):
     anomalous: Bool[Array, " b"]
     object_id: Int[Array, " b"]
     probability: Float[Array, " b"]
+    distance: Float[Array, " b"]
     unknown: Bool[Array, " b"]
     image_threshold: Float[Array, " b"]
     pixel_threshold: Float[Array, " b"]
+    unknown_threshold: Float[Array, " b"]
 
 
 def detect(
@@ -95,6 +99,7 @@ def detect(
         return jnp.where(chosen, values, 0).sum(-1)
 
     probability = recognition.probabilities(distance, len(state.recogniser.centre), state.usual_distance)
+    own_distance, unknown_threshold = of_object(distance), jnp.broadcast_to(state.unknown_threshold, object_id.shape)
     prediction = method.predict(state.variables, Batch(features, images, object_id))
     image_threshold, pixel_threshold = of_object(state.image_thresholds[None]), of_object(state.pixel_thresholds[None])
     return Outputs(
@@ -104,9 +109,11 @@ def detect(
         prediction.score > image_threshold,
         object_id,
         of_object(probability),
-        of_object(distance) > state.unknown_threshold,
+        own_distance,
+        own_distance > unknown_threshold,
         image_threshold,
         pixel_threshold,
+        unknown_threshold,
     )
 
 
@@ -119,6 +126,7 @@ class Detector:
 
     Attributes:
         objects: names of the learned objects, in the order of learning.
+        step: after which step of the run this is the model.
         processing: how images are made ready.
         camera: of the training images' depth, at `camera_width` pixels; None without depth.
         function: (state, images, given) -> Outputs, see `detect`; compiled once for every number of images.
@@ -126,6 +134,7 @@ class Detector:
     """
 
     objects: tuple[str, ...]
+    step: int
     processing: Processing
     camera: Camera | None
     camera_width: int | None
@@ -142,10 +151,16 @@ class Detector:
             changes: to keys of the run's config, such as `{"backbone.weights": PATH}`.
 
         Raises:
-            UserError: there is no such snapshot, it is damaged, or the backbone's weights are not to be found.
+            UserError: there is no such snapshot or key, the snapshot is damaged, or the backbone's weights are not to
+                be found.
         """
-        config = workdirs.read(Path(workdir))
-        config.update_from_flattened_dict(changes)
+        if step is not None and not isinstance(step, int):
+            raise UserError(f"step is {_kind(step)}; give a number.")
+        config = workdirs.read(Path(workdir)).lock()
+        try:
+            config.update_from_flattened_dict(changes)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"{', '.join(changes)}: no such key of a config, or not of its type.") from error
         snapshot = snapshots.read(Path(workdir), step)
         inputs, decided = snapshot.record["inputs"], snapshot.record["decisions"][-1]
         method = methods.build(config.method, config, len(inputs["objects"]))
@@ -165,6 +180,7 @@ class Detector:
         )
         return cls(
             tuple(decided["objects"]),
+            snapshot.position.step,
             Processing(**inputs["processing"] | {"modalities": methods.modalities(config)}),
             Camera(**inputs["camera"]) if inputs["camera"] else None,
             inputs["camera_width"],
@@ -191,37 +207,43 @@ class Detector:
         Raises:
             UserError: an argument is of a wrong type, shape or name, or the depth is of no use.
         """
-        given = self.number(object)
-        if single := np.ndim(rgb) == 3:
-            rgb, depth = rgb[None], None if depth is None else np.asarray(depth)[None]
-        images = self.prepare(rgb, depth, camera)
-        outputs = self.function(self.state, images, np.full(len(rgb), given, np.int32))
+        given, images = self.number(object), self.prepare(rgb, depth, camera)
+        count = len(images[self.processing.modalities[0]])
+        outputs = self.function(self.state, images, np.full(count, given, np.int32))
         found = jax.tree.map(np.asarray, outputs)._asdict()
         names = np.array(self.objects)[found.pop("object_id")]
         detection = Detection(**found, object=names)
-        return Detection(*(field[0] for field in detection)) if single else detection
+        return Detection(*(field[0] for field in detection)) if rgb.ndim == 3 else detection
 
     def prepare(
         self,
-        rgb: UInt8[np.ndarray, "b h w 3"],
-        depth: Float[np.ndarray, "b h w"] | None,
+        rgb: UInt8[np.ndarray, "*b h w 3"],
+        depth: Float[np.ndarray, "*b h w"] | None = None,
         camera: Camera | None = None,
     ) -> dict[Modality, Float32[np.ndarray, "b s s 3"]]:
-        """A batch of images as the backbone reads them; arguments and errors are those of a call."""
-        if not isinstance(rgb, np.ndarray) or rgb.dtype != np.uint8 or rgb.ndim != 4 or rgb.shape[3] != 3:
-            raise UserError(f"rgb is {_kind(rgb)}; give uint8 values of shape (rows, columns, 3), or a batch of them.")
+        """A batch of images as the backbone reads them, of one if one is given; arguments and errors as of a call."""
+        if not isinstance(rgb, np.ndarray) or rgb.dtype != np.uint8 or rgb.ndim not in (3, 4) or rgb.shape[-1] != 3:
+            raise UserError(
+                f"rgb is {_kind(rgb)}; give a NumPy array of uint8 of shape (rows, columns, 3), or a batch of them."
+            )
         if not rgb.size:
             raise UserError(f"rgb has the shape {rgb.shape}; give at least one image with pixels.")
         if "depth" not in self.processing.modalities:
             depth = None
         elif depth is None:
             raise UserError("depth is missing; this model was trained with it.")
-        elif not isinstance(depth, np.ndarray) or depth.dtype.kind != "f" or depth.shape != rgb.shape[:3]:
-            raise UserError(f"depth is {_kind(depth)}; give metres as floats of shape {rgb.shape[:3]}, as rgb has.")
+        elif not isinstance(depth, np.ndarray) or depth.dtype.kind != "f" or depth.shape != rgb.shape[:-1]:
+            raise UserError(
+                f"depth is {_kind(depth)}; give a NumPy array of metres, floats of shape {rgb.shape[:-1]} as of rgb."
+            )
         elif camera is None:
             assert self.camera is not None
             assert self.camera_width is not None
-            camera = self.camera.scaled(rgb.shape[2] / self.camera_width)
+            camera = self.camera.scaled(rgb.shape[-2] / self.camera_width)
+        elif not isinstance(camera, Camera):
+            raise UserError(f"camera is {_kind(camera)}; give a Camera(fx, fy, cx, cy), in pixels.")
+        if rgb.ndim == 3:
+            rgb, depth = rgb[None], None if depth is None else depth[None]
 
         def of_one(index: int) -> dict[str, np.ndarray]:
             metres = None if depth is None else depth[index].astype(np.float32)

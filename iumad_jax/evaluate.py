@@ -1,6 +1,7 @@
 """Evaluates a trained model on any dataset, without training: python -m iumad_jax.evaluate --workdir=FOLDER."""
 
 import functools
+import hashlib
 import math
 import sys
 import time
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from iumad_jax import commands, data, decisions, inputs, methods, recognition, snapshots
+from iumad_jax import workdir as workdirs
 from iumad_jax.data.store import PreparedSet
 from iumad_jax.errors import UserError
 from iumad_jax.metrics import image_auroc, pixel_metrics
@@ -62,18 +64,24 @@ def main(arguments: list[str]) -> int:
 
 def _define(values: flags.FlagValues) -> None:
     commands.define_trained(values)
-    help_ = "Where ledger and tables go, in place of earlier ones; WORKDIR/evaluations/NAME_stepN if not given."
+    help_ = "Where ledger and tables go, in place of earlier ones; by default a folder of WORKDIR/evaluations."
     flags.DEFINE_string("output", None, help_, flag_values=values)
 
 
 def _evaluate(values: flags.FlagValues) -> str:
     workdir, config = commands.path(values, "workdir"), values.config
     snapshot = snapshots.read(workdir, values.step)
-    default = workdir / "evaluations" / f"{config.dataset.name}_step{snapshot.position.step}"
-    output = Path(values.output or default)
+    output = Path(values.output or workdir / "evaluations" / _name(config, workdir, snapshot.position.step))
     if (output / "config.json").exists():
         raise UserError(f"--output={output} is the folder of a run, which would lose its own results; choose another.")
     return tables.console(evaluate_snapshot(config, workdir, snapshot, output), output)
+
+
+def _name(config: ConfigDict, workdir: Path, step: int) -> str:
+    """Of the folder for these results: one for each dataset."""
+    own = config.dataset == workdirs.read(workdir).dataset
+    digest = hashlib.sha256(config.dataset.to_json().encode()).hexdigest()[:8]
+    return f"{config.dataset.name}{'' if own else f'_{digest}'}_step{step}"
 
 
 def evaluate_snapshot(config: ConfigDict, workdir: Path, snapshot: Snapshot, output: Path) -> dict[str, Any]:

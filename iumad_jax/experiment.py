@@ -46,6 +46,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     steps = protocol.steps(config.protocol, data.objects(config))
     with ExitStack() as held:
         with parallel.first_before_others():
+            data.render(config)
             this = start(config, workdir, data.open_reader(config), steps, held)
         parallel.check_same(this.common)
         for step in steps[this.position.step + this.position.finished :]:
@@ -74,7 +75,8 @@ def learn(this: Run, step: protocol.Step) -> None:
         this.ledger.append("step", step=step.index, learned=step.learned, images=images)
         for name in step.learned:
             fitted, _ = inputs.good_images(this.store, name)
-            this.variables["recognition"] = recognition.observe(this.variables["recognition"], fitted)
+            shifts = inputs.quality_shifts(this.store, name)
+            this.variables["recognition"] = recognition.observe(this.variables["recognition"], fitted, shifts)
         for one in learned:
             for name, system in this.systems.items():
                 this.variables[name] = system.observe(this.variables[name], one.batch, step.index)
@@ -145,10 +147,10 @@ def assess(this: Run, step: protocol.Step) -> None:
     if np.isfinite(mean):
         live.say(f"step {step.index}: mean I-AUROC {mean:.3f} over the objects seen")
     this.decisions.append(as_json(decided))
-    this.ledger.append("decisions", step=step.index, **decided)
-    this.ledger.append(
-        "snapshot", step=step.index, bytes={s: snapshots.size_of(this.variables[s]) for s in this.systems}
-    )
+    sizes = {system: snapshots.size_of(this.variables[system]) for system in this.systems}
+    for tell in (this.ledger.append, this.live.event):
+        tell("decisions", step=step.index, **decided)
+        tell("snapshot", step=step.index, bytes=sizes)
     this.position, this.optimizer_leaves = Position(step.index, 0, finished=True), []
     this.save()
 

@@ -11,12 +11,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from iumad_jax import methods
+from iumad_jax.data.degradation import degrade
 from iumad_jax.data.processing import Processing
 from iumad_jax.data.sample import Reader
 from iumad_jax.data.store import Store
 from iumad_jax.models import pretrained
 from iumad_jax.models.efficientnet import FeatureExtractor
-from iumad_jax.shapes import Batch
+from iumad_jax.recognition import mean_tokens
+from iumad_jax.shapes import Batch, Modality
+
+_DEGRADED = 50  # training images of an object, at most, of which worse copies are made
 
 
 def open_store(config: ConfigDict, reader: Reader, workdir: Path) -> Store:
@@ -65,6 +69,17 @@ def good_images(store: Store, name: str) -> tuple[Batch, Batch]:
     count = len(training.object_id)
     fifth = (np.arange(count) + 1) % min(count, 5) == 0
     return tuple(jax.tree.map(lambda array, rows=rows: array[rows], training) for rows in (~fifth, fifth))
+
+
+def quality_shifts(store: Store, name: str) -> dict[Modality, np.ndarray]:
+    """How far the mean tokens (n, f) of some of an object's training images move where a camera does somewhat worse."""
+    ids, features = store.reader.ids(name, "train"), store.get(name, "train").batch.features
+    rows = np.unique(np.linspace(0, len(ids) - 1, _DEGRADED).round().astype(int))
+    worse = store.features(
+        degrade(store.reader.read(name, "train", ids[row]), number, store.reader.object_height)
+        for number, row in enumerate(rows)
+    )
+    return {m: mean_tokens(tokens) - mean_tokens(features[m][rows]) for m, tokens in worse.items()}
 
 
 def panels(store: Store, name: str, rows: Sequence[int]) -> tuple[Any, Any, Any]:

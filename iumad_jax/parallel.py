@@ -199,7 +199,7 @@ def _check_address(coordinator: str) -> None:
 def _find(coordinator: str | None, processes: int | None, process: int | None) -> None:
     """Waits until all processes have found each other.
 
-    JAX aborts a process that does not find the coordinator, or whose port for it is taken, so that both are tried first.
+    JAX aborts a process that does not find the coordinator, or whose port for it is taken: both are tried first.
     """
     if coordinator is not None:
         told = f"process {process} of {processes} waits for the others at {coordinator}, up to {_PATIENCE_TO_FIND} s"

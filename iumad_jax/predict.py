@@ -3,14 +3,17 @@
 --input is an image or a folder of images, with subfolders; without it, the test images of the run's dataset, or of
 the one that --config.dataset.KEY=VALUE names, are looked at. No labels are needed. Written are predictions.csv,
 predictions.json, and for every image a mask and a heatmap. Images that cannot be read are told and left out, and the
-exit code is then 2.
+exit code is then 2. The probability of an object holds for images that show one of those learned; whether it does, the
+distance tells, which is above its threshold where the decision is unknown.
 """
 
 import csv
 import io
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,7 +72,7 @@ def _define(values: flags.FlagValues) -> None:
     for name, help_ in {
         "input": "An image (PNG, JPEG, TIFF, BMP) or a folder of images.",
         "depth": "The image's depth (16-bit PNG, TIFF, NPY, PLY, PCD), or a folder with files of the images' names.",
-        "output": "The folder to write to.",
+        "output": "The folder to write to, new or empty.",
         "object": "The object that all images show; recognised if not given.",
     }.items():
         flags.DEFINE_string(name, None, help_, flag_values=values)
@@ -83,31 +86,45 @@ def _define(values: flags.FlagValues) -> None:
 
 def _predict(values: flags.FlagValues) -> str:
     output = commands.path(values, "output")
+    _check_output(output, values.input)
     detector = Detector.load(commands.path(values, "workdir"), values.step)
     detector.number(values.object)
     shots = list(_files(values, detector) if values.input else _dataset(values))
     _make_folder(output)
-    rows, damaged = [], []
-    for shot in tqdm(shots, unit="image", disable=None, leave=False):
-        try:
-            rgb, depth, camera = shot.read()
-            detection = detector(rgb, depth, camera, values.object)
-        except UserError as error:
-            tqdm.write(f"iumad_jax: {error}", file=sys.stderr)
-            damaged.append({"image": shot.name, "reason": str(error)})
-            continue
-        rows.append(_row(shot.name, detection))
-        _write_image(output / "masks" / f"{shot.name}.png", _full_size(detection.mask, rgb))
-        heatmap = figures.overlay(rgb, detection.map, float(detection.pixel_threshold))
-        _write_image(output / "heatmaps" / f"{shot.name}.png", heatmap)
-    content = {"workdir": str(values.workdir), "step": values.step, "images": rows, "damaged": damaged}
-    write_whole(output / "predictions.csv", _csv(rows).encode())
-    write_whole(output / "predictions.json", (json.dumps(as_json(content), indent=1) + "\n").encode())
+    rows: list[dict[str, Any]] = []
+    damaged: list[dict[str, str]] = []
+    try:
+        for shot in tqdm(shots, unit="image", disable=None, leave=False):
+            try:
+                rgb, depth, camera = shot.read()
+                detection = detector(rgb, depth, camera, values.object)
+            except UserError as error:
+                tqdm.write(f"iumad_jax: {error}", file=sys.stderr)
+                damaged.append({"image": shot.name, "reason": str(error)})
+                continue
+            _write_image(output / "masks" / f"{shot.name}.png", _full_size(detection.mask, rgb))
+            heatmap = figures.overlay(rgb, detection.map, float(detection.pixel_threshold))
+            _write_image(output / "heatmaps" / f"{shot.name}.png", heatmap)
+            rows.append(_row(shot.name, detection))
+    finally:  # also of what was done before the disk was full
+        content = {"workdir": str(values.workdir), "step": detector.step, "images": rows, "damaged": damaged}
+        write_whole(output / "predictions.csv", _csv(rows).encode())
+        write_whole(output / "predictions.json", (json.dumps(as_json(content), indent=1) + "\n").encode())
     if damaged:
-        raise UserError(f"{len(damaged)} of {len(shots)} images could not be used; the others are in {output}.")
+        rest = f"the others are in {output}" if rows else "correct them"
+        raise UserError(f"{len(damaged)} of {len(shots)} images could not be used; {rest}.")
     counts = {name: sum(row["decision"] == name for row in rows) for name in ("good", "anomalous", "unknown")}
     told = ", ".join(f"{count} {name}" for name, count in counts.items())
     return f"{len(rows)} images: {told}. Scores, masks and heatmaps are in {output}."
+
+
+def _check_output(output: Path, given: str | None) -> None:
+    """Raises UserError unless results go to a place of their own."""
+    if given and output.resolve().is_relative_to(Path(given).resolve()):
+        raise UserError(f"--output={output} lies within --input={given}; choose a folder outside of it.")
+    with suppress(OSError):  # which is told when it is made
+        if any(output.iterdir()):
+            raise UserError(f"--output={output} holds something already; choose a new folder, or empty it.")
 
 
 def _files(values: flags.FlagValues, detector: Detector) -> Iterator[Shot]:
@@ -119,8 +136,8 @@ def _files(values: flags.FlagValues, detector: Detector) -> Iterator[Shot]:
     if not images or images[0].suffix.lower() not in PHOTOGRAPHS:
         raise UserError(f"--input is {root}, which is or holds no image; give files ending in {' '.join(PHOTOGRAPHS)}.")
     needs_depth = "depth" in detector.processing.modalities
-    if needs_depth and not values.depth:
-        raise UserError("--depth is missing; this model was trained with depth.")
+    if needs_depth:
+        _check_depth(values, root)
     camera = _camera(values.camera) if values.camera else None
     names: dict[str, Path] = {}
     for file in images:
@@ -140,6 +157,19 @@ def _files(values: flags.FlagValues, detector: Detector) -> Iterator[Shot]:
             return rgb, depth, camera or own
 
         yield Shot(name, read)
+
+
+def _check_depth(values: flags.FlagValues, root: Path) -> None:
+    """Raises UserError unless there is depth where --depth says, for one image or for many as --input has."""
+    if not values.depth:
+        raise UserError("--depth is missing; this model was trained with depth.")
+    place = Path(values.depth)
+    if not place.exists():
+        raise UserError(f"--depth is {place}, which does not exist; name a file or a folder of depth images.")
+    if root.is_dir() and not place.is_dir():
+        raise UserError(f"--depth is {place}, one file for all of {root}; name a folder of depth images.")
+    if values.depth_unit is not None and not 0 < values.depth_unit < math.inf:
+        raise UserError(f"--depth_unit is {values.depth_unit:g}; give metres per unit, such as 0.001 for millimetres.")
 
 
 def _photographs(root: Path) -> list[Path]:
@@ -162,9 +192,9 @@ def _depth_file(place: Path, name: str) -> Path:
 def _camera(given: list[str]) -> Camera:
     try:
         fx, fy, cx, cy = map(float, given)
-    except ValueError as error:
-        raise UserError(f"--camera is {','.join(given)}; give fx,fy,cx,cy in pixels.") from error
-    return Camera(fx, fy, cx, cy)
+        return Camera(fx, fy, cx, cy)
+    except (ValueError, UserError) as error:
+        raise UserError(f"--camera is {','.join(given)}; give fx,fy,cx,cy in pixels, fx and fy above 0.") from error
 
 
 def _dataset(values: flags.FlagValues) -> Iterator[Shot]:
@@ -190,6 +220,8 @@ def _row(name: str, detection: Detection) -> dict[str, Any]:
         "probability": float(detection.probability),
         "score": float(detection.score),
         "threshold": float(detection.image_threshold),
+        "distance": float(detection.distance),
+        "unknown_threshold": float(detection.unknown_threshold),
         "defective_share": float(detection.mask.mean()),
         "mask": f"masks/{name}.png",
         "heatmap": f"heatmaps/{name}.png",

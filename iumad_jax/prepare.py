@@ -49,6 +49,7 @@ def _prepare(values: flags.FlagValues) -> str:
     if values.archive:
         root, limits = Path(config.dataset.root), archive.Limits(int(values.archive_gb * 1e9), values.archive_entries)
         print(f"{values.archive}: SHA-256 {archive.unpack(Path(values.archive), root, limits)}, unpacked to {root}")
+    data.render(config)
     store = inputs.open_store(config, data.open_reader(config), workdir)
     return "\n".join(_lines(store))
 

@@ -3,6 +3,9 @@
 Each learned object is a normal distribution of an image's mean token (over all modalities, concatenated), with a mean
 of its own and one covariance for all (linear discriminant analysis), as in the detection of unknown classes by
 Mahalanobis distance (Lee et al., NeurIPS 2018). The backbone is frozen, so nothing of it is forgotten in later steps.
+
+The covariance also holds how images move where a camera does somewhat worse. Training images of one camera hardly vary
+in these directions, so that without it a photograph that was saved as JPEG is farther away than another object.
 """
 
 from typing import Any, NamedTuple
@@ -11,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from numpy.typing import ArrayLike
+from scipy.linalg import block_diag
 
 from iumad_jax.shapes import Batch, Modality, Variables
 
@@ -29,19 +34,32 @@ def no_statistics(batch: Batch) -> Variables:
     return {
         "count": np.zeros(0, np.float32),  # images of each object
         "mean": np.zeros((0, channels), np.float32),
-        "scatter": np.zeros((channels, channels), np.float32),  # about the objects' own means, summed over all images
+        "scatter": np.zeros((channels, channels), np.float32),  # see `observe`; summed over all images
     }
 
 
-def observe(statistics: Variables, batch: Batch) -> Variables:
-    """The statistics with one more object, of which the batch holds all training images."""
-    x = np.concatenate([np.asarray(tokens).mean(1, dtype=np.float64) for tokens in _sorted(batch.features)], axis=-1)
+def observe(statistics: Variables, batch: Batch, shifts: dict[Modality, Float[np.ndarray, "s f"]]) -> Variables:
+    """The statistics with one more object.
+
+    Args:
+        statistics: of the objects before.
+        batch: all its training images.
+        shifts: by how much the mean tokens of some of them move where they are worse. Every image counts as if it
+            moved by these, about the object's mean, and in each modality by itself.
+    """
+    x = np.concatenate([mean_tokens(tokens) for tokens in _sorted(batch.features)], axis=-1)
     mean = x.mean(0)
+    moved = block_diag(*(shift.T @ shift * (len(x) / len(shift)) for shift in _sorted(shifts)))
     return {
         "count": np.append(statistics["count"], np.float32(len(x))),
         "mean": np.append(statistics["mean"], mean[None].astype(np.float32), axis=0),
-        "scatter": statistics["scatter"] + ((x - mean).T @ (x - mean)).astype(np.float32),
+        "scatter": statistics["scatter"] + ((x - mean).T @ (x - mean) + moved).astype(np.float32),
     }
+
+
+def mean_tokens(tokens: Float[ArrayLike, "b p f"]) -> Float[np.ndarray, "b f"]:
+    """The mean over an image's tokens, in float64."""
+    return np.asarray(tokens).mean(1, dtype=np.float64)
 
 
 def fit(statistics: Variables) -> Recogniser:
@@ -67,7 +85,7 @@ def oas(covariance: Float[np.ndarray, "f f"], samples: float) -> Float[np.ndarra
 
 
 def distances(recogniser: Recogniser, features: dict[Modality, Float[Array, "b p f"]]) -> Float[Array, "b k"]:
-    """Of each image to each learned object: root mean square over whitened channels, about 1 for training images."""
+    """Of each image to each learned object: root mean square over whitened channels."""
     x = jnp.concatenate([jnp.asarray(tokens, jnp.float32).mean(1) for tokens in _sorted(features)], axis=-1)
     with jax.default_matmul_precision("float32"):
         x = (x - recogniser.centre[None]) @ recogniser.whiten

@@ -21,12 +21,22 @@ def images_of(object_, count, seed):
     return Batch({"rgb": x[..., :CHANNELS], "depth": x[..., CHANNELS:]}, {}, np.full(count, object_))
 
 
-@pytest.fixture(scope="module")
-def learned():
+def learn(shifts):
     statistics = recognition.no_statistics(images_of(0, 1, 0))
     for object_ in range(OBJECTS):
-        statistics = recognition.observe(statistics, images_of(object_, 12 + object_, seed=1))
+        statistics = recognition.observe(statistics, images_of(object_, 12 + object_, seed=1), shifts(object_))
     return statistics
+
+
+@pytest.fixture(scope="module")
+def learned():
+    return learn(shifts_of)
+
+
+def shifts_of(object_):
+    """How far five images of the object move where they are worse."""
+    rng = np.random.default_rng([object_, 8])
+    return {"rgb": rng.normal(0, 0.3, (5, CHANNELS)), "depth": rng.normal(0, 0.2, (5, CHANNELS))}
 
 
 def descriptors(batch):
@@ -34,10 +44,22 @@ def descriptors(batch):
 
 
 def by_hand(x):
-    """Distances by inverting the covariance of all training images about their objects' means."""
+    """Distances by inverting the covariance of training images about their objects' means, with what worse ones add.
+
+    A shift in depth, or one in RGB, of every image: of 60 for each of the object's images, as 60 is a multiple of 5.
+    """
     training = [descriptors(images_of(object_, 12 + object_, seed=1)) for object_ in range(OBJECTS)]
-    covariance = OAS(assume_centered=True).fit(np.concatenate([one - one.mean(0) for one in training])).covariance_
-    inverse = np.linalg.inv(covariance)
+    scatter = 0
+    for object_, one in enumerate(training):
+        for row in one - one.mean(0):
+            scatter = scatter + np.outer(row, row)
+            for number in range(60):
+                shifts = shifts_of(object_)
+                depth = np.concatenate([shifts["depth"][number % 5], np.zeros(CHANNELS)])
+                rgb = np.concatenate([np.zeros(CHANNELS), shifts["rgb"][number % 5]])
+                scatter = scatter + (np.outer(depth, depth) + np.outer(rgb, rgb)) / 60
+    count = sum(map(len, training))
+    inverse = np.linalg.inv(recognition.oas(scatter / count, count))
     return np.array([[np.sqrt((d := row - one.mean(0)) @ inverse @ d / len(d)) for one in training] for row in x])
 
 
@@ -54,12 +76,12 @@ def test_distances_are_the_same_within_jit(learned):
     np.testing.assert_allclose(within, recognition.distances(recogniser, test.features), rtol=1e-5)
 
 
-def test_objects_are_recognised_as_by_discriminant_analysis(learned):
+def test_objects_are_recognised_as_by_discriminant_analysis():
     x = [descriptors(images_of(object_, 12 + object_, seed=1)) for object_ in range(OBJECTS)]
     labels = np.repeat(range(OBJECTS), [len(one) for one in x])
     peer = LinearDiscriminantAnalysis(solver="lsqr", priors=[1 / OBJECTS] * OBJECTS).fit(np.concatenate(x), labels)
     test = [images_of(object_, 20, seed=3) for object_ in range(OBJECTS)]
-    recogniser = recognition.fit(learned)
+    recogniser = recognition.fit(learn(lambda _: {m: np.zeros((1, CHANNELS)) for m in ("rgb", "depth")}))
     ours = np.concatenate([recognition.distances(recogniser, one.features).argmin(1) for one in test])
     truth = np.repeat(range(OBJECTS), 20)
     theirs = peer.predict(np.concatenate([descriptors(one) for one in test]))
@@ -84,7 +106,8 @@ def test_shrinkage_is_oas(count):
 def test_features_that_do_not_vary_make_no_trouble():
     statistics = recognition.no_statistics(Batch({"rgb": np.zeros((1, 2, 3))}, {}, None))
     for value in (0, 1):
-        statistics = recognition.observe(statistics, Batch({"rgb": np.full((4, 2, 3), value, np.float32)}, {}, None))
+        batch = Batch({"rgb": np.full((4, 2, 3), value, np.float32)}, {}, None)
+        statistics = recognition.observe(statistics, batch, {"rgb": np.zeros((2, 3))})
     found = recognition.distances(recognition.fit(statistics), {"rgb": np.ones((1, 2, 3), np.float32)})
     assert found[0, 1] == pytest.approx(0, abs=1e-3)
     assert found[0, 0] > 100

@@ -27,19 +27,28 @@ def objects(config: ConfigDict) -> tuple[str, ...]:
     return select(dataset.objects, fixed.get(dataset.name) or object_names(Path(dataset.root)))
 
 
+def render(config: ConfigDict) -> None:
+    """Renders what is missing of candies; other datasets have to be there.
+
+    Raises:
+        UserError: there is no such object, or they cannot be written.
+    """
+    if config.dataset.name == "candies":
+        objects(config)  # an unknown name is told before anything is rendered
+        candies.render(Path(config.dataset.root), **config.dataset.render)
+
+
 def open_reader(config: ConfigDict) -> Reader:
-    """The reader of a whole config, which reads what its inputs need; candies are rendered first where missing.
+    """The reader of a whole config, which reads what its inputs need.
 
     Raises:
         UserError: there is no such dataset, or its files are at fault.
     """
     dataset = config.dataset
-    objects(config)  # an unknown name is told before anything is rendered
+    objects(config)  # an unknown name is told first
     official = "depth" in config.modality and config.input.depth_encoding == "normals_official"
     if official and dataset.name not in ("eyecandies", "candies"):
         raise UserError(f'config.input.depth_encoding is "normals_official", which {dataset.name} lacks; use normals.')
-    if dataset.name == "candies":
-        candies.render(Path(dataset.root), **dataset.render)
     return _readers(config)[dataset.name]()
 
 

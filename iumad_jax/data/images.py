@@ -62,13 +62,17 @@ def read_image(file: Path, *kinds: str) -> np.ndarray:
 
 
 def read_photograph(file: Path) -> UInt8[np.ndarray, "h w 3"]:
-    """An image of 8-bit RGB, or of 8-bit grey as three equal channels.
+    """An image of 8-bit RGB, or of 8-bit grey as three equal channels; an alpha channel must be opaque.
 
     Raises:
         UserError: see `read_image`.
     """
-    image = read_image(file, "8-bit RGB", "8-bit grey")
-    return image if image.ndim == 3 else np.stack([image] * 3, axis=-1)
+    image = read_image(file, "8-bit RGB", "8-bit grey", "8-bit RGB with alpha")
+    if image.ndim == 2:
+        return np.stack([image] * 3, axis=-1)
+    if not (image[..., 3:] == 255).all():
+        raise UserError(f"{file} is transparent in places; save it without an alpha channel.")
+    return image[..., :3]
 
 
 def read_mask(file: Path, *, two_values: bool = True) -> Bool[np.ndarray, "h w"]:

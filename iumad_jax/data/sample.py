@@ -7,6 +7,8 @@ from typing import Literal, Protocol
 import numpy as np
 from jaxtyping import Bool, Float32, UInt8
 
+from iumad_jax.errors import UserError
+
 # Good images to learn from, good images for thresholds, labelled images of all kinds, images of which nothing is known.
 Split = Literal["train", "calibration", "test", "unlabelled"]
 
@@ -24,6 +26,11 @@ class Camera:
     cx: float
     cy: float
     orthographic: bool = False
+
+    def __post_init__(self) -> None:
+        if not np.isfinite([self.fx, self.fy, self.cx, self.cy]).all() or min(self.fx, self.fy) <= 0:
+            given = f"{self.fx:g},{self.fy:g},{self.cx:g},{self.cy:g}"
+            raise UserError(f"the camera is {given} (fx,fy,cx,cy); give finite numbers, fx and fy above 0.")
 
     def scaled(self, factor: float) -> "Camera":
         """The same camera with that many times as many pixels per side."""

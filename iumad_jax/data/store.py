@@ -14,7 +14,7 @@ import dataclasses
 import shutil
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -35,7 +35,7 @@ from iumad_jax.data.records import Image, Manifest, Values
 from iumad_jax.data.sample import Reader, Sample, Split
 from iumad_jax.errors import UserError
 from iumad_jax.models import efficientnet
-from iumad_jax.shapes import Batch, GroundTruth
+from iumad_jax.shapes import Batch, GroundTruth, Modality
 
 Encoder = Callable[[Any], jax.Array]  # images (b h w 3), 0..255 -> features (b g g f)
 ENCODED_AT_ONCE = 2  # images: with more, activations leave a CPU's caches, and one takes twice as long
@@ -116,6 +116,14 @@ class Store:
                 " What was prepared so far is kept."
             ) from error
         return manifest
+
+    def features(self, samples: Iterable[Sample]) -> dict[Modality, np.ndarray]:
+        """Features (n, p, f) of samples that are not kept, as those that are."""
+        processed, found = map(self.processing, samples), []
+        while chunk := list(islice(processed, ENCODED_AT_ONCE)):
+            self._encode(chunk)
+            found += [{m: values[f"features_{m}"] for m in self.processing.modalities} for values in chunk]
+        return {m: np.stack([of_one[m] for of_one in found]) for m in self.processing.modalities}
 
     def _home(self, object_: str, split: Split) -> Path:
         content = [_code(), self._settings()]

@@ -36,7 +36,8 @@ def _export(values: flags.FlagValues) -> str:
     content = formats.export(detector, format_, values.batch)
     difference = check(detector, content, format_, values.batch)
     write_whole(output, content)
-    write_whole(output.with_suffix(".json"), (json.dumps(formats.describe(detector, values.batch)) + "\n").encode())
+    described = {"format": format_, **formats.describe(detector, values.batch)}
+    write_whole(output.with_name(f"{output.name}.json"), (json.dumps(described) + "\n").encode())
     return (
         f"{output}: {len(content) / 1e6:.1f} MB; its maps differ from JAX's by at most {difference:.1e} of the largest."
     )

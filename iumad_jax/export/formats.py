@@ -7,6 +7,7 @@ of it; the batch size is fixed.
 
 import json
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -50,6 +51,8 @@ def export(detector: Detector, format_: str, batch: int) -> bytes:
 def describe(detector: Detector, batch: int) -> dict[str, Any]:
     """What a program must know to use the file, as JSON."""
     return {
+        "version": version("iumad-jax"),
+        "step": detector.step,
         "inputs": {name: list(spec.shape) for name, spec in input_specs(detector, batch).items()},
         "depth_encoding": detector.processing.depth_encoding,
         "outputs": list(Outputs._fields),

@@ -158,4 +158,4 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def _not_written(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {path}: {error.strerror}; make room or choose another workdir")
+    return UserError(f"cannot write {path}: {error.strerror}; make room, or choose another folder")

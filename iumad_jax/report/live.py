@@ -46,7 +46,7 @@ class Live:
 
     def begin(self, step: int, names: tuple[str, ...], images: int) -> None:
         """A step begins to learn these objects from so many images."""
-        self._append("step", step=step, learned=names, images=images)
+        self.event("step", step=step, learned=names, images=images)
         self._said = time.monotonic()
         say(f"step {step}: learning {', '.join(names)} from {images} images")
 
@@ -63,7 +63,7 @@ class Live:
         """An epoch, the number `epoch` of `epochs`, took so many seconds for so many images."""
         speed = images / seconds
         values = {**losses, "learning_rate": learning_rate, "images_per_second": speed}
-        self._append("epoch", step=step, epoch=epoch, **values)
+        self.event("epoch", step=step, epoch=epoch, **values)
         if self._board:
             for name, value in values.items():
                 tag = f"losses/{name}" if name in losses else name
@@ -79,7 +79,7 @@ class Live:
 
     def evaluation(self, step: int, object_: str, method: str, values: dict[str, float]) -> None:
         """The metrics of one object and method after a step."""
-        self._append("evaluation", step=step, object=object_, method=method, **values)
+        self.event("evaluation", step=step, object=object_, method=method, **values)
         if self._board:
             for metric, value in values.items():
                 if np.isfinite(value):
@@ -93,13 +93,14 @@ class Live:
             self._board.add_image(f"heatmaps/{object_}", pixels, step, dataformats="HWC")
             self._board.flush()
 
+    def event(self, event: str, **fields: Any) -> None:
+        """An event of the ledger, with the time."""
+        self._log.append(event, time=datetime.now(UTC).isoformat(timespec="milliseconds"), **fields)
+
     def close(self) -> None:
         """Ends TensorBoard's thread."""
         if self._board:
             self._board.close()
-
-    def _append(self, event: str, **fields: Any) -> None:
-        self._log.append(event, time=datetime.now(UTC).isoformat(timespec="milliseconds"), **fields)
 
 
 def say(line: str) -> None:

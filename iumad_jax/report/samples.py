@@ -84,7 +84,7 @@ def save(workdir: Path, step: int, object_: str, samples: Samples) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; make room or choose another workdir") from error
+        raise UserError(f"cannot write {path}: {error.strerror}; make room, or choose another folder") from error
     names = list(samples.scores)
     by_system = {f: np.stack([getattr(samples, f)[n] for n in names]) for f in ("scores", "overlap", "thresholds")}
     file = io.BytesIO()

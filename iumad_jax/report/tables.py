@@ -118,7 +118,8 @@ def title(results: dict[str, Any]) -> str:
 
 def console(results: dict[str, Any], workdir: Path) -> str:
     """Every object after the last step, what was learned and forgotten, and where the rest lies."""
-    return "\n\n".join([*_overview(results, "simple"), f"Tables, ledger and heatmap pictures are in {workdir}."])
+    kinds = "Report, tables and ledger" if "evaluated" in results else "Report, tables, ledger and heatmap pictures"
+    return "\n\n".join([*_overview(results, "simple"), *_unknown(results, "simple"), f"{kinds} are in {workdir}."])
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -336,9 +337,15 @@ def _decisions(results: dict[str, Any]) -> Iterator[str]:
     headers = ["object", "after step", "calibration images", "threshold of the score", "false alarms promised"]
     headers += ["false alarms", "misses", "recognised", "taken as unknown"]
     yield _table(rows, headers, "github")
+    if unknown := list(_unknown(results, "github")):
+        yield "## Objects that were never learned"
+        yield from unknown
+
+
+def _unknown(results: dict[str, Any], style: str) -> Iterator[str]:
+    """Whether images of objects that were never learned are found to be of none."""
     unknown = results.get("unknown", {"objects": {}})
     if unknown["objects"]:
-        yield "## Objects that were never learned"
         yield (
             f"Of the images of learned objects {_percent(unknown['taken_as_unknown'])} are taken as unknown."
             f" Images of objects never learned are ranked above them with an AUROC of"
@@ -346,7 +353,7 @@ def _decisions(results: dict[str, Any]) -> Iterator[str]:
             f" {_cell(unknown['auroc_logits'])} by the lack of confidence of the method's own object logits."
         )
         never = [[name, _percent(share)] for name, share in unknown["objects"].items()]
-        yield _table(never, ["object never learned", "flagged as unknown"], "github")
+        yield _table(never, ["object never learned", "flagged as unknown"], style)
 
 
 def _percent(value: float | None) -> str:

@@ -48,6 +48,7 @@ def _measure(values: flags.FlagValues) -> str:
 
     config, _ = commands.given_config(values)
     config.dataset.prepared = ""
+    data.render(config)
     reader = data.open_reader(config)
     object_ = reader.objects[0]
     with tempfile.TemporaryDirectory() as folder:

@@ -93,6 +93,7 @@ def test_photographs_alone(tmp_path: Path, scan, read_all) -> None:
         Image.fromarray(rgb).save(folder / f"{ending} image.{ending}")
     Image.fromarray(rgb).save(folder / "lzw.tiff", compression="tiff_lzw")
     Image.fromarray(rgb[..., 0]).save(folder / "grey.png")
+    Image.fromarray(np.concatenate([rgb, np.full_like(rgb[..., :1], 255)], -1)).save(folder / "opaque.png")
     (folder / ".DS_Store").touch()
     write(tmp_path / "bolt/test/dent", scan(), kinds=("rgb",))
     samples = {sample.id: sample for sample in read_all(Folder(tmp_path))}
@@ -209,7 +210,7 @@ BAD = {
         "000.tiff is 16-bit RGB; it must be 8-bit RGB or 8-bit grey",
     ),
     "16-bit grey": (RGB, save(GREY.astype(np.uint16)), "is 16-bit grey; it must be 8-bit RGB or 8-bit grey"),
-    "RGB with alpha": (RGB, save(np.zeros((48, 64, 4), np.uint8)), "is 8-bit RGB with alpha; it must be"),
+    "RGB that is transparent": (RGB, save(np.full((48, 64, 4), 254, np.uint8)), "is transparent in places; save it"),
     "a palette": (RGB, lambda file: Image.fromarray(GREY).convert("P").save(file), "is of Pillow's mode P"),
     "a turned photograph": (
         RGB,

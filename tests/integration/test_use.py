@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from PIL import Image
 
 from iumad_jax import Detector, evaluate, predict, snapshots
 from iumad_jax.data.candies import render
+from iumad_jax.data.degradation import degrade
 from iumad_jax.data.eyecandies import Eyecandies
 from iumad_jax.errors import UserError
 from iumad_jax.export import __main__ as export
@@ -139,13 +141,14 @@ def test_a_batch_is_its_images(detector, reader):
     assert batch.object.tolist()[:3] == ["CandyCane", "CandyCane", "GummyBear"]
     assert batch.unknown.tolist()[3]
     assert batch.decision[3] == "unknown"
-    for field in ("score", "map", "probability", "image_threshold", "pixel_threshold"):
+    for field in ("score", "map", "probability", "distance", "image_threshold", "pixel_threshold", "unknown_threshold"):
         np.testing.assert_allclose(
             getattr(batch, field), np.stack([getattr(one, field) for one in singles]), rtol=1e-4, atol=1e-6
         )
     for one in (batch, *singles):
         np.testing.assert_array_equal(one.mask, one.map > np.expand_dims(one.pixel_threshold, (-1, -2)))
         np.testing.assert_array_equal(one.anomalous, one.score > one.image_threshold)
+        np.testing.assert_array_equal(one.unknown, one.distance > one.unknown_threshold)
     assert batch.map.shape == batch.mask.shape == (4, 224, 224)
     assert singles[0].map.shape == (224, 224)
 
@@ -206,12 +209,16 @@ def test_the_workdir_alone_is_enough(home, tmp_path):
 
 
 WRONG = {
-    "floats": (lambda rgb, depth: (rgb / 255, depth), "rgb is float64 of shape (1, 64, 64, 3)"),
+    "floats": (lambda rgb, depth: (rgb / 255, depth), "rgb is float64 of shape (64, 64, 3)"),
     "no depth": (lambda rgb, depth: (rgb, None), "depth is missing; this model was trained with it."),
     "whole numbers": (lambda rgb, depth: (rgb, rgb[..., 0]), "depth is uint8 of shape"),
     "another size": (lambda rgb, depth: (rgb, depth[1:]), "depth is float32 of shape"),
     "nothing measured": (lambda rgb, depth: (rgb, depth * np.nan), "the image given: a depth image has no valid"),
-    "no array": (lambda rgb, depth: ("cane.png", depth), "rgb is a str; give uint8"),
+    "no array": (lambda rgb, depth: ("cane.png", depth), "rgb is a str; give a NumPy array of uint8"),
+    "a list": (lambda rgb, depth: (rgb.tolist(), depth), "rgb is a list; give a NumPy array of uint8"),
+    "a picture": (lambda rgb, depth: (Image.fromarray(rgb), depth), "rgb is a Image; give a NumPy array of uint8"),
+    "a list of depths": (lambda rgb, depth: (rgb, depth.tolist()), "depth is a list; give a NumPy array of metres"),
+    "no camera": (lambda rgb, depth: (rgb, depth, (1, 1, 0, 0)), "camera is a tuple; give a Camera(fx, fy, cx, cy)"),
     "no image": (lambda rgb, depth: (rgb[None][:0], depth[None][:0]), "rgb has the shape (0, 64, 64, 3)"),
 }
 
@@ -224,7 +231,29 @@ def test_a_detector_says_what_is_wrong(detector, reader, spoil, told):
     assert str(error.value).startswith(told)
 
 
-def test_predict_writes_what_the_detector_says(home, detector, reader):
+def test_a_single_image_is_made_ready_as_a_batch_of_one(detector, reader):
+    cane = samples(reader, "CandyCane")[0]
+    one, batch = detector.prepare(cane.rgb, cane.depth), detector.prepare(cane.rgb[None], cane.depth[None])
+    for modality in ("rgb", "depth"):
+        np.testing.assert_array_equal(one[modality], batch[modality])
+
+
+@pytest.mark.parametrize(("given", "told"), [({"foo": 9}, "foo: no such key"), ({"step": "0"}, "step is a str; give")])
+def test_a_detector_is_loaded_by_what_there_is(home, given, told):
+    with pytest.raises(UserError, match=told):
+        Detector.load(home / "run", **given)
+
+
+def test_a_worse_photograph_is_no_unknown_object(home, reader):
+    """In the step that knows one object alone, where nothing but its own images tells what is far."""
+    first = Detector.load(home / "run", step=0)
+    for number, one in enumerate(samples(reader, "CandyCane", "calibration")):
+        assert not first(*(getattr(degrade(one, number, 0.008), part) for part in ("rgb", "depth"))).unknown
+    pop = samples(reader, NEVER)[0]
+    assert first(pop.rgb, pop.depth).unknown
+
+
+def test_predict_writes_what_the_detector_says(home, command, detector, reader):
     for folder in ("rgb/sub", "depth/sub"):
         (home / "in" / folder).mkdir(parents=True)
     given = {"cane": samples(reader, "CandyCane")[1], "sub/pop": samples(reader, NEVER)[0]}
@@ -241,6 +270,7 @@ def test_predict_writes_what_the_detector_says(home, detector, reader):
     assert summary == "iumad_jax: 1 of 3 images could not be used; the others are in out."
     written = json.loads((home / "out" / "predictions.json").read_text())
     assert [one["image"] for one in written["damaged"]] == ["bad"]
+    assert written["step"] == 1
     with (home / "out" / "predictions.csv").open() as file:
         table = list(csv.DictReader(file))
     for name, row, line in zip(given, written["images"], table, strict=True):
@@ -249,6 +279,7 @@ def test_predict_writes_what_the_detector_says(home, detector, reader):
         assert {key: str(value) for key, value in row.items()} == line
         assert (row["image"], row["decision"], row["object"]) == (name, told.decision, told.object)
         assert row["score"] == pytest.approx(float(told.score), rel=1e-3)  # millimetres are rounded
+        assert (row["distance"] > row["unknown_threshold"]) == (row["decision"] == "unknown")
         assert row["defective_share"] == pytest.approx(told.mask.mean(), abs=1e-3)
         mask = np.asarray(Image.open(home / "out" / row["mask"]))
         assert mask.shape == one.rgb.shape[:2]
@@ -259,6 +290,28 @@ def test_predict_writes_what_the_detector_says(home, detector, reader):
         changed = np.abs(heatmap - one.rgb).sum(-1) > 10
         assert changed[strong].mean() > 0.9
     assert not list((home / "out").rglob("*.unfinished"))
+    before = {path: path.stat().st_mtime_ns for path in (home / "out").rglob("*")}
+    code, _, err = command("predict", "--workdir=run", *flags)
+    assert (code, err) == (2, "iumad_jax: --output=out holds something already; choose a new folder, or empty it.\n")
+    assert {path: path.stat().st_mtime_ns for path in (home / "out").rglob("*")} == before
+
+
+def test_what_was_predicted_before_the_disk_was_full_is_listed(home, command, files_no_larger_than, monkeypatch):
+    flags = ["--workdir=run", "--output=cut", f"--config.dataset.objects={NEVER}"]
+    written, write = [], predict._write_image
+
+    def write_three(path, pixels):
+        if len(written) < 3:
+            written.append(path)
+            return write(path, pixels)
+        with files_no_larger_than(10):
+            return write(path, pixels)
+
+    monkeypatch.setattr(predict, "_write_image", write_three)
+    code, out, err = command("predict", *flags)
+    assert (code, out) == (2, "")
+    assert err.startswith("iumad_jax: cannot write cut/heatmaps/Lollipop/")
+    assert len(json.loads((home / "cut" / "predictions.json").read_text())["images"]) == 1
 
 
 def test_predict_looks_at_a_dataset(home, command):
@@ -277,14 +330,16 @@ def test_evaluate_repeats_what_training_found(home, command):
         assert again["floors"][name]["matrix"] == {metric: [rows[-1]] for metric, rows in floor["matrix"].items()}
     assert again["decisions"] == before["decisions"][-1:]
     assert again["evaluated"] == {"workdir": "run", "step": 1}
-    assert out.endswith("are in again.\n")
+    assert out.endswith("Report, tables and ledger are in again.\n")
     assert (home / "again" / "report.html").exists()
 
 
 def test_evaluate_tells_objects_apart_that_were_never_learned(home, command):
-    code, _, err = command("evaluate", "--workdir=run", "--step=0", "--config.dataset.objects=GummyBear,CandyCane")
+    code, out, err = command("evaluate", "--workdir=run", "--step=0", "--config.dataset.objects=GummyBear,CandyCane")
     assert code == 0, err
-    folder = home / "run" / "evaluations" / "eyecandies_step0"
+    (folder,) = (home / "run" / "evaluations").iterdir()
+    assert re.fullmatch("eyecandies_[0-9a-f]{8}_step0", folder.name)
+    assert re.search(r"^GummyBear +[0-9.]+%$", out, re.MULTILINE)
     results, before = results_of(folder), results_of(home / "run")
     assert results["objects"] == ["CandyCane"]
     assert results["matrix"] == {metric: [rows[0][:1]] for metric, rows in before["matrix"].items()}
@@ -341,7 +396,8 @@ def test_an_exported_file_runs_alone(home, command, detector, eyecandies_root, f
     )
     assert code == 0, err
     assert out.startswith(f"detector.{format_}: ")
-    described = json.loads((home / "detector.json").read_text())
+    described = json.loads((home / f"detector.{format_}.json").read_text())
+    assert (described["format"], described["step"]) == (format_, 1)
     assert described["objects"] == list(LEARNED)
     assert described["inputs"] == {"rgb": [2, 64, 64, 3], "depth": [2, 64, 64, 3]}
     subprocess.run([sys.executable, "-c", ALONE, format_], cwd=home, check=True)
@@ -351,8 +407,9 @@ def test_an_exported_file_runs_alone(home, command, detector, eyecandies_root, f
         np.testing.assert_allclose(found["map"], expected.map, atol=1e-4 * scale)
         np.testing.assert_allclose(found["score"], expected.score, rtol=1e-4)
         np.testing.assert_allclose(found["probability"], expected.probability, rtol=1e-3)
+        np.testing.assert_allclose(found["distance"], expected.distance, rtol=1e-4)
         assert [LEARNED[index] for index in found["object_id"]] == expected.object.tolist()
-        for field in ("anomalous", "unknown", "image_threshold", "pixel_threshold"):
+        for field in ("anomalous", "unknown", "image_threshold", "pixel_threshold", "unknown_threshold"):
             np.testing.assert_allclose(found[field], getattr(expected, field))
         assert (found["mask"] != expected.mask).mean() < 1e-3
 
@@ -366,6 +423,22 @@ BAD_COMMANDS = {
     "no output": ("predict", ["--workdir=run"], "--output is missing"),
     "no depth": ("predict", ["--workdir=run", "--output=x", "--input=candies"], "--depth is missing; this model"),
     "no input": ("predict", ["--workdir=run", "--output=x", "--input=nix"], "--input is nix, which does not exist"),
+    "no such depth": (
+        "predict", ["--workdir=run", "--output=x", "--input=candies", "--depth=nix"], "--depth is nix, which does not"),
+    "one depth for all": (
+        "predict", ["--workdir=run", "--output=x", "--input=candies", "--depth=run/config.json"],
+        "--depth is run/config.json, one file for all of candies; name a folder"),
+    "no unit": (
+        "predict", ["--workdir=run", "--output=x", "--input=candies", "--depth=candies", "--depth_unit=0"],
+        "--depth_unit is 0; give metres per unit"),
+    "no camera": (
+        "predict", ["--workdir=run", "--output=x", "--input=candies", "--depth=candies", "--camera=0,0,0,0"],
+        "--camera is 0,0,0,0; give fx,fy,cx,cy in pixels, fx and fy above 0."),
+    "output within input": (
+        "predict", ["--workdir=run", "--output=candies/x", "--input=candies"], "--output=candies/x lies within"),
+    "nothing there": (
+        "evaluate", ["--workdir=run", "--config.dataset.name=candies", "--config.dataset.root=x"],
+        "config.dataset.root is x, which is not a folder"),
     "no such format": ("export", ["--workdir=run", "--format=pb"], "flag --format=pb: value should be one of"),
     "no object": ("predict", ["--workdir=run", "--output=x", "--object=Bear"], '"Bear" is no object of this model'),
 }  # fmt: skip

@@ -1,0 +1,57 @@
+"""Worse copies of samples."""
+
+import numpy as np
+import pytest
+
+from iumad_jax.data.degradation import FAULTS, degrade
+from iumad_jax.data.sample import Sample
+
+HEIGHT = 0.008  # metres
+
+
+@pytest.fixture
+def sample():
+    """A photograph of fine stripes with a grey half, and a plane with a hole."""
+    rgb = np.full((64, 96, 3), 120, np.uint8)
+    rgb[:, 48::2] = (180, 60, 30)
+    depth = np.full((64, 96), 1.5, np.float32)
+    depth[:8, :8] = np.nan
+    depth[8:16, :8] = 0
+    return Sample("bolt", "1", "good", rgb, depth, None, False, None)
+
+
+def test_every_fault_is_a_different_one(sample):
+    compressed, noisy, blurred, exposed = (degrade(sample, number, HEIGHT).rgb.astype(float) for number in range(4))
+    assert len(FAULTS) == 4
+    before = sample.rgb.astype(float)
+    grey = np.s_[4:-4, 4:40]
+    assert np.abs(compressed[grey] - 120).max() <= 2  # JPEG leaves an even area as it is, and smears colours elsewhere
+    assert np.abs(compressed - before)[:, 56:].mean() > 3
+    assert 1 <= noisy[grey].std() <= 5.1
+    assert abs(noisy[grey].mean() - 120) < 0.5
+    np.testing.assert_array_equal(blurred[grey], 120)
+    assert blurred[:, 56:-8].std() < 0.9 * before[:, 56:-8].std()
+    gain = exposed[grey].mean() / 120
+    assert 0.8 <= gain <= 1.2
+    np.testing.assert_allclose(exposed, (before * gain).clip(0, 255), atol=1.5)
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_depth_gets_noise_and_keeps_its_holes(sample, number):
+    noise = degrade(sample, number, HEIGHT).depth - 1.5
+    assert np.isnan(noise[:16, :8]).all()
+    assert 0 < np.nanstd(noise) <= 1.05 * HEIGHT / 40
+    assert abs(np.nanmean(noise)) < HEIGHT / 400
+
+
+def test_a_number_means_the_same_copy(sample):
+    once, again, other = (degrade(sample, number, HEIGHT) for number in (3, 3, 7))
+    np.testing.assert_array_equal(once.rgb, again.rgb)
+    np.testing.assert_array_equal(once.depth, again.depth)
+    assert (once.rgb != other.rgb).any()  # the same fault of another strength
+
+
+def test_a_photograph_alone_needs_no_depth(sample):
+    worse = degrade(Sample("bolt", "1", "good", sample.rgb, None, None, False, None), 1, HEIGHT)
+    assert worse.depth is None
+    assert (worse.rgb != sample.rgb).any()
