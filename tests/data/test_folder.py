@@ -97,7 +97,7 @@ def test_photographs_alone(tmp_path: Path, scan, read_all) -> None:
     (folder / ".DS_Store").touch()
     write(tmp_path / "bolt/test/dent", scan(), kinds=("rgb",))
     samples = {sample.id: sample for sample in read_all(Folder(tmp_path))}
-    assert len(samples) == 9
+    assert len(samples) == 10
     assert all(sample.depth is None and sample.camera is None for sample in samples.values())
     for name, sample in samples.items():
         exact = np.stack([rgb[..., 0]] * 3, -1) if name == "grey" else rgb
