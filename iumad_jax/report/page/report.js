@@ -212,7 +212,8 @@ function training() {
         ),
     ),
   });
-  $("loss-legend").append(...terms.map((name) => h("span", { style: style(name) }, name)));
+  const drawn = terms.filter((name) => events.some((event) => event[name] > 0)); // those left out would show no line
+  $("loss-legend").append(...drawn.map((name) => h("span", { style: style(name) }, name)));
   $("losses").append(
     h("thead", {}, h("tr", {}, ...["step", "epoch", ...terms].map((name) => h("th", { scope: "col" }, name)))),
     h(

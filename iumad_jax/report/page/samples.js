@@ -16,6 +16,7 @@ const HEAT = Uint8Array.from({ length: 256 * 3 }, (_, i) => {
   const [low, high] = [INFERNO[Math.floor(at)], INFERNO[Math.ceil(at)]];
   return low[i % 3] + (high[i % 3] - low[i % 3]) * (at % 1);
 });
+const SHOWN = 12; // samples at first
 const chosen = () => rates.length - 1 - Number($("threshold").value); // to the right the threshold rises
 const state = () => Number($("state").value);
 
@@ -203,7 +204,6 @@ function samples() {
     for (const card of cards) card.dirty = true;
     const overlap = (name) => mean(objects.map((object) => page.curves[object]?.[name].overlap[chosen()]));
     const found = names.flatMap((name) => [" ", h("b", { style: colour(name), title: name }, show(overlap(name)))]);
-    $("threshold").disabled = $("decided").checked;
     if ($("decided").checked) $("threshold-text").textContent = "every object's own, set by good calibration images";
     else
       $("threshold-text").replaceChildren(
@@ -222,6 +222,7 @@ function samples() {
     high: (a, b) => score(b) - score(a),
     low: (a, b) => score(a) - score(b),
   };
+  let most = SHOWN;
   const arranged = () => {
     const wanted = [
       ["by-object", ({ sample }) => sample.object],
@@ -229,20 +230,33 @@ function samples() {
       ["by-kind", ({ sample }) => sample.defect],
       ["by-pick", ({ sample }) => sample.pick],
     ];
-    for (const card of cards)
-      card.element.hidden = !wanted.every(([id, of]) => !$(id).value || $(id).value === of(card));
-    $("cards").append(...[...cards].sort(orders[$("sort").value]).map(({ element }) => element));
-    const shown = cards.filter(({ element }) => !element.hidden).length;
+    const sorted = [...cards].sort(orders[$("sort").value]);
+    const matching = sorted.filter((card) => wanted.every(([id, of]) => !$(id).value || $(id).value === of(card)));
+    const shown = new Set(matching.slice(0, most));
+    for (const card of cards) card.element.hidden = !shown.has(card);
+    $("cards").append(...sorted.map(({ element }) => element));
     const rest = page.left_out ? ` (${page.left_out} more did not fit into this file)` : "";
-    $("count").textContent = `${shown} of ${cards.length} samples${rest}`;
+    $("count").textContent = `${matching.length} of ${cards.length} samples${rest}`;
+    $("more").hidden = matching.length <= most;
+    $("more").textContent = `Show all ${matching.length}`;
   };
+  const showAll = () => {
+    most = Infinity;
+    arranged();
+  };
+  $("more").addEventListener("click", showAll);
   for (const id of ["by-object", "by-label", "by-kind", "by-pick", "sort"]) $(id).addEventListener("change", arranged);
   $("state").addEventListener("change", redrawn);
-  $("threshold").addEventListener("input", redrawn);
+  $("threshold").addEventListener("input", () => {
+    $("decided").checked = false;
+    redrawn();
+  });
   $("decided").addEventListener("change", redrawn);
-  $("decided-label").hidden = !results.decisions?.length;
+  $("decided").checked = !!results.decisions?.length;
+  $("decided-label").hidden = !$("decided").checked;
   $("controls").addEventListener("submit", (event) => event.preventDefault());
   addEventListener("beforeprint", () => {
+    showAll();
     for (const card of cards) if (!card.element.hidden) card.draw();
     for (const details of document.querySelectorAll("details")) details.open = true;
   });

@@ -193,8 +193,8 @@ function decisions() {
   const rates = {
     false_alarms: "false alarms",
     misses: "misses",
-    recognised: "recognised",
     taken_as_unknown: "unknown",
+    recognised: "recognised",
   };
   const share = (value) => (known(value) ? `${(100 * value).toFixed(1)} %` : "–");
   const limit = ({ threshold, interval, images }) =>
@@ -209,24 +209,32 @@ function decisions() {
       const { image, pixel, test = {} } = last.objects[name];
       const shares = Object.keys(rates).map((rate) => test[rate]);
       return {
-        keys: [name, image.threshold, pixel.threshold, ...shares, image.at_most, image.images],
+        keys: [name, ...shares, image.at_most, image.threshold, pixel.threshold, image.images],
         element: h(
           "tr",
           {},
           h("th", { scope: "row" }, name),
+          ...[...shares, image.at_most].map((value) => h("td", {}, share(value))),
           limit(image),
           limit(pixel),
-          ...[...shares, image.at_most].map((value) => h("td", {}, share(value))),
           h("td", {}, String(image.images)),
         ),
       };
     });
-  const headers = ["object", "image threshold", "pixel threshold", ...Object.values(rates), "promised", "from images"];
+  const headers = ["object", ...Object.values(rates), "promised", "image threshold", "pixel threshold", "from images"];
   $("decisions-note").textContent =
     `After the last step. Good calibration images alone set the thresholds, ${share(last.quantile)} of them are to` +
     " pass; false alarms, misses, and which object an image is taken for are counted on test images. So many images" +
     " promise at most so many false alarms; nothing is promised where the model was trained on them." +
     neverLearned(share);
   sortable($("decision-table"), headers, rows);
+  const means = Object.keys(rates).map((_, i) => mean(rows.map(({ keys }) => keys[i + 1])));
+  $("decision-table").append(
+    h(
+      "tfoot",
+      {},
+      h("tr", {}, h("th", { scope: "row" }, "mean"), ...means.map((value) => h("td", {}, share(value))), h("td", { colspan: 4 })),
+    ),
+  );
   $("decisions").hidden = false;
 }

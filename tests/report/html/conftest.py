@@ -247,7 +247,9 @@ def write(workdir, **others):
     ledger = Ledger(workdir / "ledger.jsonl")
     for step in (0, 1):
         for epoch in range(5):
-            ledger.append("epoch", step=step, epoch=epoch, loss=10.0 / (1 + epoch), fusion=5.0 / (1 + epoch), kl=0.01)
+            ledger.append(
+                "epoch", step=step, epoch=epoch, loss=10.0 / (1 + epoch), fusion=5.0 / (1 + epoch), kl=0.01, idle=0.0
+            )
     html.write(workdir, results, images)
     return results
 

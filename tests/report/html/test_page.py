@@ -109,6 +109,15 @@ def test_the_marker_on_the_curves_follows_the_slider(page):
     assert at()[0] == pytest.approx(end)  # the largest rate
 
 
+def test_the_legend_names_the_losses_that_are_drawn(page):
+    assert page.run("[...document.querySelectorAll('#loss-legend span')].map(e => e.innerText)") == [
+        "loss",
+        "fusion",
+        "kl",
+    ]
+    assert "idle" in page.run("document.querySelector('#losses thead').textContent")
+
+
 def test_light_and_dark_by_the_system_and_by_choice(page):
     light = background(page)
     page.click("#theme")
@@ -133,7 +142,13 @@ def test_nothing_sticks_out_of_a_window_of_any_width(page, width):
     assert page.run("document.querySelector('.card').offsetWidth") <= width - 40
     assert page.run("[...document.querySelectorAll('.chart')].every(c => c.clientWidth >= 130)")
     if width < 500:  # of what is touched, nothing is too small
-        assert page.run("Math.min(...[...document.querySelectorAll('select, button')].map(e => e.offsetHeight))") >= 20
+        assert (
+            page.run(
+                "Math.min(...[...document.querySelectorAll('select, button')].filter(e => e.offsetParent)"
+                ".map(e => e.offsetHeight))"
+            )
+            >= 20
+        )
 
 
 def test_everything_can_be_reached_by_keyboard(page):

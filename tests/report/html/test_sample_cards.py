@@ -43,8 +43,14 @@ def pixels(page, kind, index=0):
 
 
 def test_samples_are_filtered_and_sorted(page, zoo):
+    first = cards(page)
+    assert len(first) == 12
+    assert page.run("document.querySelector('#more').innerText") == "Show all 24"
+    page.click("#more")
     everything = cards(page)
+    assert everything[:12] == first
     assert len(everything) == 3 * (3 + 3 + 2)
+    assert page.run("document.querySelector('#more').hidden")
     page.choose("#by-object", "ant")
     page.choose("#by-kind", "bump")
     assert cards(page) == [("ant", "bump", pick) for pick in ("best", "median", "worst")]
@@ -88,19 +94,31 @@ def test_the_slider_changes_the_masks(page, zoo):
 
 
 def test_the_masks_as_they_were_decided(page, zoo):
-    page.click("#decided")
+    """As they are at first, and again after the slider had chosen another threshold."""
+    page.choose("#by-object", "bee")
     row = zoo.best_bump("bee")
     shown = look_at(page, "bee", "bump", "best")
     threshold = zoo.decisions()[1]["objects"]["bee"]["pixel"]["threshold"]
     values = zoo.upsampled("bee", row)
     sure = np.abs(values - threshold) > 1e-3
-    np.testing.assert_array_equal((pixels(page, 0, shown)[..., 3] > 0)[sure], (values > threshold)[sure])
-    assert page.run("document.querySelector('#threshold').disabled")
+    decided = (values > threshold)[sure]
+    np.testing.assert_array_equal((pixels(page, 0, shown)[..., 3] > 0)[sure], decided)
+    page.run("document.querySelector('#threshold').focus({preventScroll: true})")
+    page.press("Home", 36)
+    assert not page.run("document.querySelector('#decided').checked")
+    assert ((pixels(page, 0, shown)[..., 3] > 0)[sure] != decided).any()
+    page.click("#decided")
+    page.settle()
+    look_at(page, "bee", "bump", "best")
+    np.testing.assert_array_equal((pixels(page, 0, shown)[..., 3] > 0)[sure], decided)
     found = {row[0]: row[1:] for row in page.rows("#decision-table tbody")}
     assert list(found) == ["cat", "ant", "bee"]
     image = zoo.decisions()[1]["objects"]["bee"]["image"]["threshold"]
-    assert [float(value) for value in found["bee"][:2]] == pytest.approx([image, threshold], rel=1e-3)
-    assert found["bee"][2::2] == ["50.0 %", "100.0 %", "12.5 %"]  # false alarms, recognised, promised
+    assert [float(value) for value in found["bee"][5:7]] == pytest.approx([image, threshold], rel=1e-3)
+    assert [found["bee"][i] for i in (0, 3, 4)] == ["50.0 %", "100.0 %", "12.5 %"]  # false alarms, recognised, promised
+    (mean,) = page.rows("#decision-table tfoot")
+    alarms = [float(row[0].removesuffix(" %")) for row in found.values()]
+    assert float(mean[1].removesuffix(" %")) == pytest.approx(np.mean(alarms), abs=0.06)
     note = page.run("document.querySelector('#decisions-note').textContent")
     assert note.endswith("of objects never learned: yak 75.0 %; of learned ones 25.0 %.")
 
