@@ -25,6 +25,8 @@ from iumad_jax.run import Run, is_trained, start
 from iumad_jax.shapes import Prediction
 from iumad_jax.snapshots import Position
 
+_RESULTS = ("results.md", "results.tex", "results.csv", "report.html")
+
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     """Runs a config's protocol in a workdir, going on where an earlier run of it stopped.
@@ -39,7 +41,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     configs.check(config)
     workdirs.check(workdir, config)
     finished = tables.read_results(workdir)
-    if finished is not None:
+    if finished is not None and all((workdir / name).exists() for name in _RESULTS):  # else they are written anew
         print(f"{workdir}: this run is finished.")
         return finished
 

@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -288,6 +289,19 @@ def test_a_finished_run_says_so_and_prints_its_result_again(run, whole):
     assert code == 0, err
     assert again == f"{workdir}: this run is finished.\n{out}"
     assert files(workdir) == before
+
+
+def test_what_was_removed_of_a_finished_run_is_written_anew(run, whole, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole[0], workdir)
+    kept = {name: (workdir / name).read_bytes() for name in ("results.md", "ledger.jsonl", "pictures/matrix_aupro.png")}
+    for name in ("results.md", "report.html", "pictures/matrix_aupro.png"):
+        (workdir / name).unlink()
+    code, out, err = run(workdir)
+    assert code == 0, err
+    assert "is finished" not in out
+    assert {name: (workdir / name).read_bytes() for name in kept} == kept
+    assert (workdir / "report.html").stat().st_size == pytest.approx((whole[0] / "report.html").stat().st_size, abs=50)
 
 
 def test_another_config_in_the_same_workdir_is_refused(run, whole):
