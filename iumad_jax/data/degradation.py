@@ -1,8 +1,9 @@
-"""Samples as they would be from a somewhat worse camera, under another lamp or out of a compressed file."""
+"""Samples as they would be from a worse camera or sensor, under another lamp, or out of a compressed file."""
 
 import dataclasses
 import io
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -11,54 +12,66 @@ from scipy import ndimage
 
 from iumad_jax.data.sample import Sample
 
-# The range of each fault's strength.
-_JPEG_QUALITY = 50, 90
-_NOISE = 1.0, 5.0  # grey levels, standard deviation
-_BLUR = 0.5, 1.0  # pixels, standard deviation
-_EXPOSURE = 0.8, 1.2
-_DEPTH_NOISE = 0, 1 / 40  # of the height from which a pixel is the object's, standard deviation
-
 _Pixels = UInt8[np.ndarray, "h w 3"]
 
 
-def _compressed(rgb: _Pixels, rng: np.random.Generator) -> _Pixels:
+class Fault(NamedTuple):
+    """One way in which photographs get worse."""
+
+    apply: Callable[[_Pixels, float, np.random.Generator], _Pixels]  # of this strength
+    mild: tuple[float, float]  # between which strengths a model should stand it
+
+
+def _compress(rgb: _Pixels, quality: float, _: np.random.Generator) -> _Pixels:
     file = io.BytesIO()
-    Image.fromarray(rgb).save(file, "JPEG", quality=round(rng.uniform(*_JPEG_QUALITY)))
+    Image.fromarray(rgb).save(file, "JPEG", quality=round(quality))
     with Image.open(file) as image:
         return np.asarray(image)
 
 
-def _noisy(rgb: _Pixels, rng: np.random.Generator) -> _Pixels:
-    return _rounded(rgb + rng.normal(0, rng.uniform(*_NOISE), rgb.shape))
+def _add_noise(rgb: _Pixels, deviation: float, rng: np.random.Generator) -> _Pixels:
+    return _rounded(rgb + rng.normal(0, deviation, rgb.shape))
 
 
-def _blurred(rgb: _Pixels, rng: np.random.Generator) -> _Pixels:
-    width = rng.uniform(*_BLUR)
-    return _rounded(ndimage.gaussian_filter(rgb.astype(np.float32), (width, width, 0)))
+def _blur(rgb: _Pixels, pixels: float, _: np.random.Generator) -> _Pixels:
+    return _rounded(ndimage.gaussian_filter(rgb.astype(np.float32), (pixels, pixels, 0)))
 
 
-def _exposed(rgb: _Pixels, rng: np.random.Generator) -> _Pixels:
-    return _rounded(rgb * rng.uniform(*_EXPOSURE))
+def _expose(rgb: _Pixels, factor: float, _: np.random.Generator) -> _Pixels:
+    return _rounded(factor * rgb)
 
 
 def _rounded(pixels: np.ndarray) -> _Pixels:
     return np.rint(pixels).clip(0, 255).astype(np.uint8)
 
 
-FAULTS: tuple[Callable[[_Pixels, np.random.Generator], _Pixels], ...] = (_compressed, _noisy, _blurred, _exposed)
+FAULTS = {
+    "JPEG, quality": Fault(_compress, (50, 90)),
+    "noise, grey levels": Fault(_add_noise, (1, 5)),  # standard deviations
+    "blur, pixels": Fault(_blur, (0.5, 1)),
+    "brightness, times": Fault(_expose, (0.8, 1.2)),
+}
+MILD_DEPTH_NOISE = 1 / 40  # of the height from which a pixel is the object's; standard deviation
 
 
 def degrade(sample: Sample, number: int, object_height: float) -> Sample:
-    """The sample with one of `FAULTS` in its photograph, which its number chooses, and noise in its depth.
+    """The sample with one mild fault in its photograph, chosen by its number, and mild noise in its depth.
 
     Args:
         sample: as its dataset has it.
-        number: of the sample, from 0; strength and noise depend on it as well.
+        number: of the sample, from 0; strengths and noise depend on it as well.
         object_height: metres above the background plane from which a pixel is the object's.
     """
     rng = np.random.default_rng(number)
-    rgb, depth = FAULTS[number % len(FAULTS)](sample.rgb, rng), sample.depth
-    if depth is not None:
-        noise = rng.normal(0, rng.uniform(*_DEPTH_NOISE) * object_height, depth.shape)
-        depth = np.where(np.isfinite(depth) & (depth > 0), depth + noise, np.nan).astype(np.float32)
-    return dataclasses.replace(sample, rgb=rgb, depth=depth)
+    fault = list(FAULTS.values())[number % len(FAULTS)]
+    worse = dataclasses.replace(sample, rgb=fault.apply(sample.rgb, rng.uniform(*fault.mild), rng))
+    return with_depth_noise(worse, rng.uniform(0, MILD_DEPTH_NOISE) * object_height, rng)
+
+
+def with_depth_noise(sample: Sample, deviation: float, rng: np.random.Generator) -> Sample:
+    """The sample with noise of a standard deviation in metres in its depth, if it has one."""
+    if sample.depth is None:
+        return sample
+    measured = np.isfinite(sample.depth) & (sample.depth > 0)
+    depth = np.where(measured, sample.depth + rng.normal(0, deviation, sample.depth.shape), np.nan)
+    return dataclasses.replace(sample, depth=depth.astype(np.float32))
