@@ -25,6 +25,11 @@ def requested() -> bool:
     return _requested.is_set()
 
 
+def wait() -> None:
+    """Waits until the process is asked to end."""
+    _requested.wait()
+
+
 def check() -> None:
     """Raises Interrupted if the process was asked to end; called where all that was done is on disk."""
     if requested():

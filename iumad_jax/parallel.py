@@ -16,9 +16,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import psutil
+from jax._src import distributed  # as Orbax does: only here is the store that all processes share
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -34,6 +36,7 @@ from iumad_jax.errors import UserError
 
 AXIS = "devices"
 _PATIENCE_TO_FIND = 300  # seconds in which all processes must have started
+_ASKED = "asked to end"  # a key in the store that all processes share
 _SILENCE = 30  # seconds without a sign of life after which a process counts as dead
 _PATIENCE = 10**9  # milliseconds that a process waits for others that are alive: preparing a dataset can take days
 
@@ -176,15 +179,14 @@ def joined(coordinator: str | None, processes: int | None, process: int | None, 
     with _last_words(f"iumad_jax: a process has ended, by itself or since another one had; {lost}."):
         try:
             _find_devices()
-            if not is_first():  # which saves when it is told to end; then these end, too
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    signal.signal(number, signal.SIG_IGN)
-            yield
+            with _end_together():
+                yield
             jax.distributed.shutdown()
         except BaseException as error:
             if isinstance(error, jax.errors.JaxRuntimeError):
                 reason = str(error).splitlines()[0]
-                error = UserError(f"this process cannot go on, perhaps since another one has ended ({reason}); {lost}.")
+                told = f"this process cannot go on, perhaps since another one has ended ({reason}); {lost}."
+                error = interruption.Interrupted() if interruption.requested() else UserError(told)
             codes = {UserError: 2, interruption.Interrupted: interruption.EXIT_CODE}
             atexit.register(_leave, next((code for kind, code in codes.items() if isinstance(error, kind)), 1))
             raise error
@@ -254,6 +256,31 @@ def _find_devices() -> None:
     _meet()
     everywhere(True)
     jax.block_until_ready(jax.pmap(mean_over_devices, axis_name=AXIS)(np.zeros(jax.local_device_count())))
+
+
+@contextmanager
+def _end_together() -> Iterator[None]:
+    """Within, a process that is asked to end asks the first one, which saves and ends; then all others end, too."""
+    store: Any = distributed.global_state.client
+    done = threading.Event()
+
+    def ask() -> None:
+        interruption.wait()
+        with suppress(jax.errors.JaxRuntimeError):  # the first one is gone
+            store.key_value_set(_ASKED, "", allow_overwrite=True)
+
+    def listen() -> None:
+        while not done.wait(1):
+            with suppress(jax.errors.JaxRuntimeError):  # nobody asked
+                store.key_value_try_get(_ASKED)
+                signal.raise_signal(signal.SIGTERM)
+                return
+
+    threading.Thread(target=listen if is_first() else ask, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 @contextmanager

@@ -50,9 +50,10 @@ def start(tmp_path_factory):
     }
 
     def start(workdir, devices, *flags):
-        flags = [f"--config={QUICKSTART}:1-1", f"--workdir={workdir}", *flags]
+        small = [f"--config.{key}={SMALL[key]}" for key in SMALL]
+        flags = [f"--config={QUICKSTART}:1-1", f"--workdir={workdir}", *small, *flags]
         return subprocess.Popen(
-            [sys.executable, "-m", "iumad_jax.main", *flags, *(f"--config.{key}={SMALL[key]}" for key in SMALL)],
+            [sys.executable, "-m", "iumad_jax.main", *flags],
             cwd=home,
             env=os.environ | quick | {"JAX_NUM_CPU_DEVICES": str(devices)},
             stdout=subprocess.PIPE,
@@ -67,11 +68,11 @@ def start(tmp_path_factory):
 def start_two(start):
     """Starts two processes with two devices each, which find each other; the second may have further flags."""
 
-    def start_two(workdir, *of_second):
+    def start_two(workdir, *of_both, of_second=()):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
-        flags = [f"--coordinator={address}", "--processes=2"]
+        flags = [f"--coordinator={address}", "--processes=2", *of_both]
         return start(workdir, 2, *flags, "--process=0"), start(workdir, 2, *flags, "--process=1", *of_second)
 
     return start_two
@@ -147,12 +148,28 @@ def test_two_processes_train_as_one_does_whatever_happens_to_them(start, start_t
 
 
 def test_processes_that_are_not_alike_do_not_train(start_two, tmp_path):
-    for process in start_two(tmp_path / "run", "--config.seed=1"):
+    for process in start_two(tmp_path / "run", of_second=["--config.seed=1"]):
         code, _, err = ends(process)
         assert code == 2, err
         *_, last = err.splitlines()
         assert last.startswith("iumad_jax: the processes differ in their config; give all of them the same command")
     assert (tmp_path / "run" / "ledger.jsonl").read_bytes() == b""
+
+
+def test_a_process_that_is_asked_to_end_has_the_first_one_save(start_two, tmp_path):
+    run = tmp_path / "run"
+    first, second = start_two(run, "--config.snapshots.every_minutes=60", "--config.train.epochs=400")
+    while not ((run / "ledger.jsonl").exists() and '"epoch": 2' in (run / "ledger.jsonl").read_text()):
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.05)
+    asked = time.monotonic()
+    second.send_signal(signal.SIGTERM)
+    code, _, err = ends(first)
+    assert time.monotonic() - asked < 10
+    assert code == 75, err
+    assert err.splitlines()[-1].startswith("iumad_jax: stopping on SIGTERM; the same command goes on from here")
+    assert len(list((run / "snapshots_within_step").iterdir())) == 1
+    assert ends(second)[0] != 0
 
 
 def test_a_port_that_is_taken_is_told(start, tmp_path):

@@ -15,9 +15,9 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-from iumad_jax import Detector, evaluate, predict, snapshots
+from iumad_jax import Detector, evaluate, predict, robustness, snapshots
 from iumad_jax.data.candies import render
-from iumad_jax.data.degradation import degrade
+from iumad_jax.data.degradation import FAULTS, degrade
 from iumad_jax.data.eyecandies import Eyecandies
 from iumad_jax.errors import UserError
 from iumad_jax.export import __main__ as export
@@ -93,7 +93,8 @@ def command(home, capsys, monkeypatch):
 
     def run(name, *flags):
         monkeypatch.setattr(sys, "argv", arguments := ["command", *flags])  # where ml_collections looks for keys
-        code = {"predict": predict, "evaluate": evaluate, "export": export}[name].main(arguments)
+        commands = {"predict": predict, "evaluate": evaluate, "export": export, "robustness": robustness}
+        code = commands[name].main(arguments)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -348,6 +349,23 @@ def test_evaluate_tells_objects_apart_that_were_never_learned(home, command):
     assert "| GummyBear" in (folder / "results.md").read_text()
     events = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events] == ["evaluation"] * 3 + ["unknown"]
+
+
+def test_robustness_finds_what_the_run_did_where_nothing_is_wrong(home, command):
+    code, out, err = command("robustness", "--workdir=run", f"--config.dataset.objects={','.join([*LEARNED, NEVER])}")
+    assert code == 0, err
+    head, _, *rows = ([cell.strip() for cell in line.strip("|\n").split("|")] for line in out.splitlines())
+    found = {tuple(row[:2]): dict(zip(head[2:], row[2:], strict=True)) for row in rows}
+    results = results_of(home / "run")
+    tested = [of_object["test"] for of_object in results["decisions"][-1]["objects"].values()]
+    rates = ("false_alarms", "misses", "recognised")
+    expected = {rate: f"{np.mean([of[rate] for of in tested]):.1%}" for rate in rates}
+    untouched = found["none", ""]
+    assert {rate: untouched[rate.replace("_", " ")] for rate in expected} == expected
+    assert untouched["I-AUROC"] == f"{np.mean(results['matrix']['i_auroc'][-1]):.1%}"
+    assert untouched["unknown, of never learned"] == "100.0%"
+    assert float(found["noise, grey levels", "10"]["unknown"][:-1]) >= float(untouched["unknown"][:-1])
+    assert {fault for fault, _ in found} == {"none", *FAULTS, "depth noise, mm"}
 
 
 def test_evaluate_neither_takes_the_place_of_a_run_nor_judges_what_nothing_learned(home, command):
