@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,19 +149,19 @@ class Detector:
         Args:
             workdir: of the run; its dataset is not needed.
             step: number of the step.
-            changes: to keys of the run's config, such as `{"backbone.weights": PATH}`.
+            changes: to keys of the run's config: `{"backbone.weights": PATH}` where they lie elsewhere now, or
+                `{"model.scan": NAME}`.
 
         Raises:
-            UserError: there is no such snapshot or key, the snapshot is damaged, or the backbone's weights are not to
-                be found.
+            UserError: there is no such snapshot, it is damaged, the backbone's weights are not to be found, or another
+                key is changed, by which a model was trained.
         """
-        if step is not None and not isinstance(step, int):
-            raise UserError(f"step is {_kind(step)}; give a number.")
-        config = workdirs.read(Path(workdir)).lock()
-        try:
-            config.update_from_flattened_dict(changes)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise UserError(f"{', '.join(changes)}: no such key of a config, or not of its type.") from error
+        if not isinstance(workdir, str | Path) or not isinstance(step, Integral | None):
+            raise UserError(f"workdir is {_kind(workdir)} and step {_kind(step)}; give a path and a number.")
+        if others := set(changes) - {"backbone.weights", "model.scan"}:
+            raise UserError(f"{', '.join(sorted(others))} cannot be changed; only backbone.weights and model.scan can.")
+        config = workdirs.read(Path(workdir))
+        config.update_from_flattened_dict(changes)
         snapshot = snapshots.read(Path(workdir), step)
         inputs, decided = snapshot.record["inputs"], snapshot.record["decisions"][-1]
         method = methods.build(config.method, config, len(inputs["objects"]))
@@ -222,7 +223,7 @@ class Detector:
         camera: Camera | None = None,
     ) -> dict[Modality, Float32[np.ndarray, "b s s 3"]]:
         """A batch of images as the backbone reads them, of one if one is given; arguments and errors as of a call."""
-        if not isinstance(rgb, np.ndarray) or rgb.dtype != np.uint8 or rgb.ndim not in (3, 4) or rgb.shape[-1] != 3:
+        if not _is_array(rgb) or rgb.dtype != np.uint8 or rgb.ndim not in (3, 4) or rgb.shape[-1] != 3:
             raise UserError(
                 f"rgb is {_kind(rgb)}; give a NumPy array of uint8 of shape (rows, columns, 3), or a batch of them."
             )
@@ -232,7 +233,7 @@ class Detector:
             depth = None
         elif depth is None:
             raise UserError("depth is missing; this model was trained with it.")
-        elif not isinstance(depth, np.ndarray) or depth.dtype.kind != "f" or depth.shape != rgb.shape[:-1]:
+        elif not _is_array(depth) or depth.dtype.kind != "f" or depth.shape != rgb.shape[:-1]:
             raise UserError(
                 f"depth is {_kind(depth)}; give a NumPy array of metres, floats of shape {rgb.shape[:-1]} as of rgb."
             )
@@ -272,7 +273,9 @@ class Detector:
         return self.objects.index(name)
 
 
+def _is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray)
+
+
 def _kind(value: Any) -> str:
-    if isinstance(value, np.ndarray):
-        return f"{value.dtype} of shape {value.shape}"
-    return f"a {type(value).__name__}"
+    return f"{value.dtype} of shape {value.shape}" if _is_array(value) else f"a {type(value).__name__}"

@@ -106,12 +106,12 @@ def evaluate_snapshot(config: ConfigDict, workdir: Path, snapshot: Snapshot, out
         raise UserError(
             f"none of {', '.join(reader.objects)} was learned; name one of {', '.join(decided['objects'])} too."
         )
+    tests = {name: store.get(name, "test") for name in reader.objects}  # what is at fault is told before anything goes
     ledger = _new_ledger(output)
 
     matrices = {s: {metric: np.full((1, len(learned)), np.nan) for metric in tables.METRICS} for s in systems}
     distances, confidences = {}, {}
-    for name in tqdm(reader.objects, unit="object", disable=None, leave=False):
-        test = store.get(name, "test")
+    for name, test in tqdm(tests.items(), unit="object", disable=None, leave=False):
         assert test.truth is not None
         distances[name] = np.asarray(recognition.distances(recogniser, test.batch.features))
         predictions = {}
@@ -131,6 +131,7 @@ def evaluate_snapshot(config: ConfigDict, workdir: Path, snapshot: Snapshot, out
         if name in learned:
             keep(output, 0, name, test, predictions)
 
+    known = len(decided["objects"])
     decided["objects"] = {name: decided["objects"][name] for name in learned}
     results = tables.gather(
         config.to_dict() | {"protocol": f"{len(learned)}-0"},
@@ -143,7 +144,7 @@ def evaluate_snapshot(config: ConfigDict, workdir: Path, snapshot: Snapshot, out
         time.monotonic() - began,
     )
     results["unknown"] = decisions.unknown_rates(decided, distances, confidences)
-    results["evaluated"] = {"workdir": str(workdir), "step": snapshot.position.step}
+    results["evaluated"] = {"workdir": str(workdir), "step": snapshot.position.step, "learned": known}
     ledger.append("unknown", **results["unknown"])
     html.write(output, results, functools.partial(inputs.panels, store))
     tables.write_results(output, results)

@@ -38,6 +38,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
         UserError: the config, the dataset or the workdir is at fault.
         Interrupted: the process was asked to end; see `interruption.handled`.
     """
+    parallel.check_same(lambda: {"config": config.to_dict(), "workdir": workdirs.content(workdir)})
     configs.check(config)
     workdirs.check(workdir, config)
     finished = tables.read_results(workdir)
@@ -50,7 +51,6 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
         with parallel.first_before_others():
             data.render(config)
             this = start(config, workdir, data.open_reader(config), steps, held)
-        parallel.check_same(this.common)
         for step in steps[this.position.step + this.position.finished :]:
             prepare(this, step)
             learn(this, step)
@@ -70,6 +70,7 @@ def prepare(this: Run, step: protocol.Step) -> None:
 def learn(this: Run, step: protocol.Step) -> None:
     """Trains on the good images of the objects that this step learns, from where the run stands."""
     config, strategy, method = this.config, this.strategy, this.systems[this.config.method]
+    parallel.check_same(lambda: {"images": this.store.sources(strategy.objects(step)), "weights": this.store.settings})
     learned = [this.store.get(name, "train") for name in step.learned]
     sets = [this.store.get(name, "train") for name in strategy.objects(step)]
     images = sum(len(one.ids) for one in sets)

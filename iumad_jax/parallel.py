@@ -10,6 +10,7 @@ import functools
 import hashlib
 import inspect
 import itertools
+import json
 import os
 import re
 import signal
@@ -184,9 +185,12 @@ def joined(coordinator: str | None, processes: int | None, process: int | None, 
             jax.distributed.shutdown()
         except BaseException as error:
             if isinstance(error, jax.errors.JaxRuntimeError):
-                reason = str(error).splitlines()[0]
-                told = f"this process cannot go on, perhaps since another one has ended ({reason}); {lost}."
-                error = interruption.Interrupted() if interruption.requested() else UserError(told)
+                if not interruption.requested():
+                    told = (
+                        f"this process cannot go on, perhaps since another one has ended ({str(error).splitlines()[0]})"
+                    )
+                    print(f"iumad_jax: {told}; {lost}.", file=sys.stderr, flush=True)
+                error = interruption.Interrupted()
             codes = {UserError: 2, interruption.Interrupted: interruption.EXIT_CODE}
             atexit.register(_leave, next((code for kind, code in codes.items() if isinstance(error, kind)), 1))
             raise error
@@ -194,7 +198,11 @@ def joined(coordinator: str | None, processes: int | None, process: int | None, 
 
 def _check_address(coordinator: str) -> None:
     host, _, port = coordinator.rpartition(":")
-    if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
+    try:
+        valid = host.encode("idna") and re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 2**16
+    except UnicodeError:
+        valid = False
+    if not valid:
         raise UserError(f'--coordinator is "{coordinator}"; give the host of process 0 and a free port, HOST:PORT.')
 
 
@@ -217,8 +225,8 @@ def _find(coordinator: str | None, processes: int | None, process: int | None) -
             heartbeat_timeout_seconds=_SILENCE,
             shutdown_timeout_seconds=_SILENCE,
         )
-    except ValueError as error:  # also of a cluster that JAX does not know
-        raise UserError(f"--cluster or --coordinator is of no use here: {str(error).rstrip('.')}.") from error
+    except ValueError as error:
+        raise UserError("--cluster finds no job of SLURM, Open MPI or the like; use --coordinator.") from error
 
 
 def _check_free(coordinator: str) -> None:
@@ -238,6 +246,7 @@ def _wait_for(coordinator: str) -> None:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
         except OSError as error:
+            interruption.check()
             if time.monotonic() > end:
                 reason = error.strerror or "no answer"
                 raise UserError(
@@ -254,6 +263,7 @@ def _find_devices() -> None:
     They wait for half a minute when they first exchange anything, and later as long as another process compiles.
     """
     _meet()
+    check_same(lambda: {"version of JAX": jax.__version__, "number of devices": jax.local_device_count()})
     everywhere(True)
     jax.block_until_ready(jax.pmap(mean_over_devices, axis_name=AXIS)(np.zeros(jax.local_device_count())))
 
@@ -261,8 +271,7 @@ def _find_devices() -> None:
 @contextmanager
 def _end_together() -> Iterator[None]:
     """Within, a process that is asked to end asks the first one, which saves and ends; then all others end, too."""
-    store: Any = distributed.global_state.client
-    done = threading.Event()
+    store, done = _store(), threading.Event()
 
     def ask() -> None:
         interruption.wait()
@@ -289,10 +298,12 @@ def _last_words(words: str) -> Iterator[None]:
     speaker = subprocess.Popen(
         ["sh", "-c", 'trap "" INT TERM; read -r _ || echo "$0" >&2', words], stdin=subprocess.PIPE
     )
-    try:
-        yield
-    finally:
-        speaker.communicate(b"\n")
+    silence = functools.partial(speaker.communicate, b"\n")
+    with interruption.before_cut_off(silence):
+        try:
+            yield
+        finally:
+            silence()
 
 
 def _leave(code: int) -> None:
@@ -349,30 +360,33 @@ def everywhere(condition: bool) -> bool:
 
 
 def check_same(own: Callable[[], dict[str, Any]]) -> None:
-    """Compares what every process has: by name, text, numbers and arrays within any tree.
+    """Compares what every process has: by name, whatever JSON can hold.
 
     Raises:
         UserError: something differs; in all processes alike.
     """
     if jax.process_count() == 1:
         return
-    values = own() | {"number of devices": jax.local_device_count(), "version of JAX": jax.__version__}
-    digests = multihost_utils.process_allgather(np.array([list(_digest(value)) for value in values.values()]))
-    same = (digests == digests[0]).all((0, 2))
-    if differing := [name for name, is_same in zip(values, same, strict=True) if not is_same]:
+    store, meeting = _store(), f"comparison {next(_meetings)}"
+    store.key_value_set(f"{meeting} {jax.process_index()}", json.dumps({k: _digest(v) for k, v in own().items()}))
+    others = [f"{meeting} {process}" for process in range(jax.process_count())]
+    given = [json.loads(store.blocking_key_value_get(other, _PATIENCE)) for other in others]
+    if differing := [name for name in given[0] if any(one[name] != given[0][name] for one in given)]:
+        if is_first():
+            time.sleep(2)  # the others, which JAX aborts when this one ends, are to tell it as well
         raise UserError(
             f"the processes differ in their {' and '.join(differing)}; give all of them the same command, and a workdir"
             " and a dataset that they share."
         )
 
 
-def _digest(tree: Any) -> bytes:
-    """SHA-256 of text, numbers and arrays within any tree."""
-    leaves, structure = jax.tree.flatten(tree)
-    digest = hashlib.sha256(str(structure).encode())
-    for leaf in leaves:
-        digest.update(np.asarray(leaf).tobytes() if hasattr(leaf, "dtype") else repr(leaf).encode())
-    return digest.digest()
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _store() -> Any:
+    """Where processes find what others have put under a name, text by text."""
+    return distributed.global_state.client
 
 
 def alone() -> ocp.options.MultiprocessingOptions:

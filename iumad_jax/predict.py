@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from iumad_jax import commands, data
-from iumad_jax.data.depth_files import DEPTH_IMAGES, read_depth
+from iumad_jax.data.depth_files import DEPTH_IMAGES, WrongUnit, read_depth
 from iumad_jax.data.images import PHOTOGRAPHS, check_same_size, read_photograph
 from iumad_jax.data.sample import Camera
 from iumad_jax.detector import Detection, Detector
@@ -99,6 +99,8 @@ def _predict(values: flags.FlagValues) -> str:
                 rgb, depth, camera = shot.read()
                 detection = detector(rgb, depth, camera, values.object)
             except UserError as error:
+                if isinstance(error, WrongUnit) and not rows:  # which is that of all images
+                    raise
                 tqdm.write(f"iumad_jax: {error}", file=sys.stderr)
                 damaged.append({"image": shot.name, "reason": str(error)})
                 continue
@@ -106,10 +108,11 @@ def _predict(values: flags.FlagValues) -> str:
             heatmap = figures.overlay(rgb, detection.map, float(detection.pixel_threshold))
             _write_image(output / "heatmaps" / f"{shot.name}.png", heatmap)
             rows.append(_row(shot.name, detection))
-    finally:  # also of what was done before the disk was full
-        content = {"workdir": str(values.workdir), "step": detector.step, "images": rows, "damaged": damaged}
-        write_whole(output / "predictions.csv", _csv(rows).encode())
-        write_whole(output / "predictions.json", (json.dumps(as_json(content), indent=1) + "\n").encode())
+    finally:
+        if rows:  # also of what was done before the disk was full
+            content = {"workdir": str(values.workdir), "step": detector.step, "images": rows, "damaged": damaged}
+            write_whole(output / "predictions.csv", _csv(rows).encode())
+            write_whole(output / "predictions.json", (json.dumps(as_json(content), indent=1) + "\n").encode())
     if damaged:
         rest = f"the others are in {output}" if rows else "correct them"
         raise UserError(f"{len(damaged)} of {len(shots)} images could not be used; {rest}.")
@@ -185,7 +188,8 @@ def _depth_file(place: Path, name: str) -> Path:
         return place
     found = [file for ending in DEPTH_IMAGES if (file := place / f"{name}{ending}").is_file()]
     if len(found) != 1:
-        raise UserError(f"{place} has {len(found)} depth files for {name}; put {name}{DEPTH_IMAGES[0]} there alone.")
+        endings = " ".join(DEPTH_IMAGES)
+        raise UserError(f"{place} has {len(found)} depth files named {name}; put one there, ending in {endings}.")
     return found[0]
 
 
@@ -230,7 +234,7 @@ def _row(name: str, detection: Detection) -> dict[str, Any]:
 
 def _csv(rows: list[dict[str, Any]]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else ["image"], lineterminator="\n")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows({key: tables.spreadsheet_text(value) for key, value in row.items()} for row in rows)
     return text.getvalue()

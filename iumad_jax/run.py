@@ -56,17 +56,9 @@ class Run:
         late = time.monotonic() - self.saved > 60 * self.config.snapshots.every_minutes
         return late or self.snapshots.failed or interruption.requested()
 
-    def common(self) -> dict[str, Any]:
-        """What all processes of a run must have alike, by name."""
-        reader = self.store.reader
-        images = {name: reader.ids(name, "train") for name in reader.objects}
-        config = {key: value for key, value in self.config.to_dict().items() if key != "debug"}
-        state = self.variables, self.optimizer_leaves, self.losses, self.memory
-        snapshot = self.position, state if self.position.step >= 0 else None  # another CPU rounds another way
-        return {"config": config, "images": images, "weights": self.store.settings, "snapshot": snapshot}
-
     def save(self) -> None:
         """Takes a snapshot, which is written while the run goes on, and ends the run if that is asked for."""
+        self.saved = time.monotonic()
         if not parallel.is_first():
             return
         record = {
@@ -80,7 +72,6 @@ class Run:
         self.variables, self.memory = jax.tree.map(np.asarray, (self.variables, self.memory))  # as they come back
         kept = self.position, self.variables, self.optimizer_leaves, self.losses, record, self.memory
         self.snapshots.save(Snapshot(*kept))
-        self.saved = time.monotonic()
         interruption.check()
 
 

@@ -1,5 +1,6 @@
 """A workdir belongs to one config."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,13 @@ def check(workdir: Path, config: ConfigDict) -> None:
     if differing:
         changes = ", ".join(f"config.{key} ({before.get(key)} there, {now.get(key)} now)" for key in differing)
         raise UserError(f"{workdir}: holds a run of another config, differing in {changes}; choose another --workdir.")
+
+
+def content(workdir: Path) -> dict[str, str]:
+    """What a run in this workdir goes on from: its config, snapshots and results, those that are there."""
+    files = (_NAME, "results.json", "snapshots/*/sha256.json", "snapshots_within_step/*/sha256.json")
+    found = sorted(file for pattern in files for file in workdir.glob(pattern))
+    return {str(file.relative_to(workdir)): hashlib.sha256(file.read_bytes()).hexdigest() for file in found}
 
 
 def read(workdir: Path) -> ConfigDict:

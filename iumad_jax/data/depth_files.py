@@ -28,6 +28,10 @@ logging.getLogger("tifffile").disabled = True  # what it says of damaged files i
 _TIFF_PLAIN, _TIFF_DEFLATE = (1,), (8, 32946)  # compressions
 
 
+class WrongUnit(UserError):
+    """Depth is not in the unit that it is said to be in."""
+
+
 def read_depth(
     file: Path, unit: float | None, size: tuple[int, int], remedy: str
 ) -> tuple[Float32[np.ndarray, "h w"], Camera | None]:
@@ -50,7 +54,7 @@ def read_depth(
         raise unreadable(file, error) from error
     if unit is None:
         if values.dtype.kind in "iu":
-            raise UserError(f"{file} holds whole numbers of an unknown unit; {remedy}.")
+            raise WrongUnit(f"{file} holds whole numbers of an unknown unit; {remedy}.")
         unit = 1.0
     with np.errstate(over="ignore", invalid="ignore"):  # of what is missing
         metres = values.astype(np.float32) * np.float32(unit)
@@ -69,9 +73,9 @@ def check_distance(depth: Float[np.ndarray, "h w"], file: Path, remedy: str) -> 
     if nearest < 0:
         raise UserError(f"{file} has a depth of {nearest:.3g} m; depth is the distance from the sensor, above 0.")
     if median > _FARTHEST:
-        raise UserError(f"{file} has a median depth of {median:.4g} m, as if millimetres were called metres; {remedy}.")
+        raise WrongUnit(f"{file} has a median depth of {median:.4g} m, as if millimetres were called metres; {remedy}.")
     if median < _NEAREST:
-        raise UserError(f"{file} has a median depth of {median:.2g} m, as if metres were called millimetres; {remedy}.")
+        raise WrongUnit(f"{file} has a median depth of {median:.2g} m, as if metres were called millimetres; {remedy}.")
 
 
 def find_camera(cloud: Float32[np.ndarray, "h w 3"], file: Path) -> Camera:

@@ -1,6 +1,8 @@
 """One RGB-D image, and what every reader of an on-disk format offers."""
 
+import math
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -28,9 +30,9 @@ class Camera:
     orthographic: bool = False
 
     def __post_init__(self) -> None:
-        if not np.isfinite([self.fx, self.fy, self.cx, self.cy]).all() or min(self.fx, self.fy) <= 0:
-            given = f"{self.fx:g},{self.fy:g},{self.cx:g},{self.cy:g}"
-            raise UserError(f"the camera is {given} (fx,fy,cx,cy); give finite numbers, fx and fy above 0.")
+        given = self.fx, self.fy, self.cx, self.cy
+        if not all(isinstance(one, Real) and math.isfinite(one) for one in given) or min(self.fx, self.fy) <= 0:
+            raise UserError(f"the camera's fx, fy, cx and cy are {given}; give finite numbers, fx and fy above 0.")
 
     def scaled(self, factor: float) -> "Camera":
         """The same camera with that many times as many pixels per side."""

@@ -14,7 +14,7 @@ import dataclasses
 import shutil
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -116,6 +116,10 @@ class Store:
                 " What was prepared so far is kept."
             ) from error
         return manifest
+
+    def sources(self, objects: Sequence[str]) -> list[str]:
+        """What the objects' training images are made from, by name and content of the source files."""
+        return [records.key(image) for name in objects for image in self.prepare(name, "train")["images"]]
 
     def features(self, samples: Iterable[Sample]) -> dict[Modality, np.ndarray]:
         """Features (n, p, f) of samples that are not kept, as those that are."""

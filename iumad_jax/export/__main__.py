@@ -32,6 +32,8 @@ def _define(values: flags.FlagValues) -> None:
 def _export(values: flags.FlagValues) -> str:
     workdir, format_ = commands.path(values, "workdir"), values.format
     output = Path(values.output or workdir / f"detector.{format_}")
+    if output.suffix != f".{format_}" or not output.parent.is_dir():
+        raise UserError(f"--output={output}: give a file ending in .{format_}, in a folder that there is.")
     detector = Detector.load(workdir, values.step, **{"model.scan": formats.SCANS[format_]})
     content = formats.export(detector, format_, values.batch)
     difference = check(detector, content, format_, values.batch)

@@ -54,7 +54,7 @@ def describe(detector: Detector, batch: int) -> dict[str, Any]:
         "version": version("iumad-jax"),
         "step": detector.step,
         "inputs": {name: list(spec.shape) for name, spec in input_specs(detector, batch).items()},
-        "depth_encoding": detector.processing.depth_encoding,
+        "depth_encoding": detector.processing.depth_encoding if "depth" in detector.processing.modalities else None,
         "outputs": list(Outputs._fields),
         "objects": list(detector.objects),
     }

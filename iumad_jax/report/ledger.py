@@ -73,9 +73,10 @@ class Ledger:
         """
         kept = self._read().split(b"\n")[:-1][:lines]
         if hashlib.sha256(b"".join(line + b"\n" for line in kept)).hexdigest() != sha256:
-            found = "are not as they were written" if len(kept) == lines else f"are {len(kept)} now"
+            changed = "they are not as they were written"
+            found = changed if len(kept) == lines else f"{len(kept)} of them are there"
             raise UserError(
-                f"{self.path}: the {lines} lines that the snapshot had seen {found}; "
+                f"{self.path}: the snapshot had seen {lines} lines, but {found}; "
                 "restore the file, or start again in an empty workdir"
             )
         self._cut(kept)

@@ -114,7 +114,7 @@ def load(workdir: Path, step: int, object_: str) -> Samples:
             found[field] = tuple(found[field].tolist())
         return Samples(**found | {"low": float(found["low"]), "high": float(found["high"])})
     except Exception as error:  # NumPy and zipfile raise whatever damage leads to
-        raise UserError(f"{path} cannot be read ({error}); evaluate the workdir again to have it written") from error
+        raise UserError(f"{path} cannot be read ({error}); restore it") from error
 
 
 def _path(workdir: Path, step: int, object_: str) -> Path:

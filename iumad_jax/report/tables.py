@@ -5,8 +5,9 @@ objects learned at each), `matrix` (metric -> steps done x objects, NaN or None 
 `summary` (of `summarise`), `seconds` and `versions`. `floors` holds, by name, the `matrix` and `summary` of the
 training-free methods on the same inputs. `bytes`, in `results` and in each floor, is what the method keeps;
 `memory_bytes` is what the strategy against forgetting keeps beside that. `decisions` holds, for every step, what
-`iumad_jax.decisions.calibrate` returns, with `test` (of `rates`) beside every object's thresholds. `unknown`, of an
-evaluation, is what `iumad_jax.decisions.unknown_rates` returns.
+`iumad_jax.decisions.calibrate` returns, with `test` (of `rates`) beside every object's thresholds. An evaluation also
+has `unknown`, what `iumad_jax.decisions.unknown_rates` returns, and `evaluated`: the run's `workdir`, the `step`, and
+how many objects were `learned` by then.
 """
 
 import csv
@@ -112,8 +113,11 @@ def gather(
 
 def title(results: dict[str, Any]) -> str:
     """What was run, in a line."""
-    config = results["config"]
-    return f"{config['method']} on {config['dataset']['name']}, {config['modality']}, protocol {results['protocol']}"
+    config, evaluated = results["config"], results.get("evaluated")
+    how = (
+        f"after step {evaluated['step']} of {evaluated['workdir']}" if evaluated else f"protocol {results['protocol']}"
+    )
+    return f"{config['method']} on {config['dataset']['name']}, {config['modality']}, {how}"
 
 
 def console(results: dict[str, Any], workdir: Path) -> str:
@@ -306,7 +310,8 @@ def remarks(results: dict[str, Any]) -> Iterator[str]:
 
 def _strategy(results: dict[str, Any]) -> str:
     """What the strategy against forgetting keeps, and whether it may be compared with others."""
-    name, each = results["config"]["continual"]["strategy"], results["memory_bytes"] / len(results["objects"])
+    learned = results.get("evaluated", {}).get("learned", len(results["objects"]))
+    name, each = results["config"]["continual"]["strategy"], results["memory_bytes"] / learned
     if name == "joint":
         return (
             "Strategy joint is not incremental: every step trains on the images of all objects seen so far"

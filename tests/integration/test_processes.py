@@ -49,7 +49,7 @@ def start(tmp_path_factory):
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
     }
 
-    def start(workdir, devices, *flags):
+    def start(workdir, devices, *flags, home=home):
         small = [f"--config.{key}={SMALL[key]}" for key in SMALL]
         flags = [f"--config={QUICKSTART}:1-1", f"--workdir={workdir}", *small, *flags]
         return subprocess.Popen(
@@ -68,12 +68,13 @@ def start(tmp_path_factory):
 def start_two(start):
     """Starts two processes with two devices each, which find each other; the second may have further flags."""
 
-    def start_two(workdir, *of_both, of_second=()):
+    def start_two(workdir, *of_both, of_second=(), devices=2, **place):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
         flags = [f"--coordinator={address}", "--processes=2", *of_both]
-        return start(workdir, 2, *flags, "--process=0"), start(workdir, 2, *flags, "--process=1", *of_second)
+        second = start(workdir, devices, *flags, "--process=1", *of_second, **place)
+        return start(workdir, 2, *flags, "--process=0"), second
 
     return start_two
 
@@ -147,13 +148,37 @@ def test_two_processes_train_as_one_does_whatever_happens_to_them(start, start_t
     assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}  # and nothing else is written
 
 
-def test_processes_that_are_not_alike_do_not_train(start_two, tmp_path):
-    for process in start_two(tmp_path / "run", of_second=["--config.seed=1"]):
+@pytest.mark.parametrize(
+    ("unlike", "told"),
+    [
+        ({"of_second": ["--config.seed=1"]}, "config"),
+        ({"of_second": ["--workdir=elsewhere"]}, "workdir"),
+        ({"of_second": ["--config.debug.nans=True"]}, "config"),
+        ({"devices": 1}, "number of devices"),
+    ],
+    ids=["seed", "workdir", "debug", "devices"],
+)
+def test_processes_that_are_not_alike_do_not_train(start_two, tmp_path, unlike, told):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "results.json").write_text("{}")
+    for process in start_two(run, **unlike):
         code, _, err = ends(process)
         assert code == 2, err
         *_, last = err.splitlines()
-        assert last.startswith("iumad_jax: the processes differ in their config; give all of them the same command")
-    assert (tmp_path / "run" / "ledger.jsonl").read_bytes() == b""
+        assert last.startswith(f"iumad_jax: the processes differ in their {told}; give all of them the same command")
+    assert [path.name for path in run.iterdir()] == ["results.json"]
+
+
+def test_processes_with_other_images_do_not_train(start_two, tmp_path):
+    """Of the same names, as where each host has a disk of its own."""
+    render(
+        tmp_path / "candies", train=7, val=1, test=4, size=64, objects=SMALL["dataset.objects"], progress=False, seed=1
+    )
+    for process in start_two(tmp_path / "run", home=tmp_path):
+        code, _, err = ends(process)
+        assert code == 2, err
+        assert "iumad_jax: the processes differ in their images; give all of them" in err
 
 
 def test_a_process_that_is_asked_to_end_has_the_first_one_save(start_two, tmp_path):

@@ -211,7 +211,10 @@ function samples() {
         ...found,
       );
     $("threshold").setAttribute("aria-valuetext", $("threshold-text").textContent);
-    for (const marker of document.querySelectorAll(".marker")) marker.move(chosen());
+    for (const marker of document.querySelectorAll(".marker")) {
+      marker.move(chosen());
+      marker.style.visibility = $("decided").checked ? "hidden" : "visible"; // every object has another
+    }
     refresh();
   };
   const score = ({ sample }) => sample.scores[own];
@@ -236,7 +239,7 @@ function samples() {
     for (const card of cards) card.element.hidden = !shown.has(card);
     $("cards").append(...sorted.map(({ element }) => element));
     const rest = page.left_out ? ` (${page.left_out} more did not fit into this file)` : "";
-    $("count").textContent = `${matching.length} of ${cards.length} samples${rest}`;
+    $("count").textContent = `${shown.size} of ${cards.length} samples${rest}`;
     $("more").hidden = matching.length <= most;
     $("more").textContent = `Show all ${matching.length}`;
   };
