@@ -50,7 +50,7 @@ def read(workdir: Path) -> ConfigDict:
         config = ConfigDict(json.loads(file.read_text()))
     except FileNotFoundError as error:
         raise UserError(f"{workdir} holds no run; give the --workdir of one.") from error
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:  # also of JSON that is no object
         raise UserError(f"{file}: not the config of a run ({error}); choose another --workdir.") from error
     found = _flat(config.to_dict())
     for key, value in _flat(configs.paper("1-0").to_dict()).items():

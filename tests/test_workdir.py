@@ -102,7 +102,7 @@ def test_a_key_that_only_one_of_them_has_differs(tmp_path):
     assert "config.train.momentum (None there, 0.9 now)" in str(error.value)
 
 
-@pytest.mark.parametrize("content", ["", "{", "\xff", '{"seed": 0'])
+@pytest.mark.parametrize("content", ["", "{", "\xff", '{"seed": 0', "5", "[]", '"config"'])
 def test_a_damaged_note_is_told(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content.encode("latin1"))
     with pytest.raises(UserError, match=r"config\.json: not the config of a run .*; choose another --workdir\."):

@@ -12,6 +12,7 @@ import yaml
 from iumad_jax.errors import UserError
 
 _MAX_YAML_BYTES = 1 << 16
+_MAX_YAML_DEPTH = 20
 
 
 def select(objects: str, known: Sequence[str]) -> tuple[str, ...]:
@@ -100,7 +101,7 @@ def read_yaml(file: Path) -> dict[Any, Any]:
         raise UserError(f"{file} is larger than {_MAX_YAML_BYTES} bytes; restore it.")
     try:
         content = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{file} is not plain YAML ({reason}); restore it.") from error
     if not isinstance(content, dict):
@@ -109,12 +110,19 @@ def read_yaml(file: Path) -> dict[Any, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Without aliases: a few of them can stand for more than any memory holds."""
+    """Without aliases, a few of which can stand for more than any memory holds, and without much nesting."""
+
+    depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it has an alias")
-        return super().compose_node(parent, index)
+        if self.depth == _MAX_YAML_DEPTH:
+            raise yaml.YAMLError("it is nested too deeply")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 def shown(value: Any) -> str:

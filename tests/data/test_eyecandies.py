@@ -247,7 +247,7 @@ AT_READING = {
     "broken YAML": ("info_depth.yaml", write("normalization: {min: 1"), "not plain YAML"),
     "binary YAML": ("info_depth.yaml", write(b"\xff\xfe\x00\x01\x02"), "not plain YAML"),
     "a date that is none": ("metadata.yaml", write("anomalous: 2020-13-45"), "not plain YAML"),
-    "deep YAML": ("metadata.yaml", write("[" * 30_000), "not plain YAML"),
+    "deep YAML": ("metadata.yaml", write("[" * 30_000), "not plain YAML (it is nested too deeply)"),
     "endless YAML": ("metadata.yaml", write("a" * 70_000), "is larger than 65536 bytes"),
     "YAML without keys": ("metadata.yaml", write("- 1"), "holds no keys"),
     "no normalization": ("info_depth.yaml", write("min: 1"), "None as normalization: min"),

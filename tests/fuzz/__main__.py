@@ -92,7 +92,7 @@ def work(name: str, first: int, inputs: int, log: Path, coverage: bool) -> int:
     from tests.fuzz.targets import TARGETS
     from tests.fuzz.watch import watch
 
-    with tempfile.TemporaryDirectory() as folder, log.open("a") as lines:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as corpus, log.open("a") as lines:
         target = TARGETS[name](Path(folder))
         names = list(target.seeds)
         used = psutil.Process().memory_info().vms
@@ -111,10 +111,8 @@ def work(name: str, first: int, inputs: int, log: Path, coverage: bool) -> int:
                 feed(number, seed, mutate(target.seeds[seed], target.seeds[names[draw(len(names))]], draw))
             return 0
 
-        corpus = Path(folder) / "corpus"  # a byte for the seed's name, then its content
-        corpus.mkdir()
-        for i, content in enumerate(target.seeds.values()):
-            (corpus / str(i)).write_bytes(bytes([i]) + content)
+        for i, content in enumerate(target.seeds.values()):  # a byte for the seed's name, then its content
+            (Path(corpus) / str(i)).write_bytes(bytes([i]) + content)
         count = iter(range(first, first + inputs))
 
         def change(data: bytes, most: int, seed: int) -> bytes:
@@ -128,7 +126,7 @@ def work(name: str, first: int, inputs: int, log: Path, coverage: bool) -> int:
                 feed(number, names[(data[0] if data else 0) % len(names)], data[1:])
 
         options = [f"-runs={inputs}", "-max_len=100000", "-len_control=0", "-timeout=0", "-rss_limit_mb=0"]
-        atheris.Setup([sys.argv[0], *options, str(corpus)], one, custom_mutator=change)
+        atheris.Setup([sys.argv[0], *options, corpus], one, custom_mutator=change)
         atheris.Fuzz()
     return 0
 

@@ -15,7 +15,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-from iumad_jax import Detector, evaluate, predict, robustness, snapshots
+from iumad_jax import Camera, Detector, evaluate, predict, robustness, snapshots
 from iumad_jax.data.candies import render
 from iumad_jax.data.degradation import FAULTS, degrade
 from iumad_jax.data.eyecandies import Eyecandies
@@ -219,7 +219,12 @@ WRONG = {
     "a list": (lambda rgb, depth: (rgb.tolist(), depth), "rgb is a list; give a NumPy array of uint8"),
     "a picture": (lambda rgb, depth: (Image.fromarray(rgb), depth), "rgb is a Image; give a NumPy array of uint8"),
     "a list of depths": (lambda rgb, depth: (rgb, depth.tolist()), "depth is a list; give a NumPy array of metres"),
+    "hidden pixels": (lambda rgb, depth: (rgb, np.ma.array(depth)), "depth is a MaskedArray; give a NumPy array"),
     "no camera": (lambda rgb, depth: (rgb, depth, (1, 1, 0, 0)), "camera is a tuple; give a Camera(fx, fy, cx, cy)"),
+    "a camera of text": (
+        lambda rgb, depth: (rgb, depth, Camera("1", 1, 0, 0)),
+        "the camera's fx, fy, cx and cy are ('1', 1, 0, 0); give",
+    ),
     "no image": (lambda rgb, depth: (rgb[None][:0], depth[None][:0]), "rgb has the shape (0, 64, 64, 3)"),
 }
 
@@ -239,10 +244,19 @@ def test_a_single_image_is_made_ready_as_a_batch_of_one(detector, reader):
         np.testing.assert_array_equal(one[modality], batch[modality])
 
 
-@pytest.mark.parametrize(("given", "told"), [({"foo": 9}, "foo: no such key"), ({"step": "0"}, "step is a str; give")])
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"foo": 9}, "foo cannot be changed; only backbone.weights and model.scan can."),
+        ({"model.width": 9}, "model.width cannot be changed"),
+        ({"step": "0"}, "step a str; give a path and a number"),
+        ({"workdir": None}, "workdir is a NoneType"),
+    ],
+)
 def test_a_detector_is_loaded_by_what_there_is(home, given, told):
     with pytest.raises(UserError, match=told):
-        Detector.load(home / "run", **given)
+        Detector.load(**{"workdir": home / "run"} | given)
+    assert Detector.load(home / "run", np.int64(0)).objects == LEARNED[:1]
 
 
 def test_a_worse_photograph_is_no_unknown_object(home, reader):
@@ -297,6 +311,33 @@ def test_predict_writes_what_the_detector_says(home, command, detector, reader):
     assert {path: path.stat().st_mtime_ns for path in (home / "out").rglob("*")} == before
 
 
+def test_a_unit_that_is_missing_is_told_once_and_leaves_nothing(home, command, reader):
+    for folder in ("counts/rgb", "counts/depth"):
+        (home / folder).mkdir(parents=True)
+    for number, one in enumerate(samples(reader, "CandyCane")[:2]):
+        Image.fromarray(one.rgb).save(home / "counts" / "rgb" / f"{number}.png")
+        Image.fromarray((one.depth * 1000).astype(np.uint16)).save(home / "counts" / "depth" / f"{number}.png")
+    flags = ["--workdir=run", "--input=counts/rgb", "--depth=counts/depth", "--output=counted"]
+    code, out, err = command("predict", *flags)
+    assert (code, out) == (2, "")
+    assert err == (
+        "iumad_jax: counts/depth/0.png holds whole numbers of an unknown unit; give --depth_unit=METRES, such as 0.001"
+        " for millimetres.\n"
+    )
+    assert command("predict", *flags, "--depth_unit=0.001")[0] == 0
+    assert len(json.loads((home / "counted" / "predictions.json").read_text())["images"]) == 2
+
+
+def test_an_evaluation_that_fails_leaves_earlier_results(home, command):
+    shutil.copytree(home / "candies", home / "spoiled")
+    flags = ["--workdir=run", "--output=before", "--config.dataset.root=spoiled"]
+    assert command("evaluate", *flags)[0] == 0
+    before = {path: path.read_bytes() for path in (home / "before").rglob("*") if path.is_file()}
+    (home / "spoiled" / "GummyBear" / "test_public" / "data" / "03_image_4.png").write_bytes(b"")
+    assert command("evaluate", *flags)[0] == 2
+    assert {path: path.read_bytes() for path in (home / "before").rglob("*") if path.is_file()} == before
+
+
 def test_what_was_predicted_before_the_disk_was_full_is_listed(home, command, files_no_larger_than, monkeypatch):
     flags = ["--workdir=run", "--output=cut", f"--config.dataset.objects={NEVER}"]
     written, write = [], predict._write_image
@@ -330,7 +371,10 @@ def test_evaluate_repeats_what_training_found(home, command):
     for name, floor in before["floors"].items():
         assert again["floors"][name]["matrix"] == {metric: [rows[-1]] for metric, rows in floor["matrix"].items()}
     assert again["decisions"] == before["decisions"][-1:]
-    assert again["evaluated"] == {"workdir": "run", "step": 1}
+    assert again["evaluated"] == {"workdir": "run", "step": 1, "learned": 2}
+    out_of_one = command("evaluate", "--workdir=run", "--output=one", "--config.dataset.objects=CandyCane")[1]
+    assert f"keeps {before['memory_bytes'] / 2 / 1e3:.1f} kB per object" in out_of_one  # of both
+    assert "ib_iumad on eyecandies, rgb+depth, after step 1 of run" in (home / "again" / "results.md").read_text()
     assert out.endswith("Report, tables and ledger are in again.\n")
     assert (home / "again" / "report.html").exists()
 
@@ -376,6 +420,11 @@ def test_evaluate_neither_takes_the_place_of_a_run_nor_judges_what_nothing_learn
         "iumad_jax: --output=run is the folder of a run, which would lose its own results; choose another.\n"
     )
     assert before == ((home / "run" / "ledger.jsonl").read_bytes(), (home / "run" / "results.json").read_bytes())
+    code, out, err = command("export", "--workdir=run", "--output=run/config")
+    assert (code, err) == (
+        2,
+        "iumad_jax: --output=run/config: give a file ending in .stablehlo, in a folder that there is.\n",
+    )
     flags = ("--step=0", "--config.dataset.objects=GummyBear", "--output=unlearned")
     code, out, err = command("evaluate", "--workdir=run", *flags)
     assert (code, out) == (2, "")
