@@ -79,7 +79,7 @@ def _evaluate(values: flags.FlagValues) -> str:
 
 def _name(config: ConfigDict, workdir: Path, step: int) -> str:
     """Of the folder for these results: one for each dataset."""
-    own = config.dataset == workdirs.read(workdir).dataset
+    own = config.dataset.to_dict() == workdirs.read(workdir).dataset.to_dict()
     digest = hashlib.sha256(config.dataset.to_json().encode()).hexdigest()[:8]
     return f"{config.dataset.name}{'' if own else f'_{digest}'}_step{step}"
 

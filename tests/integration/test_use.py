@@ -371,6 +371,9 @@ def test_evaluate_repeats_what_training_found(home, command):
     for name, floor in before["floors"].items():
         assert again["floors"][name]["matrix"] == {metric: [rows[-1]] for metric, rows in floor["matrix"].items()}
     assert again["decisions"] == before["decisions"][-1:]
+    assert command("evaluate", "--workdir=run")[1].endswith(
+        f"are in {Path('run', 'evaluations', 'eyecandies_step1')}.\n"
+    )
     assert again["evaluated"] == {"workdir": "run", "step": 1, "learned": 2}
     out_of_one = command("evaluate", "--workdir=run", "--output=one", "--config.dataset.objects=CandyCane")[1]
     assert f"keeps {before['memory_bytes'] / 2 / 1e3:.1f} kB per object" in out_of_one  # of both
@@ -382,7 +385,7 @@ def test_evaluate_repeats_what_training_found(home, command):
 def test_evaluate_tells_objects_apart_that_were_never_learned(home, command):
     code, out, err = command("evaluate", "--workdir=run", "--step=0", "--config.dataset.objects=GummyBear,CandyCane")
     assert code == 0, err
-    (folder,) = (home / "run" / "evaluations").iterdir()
+    (folder,) = (home / "run" / "evaluations").glob("*_step0")
     assert re.fullmatch("eyecandies_[0-9a-f]{8}_step0", folder.name)
     assert re.search(r"^GummyBear +[0-9.]+%$", out, re.MULTILINE)
     results, before = results_of(folder), results_of(home / "run")
