@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from numpy.typing import ArrayLike
 from scipy.linalg import block_diag
 
 from iumad_jax.shapes import Batch, Modality, Variables
@@ -57,7 +56,7 @@ def observe(statistics: Variables, batch: Batch, shifts: dict[Modality, Float[np
     }
 
 
-def mean_tokens(tokens: Float[ArrayLike, "b p f"]) -> Float[np.ndarray, "b f"]:
+def mean_tokens(tokens: Float[np.ndarray, "b p f"]) -> Float[np.ndarray, "b f"]:
     """The mean over an image's tokens, in float64."""
     return np.asarray(tokens).mean(1, dtype=np.float64)
 
