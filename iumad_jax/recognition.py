@@ -56,7 +56,7 @@ def observe(statistics: Variables, batch: Batch, shifts: dict[Modality, Float[np
     }
 
 
-def mean_tokens(tokens: Float[np.ndarray, "b p f"]) -> Float[np.ndarray, "b f"]:
+def mean_tokens(tokens: Float[Array | np.ndarray, "b p f"]) -> Float[np.ndarray, "b f"]:
     """The mean over an image's tokens, in float64."""
     return np.asarray(tokens).mean(1, dtype=np.float64)
 
