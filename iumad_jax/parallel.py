@@ -161,7 +161,8 @@ def joined(coordinator: str | None, processes: int | None, process: int | None, 
         cluster: whether JAX finds out all three, as it does under SLURM and Open MPI.
 
     Raises:
-        UserError: arguments are missing, or another process has ended.
+        UserError: arguments are missing, or nobody is at the coordinator.
+        Interrupted: another process has ended, or this one was asked to; it is told.
     """
     given = (coordinator, processes, process)
     if not cluster and given == (None, None, None):
@@ -184,7 +185,7 @@ def joined(coordinator: str | None, processes: int | None, process: int | None, 
                 yield
             jax.distributed.shutdown()
         except BaseException as error:
-            if isinstance(error, jax.errors.JaxRuntimeError):
+            if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
                 if not interruption.requested():
                     told = (
                         f"this process cannot go on, perhaps since another one has ended ({str(error).splitlines()[0]})"
