@@ -128,7 +128,7 @@ def _decode(file: Path, size: tuple[int, int]) -> np.ndarray:
         case ".png":
             return read_image(file, "16-bit grey")
         case ".npy":
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
+            array = np.lib.format.open_memmap(file, mode="r")  # np.load leaves open what looks like a zip file
             _check_array(file, array.shape, array.dtype)
             return np.array(array)
         case ".ply":

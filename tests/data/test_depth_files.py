@@ -1,6 +1,7 @@
 """Every format of depth against the scene it was written from, and all that can be wrong with such files."""
 
 import contextlib
+import gc
 import io
 import struct
 from pathlib import Path
@@ -245,3 +246,11 @@ def test_a_damaged_file_is_read_or_refused(tmp_path: Path, scan, ending: str, en
         assert np.nanmin(measured) > 0
         if camera is not None:
             assert min(camera.fx, camera.fy) > 0
+
+
+def test_an_archive_by_the_name_of_an_array_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "000.npy"
+    file.write_bytes(b"PK\3\4 and no more")
+    with pytest.raises(UserError, match=r"000\.npy cannot be read \(it is truncated or damaged\); restore it\."):
+        read_depth(file, 1.0, (4, 4), "")
+    gc.collect()  # an open file would warn here
