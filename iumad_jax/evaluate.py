@@ -2,9 +2,9 @@
 
 import functools
 import hashlib
-import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,49 +12,17 @@ import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
-from iumad_jax import commands, data, decisions, inputs, methods, recognition, snapshots
+from iumad_jax import commands, data, inputs, snapshots
 from iumad_jax import workdir as workdirs
-from iumad_jax.data.store import PreparedSet
 from iumad_jax.errors import UserError
-from iumad_jax.metrics import image_auroc, pixel_metrics
-from iumad_jax.predict import predict
+from iumad_jax.inference import decisions, evaluation
+from iumad_jax.inference.evaluation import Judgement, Model, Tests
+from iumad_jax.progress import Progress
 from iumad_jax.report import html, samples, tables
+from iumad_jax.report import ledger as ledgers
+from iumad_jax.report.history import history, results
 from iumad_jax.report.ledger import Ledger, write_whole
-from iumad_jax.shapes import GroundTruth, Prediction
-from iumad_jax.snapshots import Snapshot
-
-
-def evaluate(prediction: Prediction, truth: GroundTruth) -> dict[str, float]:
-    """Every metric for the test images of one object, 0 to 1, NaN where undefined.
-
-    Pixel metrics need to know where every defect is. Object-only metrics take their negatives where something rises
-    above the belt; the stricter `workpiece` ones leave out what the image cuts off, such as the belt's side walls.
-    """
-    regions = {"object": truth.object, "workpiece": truth.workpiece}
-    pixels = pixel_metrics(truth.mask, prediction.map, regions)
-    if not truth.masked.all():
-        pixels = dict.fromkeys(pixels, math.nan)
-    return {"i_auroc": image_auroc(truth.anomalous, prediction.score), **pixels}
-
-
-def keep(folder: Path, step: int, name: str, test: PreparedSet, predictions: dict[str, Prediction]) -> None:
-    """Keeps what a report shows of an object's test images after a step; the run's own method comes first.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    assert test.truth is not None
-    kept = samples.summarise(
-        test.ids,
-        test.defects,
-        test.truth.anomalous,
-        test.truth.mask if test.truth.masked.all() else None,
-        {system: prediction.score for system, prediction in predictions.items()},
-        {system: prediction.map for system, prediction in predictions.items()},
-    )
-    samples.save(folder, step, name, kept)
 
 
 def main(arguments: list[str]) -> int:
@@ -70,11 +38,11 @@ def _define(values: flags.FlagValues) -> None:
 
 def _evaluate(values: flags.FlagValues) -> str:
     workdir, config = commands.path(values, "workdir"), values.config
-    snapshot = snapshots.read(workdir, values.step)
-    output = Path(values.output or workdir / "evaluations" / _name(config, workdir, snapshot.position.step))
+    progress = snapshots.read(workdir, values.step)
+    output = Path(values.output or workdir / "evaluations" / _name(config, workdir, progress.position.step))
     if (output / "config.json").exists():
         raise UserError(f"--output={output} is the folder of a run, which would lose its own results; choose another.")
-    return tables.console(evaluate_snapshot(config, workdir, snapshot, output), output)
+    return tables.console(evaluate_snapshot(config, workdir, progress, output), output)
 
 
 def _name(config: ConfigDict, workdir: Path, step: int) -> str:
@@ -84,7 +52,7 @@ def _name(config: ConfigDict, workdir: Path, step: int) -> str:
     return f"{config.dataset.name}{'' if own else f'_{digest}'}_step{step}"
 
 
-def evaluate_snapshot(config: ConfigDict, workdir: Path, snapshot: Snapshot, output: Path) -> dict[str, Any]:
+def evaluate_snapshot(config: ConfigDict, workdir: Path, progress: Progress, output: Path) -> dict[str, Any]:
     """Evaluates what a run had learned by a step on the test images of `config.dataset`; writes ledger, tables
     and report.
 
@@ -95,60 +63,66 @@ def evaluate_snapshot(config: ConfigDict, workdir: Path, snapshot: Snapshot, out
     Raises:
         UserError: the dataset is at fault, or something cannot be written.
     """
-    began = time.monotonic()
+    began, step = time.monotonic(), progress.position.step
     reader = data.open_reader(config)
     store = inputs.open_store(config, reader, workdir)
-    decided, variables = snapshot.record["decisions"][-1], snapshot.variables
-    recogniser = recognition.fit(variables["recognition"])
-    systems = methods.systems(config, len(snapshot.record["inputs"]["objects"]))
-    learned = [name for name in reader.objects if name in decided["objects"]]
+    learned = [name for name in reader.objects if name in progress.calibration]
     if not learned:
         raise UserError(
-            f"none of {', '.join(reader.objects)} was learned; name one of {', '.join(decided['objects'])} too."
+            f"none of {', '.join(reader.objects)} was learned; name one of {', '.join(progress.calibration)} too."
         )
-    tests = {name: store.get(name, "test") for name in reader.objects}  # what is at fault is told before anything goes
-    ledger = _new_ledger(output)
-
-    matrices = {s: {metric: np.full((1, len(learned)), np.nan) for metric in tables.METRICS} for s in systems}
-    distances, confidences = {}, {}
-    for name, test in tqdm(tests.items(), unit="object", disable=None, leave=False):
-        assert test.truth is not None
-        distances[name] = np.asarray(recognition.distances(recogniser, test.batch.features))
-        predictions = {}
-        for system, method in systems.items():
-            prediction = predictions[system] = predict(jax.jit(method.predict), variables[system], test.batch)
-            own = system == config.method
-            if own and prediction.object_logits is not None:
-                confidences[name] = np.asarray(jax.nn.softmax(prediction.object_logits).max(-1))
-            if name in learned:
-                scores = evaluate(prediction, test.truth)
-                for metric, value in scores.items():
-                    matrices[system][metric][0, learned.index(name)] = value
-                ledger.append("evaluation", object=name, method=system, **scores)
-            if own and name in learned:
-                rates = decisions.rates(decided, name, prediction, test.truth, distances[name])
-                decided["objects"][name]["test"] = rates
-        if name in learned:
-            keep(output, 0, name, test, predictions)
-
-    known = len(decided["objects"])
+    tests = evaluation.tests(reader, reader.objects, lambda name: store.get(name, "test"))
+    for name in tests:  # what is at fault is told before anything is written
+        store.prepare(name, "test")
+    kept = history(ledgers.read(workdir / "ledger.jsonl"), step)
+    model = evaluation.load(config, progress)
+    decided = decisions.describe(progress.calibration, config.decisions.quantile)
     decided["objects"] = {name: decided["objects"][name] for name in learned}
-    results = tables.gather(
-        config.to_dict() | {"protocol": f"{len(learned)}-0"},
-        learned,
-        [learned],
-        matrices,
-        {system: snapshots.size_of(variables[system]) for system in systems},
-        snapshots.size_of(snapshot.memory),
-        [decided],
-        time.monotonic() - began,
-    )
-    results["unknown"] = decisions.unknown_rates(decided, distances, confidences)
-    results["evaluated"] = {"workdir": str(workdir), "step": snapshot.position.step, "learned": known}
-    ledger.append("unknown", **results["unknown"])
-    html.write(output, results, functools.partial(inputs.panels, store))
-    tables.write_results(output, results)
-    return results
+    ledger = _new_ledger(output)
+    ledger.append("step", step=0, learned=learned)
+    unknown = _judge(model, tests, progress, learned, decided, ledger, output)
+    ledger.append("decisions", step=0, **decided)
+    ledger.append("snapshot", step=0, bytes=kept.bytes, memory_bytes=kept.memory_bytes)
+    ledger.append("unknown", **unknown)
+
+    changed = config.to_dict() | {"protocol": f"{len(learned)}-0"}
+    found = results(changed, history(ledgers.read(ledger.path)), time.monotonic() - began)
+    found["unknown"] = unknown
+    found["evaluated"] = {"workdir": str(workdir), "step": step, "learned": len(progress.calibration)}
+    html.write(output, found, functools.partial(inputs.panels, store))
+    tables.write_results(output, found)
+    return found
+
+
+def _judge(
+    model: Model,
+    tests: Tests,
+    progress: Progress,
+    learned: Sequence[str],
+    decided: decisions.Record,
+    ledger: Ledger,
+    output: Path,
+) -> dict[str, Any]:
+    """Judges all test images, adding the rates of learned objects to `decided`; returns the rates of unknown ones."""
+    decision_of, confidence_of = {}, {}
+    judged: list[Judgement] = []
+    for judgement in evaluation.judge(model, tests):
+        name, own = judgement.object, judgement.decision
+        if own is not None:
+            decision_of[name] = own
+            if judgement.prediction.object_logits is not None:
+                confidence_of[name] = np.asarray(jax.nn.softmax(judgement.prediction.object_logits).max(-1))
+        if name not in learned:
+            continue
+        if own is not None:
+            number = list(progress.calibration).index(name)
+            decided["objects"][name]["test"] = decisions.rates(own, judgement.truth, number)
+        ledger.append("evaluation", step=0, object=name, method=judgement.method, **judgement.metrics)
+        judged.append(judgement)
+        if len(judged) == len(model.methods):
+            samples.keep(output, 0, judged)
+            judged = []
+    return decisions.unknown_rates(learned, decision_of, confidence_of)
 
 
 def _new_ledger(output: Path) -> Ledger:

@@ -2,30 +2,42 @@
 
 import functools
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from iumad_jax import config as configs
-from iumad_jax import data, decisions, inputs, interruption, numerics, parallel, protocol, recognition, snapshots, train
+from iumad_jax import data, inputs, interruption, numerics, parallel, protocol, snapshots, train
 from iumad_jax import workdir as workdirs
+from iumad_jax.data import inventory
 from iumad_jax.data.pipeline import images_of, training_input, updates_per_epoch
 from iumad_jax.data.store import PreparedSet
-from iumad_jax.evaluate import evaluate, keep
+from iumad_jax.errors import UserError
+from iumad_jax.inference import decisions, evaluation, recognition
+from iumad_jax.inference.decisions import Calibration
+from iumad_jax.inference.evaluation import Judgement, Model
 from iumad_jax.metrics import final
-from iumad_jax.predict import predict
-from iumad_jax.report import figures, html, live, tables
-from iumad_jax.report.ledger import as_json
-from iumad_jax.run import Run, is_trained, start
-from iumad_jax.shapes import Prediction
-from iumad_jax.snapshots import Position
+from iumad_jax.progress import Position, Progress
+from iumad_jax.report import figures, html, live, samples, tables
+from iumad_jax.report import ledger as ledgers
+from iumad_jax.report.history import history, results
+from iumad_jax.run import Run, plan, start
+from iumad_jax.train import Epoch
 
 _RESULTS = ("results.md", "results.tex", "results.csv", "report.html")
+
+
+class DatasetChanged(UserError):
+    """The run is finished, but the dataset holds what it has not used."""
+
+    def __init__(self, sentence: str, finished: dict[str, Any]) -> None:
+        super().__init__(sentence)
+        self.results = finished  # what results.json holds
 
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
@@ -36,188 +48,261 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
 
     Raises:
         UserError: the config, the dataset or the workdir is at fault.
+        DatasetChanged: the run is finished, and the dataset holds what it has not used.
         Interrupted: the process was asked to end; see `interruption.handled`.
     """
     parallel.check_same(lambda: {"config": config.to_dict(), "workdir": workdirs.content(workdir)})
     configs.check(config)
     workdirs.check(workdir, config)
     finished = tables.read_results(workdir)
-    if finished is not None and all((workdir / name).exists() for name in _RESULTS):  # else they are written anew
+    nothing_to_do = finished is not None and all((workdir / name).exists() for name in _RESULTS)
+    if not nothing_to_do:  # also where results were removed, which are then written anew
+        finished = work(config, workdir)
+    if finished and (told := unused(config, workdir)):
+        raise DatasetChanged(f"{workdir}: the run is finished, but {told}", finished)
+    if nothing_to_do:
         print(f"{workdir}: this run is finished.")
-        return finished
+    return finished
 
-    steps = protocol.steps(config.protocol, data.objects(config))
+
+def work(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
+    """Does what is left of a run."""
+    steps = plan(config, workdir)
     with ExitStack() as held:
         with parallel.first_before_others():
             data.render(config)
-            this = start(config, workdir, data.open_reader(config), steps, held)
-        for step in steps[this.position.step + this.position.finished :]:
-            prepare(this, step)
-            learn(this, step)
-            assess(this, step)
-        return conclude(this, steps)
+            run, progress = start(config, workdir, steps, held)
+        for step in run.steps[progress.position.step + progress.position.finished :]:
+            prepare(run, step)
+            progress = learn(run, step, progress)
+            progress = assess(run, step, progress) or progress  # none in processes other than the first
+        return conclude(run)
 
 
 @parallel.by_first
-def prepare(this: Run, step: protocol.Step) -> None:
-    """Prepares what the step learns from, where it is not yet."""
+def prepare(run: Run, step: protocol.Step) -> None:
+    """Prepares what the step learns from, where it is not yet, and tells which images are of no use."""
     for name in step.learned:
-        this.store.prepare(name, "train")
-        if this.store.reader.ids(name, "calibration"):
-            this.store.prepare(name, "calibration")
+        run.store.prepare(name, "train")
+        if run.store.reader.ids(name, "calibration"):
+            run.store.prepare(name, "calibration")
+        for sentence in inputs.odd_images(run.store.get(name, "train"), name):
+            live.say(sentence)
+    inventory.note(run.workdir, run.store, step.learned, ("train", "calibration"))
 
 
-def learn(this: Run, step: protocol.Step) -> None:
+class Training(NamedTuple):
+    """What a step is trained on, and how."""
+
+    step: protocol.Step
+    objects: tuple[str, ...]
+    sets: list[PreparedSet]  # of the objects
+    images: int
+    batch_size: int
+    seed: int  # of the images' order
+
+    @property
+    def per_epoch(self) -> int:
+        """Updates of an epoch."""
+        return updates_per_epoch(self.images, self.batch_size)
+
+    def names(self, update: int) -> list[str]:
+        """The images of an update."""
+        ids = [f"{name}/train/{id_}" for name, one in zip(self.objects, self.sets, strict=True) for id_ in one.ids]
+        return [ids[row] for row in images_of(update, self.images, self.batch_size, self.seed)]
+
+
+def learn(run: Run, step: protocol.Step, progress: Progress) -> Progress:
     """Trains on the good images of the objects that this step learns, from where the run stands."""
-    config, strategy, method = this.config, this.strategy, this.systems[this.config.method]
-    parallel.check_same(lambda: {"images": this.store.sources(strategy.objects(step)), "weights": this.store.settings})
-    learned = [this.store.get(name, "train") for name in step.learned]
-    sets = [this.store.get(name, "train") for name in strategy.objects(step)]
+    objects = run.strategy.objects(step)
+    parallel.check_same(lambda: {"images": run.store.sources(objects), "weights": run.store.settings})
+    sets = [run.store.get(name, "train") for name in objects]
     images = sum(len(one.ids) for one in sets)
-    if this.position.step < step.index:
-        this.ledger.append("step", step=step.index, learned=step.learned, images=images)
-        for name in step.learned:
-            fitted, _ = inputs.good_images(this.store, name)
-            shifts = inputs.quality_shifts(this.store, name)
-            this.variables["recognition"] = recognition.observe(this.variables["recognition"], fitted, shifts)
-        for one in learned:
-            for name, system in this.systems.items():
-                this.variables[name] = system.observe(this.variables[name], one.batch, step.index)
-        this.position, this.optimizer_leaves = Position(step.index, 0), []
-        if is_trained(config, method):
-            example = jax.tree.map(lambda array: array[:1], sets[0].batch)
-            this.memory = strategy.begin(this.memory, this.variables[config.method], example, step.index)
-    this.live.begin(step.index, step.learned, images)
-    if not is_trained(config, method):
-        return
+    batch_size = min(run.config.train.batch_size, images)
+    training = Training(step, objects, sets, images, batch_size, run.config.seed * 1000 + step.index)
+    if progress.position.step < step.index:
+        progress = observe(run, training, progress)
+    run.live.begin(step.index, step.learned, images)
+    if not run.trained:
+        return progress
+    if batch_size < run.config.train.batch_size:
+        live.say(f"step {step.index}: batches of {batch_size}, as there are no more training images")
+    for epoch in epochs(run, training, progress):
+        progress = record(run, training, epoch, progress)
+    for name in step.learned:
+        batch = run.store.get(name, "train").batch
+        variables = progress.variables[run.config.method]
+        strategy = run.strategy.finish(progress.strategy, variables, batch, int(batch.object_id[0]))
+        progress = progress._replace(strategy=strategy)
+    return progress
 
-    per_epoch = updates_per_epoch(images, config.train.batch_size)
-    own = train.of_step(config, step.index)
-    rates, optimizer = train.learning_rates(own, per_epoch), this.optimizers[own.optimizer]
-    done = this.position.updates
-    variables, leaves = this.variables[config.method], this.optimizer_leaves
-    state = train.start(variables, optimizer, done, leaves, this.memory)
-    seed = config.seed * 1000 + step.index
-    size, at_once = config.train.batch_size, int(config.debug.nans)
-    pieces = training_input([one.batch for one in sets], size, seed, done, config.input.resident, at_once)
-    names = [f"{name}/train/{id_}" for name, one in zip(strategy.objects(step), sets, strict=True) for id_ in one.ids]
-    key = jax.random.fold_in(jax.random.key(config.seed), step.index)
-    update, last = this.updates[own.optimizer], config.train.epochs
-    passes = train.epochs(update, state, pieces, rates, key, per_epoch, last, this.losses, this.due)
-    shown = lambda number: [names[row] for row in images_of(number, images, size, seed)]  # noqa: E731
-    for epoch in numerics.explain(passes, step.index, per_epoch, shown):
-        if epoch.whole:
-            this.ledger.append("epoch", step=step.index, epoch=epoch.number, **epoch.losses)
-            seen = per_epoch * size
-            this.live.epoch(
-                step.index, epoch.number, config.train.epochs, epoch.losses, epoch.learning_rate, seen, epoch.seconds
-            )
-        this.variables[config.method], this.memory = epoch.state.variables, epoch.state.memory
-        this.position, this.losses = Position(step.index, epoch.updates), {} if epoch.whole else epoch.history
-        if this.due() or epoch.updates == last * per_epoch:  # so that evaluation can be interrupted
-            this.optimizer_leaves = jax.tree.leaves(epoch.state.optimizer)
-            this.save()
-    for one in learned:
-        object_ = int(one.batch.object_id[0])
-        this.memory = strategy.finish(this.memory, this.variables[config.method], one.batch, object_)
+
+def observe(run: Run, training: Training, progress: Progress) -> Progress:
+    """Begins a step: every method gathers its statistics, the recogniser its own, the strategy what it needs."""
+    step, variables, seen = training.step, dict(progress.variables), progress.recognition
+    run.ledger.append("step", step=step.index, learned=step.learned, images=training.images)
+    for name in step.learned:
+        good = inputs.good_images(run.store, name)
+        seen = recognition.observe(seen, good.learned, inputs.quality_shifts(run.store, name))
+        batch = run.store.get(name, "train").batch
+        for method_name, method in run.methods.items():
+            variables[method_name] = method.observe(variables[method_name], batch, step.index)
+    strategy = progress.strategy
+    if run.trained:
+        example = jax.tree.map(lambda array: array[:1], training.sets[0].batch)
+        strategy = run.strategy.begin(strategy, variables[run.config.method], example, step.index)
+    position = Position(step.index, 0)
+    return progress._replace(position=position, variables=variables, recognition=seen, strategy=strategy, optimizer=[])
+
+
+def epochs(run: Run, training: Training, progress: Progress) -> Iterator[Epoch]:
+    """Trains, epoch by epoch, yielding within one where a snapshot is due."""
+    config, index, done = run.config, training.step.index, progress.position.updates
+    own = train.of_step(config, index)
+    rates, optimizer = train.learning_rates(own, training.per_epoch), run.optimizers[own.optimizer]
+    variables = progress.variables[config.method]
+    state = train.start(variables, optimizer, done, progress.optimizer, progress.strategy)
+    batches = [one.batch for one in training.sets]
+    pieces = training_input(
+        batches, training.batch_size, training.seed, done, config.input.resident, int(config.debug.nans)
+    )
+    key = jax.random.fold_in(jax.random.key(config.seed), index)
+    update, last = run.updates[own.optimizer], config.train.epochs
+    passes = train.epochs(update, state, pieces, rates, key, training.per_epoch, last, progress.losses, run.due)
+    return numerics.explain(passes, index, training.per_epoch, training.names)
+
+
+def record(run: Run, training: Training, epoch: Epoch, progress: Progress) -> Progress:
+    """Tells what an epoch did, and takes a snapshot where one is due and after the last one."""
+    index, total = training.step.index, run.config.train.epochs
+    if epoch.whole:
+        run.ledger.append("epoch", step=index, epoch=epoch.number, **epoch.losses)
+        seen = training.per_epoch * training.batch_size
+        run.live.epoch(index, epoch.number, total, epoch.losses, epoch.learning_rate, seen, epoch.seconds)
+    progress = progress._replace(
+        position=Position(index, epoch.updates),
+        variables=progress.variables | {run.config.method: epoch.state.variables},
+        strategy=epoch.state.memory,
+        losses={} if epoch.whole else epoch.history,
+    )
+    if run.due() or epoch.updates == total * training.per_epoch:  # so that evaluation can be interrupted
+        progress = run.save(progress._replace(optimizer=jax.tree.leaves(epoch.state.optimizer)))
+    return progress
 
 
 @parallel.by_first
-def assess(this: Run, step: protocol.Step) -> None:
-    """Evaluates every system on all objects seen so far, draws heatmaps, and takes the step's snapshot."""
-    recogniser = recognition.fit(this.variables["recognition"])
-    decided = decide(this, step, recogniser)
-    for column, name in enumerate(tqdm(step.seen, "evaluating", unit="object", disable=None, leave=False)):
-        if not this.store.reader.ids(name, "test"):  # the row stays NaN
-            continue
-        test = this.store.get(name, "test")
-        assert test.truth is not None
-        predictions = {}
-        for system, method in this.systems.items():
-            interruption.check()
-            prediction = predictions[system] = predict(jax.jit(method.predict), this.variables[system], test.batch)
-            values = evaluate(prediction, test.truth)
-            for metric, value in values.items():
-                this.matrices[system][metric][step.index, column] = value
-            this.ledger.append("evaluation", step=step.index, object=name, method=system, **values)
-            this.live.evaluation(step.index, name, system, values)
-            if system == this.config.method:
-                draw(this, step, name, test, prediction)
-                distance = np.asarray(recognition.distances(recogniser, test.batch.features))
-                decided["objects"][name]["test"] = decisions.rates(decided, name, prediction, test.truth, distance)
-        keep(this.workdir, step.index, name, test, predictions)
-    mean = final(this.matrices[this.config.method]["i_auroc"][: step.index + 1])
+def assess(run: Run, step: protocol.Step, progress: Progress) -> Progress:
+    """Sets thresholds, evaluates every method on all objects seen so far, and takes the step's snapshot."""
+    recogniser = recognition.fit(progress.recognition)
+    calibration = calibrate(run, step, progress, recogniser)
+    quantile = run.config.decisions.quantile
+    decided = decisions.describe(calibration, quantile)
+    limits = decisions.thresholds(calibration, quantile)
+    tests = evaluation.tests(run.store.reader, step.seen, lambda name: run.store.get(name, "test"))
+    judged: dict[str, list[Judgement]] = {}
+    for judgement in evaluation.judge(Model(run.methods, progress.variables, recogniser, limits), tests):
+        interruption.check()
+        tell(run, step, judgement)
+        if judgement.decision is not None:
+            number = step.seen.index(judgement.object)
+            found = decisions.rates(judgement.decision, judgement.truth, number)
+            decided["objects"][judgement.object]["test"] = found
+        judged.setdefault(judgement.object, []).append(judgement)
+        if len(judged[judgement.object]) == len(run.methods):
+            samples.keep(run.workdir, step.index, judged.pop(judgement.object))
+    for append in (run.ledger.append, run.live.event):
+        append("decisions", step=step.index, **decided)
+        append("snapshot", step=step.index, bytes=sizes(run, progress), memory_bytes=memory_bytes(run, step, progress))
+    told = history(ledgers.read(run.workdir / "ledger.jsonl"))
+    mean = final(told.matrices[run.config.method]["i_auroc"])
     if np.isfinite(mean):
         live.say(f"step {step.index}: mean I-AUROC {mean:.3f} over the objects seen")
-    this.decisions.append(as_json(decided))
-    sizes = {system: snapshots.size_of(this.variables[system]) for system in this.systems}
-    for tell in (this.ledger.append, this.live.event):
-        tell("decisions", step=step.index, **decided)
-        tell("snapshot", step=step.index, bytes=sizes)
-    this.position, this.optimizer_leaves = Position(step.index, 0, finished=True), []
-    this.save()
+    inventory.note(run.workdir, run.store, step.seen, ("calibration", "test"))
+    position = Position(step.index, 0, finished=True)
+    return run.save(progress._replace(position=position, calibration=calibration, optimizer=[]))
 
 
-def decide(this: Run, step: protocol.Step, recogniser: recognition.Recogniser) -> decisions.Decisions:
-    """Sets the thresholds of all objects seen so far."""
-    compiled, good = jax.jit(this.systems[this.config.method].predict), {}
-    for name in step.seen:
+def calibrate(
+    run: Run, step: protocol.Step, progress: Progress, recogniser: recognition.Recogniser
+) -> dict[str, Calibration]:
+    """What the good images score that set the thresholds of all objects seen so far."""
+    calibration, variables = {}, progress.variables[run.config.method]
+    for number, name in enumerate(step.seen):
         interruption.check()
-        _, batch = inputs.good_images(this.store, name)
-        good[name] = decisions.Good(
-            predict(compiled, this.variables[this.config.method], batch),
-            np.asarray(recognition.distances(recogniser, batch.features)),
-            trained_on=not this.store.reader.ids(name, "calibration"),
-        )
-    return decisions.calibrate(good, this.config.decisions.quantile)
+        good = inputs.good_images(run.store, name)
+        prediction, distance = evaluation.infer(run.method, variables, recogniser, good.calibrating)
+        flags = {"from_training_images": good.from_training_images, "few": good.few}
+        calibration[name] = Calibration.of(prediction, distance, number, **flags)
+    return calibration
 
 
-def draw(this: Run, step: protocol.Step, name: str, test: PreparedSet, prediction: Prediction) -> None:
-    """Heatmaps of some of an object's test images after a step."""
-    rows = figures.choose(test.defects, this.config.report.pictures_per_object)
-    if not rows:
+def tell(run: Run, step: protocol.Step, judgement: Judgement) -> None:
+    """Writes the metrics of an object and a method, and draws heatmaps of the run's own one."""
+    name, method = judgement.object, judgement.method
+    run.ledger.append("evaluation", step=step.index, object=name, method=method, **judgement.metrics)
+    run.live.evaluation(step.index, name, method, judgement.metrics)
+    rows = figures.choose(judgement.images.defects, run.config.report.pictures_per_object)
+    if judgement.decision is None or not rows:
         return
-    assert test.truth is not None
-    path = this.workdir / "pictures" / f"step{step.index}_{name}.jpg"
+    path = run.workdir / "pictures" / f"step{step.index}_{name}.jpg"
     figures.save_heatmaps(
         path,
-        title=f"{name} after step {step.index}: {this.config.method}, {this.config.modality}",
-        labels=[f"{test.defects[row]} {test.ids[row]}" for row in rows],
-        rgb=test.truth.thumbnail[rows],
-        depth=test.truth.depth[rows],
-        masks=test.truth.mask[rows],
-        maps=prediction.map[rows],
-        scores=prediction.score[rows],
+        title=f"{name} after step {step.index}: {method}, {run.config.modality}",
+        labels=[f"{judgement.images.defects[row]} {judgement.images.ids[row]}" for row in rows],
+        rgb=judgement.truth.thumbnail[rows],
+        depth=judgement.truth.depth[rows],
+        masks=judgement.truth.mask[rows],
+        maps=judgement.prediction.map[rows],
+        scores=judgement.prediction.score[rows],
     )
-    this.live.picture(step.index, name, path)
+    run.live.picture(step.index, name, path)
+
+
+def sizes(run: Run, progress: Progress) -> dict[str, int]:
+    """The bytes that each method keeps."""
+    return {name: snapshots.size_of(progress.variables[name]) for name in run.methods}
+
+
+def memory_bytes(run: Run, step: protocol.Step, progress: Progress) -> int:
+    """What the strategy keeps for later steps beside the weights: its own state, or all images if not incremental."""
+    if run.strategy.incremental:
+        return snapshots.size_of(progress.strategy)
+    return sum(snapshots.size_of(run.store.get(name, "train").batch) for name in step.seen)
 
 
 @parallel.by_first
-def conclude(this: Run, steps: tuple[protocol.Step, ...]) -> dict[str, Any]:
+def conclude(run: Run) -> dict[str, Any]:
     """Writes the results and pictures of a finished run."""
-    this.snapshots.wait()  # a run with results is not opened again
-    config, objects = this.config, this.store.reader.objects
-    results = tables.gather(
-        config.to_dict(),
-        objects,
-        [step.learned for step in steps],
-        this.matrices,
-        {system: snapshots.size_of(this.variables[system]) for system in this.systems},
-        memory_bytes(this),
-        this.decisions,
-        time.monotonic() - this.began,
-    )
-    for metric in tables.measured(results):
-        matrix = this.matrices[config.method][metric]
-        path = this.workdir / "pictures" / f"matrix_{metric}.png"
-        figures.save_matrix(path, matrix, objects, [f"step {step.index}" for step in steps], metric)
-    html.write(this.workdir, results, functools.partial(inputs.panels, this.store))
-    tables.write_results(this.workdir, results)
-    return results
+    run.snapshots.wait()  # a run with results is not opened again
+    told = history(ledgers.read(run.workdir / "ledger.jsonl"))
+    finished = results(run.config.to_dict(), told, time.monotonic() - run.began)
+    for metric in tables.measured(finished):
+        matrix = told.matrices[run.config.method][metric]
+        path = run.workdir / "pictures" / f"matrix_{metric}.png"
+        figures.save_matrix(path, matrix, told.objects, [f"step {step.index}" for step in run.steps], metric)
+    html.write(run.workdir, finished, functools.partial(inputs.panels, run.store))
+    tables.write_results(run.workdir, finished)
+    return finished
 
 
-def memory_bytes(this: Run) -> int:
-    """What the strategy keeps between steps, beside the weights: its memory, or all images if it is not incremental."""
-    if this.strategy.incremental:
-        return snapshots.size_of(this.memory)
-    return sum(snapshots.size_of(this.store.get(name, "train").batch) for name in this.store.reader.objects)
+def unused(config: ConfigDict, workdir: Path) -> str:
+    """What the dataset holds that a finished run has not used, or holds no longer, in sentences; "" if it is the same.
+
+    Nothing can be compared where the dataset is not there any more, which is told.
+    """
+    noted = inventory.read(workdir)
+    try:
+        present = data.objects(config)
+        told = list(inventory.gone(noted, present, lambda names: data.open_reader(config, names)))
+        reader = data.open_reader(config, [name for name in noted if name in present])
+        store = inputs.open_store(config, reader, workdir)
+        differences = [
+            inventory.changed_images(noted, store, name, split)
+            for name in reader.objects
+            for split in ("train", "calibration", "test")
+        ]
+    except UserError as error:
+        live.say(f"{workdir}: its dataset cannot be compared with what it was: {error}")
+        return ""
+    told += [f"{difference} since it was used." for difference in differences if difference]
+    return " ".join([*told, inventory.unknown(noted, present) or ""]).strip()

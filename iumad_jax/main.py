@@ -32,7 +32,11 @@ def _train(values: flags.FlagValues) -> str:
     from iumad_jax.report import tables
 
     with parallel.joined(values.coordinator, values.processes, values.process, values.cluster):
-        results = experiment.run(config, workdir)
+        try:
+            results = experiment.run(config, workdir)
+        except experiment.DatasetChanged as changed:
+            print(tables.console(changed.results, workdir))
+            raise
     return tables.console(results, workdir) if results else "Process 0 tells the results."
 
 

@@ -17,7 +17,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from absl import flags
 from PIL import Image
@@ -27,32 +26,10 @@ from iumad_jax import commands, data
 from iumad_jax.data.depth_files import DEPTH_IMAGES, WrongUnit, read_depth
 from iumad_jax.data.images import PHOTOGRAPHS, check_same_size, read_photograph
 from iumad_jax.data.sample import Camera
-from iumad_jax.detector import Detection, Detector
 from iumad_jax.errors import UserError
+from iumad_jax.inference.detector import Detection, Detector
 from iumad_jax.report import figures, tables
 from iumad_jax.report.ledger import as_json, write_whole
-from iumad_jax.shapes import Batch, Prediction, Variables
-
-_BATCH = 8
-
-
-def predict(compiled: Callable[[Variables, Batch], Prediction], variables: Variables, images: Batch) -> Prediction:
-    """The predictions for all images, as numpy arrays, in batches of one size so that nothing compiles twice.
-
-    Args:
-        compiled: `jax.jit(method.predict)`.
-        variables: of the method.
-        images: numpy arrays, memory-mapped ones too; at least one image.
-    """
-    count = len(images.object_id)
-    parts = []
-    for start in range(0, count, _BATCH):
-        rows = np.minimum(np.arange(start, start + _BATCH), count - 1)
-        batch = jax.tree.map(
-            lambda array, rows=rows: np.asarray(array[rows], np.float32 if array.ndim > 1 else None), images
-        )
-        parts.append(jax.tree.map(np.asarray, compiled(variables, batch)))
-    return jax.tree.map(lambda *arrays: np.concatenate(arrays)[:count], *parts)
 
 
 class Shot(NamedTuple):

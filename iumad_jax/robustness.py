@@ -6,6 +6,7 @@ also on images that are taken for unknown; and which share is, of images of lear
 """
 
 import dataclasses
+import functools
 import sys
 
 import numpy as np
@@ -13,11 +14,13 @@ from absl import flags
 from tabulate import tabulate
 from tqdm import tqdm
 
-from iumad_jax import commands, data
+from iumad_jax import commands, data, inputs, snapshots
 from iumad_jax.data.degradation import FAULTS, MILD_DEPTH_NOISE, with_depth_noise
-from iumad_jax.data.sample import Reader, Sample
-from iumad_jax.detector import Detector
+from iumad_jax.data.sample import Sample
+from iumad_jax.data.store import PreparedSet, Store
 from iumad_jax.errors import UserError
+from iumad_jax.inference import decisions, evaluation, recognition
+from iumad_jax.inference.evaluation import Judgement
 from iumad_jax.metrics import image_auroc
 
 _STRENGTHS = {
@@ -36,40 +39,54 @@ def main(arguments: list[str]) -> int:
 
 
 def _measure(values: flags.FlagValues) -> str:
-    detector = Detector.load(commands.path(values, "workdir"), values.step)
-    reader, modalities = data.open_reader(values.config), detector.processing.modalities
-    tested = [name for name in reader.objects if reader.ids(name, "test")]
-    if not set(tested) & set(detector.objects):
-        raise UserError(f"there are no test images of {', '.join(detector.objects)}, which were learned; add some.")
-    faults: list[tuple[str, float]] = [("none", 0)]
-    if "rgb" in modalities:
-        faults += [(fault, strength) for fault, strengths in _STRENGTHS.items() for strength in strengths]
-    if "depth" in modalities and detector.processing.depth_encoding != "normals_official":  # the renderer's have none
-        mild = 1e3 * MILD_DEPTH_NOISE * reader.object_height
-        faults += [(_DEPTH_NOISE, share * mild) for share in (0.25, 0.5, 1, 2.5)]
+    workdir, config = commands.path(values, "workdir"), values.config
+    progress = snapshots.read(workdir, values.step)
+    reader = data.open_reader(config)
+    store = inputs.open_store(config, reader, workdir)
+    learned = tuple(progress.calibration)
+    tested = tuple(name for name in reader.objects if reader.ids(name, "test"))
+    if not set(tested) & set(learned):
+        raise UserError(f"there are no test images of {', '.join(learned)}, which were learned; add some.")
+    config.floors = ""  # baselines decide nothing
+    model = evaluation.load(config, progress)
     rows = []
-    for fault, strength in tqdm(faults, unit="fault", disable=None, leave=False):
-        by_object = {name: rates(detector, reader, name, fault, strength) for name in tested}
-        learned = [found for name, found in by_object.items() if name in detector.objects]
-        never = [found["unknown"] for name, found in by_object.items() if name not in detector.objects]
-        cells = [_percent([found[rate] for found in learned]) for rate in _RATES]
+    for fault, strength in tqdm(_faults(store), unit="fault", disable=None, leave=False):
+        read = functools.partial(_spoiled_images, store, fault=fault, strength=strength)
+        by_object = {
+            one.object: _rates(one, learned) for one in evaluation.judge(model, evaluation.tests(reader, tested, read))
+        }
+        known = [rates for name, rates in by_object.items() if name in learned]
+        never = [rates["unknown"] for name, rates in by_object.items() if name not in learned]
+        cells = [_percent([rates[rate] for rates in known]) for rate in _RATES]
         rows.append([fault, f"{strength:.2g}" if strength else "", *cells, _percent(never)])
     headers = ["fault", "strength", *_RATES, "unknown, of never learned"]
     return tabulate(rows, headers, "github", disable_numparse=True, colalign=["left", *["right"] * (len(headers) - 1)])
 
 
-def rates(detector: Detector, reader: Reader, name: str, fault: str, strength: float) -> dict[str, float]:
-    """How decisions err on an object's test images that have a fault; NaN where undefined."""
-    samples = [spoiled(reader.read(name, "test", id_), fault, strength) for id_ in reader.ids(name, "test")]
-    found = [detector(sample.rgb, sample.depth, sample.camera) for sample in samples]
-    anomalous, alarm = (np.array([one.anomalous for one in of]) for of in (samples, found))
-    return {
-        "I-AUROC": image_auroc(anomalous, np.array([one.score for one in found])),
-        "false alarms": _mean(alarm[~anomalous]),
-        "misses": _mean(~alarm[anomalous]),
-        "recognised": _mean(np.array([one.object == name for one in found])),
-        "unknown": _mean(np.array([one.unknown for one in found])),
-    }
+def _faults(store: Store) -> list[tuple[str, float]]:
+    """What can go wrong with the images that the model sees, at several strengths, beginning with nothing."""
+    faults: list[tuple[str, float]] = [("none", 0)]
+    if "rgb" in store.processing.modalities:
+        faults += [(fault, strength) for fault, strengths in _STRENGTHS.items() for strength in strengths]
+    if "depth" in store.processing.modalities and store.processing.depth_encoding != "normals_official":
+        mild = 1e3 * MILD_DEPTH_NOISE * store.reader.object_height
+        faults += [(_DEPTH_NOISE, share * mild) for share in (0.25, 0.5, 1, 2.5)]
+    return faults
+
+
+def _spoiled_images(store: Store, name: str, fault: str, strength: float) -> PreparedSet:
+    """An object's test images, each with the fault."""
+    ids = store.reader.ids(name, "test")
+    return store.encode(spoiled(store.reader.read(name, "test", id_), fault, strength) for id_ in ids)
+
+
+def _rates(judgement: Judgement, learned: tuple[str, ...]) -> dict[str, float]:
+    """How decisions err on an object's test images; NaN where undefined."""
+    assert judgement.decision is not None
+    number = learned.index(judgement.object) if judgement.object in learned else recognition.RECOGNISE
+    rates = decisions.rates(judgement.decision, judgement.truth, number)
+    i_auroc = image_auroc(judgement.truth.anomalous, judgement.prediction.score)
+    return dict(zip(_RATES, (i_auroc, *rates.values()), strict=True))
 
 
 def spoiled(sample: Sample, fault: str, strength: float) -> Sample:
@@ -78,10 +95,6 @@ def spoiled(sample: Sample, fault: str, strength: float) -> Sample:
     if fault == _DEPTH_NOISE:
         return with_depth_noise(sample, strength / 1e3, rng)
     return dataclasses.replace(sample, rgb=FAULTS[fault].apply(sample.rgb, strength, rng)) if strength else sample
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if values.size else np.nan
 
 
 def _percent(values: list[float]) -> str:

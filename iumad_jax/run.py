@@ -1,6 +1,7 @@
-"""What a run holds, and how it begins: anew, or as its last snapshot left it."""
+"""The wiring of a run, which never changes while it works, and its progress, which is what a snapshot stores."""
 
 import dataclasses
+import functools
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -11,144 +12,162 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from iumad_jax import continual, decisions, inputs, interruption, methods, parallel, protocol, recognition, train
+from iumad_jax import continual, data, inputs, interruption, methods, parallel, protocol, train
 from iumad_jax import workdir as workdirs
-from iumad_jax.continual.strategy import Memory, Strategy
-from iumad_jax.data.pipeline import updates_per_epoch
-from iumad_jax.data.sample import Reader
+from iumad_jax.continual.strategy import Strategy
+from iumad_jax.data import inventory
+from iumad_jax.data.inventory import Inventory
 from iumad_jax.data.store import Store
+from iumad_jax.errors import UserError
+from iumad_jax.inference import recognition
 from iumad_jax.methods.method import Method
-from iumad_jax.report import live, tables
-from iumad_jax.report.ledger import SHA256_OF_NOTHING, Ledger
+from iumad_jax.progress import BEGINNING, LedgerMark, Progress
+from iumad_jax.report import live
+from iumad_jax.report.ledger import Ledger
 from iumad_jax.report.live import Live
-from iumad_jax.shapes import Variables
-from iumad_jax.snapshots import Position, Snapshot, Snapshots
+from iumad_jax.snapshots import Snapshots
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run holds: the first group never changes, the second is what a snapshot keeps."""
+    """What a run works with."""
 
     config: ConfigDict
     workdir: Path
+    steps: tuple[protocol.Step, ...]
     store: Store
-    systems: dict[str, Method]  # the method of the config, then the floors, all under the same protocol
+    methods: dict[str, Method]  # the method of the config, then its baselines, all under the same protocol
     strategy: Strategy
     optimizers: dict[str, optax.GradientTransformation]  # by name: that of the base step, and of later ones
-    updates: dict[str, Any]  # by the optimiser's name; compiled once for every form that the strategy's memory takes
+    updates: dict[str, Any]  # by the optimiser's name; compiled once for every form that the strategy's state takes
     snapshots: Snapshots
     ledger: Ledger
-    inputs: dict[str, Any]  # what a detector must know of the images
     live: Live
+    began: float  # on the monotonic clock, moved back by the time that earlier processes took
 
-    variables: dict[str, Variables]  # by system, and those of `recognition`
-    matrices: dict[str, dict[str, np.ndarray]]  # system -> metric -> (steps, objects)
-    decisions: list[decisions.Decisions]  # after every step
-    position: Position
-    optimizer_leaves: list[Any]
-    losses: dict[str, np.ndarray]  # of the updates of an epoch that is not finished
-    memory: Memory  # of the strategy
-    began: float  # on the monotonic clock, moved back by the time that earlier runs took
-    saved: float  # on the same
+    @property
+    def method(self) -> Method:
+        """The config's own method."""
+        return self.methods[self.config.method]
+
+    @property
+    def trained(self) -> bool:
+        """Whether there is anything to train."""
+        return self.method.loss is not None and self.config.train.epochs > 0
 
     def due(self) -> bool:
         """Whether it is time for a snapshot, or to end."""
-        late = time.monotonic() - self.saved > 60 * self.config.snapshots.every_minutes
+        late = time.monotonic() - self.snapshots.last_save > 60 * self.config.snapshots.every_minutes
         return late or self.snapshots.failed or interruption.requested()
 
-    def save(self) -> None:
-        """Takes a snapshot, which is written while the run goes on, and ends the run if that is asked for."""
-        self.saved = time.monotonic()
-        if not parallel.is_first():
-            return
-        record = {
-            "ledger_lines": len(self.ledger),
-            "ledger_sha256": self.ledger.sha256,
-            "matrices": jax.tree.map(np.ndarray.tolist, self.matrices),
-            "decisions": self.decisions,
-            "inputs": self.inputs,
-            "seconds": time.monotonic() - self.began,
-        }
-        self.variables, self.memory = jax.tree.map(np.asarray, (self.variables, self.memory))  # as they come back
-        kept = self.position, self.variables, self.optimizer_leaves, self.losses, record, self.memory
-        self.snapshots.save(Snapshot(*kept))
-        interruption.check()
+    def save(self, progress: Progress) -> Progress:
+        """Takes a snapshot, which is written while the run goes on, and ends the run if that is asked for.
+
+        Returns:
+            The progress as it would come back from the snapshot.
+        """
+        variables, strategy = jax.tree.map(np.asarray, (progress.variables, progress.strategy))
+        progress = progress._replace(variables=variables, strategy=strategy, seconds=time.monotonic() - self.began)
+        if parallel.is_first():
+            progress = progress._replace(ledger=LedgerMark(len(self.ledger), self.ledger.sha256))
+        self.snapshots.save(progress)
+        if parallel.is_first():
+            interruption.check()
+        return progress
 
 
-def start(config: ConfigDict, workdir: Path, reader: Reader, steps: tuple[protocol.Step, ...], held: ExitStack) -> Run:
-    """The run as it stood when its last snapshot was taken, or at its very beginning.
+def plan(config: ConfigDict, workdir: Path) -> tuple[protocol.Step, ...]:
+    """The steps of the run in this workdir, over the objects that it began with, or over those of the dataset.
 
-    What would stop it later is refused before anything is written. `held` gives up the workdir in the end.
+    Raises:
+        UserError: the protocol does not fit the objects, or an object of the run is gone from the dataset.
     """
-    systems = methods.systems(config, len(reader.objects))
-    method = systems[config.method]
-    strategy = continual.build(config, method, len(reader.objects))
+    noted, present = inventory.read(workdir), data.objects(config)
+    if told := list(inventory.gone(noted, present, lambda names: data.open_reader(config, names))):
+        raise UserError(" ".join(told))
+    return protocol.steps(config.protocol, tuple(noted) or present)
+
+
+def start(config: ConfigDict, workdir: Path, steps: tuple[protocol.Step, ...], held: ExitStack) -> tuple[Run, Progress]:
+    """Opens a run as it stood when its last snapshot was taken, or at its very beginning.
+
+    Args:
+        config: of the run.
+        workdir: where it is kept.
+        steps: of `plan`.
+        held: gives up the workdir in the end.
+
+    Raises:
+        UserError: the config, the dataset or the workdir is at fault; told before anything is written.
+    """
+    objects = steps[-1].seen
+    chosen = methods.systems(config, len(objects))
+    strategy = continual.build(config, chosen[config.method], len(objects))
     optimizers = {own.optimizer: train.make_optimizer(own) for own in (train.of_step(config, i) for i in (0, 1))}
-    check_training(config, method, strategy, reader, steps)
+    train.learning_rates(config.train, updates_per_epoch=1)  # raises
     live.check(config.report.tensorboard)
-    store = inputs.open_store(config, reader, workdir)
+    store = inputs.open_store(config, data.open_reader(config, objects), workdir)
     if parallel.is_first():
         held.enter_context(workdirs.claimed(workdir, config))
-    saved = held.enter_context(closing(Snapshots(workdir)))
+    snapshots = held.enter_context(closing(Snapshots(workdir)))
+    progress = snapshots.latest() or _beginning(config, chosen, store)
+    check_images(inventory.read(workdir), store, strategy, steps, progress, workdir)
     ledger = parallel.in_first(Ledger, workdir / "ledger.jsonl")
-    snapshot = saved.latest()
-    if snapshot is None:
-        example = jax.tree.map(lambda array: array[:1], store.get(reader.objects[0], "train").batch)
-        keys = jax.random.split(jax.random.key(config.seed), len(systems))
-        variables = {
-            name: jax.jit(system.init)(key, example) for (name, system), key in zip(systems.items(), keys, strict=True)
-        }
-        variables["recognition"] = recognition.no_statistics(example)
-        matrices = {
-            name: {metric: np.full((len(steps), len(reader.objects)), np.nan) for metric in tables.METRICS}
-            for name in systems
-        }
-        told = {"ledger_lines": 0, "ledger_sha256": SHA256_OF_NOTHING}
-        record = {**told, "matrices": matrices, "decisions": [], "seconds": 0.0}
-        snapshot = Snapshot(Position(-1, 0, finished=True), variables, [], {}, record, {})
-    ledger.truncate(snapshot.record["ledger_lines"], snapshot.record["ledger_sha256"])
-    matrices = {
-        name: {metric: np.array(rows) for metric, rows in by_metric.items()}
-        for name, by_metric in snapshot.record["matrices"].items()
-    }
-    nans = config.debug.nans
-    updates = {name: train.make_update(method, optimizer, strategy, nans) for name, optimizer in optimizers.items()}
-    return Run(
-        config,
-        workdir,
-        store,
-        systems,
-        strategy,
-        optimizers,
-        updates,
-        saved,
-        ledger,
-        inputs.describe(store),
-        held.enter_context(closing(parallel.in_first(Live, workdir, config.report.tensorboard))),
-        snapshot.variables,
-        matrices,
-        snapshot.record["decisions"],
-        snapshot.position,
-        snapshot.optimizer,
-        snapshot.losses,
-        snapshot.memory,
-        time.monotonic() - snapshot.record["seconds"],
-        time.monotonic(),
+    ledger.truncate(*progress.ledger)
+    make = functools.partial(train.make_update, chosen[config.method], strategy=strategy)
+    run = Run(
+        config=config,
+        workdir=workdir,
+        steps=steps,
+        store=store,
+        methods=chosen,
+        strategy=strategy,
+        optimizers=optimizers,
+        updates={name: make(one, find_operations=config.debug.nans) for name, one in optimizers.items()},
+        snapshots=snapshots,
+        ledger=ledger,
+        live=held.enter_context(closing(parallel.in_first(Live, workdir, config.report.tensorboard))),
+        began=time.monotonic() - progress.seconds,
+    )
+    return run, progress
+
+
+def _beginning(config: ConfigDict, chosen: dict[str, Method], store: Store) -> Progress:
+    """The progress of a run that has learned nothing."""
+    objects = store.reader.objects
+    example = jax.tree.map(lambda array: array[:1], store.get(objects[0], "train").batch)
+    keys = jax.random.split(jax.random.key(config.seed), len(chosen))
+    return BEGINNING._replace(
+        objects=objects,
+        variables={
+            name: jax.jit(method.init)(key, example) for (name, method), key in zip(chosen.items(), keys, strict=True)
+        },
+        recognition=recognition.no_statistics(example),
+        inputs=inputs.describe(store),
     )
 
 
-def check_training(
-    config: ConfigDict, method: Method, strategy: Strategy, reader: Reader, steps: tuple[protocol.Step, ...]
+def check_images(
+    noted: Inventory,
+    store: Store,
+    strategy: Strategy,
+    steps: tuple[protocol.Step, ...],
+    progress: Progress,
+    workdir: Path,
 ) -> None:
-    """Raises UserError unless every step can be trained."""
-    if not is_trained(config, method):
-        return
-    train.learning_rates(config.train, updates_per_epoch=1)
-    for step in steps:
-        images = sum(len(reader.ids(name, "train")) for name in strategy.objects(step))
-        updates_per_epoch(images, config.train.batch_size)
+    """Tells which training images have changed since the run used them.
 
-
-def is_trained(config: ConfigDict, method: Method) -> bool:
-    """Whether there is anything to train."""
-    return method.loss is not None and config.train.epochs > 0
+    Raises:
+        UserError: some of a step that is half done have, whose order is then another.
+    """
+    position = progress.position
+    half_done = strategy.objects(steps[position.step]) if position.step >= 0 and not position.finished else ()
+    for name in noted:
+        told = inventory.changed_images(noted, store, name, "train")
+        if told and name in half_done:
+            raise UserError(
+                f"{told}, while step {position.step} is half done with them; undo that, or remove"
+                f" {workdir / 'snapshots_within_step'} to begin this step again."
+            )
+        if told and name in progress.calibration:
+            live.say(f"{told}, since the run learned it; it goes on without learning them.")

@@ -25,6 +25,7 @@ AnomalyMap = Float[Array, "m m"]
 Keys = PRNGKeyArray  # one key per image: randomness does not depend on how a batch is spread over devices
 Variables = dict[str, Any]  # {"params": trained by gradients, "statistics": gathered, never trained}
 Scalars = dict[str, Float[Array, ""]]
+BY_OBJECT = "by_object"  # key of a tuple with the arrays of each object learned, which never change: stored only once
 
 
 class Batch(NamedTuple):
@@ -32,7 +33,7 @@ class Batch(NamedTuple):
 
     features: dict[Modality, Float[Array, "b p f"]]
     images: dict[Modality, Float[Array, "b h w 3"]]
-    object_id: Int[Array, " b"]
+    object_id: Int[Array, " b"]  # in training the object of each image; for `predict` the one that was recognised
     weight: Float[Array, " b"] | None = None  # of each image in a mean over them; None: all the same
 
     def mean(self, values: Float[Array, " b"]) -> Float[Array, ""]:

@@ -2,20 +2,23 @@
 
 Every snapshot has a manifest, the SHA-256 of each of its files, because Orbax restores flipped bits silently. It gets
 its name when that is written, too: what a crash leaves behind has another name.
+
+What belongs to one object and never changes again is written once, as `snapshots/by_object/<SHA-256>.npy`, and shared
+by all later snapshots: the arrays under every key BY_OBJECT of the variables and of the strategy's state.
 """
 
-import copy
 import hashlib
 import json
 import logging
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,31 +26,16 @@ import orbax.checkpoint as ocp
 
 from iumad_jax import parallel
 from iumad_jax.errors import UserError
-from iumad_jax.report.ledger import write_whole
-from iumad_jax.shapes import Variables
+from iumad_jax.inference.decisions import Calibration
+from iumad_jax.progress import LedgerMark, Position, Progress
+from iumad_jax.report.ledger import as_json, write_whole
+from iumad_jax.shared_arrays import Index, SharedArrays, join, separate
 
 MANIFEST = "sha256.json"
+_SHARED = "by_object.json"  # in a snapshot: which shared arrays it has
+_ARRAYS = ("variables", "recognition", "optimizer", "strategy", "losses")  # fields of Progress; the others are JSON
 _UPDATES = 10**12  # more than a step has
 _UNFINISHED = ".unfinished"  # in the names of snapshots until they are whole
-
-
-class Position(NamedTuple):
-    """How far a run is. Randomness and the order of the data are functions of this and the seed."""
-
-    step: int
-    updates: int  # done within the step
-    finished: bool = False  # the step is trained and evaluated
-
-
-class Snapshot(NamedTuple):
-    """Everything needed to go on."""
-
-    position: Position
-    variables: dict[str, Variables]  # by system
-    optimizer: list[Any]  # the leaves of its state; empty after a finished step
-    losses: dict[str, np.ndarray]  # of the updates of an epoch that is not finished
-    record: dict[str, Any]  # what the ledger and the results held
-    memory: dict[str, Any]  # of the strategy against forgetting
 
 
 class Snapshots:
@@ -60,6 +48,7 @@ class Snapshots:
             UserError: the workdir is not writable.
         """
         logging.getLogger("absl").setLevel(logging.WARNING)
+        self._shared = _shared_arrays(workdir)
         self._finished, self._within = ((workdir / name).absolute() for name in ("snapshots", "snapshots_within_step"))
         for folder in (self._finished, self._within):
             try:
@@ -68,22 +57,31 @@ class Snapshots:
                     shutil.rmtree(unfinished)
             except OSError as error:
                 raise UserError(f"{folder}: not a writable folder ({_reason(error)}); make room for one.") from error
+        self.last_save = time.monotonic()  # when it began; at first, when these were opened
         self._thread = ThreadPoolExecutor(1, "snapshots")
         self._saving: Future[None] | None = None
 
-    def save(self, snapshot: Snapshot) -> None:
+    def save(self, progress: Progress) -> None:
         """Begins to save a snapshot; a finished step's stays, one within a step replaces the last but one before.
 
+        Only the first of several processes does.
+
         Raises:
-            UserError: the one before could not be written, as when the disk is full.
+            UserError: a number in it is not finite, or the one before could not be written, as when the disk is full.
         """
+        self.last_save = time.monotonic()
+        if not parallel.is_first():
+            return
         self.wait()
-        step, updates, finished = snapshot.position
+        step, updates, finished = progress.position
         folder = self._finished / str(step) if finished else self._within / str(step * _UPDATES + updates)
-        kept = {key: getattr(snapshot, key) for key in ("variables", "optimizer", "losses", "memory")}
-        arrays = jax.tree.map(np.array, kept)  # copies: training reuses its buffers
-        record = copy.deepcopy(snapshot.record) | {"position": snapshot.position._asdict()}
-        self._saving = self._thread.submit(_write, folder, arrays, record, None if finished else 2)
+        arrays = jax.tree.map(np.array, {key: getattr(progress, key) for key in _ARRAYS})  # training reuses its buffers
+        _check_finite(arrays, folder)
+        record = {key: value for key, value in progress._asdict().items() if key not in _ARRAYS}
+        record |= {name: value._asdict() for name, value in record.items() if name in ("position", "ledger")}
+        record["calibration"] = {name: one._asdict() for name, one in progress.calibration.items()}
+        keep = None if finished else 2
+        self._saving = self._thread.submit(_write, folder, self._shared, arrays, as_json(record), keep)
 
     @property
     def failed(self) -> bool:
@@ -100,7 +98,7 @@ class Snapshots:
         if saving is not None:
             saving.result()
 
-    def latest(self) -> Snapshot | None:
+    def latest(self) -> Progress | None:
         """The snapshot of the furthest position that is as it was written, or None if none was ever taken.
 
         Damaged ones beyond it are set aside.
@@ -113,10 +111,10 @@ class Snapshots:
         there += _numbered(self._within)
         damaged: list[tuple[Path, str]] = []
         for _, folder in sorted(there, reverse=True):
-            if (damage := _damage(folder)) is None:
+            if (damage := _damage(folder, self._shared)) is None:
                 for other, reason in damaged:
                     _set_aside(other, f"{reason}; going on from {folder}")
-                return _restore(folder)
+                return _restore(folder, self._shared)
             damaged.append((folder, damage))
         if damaged:
             told = "; ".join(f"{folder} {damage}" for folder, damage in damaged)
@@ -135,27 +133,42 @@ class Snapshots:
             self._thread.shutdown()
 
 
-def read(workdir: Path, step: int | None = None) -> Snapshot:
+def read(workdir: Path, step: int | None = None) -> Progress:
     """The snapshot of a finished step, by default the last one that is whole; nothing in the workdir is changed.
 
     Raises:
         UserError: there is none, or it is damaged.
     """
-    folder = (workdir / "snapshots").absolute()
+    folder, shared = (workdir / "snapshots").absolute(), _shared_arrays(workdir)
     there = dict(_numbered(folder))
     damaged: list[str] = []
     for number in sorted(there, reverse=True) if step is None else {step} & set(there):
-        damage = _damage(there[number])
+        damage = _damage(there[number], shared)
         if damage is None:
             for told in damaged:
                 print(f"iumad_jax: {told}; using {there[number]}", file=sys.stderr)
-            return _restore(there[number])
+            return _restore(there[number], shared)
         damaged.append(f"{there[number]} {damage}")
     if damaged:
         raise UserError(f"{'; '.join(damaged)}: restore it, or choose another --step or --workdir.")
     found = f"finished are {', '.join(map(str, sorted(there)))}" if there else "none is finished"
     wanted = "any step" if step is None else f"step {step}"
     raise UserError(f"{folder} holds no snapshot of {wanted}; {found}.")
+
+
+def _shared_arrays(workdir: Path) -> SharedArrays:
+    return SharedArrays((workdir / "snapshots").absolute() / "by_object")
+
+
+def _check_finite(arrays: dict[str, Any], folder: Path) -> None:
+    """Raises UserError if a number is not finite, before anything is written."""
+    for path, array in jax.tree.leaves_with_path(arrays):
+        if np.issubdtype(array.dtype, np.inexact) and not np.isfinite(array).all():
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise UserError(
+                f"{folder}: no snapshot is saved, because {name} is not finite; look for broken images among those"
+                " learned last, or lower config.train.learning_rate."
+            )
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
@@ -176,24 +189,28 @@ def _checkpointer() -> Iterator[ocp.Checkpointer]:
         yield checkpointer
 
 
-def _write(folder: Path, arrays: Any, record: dict[str, Any], keep: int | None) -> None:
+def _write(folder: Path, shared: SharedArrays, arrays: Any, record: dict[str, Any], keep: int | None) -> None:
     """Writes a snapshot and, of all beside it, keeps the newest ones."""
     unfinished = folder.with_name(folder.name + _UNFINISHED)
+    arrays, by_object = separate(arrays)
     try:
+        index = shared.write(by_object)
         with _checkpointer() as checkpointer:
             args = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record))
             checkpointer.save(unfinished, args=args, force=True)
+        write_whole(unfinished / _SHARED, json.dumps(index).encode())
         write_whole(unfinished / MANIFEST, json.dumps(hashes(unfinished), indent=1).encode())
         if folder.exists():  # of the same position, from which the run went on
             shutil.rmtree(folder)
         unfinished.rename(folder)
         for _, old in sorted(_numbered(folder.parent), reverse=True)[keep:] if keep else []:
             shutil.rmtree(old)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UserError) as error:
         if isinstance(error, ValueError) and "os_error_code" not in str(error):  # not tensorstore's own OSError
             raise
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
         raise UserError(
-            f"{folder.parent}: the snapshot could not be saved ({_reason(error)}); what was saved before is intact,"
+            f"{folder.parent}: the snapshot could not be saved ({_reason(cause)}); what was saved before is intact,"
             " so make room and run the same command again."
         ) from error
 
@@ -208,12 +225,13 @@ def hashes(folder: Path) -> dict[str, str]:
     return hashes
 
 
-def _damage(folder: Path) -> str | None:
+def _damage(folder: Path, shared: SharedArrays) -> str | None:
     """What is wrong with a snapshot, None if all of its files are as they were written."""
     try:
         noted, found = json.loads((folder / MANIFEST).read_bytes()), hashes(folder)
         if noted == found:
-            return None
+            damaged = shared.damaged(_index(folder))
+            return damaged and f"is damaged ({shared.folder.name}/{damaged} is missing or not as it was written)"
         differing = sorted(file for file in noted | found if noted.get(file) != found.get(file))
         return f"is damaged ({differing[0]} is missing or not as it was written)"
     except FileNotFoundError:
@@ -236,16 +254,37 @@ def _set_aside(folder: Path, reason: str) -> None:
     print(f"iumad_jax: {folder} {reason}; it is kept as {aside.name}.", file=sys.stderr, flush=True)
 
 
-def _restore(folder: Path) -> Snapshot:
+def _index(folder: Path) -> Index:
+    return json.loads((folder / _SHARED).read_bytes())
+
+
+def _restore(folder: Path, shared: SharedArrays) -> Progress:
     try:
         with _checkpointer() as checkpointer:
             args = ocp.args.Composite(arrays=ocp.args.StandardRestore(), record=ocp.args.JsonRestore())
             restored = checkpointer.restore(folder, args=args)
-        record = dict(restored.record)
         arrays = jax.tree.map(np.asarray, restored.arrays)  # NumPy computes in float64 where JAX does not
-        return Snapshot(position=Position(**record.pop("position")), record=record, **arrays)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        record = dict(restored.record)
+        return Progress(
+            **join(arrays, shared.read(_index(folder))),
+            position=Position(**record.pop("position")),
+            objects=tuple(record.pop("objects")),
+            calibration={name: _calibration(one) for name, one in record.pop("calibration").items()},
+            ledger=LedgerMark(**record.pop("ledger")),
+            **record,
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder}: the snapshot cannot be read ({_reason(error)}); restore it.") from error
+
+
+def _calibration(record: dict[str, Any]) -> Calibration:
+    """As it was, infinite distances having been written as null."""
+    arrays = {
+        key: np.nan_to_num(np.array(value, np.float32), nan=np.inf)
+        for key, value in record.items()
+        if not isinstance(value, bool)
+    }
+    return Calibration(**record | arrays)
 
 
 def size_of(tree: Any) -> int:

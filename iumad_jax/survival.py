@@ -269,13 +269,11 @@ def _kept(workdir: Path) -> dict[str, Any]:
     kept = {"results.json": results, "ledger.jsonl": (workdir / "ledger.jsonl").read_bytes()}
     kept |= {file.name: file.read_bytes() for file in (workdir / "pictures").iterdir()}
     for step in range(len(results["steps"])):
-        snapshot = snapshots.read(workdir, step)
-        del snapshot.record["seconds"]
-        arrays = jax.tree.leaves_with_path((snapshot.variables, snapshot.memory))
-        kept[f"snapshot {step}"] = (
-            [(path, array.dtype, array.tobytes()) for path, array in arrays],
-            repr(snapshot.record),
-        )
+        progress = snapshots.read(workdir, step)
+        kept[f"snapshot {step}"] = [
+            (path, leaf.dtype, leaf.tobytes()) if isinstance(leaf, np.ndarray) else (path, leaf)
+            for path, leaf in jax.tree.leaves_with_path(progress._replace(seconds=0.0))
+        ]
     return kept
 
 

@@ -1,4 +1,4 @@
-"""A workdir belongs to one config."""
+"""A workdir belongs to one config, and to versions of this package that know its format."""
 
 import hashlib
 import json
@@ -14,6 +14,7 @@ from iumad_jax import config as configs
 from iumad_jax.errors import UserError
 from iumad_jax.report.ledger import write_whole
 
+FORMAT = 1  # of everything in a workdir; a version that changes it converts or refuses what older ones wrote
 _NAME = "config.json"
 
 
@@ -47,11 +48,19 @@ def read(workdir: Path) -> ConfigDict:
     """
     file = workdir / _NAME
     try:
-        config = ConfigDict(json.loads(file.read_text()))
+        kept = json.loads(file.read_text())
+        format_ = kept.pop("format", 0)
+        config = ConfigDict(kept)
     except FileNotFoundError as error:
         raise UserError(f"{workdir} holds no run; give the --workdir of one.") from error
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:  # also of JSON that is no object
         raise UserError(f"{file}: not the config of a run ({error}); choose another --workdir.") from error
+    if format_ != FORMAT:
+        which = "an older" if format_ == 0 else "another"
+        raise UserError(
+            f"{file}: this run was made by {which} version of iumad_jax (run format {format_}; this version reads"
+            f" {FORMAT}); use that version, or start again in another --workdir."
+        )
     found = _flat(config.to_dict())
     for key, value in _flat(configs.paper("1-0").to_dict()).items():
         if type(found.get(key)) is not type(value):
@@ -79,7 +88,8 @@ def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
         raise UserError(f"{workdir}: not a writable folder ({error.strerror}); choose another --workdir.") from error
     try:
         check(workdir, config)  # another process may have claimed it meanwhile
-        write_whole(workdir / _NAME, (json.dumps(json.loads(config.to_json()), indent=2) + "\n").encode())
+        content = {"format": FORMAT} | json.loads(config.to_json())
+        write_whole(workdir / _NAME, (json.dumps(content, indent=2) + "\n").encode())
         yield
     finally:
         lock.release()

@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 
 from iumad_jax import parallel
 from iumad_jax.continual.strategy import Memory, Strategy
+from iumad_jax.inference.prediction import predict_in_batches
 from iumad_jax.methods.method import Method
-from iumad_jax.predict import predict
 from iumad_jax.shapes import Batch, Keys, Scalars, Variables
 
 ROWS = 768  # of a queue
@@ -80,7 +80,6 @@ def iuf(config: ConfigDict, method: Method) -> Strategy:
     Between steps it keeps a d x d matrix per layer that the method names as its `activations`, however many images or
     objects there were; within a later step, the weights before it too.
     """
-    activations = jax.jit(method.activations)
 
     def begin(memory: Memory, variables: Variables, batch: Batch, step: int) -> Memory:
         if step > 0:
@@ -112,7 +111,7 @@ def iuf(config: ConfigDict, method: Method) -> Strategy:
     def finish(memory: Memory, variables: Variables, batch: Batch, _: int) -> Memory:
         if not config.projection:
             return {}
-        rows = predict(activations, variables, batch)
+        rows = predict_in_batches(method.activations, variables, batch)
         moments = jax.tree.map(lambda r: np.asarray(r.T @ r, np.float32), rows)
         seen = memory.get("moments")
         return {"moments": jax.tree.map(np.add, seen, moments) if seen else moments}

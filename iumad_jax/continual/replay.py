@@ -5,6 +5,8 @@ backbone is frozen, so that what was gathered of its features never goes stale. 
 recognises objects reads images; so features and a coarse image are drawn together.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ from ml_collections import ConfigDict
 from iumad_jax.continual.finetune import finetune
 from iumad_jax.continual.strategy import Memory, Strategy
 from iumad_jax.methods.method import Method
-from iumad_jax.shapes import Batch, Keys, Scalars, Variables
+from iumad_jax.shapes import BY_OBJECT, Batch, Keys, Scalars, Variables
 
 _resize = jax.jit(jax.image.resize, static_argnums=(1, 2))
 
@@ -49,10 +51,15 @@ def principal_components(
 
 
 def draw(memory: Memory, key: Array) -> tuple[dict[str, Array], Array]:
-    """One sample's parts, float32, and its object, each of those remembered being as likely."""
+    """One sample's parts, float32, and its object, each of those remembered being as likely.
+
+    Args:
+        memory: `mean` and `directions` of all objects, stacked, of which the first `objects` are remembered.
+        key: of all chance.
+    """
     which, how = jax.random.split(key)
-    object_ = jax.random.categorical(which, jnp.where(memory["remembered"], 0, -jnp.inf))
-    rank = jax.tree.leaves(memory["directions"])[0].shape[1]
+    capacity, rank = jax.tree.leaves(memory["directions"])[0].shape[:2]
+    object_ = jax.random.categorical(which, jnp.where(jnp.arange(capacity) < memory["objects"], 0, -jnp.inf))
     z = jax.random.normal(how, rank)
 
     def sample(mean: Array, directions: Array) -> Array:
@@ -88,24 +95,31 @@ def replay(config: ConfigDict, method: Method, objects: int) -> Strategy:
         both = jax.tree.map(lambda new, drawn: jnp.concatenate([new, drawn.astype(new.dtype)]), batch, old)
         return own.loss(memory, variables, both, jnp.concatenate([keys, old_keys]))
 
+    def begin(memory: Memory, _: Variables, batch: Batch, step: int) -> Memory:
+        """Stacks what is remembered, with room for all objects, so that later steps compile no update of their own."""
+        remembered = memory.get(BY_OBJECT, ())
+
+        def stack(*arrays: np.ndarray) -> np.ndarray:
+            room = np.zeros((objects - len(arrays), *arrays[0].shape), arrays[0].dtype)
+            return np.concatenate([arrays, room])
+
+        return jax.tree.map(stack, *remembered) | {"objects": np.int32(len(remembered))} if remembered else {}
+
     def finish(memory: Memory, _: Variables, batch: Batch, object_: int) -> Memory:
         parts = {f"features_{m}": np.asarray(features, np.float32) for m, features in batch.features.items()}
         parts |= {f"image_{m}": coarse(images, config.image_size) for m, images in batch.images.items()}
         mean, directions = principal_components(parts, config.rank)
-        if not memory:
-            nothing = jax.tree.map(
-                lambda a: np.zeros((objects, *a.shape), a.dtype), {"mean": mean, "directions": directions}
-            )
-            memory = nothing | {"remembered": np.zeros(objects, bool)}
+        return {BY_OBJECT: (*_remembered(memory), {"mean": mean, "directions": directions})}
 
-        def put(array: np.ndarray, value: np.ndarray | bool) -> np.ndarray:
-            array = np.array(array)
-            array[object_] = value
-            return array
+    return Strategy(loss, begin=begin, finish=finish)
 
-        return jax.tree.map(put, memory, {"mean": mean, "directions": directions, "remembered": True})
 
-    return Strategy(loss, finish=finish)
+def _remembered(memory: Memory) -> tuple[dict[str, Any], ...]:
+    """What each object is remembered by, also of the memory within a step."""
+    if BY_OBJECT in memory or not memory:
+        return memory.get(BY_OBJECT, ())
+    parts = {name: memory[name] for name in ("mean", "directions")}
+    return tuple(jax.tree.map(lambda array, i=i: array[i], parts) for i in range(int(memory["objects"])))
 
 
 def coarse(images: Float[Array | np.ndarray, "n h w 3"], size: int) -> Float[np.ndarray, "n s s 3"]:

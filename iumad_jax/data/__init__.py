@@ -1,6 +1,6 @@
 """Readers, depth processing and the input pipeline."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -20,7 +20,7 @@ def objects(config: ConfigDict) -> tuple[str, ...]:
     Raises:
         UserError: there is no such dataset or object.
     """
-    dataset, readers = config.dataset, _readers(config)
+    dataset, readers = config.dataset, _readers(config, "all")
     if dataset.name not in readers:
         raise UserError(f'config.dataset.name is "{dataset.name}"; use one of {", ".join(readers)}.')
     fixed = {"eyecandies": eyecandies.OBJECTS, "candies": eyecandies.OBJECTS, "mvtec3d": mvtec3d.OBJECTS}
@@ -38,8 +38,12 @@ def render(config: ConfigDict) -> None:
         candies.render(Path(config.dataset.root), **config.dataset.render)
 
 
-def open_reader(config: ConfigDict) -> Reader:
+def open_reader(config: ConfigDict, chosen: Sequence[str] | None = None) -> Reader:
     """The reader of a whole config, which reads what its inputs need.
+
+    Args:
+        config: of a run.
+        chosen: the objects that it reads, in the order of learning; by default those that the config names.
 
     Raises:
         UserError: there is no such dataset, or its files are at fault.
@@ -49,11 +53,11 @@ def open_reader(config: ConfigDict) -> Reader:
     official = "depth" in config.modality and config.input.depth_encoding == "normals_official"
     if official and dataset.name not in ("eyecandies", "candies"):
         raise UserError(f'config.input.depth_encoding is "normals_official", which {dataset.name} lacks; use normals.')
-    return _readers(config)[dataset.name]()
+    return _readers(config, chosen or dataset.objects)[dataset.name]()
 
 
-def _readers(config: ConfigDict) -> dict[str, Callable[[], Reader]]:
-    root, chosen, light = Path(config.dataset.root), config.dataset.objects, config.dataset.light
+def _readers(config: ConfigDict, chosen: str | Sequence[str]) -> dict[str, Callable[[], Reader]]:
+    root, light = Path(config.dataset.root), config.dataset.light
     depth = "depth" in config.modality
     normals = depth and config.input.depth_encoding == "normals_official"
     return {

@@ -3,7 +3,7 @@
 import dataclasses
 import io
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -66,6 +66,24 @@ def degrade(sample: Sample, number: int, object_height: float) -> Sample:
     fault = list(FAULTS.values())[number % len(FAULTS)]
     worse = dataclasses.replace(sample, rgb=fault.apply(sample.rgb, rng.uniform(*fault.mild), rng))
     return with_depth_noise(worse, rng.uniform(0, MILD_DEPTH_NOISE) * object_height, rng)
+
+
+def vary(sample: Sample, number: int, object_height: float) -> Sample:
+    """The sample with one mild fault, see `degrade`, and moved by up to 3 % of its size, its edges being repeated."""
+    worse, rng = degrade(sample, number, object_height), np.random.default_rng([number, 1])
+    rows, columns = (round(rng.uniform(-0.03, 0.03) * size) for size in sample.rgb.shape[:2])
+
+    def moved(array: np.ndarray | None) -> np.ndarray | None:
+        if array is None:
+            return None
+        at = (np.arange(size) - by for size, by in zip(array.shape[:2], (rows, columns), strict=True))
+        return array[np.ix_(*(one.clip(0, size - 1) for one, size in zip(at, array.shape[:2], strict=True)))]
+
+    camera = worse.camera
+    if camera is not None:
+        camera = dataclasses.replace(camera, cx=camera.cx + columns, cy=camera.cy + rows)
+    kept: dict[str, Any] = {name: moved(getattr(worse, name)) for name in ("rgb", "depth", "mask", "normals")}
+    return dataclasses.replace(worse, camera=camera, **kept)
 
 
 def with_depth_noise(sample: Sample, deviation: float, rng: np.random.Generator) -> Sample:

@@ -1,6 +1,7 @@
 """The Eyecandies format (Bonfiglioli et al., ACCV 2022), which the embedded `candies` are written in too."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ class Eyecandies:
 
     Args:
         root: the folder that holds one folder per object.
-        objects: "all", or names separated by commas, in the order in which they are learned.
+        objects: "all", or names, also separated by commas in one text, in the order in which they are learned.
         light: which of the images under six different lights is the RGB image; or "all": each training image counts
             six times, as `<id>_<light>`, and the other splits have light 4.
         normals: whether the official normals are read as well; most releases in circulation lack them.
@@ -57,7 +58,9 @@ class Eyecandies:
     height_range = 1.0
     normals_window = 3
 
-    def __init__(self, root: str | Path, objects: str = "all", light: str = _LIGHT, normals: bool = False) -> None:
+    def __init__(
+        self, root: str | Path, objects: str | Sequence[str] = "all", light: str = _LIGHT, normals: bool = False
+    ) -> None:
         if light not in (*LIGHTS, "all"):
             raise UserError(f"config.dataset.light is {light}; use one of 0 to {LIGHTS[-1]}, or all.")
         self.root = Path(root)

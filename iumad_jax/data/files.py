@@ -15,15 +15,17 @@ _MAX_YAML_BYTES = 1 << 16
 _MAX_YAML_DEPTH = 20
 
 
-def select(objects: str, known: Sequence[str]) -> tuple[str, ...]:
+def select(objects: str | Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
     """The names that `config.dataset.objects` gives, in the order of learning: "all", or some separated by commas.
+
+    They may also be given one by one.
 
     Raises:
         UserError: a name is unknown or given twice.
     """
     if objects == "all":
         return tuple(known)
-    names = tuple(name.strip() for name in objects.split(","))
+    names = tuple(name.strip() for name in objects.split(",")) if isinstance(objects, str) else tuple(objects)
     for name in names:
         if name not in known:
             raise UserError(f'config.dataset.objects names "{name}"; known are all and {", ".join(known)}.')

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class Folder:
 
     Args:
         root: the folder that holds one folder per object.
-        objects: "all", or names separated by commas, in the order in which they are learned.
+        objects: "all", or names, also separated by commas in one text, in the order in which they are learned.
         needs_depth: whether images without depth are refused.
 
     Raises:
@@ -46,7 +47,7 @@ class Folder:
             of the root, or an object is unknown.
     """
 
-    def __init__(self, root: str | Path, objects: str = "all", needs_depth: bool = False) -> None:
+    def __init__(self, root: str | Path, objects: str | Sequence[str] = "all", needs_depth: bool = False) -> None:
         self.root = Path(root)
         self._items: dict[tuple[str, Split], dict[str, Item]] = {}
         with opening(self.root):

@@ -1,5 +1,6 @@
 """MVTec 3D-AD (Bergmann et al., VISAPP 2022) in its official layout."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from iumad_jax.data.files import opening, select
@@ -20,7 +21,7 @@ class MVTec3D:
 
     Args:
         root: the folder that holds one folder per object.
-        objects: "all", or names separated by commas, in the order in which they are learned.
+        objects: "all", or names, also separated by commas in one text, in the order in which they are learned.
         validation: what the validation images are for: "train", as in the benchmark's protocol (their ids are then
             "validation/000" and so on), or "calibration".
         needs_depth: whether images without xyz are refused.
@@ -34,7 +35,11 @@ class MVTec3D:
     normals_window = 11  # by `depth.window_for`, for noise of 0.25 mm in pixels 0.37 mm apart
 
     def __init__(
-        self, root: str | Path, objects: str = "all", validation: str = "train", needs_depth: bool = False
+        self,
+        root: str | Path,
+        objects: str | Sequence[str] = "all",
+        validation: str = "train",
+        needs_depth: bool = False,
     ) -> None:
         if validation not in ("train", "calibration"):
             raise UserError(f'config.dataset.validation is "{validation}"; use train or calibration.')

@@ -35,7 +35,7 @@ from iumad_jax.data.records import Image, Manifest, Values
 from iumad_jax.data.sample import Reader, Sample, Split
 from iumad_jax.errors import UserError
 from iumad_jax.models import efficientnet
-from iumad_jax.shapes import Batch, GroundTruth, Modality
+from iumad_jax.shapes import Batch, GroundTruth
 
 Encoder = Callable[[Any], jax.Array]  # images (b h w 3), 0..255 -> features (b g g f)
 ENCODED_AT_ONCE = 2  # images: with more, activations leave a CPU's caches, and one takes twice as long
@@ -78,16 +78,9 @@ class Store:
         arrays: dict[str, Any] = records.load(
             self._home(object_, split) / manifest["rows"], self._names(split), len(images)
         )
-        object_id: Any = np.full(len(images), self.reader.objects.index(object_), np.int32)
-        batch = Batch(
-            {m: arrays[f"features_{m}"] for m in self.processing.modalities},
-            {m: arrays[f"images_{m}"] for m in self.processing.modalities},
-            object_id,
-        )
-        truth = None if split == "train" else GroundTruth(**{name: arrays[name] for name in GroundTruth._fields})
-        return PreparedSet(
-            batch, truth, tuple(image["defect"] for image in images), tuple(image["id"] for image in images)
-        )
+        object_id = np.full(len(images), self.reader.objects.index(object_), np.int32)
+        defects, ids = (tuple(image[key] for image in images) for key in ("defect", "id"))
+        return self._set(arrays, object_id, split, defects, ids)
 
     def prepare(self, object_: str, split: Split) -> Manifest:
         """Prepares what is not yet prepared of one object and split.
@@ -121,13 +114,41 @@ class Store:
         """What the objects' training images are made from, by name and content of the source files."""
         return [records.key(image) for name in objects for image in self.prepare(name, "train")["images"]]
 
-    def features(self, samples: Iterable[Sample]) -> dict[Modality, np.ndarray]:
-        """Features (n, p, f) of samples that are not kept, as those that are."""
-        processed, found = map(self.processing, samples), []
-        while chunk := list(islice(processed, ENCODED_AT_ONCE)):
-            self._encode(chunk)
-            found += [{m: values[f"features_{m}"] for m in self.processing.modalities} for values in chunk]
-        return {m: np.stack([of_one[m] for of_one in found]) for m in self.processing.modalities}
+    def digests(self, object_: str, split: Split) -> dict[str, str]:
+        """A digest of each image's source files, by id; none where the dataset has no such split.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        if not self.reader.ids(object_, split):
+            return {}
+        images = self._sources(object_, split, records.read_manifest(self._home(object_, split)))
+        return {
+            image["id"]: records.digest([source["sha256"] for source in image["sources"].values()]) for image in images
+        }
+
+    def encode(self, samples: Iterable[Sample]) -> PreparedSet:
+        """Prepares samples that are not kept, at least one, as those that are."""
+        kept: list[Values] = []
+        described: list[tuple[str, str, int]] = []
+        remaining = iter(samples)
+        while chunk := list(islice(remaining, ENCODED_AT_ONCE)):
+            values = [self.processing(sample) for sample in chunk]
+            self._encode(values)
+            kept += values
+            described += [(one.defect, one.id, self.reader.objects.index(one.object)) for one in chunk]
+        arrays = {name: np.stack([values[name] for values in kept]) for name in self._names("test")}
+        defects, ids, numbers = zip(*described, strict=True)
+        return self._set(arrays, np.array(numbers, np.int32), "test", defects, ids)
+
+    def _set(
+        self, arrays: Any, object_id: Any, split: Split, defects: tuple[str, ...], ids: tuple[str, ...]
+    ) -> PreparedSet:
+        features, images = (
+            {m: arrays[f"{kind}_{m}"] for m in self.processing.modalities} for kind in ("features", "images")
+        )
+        truth = None if split == "train" else GroundTruth(**{name: arrays[name] for name in GroundTruth._fields})
+        return PreparedSet(Batch(features, images, object_id), truth, defects, ids)
 
     def _home(self, object_: str, split: Split) -> Path:
         content = [_code(), self._settings()]

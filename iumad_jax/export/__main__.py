@@ -8,9 +8,9 @@ import numpy as np
 from absl import flags
 
 from iumad_jax import commands
-from iumad_jax.detector import Detector
 from iumad_jax.errors import UserError
 from iumad_jax.export import formats
+from iumad_jax.inference.detector import Detector
 from iumad_jax.report.ledger import write_whole
 
 _TOLERANCE = 1e-4  # of the largest value

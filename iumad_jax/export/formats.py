@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from iumad_jax.detector import RECOGNISE, Detector, Outputs
 from iumad_jax.errors import UserError
+from iumad_jax.inference.detector import Detector, Outputs
+from iumad_jax.inference.recognition import RECOGNISE
 
 SCANS = {"stablehlo": "xla", "onnx": "reference"}  # how the selective scan is best told, by format
 _PLATFORMS = ("cpu", "cuda")

@@ -1,5 +1,7 @@
 """A floor without training: the distance to the nearest patch of a good image."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from jaxtyping import Array, Float
 from iumad_jax.methods.anomaly_map import predict_from_errors
 from iumad_jax.methods.method import Method
 from iumad_jax.methods.statistics import merge_moments, no_moments, standardise
-from iumad_jax.shapes import Batch, Prediction, Variables
+from iumad_jax.shapes import BY_OBJECT, Batch, Prediction, Variables
 
 
 def nearest_neighbours(patches_per_object: int, seed: int) -> Method:
@@ -19,38 +21,33 @@ def nearest_neighbours(patches_per_object: int, seed: int) -> Method:
     """
 
     def init(_: jax.Array, batch: Batch) -> Variables:
-        statistics = {
-            modality: {
-                "moments": no_moments(array.shape[-1]),
-                "memory": np.zeros((0, array.shape[-1]), np.float32),
-                "scale": np.ones((), np.float32),
-            }
+        scales = {
+            modality: {"moments": no_moments(array.shape[-1]), "scale": np.ones((), np.float32)}
             for modality, array in batch.features.items()
         }
-        return {"params": {}, "statistics": statistics}
+        return {"params": {}, "statistics": scales | {BY_OBJECT: ()}}
 
     def observe(variables: Variables, batch: Batch, _: int) -> Variables:
-        statistics = {}
+        statistics: dict[str, Any] = {}
+        patches_by_object = variables["statistics"][BY_OBJECT]
+        drawn = {}
         for modality, features in batch.features.items():
-            old = variables["statistics"][modality]
-            rng = np.random.default_rng([seed, len(old["memory"])])
+            old = [patches[modality] for patches in patches_by_object]
+            rng = np.random.default_rng([seed, sum(map(len, old))])
             images, patches, channels = features.shape
             order = rng.permutation(images * patches)[:patches_per_object]
-            drawn = np.asarray(features).reshape(-1, channels)[order]
-            memory = np.concatenate([old["memory"], drawn])
-            moments = merge_moments(old["moments"], features)
-            statistics[modality] = {
-                "moments": moments,
-                "memory": memory,
-                "scale": _usual_distance(memory, moments, rng),
-            }
-        return {"params": {}, "statistics": statistics}
+            drawn[modality] = np.asarray(features, np.float32).reshape(-1, channels)[order]
+            memory = np.concatenate([*old, drawn[modality]])
+            moments = merge_moments(variables["statistics"][modality]["moments"], features)
+            statistics[modality] = {"moments": moments, "scale": _usual_distance(memory, moments, rng)}
+        return {"params": {}, "statistics": statistics | {BY_OBJECT: (*patches_by_object, drawn)}}
 
     def predict(variables: Variables, batch: Batch) -> Prediction:
         errors = []
         for modality, features in batch.features.items():
             statistics = variables["statistics"][modality]
-            memory = standardise(statistics["memory"], statistics["moments"])
+            memory = jnp.concatenate([patches[modality] for patches in variables["statistics"][BY_OBJECT]])
+            memory = standardise(memory, statistics["moments"])
             x = standardise(features, statistics["moments"])
             errors.append(jax.lax.map(lambda one, m=memory: _nearest(one, m), x) / statistics["scale"])
         return predict_from_errors(sum(errors[1:], errors[0]))

@@ -6,7 +6,7 @@ Scores and curves are exact; maps are kept at a quarter of their size in 8 bits,
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,6 +14,9 @@ from numpy.typing import ArrayLike, NDArray
 from iumad_jax.errors import UserError
 from iumad_jax.metrics import pro_curve
 from iumad_jax.report.ledger import write_whole
+
+if TYPE_CHECKING:
+    from iumad_jax.inference.evaluation import Judgement
 
 RATES = np.concatenate([np.geomspace(1e-4, 0.01, 21)[:-1], np.linspace(0.01, 0.3, 30)])  # where PRO curves are kept
 _SHRINK = 4  # maps are interpolated from tokens larger than this
@@ -72,6 +75,29 @@ def summarise(
         low,
         high,
     )
+
+
+def keep(workdir: Path, step: int, judgements: Sequence["Judgement"]) -> None:
+    """Keeps what a report shows of an object's test images after a step.
+
+    Args:
+        workdir: where samples are kept.
+        step: its number.
+        judgements: of one object, by all methods, the run's own one first.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    first = judgements[0]
+    kept = summarise(
+        first.images.ids,
+        first.images.defects,
+        first.truth.anomalous,
+        first.truth.mask if first.truth.masked.all() else None,
+        {one.method: one.prediction.score for one in judgements},
+        {one.method: one.prediction.map for one in judgements},
+    )
+    save(workdir, step, first.object, kept)
 
 
 def save(workdir: Path, step: int, object_: str, samples: Samples) -> None:

@@ -2,11 +2,11 @@
 
 `results` is the dictionary of results.json: `config`, `protocol`, `objects` (the columns of every matrix), `steps` (the
 objects learned at each), `matrix` (metric -> steps done x objects, NaN or None where not learned or undefined),
-`summary` (of `summarise`), `seconds` and `versions`. `floors` holds, by name, the `matrix` and `summary` of the
-training-free methods on the same inputs. `bytes`, in `results` and in each floor, is what the method keeps;
-`memory_bytes` is what the strategy against forgetting keeps beside that. `decisions` holds, for every step, what
-`iumad_jax.decisions.calibrate` returns, with `test` (of `rates`) beside every object's thresholds. An evaluation also
-has `unknown`, what `iumad_jax.decisions.unknown_rates` returns, and `evaluated`: the run's `workdir`, the `step`, and
+`summary` (of `summarise`), `seconds` and `versions`; see `report.history`. `floors` holds, by name, the `matrix` and
+`summary` of the training-free methods on the same inputs. `bytes`, in `results` and in each floor, is what the method
+keeps; `memory_bytes` is what the strategy against forgetting keeps beside that. `decisions` holds, for every step, what
+`inference.decisions.describe` returns, with `test` (of `rates`) beside every object's thresholds. An evaluation also
+has `unknown`, what `inference.decisions.unknown_rates` returns, and `evaluated`: the run's `workdir`, the `step`, and
 how many objects were `learned` by then.
 """
 
@@ -16,8 +16,7 @@ import io
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
-from importlib.metadata import version
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,46 +68,6 @@ _UNDEFINED = {
 def summarise(matrix: dict[str, Any]) -> dict[str, dict[str, float]]:
     """The figures of `SUMMARY` for every metric; NaN where undefined."""
     return {metric: {name: figure(rows) for name, figure in SUMMARY.items()} for metric, rows in matrix.items()}
-
-
-def gather(
-    config: dict[str, Any],
-    objects: Sequence[str],
-    steps: Sequence[Sequence[str]],
-    matrices: dict[str, dict[str, Any]],
-    sizes: dict[str, int],
-    memory_bytes: int,
-    decisions: list[dict[str, Any]],
-    seconds: float,
-) -> dict[str, Any]:
-    """The results of a config's method and, under the same protocol, of other systems as its floors.
-
-    Args:
-        config: of the run.
-        objects: the columns of all matrices.
-        steps: the objects learned at each.
-        matrices: by system and metric.
-        sizes: by system, the bytes that it keeps.
-        memory_bytes: what the strategy keeps beside that.
-        decisions: after every step.
-        seconds: that it took.
-    """
-    by_system = {
-        name: {"matrix": matrix, "summary": summarise(matrix), "bytes": sizes[name]}
-        for name, matrix in matrices.items()
-    }
-    return {
-        "config": config,
-        "protocol": config["protocol"],
-        "objects": list(objects),
-        "steps": [list(step) for step in steps],
-        **by_system.pop(config["method"]),
-        "floors": by_system,
-        "memory_bytes": memory_bytes,
-        "decisions": decisions,
-        "seconds": seconds,
-        "versions": {package: version(package) for package in ("iumad-jax", "jax", "flax", "optax", "numpy")},
-    }
 
 
 def title(results: dict[str, Any]) -> str:
@@ -321,7 +280,7 @@ def _strategy(results: dict[str, Any]) -> str:
 
 
 def _decisions(results: dict[str, Any]) -> Iterator[str]:
-    """What the thresholds of `iumad_jax.decisions` make of the test images, after every step."""
+    """What the thresholds of `inference.decisions` make of the test images, after every step."""
     if not results.get("decisions"):
         return
     yield "## Decisions after every step"

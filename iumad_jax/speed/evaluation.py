@@ -13,8 +13,9 @@ import numpy as np
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 
-from iumad_jax.evaluate import evaluate
+from iumad_jax.inference.evaluation import metrics_of
 from iumad_jax.report import tables
+from iumad_jax.report.history import History, results
 from iumad_jax.shapes import MAP_SIZE, GroundTruth, Prediction
 
 _IMAGES = (110, 108, 159, 131, 130, 100, 132, 114, 101, 112)  # of the test split, a fifth of them good
@@ -27,7 +28,7 @@ def main() -> None:
     seconds = sorting = 0.0
     for index, (prediction, truth) in enumerate(_sets()):
         began = time.perf_counter()
-        for metric, value in evaluate(prediction, truth).items():
+        for metric, value in metrics_of(prediction, truth).items():
             matrix[metric][0, index] = value
         seconds += time.perf_counter() - began
         began = time.perf_counter()
@@ -38,7 +39,8 @@ def main() -> None:
     began = time.perf_counter()
     config: dict[str, Any] = {"method": "random", "modality": "rgb", "dataset": {"name": "noise"}, "protocol": "10-0"}
     config["continual"] = {"strategy": "none"}
-    tables.markdown(tables.gather(config, objects, [objects], {"random": matrix}, {"random": 0}, 0, [], seconds))
+    history = History((tuple(objects),), {"random": matrix}, [], {"random": 0}, 0)
+    tables.markdown(results(config, history, seconds))
     seconds += time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kB on Linux
     print(f"evaluation of {sum(_IMAGES)} maps: {seconds:.2f} s, {seconds / sorting:.1f} times what sorting them takes")

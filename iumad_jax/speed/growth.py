@@ -46,9 +46,11 @@ def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]
     """Bytes, by what they hold."""
     import jax
 
-    from iumad_jax import decisions, methods
+    from iumad_jax import methods
     from iumad_jax import train as training
+    from iumad_jax.inference import decisions
     from iumad_jax.models.efficientnet import FeatureExtractor
+    from iumad_jax.report.ledger import as_json
     from iumad_jax.report.tables import METRICS
     from iumad_jax.shapes import MAP_SIZE, Batch, Prediction
 
@@ -83,10 +85,10 @@ def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]
     values = {metric: rng.random() for metric in METRICS}
     event = {"event": "evaluation", "step": objects, "object": "a" * 12, "method": config.method, **values}
     maps: Any = rng.random((test, 2, 2))
-    good = decisions.Good(Prediction(maps, maps.max((1, 2)), None), rng.random((test, 2)))
-    one = json.dumps(decisions.calibrate({"a" * 12: good, "b": good}, 0.995)["objects"]["a" * 12])
+    good = decisions.Calibration.of(Prediction(maps, maps.max((1, 2)), None), rng.random((test, 2)), 0)
+    one = json.dumps(decisions.describe({"a" * 12: good, "b": good}, 0.995)["objects"]["a" * 12])
     numbers = len(systems) * len(METRICS)
-    record = pairs * (numbers * len(f"{rng.random()}, ") + len(one)) + numbers * (objects**2 - pairs) * len("NaN, ")
+    calibration = json.dumps(as_json(good._asdict()))
 
     at_once = {
         "prepared images": objects * (train * size(image) + test * (size(image) + truth)),
@@ -98,13 +100,12 @@ def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]
         "statistics of recognition": float(recognition.sum()),
         "distances of a test set to all objects": 4.0 * test * objects * len(modalities) * channels,
         "every metric of every object after every step": 8.0 * numbers * objects**2,
-        "the same and decisions, as text in a snapshot": record,
+        "calibration scores, as text in a snapshot": float(objects * len(calibration)),
     }
-    neighbours_kept = neighbours * pairs
     return at_once | {
         "weights and optimiser, on every device": at_once[f"weights of {config.method}"] + size(optimizer),
         "all snapshots, of the weights": objects * size(variables),
-        "all snapshots, of nearest_neighbours": neighbours_kept,
+        "all snapshots, of nearest_neighbours": float(objects * neighbours),
         "ledger": len(systems) * pairs * (len(json.dumps(event)) + 1) + pairs * len(one),
     }
 

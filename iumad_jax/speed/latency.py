@@ -18,8 +18,9 @@ from absl import flags
 from tabulate import tabulate
 
 from iumad_jax import commands, data
-from iumad_jax.detector import RECOGNISE, Detector
 from iumad_jax.export import formats
+from iumad_jax.inference.detector import Detector
+from iumad_jax.inference.recognition import RECOGNISE
 from iumad_jax.methods.anomaly_map import predict_from_errors
 from iumad_jax.models.efficientnet import FeatureExtractor
 

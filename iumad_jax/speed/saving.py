@@ -39,8 +39,9 @@ def _measure(values: flags.FlagValues) -> str:
     from iumad_jax import methods, train
     from iumad_jax.data.pipeline import training_input
     from iumad_jax.models.efficientnet import FeatureExtractor
+    from iumad_jax.progress import BEGINNING, Position
     from iumad_jax.shapes import Batch
-    from iumad_jax.snapshots import Position, Snapshot, Snapshots, size_of
+    from iumad_jax.snapshots import Snapshots, size_of
 
     config, _ = commands.given_config(values)
     rng, size, count = np.random.default_rng(0), config.input.size, 2 * config.train.batch_size
@@ -69,14 +70,19 @@ def _measure(values: flags.FlagValues) -> str:
     pieces, update = training_input([batch], config.train.batch_size, 0, 0), train.make_update(method, optimizer)
     with tempfile.TemporaryDirectory() as folder, closing(Snapshots(Path(folder))) as saved:
         for reached in train.epochs(update, state, pieces, lambda _: 1e-4, jax.random.key(0), total, 1, pause=pause):
-            kept = {config.method: reached.state.variables}, jax.tree.leaves(reached.state.optimizer), reached.history
+            progress = BEGINNING._replace(
+                position=Position(0, reached.updates),
+                variables={config.method: reached.state.variables},
+                optimizer=jax.tree.leaves(reached.state.optimizer),
+                losses=reached.history,
+            )
             began = time.perf_counter()
-            saved.save(Snapshot(Position(0, reached.updates), *kept, {}, {}))
+            saved.save(progress)
             copying.append(time.perf_counter() - began)
     beside, alone = (float(np.median(np.diff(ends)[kind::2])) for kind in (0, 1))
     share = (beside - alone) / (60 * config.snapshots.every_minutes)
     rows = [
-        ("snapshot", f"{size_of(kept) / 1e6:.1f}", "MB"),
+        ("snapshot", f"{size_of((progress.variables, progress.optimizer, progress.losses)) / 1e6:.1f}", "MB"),
         ("an update", f"{1e3 * alone / values.updates:.1f}", "ms"),
         ("a save: copying, while training waits", f"{1e3 * np.median(copying):.1f}", "ms"),
         (f"a save: {values.updates} updates beside it take longer by", f"{1e3 * (beside - alone):.0f}", "ms"),

@@ -12,17 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 
-from iumad_jax import methods, recognition, snapshots
+from iumad_jax import methods, snapshots
 from iumad_jax import workdir as workdirs
 from iumad_jax.data.processing import Processing
 from iumad_jax.data.sample import Camera, Sample
 from iumad_jax.errors import UserError
+from iumad_jax.inference import recognition
+from iumad_jax.inference.decisions import Thresholds, decide, thresholds
+from iumad_jax.inference.recognition import RECOGNISE, Recogniser
 from iumad_jax.methods.method import Method
 from iumad_jax.models import pretrained
 from iumad_jax.models.efficientnet import FeatureExtractor
 from iumad_jax.shapes import Batch, Modality, Variables
-
-RECOGNISE = -1  # in place of an object's number
 
 
 class Detection(NamedTuple):
@@ -47,15 +48,12 @@ class Detection(NamedTuple):
 
 
 class State(NamedTuple):
-    """All arrays of a trained model; k objects were learned."""
+    """All arrays of a trained model."""
 
     backbone: Variables
     variables: Variables
-    recogniser: recognition.Recogniser
-    image_thresholds: Float[Array, " k"]
-    pixel_thresholds: Float[Array, " k"]
-    unknown_threshold: Float[Array, ""]
-    usual_distance: Float[Array, ""]
+    recogniser: Recogniser
+    thresholds: Thresholds
 
 
 class Outputs(NamedTuple):
@@ -86,36 +84,17 @@ def detect(
     Args:
         method: of the run.
         extractor: the backbone.
-        state: of a snapshot.
+        state: of a trained model.
         images: as `Processing` makes them, 0..255.
         given: each image's object, or RECOGNISE.
     """
     grids: dict[Modality, Any] = {m: extractor.apply(state.backbone, x) for m, x in images.items()}
     features = {m: grid.reshape(len(grid), -1, grid.shape[-1]) for m, grid in grids.items()}
     distance = recognition.distances(state.recogniser, features)
-    object_id = jnp.where(given == RECOGNISE, distance.argmin(-1), given)
-    chosen = object_id[:, None] == jnp.arange(distance.shape[-1])[None]
-
-    def of_object(values: Float[Array, "b k"]) -> Float[Array, " b"]:
-        return jnp.where(chosen, values, 0).sum(-1)
-
-    probability = recognition.probabilities(distance, len(state.recogniser.centre), state.usual_distance)
-    own_distance, unknown_threshold = of_object(distance), jnp.broadcast_to(state.unknown_threshold, object_id.shape)
+    object_id = recognition.recognise(distance, given)
     prediction = method.predict(state.variables, Batch(features, images, object_id))
-    image_threshold, pixel_threshold = of_object(state.image_thresholds[None]), of_object(state.pixel_thresholds[None])
-    return Outputs(
-        prediction.score,
-        prediction.map,
-        prediction.map > pixel_threshold[:, None, None],
-        prediction.score > image_threshold,
-        object_id,
-        of_object(probability),
-        own_distance,
-        own_distance > unknown_threshold,
-        image_threshold,
-        pixel_threshold,
-        unknown_threshold,
-    )
+    decision = decide(state.thresholds, prediction, distance, object_id, len(state.recogniser.centre))
+    return Outputs(score=prediction.score, map=prediction.map, **decision._asdict())
 
 
 @dataclass(frozen=True)
@@ -162,26 +141,20 @@ class Detector:
             raise UserError(f"{', '.join(sorted(others))} cannot be changed; only backbone.weights and model.scan can.")
         config = workdirs.read(Path(workdir))
         config.update_from_flattened_dict(changes)
-        snapshot = snapshots.read(Path(workdir), step)
-        inputs, decided = snapshot.record["inputs"], snapshot.record["decisions"][-1]
-        method = methods.build(config.method, config, len(inputs["objects"]))
+        progress = snapshots.read(Path(workdir), step)
+        inputs = progress.inputs
+        method = methods.build(config.method, config, len(progress.objects))
         extractor = FeatureExtractor(config.backbone.name, config.backbone.grid)
-
-        def thresholds(kind: str) -> Array:
-            return jnp.array([of_object[kind]["threshold"] for of_object in decided["objects"].values()], jnp.float32)
 
         state = State(
             pretrained.load(config.backbone.name, config.backbone.weights),
-            jax.tree.map(jnp.asarray, snapshot.variables[config.method]),
-            recognition.fit(snapshot.variables["recognition"]),
-            thresholds("image"),
-            thresholds("pixel"),
-            jnp.float32(decided["unknown"]["threshold"]),
-            jnp.float32(decided["usual"]),
+            jax.tree.map(jnp.asarray, progress.variables[config.method]),
+            recognition.fit(progress.recognition),
+            thresholds(progress.calibration, config.decisions.quantile),
         )
         return cls(
-            tuple(decided["objects"]),
-            snapshot.position.step,
+            tuple(progress.calibration),
+            progress.position.step,
             Processing(**inputs["processing"] | {"modalities": methods.modalities(config)}),
             Camera(**inputs["camera"]) if inputs["camera"] else None,
             inputs["camera_width"],

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from scipy.linalg import block_diag
 
 from iumad_jax.shapes import Batch, Modality, Variables
+
+RECOGNISE = -1  # in place of an object's number
 
 
 class Recogniser(NamedTuple):
@@ -89,6 +91,12 @@ def distances(recogniser: Recogniser, features: dict[Modality, Float[Array, "b p
     with jax.default_matmul_precision("float32"):
         x = (x - recogniser.centre[None]) @ recogniser.whiten
     return jnp.sqrt(jnp.square(x[:, None] - recogniser.means[None]).mean(-1))
+
+
+def recognise(distance: Float[Array, "b k"], given: Int[Array, " b"] | None = None) -> Int[Array, " b"]:
+    """The number of the object that each image shows: the nearest one, or the one that is given and not RECOGNISE."""
+    nearest = jnp.argmin(distance, axis=-1).astype(jnp.int32)
+    return nearest if given is None else jnp.where(given == RECOGNISE, nearest, given)
 
 
 def probabilities(distance: Float[Array, "b k"], channels: int, usual: Float[Array, ""]) -> Float[Array, "b k"]:

@@ -1,0 +1,256 @@
+"""From scores to decisions: thresholds that good calibration images set, and how often decisions err on test images.
+
+Of n calibration scores the k-th smallest, k = ceil(quantile (n + 1)), is exceeded by a further good image with a
+probability of at most 1 - k / (n + 1), averaged over calibration sets, whatever the distribution (split conformal
+prediction; Vovk et al., 2005). Fewer images than quantile / (1 - quantile), 199 for 0.995, cannot promise that much:
+their maximum is taken, and what it promises, 1 / (n + 1), is told.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+from numpy.typing import ArrayLike
+
+from iumad_jax.inference.recognition import probabilities
+from iumad_jax.metrics import image_auroc
+from iumad_jax.shapes import GroundTruth, Prediction
+
+_RESAMPLES, _COVERAGE, _SEED = 1000, 0.95, 0
+
+Record = dict[str, Any]  # JSON
+
+
+class Calibration(NamedTuple):
+    """What an object's n good calibration images scored."""
+
+    score: Float[np.ndarray, " n"]  # of the image
+    peak: Float[np.ndarray, " n"]  # the largest value of its map
+    distance: Float[np.ndarray, "n 3"]  # of `recognition.distances`: to its own object, the nearest, the second nearest
+    from_training_images: bool = False  # for want of others: their scores are too low and promise nothing
+    few: bool = False  # too few images to say how far others of this object may be
+
+    @classmethod
+    def of(
+        cls, prediction: Prediction, distance: Float[np.ndarray, "n k"], number: int, **flags: bool
+    ) -> "Calibration":
+        """The calibration of the object of that number, by predictions for its images and their distances.
+
+        The second nearest object is infinitely far away where only one was learned.
+        """
+        nearest = np.sort(np.pad(distance, ((0, 0), (0, 1)), constant_values=np.inf), axis=1)[:, :2]
+        return cls(
+            np.asarray(prediction.score),
+            np.asarray(prediction.map).max((1, 2)),
+            np.concatenate([distance[:, number, None], nearest], axis=1),
+            **flags,
+        )
+
+
+class Thresholds(NamedTuple):
+    """What decides, after a step in which k objects are known."""
+
+    image: Float[Array, " k"]  # of scores
+    pixel: Float[Array, " k"]  # of maps
+    unknown: Float[Array, ""]  # of the distance to the nearest object
+    rms_distance: Float[Array, ""]  # of calibration images to their own object
+
+
+class Decision(NamedTuple):
+    """What is decided about a batch."""
+
+    object_id: Int[Array, " b"]  # the object that was recognised or given, in the order of learning
+    probability: Float[Array, " b"]  # that it is this object, given that it is one of those learned
+    distance: Float[Array, " b"]  # of the image to the object
+    unknown: Bool[Array, " b"]  # whether the distance is above its threshold
+    anomalous: Bool[Array, " b"]  # whether the score is above the object's threshold
+    mask: Bool[Array, "b m m"]  # where the map is above the object's threshold for pixels
+    image_threshold: Float[Array, " b"]
+    pixel_threshold: Float[Array, " b"]
+    unknown_threshold: Float[Array, " b"]
+
+
+def decide(
+    thresholds: Thresholds,
+    prediction: Prediction,
+    distance: Float[Array, "b k"],
+    object_id: Int[Array, " b"],
+    channels: int,
+) -> Decision:
+    """Decides about a batch, by the thresholds of the object that each image was recognised or said to show.
+
+    Args:
+        thresholds: of all objects learned.
+        prediction: of a method.
+        distance: of each image to each object, of `recognition.distances`.
+        object_id: the object of each image; see `recognition.recognise`.
+        channels: of the recogniser's features.
+    """
+    chosen = object_id[:, None] == jnp.arange(distance.shape[-1])[None]
+
+    def of_object(values: Float[Array, "b k"]) -> Float[Array, " b"]:
+        return jnp.where(chosen, values, 0).sum(-1)
+
+    own = of_object(distance)
+    image, pixel = of_object(thresholds.image[None]), of_object(thresholds.pixel[None])
+    unknown = jnp.broadcast_to(thresholds.unknown, own.shape)
+    return Decision(
+        object_id,
+        of_object(probabilities(distance, channels, thresholds.rms_distance)),
+        own,
+        own > unknown,
+        prediction.score > image,
+        prediction.map > pixel[:, None, None],
+        image,
+        pixel,
+        unknown,
+    )
+
+
+def thresholds(calibration: Mapping[str, Calibration], quantile: float) -> Thresholds:
+    """The thresholds of all objects.
+
+    A pixel is defective above what the largest pixel of few good images exceeds: neighbouring pixels of a map are not
+    independent, images are, and so a mask is as rarely there on a good image as an alarm is. Were the quantile one of
+    all pixels, every good image would have some of them marked.
+
+    Args:
+        calibration: by object, in the order of learning.
+        quantile: of good images that are to pass.
+    """
+    return Thresholds(
+        jnp.array([_conformal(one.score, quantile)[0] for one in calibration.values()], jnp.float32),
+        jnp.array([_conformal(one.peak, quantile)[0] for one in calibration.values()], jnp.float32),
+        jnp.float32(_unknown(calibration, quantile)["threshold"]),
+        jnp.float32(_rms_distance(calibration)),
+    )
+
+
+def describe(calibration: Mapping[str, Calibration], quantile: float) -> Record:
+    """The thresholds of all objects and what they are worth, for the ledger and the report.
+
+    Returns:
+        `quantile`; `objects`: by name, `image` and `pixel` thresholds (see `describe_threshold`), which promise nothing
+        (`at_most` is None) where they come from training images; `unknown`, see `_unknown`; `usual`, the root mean
+        square of an image's distance to its own object.
+    """
+
+    def described(scores: ArrayLike, one: Calibration) -> Record:
+        return describe_threshold(scores, quantile) | ({"at_most": None} if one.from_training_images else {})
+
+    return {
+        "quantile": quantile,
+        "usual": _rms_distance(calibration),
+        "unknown": _unknown(calibration, quantile),
+        "objects": {
+            name: {"image": described(one.score, one), "pixel": described(one.peak, one)}
+            for name, one in calibration.items()
+        },
+    }
+
+
+def describe_threshold(scores: ArrayLike, quantile: float) -> Record:
+    """The conformal threshold of the scores (n,) of good images.
+
+    Returns:
+        `threshold`; its bootstrapped 95 % `interval` (percentiles, fixed seed), whose upper end is too low where the
+        threshold is the maximum, as no resample holds more; how many `images` set it; `at_most`, the largest expected
+        share of further good images above it.
+    """
+    value, rank = _conformal(scores, quantile)
+    values = np.sort(np.asarray(scores, np.float64))
+    n = len(values)
+    resamples = np.random.default_rng(_SEED).choice(values, (_RESAMPLES, n))
+    ends = [(1 - _COVERAGE) / 2, (1 + _COVERAGE) / 2]
+    interval = np.quantile(np.partition(resamples, rank - 1, axis=1)[:, rank - 1], ends)
+    return {"threshold": value, "interval": interval.tolist(), "images": n, "at_most": 1 - rank / (n + 1)}
+
+
+def _conformal(scores: ArrayLike, quantile: float) -> tuple[float, int]:
+    """The threshold of the scores (n,), and its rank among them from 1."""
+    values = np.sort(np.asarray(scores, np.float64))
+    rank = min(math.ceil(quantile * (len(values) + 1) - 1e-9), len(values))  # less what rounding adds
+    return float(values[rank - 1]), rank
+
+
+def _unknown(calibration: Mapping[str, Calibration], quantile: float) -> Record:
+    """From which distance to the nearest object an image shows none of them, by the good images of all.
+
+    Images with defects are farther away than good ones, too, and are not to be taken for something unknown: the
+    threshold is the geometric mean of what few good images exceed (`good`) and of the distance to the nearest other
+    object that few fall below (`others`), and at least the former; with a single object, twice the former.
+    """
+    distance = np.concatenate([one.distance for one in _telling(calibration)])
+    good = describe_threshold(distance[:, 1], quantile)
+    single = len(calibration) == 1
+    others = 4 * good["threshold"] if single else -_conformal(-distance[:, 2], quantile)[0]
+    return {
+        "threshold": math.sqrt(good["threshold"] * max(others, good["threshold"])),
+        "good": good,
+        "others": None if single else others,
+    }
+
+
+def _rms_distance(calibration: Mapping[str, Calibration]) -> float:
+    own = np.concatenate([one.distance[:, 0] for one in _telling(calibration)])
+    return float(np.sqrt(np.mean(own**2)))
+
+
+def _telling(calibration: Mapping[str, Calibration]) -> list[Calibration]:
+    """Those objects whose images tell how far others may be: all that have enough, or all where none has."""
+    return [one for one in calibration.values() if not one.few] or list(calibration.values())
+
+
+def rates(decision: Decision, truth: GroundTruth, number: int) -> dict[str, float]:
+    """How often decisions err on the test images of the object of that number; NaN where undefined.
+
+    Returns:
+        `false_alarms`, the share of good images above the threshold; `misses`, of anomalous ones not above it;
+        `recognised`, of all images, those taken for this object; `taken_as_unknown`, those too far from all.
+    """
+    alarm, anomalous = np.asarray(decision.anomalous), np.asarray(truth.anomalous)
+    return {
+        "false_alarms": _share(alarm[~anomalous]),
+        "misses": _share(~alarm[anomalous]),
+        "recognised": _share(np.asarray(decision.object_id) == number),
+        "taken_as_unknown": _share(np.asarray(decision.unknown)),
+    }
+
+
+def unknown_rates(
+    learned: Iterable[str],
+    decisions: Mapping[str, Decision],
+    confidences: Mapping[str, Float[np.ndarray, " n"]],
+) -> Record:
+    """How well images of objects that were never learned are told from those of learned ones.
+
+    Args:
+        learned: names of the objects that were learned.
+        decisions: by object, about its test images; none of them were told which object it is.
+        confidences: by object, the largest probability that the method's own object logits give; may be empty.
+
+    Returns:
+        `objects`: the share of images flagged as unknown by object never learned; `taken_as_unknown`: the same of all
+        images of learned objects together; `auroc_distance` and `auroc_logits`: how well the distance, and the lack of
+        confidence, rank the former above the latter. NaN where undefined.
+    """
+    learned = set(learned)
+    flagged = {name: np.asarray(decision.unknown) for name, decision in decisions.items()}
+    never = np.concatenate([np.full(len(flags), name not in learned) for name, flags in flagged.items()])
+
+    def auroc(scores: list[np.ndarray]) -> float:
+        return image_auroc(never, np.concatenate(scores)) if scores else math.nan
+
+    return {
+        "objects": {name: _share(flags) for name, flags in flagged.items() if name not in learned},
+        "taken_as_unknown": _share(np.concatenate(list(flagged.values()))[~never]),
+        "auroc_distance": auroc([np.asarray(decision.distance) for decision in decisions.values()]),
+        "auroc_logits": auroc([-confidence for confidence in confidences.values()]),
+    }
+
+
+def _share(chosen: np.ndarray) -> float:
+    return float(chosen.mean()) if chosen.size else math.nan

@@ -1,0 +1,126 @@
+"""Evaluation: a model judges the test images of one object after the other, told of none which object it shows."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from iumad_jax import methods
+from iumad_jax.data.sample import Reader
+from iumad_jax.data.store import PreparedSet
+from iumad_jax.inference import recognition
+from iumad_jax.inference.decisions import Decision, Thresholds, decide, thresholds
+from iumad_jax.inference.prediction import predict_in_batches
+from iumad_jax.inference.recognition import Recogniser
+from iumad_jax.methods.method import Method
+from iumad_jax.metrics import image_auroc, pixel_metrics
+from iumad_jax.progress import Progress
+from iumad_jax.shapes import Batch, GroundTruth, Prediction, Variables
+
+
+class Model(NamedTuple):
+    """What judges images: methods as they were after a step, and the thresholds of the run's own one."""
+
+    methods: dict[str, Method]  # the run's own method first, then its baselines
+    variables: dict[str, Variables]  # by method
+    recogniser: Recogniser
+    thresholds: Thresholds
+
+
+def load(config: ConfigDict, progress: Progress) -> Model:
+    """The model of a run's config as it was when a snapshot was taken."""
+    return Model(
+        methods.systems(config, len(progress.objects)),
+        progress.variables,
+        recognition.fit(progress.recognition),
+        thresholds(progress.calibration, config.decisions.quantile),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """One method's predictions for all test images of one object."""
+
+    object: str
+    method: str
+    images: PreparedSet
+    prediction: Prediction
+    decision: Decision | None  # of the run's own method, None of baselines
+
+    @property
+    def truth(self) -> GroundTruth:
+        """What is known about the images."""
+        assert self.images.truth is not None
+        return self.images.truth
+
+    @functools.cached_property
+    def metrics(self) -> dict[str, float]:
+        """Every metric of `metrics_of`."""
+        return metrics_of(self.prediction, self.truth)
+
+
+Tests = Mapping[str, Callable[[], PreparedSet]]
+
+
+def tests(reader: Reader, objects: tuple[str, ...], read: Callable[[str], PreparedSet]) -> Tests:
+    """The objects that have test images, each with a function that reads them."""
+    return {name: functools.partial(read, name) for name in objects if reader.ids(name, "test")}
+
+
+def judge(model: Model, tests: Tests) -> Iterator[Judgement]:
+    """Judges the images of every object with every method, the run's own one first."""
+    for name, read in tqdm(tests.items(), "evaluating", unit="object", disable=None, leave=False):
+        images = read()
+        for number, (method_name, method) in enumerate(model.methods.items()):
+            prediction, distance = infer(method, model.variables[method_name], model.recogniser, images.batch)
+            decision = decide_all(model, prediction, distance) if number == 0 else None
+            yield Judgement(name, method_name, images, prediction, decision)
+
+
+def infer(
+    method: Method, variables: Variables, recogniser: Recogniser, images: Batch
+) -> tuple[Prediction, Float[np.ndarray, "n k"]]:
+    """Predicts for images of which nobody says what object they show.
+
+    The method is given the object that was recognised, as a detector gives it.
+
+    Returns:
+        The predictions, and the distance of each image to each learned object.
+    """
+    distance = recognition.distances(recogniser, images.features)
+    recognised: Any = np.asarray(recognition.recognise(distance))
+    prediction = predict_in_batches(method.predict, variables, images._replace(object_id=recognised))
+    return prediction, np.asarray(distance)
+
+
+def decide_all(model: Model, prediction: Prediction, distance: Float[np.ndarray, "n k"]) -> Decision:
+    """Decides about images by the object that is recognised in each."""
+    object_id = np.asarray(recognition.recognise(jnp.asarray(distance)))
+    state = model.thresholds, np.int32(len(model.recogniser.centre))
+    return predict_in_batches(_decide, state, (prediction._replace(object_logits=None), distance, object_id))
+
+
+def _decide(state: tuple, batch: tuple) -> Decision:
+    limits, channels = state
+    prediction, distance, object_id = batch
+    return decide(limits, prediction, distance, object_id, channels)
+
+
+def metrics_of(prediction: Prediction, truth: GroundTruth) -> dict[str, float]:
+    """Every metric for the test images of one object, 0 to 1, NaN where undefined.
+
+    Pixel metrics need to know where every defect is. Object-only metrics take their negatives where something rises
+    above the belt; the stricter `workpiece` ones leave out what the image cuts off, such as the belt's side walls.
+    """
+    regions = {"object": truth.object, "workpiece": truth.workpiece}
+    pixels = pixel_metrics(truth.mask, prediction.map, regions)
+    if not truth.masked.all():
+        pixels = dict.fromkeys(pixels, math.nan)
+    return {"i_auroc": image_auroc(truth.anomalous, prediction.score), **pixels}
