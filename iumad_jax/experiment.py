@@ -297,9 +297,7 @@ def unused(config: ConfigDict, workdir: Path) -> str:
         reader = data.open_reader(config, [name for name in noted if name in present])
         store = inputs.open_store(config, reader, workdir)
         differences = [
-            inventory.changed_images(noted, store, name, split)
-            for name in reader.objects
-            for split in ("train", "calibration", "test")
+            inventory.changed_images(noted, store, name, split) for name in reader.objects for split in inventory.SPLITS
         ]
     except UserError as error:
         live.say(f"{workdir}: its dataset cannot be compared with what it was: {error}")

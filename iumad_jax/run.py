@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -155,19 +156,21 @@ def check_images(
     progress: Progress,
     workdir: Path,
 ) -> None:
-    """Tells which training images have changed since the run used them.
+    """Tells which images have changed since the run used them.
 
     Raises:
-        UserError: some of a step that is half done have, whose order is then another.
+        UserError: training images of a step that is half done have, whose order is then another.
     """
     position = progress.position
     half_done = strategy.objects(steps[position.step]) if position.step >= 0 and not position.finished else ()
-    for name in noted:
-        told = inventory.changed_images(noted, store, name, "train")
-        if told and name in half_done:
+    for name, split in itertools.product(noted, inventory.SPLITS):
+        told = inventory.changed_images(noted, store, name, split)
+        if told is None:
+            continue
+        if split == "train" and name in half_done:
             raise UserError(
-                f"{told}, while step {position.step} is half done with them; undo that, or remove"
+                f"{told} while step {position.step} is half done with them; undo that, or remove"
                 f" {workdir / 'snapshots_within_step'} to begin this step again."
             )
-        if told and name in progress.calibration:
-            live.say(f"{told}, since the run learned it; it goes on without learning them.")
+        learned = split == "train" and name in progress.calibration
+        live.say(f"{told}; {'the run has learned it and goes on without them' if learned else 'all are used now'}.")

@@ -18,7 +18,9 @@ import optax
 import pytest
 
 from iumad_jax.errors import UserError
-from iumad_jax.snapshots import Position, Snapshot, Snapshots, read
+from iumad_jax.inference.decisions import Calibration
+from iumad_jax.progress import LedgerMark, Position, Progress
+from iumad_jax.snapshots import Snapshots, read
 
 
 def variables(seed=0, size=3):
@@ -30,20 +32,37 @@ def variables(seed=0, size=3):
         },
         "floor": {
             "params": {},
-            "statistics": {"rgb": {"memory": rng.normal(size=(4, 2)).astype(ml_dtypes.bfloat16), "scale": np.ones(())}},
+            "statistics": {
+                "rgb": {"memory": rng.normal(size=(4, 2)).astype(ml_dtypes.bfloat16), "scale": np.ones(())},
+                "by_object": (),
+            },
         },
     }
 
 
 def snapshot(step, updates, finished=False, seed=0, size=3):
-    record = {"ledger_lines": 10 * step + updates, "matrices": {"f": {"aupro": [[0.1, float("nan")]]}}, "seconds": 0.3}
-    return Snapshot(
-        Position(step, updates, finished),
-        variables(seed, size),
-        [],
-        {"loss": np.arange(updates, dtype=np.float32)} if updates % 2 else {},
-        record,
-        {"old": {"kernel": np.full(2, seed, np.float32)}},
+    scores = np.array([0.1, 2 / 3], np.float32)
+    calibration = Calibration(scores, 2 * scores, np.array([[1, 2, np.inf], [0, 0.3, np.inf]], np.float32), few=True)
+    return Progress(
+        position=Position(step, updates, finished),
+        objects=("bolt", "größe 2", "a/b"),
+        variables=variables(seed, size),
+        recognition={"count": np.full(2, 3, np.float32), "mean": np.ones((2, 4), np.float32)},
+        calibration={"bolt": calibration, "größe 2": calibration._replace(few=False, from_training_images=True)},
+        optimizer=[],
+        strategy={"old": {"kernel": np.full(2, seed, np.float32)}, "by_object": per_object(seed)},
+        losses={"loss": np.arange(updates, dtype=np.float32)} if updates % 2 else {},
+        ledger=LedgerMark(10 * step + updates, "ab"),
+        seconds=0.3,
+        inputs={"camera": None, "processing": {"size": 64}},
+    )
+
+
+def per_object(seed, objects=2):
+    """What belongs to some objects: half precision, empty and nested parts too."""
+    return tuple(
+        {"mean": {"rgb": np.full(3, seed + i, np.float16)}, "patches": np.full((i, 4), i, np.float32)}
+        for i in range(objects)
     )
 
 
@@ -56,24 +75,19 @@ def opened(workdir):
 
 def assert_same(found, expected):
     """Structure, types and bits."""
-    assert found.position == expected.position
-    np.testing.assert_equal(found.record, expected.record)
-    for one, other in [
-        (found.variables, expected.variables),
-        (found.optimizer, expected.optimizer),
-        (found.losses, expected.losses),
-        (found.memory, expected.memory),
-    ]:
-        assert jax.tree.structure(one) == jax.tree.structure(other)
-        for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        if isinstance(b, np.ndarray | jax.Array | np.generic):
             assert isinstance(a, np.ndarray)
             assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, np.asarray(b).tobytes())
+        else:
+            assert (type(a), a) == (type(b), b)
 
 
 def test_everything_comes_back_as_it_was(tmp_path):
     """Empty branches, scalars, bfloat16 and JAX's arrays too."""
     optimizer = optax.scale_by_adam().init(variables()["ib_iumad"]["params"]["mamba"])
-    saved = snapshot(1, 7)._replace(optimizer=[*jax.tree.leaves(optimizer), jnp.full(2, jnp.nan, jnp.bfloat16)])
+    saved = snapshot(1, 7)._replace(optimizer=[*jax.tree.leaves(optimizer), jnp.full(2, 0.3, jnp.bfloat16)])
     with opened(tmp_path) as snapshots:
         assert snapshots.latest() is None
         snapshots.save(saved)
@@ -91,7 +105,7 @@ def test_the_furthest_position_is_the_latest(tmp_path):
         with opened(tmp_path) as snapshots:
             assert_same(snapshots.latest(), snapshot(*position, seed=seed))
     # A finished step's snapshot stays; of those within steps, the two newest.
-    assert sorted(p.name for p in (tmp_path / "snapshots").iterdir()) == ["0", "1", "2"]
+    assert sorted(p.name for p in (tmp_path / "snapshots").iterdir()) == ["0", "1", "2", "by_object"]
     within = sorted(p.name for p in (tmp_path / "snapshots_within_step").iterdir())
     assert within == ["1000000000002", "1000000000012"]
 
@@ -132,7 +146,7 @@ def test_a_full_disk_is_told_and_the_snapshot_before_is_intact(tmp_path, capfd, 
         assert_same(snapshots.latest(), before)
         snapshots.save(after)  # with room again
         assert_same(snapshots.latest(), after)
-    assert [path.name for path in folder.iterdir() if not path.name.isdigit()] == []  # what was half written is gone
+    assert not list(tmp_path.rglob("*unfinished*"))
     assert capfd.readouterr().err == ""
 
 
@@ -140,13 +154,14 @@ KILLED = """
 import resource, signal, sys
 from pathlib import Path
 import numpy as np
-from iumad_jax.snapshots import Position, Snapshot, Snapshots
+from iumad_jax.progress import BEGINNING, Position
+from iumad_jax.snapshots import Snapshots
 
 snapshots = Snapshots(Path(sys.argv[1]))
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the system kills the process that makes a file larger than this
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-snapshots.save(Snapshot(Position(1, 2), {"a": np.random.rand(10_000)}, [], {}, {}, {}))
+snapshots.save(BEGINNING._replace(position=Position(1, 2), variables={"a": np.random.rand(10_000)}))
 snapshots.wait()
 """
 
@@ -171,7 +186,8 @@ def test_what_changes_after_a_save_began_is_not_saved(tmp_path):
     with opened(tmp_path) as snapshots:
         snapshots.save(saved)
         saved.variables["ib_iumad"]["params"]["mamba"]["kernel"][:] = 0
-        saved.record["matrices"]["f"]["aupro"].append("more")
+        saved.calibration["bolt"].score[:] = 0
+        saved.strategy["by_object"][0]["mean"]["rgb"][:] = 9
         assert_same(snapshots.latest(), snapshot(1, 1, size=100_000))
 
 
@@ -275,7 +291,7 @@ def test_reading_passes_over_a_damaged_snapshot_unless_it_is_asked_for(tmp_path,
         UserError, match=r"snapshots/1 is damaged .*; .*snapshots/0 is damaged .* restore it, or choose"
     ):
         read(tmp_path)
-    assert sorted(path.name for path in (tmp_path / "snapshots").iterdir()) == ["0", "1"]
+    assert sorted(path.name for path in (tmp_path / "snapshots").iterdir()) == ["0", "1", "by_object"]
 
 
 def test_a_kill_before_the_first_snapshot_is_whole_leaves_none(tmp_path, monkeypatch):
@@ -296,3 +312,56 @@ def test_a_kill_before_the_first_snapshot_is_whole_leaves_none(tmp_path, monkeyp
         snapshots.save(snapshot(0, 3))
         snapshots.save(snapshot(0, 3))  # of the same position, as after going on from it
         assert_same(snapshots.latest(), snapshot(0, 3))
+
+
+def learned(step, objects):
+    """After a step in which so many objects are known."""
+    size = 50_000  # numbers per object
+    rng = np.random.default_rng(0)
+    strategy = {"by_object": tuple({"mean": rng.normal(size=size).astype(np.float32)} for _ in range(objects))}
+    return snapshot(step, 0, finished=True)._replace(strategy=strategy)
+
+
+def test_what_an_object_adds_is_stored_once(tmp_path):
+    with opened(tmp_path) as snapshots:
+        for step in range(20):
+            snapshots.save(learned(step, objects=step + 1))
+        snapshots.wait()
+
+    def size(folder):
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+    folder = tmp_path / "snapshots"
+    assert size(folder / "19") < size(folder / "1") + 20 * 200  # the names of the arrays
+    assert 20 * 200_000 < size(folder / "by_object") < 20 * 201_000
+    assert_same(read(tmp_path, 1), learned(1, 2))
+    assert_same(read(tmp_path), learned(19, 20))
+
+
+def test_a_damaged_shared_array_spoils_only_snapshots_that_have_it_and_is_written_anew(tmp_path, capfd):
+    with opened(tmp_path) as snapshots:
+        for step in range(3):
+            snapshots.save(learned(step, objects=step + 1))
+    by_object = tmp_path / "snapshots" / "by_object"
+    newest = max(by_object.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    content = newest.read_bytes()
+    for spoiled in (None, content[:-1], content[:-1] + bytes([content[-1] ^ 1])):
+        newest.unlink() if spoiled is None else newest.write_bytes(spoiled)
+        with pytest.raises(UserError, match=rf"snapshots/2 is damaged \(by_object/{newest.name} is missing or not"):
+            read(tmp_path, 2)
+        with opened(tmp_path) as snapshots:
+            assert_same(snapshots.latest(), learned(1, 2))
+            assert "going on from" in capfd.readouterr().err
+            snapshots.save(learned(2, 3))
+            assert_same(snapshots.latest(), learned(2, 3))
+        assert newest.read_bytes() == content
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    broken = snapshot(1, 0, finished=True)
+    broken.recognition["mean"][1, 2] = np.nan
+    with opened(tmp_path) as snapshots:
+        snapshots.save(snapshot(0, 0, finished=True))
+        with pytest.raises(UserError, match=r"snapshots/1: no snapshot is saved, because recognition/mean is not"):
+            snapshots.save(broken)
+        assert_same(snapshots.latest(), snapshot(0, 0, finished=True))

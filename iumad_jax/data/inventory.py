@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import get_args
 
 from iumad_jax.data import records
 from iumad_jax.data.sample import Reader, Split
@@ -14,7 +13,7 @@ from iumad_jax.report.ledger import write_whole
 Images = dict[str, str | None]  # by id: a digest of the image's files, None until the run has used them
 Inventory = dict[str, dict[str, Images]]  # by object and split
 
-_NAMES = {"train": "training", "calibration": "validation", "test": "test", "unlabelled": "unlabelled"}
+SPLITS: dict[Split, str] = {"train": "training", "calibration": "validation", "test": "test"}  # and their names
 _SHOWN = 5  # names in a sentence
 
 
@@ -44,7 +43,7 @@ def note(workdir: Path, store: Store, objects: Iterable[str], splits: Sequence[S
     """
     reader = store.reader
     noted = read(workdir) or {
-        name: {split: dict.fromkeys(reader.ids(name, split)) for split in get_args(Split)} for name in reader.objects
+        name: {split: dict.fromkeys(reader.ids(name, split)) for split in SPLITS} for name in reader.objects
     }
     for name in objects:
         for split in splits:
@@ -79,28 +78,25 @@ def unknown(noted: Inventory, present: Sequence[str]) -> str | None:
     if not new:
         return None
     return (
-        f"the dataset also holds {_some(new)}, which this run does not learn, because it began without; start another"
-        " --workdir to learn all."
+        f"the dataset also holds {_some(new)}, which this run does not learn, as it was not there when the run began;"
+        " start another --workdir to learn all."
     )
 
 
 def changed_images(noted: Inventory, store: Store, object_: str, split: Split) -> str | None:
-    """How the images of an object and split differ from those that the run used; None if they do not, or it used none.
+    """How the images of an object and split differ from those that the run knows; None if they do not.
 
     Raises:
         UserError: an image cannot be read.
     """
-    before = noted[object_].get(split, {})
-    if not any(before.values()):
-        return None
-    now = store.digests(object_, split)
+    before, now = noted[object_].get(split, {}), store.digests(object_, split)
     kinds = {
         "added": [id_ for id_ in now if id_ not in before],
         "removed": [id_ for id_ in before if id_ not in now],
-        "changed": [id_ for id_ in now if id_ in before and now[id_] != before[id_]],
+        "changed": [id_ for id_ in now if before.get(id_) not in (None, now[id_])],
     }
     told = [f"{len(ids)} {kind} ({_some(ids)})" for kind, ids in kinds.items() if ids]
-    return f"{object_}'s {_NAMES[split]} images: {', '.join(told)}" if told else None
+    return f"{object_}'s {SPLITS[split]} images: {', '.join(told)}" if told else None
 
 
 def _digests(reader: Reader, name: str) -> set[str]:

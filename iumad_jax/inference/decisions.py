@@ -55,7 +55,7 @@ class Thresholds(NamedTuple):
 
     image: Float[Array, " k"]  # of scores
     pixel: Float[Array, " k"]  # of maps
-    unknown: Float[Array, ""]  # of the distance to the nearest object
+    unknown: Float[Array, " k"]  # of the distance to the object
     rms_distance: Float[Array, ""]  # of calibration images to their own object
 
 
@@ -95,8 +95,7 @@ def decide(
         return jnp.where(chosen, values, 0).sum(-1)
 
     own = of_object(distance)
-    image, pixel = of_object(thresholds.image[None]), of_object(thresholds.pixel[None])
-    unknown = jnp.broadcast_to(thresholds.unknown, own.shape)
+    image, pixel, unknown = (of_object(one[None]) for one in (thresholds.image, thresholds.pixel, thresholds.unknown))
     return Decision(
         object_id,
         of_object(probabilities(distance, channels, thresholds.rms_distance)),
@@ -121,10 +120,12 @@ def thresholds(calibration: Mapping[str, Calibration], quantile: float) -> Thres
         calibration: by object, in the order of learning.
         quantile: of good images that are to pass.
     """
+    common = _Unknown.of(_telling(calibration), quantile)
+    unknown = [_Unknown.of([one], quantile) if one.few else common for one in calibration.values()]
     return Thresholds(
         jnp.array([_conformal(one.score, quantile)[0] for one in calibration.values()], jnp.float32),
         jnp.array([_conformal(one.peak, quantile)[0] for one in calibration.values()], jnp.float32),
-        jnp.float32(_unknown(calibration, quantile)["threshold"]),
+        jnp.array([one.threshold for one in unknown], jnp.float32),
         jnp.float32(_rms_distance(calibration)),
     )
 
@@ -134,21 +135,23 @@ def describe(calibration: Mapping[str, Calibration], quantile: float) -> Record:
 
     Returns:
         `quantile`; `objects`: by name, `image` and `pixel` thresholds (see `describe_threshold`), which promise nothing
-        (`at_most` is None) where they come from training images; `unknown`, see `_unknown`; `usual`, the root mean
-        square of an image's distance to its own object.
+        (`at_most` is None) where they come from training images; `unknown`, the `threshold` of the distance, what few
+        `good` images exceed, and the distance to `others` that few fall below; an object of few images has its own;
+        `usual`, the root mean square of an image's distance to its own object.
     """
+    single = len(calibration) == 1
 
-    def described(scores: ArrayLike, one: Calibration) -> Record:
-        return describe_threshold(scores, quantile) | ({"at_most": None} if one.from_training_images else {})
+    def described(one: Calibration) -> Record:
+        promise = {"at_most": None} if one.from_training_images else {}
+        image, pixel = (describe_threshold(scores, quantile) | promise for scores in (one.score, one.peak))
+        own = {"unknown": _Unknown.of([one], quantile).describe(quantile, single)} if one.few else {}
+        return {"image": image, "pixel": pixel, **own}
 
     return {
         "quantile": quantile,
         "usual": _rms_distance(calibration),
-        "unknown": _unknown(calibration, quantile),
-        "objects": {
-            name: {"image": described(one.score, one), "pixel": described(one.peak, one)}
-            for name, one in calibration.items()
-        },
+        "unknown": _Unknown.of(_telling(calibration), quantile).describe(quantile, single),
+        "objects": {name: described(one) for name, one in calibration.items()},
     }
 
 
@@ -176,32 +179,40 @@ def _conformal(scores: ArrayLike, quantile: float) -> tuple[float, int]:
     return float(values[rank - 1]), rank
 
 
-def _unknown(calibration: Mapping[str, Calibration], quantile: float) -> Record:
-    """From which distance to the nearest object an image shows none of them, by the good images of all.
+class _Unknown(NamedTuple):
+    """From which distance to the nearest object an image shows none of them, and what that comes from."""
 
-    Images with defects are farther away than good ones, too, and are not to be taken for something unknown: the
-    threshold is the geometric mean of what few good images exceed (`good`) and of the distance to the nearest other
-    object that few fall below (`others`), and at least the former; with a single object, twice the former.
-    """
-    distance = np.concatenate([one.distance for one in _telling(calibration)])
-    good = describe_threshold(distance[:, 1], quantile)
-    single = len(calibration) == 1
-    others = 4 * good["threshold"] if single else -_conformal(-distance[:, 2], quantile)[0]
-    return {
-        "threshold": math.sqrt(good["threshold"] * max(others, good["threshold"])),
-        "good": good,
-        "others": None if single else others,
-    }
+    threshold: float
+    distance: Float[np.ndarray, " n"]  # of good images to the nearest object
+    good: float  # what few of these exceed
+    others: float  # the distance to the nearest other object that few fall below; 4 `good` where there is no other
+
+    @classmethod
+    def of(cls, telling: Iterable[Calibration], quantile: float) -> "_Unknown":
+        """The threshold by the images of some objects.
+
+        Images with defects are farther away than good ones, too, and are not to be taken for something unknown: the
+        threshold is the geometric mean of `good` and `others`, and at least the former.
+        """
+        distance = np.concatenate([one.distance for one in telling])
+        good, others = _conformal(distance[:, 1], quantile)[0], -_conformal(-distance[:, 2], quantile)[0]
+        others = others if math.isfinite(others) else 4 * good
+        return cls(math.sqrt(good * max(others, good)), distance[:, 1], good, others)
+
+    def describe(self, quantile: float, single: bool) -> Record:
+        """For the ledger; `others` is None where a single object was learned."""
+        good = describe_threshold(self.distance, quantile)
+        return {"threshold": self.threshold, "good": good, "others": None if single else self.others}
+
+
+def _telling(calibration: Mapping[str, Calibration]) -> list[Calibration]:
+    """Those objects whose images tell how far others are: all that have enough images, or all where none has."""
+    return [one for one in calibration.values() if not one.few] or list(calibration.values())
 
 
 def _rms_distance(calibration: Mapping[str, Calibration]) -> float:
     own = np.concatenate([one.distance[:, 0] for one in _telling(calibration)])
     return float(np.sqrt(np.mean(own**2)))
-
-
-def _telling(calibration: Mapping[str, Calibration]) -> list[Calibration]:
-    """Those objects whose images tell how far others may be: all that have enough, or all where none has."""
-    return [one for one in calibration.values() if not one.few] or list(calibration.values())
 
 
 def rates(decision: Decision, truth: GroundTruth, number: int) -> dict[str, float]:

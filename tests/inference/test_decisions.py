@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iumad_jax import decisions
+from iumad_jax.inference import decisions
+from iumad_jax.inference.decisions import Calibration
 from iumad_jax.shapes import GroundTruth, Prediction
 
 
@@ -13,7 +14,7 @@ from iumad_jax.shapes import GroundTruth, Prediction
 def test_the_threshold_is_the_smallest_that_keeps_the_promise(n, quantile):
     """By counting: a further image lies in any of the n + 1 gaps between the scores with the same probability."""
     scores = np.random.default_rng(n).permutation(n).astype(float)
-    found = decisions.threshold(scores, quantile)
+    found = decisions.describe_threshold(scores, quantile)
     above = {t: (scores > t).sum() + 1 for t in scores}  # gaps in which it would exceed t
     keeping = [t for t in scores if above[t] / (n + 1) <= 1 - quantile + 1e-12]
     assert found["threshold"] == (min(keeping) if keeping else scores.max())
@@ -25,7 +26,7 @@ def test_the_promise_holds_on_average():
     rng = np.random.default_rng(0)
     rates, promised = [], None
     for _ in range(3000):
-        found = decisions.threshold(rng.gamma(2, size=30), 0.9)
+        found = decisions.describe_threshold(rng.gamma(2, size=30), 0.9)
         rates.append(np.exp(-found["threshold"]) * (1 + found["threshold"]))  # gamma's own share above
         promised = found["at_most"]
     assert promised == pytest.approx(3 / 31)
@@ -33,16 +34,16 @@ def test_the_promise_holds_on_average():
 
 
 def test_few_images_promise_little_and_say_so():
-    four, many = (decisions.threshold(np.arange(n), 0.995) for n in (4, 199))
+    four, many = (decisions.describe_threshold(np.arange(n), 0.995) for n in (4, 199))
     assert (four["threshold"], four["at_most"]) == (3, pytest.approx(0.2))
     assert (many["threshold"], many["at_most"]) == (198, pytest.approx(0.005))
-    assert decisions.threshold(np.arange(400), 0.995)["threshold"] == 398
+    assert decisions.describe_threshold(np.arange(400), 0.995)["threshold"] == 398
 
 
 def test_the_interval_is_the_bootstrap_s():
     scores = np.random.default_rng(1).normal(size=100)
-    found = decisions.threshold(scores, 0.9)
-    assert found == decisions.threshold(scores[::-1], 0.9)
+    found = decisions.describe_threshold(scores, 0.9)
+    assert found == decisions.describe_threshold(scores[::-1], 0.9)
     rng = np.random.default_rng(7)
     resampled = [np.sort(rng.choice(scores, 100))[90] for _ in range(4000)]  # the 91st of 100
     np.testing.assert_allclose(found["interval"], np.quantile(resampled, [0.025, 0.975]), atol=0.1)
@@ -56,57 +57,105 @@ def prediction(scores, peaks):
 
 
 @pytest.fixture
-def calibrated():
-    good = {
-        "A": decisions.Good(prediction([1, 2, 3], [5, 6, 4]), np.array([[1.0, 13], [2, 13], [1, 12]])),
-        "B": decisions.Good(prediction([7, 8], [1, 2]), np.array([[13.0, 2], [13, 3]]), trained_on=True),
+def calibration():
+    return {
+        "A": Calibration.of(prediction([1, 2, 3], [5, 6, 4]), np.array([[1.0, 13], [2, 13], [1, 12]]), 0),
+        "B": Calibration.of(prediction([7, 8], [1, 2]), np.array([[13.0, 2], [13, 3]]), 1, from_training_images=True),
     }
-    return decisions.calibrate(good, 0.995)
 
 
-def test_every_object_has_thresholds_of_its_own(calibrated):
-    of = calibrated["objects"]
+def test_every_object_has_thresholds_of_its_own(calibration):
+    described = decisions.describe(calibration, 0.995)
+    of = described["objects"]
     assert [of[name]["image"]["threshold"] for name in "AB"] == [3, 8]
     assert [of[name]["pixel"]["threshold"] for name in "AB"] == [6, 2]
     assert of["A"]["image"]["at_most"] == pytest.approx(1 / 4)
     assert of["B"]["image"]["at_most"] is None  # scores of images trained on promise nothing
-    assert calibrated["usual"] == pytest.approx(np.sqrt((1 + 4 + 1 + 4 + 9) / 5))
+    assert described["usual"] == pytest.approx(np.sqrt((1 + 4 + 1 + 4 + 9) / 5))
+    found = decisions.thresholds(calibration, 0.995)  # what decides is what is described
+    assert (found.image.tolist(), found.pixel.tolist()) == ([3, 8], [6, 2])
+    assert found.unknown.tolist() == [described["unknown"]["threshold"]] * 2
+    assert float(found.rms_distance) == pytest.approx(described["usual"])
 
 
-def test_unknown_is_what_lies_halfway_to_other_objects(calibrated):
-    assert calibrated["unknown"]["good"]["threshold"] == 3
-    assert calibrated["unknown"]["good"]["images"] == 5
-    assert calibrated["unknown"]["others"] == 12
-    assert calibrated["unknown"]["threshold"] == 6
-    alone = decisions.calibrate({"A": decisions.Good(prediction([1], [1]), np.array([[2.5]]))}, 0.995)
-    assert (alone["unknown"]["threshold"], alone["unknown"]["others"]) == (5, None)
-    mixed = {"A": decisions.Good(prediction([1, 1], [1, 1]), np.array([[3.0, 4], [7, 6]]))}
-    assert decisions.calibrate(mixed, 0.995)["unknown"]["threshold"] == 6  # never less than what good images exceed
+def test_unknown_is_what_lies_halfway_to_other_objects(calibration):
+    unknown = decisions.describe(calibration, 0.995)["unknown"]
+    assert unknown["good"]["threshold"] == 3
+    assert unknown["good"]["images"] == 5
+    assert unknown["others"] == 12
+    assert unknown["threshold"] == 6
+    one = decisions.describe({"A": Calibration.of(prediction([1], [1]), np.array([[2.5]]), 0)}, 0.995)["unknown"]
+    assert (one["threshold"], one["others"]) == (5, None)
+    mixed = {"A": Calibration.of(prediction([1, 1], [1, 1]), np.array([[3.0, 4], [7, 6]]), 0)} | {
+        "B": Calibration.of(prediction([1], [1]), np.array([[8.0, 3]]), 1)
+    }
+    assert decisions.describe(mixed, 0.995)["unknown"]["threshold"] == 6  # never less than what good images exceed
 
 
-def test_rates_are_shares_of_test_images(calibrated):
+def test_an_object_of_few_images_changes_no_threshold_of_others(calibration):
+    """Its images are far from everything, since one image does not show how others of the object may look."""
+    poor = Calibration.of(
+        prediction([70, 80], [90, 10]), np.array([[14.0, 15, 11], [13, 14, 12]]), 2, from_training_images=True, few=True
+    )
+    before, after = (decisions.describe(one, 0.995) for one in (calibration, calibration | {"C": poor}))
+    assert {name: after["objects"][name] for name in "AB"} == before["objects"]
+    assert (after["unknown"], after["usual"]) == (before["unknown"], before["usual"])
+    assert after["objects"]["C"]["image"]["threshold"] == 80
+    assert after["objects"]["C"]["unknown"]["threshold"] == pytest.approx(np.sqrt(12 * 13))  # others of C may be as far
+    limits = decisions.thresholds(calibration | {"C": poor}, 0.995)
+    np.testing.assert_allclose(limits.unknown, [6, 6, np.sqrt(12 * 13)], rtol=1e-6)
+    assert decisions.describe({"C": poor}, 0.995)["unknown"]["good"]["images"] == 2  # there is no other to go by
+
+
+DISTANCE = np.array([[1.0, 9], [1, 9], [9, 2], [1, 9], [7, 8], [6, 8]], np.float32)
+
+
+def decided(calibration, scores, peaks):
+    limits = decisions.thresholds(calibration, 0.995)
+    return decisions.decide(limits, prediction(scores, peaks), DISTANCE, DISTANCE.argmin(1), 2)
+
+
+def test_the_thresholds_are_those_of_the_object_that_was_recognised(calibration):
+    """The third image is taken for B, whose thresholds are 8 and 2; all others for A, with 3 and 6."""
+    found = decided(calibration, [3, 3.5, 3.5, 4, 2, 9], [6, 7, 2.5, 1, 1, 1])
+    assert found.object_id.tolist() == [0, 0, 1, 0, 0, 0]
+    assert found.image_threshold.tolist() == [3, 3, 8, 3, 3, 3]
+    assert found.anomalous.tolist() == [False, True, False, True, False, True]  # equal to the threshold is no alarm
+    assert found.mask.sum((1, 2)).tolist() == [0, 1, 1, 0, 0, 0]
+    assert found.distance.tolist() == [1, 1, 2, 1, 7, 6]
+    assert found.unknown.tolist() == [False, False, False, False, True, False]
+    usual = np.sqrt((1 + 4 + 1 + 4 + 9) / 5)
+    likelihood = np.exp(-((DISTANCE / usual) ** 2))  # of two channels
+    np.testing.assert_allclose(found.probability, likelihood.max(1) / likelihood.sum(1), rtol=1e-5)
+
+
+def test_rates_are_shares_of_test_images(calibration):
     anomalous = np.array([False, False, False, False, True, True])
     truth = GroundTruth(None, None, None, None, anomalous, None, None)
-    scores = [3, 3.5, 1, 4, 2, 9]  # equal to the threshold is no alarm
-    distance = np.array([[1.0, 9], [1, 9], [9, 2], [1, 9], [7, 8], [6, 8]])
-    found = decisions.rates(calibrated, "A", prediction(scores, [0] * 6), truth, distance)
-    assert found == {
-        "false_alarms": 2 / 4,
+    decision = decided(calibration, [3, 3.5, 5, 4, 2, 9], [0] * 6)
+    assert decisions.rates(decision, truth, 0) == {
+        "false_alarms": 2 / 4,  # by its own object's threshold the third were one, too
         "misses": 1 / 2,
         "recognised": pytest.approx(5 / 6),
         "taken_as_unknown": pytest.approx(1 / 6),
     }
     only_good = truth._replace(anomalous=np.zeros(6, bool))
-    found = decisions.rates(calibrated, "A", prediction(scores, [0] * 6), only_good, distance)
-    assert np.isnan(found["misses"])
+    assert np.isnan(decisions.rates(decision, only_good, 0)["misses"])
 
 
-def test_unknown_objects(calibrated):
-    distances = {"A": np.array([[1.0, 9], [7, 8]]), "C": np.array([[6.5, 7], [2, 7], [8, 9]])}
+def test_unknown_objects(calibration):
+    limits = decisions.thresholds(calibration, 0.995)
+
+    def about(distance):
+        distance = np.array(distance, np.float32)
+        images = prediction([0] * len(distance), [0] * len(distance))
+        return decisions.decide(limits, images, distance, distance.argmin(1), 2)
+
+    found = {"A": about([[1, 9], [7, 8]]), "C": about([[6.5, 7], [2, 7], [8, 9]])}
     confidences = {"A": np.array([0.9, 0.8]), "C": np.array([0.7, 0.85, 0.6])}
-    found = decisions.unknown_rates(calibrated, distances, confidences)
-    assert found["objects"] == {"C": pytest.approx(2 / 3)}
-    assert found["taken_as_unknown"] == 1 / 2
-    assert found["auroc_distance"] == pytest.approx(4 / 6)  # of 6 pairs, (4, 2), (8, 5), (4, 1) and so on by hand
-    assert found["auroc_logits"] == pytest.approx(5 / 6)
-    assert np.isnan(decisions.unknown_rates(calibrated, distances, {})["auroc_logits"])
+    rates = decisions.unknown_rates("AB", found, confidences)
+    assert rates["objects"] == {"C": pytest.approx(2 / 3)}
+    assert rates["taken_as_unknown"] == 1 / 2
+    assert rates["auroc_distance"] == pytest.approx(4 / 6)  # of 6 pairs, (2, 1), (6.5, 1), (8, 1) and (8, 7)
+    assert rates["auroc_logits"] == pytest.approx(5 / 6)
+    assert np.isnan(decisions.unknown_rates("AB", found, {})["auroc_logits"])

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
+from iumad_jax.inference.prediction import predict_in_batches
 from iumad_jax.methods.method import Method
-from iumad_jax.predict import predict
 from iumad_jax.shapes import Batch, Prediction
 
 TRACED = []
@@ -30,7 +30,7 @@ def images(folder, count):
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 24])
 def test_every_image_is_predicted_in_its_place(tmp_path, count):
-    found = predict(jax.jit(brightness), {"params": {"weight": np.float32(2)}}, data := images(tmp_path, count))
+    found = predict_in_batches(brightness, {"params": {"weight": np.float32(2)}}, data := images(tmp_path, count))
     np.testing.assert_array_equal(found.map[:, 0, 0], data.features["rgb"][:, 0, 0] * 2)
     np.testing.assert_allclose(found.score, data.images["rgb"].mean((1, 2, 3)), rtol=1e-6)
     np.testing.assert_array_equal(found.object_logits.argmax(1), data.object_id)
@@ -38,9 +38,9 @@ def test_every_image_is_predicted_in_its_place(tmp_path, count):
 
 
 def test_objects_and_steps_of_any_size_compile_once(tmp_path):
-    """Evaluation asks for `jax.jit(method.predict)` anew for every object, with weights from training or a snapshot."""
+    """Evaluation asks for every object anew, with weights from training or a snapshot."""
     method = Method(init=lambda key, batch: {}, predict=lambda variables, batch: brightness(variables, batch))
     TRACED.clear()
     for count, weight in [(3, np.float32(2)), (8, np.float32(3)), (19, jax.numpy.float32(4))]:
-        predict(jax.jit(method.predict), {"params": {"weight": weight}}, images(tmp_path, count))
+        predict_in_batches(method.predict, {"params": {"weight": weight}}, images(tmp_path, count))
     assert TRACED == [(8,)]

@@ -6,7 +6,7 @@ import pytest
 from sklearn.covariance import OAS
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from iumad_jax import recognition
+from iumad_jax.inference import recognition
 from iumad_jax.shapes import Batch
 
 OBJECTS, CHANNELS = 3, 4

@@ -67,11 +67,11 @@ def test_images_that_are_all_alike_hide_no_defect():
 
 def test_memory_grows_by_a_bounded_number_of_different_patches_per_object():
     batches = [random_batch(seed) for seed in range(3)]
-    memory = observed(nearest_neighbours(10, seed=0), *batches)["statistics"]["rgb"]["memory"]
-    assert memory.shape == (30, 3)
-    for i, batch in enumerate(batches):
+    memory = observed(nearest_neighbours(10, seed=0), *batches)["statistics"]["by_object"]
+    assert [patches["rgb"].shape for patches in memory] == [(10, 3)] * 3
+    for batch, patches in zip(batches, memory, strict=True):
         own = {tuple(row) for row in rows(batch)}
-        drawn = {tuple(row) for row in memory[10 * i : 10 * i + 10]}
+        drawn = {tuple(row) for row in patches["rgb"]}
         assert len(drawn) == 10
         assert drawn <= own
 
@@ -79,7 +79,7 @@ def test_memory_grows_by_a_bounded_number_of_different_patches_per_object():
 def test_memory_is_a_function_of_the_seed():
     batch = random_batch(0)
     first, again, other = (
-        observed(nearest_neighbours(10, seed), batch)["statistics"]["rgb"]["memory"] for seed in (0, 0, 1)
+        observed(nearest_neighbours(10, seed), batch)["statistics"]["by_object"][0]["rgb"] for seed in (0, 0, 1)
     )
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()

@@ -1,0 +1,222 @@
+"""A run and a dataset that changes: before, while and after the run works."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from PIL import Image
+
+from iumad_jax import Detector, experiment
+from iumad_jax.config import small
+from iumad_jax.errors import UserError
+from iumad_jax.report.history import history
+from iumad_jax.report.ledger import read
+
+SMALL = {
+    "dataset.name": "folder",
+    "dataset.root": "objects",
+    "modality": "rgb",
+    "method": "uniad",
+    "floors": "",
+    "input.size": 64,
+    "backbone.grid": 8,
+    "model.width": 8,
+    "model.hidden": 8,
+    "model.heads": 2,
+    "train.epochs": 2,
+    "train.batch_size": 2,
+    "continual.replay.rank": 2,
+    "continual.replay.image_size": 8,
+    "report.pictures_per_object": 0,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_quickly(tmp_path_factory):
+    """Without optimisation, and once for all runs of this module."""
+    settings = {
+        "jax_disable_most_optimizations": (True, False),
+        "jax_compilation_cache_dir": (str(tmp_path_factory.mktemp("cache")), None),
+        "jax_persistent_cache_min_compile_time_secs": (0.0, 1.0),
+    }
+    for name, (here, _) in settings.items():
+        jax.config.update(name, here)
+    yield
+    for name, (_, default) in settings.items():
+        jax.config.update(name, default)
+    compilation_cache.reset_cache()
+
+
+def photographs(folder, count, seed=0, first=0):
+    """Stripes whose width tells the object, and noise that tells the image."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng([seed, first])
+    for number in range(first, first + count):
+        stripes = 100 + 60 * (np.arange(64) // (2 + 3 * seed) % 2)
+        pixels = stripes[None, :, None] + rng.normal(0, 8, (64, 64, 3))
+        Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8)).save(folder / f"{number:03}.png")
+
+
+def add_object(root, name, seed, count=6):
+    photographs(root / name / "train" / "good" / "rgb", count, seed)
+    photographs(root / name / "test" / "good" / "rgb", 2, seed, first=100)
+    photographs(root / name / "test" / "hole" / "rgb", 2, seed + 5, first=200)
+
+
+def run():
+    config = small("1-1")
+    config.update_from_flattened_dict(SMALL)
+    return experiment.run(config, Path("run"))
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory, _compile_quickly):
+    """A dataset of bolts and nuts, and a finished run."""
+    home = tmp_path_factory.mktemp("home")
+    for seed, name in enumerate(("bolt", "nut")):
+        add_object(home / "objects", name, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        run()
+    return home
+
+
+@pytest.fixture
+def home(learned, tmp_path, monkeypatch):
+    """A copy of both, to be spoiled."""
+    for name in ("objects", "run"):
+        shutil.copytree(learned / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def stop_after_step(step, within=False):
+    """Leaves of the run what a kill after this step would, or at the end of the next one's training."""
+    Path("run/results.json").unlink()
+    for folder in Path("run/snapshots").glob("[0-9]*"):
+        if int(folder.name) > step:
+            shutil.rmtree(folder)
+    if not within:
+        shutil.rmtree("run/snapshots_within_step")
+
+
+def test_a_finished_run_tells_of_an_object_that_it_did_not_learn(home):
+    before = files(home / "run")
+    add_object(home / "objects", "washer", 2)
+    with pytest.raises(experiment.DatasetChanged) as error:
+        run()
+    assert str(error.value) == (
+        "run: the run is finished, but the dataset also holds washer, which this run does not learn, as it was not"
+        " there when the run began; start another --workdir to learn all."
+    )
+    assert error.value.results == json.loads(before[home / "run/results.json"])
+    assert files(home / "run") == before
+
+
+def test_a_finished_run_tells_of_images_that_it_has_not_used(home):
+    before = files(home / "run")
+    photographs(home / "objects/bolt/train/good/rgb", 7, seed=0, first=50)
+    photographs(home / "objects/nut/val/good/rgb", 1, seed=1, first=70)
+    photographs(home / "objects/nut/test/hole/rgb", 1, seed=9, first=200)  # the first one is another now
+    (home / "objects/nut/train/good/rgb/003.png").unlink()
+    with pytest.raises(experiment.DatasetChanged) as error:
+        run()
+    assert str(error.value) == (
+        "run: the run is finished, but bolt's training images: 7 added (050, 051, 052, 053, 054 and 2 more) since it"
+        " was used. nut's training images: 1 removed (003) since it was used. nut's validation images: 1 added (070) since"
+        " it was used. nut's test images: 1 changed (hole/200) since it was used."
+    )
+    assert files(home / "run") == before
+
+
+def test_a_copy_with_other_times_is_the_same_dataset(home, capsys):
+    for path in (home / "objects").rglob("*.png"):
+        os.utime(path, (1, 1))
+    run()
+    assert capsys.readouterr().out == "run: this run is finished.\n"
+
+
+def test_a_finished_run_without_its_dataset_is_still_finished(home, capsys):
+    (home / "objects").rename(home / "elsewhere")
+    assert run() == json.loads((home / "run/results.json").read_text())
+    out, err = capsys.readouterr()
+    assert out == "run: this run is finished.\n"
+    assert err.startswith("run: its dataset cannot be compared with what it was: ")
+
+
+def test_a_run_goes_on_with_the_objects_that_it_began_with(home, learned, capsys):
+    """Though one that would be learned first has arrived."""
+    stop_after_step(0)
+    add_object(home / "objects", "anchor", 2)
+    with pytest.raises(experiment.DatasetChanged, match="the dataset also holds anchor"):
+        run()
+    assert (home / "run/ledger.jsonl").read_bytes() == (learned / "run/ledger.jsonl").read_bytes()
+    assert (home / "run/results.md").read_bytes() == (learned / "run/results.md").read_bytes()
+    assert Detector.load("run").objects == ("bolt", "nut")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda root: (root / "bolt").rename(root / "screw"), "bolt is called screw now; name it bolt again"),
+        (lambda root: shutil.rmtree(root / "bolt"), "bolt is gone, which belongs to this run; put it back, or start"),
+        (lambda root: shutil.rmtree(root / "nut"), "nut is gone, which belongs to this run"),
+    ],
+)
+def test_a_run_whose_object_is_renamed_or_gone_does_not_go_on(home, change, told):
+    stop_after_step(0)
+    before = files(home / "run")
+    change(home / "objects")
+    with pytest.raises(UserError, match=told):
+        run()
+    assert files(home / "run") == before
+
+
+def test_a_step_that_is_half_done_does_not_go_on_with_other_images(home):
+    stop_after_step(0, within=True)
+    before = files(home / "run")
+    for number in (1, 4):
+        (home / f"objects/nut/train/good/rgb/{number:03}.png").unlink()
+    with pytest.raises(UserError) as error:
+        run()
+    assert str(error.value) == (
+        "nut's training images: 2 removed (001, 004) while step 1 is half done with them; undo that, or remove"
+        " run/snapshots_within_step to begin this step again."
+    )
+    assert files(home / "run") == before
+    shutil.rmtree(home / "run/snapshots_within_step")
+    run()
+    assert [event["images"] for event in read(home / "run/ledger.jsonl") if event["event"] == "step"] == [6, 4]
+
+
+def test_other_images_of_a_learned_object_are_told(home, capsys):
+    stop_after_step(0)
+    photographs(home / "objects/bolt/train/good/rgb", 1, seed=0, first=50)
+    photographs(home / "objects/bolt/val/good/rgb", 2, seed=0, first=70)
+    with pytest.raises(
+        experiment.DatasetChanged, match=r"bolt's training images: 1 added \(050\) since it was used\.$"
+    ):
+        run()
+    told = capsys.readouterr().err.splitlines()
+    assert told[:2] == [
+        "bolt's training images: 1 added (050); the run has learned it and goes on without them.",
+        "bolt's validation images: 2 added (070, 071); all are used now.",
+    ]
+    decided = history(read(home / "run/ledger.jsonl")).decisions
+    assert [step["objects"]["bolt"]["image"]["images"] for step in decided] == [1, 2]  # every fifth; validation images
+
+
+def test_a_damaged_inventory_is_told(home):
+    for content in (b"", b"[]", b'{"bolt": 3}', b"\xff"):
+        (home / "run/dataset.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"run/dataset\.json: not the inventory of a dataset"):
+            run()

@@ -1,0 +1,133 @@
+"""Few and odd training images: a run ends with a usable model, tells what is wrong with them, and never makes NaN."""
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from PIL import Image
+
+from iumad_jax import Detector, experiment, snapshots
+from iumad_jax.config import small
+
+SMALL = {
+    "dataset.name": "folder",
+    "dataset.root": "objects",
+    "modality": "rgb",
+    "input.size": 64,
+    "backbone.grid": 4,
+    "model.width": 8,
+    "model.hidden": 8,
+    "model.heads": 2,
+    "model.states": 2,
+    "train.epochs": 2,
+    "train.batch_size": 4,
+    "nearest_neighbours.patches_per_object": 40,
+    "continual.replay.rank": 2,
+    "continual.replay.image_size": 8,
+    "report.pictures_per_object": 0,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_quickly(tmp_path_factory):
+    """Without optimisation, and once for all runs of this module."""
+    settings = {
+        "jax_disable_most_optimizations": (True, False),
+        "jax_compilation_cache_dir": (str(tmp_path_factory.mktemp("cache")), None),
+        "jax_persistent_cache_min_compile_time_secs": (0.0, 1.0),
+    }
+    for name, (here, _) in settings.items():
+        jax.config.update(name, here)
+    yield
+    for name, (_, default) in settings.items():
+        jax.config.update(name, default)
+    compilation_cache.reset_cache()
+
+
+def photograph(seed, number, hole=False):
+    """Stripes whose width tells the object, and noise and a shift that tell the image."""
+    rng = np.random.default_rng([seed, number])
+    stripes = 100 + 60 * ((np.arange(64) + rng.integers(3)) // (2 + 3 * seed) % 2)
+    pixels = stripes[None, :, None] + rng.normal(0, 8, (64, 64, 3))
+    if hole:
+        pixels[20:44, 20:44] = 250
+    return pixels.round().clip(0, 255).astype(np.uint8)
+
+
+def save(folder, images):
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, pixels in enumerate(images):
+        Image.fromarray(pixels).save(folder / f"{number:03}.png")
+
+
+def add_object(root, name, seed, training):
+    save(root / name / "train/good/rgb", training)
+    save(root / name / "test/good/rgb", [photograph(seed, number) for number in range(100, 104)])
+    save(root / name / "test/hole/rgb", [photograph(seed, number, hole=True) for number in range(200, 204)])
+
+
+def config(**changes):
+    made = small("1-1")
+    made.update_from_flattened_dict(SMALL | changes)
+    return made
+
+
+@pytest.mark.parametrize(("count", "method"), [(1, "ib_iumad"), (2, "feature_norm"), (4, "feature_norm")])
+def test_a_second_object_of_few_images(tmp_path, monkeypatch, capsys, count, method):
+    """It can be used, its thresholds promise nothing, and the object before is recognised and known as before."""
+    monkeypatch.chdir(tmp_path)
+    add_object(tmp_path / "objects", "bolt", 0, [photograph(0, number) for number in range(12)])
+    add_object(tmp_path / "objects", "nut", 1, [photograph(1, number) for number in range(count)])
+    results = experiment.run(config(method=method), tmp_path / "run")
+    told = "step 1: batches of 1, as there are no more training images\n"
+    assert (told in capsys.readouterr().err) == (method == "ib_iumad")
+    first, last = (step["objects"] for step in results["decisions"])
+    assert last["nut"]["image"]["at_most"] is None
+    assert last["bolt"]["test"]["recognised"] == last["nut"]["test"]["recognised"] == 1
+    assert last["bolt"]["test"]["taken_as_unknown"] <= first["bolt"]["test"]["taken_as_unknown"]
+    detector = Detector.load(tmp_path / "run")
+    good, hole = (detector(np.stack([photograph(1, n, hole) for n in range(300, 306)])) for hole in (False, True))
+    assert good.object.tolist() == ["nut"] * 6
+    assert not good.unknown.any()
+    assert good.anomalous.mean() < 0.5 < hole.anomalous.mean()
+    assert np.isfinite(good.score).all()
+
+
+def test_a_single_image_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    add_object(tmp_path / "objects", "bolt", 0, [photograph(0, 0)])
+    results = experiment.run(config(protocol="1-0"), tmp_path / "run")
+    decided = results["decisions"][0]["objects"]["bolt"]
+    assert decided["test"]["recognised"] == 1
+    assert decided["test"]["taken_as_unknown"] < 1
+    assert decided["test"]["false_alarms"] < 1
+    assert decided["image"]["at_most"] is None
+
+
+BLACK, WHITE, GREY = (np.full((64, 64, 3), value, np.uint8) for value in (0, 255, 90))
+ODD = {
+    "black": ([photograph(0, 0), BLACK], "1 of bolt's 8 training images are black (001); look at them."),
+    "saturated": ([WHITE, photograph(0, 0)], "1 of bolt's 8 training images are saturated (000); look at them."),
+    "constant": ([GREY, GREY + 1], "2 of bolt's 8 training images are of a single colour (000, 001); look at them."),
+    "identical": ([photograph(0, 1)] * 2, "1 of bolt's 8 training images are the same as another (001); look at them."),
+}
+
+
+@pytest.mark.parametrize(("images", "told"), ODD.values(), ids=ODD)
+def test_odd_images_are_told_and_learned(tmp_path, monkeypatch, capsys, images, told):
+    monkeypatch.chdir(tmp_path)
+    add_object(tmp_path / "objects", "bolt", 0, images + [photograph(0, number) for number in range(10, 16)])
+    experiment.run(config(protocol="1-0", method="feature_norm"), tmp_path / "run")
+    assert told in capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize("image", [BLACK, photograph(0, 0)], ids=["black", "a photograph"])
+def test_images_that_are_all_the_same(tmp_path, monkeypatch, image):
+    """Nothing varies, so that every spread is 0."""
+    monkeypatch.chdir(tmp_path)
+    add_object(tmp_path / "objects", "bolt", 0, [image] * 6)
+    experiment.run(config(protocol="1-0"), tmp_path / "run")
+    for array in jax.tree.leaves(snapshots.read(tmp_path / "run").variables):
+        assert np.isfinite(array).all()
+    found = Detector.load(tmp_path / "run")(photograph(0, 5))
+    assert np.isfinite([found.score, found.distance, found.image_threshold, found.unknown_threshold]).all()
