@@ -17,7 +17,7 @@ from iumad_jax import commands, data, inputs, snapshots
 from iumad_jax import workdir as workdirs
 from iumad_jax.errors import UserError
 from iumad_jax.inference import decisions, evaluation
-from iumad_jax.inference.evaluation import Judgement, Model, Tests
+from iumad_jax.inference.evaluation import Judgement, Tests
 from iumad_jax.progress import Progress
 from iumad_jax.report import html, samples, tables
 from iumad_jax.report import ledger as ledgers
@@ -75,18 +75,13 @@ def evaluate_snapshot(config: ConfigDict, workdir: Path, progress: Progress, out
     for name in tests:  # what is at fault is told before anything is written
         store.prepare(name, "test")
     kept = history(ledgers.read(workdir / "ledger.jsonl"), step)
-    model = evaluation.load(config, progress)
-    decided = decisions.describe(progress.calibration, config.decisions.quantile)
-    decided["objects"] = {name: decided["objects"][name] for name in learned}
     ledger = _new_ledger(output)
     ledger.append("step", step=0, learned=learned)
-    unknown = _judge(model, tests, progress, learned, decided, ledger, output)
-    ledger.append("decisions", step=0, **decided)
+    unknown = _judge(config, progress, tests, learned, ledger, output)
     ledger.append("snapshot", step=0, bytes=kept.bytes, memory_bytes=kept.memory_bytes)
-    ledger.append("unknown", **unknown)
 
-    changed = config.to_dict() | {"protocol": f"{len(learned)}-0"}
-    found = results(changed, history(ledgers.read(ledger.path)), time.monotonic() - began)
+    as_one_step = config.to_dict() | {"protocol": f"{len(learned)}-0"}
+    found = results(as_one_step, history(ledgers.read(ledger.path)), time.monotonic() - began)
     found["unknown"] = unknown
     found["evaluated"] = {"workdir": str(workdir), "step": step, "learned": len(progress.calibration)}
     html.write(output, found, functools.partial(inputs.panels, store))
@@ -95,15 +90,12 @@ def evaluate_snapshot(config: ConfigDict, workdir: Path, progress: Progress, out
 
 
 def _judge(
-    model: Model,
-    tests: Tests,
-    progress: Progress,
-    learned: Sequence[str],
-    decided: decisions.Record,
-    ledger: Ledger,
-    output: Path,
+    config: ConfigDict, progress: Progress, tests: Tests, learned: Sequence[str], ledger: Ledger, output: Path
 ) -> dict[str, Any]:
-    """Judges all test images, adding the rates of learned objects to `decided`; returns the rates of unknown ones."""
+    """Judges all test images, writes what is found to the ledger and samples, and returns the rates of `unknown`."""
+    model, quantile = evaluation.load(config, progress), config.decisions.quantile
+    decided = decisions.describe(progress.calibration, quantile)
+    decided["objects"] = {name: decided["objects"][name] for name in learned}
     decision_of, confidence_of = {}, {}
     judged: list[Judgement] = []
     for judgement in evaluation.judge(model, tests):
@@ -122,7 +114,10 @@ def _judge(
         if len(judged) == len(model.methods):
             samples.keep(output, 0, judged)
             judged = []
-    return decisions.unknown_rates(learned, decision_of, confidence_of)
+    unknown = decisions.unknown_rates(learned, decision_of, confidence_of)
+    ledger.append("decisions", step=0, **decided)
+    ledger.append("unknown", **unknown)
+    return unknown
 
 
 def _new_ledger(output: Path) -> Ledger:

@@ -101,13 +101,7 @@ def start(config: ConfigDict, workdir: Path, steps: tuple[protocol.Step, ...], h
     Raises:
         UserError: the config, the dataset or the workdir is at fault; told before anything is written.
     """
-    objects = steps[-1].seen
-    chosen = methods.systems(config, len(objects))
-    strategy = continual.build(config, chosen[config.method], len(objects))
-    optimizers = {own.optimizer: train.make_optimizer(own) for own in (train.of_step(config, i) for i in (0, 1))}
-    train.learning_rates(config.train, updates_per_epoch=1)  # raises
-    live.check(config.report.tensorboard)
-    store = inputs.open_store(config, data.open_reader(config, objects), workdir)
+    store, chosen, strategy = _assemble(config, workdir, steps[-1].seen)
     if parallel.is_first():
         held.enter_context(workdirs.claimed(workdir, config))
     snapshots = held.enter_context(closing(Snapshots(workdir)))
@@ -115,7 +109,10 @@ def start(config: ConfigDict, workdir: Path, steps: tuple[protocol.Step, ...], h
     check_images(inventory.read(workdir), store, strategy, steps, progress, workdir)
     ledger = parallel.in_first(Ledger, workdir / "ledger.jsonl")
     ledger.truncate(*progress.ledger)
-    make = functools.partial(train.make_update, chosen[config.method], strategy=strategy)
+    optimizers = {own.optimizer: train.make_optimizer(own) for own in (train.of_step(config, i) for i in (0, 1))}
+    make = functools.partial(
+        train.make_update, chosen[config.method], strategy=strategy, find_operations=config.debug.nans
+    )
     run = Run(
         config=config,
         workdir=workdir,
@@ -124,13 +121,24 @@ def start(config: ConfigDict, workdir: Path, steps: tuple[protocol.Step, ...], h
         methods=chosen,
         strategy=strategy,
         optimizers=optimizers,
-        updates={name: make(one, find_operations=config.debug.nans) for name, one in optimizers.items()},
+        updates={name: make(optimizer) for name, optimizer in optimizers.items()},
         snapshots=snapshots,
         ledger=ledger,
         live=held.enter_context(closing(parallel.in_first(Live, workdir, config.report.tensorboard))),
         began=time.monotonic() - progress.seconds,
     )
     return run, progress
+
+
+def _assemble(config: ConfigDict, workdir: Path, objects: tuple[str, ...]) -> tuple[Store, dict[str, Method], Strategy]:
+    """Makes what a config names, all of which may be at fault, before anything is written."""
+    chosen = methods.systems(config, len(objects))
+    strategy = continual.build(config, chosen[config.method], len(objects))
+    for index in (0, 1):  # a later step's optimiser may be another
+        train.make_optimizer(train.of_step(config, index))
+    train.learning_rates(config.train, updates_per_epoch=1)
+    live.check(config.report.tensorboard)
+    return inputs.open_store(config, data.open_reader(config, objects), workdir), chosen, strategy
 
 
 def _beginning(config: ConfigDict, chosen: dict[str, Method], store: Store) -> Progress:

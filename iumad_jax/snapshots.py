@@ -238,7 +238,7 @@ def _damage(folder: Path, shared: SharedArrays) -> str | None:
         return "is damaged (its manifest is missing)"
     except OSError as error:
         return f"cannot be read ({_reason(error)})"
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return "is damaged (its manifest is not as it was written)"
 
 

@@ -120,3 +120,24 @@ def test_a_full_disk_leaves_the_workdir_unclaimed(tmp_path, files_no_larger_than
         claim(tmp_path, paper("6-1"))
     assert not (tmp_path / "config.json").exists()
     workdirs.check(tmp_path, changed(seed=1))
+
+
+@pytest.mark.parametrize(
+    ("format_", "told"),
+    [
+        (None, "an older version of iumad_jax (run format 0; this version reads 1)"),
+        (2, "another version of iumad_jax (run format 2; this version reads 1)"),
+        ("x", "another version of iumad_jax (run format x; this version reads 1)"),
+    ],
+)
+def test_a_run_of_another_format_is_refused(tmp_path, format_, told):
+    claim(tmp_path, paper("6-1"))
+    file = tmp_path / "config.json"
+    content = json.loads(file.read_text())
+    assert content.pop("format") == workdirs.FORMAT
+    file.write_text(json.dumps(content if format_ is None else content | {"format": format_}))
+    with pytest.raises(UserError) as error:
+        workdirs.check(tmp_path, paper("6-1"))
+    assert str(error.value) == (
+        f"{file}: this run was made by {told}; use that version, or start again in another --workdir."
+    )

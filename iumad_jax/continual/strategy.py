@@ -29,7 +29,8 @@ class Strategy:
         begin: (memory, variables, batch, step) -> memory, before a step's first update; the batch shows shapes only.
         finish: (memory, variables, batch, object) -> memory, after a step's last update, once for each object that it
             learned, with all of the object's training images as one (memory-mapped) batch. What is then left is what
-            the strategy keeps between steps.
+            the strategy keeps between steps; what belongs to one object alone and never changes goes under the key
+            BY_OBJECT, as one entry of a tuple per object, which snapshots store once.
         incremental: False if it trains on the images of all objects seen so far.
     """
 

@@ -24,11 +24,13 @@ class Method:
 
     Attributes:
         init: from a key and a batch of the right shapes to the first variables.
-        predict: the anomaly maps and scores of a batch. Jitted by the caller.
+        predict: the anomaly maps and scores of a batch, whose objects are those that were recognised, right or wrong.
+            Jitted by the caller.
         loss: the training loss of a batch, with one key per image. None for a method without training.
         observe: called once per object and step, before the step's training, with all of the object's training
             images as one (memory-mapped) batch and the number of the step; returns the variables with updated
-            statistics. Not jitted.
+            statistics. What belongs to that object alone and never changes again goes under the key BY_OBJECT, as one
+            more entry of a tuple: snapshots store it once. Not jitted.
         activations: what a strategy may protect: the token means (b d) of the outputs of some dense layers, without
             chance, each as `mean` at its layer's place in a tree like `variables["params"]`. Jitted by the caller.
     """

@@ -1,10 +1,12 @@
 """Worse copies of samples."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from iumad_jax.data.degradation import FAULTS, degrade
-from iumad_jax.data.sample import Sample
+from iumad_jax.data.degradation import FAULTS, degrade, vary
+from iumad_jax.data.sample import Camera, Sample
 
 HEIGHT = 0.008  # metres
 
@@ -55,3 +57,29 @@ def test_a_photograph_alone_needs_no_depth(sample):
     worse = degrade(Sample("bolt", "1", "good", sample.rgb, None, None, False, None), 1, HEIGHT)
     assert worse.depth is None
     assert (worse.rgb != sample.rgb).any()
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_a_varied_sample_is_moved_and_its_camera_with_it(sample, number):
+    """A point of the scene is seen elsewhere, and found in the same place by the camera."""
+    ramp = np.add.outer(np.arange(64.0), 100 * np.arange(96.0)).astype(np.float32) + 1
+    sample = dataclasses.replace(sample, depth=ramp, mask=ramp > 5000, camera=Camera(100, 100, 47.5, 31.5))
+    moved = vary(sample, number, HEIGHT)
+    inner = ramp[20, 30]
+    row, column = np.unravel_index(np.abs(moved.depth - inner).argmin(), ramp.shape)
+    assert (column - moved.camera.cx, row - moved.camera.cy) == (30 - 47.5, 20 - 31.5)
+    assert abs(row - 20) <= 2
+    assert abs(column - 30) <= 3
+    worse = degrade(sample, number, HEIGHT)
+    height, width = 60 - abs(row - 20), 90 - abs(column - 30)
+    np.testing.assert_array_equal(
+        moved.rgb[max(row - 20, 0) :, max(column - 30, 0) :][:height, :width],
+        worse.rgb[max(20 - row, 0) :, max(30 - column, 0) :][:height, :width],
+    )
+
+
+def test_varied_samples_move_in_all_directions(sample):
+    sample = dataclasses.replace(sample, camera=Camera(100, 100, 0, 0))
+    cameras = [vary(sample, number, HEIGHT).camera for number in range(20)]
+    assert {np.sign(camera.cx) for camera in cameras} >= {-1, 1}
+    assert {np.sign(camera.cy) for camera in cameras} >= {-1, 1}

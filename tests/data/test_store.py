@@ -142,6 +142,29 @@ def test_training_images_have_no_truth_and_arrays_stay_on_disk(root):
     }
 
 
+def test_samples_that_are_not_kept_are_prepared_as_those_that_are(root):
+    opened = store(root)
+    kept = opened.get("Confetto", "test")
+    read = [opened.reader.read("Confetto", "test", id_) for id_ in opened.reader.ids("Confetto", "test")]
+    found = opened.encode(iter(read))
+    assert (found.ids, found.defects) == (kept.ids, kept.defects)
+    for one, other in zip(*map(jax.tree.leaves, (found, kept)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_digests_follow_the_content_of_files_alone(root):
+    before = store(root).digests("Confetto", "train")
+    opened = store(root)
+    opened.prepare("Confetto", "train")
+    file = root / "Confetto/train/data/01_image_4.png"
+    os.utime(file, (1, 1))
+    assert opened.digests("Confetto", "train") == before
+    shutil.copy(root / "Confetto/train/data/02_image_4.png", file)
+    after = opened.digests("Confetto", "train")
+    assert [id_ for id_ in before if before[id_] != after[id_]] == ["01"]
+    assert opened.digests("Confetto", "unlabelled") == {}
+
+
 def test_an_object_is_known_by_its_place(root):
     for split in SPLITS:
         (root / "GummyBear" / split).mkdir(parents=True)

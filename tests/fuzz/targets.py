@@ -20,9 +20,10 @@ import yaml
 from absl import flags
 from PIL import Image
 
-from iumad_jax import commands, continual, data, methods, protocol, run, snapshots, train
+from iumad_jax import commands, continual, data, methods, protocol, snapshots, train
 from iumad_jax import config as configs
 from iumad_jax import workdir as workdirs
+from iumad_jax.data import inventory
 from iumad_jax.data.archive import unpack
 from iumad_jax.data.depth_files import read_depth
 from iumad_jax.data.eyecandies import Eyecandies
@@ -32,9 +33,12 @@ from iumad_jax.data.mvtec3d import MVTec3D
 from iumad_jax.data.processing import Processing
 from iumad_jax.data.sample import Reader, Split
 from iumad_jax.data.store import Store
+from iumad_jax.inference.decisions import Calibration
 from iumad_jax.models import pretrained
-from iumad_jax.report import ledger, live, samples, tables
-from iumad_jax.snapshots import Position, Snapshot, Snapshots
+from iumad_jax.progress import BEGINNING, Position
+from iumad_jax.report import history, ledger, live, samples, tables
+from iumad_jax.report.history import History
+from iumad_jax.snapshots import Snapshots
 from tests.data import test_archive, test_depth_files
 from tests.models import test_pretrained
 
@@ -371,12 +375,13 @@ def config(folder: Path) -> Target:
         if config.dataset.name != "candies":  # which would be rendered
             configs.check(config)
             objects = data.objects(config)
-            steps = protocol.steps(config.protocol, objects)
+            protocol.steps(config.protocol, objects)
             method = methods.systems(config, len(objects))[config.method]
-            strategy = continual.build(config, method, len(objects))
+            continual.build(config, method, len(objects))
             for step in (0, 1):
                 train.make_optimizer(train.of_step(config, step))
-            run.check_training(config, method, strategy, data.open_reader(config), steps)
+            train.learning_rates(config.train, updates_per_epoch=1)
+            data.open_reader(config)
             live.check(config.report.tensorboard)
         return ""
 
@@ -431,17 +436,18 @@ def workdir(folder: Path) -> Target:
         pass
     matrix = {metric: [[0.9, float("nan")], [0.8, 0.7]] for metric in tables.METRICS}
     decided = {"objects": {}, "unknown": {"threshold": 1.0}, "usual": 1.0}
-    results = tables.gather(
-        config.to_dict(), ["a", "b"], [["a"], ["b"]], {"ib_iumad": matrix, "feature_norm": matrix},
-        {"ib_iumad": 8, "feature_norm": 8}, 0, [decided] * 2, 1.0,
-    )  # fmt: skip
+    matrices = dict.fromkeys(("ib_iumad", "feature_norm"), matrix)
+    told = History((("a",), ("b",)), matrices, [decided] * 2, dict.fromkeys(matrices, 8), 0)
+    results = history.results(config.to_dict(), told, 1.0)
     tables.write_results(folder, results)
     rng = np.random.default_rng(0)
     maps, masks = rng.random((3, 224, 224)).astype(np.float32), np.zeros((3, 224, 224), bool)
     masks[1:, :9, :9] = True
     kept = samples.summarise("abc", ("good", "x", "x"), [0, 1, 1], masks, {"m": [1.0, 2.0, 3.0]}, {"m": maps})
     samples.save(folder, 0, "bolt", kept)
-    names = ("config.json", "results.json", "samples/step0_bolt.npz")
+    noted = {"bolt": {"train": {"000": "ab", "001": None}, "test": {}}}
+    (folder / "dataset.json").write_text(json.dumps(noted))
+    names = ("config.json", "dataset.json", "results.json", "samples/step0_bolt.npz")
     seeds = {name: (folder / name).read_bytes() for name in names}
 
     def read(name: str, content: bytes) -> None:
@@ -451,6 +457,8 @@ def workdir(folder: Path) -> Target:
                 found = workdirs.read(folder)
                 methods.systems(found, 2)
                 workdirs.check(folder, config)
+            case "dataset.json":
+                inventory.unknown(inventory.read(folder), ["bolt", "nut"])
             case "results.json":
                 found = tables.read_results(folder)
                 tables.console(found, folder)
@@ -463,9 +471,16 @@ def workdir(folder: Path) -> Target:
 def snapshot(folder: Path) -> Target:
     """A snapshot: what it holds is what was saved, or it is refused; also one whose hashes were made to fit."""
     variables = {"ib_iumad": {"params": {"kernel": np.arange(600, dtype=np.float32)}, "statistics": {}}}
-    record = {"ledger_lines": 3, "decisions": [{"usual": 0.25}], "seconds": 2.5}
-    memory = {"old": {"kernel": np.ones(3, jnp.bfloat16)}}
-    saved = Snapshot(Position(0, 0, finished=True), variables, [], {}, record, memory)
+    scores = np.float32([0.5, 0.25])
+    saved = BEGINNING._replace(
+        position=Position(0, 0, finished=True),
+        objects=("bolt", "nut"),
+        variables=variables,
+        recognition={"count": np.ones(1, np.float32)},
+        calibration={"bolt": Calibration(scores, scores, np.float32([[1, 1, np.inf]] * 2))},
+        strategy={"old": {"kernel": np.ones(3, jnp.bfloat16)}, "by_object": ({"mean": np.ones(4, np.float16)},)},
+        seconds=2.5,
+    )
     original = folder / "original"
     with contextlib.closing(Snapshots(original)) as written:
         written.save(saved)

@@ -132,8 +132,8 @@ def test_a_finished_run_tells_of_images_that_it_has_not_used(home):
         run()
     assert str(error.value) == (
         "run: the run is finished, but bolt's training images: 7 added (050, 051, 052, 053, 054 and 2 more) since it"
-        " was used. nut's training images: 1 removed (003) since it was used. nut's validation images: 1 added (070) since"
-        " it was used. nut's test images: 1 changed (hole/200) since it was used."
+        " was used. nut's training images: 1 removed (003) since it was used. nut's validation images: 1 added (070)"
+        " since it was used. nut's test images: 1 changed (hole/200) since it was used."
     )
     assert files(home / "run") == before
 

@@ -69,3 +69,16 @@ def test_five_lines(home):
     assert 0 <= scores[1, 1] <= 1
     assert 0 <= results["summary"]["p_auroc_object"]["final"] <= 1
     assert (home / "run/pictures/step1_nut.jpg").exists()
+
+
+def test_evaluation_leaves_out_what_the_run_left_out(home):
+    """An object without test images, which the run skips."""
+    command = [sys.executable, "-m", "iumad_jax.evaluate", "--workdir=run", "--output=again"]
+    quick = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    done = subprocess.run(command, cwd=home, env=quick, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    of_run, again = (json.loads((home / folder / "results.json").read_text()) for folder in ("run", "again"))
+    for metric, matrix in of_run["matrix"].items():
+        assert again["matrix"][metric] == [matrix[-1]]
+    assert again["decisions"][0]["objects"] == of_run["decisions"][-1]["objects"]
+    assert "test" not in again["decisions"][0]["objects"]["bolt"]

@@ -46,10 +46,16 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """Starts the command in a folder of its own, with the quickstart's config made small and then changed."""
+def home(tmp_path_factory):
+    """A folder with candies."""
     home = tmp_path_factory.mktemp("home")
     render(home / "candies", train=5, val=1, test=4, size=64, objects=",".join(OBJECTS), progress=False)
+    return home
+
+
+@pytest.fixture(scope="module")
+def start(home, tmp_path_factory):
+    """Starts the command in a folder of its own, with the quickstart's config made small and then changed."""
     quick = {  # compiled without optimisation, and once for all processes
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
@@ -353,7 +359,7 @@ def test_other_modalities_and_methods(run, whole, tmp_path, modality, method):
     assert of_depth != results_of(whole[0])["floors"]["feature_norm"]["matrix"]["aupro"][0][0]
 
 
-def test_joint_trains_on_all_objects_seen_so_far_and_says_that_it_is_not_incremental(run, tmp_path):
+def test_joint_trains_on_all_objects_seen_so_far_and_says_that_it_is_not_incremental(run, home, tmp_path):
     workdir, changes = tmp_path / "run", {"method": "iuf", "model.class_grid": 8, "train.epochs": 1}
     code, out, err = run(workdir, **changes, **{"continual.strategy": "joint"})
     assert code == 0, err
@@ -364,6 +370,13 @@ def test_joint_trains_on_all_objects_seen_so_far_and_says_that_it_is_not_increme
         assert "Strategy joint is not incremental: every step trains on the images of all objects seen so far" in text
     image = 64 * 64 * 3 * 4 + 4 * 4 * 192 * 4 + 4  # as prepared: pixels, features and the object's number
     assert 0 < results_of(workdir)["memory_bytes"] <= 10 * image
+    command = [sys.executable, "-m", "iumad_jax.evaluate", f"--workdir={workdir}"]  # tells the same of what was kept
+    folder = workdir / "evaluations"
+    for step in (0, 1):
+        output = folder / str(step)
+        subprocess.run([*command, f"--step={step}", f"--output={output}"], cwd=home, check=True)
+    kept = [results_of(folder / str(step))["memory_bytes"] for step in (0, 1)]
+    assert kept == [results_of(workdir)["memory_bytes"] // 2, results_of(workdir)["memory_bytes"]]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(run, whole, tmp_path):
