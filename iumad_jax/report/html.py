@@ -124,6 +124,8 @@ def _pictures(
                     "size": np.shape(rgb[index])[:2],
                     "truth": outline(masks[index]),
                     "maps": [_quantised(of_step, row) for of_step in (as_learned[name], of_object)],
+                    "alarm": of_object.alarm[row],
+                    "pixel_thresholds": [of_step.pixel_threshold[row] for of_step in (as_learned[name], of_object)],
                 }
             )
     sizes = {id(one): len(json.dumps(ledger.as_json(one))) for one in found}

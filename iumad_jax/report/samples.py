@@ -31,6 +31,8 @@ class Samples(NamedTuple):
     scores: dict[str, NDArray]  # by system: (n,)
     overlap: dict[str, NDArray]  # by system: (r,) at RATES, NaN where undefined
     thresholds: dict[str, NDArray]  # by system: (r,), of the maps
+    alarm: NDArray  # (n,) bool: whether the run's own method calls the image anomalous
+    pixel_threshold: NDArray  # (n,): above which it marks pixels
     maps: NDArray  # (n, s, s) uint8 of the run's own method: 0 stands for low, 255 for high
     low: float
     high: float
@@ -43,6 +45,8 @@ def summarise(
     masks: ArrayLike | None,
     scores: Mapping[str, ArrayLike],
     maps: Mapping[str, ArrayLike],
+    alarm: ArrayLike,
+    pixel_threshold: ArrayLike,
 ) -> Samples:
     """What is kept of an object's predictions.
 
@@ -54,6 +58,8 @@ def summarise(
             from good images alone.
         scores: by system: (n,); the run's own method comes first.
         maps: by system: (n, m, m).
+        alarm: (n,), whether the run's own method calls the image anomalous.
+        pixel_threshold: (n,), of its maps, by the object that it recognised.
     """
     curves = {}
     for name, of_system in maps.items():
@@ -71,6 +77,8 @@ def summarise(
         {name: np.asarray(of_system) for name, of_system in scores.items()},
         {name: curve[0] for name, curve in curves.items()},
         {name: curve[1] for name, curve in curves.items()},
+        np.asarray(alarm, bool),
+        np.asarray(pixel_threshold, np.float32),
         np.rint((small - low) * (255 / ((high - low) or 1))).astype(np.uint8),
         low,
         high,
@@ -89,6 +97,7 @@ def keep(workdir: Path, step: int, judgements: Sequence["Judgement"]) -> None:
         UserError: it cannot be written.
     """
     first = judgements[0]
+    assert first.decision is not None
     kept = summarise(
         first.images.ids,
         first.images.defects,
@@ -96,6 +105,8 @@ def keep(workdir: Path, step: int, judgements: Sequence["Judgement"]) -> None:
         first.truth.mask if first.truth.masked.all() else None,
         {one.method: one.prediction.score for one in judgements},
         {one.method: one.prediction.map for one in judgements},
+        first.decision.anomalous,
+        first.decision.pixel_threshold,
     )
     save(workdir, step, first.object, kept)
 

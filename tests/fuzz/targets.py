@@ -443,7 +443,9 @@ def workdir(folder: Path) -> Target:
     rng = np.random.default_rng(0)
     maps, masks = rng.random((3, 224, 224)).astype(np.float32), np.zeros((3, 224, 224), bool)
     masks[1:, :9, :9] = True
-    kept = samples.summarise("abc", ("good", "x", "x"), [0, 1, 1], masks, {"m": [1.0, 2.0, 3.0]}, {"m": maps})
+    kept = samples.summarise(
+        "abc", ("good", "x", "x"), [0, 1, 1], masks, {"m": [1.0, 2.0, 3.0]}, {"m": maps}, [0, 1, 0], [3] * 3
+    )
     samples.save(folder, 0, "bolt", kept)
     noted = {"bolt": {"train": {"000": "ab", "001": None}, "test": {}}}
     (folder / "dataset.json").write_text(json.dumps(noted))

@@ -36,7 +36,8 @@ def maps(masks):
 
 def summary(masks, maps):
     scores = {name: of_system.max(axis=(1, 2)) for name, of_system in maps.items()}
-    return samples.summarise(IDS, DEFECTS, ANOMALOUS, masks, scores, maps)
+    alarm = scores["ours"] > 1
+    return samples.summarise(IDS, DEFECTS, ANOMALOUS, masks, scores, maps, alarm, np.linspace(0, 1, COUNT))
 
 
 def test_saved_and_read_back(tmp_path, masks, maps):
@@ -47,6 +48,8 @@ def test_saved_and_read_back(tmp_path, masks, maps):
     assert (found.ids, found.defects, found.low, found.high) == (tuple(IDS), tuple(DEFECTS), kept.low, kept.high)
     assert found.anomalous.tolist() == [False, False, True, True, True, False]
     np.testing.assert_array_equal(found.maps, kept.maps)
+    np.testing.assert_array_equal(found.alarm, maps["ours"].max((1, 2)) > 1)
+    np.testing.assert_array_equal(found.pixel_threshold, np.linspace(0, 1, COUNT, dtype=np.float32))
     for name, of_system in maps.items():
         np.testing.assert_array_equal(found.scores[name], of_system.max(axis=(1, 2)))
         overlap, thresholds = pro_curve(masks, of_system, RATES)

@@ -20,23 +20,14 @@ const SHOWN = 12; // samples at first
 const chosen = () => rates.length - 1 - Number($("threshold").value); // to the right the threshold rises
 const state = () => Number($("state").value);
 
-/** What was decided about an object after the last step (1) or the one that learned it (0), if anything was. */
-function decided(object, which) {
-  const [learned] = columns.find(([, name]) => name === object);
-  return results.decisions?.at(which ? -1 : learned)?.objects[object];
-}
-
-/** Above which a pixel is marked. */
-function pixelThreshold(object, which) {
-  const own = $("decided").checked ? decided(object, which)?.pixel.threshold : page.thresholds[object][which][chosen()];
-  return own ?? null;
+/** Above which a pixel of a sample is marked, after the last step (1) or the one that learned the object (0). */
+function pixelThreshold({ object, pixel_thresholds }, which) {
+  return ($("decided").checked ? pixel_thresholds[which] : page.thresholds[object][which][chosen()]) ?? null;
 }
 
 /** Whether a sample's image raises an alarm after the last step, where that was decided. */
-function verdict({ object, anomalous, scores }) {
-  const image = decided(object, 1)?.image;
-  if (!image) return null;
-  const alarm = scores[own] > image.threshold;
+function verdict({ anomalous, alarm }) {
+  if (!results.decisions?.length) return null;
   const text = alarm ? (anomalous ? "alarm" : "false alarm") : anomalous ? "missed" : "passed";
   return h("span", { class: `chip ${alarm === anomalous ? "" : "wrong"}` }, text);
 }
@@ -129,7 +120,7 @@ function makeCard(sample) {
     card.dirty = false;
     const which = state();
     values[which] ??= upsampled(sample.maps[which], sample.size);
-    const threshold = pixelThreshold(sample.object, which);
+    const threshold = pixelThreshold(sample, which);
     const low = Math.min(...sample.maps.map((one) => one.low));
     const high = Math.max(...sample.maps.map((one) => one.high));
     const over = values[which].map((value) => known(threshold) && value > threshold);

@@ -190,7 +190,17 @@ def kept(name, step, marked=True):
     scores, maps = predictions(name, step)
     ids = [f"{row:03}" for row in range(len(KINDS))]
     anomalous = [kind != "good" for kind in KINDS]
-    return samples.summarise(ids, KINDS, anomalous, truth(name)[2] if marked else None, scores, maps)
+    image, pixel = thresholds(name, step)
+    masks = truth(name)[2] if marked else None
+    alarm = scores[SYSTEMS[0]] > image
+    return samples.summarise(ids, KINDS, anomalous, masks, scores, maps, alarm, np.full(len(KINDS), pixel))
+
+
+def thresholds(name, step):
+    """Of images and of pixels: half of the good images pass."""
+    scores, maps = predictions(name, step)
+    good = np.array(KINDS) == "good"
+    return np.median(scores[SYSTEMS[0]][good]), np.quantile(maps[SYSTEMS[0]][good], 0.9)
 
 
 def matrix(system):
@@ -225,9 +235,9 @@ def decisions():
         return {"threshold": value, "interval": [value - 0.1, value + 0.1], "images": 7, "at_most": 0.125}
 
     def of(name, step):
-        scores, maps = predictions(name, step)
+        scores, _ = predictions(name, step)
         good = np.array(KINDS) == "good"
-        image, pixel = np.median(scores[SYSTEMS[0]][good]), np.quantile(maps[SYSTEMS[0]][good], 0.9)
+        image, pixel = thresholds(name, step)
         alarm = scores[SYSTEMS[0]] > image
         test = {"false_alarms": alarm[good].mean(), "misses": (~alarm[~good]).mean(), "recognised": 1.0}
         return {"image": limit(float(image)), "pixel": limit(float(pixel)), "test": test | {"taken_as_unknown": 0.25}}

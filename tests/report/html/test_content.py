@@ -21,7 +21,7 @@ def test_the_best_the_median_and_the_worst_of_every_kind():
     scores = np.array([0.3, 0.1, 0.2, 0.9, 0.5, 0.7, 0.6])
     of_object = samples.summarise(
         list("abcdefg"), ["good"] * 3 + ["bump"] * 2 + ["dent", "good"], [0, 0, 0, 1, 1, 1, 0], None, {"ours": scores},
-        {"ours": np.zeros((7, 8, 8))},
+        {"ours": np.zeros((7, 8, 8))}, [0] * 7, [1] * 7,
     )  # fmt: skip
     assert html.pick(of_object) == [
         (1, "best", 1, 4),  # good: 0.1 < 0.2 < 0.3 < 0.6
