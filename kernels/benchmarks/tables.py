@@ -41,7 +41,8 @@ def of_scans(rows: list[dict[str, Any]], rates: Rates) -> str:
         times, memory, shares = [], [], []
         for name in names:
             row = by_name.get(name, {"left_out": "not measured"})
-            ratio = f" ({medians[name] / medians['xla']:.1f}x)" if name != "xla" and {name, "xla"} <= set(medians) else ""
+            compared = name != "xla" and {name, "xla"} <= set(medians)
+            ratio = f" ({medians[name] / medians['xla']:.1f}x)" if compared else ""
             times.append(f"{1e3 * medians[name]:.3g}{ratio}" if name in medians else row["left_out"])
             size, least = row.get("temporary_bytes"), floor(row, rates) if name in medians else None
             memory.append("?" if size is None else f"{size / 2**20:.0f}")
@@ -54,6 +55,7 @@ def of_scans(rows: list[dict[str, Any]], rates: Rates) -> str:
 def of_part(rows: dict[str, dict[str, Any]]) -> str:
     """A part of the GPU command: its rows as they are, then what is a table within a row."""
     names = dict.fromkeys(name for row in rows.values() for name, value in row.items() if _fits(value))
+    names.pop("machine", None)
     lines = [[key, *(_told(row.get(name)) for name in names)] for key, row in rows.items()]
     found = [_markdown(["", *names], lines)]
     for key, row in rows.items():
@@ -89,10 +91,17 @@ def main(arguments: list[str] | None = None) -> int:
             content = json.loads(file.read_text())
             table = of_file(content)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            print(f"{file} holds no results of a benchmark ({error!r}); give a file that one has written.", file=sys.stderr)
+            print(f"{file} holds no results of a benchmark ({error!r}); give one that does.", file=sys.stderr)
             return 2
-        print(f"{file.stem}\n\n{table}\n")
+        machines = "; ".join(map(_machine, content.get("machines", [content])))
+        print(f"{file.stem} ({machines}):\n\n{table}\n")
     return 0
+
+
+def _machine(described: dict[str, Any]) -> str:
+    driver = f", driver {described['driver']}" if described["driver"] else ""
+    versions = ", ".join(map(" ".join, described["versions"].items()))
+    return f"{described['date']}, {described['device']}{driver}, {versions}"
 
 
 def _fits(value: Any) -> bool:

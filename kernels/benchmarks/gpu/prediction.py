@@ -17,7 +17,7 @@ BATCHES, REPETITIONS = (1, 16), 20
 
 def cases(options: Options) -> Cases:
     """A row for each batch size."""
-    for batch in BATCHES:
+    for batch in BATCHES[:1] if options.rehearse else BATCHES:
         yield f"batch {batch}", functools.partial(predict, options, batch)
 
 
@@ -28,7 +28,8 @@ def predict(options: Options, batch: int) -> Row:
     detector = Detector.load(training.workdir(options))
     size = detector.processing.size
     noise = np.random.default_rng(0).uniform(0, 255, (batch, size, size, 3)).astype(np.float32)
-    arguments = detector.state, dict.fromkeys(detector.processing.modalities, noise), np.full(batch, RECOGNISE, np.int32)
+    images, objects = dict.fromkeys(detector.processing.modalities, noise), np.full(batch, RECOGNISE, np.int32)
+    arguments = detector.state, images, objects
     began = time.perf_counter()
     compiled = detector.function.lower(*arguments).compile()
     compile_seconds = time.perf_counter() - began

@@ -3,11 +3,12 @@
 import json
 import time
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from ml_collections import ConfigDict
 
 from iumad_jax import data, experiment, inputs
+from iumad_jax.data import candies
 from iumad_jax.data.eyecandies import OBJECTS
 from iumad_jax.data.pipeline import updates_per_epoch
 from iumad_jax.data.sample import Split
@@ -16,7 +17,8 @@ from kernels.benchmarks.gpu.results import Row
 from kernels.benchmarks.gpu.worker import Cases, Options
 
 SHARE = 0.4  # of the time left once images are prepared that updates may take; the rest compiles and evaluates
-SMALL_CANDIES = {"train": 5, "val": 1, "test": 2, "size": 64}
+CANDIES = {"objects": "CandyCane,GummyBear", "train": 48, "val": 4, "test": 16, "size": 256}
+SMALL_CANDIES = {"objects": "CandyCane", "train": 5, "val": 1, "test": 2, "size": 64}
 
 
 def cases(options: Options) -> Cases:
@@ -33,7 +35,6 @@ def train(options: Options, epochs: int | None = None) -> Row:
     """Prepares, trains for so many epochs or as many as fit, and evaluates."""
     began = time.monotonic()
     config = settings(options)
-    data.render(config)
     reader = data.open_reader(config)
     store = inputs.open_store(config, reader, workdir(options))
     splits: tuple[Split, ...] = get_args(Split)
@@ -50,7 +51,7 @@ def train(options: Options, epochs: int | None = None) -> Row:
     config.train.epochs = epochs
     trained = time.monotonic()
     experiment.run(config, workdir(options))
-    row: Row = {"objects": len(reader.objects), "images": images, "epochs": epochs, "scan": config.model.scan or "default"}
+    row: Row = {"method": config.method, "objects": len(reader.objects), "images": images, "epochs": epochs}
     row |= {"prepare_seconds": prepared - began, "run_seconds": time.monotonic() - trained}
     events = map(json.loads, (workdir(options) / "live.jsonl").read_text().splitlines())
     rates = [event["images_per_second"] for event in events if event["event"] == "epoch"]
@@ -59,17 +60,14 @@ def train(options: Options, epochs: int | None = None) -> Row:
 
 
 def settings(options: Options) -> ConfigDict:
-    """The paper's, all objects of the dataset being learned in one step."""
+    """The paper's; all objects of --data, or of candies rendered here, are learned in one step."""
     config = update.settings(options)
-    if options.data:
-        config.dataset.root = options.data
-        names = [name for name in OBJECTS if (Path(options.data) / name).is_dir()]
-    else:
-        config.dataset.name, config.dataset.root = "candies", f"{options.scratch}/candies"
-        names = list(OBJECTS[:1] if options.rehearse else OBJECTS)
-    if options.rehearse:
-        config.dataset.render.update(SMALL_CANDIES)
-        config.floors, config.train.epochs, config.model.scan = "", 2, "xla"  # an interpreted kernel takes seconds
+    chosen: dict[str, Any] = SMALL_CANDIES if options.rehearse else CANDIES
+    root = Path(options.data) if options.data else candies.render(f"{options.scratch}/candies", **chosen)
+    names = [name for name in OBJECTS if (root / name).is_dir()]
+    config.dataset.root = str(root)
+    if options.rehearse:  # a network that is compiled soon
+        config.method, config.backbone.grid, config.floors, config.train.epochs = "uniad", 8, "", 2
     config.dataset.objects, config.protocol = ",".join(names), f"{len(names)}-0"
     return config
 

@@ -36,7 +36,6 @@ def settings(options: Options) -> ConfigDict:
     config = eyecandies.get_config()
     if options.rehearse:
         config.update_from_flattened_dict(training_step.SMALL)
-        config.modality = "rgb"
     return config
 
 
