@@ -66,6 +66,6 @@ def measure(config: ConfigDict, scan: str, precision: str, seconds: float) -> Ro
         "images/s": images_per_second,
         "GFLOP": update.flops / 1e9,
         "share of peak": update.flops / median / peak if peak else "unknown",
-        "peak MiB": update.peak_bytes / 2**20,
+        "peak MiB": update.memory_bytes / 2**20,
         "days for MVTec 3D-AD": MVTEC3D * EPOCHS / images_per_second / 86400,
     }
