@@ -3,6 +3,7 @@
 import functools
 import statistics
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -23,9 +24,11 @@ def cases(options: Options) -> Cases:
 
 def predict(options: Options, batch: int) -> Row:
     """Of the model that the part `training` left, or one that was never trained."""
-    if not (training.workdir(options) / "results.json").exists():
-        training.train(options, epochs=0)
-    detector = Detector.load(training.workdir(options))
+    folder = training.workdir(options)
+    if not (folder / "results.json").exists():
+        folder = Path(options.scratch) / "untrained"
+        training.train(options, folder, epochs=0)
+    detector = Detector.load(folder)
     size = detector.processing.size
     noise = np.random.default_rng(0).uniform(0, 255, (batch, size, size, 3)).astype(np.float32)
     images, objects = dict.fromkeys(detector.processing.modalities, noise), np.full(batch, RECOGNISE, np.int32)

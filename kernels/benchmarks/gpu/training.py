@@ -23,20 +23,20 @@ SMALL_CANDIES = {"objects": "CandyCane", "train": 5, "val": 1, "test": 2, "size"
 
 def cases(options: Options) -> Cases:
     """One row."""
-    yield "eyecandies" if options.data else "candies", lambda: train(options)
+    yield "eyecandies" if options.data else "candies", lambda: train(options, workdir(options))
 
 
 def workdir(options: Options) -> Path:
-    """Of the run."""
+    """Where this part trains."""
     return Path(options.scratch) / "training"
 
 
-def train(options: Options, epochs: int | None = None) -> Row:
+def train(options: Options, folder: Path, epochs: int | None = None) -> Row:
     """Prepares, trains for so many epochs or as many as fit, and evaluates."""
     began = time.monotonic()
     config = settings(options)
     reader = data.open_reader(config)
-    store = inputs.open_store(config, reader, workdir(options))
+    store = inputs.open_store(config, reader, folder)
     splits: tuple[Split, ...] = get_args(Split)
     for name in reader.objects:
         for split in splits:
@@ -50,13 +50,13 @@ def train(options: Options, epochs: int | None = None) -> Row:
         epochs = max(1, min(config.train.epochs, int(SHARE * left / seconds)))
     config.train.epochs = epochs
     trained = time.monotonic()
-    experiment.run(config, workdir(options))
+    experiment.run(config, folder)
     row: Row = {"method": config.method, "objects": len(reader.objects), "images": images, "epochs": epochs}
     row |= {"prepare_seconds": prepared - began, "run_seconds": time.monotonic() - trained}
-    events = map(json.loads, (workdir(options) / "live.jsonl").read_text().splitlines())
+    events = map(json.loads, (folder / "live.jsonl").read_text().splitlines())
     rates = [event["images_per_second"] for event in events if event["event"] == "epoch"]
     row |= {"images/s, last epoch": rates[-1] if rates else None}
-    return row | {"results": (workdir(options) / "results.md").read_text()}
+    return row | {"results": (folder / "results.md").read_text()}
 
 
 def settings(options: Options) -> ConfigDict:

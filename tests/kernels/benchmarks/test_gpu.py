@@ -85,16 +85,25 @@ def test_a_killed_process_leaves_the_rest(call):
 
 
 def test_a_part_out_of_time_is_killed_with_all_it_started(call, tmp_path):
-    code, files, measured = call(0.4, first=(1, ["works", "hangs", "after"]), second=(1, ["other"]))
+    code, files, measured = call(0.3, first=(1, ["works", "hangs"]), second=(1, ["other"]))
     assert (code, measured) == (1, ["works", "hangs", "other"])
     assert files["first"]["state"] == "out of time"
-    assert files["first"]["rows"].keys() == {"works", "hangs"}
+    assert files["first"]["rows"]["works"]["value"] == 1
+    assert files["first"]["rows"]["hangs"]["error"] == "was not finished"
     assert files["second"]["state"] == "done"
     end = time.monotonic() + 10
     child = int((tmp_path / "child").read_text())
     while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < end
         time.sleep(0.1)
+
+
+def test_a_row_that_hangs_leaves_time_for_the_others(call):
+    code, files, measured = call(0.4, first=(1, ["hangs", "after", "works"]))
+    assert (code, measured) == (1, ["hangs", "after", "works"])
+    assert files["first"]["state"] == "incomplete"
+    assert list(files["first"]["rows"]) == ["hangs", "after", "works"]
+    assert list(call(0.1, first=(1, ["hangs", "later"]))[2]) == ["later", "hangs"]  # what failed comes last
 
 
 def test_a_module_that_cannot_be_loaded_leaves_the_rest(call, capfd):
