@@ -66,7 +66,10 @@ def _measure(values: flags.FlagValues) -> str:
         ends.append(time.perf_counter())
         return len(ends) % 2 == 1
 
-    state, total = train.start(variables, optimizer, 0, []), values.updates * (2 * values.rounds + 1)
+    state, total = (
+        train.start(variables, optimizer, 0, []),
+        values.updates * (2 * values.rounds + 1) + 1,
+    )  # nobody pauses after the last
     pieces, update = training_input([batch], config.train.batch_size, 0, 0), train.make_update(method, optimizer)
     with tempfile.TemporaryDirectory() as folder, closing(Snapshots(Path(folder))) as saved:
         for reached in train.epochs(update, state, pieces, lambda _: 1e-4, jax.random.key(0), total, 1, pause=pause):

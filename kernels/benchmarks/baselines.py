@@ -43,6 +43,7 @@ def associative_scan(x: Array, delta: Array, A: Array, B: Array, C: Array, D: Ar
     return (h * C[..., None]).sum(-2).reshape(x.shape) + D[None, None] * x
 
 
+PASSES = {"forward": False, "forward + backward": True}  # whether backward
 ARGUMENTS = ("x", "delta", "A", "B", "C", "D", "delta_bias")
 
 

@@ -3,9 +3,9 @@
 Prints registers, spills and XLA's temporary memory beside its formula in kernels/README.md.
 
     pip install jax-cuda13-plugin jax-cuda13-pjrt      of jax's own version; a ptxas must be on the PATH
-    python kernels/benchmarks/compile_selective_scan.py
+    python -m kernels.benchmarks.compile_selective_scan
 
-Exit code 1 if a kernel spills registers to memory.
+Exit codes: 1 if a kernel spills registers to memory; 2 without the plugin.
 """
 
 import functools
@@ -77,7 +77,10 @@ def main() -> int:
         return 0
     plugins = [f"jax_cuda{version}_plugin" for version in (12, 13)]
     if not any(map(importlib.util.find_spec, plugins)):
-        print("the CUDA plugin is not installed: pip install jax-cuda13-plugin jax-cuda13-pjrt of jax's own version")
+        print(
+            "the CUDA plugin is not installed: pip install jax-cuda13-plugin jax-cuda13-pjrt of jax's own version",
+            file=sys.stderr,
+        )
         return 2
     print(f"jax {jax.__version__}, sm_90a\n")
     print("| batch, length, channels, states, groups | dtype | registers | spilled bytes | float32 arrays (formula) |")

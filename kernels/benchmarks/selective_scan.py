@@ -1,6 +1,6 @@
 """Times the selective scan, forward and forward + backward, against what JAX has, in turns within one run.
 
-    python kernels/benchmarks/selective_scan.py [--shapes=target,long] [--json=out.json] [--picture=out.png]
+    python -m kernels.benchmarks.selective_scan [--shapes=target,long] [--json=out.json] [--picture=out.png]
 
 Shapes are batch x length x channels x states x groups, or the name of a list: `target`, `es2d` (the Mamba decoder's, at
 patch sizes 4, 8 and 16), `long` (1,024 to 65,536 positions). On a GPU, `--dtype=bfloat16` also makes sense. Prints a
@@ -10,13 +10,9 @@ disagrees with "xla". The packages `jax-linear-attention` and `mamba-ssm` are ti
 """
 
 import argparse
-import datetime
 import functools
 import importlib.metadata
 import json
-import math
-import os
-import platform
 import statistics
 import sys
 import time
@@ -24,12 +20,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import baselines
 import jax
 import jax.numpy as jnp
 import numpy as np
-from baselines import Program
 from iumad_kernels.selective_scan import pallas_mosaic, selective_scan
+
+from kernels.benchmarks import baselines, machine, tables
+from kernels.benchmarks.baselines import PASSES, Program
 
 LISTS = {
     "target": ["4x196x512x16x1", "4x1024x512x16x1"],
@@ -37,8 +34,6 @@ LISTS = {
     "long": [f"1x{length}x{channels}x16x1" for channels in (512, 2048) for length in (1024, 4096, 16384, 65536)],
     "wide": [f"8x{length}x1536x16x1" for length in (1024, 4096, 16384)],
 }
-PASSES = {"forward": False, "forward + backward": True}  # whether backward
-HOPPER = {"sms": 132, "sfu_per_sm": 16, "clock": 1.98e9}  # H100 SXM and H200
 CHECKED = ["2x64x256x16x2", "3x37x150x5x3", "1x512x200x16x1"]  # a small shape, an odd one, and one in segments
 
 
@@ -93,8 +88,8 @@ def difference(found: Any, expected: Any) -> float:
     return float(np.max(jax.tree.leaves(jax.tree.map(relative, found, expected))))
 
 
-def errors(implementation: str, shape: tuple[int, ...], dtype: Any) -> dict[str, float]:
-    """Of every result and every gradient, from the definition's in float64 on the CPU."""
+def with_everything(shape: tuple[int, ...], dtype: Any) -> tuple[dict[str, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Every argument of the scan, at random, and cotangents of y and the final state."""
     batch, _, channels, states, _ = shape
     rng = np.random.default_rng(2)
     args = inputs(shape, dtype)
@@ -103,34 +98,48 @@ def errors(implementation: str, shape: tuple[int, ...], dtype: Any) -> dict[str,
         "z": jnp.asarray(rng.standard_normal(args["x"].shape), dtype),
         "initial_state": jnp.asarray(rng.standard_normal((batch, channels, states)), dtype),
     }
-    cotangents = jnp.asarray(rng.standard_normal(args["x"].shape), dtype), args["initial_state"].astype(jnp.float32)
+    return args, (
+        jnp.asarray(rng.standard_normal(args["x"].shape), dtype),
+        args["initial_state"].astype(jnp.float32),
+    )
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def results(implementation: str, args: dict, cotangents: tuple) -> dict[str, jax.Array]:
-        scan = functools.partial(selective_scan, return_final_state=True, implementation=implementation)
-        (y, state), vjp = jax.vjp(lambda args: scan(**args), args)
-        return {"y": y, "final state": state} | {f"gradient of {n}": g for n, g in vjp(cotangents)[0].items()}
 
-    found = results(implementation, args, cotangents)
+def results(implementation: str, reverse: bool, args: dict[str, Any], cotangents: Any) -> dict[str, jax.Array]:
+    """Everything that the scan returns, and every gradient, by name."""
+    options: dict[str, Any] = {"return_final_state": True, "reverse": reverse, "implementation": implementation}
+    (y, state), vjp = jax.vjp(lambda args: selective_scan(**args, **options), args)
+    return {"y": y, "final state": state} | {f"gradient of {n}": g for n, g in vjp(cotangents)[0].items()}
+
+
+compiled_results = jax.jit(results, static_argnums=(0, 1))
+
+
+def errors(found: dict[str, jax.Array], reverse: bool, args: dict[str, Any], cotangents: Any) -> dict[str, float]:
+    """Of what `results` found, from the definition's in float64 on the CPU."""
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-        exact = results("reference", *jax.tree.map(lambda array: np.asarray(array, np.float64), (args, cotangents)))
+        arrays = jax.tree.map(lambda array: np.asarray(array, np.float64), (args, cotangents))
+        exact = compiled_results("reference", reverse, *arrays)
     return {name: difference(found[name], np.asarray(exact[name], np.float32)) for name in found}
+
+
+def tolerance(name: str, dtype: Any) -> float:
+    """Of the error of a result or, by its name, a gradient."""
+    return 2e-2 if dtype != jnp.float32 else 1e-4 if name.startswith("gradient") else 1e-5
 
 
 def check(dtype: Any) -> tuple[dict[str, Any], str | None]:
     """The errors of ours by implementation and shape, and what is wrong with them, if anything is."""
-    of_results, of_gradients = (1e-5, 1e-4) if dtype == jnp.float32 else (2e-2, 2e-2)
     found: dict[str, Any] = {}
     for key in CHECKED:
         shape = parse_shape(key)
-        for implementation in implementations(shape, dtype):
-            found.setdefault(implementation, {})[key] = errors(implementation, shape, dtype)
-            for name, error in found[implementation][key].items():
-                tolerance = of_gradients if name.startswith("gradient") else of_results
-                if not error <= tolerance:
+        case = with_everything(shape, dtype)
+        for name in implementations(shape, dtype):
+            found.setdefault(name, {})[key] = errors(compiled_results(name, False, *case), False, *case)
+            for of, error in found[name][key].items():
+                if not error <= tolerance(of, dtype):
                     return found, (
-                        f'"{implementation}" is wrong here, so that nothing was timed: at {key} its {name} differs from'
-                        f" the definition's by {error:.1g}, more than {tolerance:.0e}"
+                        f'"{name}" is wrong here, so that nothing was timed: at {key} its {of} differs from the'
+                        f" definition's by {error:.1g}, more than {tolerance(of, dtype):.0e}"
                     )
     return found, None
 
@@ -142,52 +151,73 @@ def contestants(shape: tuple[int, ...], dtype: Any) -> dict[str, Callable[..., P
     return {name: baselines.in_jax(scan) for name, scan in scans.items()}
 
 
-def installed_peers() -> dict[str, Callable[..., Program]]:
-    """Other packages' scans that can run here; says which cannot."""
-    found = {}
+def peers() -> tuple[dict[str, Callable[..., Program]], dict[str, str]]:
+    """Other packages' scans that can run here, and why the others cannot."""
+    found, left_out = {}, {}
     for name, load in baselines.PEERS.items():
         try:
             if jax.default_backend() != "gpu":
                 raise ImportError("it needs a GPU")
             found[name] = load()
         except ImportError as error:
-            print(f"{name} is left out: {error}")
-    return found
+            left_out[name] = str(error)
+    return found, left_out
 
 
 def measure(
-    shape: tuple[int, ...], dtype: Any, peers: dict[str, Callable[..., Program]], seconds: float, memory: float
+    shape: tuple[int, ...],
+    dtype: Any,
+    prepare: dict[str, Callable[..., Program]],
+    seconds: float,
+    memory: float,
+    expected: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """One row for each contestant and pass: the times of its turns."""
+    """Times contestants in turns.
+
+    Args:
+        shape: batch, length, channels, states, groups.
+        dtype: of the sequences.
+        prepare: makes each contestant's program.
+        seconds: for all turns; there are 3 to 15.
+        memory: GiB that a contestant may need for itself.
+        expected: the results by pass that all must find; where there are none, the first contestant's are put there.
+
+    Returns:
+        One row for each contestant and pass: seconds of its compilation and of its turns, or why it was left out.
+    """
     args = inputs(shape, dtype)
     dy = jnp.asarray(np.random.default_rng(1).standard_normal(args["x"].shape, np.float32), dtype)
-    rows, ready, expected = [], [], {}
-    for name, prepare in (contestants(shape, dtype) | peers).items():
+    rows, ready = [], []
+    for name, program_of in prepare.items():
         for of_pass, backward in PASSES.items():
             row: dict[str, Any] = {"shape": shape, "dtype": jnp.dtype(dtype).name, "name": name, "pass": of_pass}
             rows.append(row)
+            began = time.perf_counter()
             try:
-                program = prepare(args, dy, backward)
+                program = program_of(args, dy, backward)
             except ValueError as error:
                 row["left_out"] = str(error)
                 continue
+            row["compile_seconds"] = time.perf_counter() - began
             row["temporary_bytes"] = program.temporary_bytes
             if (program.temporary_bytes or 0) > memory * 2**30:
                 row["left_out"] = f"needs {program.temporary_bytes / 2**30:.0f} GiB"
                 continue
-            result = program.results(program.wait_for(program.run()))
+            program.wait_for(program.run())
+            start = time.perf_counter()
+            result = program.wait_for(program.run())
+            once, result = time.perf_counter() - start, program.results(result)
             row["disagreement"] = difference(result, expected.setdefault(of_pass, result))
             if not row["disagreement"] <= (1e-3 if dtype == jnp.float32 else 5e-2):
                 row["left_out"] = f"differs from xla by {row['disagreement']:.1g}"
                 continue
             row["seconds"] = []
-            ready.append((program, row["seconds"]))
+            calls = min(10, 1 + int(0.02 / once)) if jax.default_backend() == "gpu" else 1  # to launch one takes time
+            ready.append((program, calls, row["seconds"]))
             del result
-    expected.clear()
-    calls = 10 if jax.default_backend() == "gpu" else 1  # what launching costs is not what is measured
     end, turns = time.monotonic() + seconds, 0
     while turns < 3 or (turns < 15 and time.monotonic() < end):
-        for program, times in ready:
+        for program, calls, times in ready:
             program.wait_for(program.run())  # what ran before has left caches and memory in its own state
             start = time.perf_counter()
             for _ in range(calls):
@@ -197,54 +227,6 @@ def measure(
             del result
         turns += 1
     return rows
-
-
-def bandwidth() -> float:
-    """Bytes a second that a copy of 1 GiB reads and writes here."""
-    array = jnp.zeros(2**28, jnp.float32)
-    copy = jax.jit(lambda array: array + 1)
-    jax.block_until_ready(copy(array))
-    times = []
-    for _ in range(10):
-        start = time.perf_counter()
-        jax.block_until_ready(copy(array))
-        times.append(time.perf_counter() - start)
-    return 2 * array.nbytes / statistics.median(times)
-
-
-def floor(row: dict[str, Any], bytes_per_second: float) -> float:
-    """Seconds below which no scan can be on a Hopper GPU: its arrays once through memory, or its exponentials.
-
-    Forward reads x and delta and writes y: 3 arrays, and states + 4 special functions an element; backward reads x,
-    delta and y's gradient and writes those of x and delta, and computes the exponentials twice.
-    """
-    batch, length, channels, states, _ = row["shape"]
-    elements, size = batch * length * channels, jnp.dtype(row["dtype"]).itemsize
-    rate = HOPPER["sms"] * HOPPER["sfu_per_sm"] * HOPPER["clock"]
-    forward = max(3 * size * elements / bytes_per_second, (states + 4) * elements / rate)
-    backward = max(5 * size * elements / bytes_per_second, (2 * states + 4) * elements / rate)
-    return forward + backward if PASSES[row["pass"]] else forward
-
-
-def table(rows: list[dict[str, Any]], bytes_per_second: float | None) -> str:
-    """Markdown: median and quartiles in milliseconds, the ratio to xla's median, and temporary memory."""
-    medians = {(str(r["shape"]), r["pass"], r["name"]): statistics.median(r["seconds"]) for r in rows if "seconds" in r}
-    header = ["shape", "pass", "implementation", "median ms (quartiles)", "times xla", "temporary MiB"]
-    header += ["share of the floor"] if bytes_per_second else []
-    lines = [header, ["---"] * len(header)]
-    for row in rows:
-        shape = " x ".join(map(str, row["shape"]))
-        cells = [shape, row["pass"], row["name"], row.get("left_out", ""), "", ""]
-        if row.get("temporary_bytes") is not None:
-            cells[5] = f"{row['temporary_bytes'] / 2**20:.0f}"
-        if "seconds" in row:
-            low, median, high = (1e3 * q for q in statistics.quantiles(row["seconds"], n=4))
-            cells[3] = f"{median:.3g} ({low:.3g} to {high:.3g})"
-            cells[4] = f"{median / 1e3 / medians.get((str(row['shape']), row['pass'], 'xla'), math.nan):.2f}"
-        if bytes_per_second:
-            cells.append(f"{1e5 * floor(row, bytes_per_second) / median:.0f} %" if "seconds" in row else "")
-        lines.append(cells)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -280,14 +262,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="where the results go")
     parser.add_argument("--picture", type=Path, help="where the picture of the list `long` goes")
     options = parser.parse_args(arguments)
-    device, dtype = jax.devices()[0], jnp.dtype(options.dtype)
-    on_gpu = device.platform == "gpu"
-    result: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "device": device.device_kind if on_gpu else f"{os.cpu_count()} CPU cores ({platform.machine()})",
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "rows": [],
-    }
+    dtype = jnp.dtype(options.dtype)
+    result: dict[str, Any] = {"part": "scan", **machine.describe(), "rows": []}
 
     def save() -> None:
         if options.json:
@@ -298,12 +274,14 @@ def main(arguments: list[str] | None = None) -> int:
     if wrong:
         print(wrong, file=sys.stderr)
         return 1
-    peers = installed_peers()
-    result["versions"] |= {name: importlib.metadata.version(name) for name in peers}
-    result["bytes_per_second"] = bandwidth() if on_gpu else None
+    found, left_out = peers()
+    for name, reason in left_out.items():
+        print(f"{name} is left out: {reason}")
+    result["versions"] |= {name: importlib.metadata.version(name) for name in found}
+    result["rates"] = machine.rates()
     for shape in options.shapes:
-        rows = measure(shape, dtype, peers, options.seconds, options.memory)
-        print(table(rows, result["bytes_per_second"]), "\n", flush=True)
+        rows = measure(shape, dtype, contestants(shape, dtype) | found, options.seconds, options.memory, {})
+        print(tables.of_scans(rows, result["rates"]), "\n", flush=True)
         result["rows"] += rows
         save()
     if options.picture:

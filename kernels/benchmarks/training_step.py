@@ -1,16 +1,19 @@
 """Times one update of IB-IUMAD's training with the selective scan as it is and with `jax.lax.scan`, in turns.
 
-python -m kernels.benchmarks.training_step [--config=quickstart] [--batch_size=8] [--seconds=120]
+python -m kernels.benchmarks.training_step [--config=quickstart] [--batch_size=8] [--seconds=120] [--small]
 """
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
 from configs import eyecandies, quickstart
 from iumad_jax import methods, parallel, train
@@ -21,15 +24,38 @@ from kernels.benchmarks import baselines
 
 OBJECTS, CHANNELS = 10, 192
 CONFIGS = {"quickstart": quickstart, "eyecandies": eyecandies}
+SMALL = {
+    "input.size": 32,
+    "backbone.grid": 2,
+    "model.width": 8,
+    "model.heads": 2,
+    "model.layers": 1,
+    "model.hidden": 8,
+    "model.patch_size": 16,
+    "model.states": 1,
+    "model.dropout": 0.0,
+    "modality": "rgb",
+    "train.optimizer": "sgd",
+    "train.batch_size": 2,
+}
 
 
-def lax_scan(*args: jax.Array, delta_softplus: bool, **more: jax.Array) -> jax.Array:
+class Update(NamedTuple):
+    """A compiled update, always of the same batch and weights, which are noise."""
+
+    run: Callable[[], jax.Array]  # starts it; returns its loss, which may have to be waited for
+    compile_seconds: float
+    flops: float  # by XLA's count, which takes a loop's body once and a kernel for nothing
+    memory_bytes: int  # arguments, results and all that lies beside them, as XLA assigned it
+
+
+def lax_scan(*args: jax.Array, delta_softplus: bool, implementation: str | None, **more: jax.Array) -> jax.Array:
     """In the place of `selective_scan`."""
     assert delta_softplus
     return baselines.lax_scan(*args, **more)
 
 
-def random_batch(config: Any) -> Batch:
+def random_batch(config: ConfigDict) -> Batch:
     """Of the sizes that the configuration says."""
     rng = np.random.default_rng(0)
     b, tokens, size = config.train.batch_size, config.backbone.grid**2, config.input.size
@@ -41,49 +67,73 @@ def random_batch(config: Any) -> Batch:
     )
 
 
-def prepared(config: Any, scan: Callable[..., Any]) -> Callable[[], float]:
-    """An update, compiled, that returns its loss; the same one every time."""
-    mamba.selective_scan = scan
+def compiled(config: ConfigDict) -> Update:
+    """The update of a config, its learning rate being zero."""
     method, batch = methods.build(config.method, config, OBJECTS), random_batch(config)
     optimizer = train.make_optimizer(config.train)
-    state = train.start(method.init(jax.random.key(0), batch), optimizer, 0, [])
-    update = train.make_update(method, optimizer)
-    piece, key, rates = whole(batch), jax.random.key(1), np.zeros(1, np.float32)
+    rng = np.random.default_rng(1)  # to compile how weights begin would take as long as the update
+    shapes = jax.eval_shape(method.init, jax.random.key(0), batch)
+    variables = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
+    noise = jax.tree.map(lambda leaf: 0.05 * rng.standard_normal(leaf.shape, np.float32), shapes["params"])
+    variables["params"] = noise
+    state = parallel.replicate(train.start(variables, optimizer, 0, []))
+    key, rates = jax.random.key(1), np.zeros(1, np.float32)
+    devices = NamedSharding(Mesh(np.array(jax.local_devices()), (parallel.AXIS,)), PartitionSpec(parallel.AXIS))
+    piece = jax.device_put(whole(batch), devices)
+    lowered = train.make_update(method, optimizer).lower(state, piece, key, rates)
+    began = time.perf_counter()
+    update = lowered.compile()
+    seconds = time.perf_counter() - began
 
-    def run() -> float:
-        _, scalars = update(parallel.replicate(state), piece, key, rates)
-        return float(scalars["loss"][0, 0])
+    def run() -> jax.Array:
+        nonlocal state
+        state, scalars = update(state, piece, key, rates)
+        return scalars["loss"]
 
-    run()
-    return run
+    found = update.memory_analysis()
+    memory = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+    return Update(run, seconds, lowered.cost_analysis()["flops"], memory - found.alias_size_in_bytes)
 
 
-def main() -> None:
+def with_scan(config: ConfigDict, scan: Callable[..., Any]) -> Update:
+    """The same with another function in the place of `selective_scan`."""
+    ours, mamba.selective_scan = mamba.selective_scan, scan
+    try:
+        return compiled(config)
+    finally:
+        mamba.selective_scan = ours
+
+
+def main(arguments: list[str] | None = None) -> int:
     """Prints the medians and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="quickstart", choices=sorted(CONFIGS))
     parser.add_argument("--batch_size", type=int, default=0, help="that of the config if 0")
     parser.add_argument("--seconds", type=float, default=120)
-    options = parser.parse_args()
+    parser.add_argument("--small", action="store_true", help="at a size that says nothing, to see that all of it runs")
+    options = parser.parse_args(arguments)
     config = CONFIGS[options.config].get_config()
+    config.update_from_flattened_dict(SMALL if options.small else {})
     config.train.batch_size = options.batch_size or config.train.batch_size
     scans = {"selective_scan": mamba.selective_scan, "lax.scan": lax_scan}
-    updates = {name: prepared(config, scan) for name, scan in scans.items()}
+    updates = {name: with_scan(config, scan) for name, scan in scans.items()}
     times: dict[str, list[float]] = {name: [] for name in updates}
     end = time.monotonic() + options.seconds
     while len(times["lax.scan"]) < 3 or time.monotonic() < end:
         losses = []
         for name, update in updates.items():
             start = time.perf_counter()
-            losses.append(update())
+            losses.append(np.asarray(update.run()))
             times[name].append(time.perf_counter() - start)
-        np.testing.assert_allclose(*losses, rtol=1e-4)
+        np.testing.assert_allclose(*losses, rtol=1e-4, equal_nan=False)
     ours, theirs = (statistics.median(times[name]) for name in scans)
+    compiling = " and ".join(f"{update.compile_seconds:.3g}" for update in updates.values())
     print(
         f"{options.config}, batch of {config.train.batch_size}: {ours:.3g} s an update, {theirs:.3g} s with lax.scan,"
-        f" {theirs / ours:.2f} times as long (medians of {len(times['lax.scan'])} turns)"
+        f" {theirs / ours:.2f} times as long (medians of {len(times['lax.scan'])} turns); compiled in {compiling} s"
     )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from iumad_kernels.selective_scan import pallas_mosaic
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 # Most of a test's time goes into compiling.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -127,13 +125,3 @@ def exact():
     return SimpleNamespace(
         jit=jit, arguments=arguments, cotangents=cotangents, scan=scan, found=found, error=error, check=check
     )
-
-
-@pytest.fixture
-def interpreted(monkeypatch, capfd):
-    """The Mosaic kernels on CPU, in the interpreter, which also looks for races."""
-    if not hasattr(plgpu, "InterpretGPUParams"):
-        pytest.skip(f"jax {jax.__version__} does not export the Mosaic interpreter, InterpretGPUParams")
-    monkeypatch.setattr(pallas_mosaic, "interpret", plgpu.InterpretGPUParams(detect_races=True))
-    yield
-    assert "RACE" not in capfd.readouterr().out.upper()  # it prints what it finds

@@ -1,0 +1,80 @@
+"""Training at the paper's sizes, for as many epochs as fit, by the code of `iumad_jax.main`: with its results."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any, get_args
+
+from ml_collections import ConfigDict
+
+from iumad_jax import data, experiment, inputs
+from iumad_jax.data import candies
+from iumad_jax.data.eyecandies import OBJECTS
+from iumad_jax.data.pipeline import updates_per_epoch
+from iumad_jax.data.sample import Split
+from kernels.benchmarks.gpu import update
+from kernels.benchmarks.gpu.results import Row
+from kernels.benchmarks.gpu.worker import Cases, Options
+
+SHARE = 0.4  # of the time left once images are prepared that updates may take; the rest compiles and evaluates
+CANDIES = {"objects": "CandyCane,GummyBear", "train": 48, "val": 4, "test": 16, "size": 256}
+SMALL_CANDIES = {"objects": "CandyCane", "train": 5, "val": 1, "test": 2, "size": 64}
+
+
+def cases(options: Options) -> Cases:
+    """One row."""
+    yield "eyecandies" if options.data else "candies", lambda: train(options, workdir(options))
+
+
+def workdir(options: Options) -> Path:
+    """Where this part trains."""
+    return Path(options.scratch) / "training"
+
+
+def train(options: Options, folder: Path, epochs: int | None = None) -> Row:
+    """Prepares, trains for so many epochs or as many as fit, and evaluates."""
+    began = time.monotonic()
+    config = settings(options)
+    reader = data.open_reader(config)
+    store = inputs.open_store(config, reader, folder)
+    splits: tuple[Split, ...] = get_args(Split)
+    for name in reader.objects:
+        for split in splits:
+            if reader.ids(name, split):
+                store.prepare(name, split)
+    prepared = time.monotonic()
+    images = sum(len(reader.ids(name, "train")) for name in reader.objects)
+    if epochs is None:
+        seconds = updates_per_epoch(images, config.train.batch_size) * seconds_of_update(options)
+        left = options.seconds - (time.monotonic() - began)
+        epochs = max(1, min(config.train.epochs, int(SHARE * left / seconds)))
+    config.train.epochs = epochs
+    trained = time.monotonic()
+    experiment.run(config, folder)
+    row: Row = {"method": config.method, "objects": len(reader.objects), "images": images, "epochs": epochs}
+    row |= {"prepare_seconds": prepared - began, "run_seconds": time.monotonic() - trained}
+    events = map(json.loads, (folder / "live.jsonl").read_text().splitlines())
+    rates = [event["images_per_second"] for event in events if event["event"] == "epoch"]
+    row |= {"images/s, last epoch": rates[-1] if rates else None}
+    return row | {"results": (folder / "results.md").read_text()}
+
+
+def settings(options: Options) -> ConfigDict:
+    """The paper's; all objects of --data, or of candies rendered here, are learned in one step."""
+    config = update.settings(options)
+    chosen: dict[str, Any] = SMALL_CANDIES if options.rehearse else CANDIES
+    root = Path(options.data) if options.data else candies.render(f"{options.scratch}/candies", **chosen)
+    names = [name for name in OBJECTS if (root / name).is_dir()]
+    config.dataset.root = str(root)
+    if options.rehearse:  # a network that is compiled soon
+        config.method, config.backbone.grid, config.floors, config.train.epochs = "uniad", 8, "", 2
+    config.dataset.objects, config.protocol = ",".join(names), f"{len(names)}-0"
+    return config
+
+
+def seconds_of_update(options: Options) -> float:
+    """As the part `update` found, or else as it is found now: with TF32, which is JAX's default."""
+    file = Path(options.out) / "update.json"
+    rows = json.loads(file.read_text())["rows"] if file.exists() else {}
+    found = [row["ms"] / 1e3 for key, row in rows.items() if "TF32" in key and "ms" in row]
+    return min(found) if found else update.measure(settings(options), "", "TF32", 0.0)["ms"] / 1e3

@@ -1,0 +1,77 @@
+"""The other benchmark commands, each as a user runs it, at its smallest size."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernels.benchmarks import tables
+
+ROOT = Path(__file__).parents[3]
+NUMBER = r"[\d.e+-]+"
+
+
+def run(command, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", f"kernels.benchmarks.{command}", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_training_step():
+    done = run("training_step", "--small", "--seconds=0")
+    assert done.returncode == 0, done.stderr
+    expected = (
+        rf"quickstart, batch of 2: {NUMBER} s an update, {NUMBER} s with lax.scan, {NUMBER} times as long"
+        rf" \(medians of 3 turns\); compiled in {NUMBER} and {NUMBER} s\n"
+    )
+    assert re.fullmatch(expected, done.stdout), done.stdout
+
+
+def test_compile_selective_scan():
+    if importlib.util.find_spec("jax_cuda13_plugin") or importlib.util.find_spec("jax_cuda12_plugin"):
+        done = run("compile_selective_scan", "1,8,32,4,1", "float32")
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"^memory: [\d.]+ \([\d.]+\)$", done.stdout, re.MULTILINE)
+    else:
+        done = run("compile_selective_scan")
+        assert done.returncode == 2
+        assert done.stderr.startswith("the CUDA plugin is not installed: pip install jax-cuda13-plugin")
+
+
+@pytest.mark.parametrize("file", ["cpu_quiet", "cpu"])
+def test_tables_in_the_readme_are_those_of_the_results(file, capsys):
+    assert tables.main([str(ROOT / "kernels" / "benchmarks" / "results" / f"{file}.json")]) == 0
+    _, _, table = capsys.readouterr().out.partition("\n\n")
+    assert table.strip() in (ROOT / "kernels" / "README.md").read_text()
+
+
+def test_tables_of_parts(capsys):
+    row = {"ms": 1.25, "peak": None, "hottest": [{"kernel": "k", "ms an update": 1.0}], "results": "two\nlines"}
+    table = tables.of_part({"mosaic": row, "xla": {"error": "ValueError: no"}})
+    expected = ["|  | ms | peak | error |", "| mosaic | 1.25 |  |  |", "| xla |  |  | ValueError: no |"]
+    assert [line for line in table.splitlines() if line in expected] == expected
+    assert "mosaic, hottest:\n\n| kernel | ms an update |\n| --- | --- |\n| k | 1 |" in table
+    assert table.endswith("mosaic, results:\n\ntwo\nlines")
+
+
+def test_share_of_the_floor():
+    """1,024 elements x 16 states: forward 20 exponentials each, at 1e9 a second 20.5 us; bytes take 1.2 us."""
+    row = {"shape": [1, 32, 32, 16, 1], "dtype": "float32", "pass": "forward", "name": "xla", "seconds": [40.96e-6] * 3}
+    rates = {"bytes_per_second": 1e10, "special_functions_per_second": 1e9}
+    assert tables.floor(row, rates) == pytest.approx(20.48e-6)
+    assert tables.floor(row | {"pass": "forward + backward"}, rates) == pytest.approx(20.48e-6 + 36.864e-6)
+    assert tables.floor(row, rates | {"bytes_per_second": 1e6}) == pytest.approx(12_288e-6)
+    assert tables.floor(row, rates | {"bytes_per_second": None}) is None
+    assert tables.of_scans([row], rates).splitlines()[-1].endswith("| 0.041 | ? | 50% |")
+
+
+def test_tables_say_what_is_no_result(tmp_path, capsys):
+    file = tmp_path / "x.json"
+    file.write_text("{}")
+    assert tables.main([str(file)]) == 2
+    assert (
+        capsys.readouterr().err == f"{file} holds no results of a benchmark (KeyError('rows')); give one that does.\n"
+    )
