@@ -8,7 +8,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from iumad_jax.detector import RECOGNISE, Detector
+from iumad_jax.inference.detector import Detector
+from iumad_jax.inference.recognition import RECOGNISE
 from kernels.benchmarks.gpu import training
 from kernels.benchmarks.gpu.results import Row
 from kernels.benchmarks.gpu.worker import Cases, Options
