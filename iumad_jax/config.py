@@ -114,7 +114,7 @@ def paper(protocol: str) -> ConfigDict:
     config.continual.replay = ConfigDict()
     config.continual.replay.rank = 8  # directions in which an object varies
     config.continual.replay.image_size = 56  # side of the coarse images, pixels
-    config.decisions = ConfigDict({"quantile": 0.995})  # of good images that are to pass; see `iumad_jax.decisions`
+    config.decisions = ConfigDict({"quantile": 0.995})  # of good images that are to pass; see `inference.decisions`
     config.snapshots = ConfigDict({"every_minutes": 5.0})  # within a step
     config.debug = ConfigDict({"nans": False})  # find the operation that makes NaN or infinity in training: slow
     config.report = ConfigDict({"pictures_per_object": 6, "tensorboard": False})  # which needs tensorboardX

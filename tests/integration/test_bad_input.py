@@ -91,7 +91,6 @@ WRONG_VALUES = {
         'config.dataset.objects names "Candycane"; known are all and',
     ),
     "a protocol that does not fit": (keys(protocol="7-2"), "protocol 7-2 does not fit 2 objects"),
-    "a batch larger than a step": (keys(train__batch_size=3), "config.train.batch_size is 3 but a step has only 2"),
     "an unknown schedule": (keys(train__schedule="linear"), 'config.train.schedule is "linear"'),
     "a negative seed": (keys(seed=-1), "config.seed is -1; use 0 to 4000000"),
     "heads that do not divide the width": (keys(model__heads=3), "config.model.width is"),
