@@ -101,7 +101,7 @@ def small_training(strategy, batch_size):
     if "queues" in memory:  # small singular values, or there were nothing to compress
         memory = jax.tree.map(lambda queue: rng.normal(0, [1, 1, 0.02, 0.01], queue.shape).astype(np.float32), memory)
     elif strategy:
-        memory = strategy.finish(memory, variables, images, 1)
+        memory = strategy.begin(strategy.finish(memory, variables, images, 0), variables, images, 1)
     pieces = (piece for piece in training_batches([images], batch_size, 0, 0))
     update, state = train.make_update(method, optimizer, strategy), train.start(variables, optimizer, 0, [], memory)
     (epoch,) = train.epochs(update, state, pieces, lambda _: 1e-2, jax.random.key(1), per_epoch=4, last=1)

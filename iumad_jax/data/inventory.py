@@ -27,7 +27,7 @@ def read(workdir: Path) -> Inventory:
     try:
         found = json.loads(file.read_bytes())
         return {name: {split: dict(images) for split, images in splits.items()} for name, splits in found.items()}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(

@@ -212,7 +212,7 @@ def _telling(calibration: Mapping[str, Calibration]) -> list[Calibration]:
 
 def _rms_distance(calibration: Mapping[str, Calibration]) -> float:
     own = np.concatenate([one.distance[:, 0] for one in _telling(calibration)])
-    return float(np.sqrt(np.mean(own**2)))
+    return max(float(np.sqrt(np.mean(own**2))), 1e-6)  # of images that are all the same, too
 
 
 def rates(decision: Decision, truth: GroundTruth, number: int) -> dict[str, float]:

@@ -130,4 +130,5 @@ def test_images_that_are_all_the_same(tmp_path, monkeypatch, image):
     for array in jax.tree.leaves(snapshots.read(tmp_path / "run").variables):
         assert np.isfinite(array).all()
     found = Detector.load(tmp_path / "run")(photograph(0, 5))
-    assert np.isfinite([found.score, found.distance, found.image_threshold, found.unknown_threshold]).all()
+    numbers = (found.score, found.distance, found.probability, found.image_threshold, found.unknown_threshold)
+    assert np.isfinite(numbers).all()

@@ -393,7 +393,8 @@ def test_evaluate_tells_objects_apart_that_were_never_learned(home, command):
     assert results["unknown"]["auroc_distance"] == 1
     assert "| GummyBear" in (folder / "results.md").read_text()
     events = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
-    assert [event["event"] for event in events] == ["evaluation"] * 3 + ["unknown"]
+    story = ["step", *["evaluation"] * 3, "decisions", "unknown", "snapshot"]
+    assert [event["event"] for event in events] == story
 
 
 def test_robustness_finds_what_the_run_did_where_nothing_is_wrong(home, command):
