@@ -72,6 +72,8 @@ def evaluate_snapshot(config: ConfigDict, workdir: Path, progress: Progress, out
             f"none of {', '.join(reader.objects)} was learned; name one of {', '.join(progress.calibration)} too."
         )
     tests = evaluation.tests(reader, reader.objects, lambda name: store.get(name, "test"))
+    if not tests:
+        raise UserError(f"there are no test images of {', '.join(reader.objects)}; add some.")
     for name in tests:  # what is at fault is told before anything is written
         store.prepare(name, "test")
     kept = history(ledgers.read(workdir / "ledger.jsonl"), step)

@@ -1,6 +1,7 @@
 """The whole story of a run: good objects go in, step by step; a ledger of what was learned and forgotten comes out."""
 
 import functools
+import itertools
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,6 +17,7 @@ from iumad_jax import data, inputs, interruption, numerics, parallel, protocol, 
 from iumad_jax import workdir as workdirs
 from iumad_jax.data import inventory
 from iumad_jax.data.pipeline import images_of, training_input, updates_per_epoch
+from iumad_jax.data.sample import Split
 from iumad_jax.data.store import PreparedSet
 from iumad_jax.errors import UserError
 from iumad_jax.inference import decisions, evaluation, recognition
@@ -26,7 +28,7 @@ from iumad_jax.progress import Position, Progress
 from iumad_jax.report import figures, html, live, samples, tables
 from iumad_jax.report import ledger as ledgers
 from iumad_jax.report.history import history, results
-from iumad_jax.run import Run, plan, start
+from iumad_jax.run import Run, compare_names, plan, start
 from iumad_jax.train import Epoch
 
 _RESULTS = ("results.md", "results.tex", "results.csv", "report.html")
@@ -59,7 +61,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     if not nothing_to_do:  # also where results were removed, which are then written anew
         finished = work(config, workdir)
     if finished and (told := unused(config, workdir)):
-        raise DatasetChanged(f"{workdir}: the run is finished, but {told}", finished)
+        raise DatasetChanged(f"{workdir}: the run is finished, but its dataset is another now. {told}", finished)
     if nothing_to_do:
         print(f"{workdir}: this run is finished.")
     return finished
@@ -82,13 +84,13 @@ def work(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
 @parallel.by_first
 def prepare(run: Run, step: protocol.Step) -> None:
     """Prepares what the step learns from, where it is not yet, and tells which images are of no use."""
-    for name in step.learned:
-        run.store.prepare(name, "train")
-        if run.store.reader.ids(name, "calibration"):
-            run.store.prepare(name, "calibration")
-        for sentence in inputs.odd_images(run.store.get(name, "train"), name):
-            live.say(sentence)
-    inventory.note(run.workdir, run.store, step.learned, ("train", "calibration"))
+    splits: tuple[Split, ...] = ("train", "calibration")
+    for name, split in itertools.product(step.learned, splits):
+        if run.store.reader.ids(name, split):
+            run.store.prepare(name, split)
+            for sentence in inputs.odd_images(run.store.get(name, split), name, inventory.SPLITS[split]):
+                live.say(sentence)
+    inventory.note(run.workdir, run.store, step.learned, splits)
 
 
 class Training(NamedTuple):
@@ -292,10 +294,10 @@ def unused(config: ConfigDict, workdir: Path) -> str:
     """
     noted = inventory.read(workdir)
     try:
-        present = data.objects(config)
-        told = list(inventory.gone(noted, present, lambda names: data.open_reader(config, names)))
-        reader = data.open_reader(config, [name for name in noted if name in present])
+        names = compare_names(config, noted)
+        reader = data.open_reader(config, [name for name in noted if name not in (*names.gone, *names.renamed)])
         store = inputs.open_store(config, reader, workdir)
+        told = names.missing() + inventory.exchanged(noted, store)
         differences = [
             inventory.changed_images(noted, store, name, split) for name in reader.objects for split in inventory.SPLITS
         ]
@@ -303,4 +305,4 @@ def unused(config: ConfigDict, workdir: Path) -> str:
         live.say(f"{workdir}: its dataset cannot be compared with what it was: {error}")
         return ""
     told += [f"{difference} since it was used." for difference in differences if difference]
-    return " ".join([*told, inventory.unknown(noted, present) or ""]).strip()
+    return " ".join([*told, *names.unlearned()])

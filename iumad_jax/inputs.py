@@ -20,9 +20,9 @@ from iumad_jax.models import pretrained
 from iumad_jax.models.efficientnet import FeatureExtractor
 from iumad_jax.shapes import Batch, Modality
 
-_FEW = 5  # training images below which none is kept back to set thresholds
+_FEW = 20  # training images below which none is kept back to set thresholds
 _DEGRADED = 50  # training images of an object, at most, of which worse copies are made
-_COPIES_OF_FEW = 20
+_COPIES = 20  # of few images
 _DARK = 3  # grey levels
 
 
@@ -72,18 +72,18 @@ class GoodImages(NamedTuple):
 def good_images(store: Store, name: str) -> GoodImages:
     """An object's good images.
 
-    Without calibration images, every fifth of the training images sets thresholds; of fewer than five images all do,
-    together with altered copies, since a threshold that a handful of trained images set would be exceeded by any other.
+    Without calibration images, every fifth of the training images sets thresholds. Of fewer than 20 all do, together
+    with altered copies, since a threshold that a handful of images set would be exceeded by most others.
     """
     training = store.get(name, "train").batch
     if store.reader.ids(name, "calibration"):
         return GoodImages(training, store.get(name, "calibration").batch, False, False)
     count = len(training.object_id)
     if count < _FEW:
-        copies = store.encode(_copies(store, name, vary)).batch
+        copies = store.encode(_altered(store, name, np.arange(_COPIES) % count, vary)).batch
         together = jax.tree.map(lambda *arrays: np.concatenate(arrays), training, copies)
         return GoodImages(training, together, True, True)
-    fifth = (np.arange(count) + 1) % _FEW == 0
+    fifth = (np.arange(count) + 1) % 5 == 0
     learned, calibrating = (jax.tree.map(lambda array, rows=rows: array[rows], training) for rows in (~fifth, fifth))
     return GoodImages(learned, calibrating, True, False)
 
@@ -91,46 +91,48 @@ def good_images(store: Store, name: str) -> GoodImages:
 def quality_shifts(store: Store, name: str) -> dict[Modality, np.ndarray]:
     """How far the mean tokens (n, f) of some of an object's training images move where a camera does somewhat worse."""
     features = store.get(name, "train").batch.features
-    worse = store.encode(_copies(store, name, degrade)).batch.features
-    rows = _copied(store, name)
+    count = len(store.reader.ids(name, "train"))
+    spread = np.unique(np.linspace(0, count - 1, _DEGRADED).round().astype(int))
+    rows = spread if len(spread) >= 5 else np.arange(_COPIES) % count  # each of very few images several times
+    worse = store.encode(_altered(store, name, rows, degrade)).batch.features
     return {m: mean_tokens(worse[m]) - mean_tokens(features[m][rows]) for m in features}
 
 
-def _copied(store: Store, name: str) -> np.ndarray:
-    """Which training images are altered: some evenly spaced ones, or all of a few several times."""
-    count = len(store.reader.ids(name, "train"))
-    if count < _FEW:
-        return np.arange(_COPIES_OF_FEW) % count
-    return np.unique(np.linspace(0, count - 1, _DEGRADED).round().astype(int))
-
-
-def _copies(store: Store, name: str, alter: Callable[[Sample, int, float], Sample]) -> Iterator[Sample]:
+def _altered(
+    store: Store, name: str, rows: np.ndarray, alter: Callable[[Sample, int, float], Sample]
+) -> Iterator[Sample]:
+    """Altered copies of the training images with these numbers."""
     ids = store.reader.ids(name, "train")
-    for number, row in enumerate(_copied(store, name)):
+    for number, row in enumerate(rows):
         yield alter(store.reader.read(name, "train", ids[row]), number, store.reader.object_height)
 
 
-def odd_images(images: PreparedSet, name: str) -> Iterator[str]:
-    """One sentence for each kind of training image from which nothing can be learned: black, saturated, of one colour,
-    or the same as another.
+def odd_images(images: PreparedSet, name: str, kind: str) -> Iterator[str]:
+    """One sentence for each way in which images tell nothing: black, saturated, of one value, or like another one.
+
+    Args:
+        images: good images of an object.
+        name: of the object.
+        kind: of the images, such as "training".
     """
-    kinds: dict[str, list[str]] = {"black": [], "saturated": [], "of a single colour": [], "the same as another": []}
+    odd: dict[str, list[str]] = {"black": [], "saturated": [], "of a single colour": [], "flat": [], "like another": []}
     seen = set()
-    pixels: Any = images.batch.images.get("rgb")
-    for row, id_ in enumerate(images.ids if pixels is not None else ()):
-        image = np.asarray(pixels[row])
-        low, high = float(image.min()), float(image.max())
-        kind = "black" if high <= _DARK else "saturated" if low >= 255 - _DARK else "of a single colour"
-        content = hashlib.sha256(b"".join(np.asarray(array[row]).tobytes() for array in images.batch.images.values()))
-        if content.digest() in seen:
-            kinds["the same as another"].append(id_)
-        elif high - low <= _DARK:
-            kinds[kind].append(id_)
-        seen.add(content.digest())
-    for kind, ids in kinds.items():
+    arrays: dict[Modality, Any] = images.batch.images
+    for row, id_ in enumerate(images.ids):
+        image = {modality: np.asarray(array[row], np.float32) for modality, array in arrays.items()}
+        content = hashlib.sha256(b"".join(pixels.tobytes() for pixels in image.values())).digest()
+        if "rgb" in image and np.ptp(image["rgb"]) <= _DARK:
+            low, high = image["rgb"].min(), image["rgb"].max()
+            odd["black" if high <= _DARK else "saturated" if low >= 255 - _DARK else "of a single colour"].append(id_)
+        elif "depth" in image and not np.ptp(image["depth"], axis=(0, 1)).any():
+            odd["flat"].append(id_)
+        elif content in seen:
+            odd["like another"].append(id_)
+        seen.add(content)
+    for how, ids in odd.items():
         if ids:
             shown = ", ".join(ids[:5]) + (" and others" if len(ids) > 5 else "")
-            yield f"{len(ids)} of {name}'s {len(images.ids)} training images are {kind} ({shown}); look at them."
+            yield f"{len(ids)} of {name}'s {len(images.ids)} {kind} images are {how} ({shown}); look at them."
 
 
 def panels(store: Store, name: str, rows: Sequence[int]) -> tuple[Any, Any, Any]:

@@ -17,7 +17,7 @@ from iumad_jax import continual, data, inputs, interruption, methods, parallel, 
 from iumad_jax import workdir as workdirs
 from iumad_jax.continual.strategy import Strategy
 from iumad_jax.data import inventory
-from iumad_jax.data.inventory import Inventory
+from iumad_jax.data.inventory import Inventory, Names
 from iumad_jax.data.store import Store
 from iumad_jax.errors import UserError
 from iumad_jax.inference import recognition
@@ -83,10 +83,16 @@ def plan(config: ConfigDict, workdir: Path) -> tuple[protocol.Step, ...]:
     Raises:
         UserError: the protocol does not fit the objects, or an object of the run is gone from the dataset.
     """
-    noted, present = inventory.read(workdir), data.objects(config)
-    if told := list(inventory.gone(noted, present, lambda names: data.open_reader(config, names))):
+    noted = inventory.read(workdir)
+    if told := compare_names(config, noted).missing():
         raise UserError(" ".join(told))
-    return protocol.steps(config.protocol, tuple(noted) or present)
+    return protocol.steps(config.protocol, tuple(noted) or data.objects(config))
+
+
+def compare_names(config: ConfigDict, noted: Inventory) -> Names:
+    """How the dataset's objects differ from those that a run knows; new ones count if the config chooses all."""
+    names = Names.of(noted, data.available(config), lambda chosen: data.open_reader(config, chosen))
+    return names if config.dataset.objects == "all" else names._replace(new=())
 
 
 def start(config: ConfigDict, workdir: Path, steps: tuple[protocol.Step, ...], held: ExitStack) -> tuple[Run, Progress]:
@@ -99,7 +105,7 @@ def start(config: ConfigDict, workdir: Path, steps: tuple[protocol.Step, ...], h
         held: gives up the workdir in the end.
 
     Raises:
-        UserError: the config, the dataset or the workdir is at fault; told before anything is written.
+        UserError: the config, the dataset or the workdir is at fault.
     """
     store, chosen, strategy = _assemble(config, workdir, steps[-1].seen)
     if parallel.is_first():
@@ -164,21 +170,34 @@ def check_images(
     progress: Progress,
     workdir: Path,
 ) -> None:
-    """Tells which images have changed since the run used them.
+    """Compares the dataset with what the run used, and tells what has changed.
 
     Raises:
-        UserError: training images of a step that is half done have, whose order is then another.
+        UserError: the run cannot go on: objects were exchanged, or training images have changed that are still needed
+            as they were.
     """
+    if progress.objects != steps[-1].seen:
+        raise UserError(
+            f"{workdir}: this run learns {', '.join(progress.objects)}, but {', '.join(steps[-1].seen)} are chosen now;"
+            " choose the same objects, or start another --workdir."
+        )
+    if told := inventory.exchanged(noted, store):
+        raise UserError(" ".join(told))
     position = progress.position
     half_done = strategy.objects(steps[position.step]) if position.step >= 0 and not position.finished else ()
     for name, split in itertools.product(noted, inventory.SPLITS):
-        told = inventory.changed_images(noted, store, name, split)
-        if told is None:
+        change = inventory.changed_images(noted, store, name, split)
+        if change is None:
             continue
+        learned = split == "train" and name in progress.calibration
         if split == "train" and name in half_done:
             raise UserError(
-                f"{told} while step {position.step} is half done with them; undo that, or remove"
+                f"{change} while step {position.step} is half done with them; undo that, or remove"
                 f" {workdir / 'snapshots_within_step'} to begin this step again."
             )
-        learned = split == "train" and name in progress.calibration
-        live.say(f"{told}; {'the run has learned it and goes on without them' if learned else 'all are used now'}.")
+        if learned and not (strategy.incremental and store.reader.ids(name, "calibration")):
+            why = "its thresholds come from" if strategy.incremental else "later steps train on"
+            raise UserError(
+                f"{change} since the run learned it, and {why} them; undo that, or start another --workdir."
+            )
+        live.say(f"{change}; {'the run has learned it as it was' if learned else 'it goes on with what is there now'}.")

@@ -76,7 +76,8 @@ class Snapshots:
         step, updates, finished = progress.position
         folder = self._finished / str(step) if finished else self._within / str(step * _UPDATES + updates)
         arrays = jax.tree.map(np.array, {key: getattr(progress, key) for key in _ARRAYS})  # training reuses its buffers
-        _check_finite(arrays, folder)
+        calibration = {name: (one.score, one.peak, one.distance[:, :2]) for name, one in progress.calibration.items()}
+        _check_finite(arrays | {"calibration": calibration}, folder)
         record = {key: value for key, value in progress._asdict().items() if key not in _ARRAYS}
         record |= {name: value._asdict() for name, value in record.items() if name in ("position", "ledger")}
         record["calibration"] = {name: one._asdict() for name, one in progress.calibration.items()}

@@ -20,11 +20,20 @@ def objects(config: ConfigDict) -> tuple[str, ...]:
     Raises:
         UserError: there is no such dataset or object.
     """
+    return select(config.dataset.objects, available(config))
+
+
+def available(config: ConfigDict) -> tuple[str, ...]:
+    """All objects of the dataset, chosen or not.
+
+    Raises:
+        UserError: there is no such dataset.
+    """
     dataset, readers = config.dataset, _readers(config, "all")
     if dataset.name not in readers:
         raise UserError(f'config.dataset.name is "{dataset.name}"; use one of {", ".join(readers)}.')
     fixed = {"eyecandies": eyecandies.OBJECTS, "candies": eyecandies.OBJECTS, "mvtec3d": mvtec3d.OBJECTS}
-    return select(dataset.objects, fixed.get(dataset.name) or object_names(Path(dataset.root)))
+    return fixed.get(dataset.name) or object_names(Path(dataset.root))
 
 
 def render(config: ConfigDict) -> None:
@@ -49,11 +58,12 @@ def open_reader(config: ConfigDict, chosen: Sequence[str] | None = None) -> Read
         UserError: there is no such dataset, or its files are at fault.
     """
     dataset = config.dataset
-    objects(config)  # an unknown name is told first
+    if chosen is None:
+        objects(config)  # an unknown name is told first
     official = "depth" in config.modality and config.input.depth_encoding == "normals_official"
     if official and dataset.name not in ("eyecandies", "candies"):
         raise UserError(f'config.input.depth_encoding is "normals_official", which {dataset.name} lacks; use normals.')
-    return _readers(config, chosen or dataset.objects)[dataset.name]()
+    return _readers(config, dataset.objects if chosen is None else chosen)[dataset.name]()
 
 
 def _readers(config: ConfigDict, chosen: str | Sequence[str]) -> dict[str, Callable[[], Reader]]:

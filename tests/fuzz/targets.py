@@ -460,7 +460,7 @@ def workdir(folder: Path) -> Target:
                 methods.systems(found, 2)
                 workdirs.check(folder, config)
             case "dataset.json":
-                inventory.unknown(inventory.read(folder), ["bolt", "nut"])
+                inventory.Names.of(inventory.read(folder), ["nut"], lambda names: data.open_reader(config, names))
             case "results.json":
                 found = tables.read_results(folder)
                 tables.console(found, folder)

@@ -74,6 +74,12 @@ def run():
     return experiment.run(config, Path("run"))
 
 
+def exchange(one, other):
+    one.rename(one.with_name("aside"))
+    other.rename(one)
+    one.with_name("aside").rename(other)
+
+
 def files(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -115,8 +121,8 @@ def test_a_finished_run_tells_of_an_object_that_it_did_not_learn(home):
     with pytest.raises(experiment.DatasetChanged) as error:
         run()
     assert str(error.value) == (
-        "run: the run is finished, but the dataset also holds washer, which this run does not learn, as it was not"
-        " there when the run began; start another --workdir to learn all."
+        "run: the run is finished, but its dataset is another now. The dataset also holds washer, which this run does not"
+        " learn, as it was not there when the run began; start another --workdir to learn all."
     )
     assert error.value.results == json.loads(before[home / "run/results.json"])
     assert files(home / "run") == before
@@ -131,8 +137,8 @@ def test_a_finished_run_tells_of_images_that_it_has_not_used(home):
     with pytest.raises(experiment.DatasetChanged) as error:
         run()
     assert str(error.value) == (
-        "run: the run is finished, but bolt's training images: 7 added (050, 051, 052, 053, 054 and 2 more) since it"
-        " was used. nut's training images: 1 removed (003) since it was used. nut's validation images: 1 added (070)"
+        "run: the run is finished, but its dataset is another now."
+        " bolt's training images: 7 added (050, 051, 052, 053, 054 and 2 more) since it was used. nut's training images: 1 removed (003) since it was used. nut's validation images: 1 added (070)"
         " since it was used. nut's test images: 1 changed (hole/200) since it was used."
     )
     assert files(home / "run") == before
@@ -157,7 +163,7 @@ def test_a_run_goes_on_with_the_objects_that_it_began_with(home, learned, capsys
     """Though one that would be learned first has arrived."""
     stop_after_step(0)
     add_object(home / "objects", "anchor", 2)
-    with pytest.raises(experiment.DatasetChanged, match="the dataset also holds anchor"):
+    with pytest.raises(experiment.DatasetChanged, match="The dataset also holds anchor"):
         run()
     assert (home / "run/ledger.jsonl").read_bytes() == (learned / "run/ledger.jsonl").read_bytes()
     assert (home / "run/results.md").read_bytes() == (learned / "run/results.md").read_bytes()
@@ -169,6 +175,7 @@ def test_a_run_goes_on_with_the_objects_that_it_began_with(home, learned, capsys
     [
         (lambda root: (root / "bolt").rename(root / "screw"), "bolt is called screw now; name it bolt again"),
         (lambda root: shutil.rmtree(root / "bolt"), "bolt is gone, which belongs to this run; put it back, or start"),
+        (lambda root: exchange(root / "bolt", root / "nut"), "nut holds the images of bolt; give both the names that"),
         (lambda root: shutil.rmtree(root / "nut"), "nut is gone, which belongs to this run"),
     ],
 )
@@ -208,15 +215,60 @@ def test_other_images_of_a_learned_object_are_told(home, capsys):
         run()
     told = capsys.readouterr().err.splitlines()
     assert told[:2] == [
-        "bolt's training images: 1 added (050); the run has learned it and goes on without them.",
-        "bolt's validation images: 2 added (070, 071); all are used now.",
+        "bolt's training images: 1 added (050); the run has learned it as it was.",
+        "bolt's validation images: 2 added (070, 071); it goes on with what is there now.",
     ]
     decided = history(read(home / "run/ledger.jsonl")).decisions
-    assert [step["objects"]["bolt"]["image"]["images"] for step in decided] == [1, 2]  # every fifth; validation images
+    assert [step["objects"]["bolt"]["image"]["images"] for step in decided] == [6 + 20, 2]  # with copies; validation
+
+
+def test_a_learned_object_s_images_that_are_still_needed_may_not_change(home):
+    """Here for its thresholds, which nothing else sets."""
+    stop_after_step(0)
+    before = files(home / "run")
+    photographs(home / "objects/bolt/train/good/rgb", 1, seed=0, first=50)
+    with pytest.raises(UserError) as error:
+        run()
+    assert str(error.value) == (
+        "bolt's training images: 1 added (050) since the run learned it, and its thresholds come from them; undo that, or"
+        " start another --workdir."
+    )
+    assert files(home / "run") == before
+
+
+def test_a_finished_run_tells_of_names(home):
+    """Renamed, also beside a folder that is no object yet; all gone; exchanged."""
+    (home / "objects/bolt").rename(home / "objects/screw")
+    (home / "objects/half").mkdir()
+    with pytest.raises(experiment.DatasetChanged) as error:
+        run()
+    assert "now. bolt is called screw now; name it bolt again, as this run knows it. The dataset also holds half," in (
+        str(error.value)
+    )
+    (home / "objects/half").rmdir()
+    (home / "objects/nut").rename(home / "objects/mother")
+    with pytest.raises(experiment.DatasetChanged, match="bolt is called screw now; .* nut is called mother now; "):
+        run()
+    (home / "objects/screw").rename(home / "objects/nut")
+    (home / "objects/mother").rename(home / "objects/bolt")
+    with pytest.raises(
+        experiment.DatasetChanged, match="bolt holds the images of nut; .* nut holds the images of bolt"
+    ):
+        run()
+
+
+def test_objects_are_those_of_the_snapshot_also_without_an_inventory(home):
+    stop_after_step(0)
+    (home / "run/dataset.json").unlink()
+    add_object(home / "objects", "anchor", 2)
+    ledger = (home / "run/ledger.jsonl").read_bytes()
+    with pytest.raises(UserError, match="protocol|this run learns bolt, nut, but anchor, bolt, nut are chosen now"):
+        run()
+    assert (home / "run/ledger.jsonl").read_bytes() == ledger
 
 
 def test_a_damaged_inventory_is_told(home):
-    for content in (b"", b"[]", b'{"bolt": 3}', b"\xff"):
+    for content in (b"", b"[]", b'{"bolt": 3}', b"\xff", b'{"bolt": {"train": {"000": [1]}}}'):
         (home / "run/dataset.json").write_bytes(content)
         with pytest.raises(UserError, match=r"run/dataset\.json: not the inventory of a dataset"):
             run()

@@ -76,7 +76,7 @@ def config(**changes):
 def test_a_second_object_of_few_images(tmp_path, monkeypatch, capsys, count, method):
     """It can be used, its thresholds promise nothing, and the object before is recognised and known as before."""
     monkeypatch.chdir(tmp_path)
-    add_object(tmp_path / "objects", "bolt", 0, [photograph(0, number) for number in range(12)])
+    add_object(tmp_path / "objects", "bolt", 0, [photograph(0, number) for number in range(20)])
     add_object(tmp_path / "objects", "nut", 1, [photograph(1, number) for number in range(count)])
     results = experiment.run(config(method=method), tmp_path / "run")
     told = "step 1: batches of 1, as there are no more training images\n"
@@ -109,7 +109,7 @@ ODD = {
     "black": ([photograph(0, 0), BLACK], "1 of bolt's 8 training images are black (001); look at them."),
     "saturated": ([WHITE, photograph(0, 0)], "1 of bolt's 8 training images are saturated (000); look at them."),
     "constant": ([GREY, GREY + 1], "2 of bolt's 8 training images are of a single colour (000, 001); look at them."),
-    "identical": ([photograph(0, 1)] * 2, "1 of bolt's 8 training images are the same as another (001); look at them."),
+    "identical": ([photograph(0, 1)] * 2, "1 of bolt's 8 training images are like another (001); look at them."),
 }
 
 

@@ -39,7 +39,10 @@ def _parts(text: str) -> dict[str, Part]:
 
 def _minutes(text: str) -> float:
     """A positive number."""
-    minutes = float(text)
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = -1
     if not 0 < minutes < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is no time; give minutes above 0")
     return minutes
@@ -65,11 +68,15 @@ def main(arguments: list[str] | None = None, parts: dict[str, Part] = PARTS) -> 
     with tempfile.TemporaryDirectory() as scratch:
         options = Options(str(given.out.resolve()), scratch, given.data, given.rehearse, 60 * given.minutes)
         try:
+            given.out.mkdir(parents=True, exist_ok=True)
             missing = scheduler.run(given.parts, options)
         except scheduler.NoGPU:
             print("JAX finds no GPU here; run this where it does, or add --rehearse.", file=sys.stderr)
             return 2
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            print(f"--out={given.out} cannot be written ({error.strerror}); choose another folder.", file=sys.stderr)
+            return 2
+        except ValueError as error:
             print(f"--out: {error}", file=sys.stderr)
             return 2
     if missing:

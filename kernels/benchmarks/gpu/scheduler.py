@@ -39,7 +39,9 @@ def run(parts: dict[str, Part], options: Options) -> dict[str, str]:
         ValueError: options.out holds something else.
     """
     end, missing = time.monotonic() + options.seconds, {}
-    todo = [name for name in parts if _open(name, options).content["state"] != DONE]
+    todo = list(parts)  # a part that is done ends at once, unless it has other rows now
+    for name in todo:
+        _open(name, options)  # raises
     for index, name in enumerate(todo):
         began = time.monotonic()
         limit = (end - began) * parts[name].share / sum(parts[other].share for other in todo[index:])
