@@ -292,17 +292,19 @@ def unused(config: ConfigDict, workdir: Path) -> str:
 
     Nothing can be compared where the dataset is not there any more, which is told.
     """
-    noted = inventory.read(workdir)
+    noted, told = inventory.read(workdir), []
+    if not Path(config.dataset.root).is_dir():
+        live.say(f"{workdir}: {config.dataset.root} is not there any more, so nothing tells whether it has changed.")
+        return ""
     try:
         names = compare_names(config, noted)
-        reader = data.open_reader(config, [name for name in noted if name not in (*names.gone, *names.renamed)])
-        store = inputs.open_store(config, reader, workdir)
-        told = names.missing() + inventory.exchanged(noted, store)
-        differences = [
-            inventory.changed_images(noted, store, name, split) for name in reader.objects for split in inventory.SPLITS
-        ]
+        told += names.missing() + names.unlearned()
+        if there := [name for name in noted if name not in (*names.gone, *names.renamed)]:
+            store = inputs.open_store(config, data.open_reader(config, there), workdir)
+            told += inventory.exchanged(noted, store)
+            pairs = itertools.product(there, inventory.SPLITS)
+            changes = (inventory.changed_images(noted, store, name, split) for name, split in pairs)
+            told += [f"{change} since it was used." for change in changes if change]
     except UserError as error:
-        live.say(f"{workdir}: its dataset cannot be compared with what it was: {error}")
-        return ""
-    told += [f"{difference} since it was used." for difference in differences if difference]
-    return " ".join([*told, *names.unlearned()])
+        told.append(str(error))
+    return " ".join(told)
