@@ -17,6 +17,7 @@ import argparse
 import signal
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from iumad_jax.data.eyecandies import OBJECTS
@@ -71,6 +72,8 @@ def main(arguments: list[str] | None = None, parts: dict[str, Part] = PARTS) -> 
             given.out.mkdir(parents=True, exist_ok=True)
             missing = scheduler.run(given.parts, options)
         except scheduler.NoGPU:
+            with suppress(OSError):  # of results that are there
+                given.out.rmdir()
             print("JAX finds no GPU here; run this where it does, or add --rehearse.", file=sys.stderr)
             return 2
         except OSError as error:

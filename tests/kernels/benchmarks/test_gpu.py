@@ -123,12 +123,16 @@ def test_says_what_it_needs(tmp_path, capfd):
     for arguments, message in {
         "--parts=g": "'g' is no part; use a to f, or correctness, scan, update, profile, training, prediction",
         "--minutes=0": "'0' is no time; give minutes above 0",
+        "--minutes=abc": "'abc' is no time; give minutes above 0",
         f"--data={tmp_path}": f"'{tmp_path}' holds no object of Eyecandies; give a folder with CandyCane, ...",
     }.items():
         with pytest.raises(SystemExit) as exit_:
             main([f"--out={out}", arguments])
         assert exit_.value.code == 2
         assert message in capfd.readouterr().err
+    (tmp_path / "file").touch()
+    assert main([f"--out={tmp_path / 'file' / 'out'}", "--rehearse", "--parts=a"]) == 2
+    assert capfd.readouterr().err.endswith("out cannot be written (Not a directory); choose another folder.\n")
 
 
 def test_refuses_a_folder_of_other_results(tmp_path, capsys):
@@ -178,6 +182,7 @@ def test_rehearsal(tmp_path):
     assert rows["training"]["candies"]["epochs"] == 2
     assert "| CandyCane |" in rows["training"]["candies"]["results"]
     assert np.isfinite(rows["prediction"]["batch 1"]["ms"])
-    written = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
     assert main(arguments) == 0
-    assert written == {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    again = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in PARTS}
+    assert {name: content["rows"] for name, content in again.items()} == rows
+    assert {content["state"] for content in again.values()} == {"done"}
