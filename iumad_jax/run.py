@@ -54,7 +54,7 @@ class Run:
     @property
     def trained(self) -> bool:
         """Whether there is anything to train."""
-        return self.method.loss is not None and self.config.train.epochs > 0
+        return is_trained(self.config, self.method)
 
     def due(self) -> bool:
         """Whether it is time for a snapshot, or to end."""
@@ -75,6 +75,11 @@ class Run:
         if parallel.is_first():
             interruption.check()
         return progress
+
+
+def is_trained(config: ConfigDict, method: Method) -> bool:
+    """Whether there is anything to train."""
+    return method.loss is not None and config.train.epochs > 0
 
 
 def plan(config: ConfigDict, workdir: Path) -> tuple[protocol.Step, ...]:
@@ -142,7 +147,8 @@ def _assemble(config: ConfigDict, workdir: Path, objects: tuple[str, ...]) -> tu
     strategy = continual.build(config, chosen[config.method], len(objects))
     for index in (0, 1):  # a later step's optimiser may be another
         train.make_optimizer(train.of_step(config, index))
-    train.learning_rates(config.train, updates_per_epoch=1)
+    if is_trained(config, chosen[config.method]):
+        train.learning_rates(config.train, updates_per_epoch=1)
     live.check(config.report.tensorboard)
     return inputs.open_store(config, data.open_reader(config, objects), workdir), chosen, strategy
 

@@ -72,7 +72,7 @@ def config(**changes):
     return made
 
 
-@pytest.mark.parametrize(("count", "method"), [(1, "ib_iumad"), (2, "feature_norm"), (4, "feature_norm")])
+@pytest.mark.parametrize(("count", "method"), [(1, "ib_iumad"), (4, "feature_norm")])
 def test_a_second_object_of_few_images(tmp_path, monkeypatch, capsys, count, method):
     """It can be used, its thresholds promise nothing, and the object before is recognised and known as before."""
     monkeypatch.chdir(tmp_path)
@@ -96,7 +96,7 @@ def test_a_second_object_of_few_images(tmp_path, monkeypatch, capsys, count, met
 def test_a_single_image_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     add_object(tmp_path / "objects", "bolt", 0, [photograph(0, 0)])
-    results = experiment.run(config(protocol="1-0"), tmp_path / "run")
+    results = experiment.run(config(protocol="1-0", method="feature_norm"), tmp_path / "run")
     decided = results["decisions"][0]["objects"]["bolt"]
     assert decided["test"]["recognised"] == 1
     assert decided["test"]["taken_as_unknown"] < 1
@@ -121,12 +121,14 @@ def test_odd_images_are_told_and_learned(tmp_path, monkeypatch, capsys, images, 
     assert told in capsys.readouterr().err.splitlines()
 
 
-@pytest.mark.parametrize("image", [BLACK, photograph(0, 0)], ids=["black", "a photograph"])
-def test_images_that_are_all_the_same(tmp_path, monkeypatch, image):
+@pytest.mark.parametrize(
+    ("image", "method"), [(BLACK, "ib_iumad"), (photograph(0, 0), "feature_norm")], ids=["black", "a photograph"]
+)
+def test_images_that_are_all_the_same(tmp_path, monkeypatch, image, method):
     """Nothing varies, so that every spread is 0."""
     monkeypatch.chdir(tmp_path)
     add_object(tmp_path / "objects", "bolt", 0, [image] * 6)
-    experiment.run(config(protocol="1-0"), tmp_path / "run")
+    experiment.run(config(protocol="1-0", method=method), tmp_path / "run")
     for array in jax.tree.leaves(snapshots.read(tmp_path / "run").variables):
         assert np.isfinite(array).all()
     found = Detector.load(tmp_path / "run")(photograph(0, 5))
