@@ -5,10 +5,8 @@ import os
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from iumad_jax import Detector, experiment
@@ -17,6 +15,7 @@ from iumad_jax.errors import UserError
 from iumad_jax.report.history import history
 from iumad_jax.report.ledger import read
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 SMALL = {
     "dataset.name": "folder",
     "dataset.root": "objects",
@@ -34,22 +33,6 @@ SMALL = {
     "continual.replay.image_size": 8,
     "report.pictures_per_object": 0,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly(tmp_path_factory):
-    """Without optimisation, and once for all runs of this module."""
-    settings = {
-        "jax_disable_most_optimizations": (True, False),
-        "jax_compilation_cache_dir": (str(tmp_path_factory.mktemp("cache")), None),
-        "jax_persistent_cache_min_compile_time_secs": (0.0, 1.0),
-    }
-    for name, (here, _) in settings.items():
-        jax.config.update(name, here)
-    yield
-    for name, (_, default) in settings.items():
-        jax.config.update(name, default)
-    compilation_cache.reset_cache()
 
 
 def photographs(folder, count, seed=0, first=0):
@@ -85,7 +68,7 @@ def files(folder):
 
 
 @pytest.fixture(scope="module")
-def learned(tmp_path_factory, _compile_quickly):
+def learned(tmp_path_factory, compile_quickly):
     """A dataset of bolts and nuts, and a finished run."""
     home = tmp_path_factory.mktemp("home")
     for seed, name in enumerate(("bolt", "nut")):

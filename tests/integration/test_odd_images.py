@@ -3,12 +3,12 @@
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from iumad_jax import Detector, experiment, snapshots
 from iumad_jax.config import small
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 SMALL = {
     "dataset.name": "folder",
     "dataset.root": "objects",
@@ -26,22 +26,6 @@ SMALL = {
     "continual.replay.image_size": 8,
     "report.pictures_per_object": 0,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly(tmp_path_factory):
-    """Without optimisation, and once for all runs of this module."""
-    settings = {
-        "jax_disable_most_optimizations": (True, False),
-        "jax_compilation_cache_dir": (str(tmp_path_factory.mktemp("cache")), None),
-        "jax_persistent_cache_min_compile_time_secs": (0.0, 1.0),
-    }
-    for name, (here, _) in settings.items():
-        jax.config.update(name, here)
-    yield
-    for name, (_, default) in settings.items():
-        jax.config.update(name, default)
-    compilation_cache.reset_cache()
 
 
 def photograph(seed, number, hole=False):

@@ -9,10 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from iumad_jax import Camera, Detector, evaluate, predict, robustness, snapshots
@@ -22,6 +20,7 @@ from iumad_jax.data.eyecandies import Eyecandies
 from iumad_jax.errors import UserError
 from iumad_jax.export import __main__ as export
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 LEARNED, NEVER = ("CandyCane", "GummyBear"), "Lollipop"
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.py"
 SMALL = {
@@ -50,22 +49,6 @@ def home(tmp_path_factory):
     code, _, err = in_process(home, "main", f"--config={QUICKSTART}:1-1", "--workdir=run", *flags)
     assert code == 0, err
     return home
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly(tmp_path_factory):
-    """Without optimisation, and once for all detectors of this module."""
-    settings = {
-        "jax_disable_most_optimizations": (True, False),
-        "jax_compilation_cache_dir": (str(tmp_path_factory.mktemp("cache")), None),
-        "jax_persistent_cache_min_compile_time_secs": (0.1, 1.0),
-    }
-    for name, (here, _) in settings.items():
-        jax.config.update(name, here)
-    yield
-    for name, (_, default) in settings.items():
-        jax.config.update(name, default)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
