@@ -1,6 +1,6 @@
 """The quickstart as small as it can be, with a snapshot after every update: what the kill test starts and stops.
 
-python -m iumad_jax.survival --config=configs/survival.py
+python -m tests.harness.survival --config=configs/survival.py
 """
 
 from ml_collections import ConfigDict

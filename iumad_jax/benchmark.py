@@ -10,7 +10,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from iumad_jax import commands, experiment
+from iumad_jax import cli, experiment
 from iumad_jax.errors import UserError
 from iumad_jax.report import comparison
 
@@ -82,18 +82,18 @@ def cells(config: ConfigDict) -> Iterator[tuple[ConfigDict, str]]:
 
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit code."""
-    return commands.execute(str(__doc__), arguments, _define, _benchmark, resumable=True)
+    return cli.execute(str(__doc__), arguments, _define, _benchmark, resumable=True)
 
 
 def _define(values: flags.FlagValues) -> None:
-    commands.define_config(values)
+    cli.define_config(values)
     flags.DEFINE_string(
         "workdir", "runs/benchmark", "Where the runs, tables and pictures are kept.", flag_values=values
     )
 
 
 def _benchmark(values: flags.FlagValues) -> str:
-    config, _ = commands.given_config(values)
+    config, _ = cli.given_config(values)
     if "benchmark" not in config:
         raise UserError("--config has no benchmark key; start from configs/benchmark.py.")
     return benchmark(config, Path(values.workdir))

@@ -13,31 +13,35 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from iumad_jax import commands, data, inputs, snapshots
-from iumad_jax import workdir as workdirs
+from iumad_jax import cli
+from iumad_jax.data import readers
+from iumad_jax.data.prepared import inputs
 from iumad_jax.errors import UserError
 from iumad_jax.inference import decisions, evaluation
 from iumad_jax.inference.evaluation import Judgement, Tests
-from iumad_jax.progress import Progress
 from iumad_jax.report import html, samples, tables
-from iumad_jax.report import ledger as ledgers
 from iumad_jax.report.history import history, results
-from iumad_jax.report.ledger import Ledger, write_whole
+from iumad_jax.runtime import ledger as ledgers
+from iumad_jax.runtime import snapshots
+from iumad_jax.runtime import workdir as workdirs
+from iumad_jax.runtime.ledger import Ledger
+from iumad_jax.runtime.progress import Progress
+from iumad_jax.runtime.storage import write_whole
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit code."""
-    return commands.execute(str(__doc__), arguments, _define, _evaluate, dataset=True)
+    return cli.execute(str(__doc__), arguments, _define, _evaluate, dataset=True)
 
 
 def _define(values: flags.FlagValues) -> None:
-    commands.define_trained(values)
+    cli.define_trained(values)
     help_ = "Where ledger and tables go, in place of earlier ones; by default a folder of WORKDIR/evaluations."
     flags.DEFINE_string("output", None, help_, flag_values=values)
 
 
 def _evaluate(values: flags.FlagValues) -> str:
-    workdir, config = commands.path(values, "workdir"), values.config
+    workdir, config = cli.path(values, "workdir"), values.config
     progress = snapshots.read(workdir, values.step)
     output = Path(values.output or workdir / "evaluations" / _name(config, workdir, progress.position.step))
     if (output / "config.json").exists():
@@ -64,7 +68,7 @@ def evaluate_snapshot(config: ConfigDict, workdir: Path, progress: Progress, out
         UserError: the dataset is at fault, or something cannot be written.
     """
     began, step = time.monotonic(), progress.position.step
-    reader = data.open_reader(config)
+    reader = readers.open_reader(config)
     store = inputs.open_store(config, reader, workdir)
     learned = [name for name in reader.objects if name in progress.calibration]
     if not learned:

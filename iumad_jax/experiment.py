@@ -13,23 +13,28 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from iumad_jax import config as configs
-from iumad_jax import data, inputs, interruption, numerics, parallel, protocol, snapshots, train
-from iumad_jax import workdir as workdirs
-from iumad_jax.data import inventory
-from iumad_jax.data.pipeline import images_of, training_input, updates_per_epoch
+from iumad_jax import protocol
+from iumad_jax.data import readers
+from iumad_jax.data.batches import images_of, training_input, updates_per_epoch
+from iumad_jax.data.prepared import inputs, inventory
+from iumad_jax.data.prepared.store import PreparedSet
 from iumad_jax.data.sample import Split
-from iumad_jax.data.store import PreparedSet
 from iumad_jax.errors import UserError
 from iumad_jax.inference import decisions, evaluation, recognition
 from iumad_jax.inference.decisions import Calibration
 from iumad_jax.inference.evaluation import Judgement, Model
 from iumad_jax.metrics import final
-from iumad_jax.progress import Position, Progress
-from iumad_jax.report import figures, html, live, samples, tables
-from iumad_jax.report import ledger as ledgers
+from iumad_jax.report import figures, html, samples, tables
 from iumad_jax.report.history import history, results
-from iumad_jax.run import Run, compare_names, plan, start
-from iumad_jax.train import Epoch
+from iumad_jax.runtime import ledger as ledgers
+from iumad_jax.runtime import live, preemption, processes, snapshots
+from iumad_jax.runtime import workdir as workdirs
+from iumad_jax.runtime.progress import Position, Progress
+from iumad_jax.training import nonfinite
+from iumad_jax.training.epochs import Epoch, train_epochs
+from iumad_jax.training.optimization import learning_rates, of_step
+from iumad_jax.training.plan import Run, compare_names, plan, start
+from iumad_jax.training.update import initial_state
 
 _RESULTS = ("results.md", "results.tex", "results.csv", "report.html")
 
@@ -51,9 +56,9 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     Raises:
         UserError: the config, the dataset or the workdir is at fault.
         DatasetChanged: the run is finished, and the dataset holds what it has not used.
-        Interrupted: the process was asked to end; see `interruption.handled`.
+        Interrupted: the process was asked to end; see `preemption.handled`.
     """
-    parallel.check_same(lambda: {"config": config.to_dict(), "workdir": workdirs.content(workdir)})
+    processes.check_same(lambda: {"config": config.to_dict(), "workdir": workdirs.content(workdir)})
     configs.check(config)
     workdirs.check(workdir, config)
     finished = tables.read_results(workdir)
@@ -71,8 +76,8 @@ def work(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     """Does what is left of a run."""
     steps = plan(config, workdir)
     with ExitStack() as held:
-        with parallel.first_before_others():
-            data.render(config)
+        with processes.first_before_others():
+            readers.render(config)
             run, progress = start(config, workdir, steps, held)
         for step in run.steps[progress.position.step + progress.position.finished :]:
             prepare(run, step)
@@ -81,7 +86,7 @@ def work(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
         return conclude(run)
 
 
-@parallel.by_first
+@processes.by_first
 def prepare(run: Run, step: protocol.Step) -> None:
     """Prepares what the step learns from, where it is not yet, and tells which images are of no use."""
     splits: tuple[Split, ...] = ("train", "calibration")
@@ -117,7 +122,7 @@ class Training(NamedTuple):
 def learn(run: Run, step: protocol.Step, progress: Progress) -> Progress:
     """Trains on the good images of the objects that this step learns, from where the run stands."""
     objects = run.strategy.objects(step)
-    parallel.check_same(lambda: {"images": run.store.sources(objects), "weights": run.store.settings})
+    processes.check_same(lambda: {"images": run.store.sources(objects), "weights": run.store.settings})
     sets = [run.store.get(name, "train") for name in objects]
     images = sum(len(one.ids) for one in sets)
     batch_size = min(run.config.train.batch_size, images)
@@ -160,18 +165,18 @@ def observe(run: Run, training: Training, progress: Progress) -> Progress:
 def epochs(run: Run, training: Training, progress: Progress) -> Iterator[Epoch]:
     """Trains, epoch by epoch, yielding within one where a snapshot is due."""
     config, index, done = run.config, training.step.index, progress.position.updates
-    own = train.of_step(config, index)
-    rates, optimizer = train.learning_rates(own, training.per_epoch), run.optimizers[own.optimizer]
+    own = of_step(config, index)
+    rates, optimizer = learning_rates(own, training.per_epoch), run.optimizers[own.optimizer]
     variables = progress.variables[config.method]
-    state = train.start(variables, optimizer, done, progress.optimizer, progress.strategy)
+    state = initial_state(variables, optimizer, done, progress.optimizer, progress.strategy)
     batches = [one.batch for one in training.sets]
     pieces = training_input(
         batches, training.batch_size, training.seed, done, config.input.resident, int(config.debug.nans)
     )
     key = jax.random.fold_in(jax.random.key(config.seed), index)
     update, last = run.updates[own.optimizer], config.train.epochs
-    passes = train.epochs(update, state, pieces, rates, key, training.per_epoch, last, progress.losses, run.due)
-    return numerics.explain(passes, index, training.per_epoch, training.names)
+    passes = train_epochs(update, state, pieces, rates, key, training.per_epoch, last, progress.losses, run.due)
+    return nonfinite.explain(passes, index, training.per_epoch, training.names)
 
 
 def record(run: Run, training: Training, epoch: Epoch, progress: Progress) -> Progress:
@@ -192,7 +197,7 @@ def record(run: Run, training: Training, epoch: Epoch, progress: Progress) -> Pr
     return progress
 
 
-@parallel.by_first
+@processes.by_first
 def assess(run: Run, step: protocol.Step, progress: Progress) -> Progress:
     """Sets thresholds, evaluates every method on all objects seen so far, and takes the step's snapshot."""
     recogniser = recognition.fit(progress.recognition)
@@ -203,7 +208,7 @@ def assess(run: Run, step: protocol.Step, progress: Progress) -> Progress:
     tests = evaluation.tests(run.store.reader, step.seen, lambda name: run.store.get(name, "test"))
     judged: dict[str, list[Judgement]] = {}
     for judgement in evaluation.judge(Model(run.methods, progress.variables, recogniser, limits), tests):
-        interruption.check()
+        preemption.check()
         tell(run, step, judgement)
         if judgement.decision is not None:
             number = step.seen.index(judgement.object)
@@ -230,7 +235,7 @@ def calibrate(
     """What the good images score that set the thresholds of all objects seen so far."""
     calibration, variables = {}, progress.variables[run.config.method]
     for number, name in enumerate(step.seen):
-        interruption.check()
+        preemption.check()
         good = inputs.good_images(run.store, name)
         prediction, distance = evaluation.infer(run.method, variables, recogniser, good.calibrating)
         flags = {"from_training_images": good.from_training_images, "few": good.few}
@@ -272,7 +277,7 @@ def memory_bytes(run: Run, step: protocol.Step, progress: Progress) -> int:
     return sum(snapshots.size_of(run.store.get(name, "train").batch) for name in step.seen)
 
 
-@parallel.by_first
+@processes.by_first
 def conclude(run: Run) -> dict[str, Any]:
     """Writes the results and pictures of a finished run."""
     run.snapshots.wait()  # a run with results is not opened again
@@ -300,7 +305,7 @@ def unused(config: ConfigDict, workdir: Path) -> str:
         names = compare_names(config, noted)
         told += names.missing() + names.unlearned()
         if there := [name for name in noted if name not in (*names.gone, *names.renamed)]:
-            store = inputs.open_store(config, data.open_reader(config, there), workdir)
+            store = inputs.open_store(config, readers.open_reader(config, there), workdir)
             told += inventory.exchanged(noted, store)
             pairs = itertools.product(there, inventory.SPLITS)
             changes = (inventory.changed_images(noted, store, name, split) for name, split in pairs)

@@ -9,17 +9,17 @@ import sys
 
 from absl import flags
 
-from iumad_jax import commands
+from iumad_jax import cli
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit code."""
-    return commands.execute(str(__doc__), arguments, _define, _train, resumable=True)
+    return cli.execute(str(__doc__), arguments, _define, _train, resumable=True)
 
 
 def _define(values: flags.FlagValues) -> None:
-    commands.define_config(values)
-    commands.define_workdir(values)
+    cli.define_config(values)
+    cli.define_workdir(values)
     flags.DEFINE_bool("cluster", False, "Be one of the processes that SLURM or Open MPI started.", flag_values=values)
     flags.DEFINE_string("coordinator", None, "HOST:PORT, any free port of process 0's host.", flag_values=values)
     flags.DEFINE_integer("processes", None, "How many there are.", lower_bound=1, flag_values=values)
@@ -27,11 +27,12 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def _train(values: flags.FlagValues) -> str:
-    config, workdir = commands.given_config(values)
-    from iumad_jax import experiment, parallel  # after the flags: a typo is told at once, before JAX is loaded
+    config, workdir = cli.given_config(values)
+    from iumad_jax import experiment
     from iumad_jax.report import tables
+    from iumad_jax.runtime import processes  # after the flags: a typo is told at once, before JAX is loaded
 
-    with parallel.joined(values.coordinator, values.processes, values.process, values.cluster):
+    with processes.joined(values.coordinator, values.processes, values.process, values.cluster):
         try:
             results = experiment.run(config, workdir)
         except experiment.DatasetChanged as changed:

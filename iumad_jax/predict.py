@@ -22,14 +22,15 @@ from absl import flags
 from PIL import Image
 from tqdm import tqdm
 
-from iumad_jax import commands, data
-from iumad_jax.data.depth_files import DEPTH_IMAGES, WrongUnit, read_depth
-from iumad_jax.data.images import PHOTOGRAPHS, check_same_size, read_photograph
+from iumad_jax import cli
+from iumad_jax.data import readers
+from iumad_jax.data.formats.depth_files import DEPTH_IMAGES, WrongUnit, read_depth
+from iumad_jax.data.formats.images import PHOTOGRAPHS, check_same_size, read_photograph
 from iumad_jax.data.sample import Camera
 from iumad_jax.errors import UserError
 from iumad_jax.inference.detector import Detection, Detector
 from iumad_jax.report import figures, tables
-from iumad_jax.report.ledger import as_json, write_whole
+from iumad_jax.runtime.storage import as_json, write_whole
 
 
 class Shot(NamedTuple):
@@ -41,11 +42,11 @@ class Shot(NamedTuple):
 
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit code."""
-    return commands.execute(str(__doc__), arguments, _define, _predict, dataset=True)
+    return cli.execute(str(__doc__), arguments, _define, _predict, dataset=True)
 
 
 def _define(values: flags.FlagValues) -> None:
-    commands.define_trained(values)
+    cli.define_trained(values)
     for name, help_ in {
         "input": "An image (PNG, JPEG, TIFF, BMP) or a folder of images.",
         "depth": "The image's depth (16-bit PNG, TIFF, NPY, PLY, PCD), or a folder with files of the images' names.",
@@ -62,9 +63,9 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def _predict(values: flags.FlagValues) -> str:
-    output = commands.path(values, "output")
+    output = cli.path(values, "output")
     _check_output(output, values.input)
-    detector = Detector.load(commands.path(values, "workdir"), values.step)
+    detector = Detector.load(cli.path(values, "workdir"), values.step)
     detector.number(values.object)
     shots = list(_files(values, detector) if values.input else _dataset(values))
     _make_folder(output)
@@ -180,7 +181,7 @@ def _camera(given: list[str]) -> Camera:
 
 def _dataset(values: flags.FlagValues) -> Iterator[Shot]:
     """The images of a split of the dataset."""
-    reader, split = data.open_reader(values.config), values.split
+    reader, split = readers.open_reader(values.config), values.split
     ids = [(name, id_) for name in reader.objects for id_ in reader.ids(name, split)]
     if not ids:
         raise UserError(f"the dataset has no {split} images; choose another --split.")

@@ -13,25 +13,25 @@ from typing import TYPE_CHECKING, get_args
 import numpy as np
 from absl import flags
 
-from iumad_jax import commands
+from iumad_jax import cli
 from iumad_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from iumad_jax.data.records import Manifest
+    from iumad_jax.data.prepared.records import Manifest
+    from iumad_jax.data.prepared.store import Store
     from iumad_jax.data.sample import Split
-    from iumad_jax.data.store import Store
 
 _ON_SHEET: "dict[Split, int]" = {"train": 4, "calibration": 1, "test": 10}  # images of a contact sheet, at most
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit code."""
-    return commands.execute(str(__doc__), arguments, _define, _prepare, resumable=True)
+    return cli.execute(str(__doc__), arguments, _define, _prepare, resumable=True)
 
 
 def _define(values: flags.FlagValues) -> None:
-    commands.define_config(values)
-    commands.define_workdir(values)
+    cli.define_config(values)
+    cli.define_workdir(values)
     flags.DEFINE_string(
         "archive", None, "A .tar, .tar.gz, .tar.xz or .zip to unpack into dataset.root first.", flag_values=values
     )
@@ -40,17 +40,18 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def _prepare(values: flags.FlagValues) -> str:
-    config, workdir = commands.given_config(values)
+    config, workdir = cli.given_config(values)
     from iumad_jax import config as configs  # after the flags: a typo is told at once, before JAX is loaded
-    from iumad_jax import data, inputs
-    from iumad_jax.data import archive
+    from iumad_jax.data import readers
+    from iumad_jax.data.formats import archives
+    from iumad_jax.data.prepared import inputs
 
     configs.check(config)
     if values.archive:
-        root, limits = Path(config.dataset.root), archive.Limits(int(values.archive_gb * 1e9), values.archive_entries)
-        print(f"{values.archive}: SHA-256 {archive.unpack(Path(values.archive), root, limits)}, unpacked to {root}")
-    data.render(config)
-    store = inputs.open_store(config, data.open_reader(config), workdir)
+        root, limits = Path(config.dataset.root), archives.Limits(int(values.archive_gb * 1e9), values.archive_entries)
+        print(f"{values.archive}: SHA-256 {archives.unpack(Path(values.archive), root, limits)}, unpacked to {root}")
+    readers.render(config)
+    store = inputs.open_store(config, readers.open_reader(config), workdir)
     return "\n".join(_lines(store))
 
 
@@ -94,7 +95,8 @@ def _summary(manifest: "Manifest") -> list[str]:
 def _draw(store: "Store", object_: str, manifests: "dict[Split, Manifest]", sheets: Path) -> None:
     """The contact sheet of an object, each kind of image in turn."""
     from iumad_jax.data import depth
-    from iumad_jax.report import contact_sheet, figures
+    from iumad_jax.data.prepared import contact_sheet
+    from iumad_jax.report import figures
 
     panels = []
     for split, most in _ON_SHEET.items():

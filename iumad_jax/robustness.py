@@ -14,14 +14,17 @@ from absl import flags
 from tabulate import tabulate
 from tqdm import tqdm
 
-from iumad_jax import commands, data, inputs, snapshots
+from iumad_jax import cli
+from iumad_jax.data import readers
 from iumad_jax.data.degradation import FAULTS, MILD_DEPTH_NOISE, with_depth_noise
+from iumad_jax.data.prepared import inputs
+from iumad_jax.data.prepared.store import PreparedSet, Store
 from iumad_jax.data.sample import Sample
-from iumad_jax.data.store import PreparedSet, Store
 from iumad_jax.errors import UserError
 from iumad_jax.inference import decisions, evaluation, recognition
 from iumad_jax.inference.evaluation import Judgement
 from iumad_jax.metrics import image_auroc
+from iumad_jax.runtime import snapshots
 
 _STRENGTHS = {
     "JPEG, quality": (90, 75, 50, 20),
@@ -35,13 +38,13 @@ _RATES = ("I-AUROC", "false alarms", "misses", "recognised", "unknown")
 
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit code."""
-    return commands.execute(str(__doc__), arguments, commands.define_trained, _measure, dataset=True)
+    return cli.execute(str(__doc__), arguments, cli.define_trained, _measure, dataset=True)
 
 
 def _measure(values: flags.FlagValues) -> str:
-    workdir, config = commands.path(values, "workdir"), values.config
+    workdir, config = cli.path(values, "workdir"), values.config
     progress = snapshots.read(workdir, values.step)
-    reader = data.open_reader(config)
+    reader = readers.open_reader(config)
     store = inputs.open_store(config, reader, workdir)
     learned = tuple(progress.calibration)
     tested = tuple(name for name in reader.objects if reader.ids(name, "test"))

@@ -90,7 +90,7 @@ plt.show()
 # One event per line, in order; two runs with one seed on a CPU write the same bytes.
 
 # %%
-from iumad_jax.report import ledger
+from iumad_jax.runtime import ledger
 
 events = ledger.read(Path(workdir) / "ledger.jsonl")
 epochs = [event for event in events if event["event"] == "epoch"]

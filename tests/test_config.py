@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from iumad_jax import continual, methods, protocol, train
+from iumad_jax import continual, methods, protocol
 from iumad_jax.config import paper
-from iumad_jax.data.eyecandies import OBJECTS
+from iumad_jax.data.readers.eyecandies import OBJECTS
+from iumad_jax.training.optimization import learning_rates, make_optimizer
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 PUBLIC = (
@@ -18,7 +19,7 @@ PUBLIC = (
     "modality",
     "protocol",
     "method",
-    "train.epochs",
+    "epochs",
     "train.batch_size",
     "seed",
     "continual.strategy",
@@ -47,7 +48,7 @@ def test_there_are_configs():
 def test_every_config_can_be_run(file):
     """Its command is told, it has the public keys and no key that the others lack, and its parts accept its values."""
     module = load(file)
-    assert re.search(rf"python -m iumad_jax\.(main|benchmark|survival) --config=configs/{file.name}", module.__doc__)
+    assert re.search(rf"python -m (iumad_jax\.(main|benchmark)|tests\.harness\.survival) --config=configs/{file.name}", module.__doc__)
     config = module.get_config()
     if "benchmark" in config:  # what cells differ in
         del config.benchmark
@@ -57,8 +58,8 @@ def test_every_config_can_be_run(file):
     assert protocol.steps(config.protocol, OBJECTS)
     for name in (config.method, "feature_norm", "nearest_neighbours"):
         methods.build(name, config, len(OBJECTS))
-    train.learning_rates(config.train, 10)
-    train.make_optimizer(config.train)
+    learning_rates(config.train, 10)
+    make_optimizer(config.train)
     continual.build(config, methods.build(config.method, config, len(OBJECTS)), len(OBJECTS))
     assert module.get_config("1-1").protocol == "1-1"
 
@@ -72,7 +73,7 @@ def test_the_papers_values():
         "input.size": 224,
         "backbone.grid": 14,
         "dataset.light": "4",
-        "train.epochs": 800,
+        "epochs": 800,
         "train.batch_size": 24,
         "train.learning_rate": 1e-4,
         "train.weight_decay": 1e-4,

@@ -12,10 +12,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from iumad_jax import parallel
 from iumad_jax.continual.strategy import Memory, Strategy
 from iumad_jax.inference.prediction import predict_in_batches
 from iumad_jax.methods.method import Method
+from iumad_jax.runtime import devices
 from iumad_jax.shapes import Batch, Keys, Scalars, Variables
 
 ROWS = 768  # of a queue
@@ -100,7 +100,7 @@ def iuf(config: ConfigDict, method: Method) -> Strategy:
         if not queues:
             return total, (terms, memory)
         # All devices' rows, or a matrix would depend on the number of devices. Only they have a gradient.
-        live = {name: parallel.gather(outputs[name], batch.weight) for name in queues}
+        live = {name: devices.gather(outputs[name], batch.weight) for name in queues}
         matrices = {name: jnp.concatenate([queues[name], rows]) for name, (rows, _) in live.items()}
         shares = [compression(rows) for rows in matrices.values()]
         compressed = config.compression * sum(shares) / len(shares)

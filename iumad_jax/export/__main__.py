@@ -7,22 +7,22 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from iumad_jax import commands
+from iumad_jax import cli
 from iumad_jax.errors import UserError
 from iumad_jax.export import formats
 from iumad_jax.inference.detector import Detector
-from iumad_jax.report.ledger import write_whole
+from iumad_jax.runtime.storage import write_whole
 
 _TOLERANCE = 1e-4  # of the largest value
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit code."""
-    return commands.execute(str(__doc__), arguments, _define, _export)
+    return cli.execute(str(__doc__), arguments, _define, _export)
 
 
 def _define(values: flags.FlagValues) -> None:
-    commands.define_trained(values)
+    cli.define_trained(values)
     names = list(formats.SCANS)
     flags.DEFINE_enum("format", names[0], names, "Of the file: for JAX, or for ONNX runtimes.", flag_values=values)
     flags.DEFINE_string("output", None, "The file; WORKDIR/detector.FORMAT if not given.", flag_values=values)
@@ -30,7 +30,7 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def _export(values: flags.FlagValues) -> str:
-    workdir, format_ = commands.path(values, "workdir"), values.format
+    workdir, format_ = cli.path(values, "workdir"), values.format
     output = Path(values.output or workdir / f"detector.{format_}")
     if output.suffix != f".{format_}" or not output.parent.is_dir():
         raise UserError(f"--output={output}: give a file ending in .{format_}, in a folder that there is.")

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 
-from iumad_jax import methods, snapshots
-from iumad_jax import workdir as workdirs
-from iumad_jax.data.processing import Processing
+from iumad_jax import methods
+from iumad_jax.data.prepared.processing import Processing
 from iumad_jax.data.sample import Camera, Sample
 from iumad_jax.errors import UserError
 from iumad_jax.inference import recognition
@@ -23,6 +22,8 @@ from iumad_jax.inference.recognition import RECOGNISE, Recogniser
 from iumad_jax.methods.method import Method
 from iumad_jax.models import pretrained
 from iumad_jax.models.efficientnet import FeatureExtractor
+from iumad_jax.runtime import snapshots
+from iumad_jax.runtime import workdir as workdirs
 from iumad_jax.shapes import Batch, Modality, Variables
 
 

@@ -13,15 +13,15 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from iumad_jax import methods
+from iumad_jax.data.prepared.store import PreparedSet
 from iumad_jax.data.sample import Reader
-from iumad_jax.data.store import PreparedSet
 from iumad_jax.inference import recognition
 from iumad_jax.inference.decisions import Decision, Thresholds, decide, thresholds
 from iumad_jax.inference.prediction import predict_in_batches
 from iumad_jax.inference.recognition import Recogniser
 from iumad_jax.methods.method import Method
 from iumad_jax.metrics import image_auroc, pixel_metrics
-from iumad_jax.progress import Progress
+from iumad_jax.runtime.progress import Progress
 from iumad_jax.shapes import Batch, GroundTruth, Prediction, Variables
 
 

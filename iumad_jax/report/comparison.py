@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 
 from iumad_jax.report import figures, published
-from iumad_jax.report.ledger import write_whole
 from iumad_jax.report.tables import METRICS, SUMMARY, read_results
+from iumad_jax.runtime.storage import write_whole
 
 _COLUMNS = {  # of a protocol's table: (figure, metric)
     **{METRICS[metric]: ("final", metric) for metric in ("i_auroc", "aupro", "p_auroc_object", "aupro_object")},

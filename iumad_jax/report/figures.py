@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from scipy.ndimage import binary_erosion
 
-from iumad_jax.report.ledger import write_whole
+from iumad_jax.runtime.storage import write_whole
 
 TRUTH = "#00ffff"  # the outline of a defect
 HOLE = "#ff00c8"  # where depth is missing

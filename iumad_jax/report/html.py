@@ -22,9 +22,10 @@ from PIL import Image
 from sklearn.metrics import roc_curve
 from tqdm import tqdm
 
-from iumad_jax.report import ledger, samples, tables
+from iumad_jax.report import samples, tables
 from iumad_jax.report.figures import HOLE, RELIEF, relief
 from iumad_jax.report.samples import Samples
+from iumad_jax.runtime import ledger, storage
 
 Images = Callable[[str, Sequence[int]], tuple[NDArray, NDArray, NDArray]]
 
@@ -68,7 +69,7 @@ def write(workdir: Path, results: dict[str, Any], images: Images) -> None:
         "samples": shown,
         "left_out": left_out,
     }
-    ledger.write_whole(workdir / "report.html", _fill(page, tables.title(results)).encode())
+    storage.write_whole(workdir / "report.html", _fill(page, tables.title(results)).encode())
 
 
 def _is_tested(workdir: Path, results: dict[str, Any], name: str, column: int) -> bool:
@@ -128,7 +129,7 @@ def _pictures(
                     "pixel_thresholds": [of_step.pixel_threshold[row] for of_step in (as_learned[name], of_object)],
                 }
             )
-    sizes = {id(one): len(json.dumps(ledger.as_json(one))) for one in found}
+    sizes = {id(one): len(json.dumps(storage.as_json(one))) for one in found}
     room, kept = BUDGET, set()
     for one in sorted(found, key=lambda one: _PICKS.index(one["pick"])):
         room -= sizes[id(one)]
@@ -184,7 +185,7 @@ def _webp(pixels: NDArray) -> str:
 def _fill(page: dict[str, Any], title: str) -> str:
     """The template with its parts; no script but this one may run, and nothing is fetched from anywhere."""
     script = '"use strict";\n' + "\n".join(map(_part, ("chart.js", "tables.js", "samples.js", "report.js")))
-    data = json.dumps(ledger.as_json(page), allow_nan=False, separators=(",", ":"))
+    data = json.dumps(storage.as_json(page), allow_nan=False, separators=(",", ":"))
     parts = {
         "title": html.escape(title),
         "digest": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),

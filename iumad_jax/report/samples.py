@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from iumad_jax.errors import UserError
 from iumad_jax.metrics import pro_curve
-from iumad_jax.report.ledger import write_whole
+from iumad_jax.runtime.storage import write_whole
 
 if TYPE_CHECKING:
     from iumad_jax.inference.evaluation import Judgement

@@ -25,7 +25,7 @@ from tabulate import tabulate
 
 from iumad_jax.errors import UserError
 from iumad_jax.metrics import aggregate_forgetting, average_accuracy, falls, final, forgetting, plasticity
-from iumad_jax.report.ledger import as_json, write_whole
+from iumad_jax.runtime.storage import as_json, write_whole
 
 METRICS = {
     "i_auroc": "I-AUROC",

@@ -16,10 +16,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from configs import eyecandies, quickstart
-from iumad_jax import methods, parallel, train
-from iumad_jax.data.pipeline import whole
+from iumad_jax import methods
+from iumad_jax.data.batches import whole
 from iumad_jax.models import mamba
+from iumad_jax.runtime import devices
 from iumad_jax.shapes import Batch
+from iumad_jax.training.optimization import make_optimizer
+from iumad_jax.training.update import initial_state, make_update
 from kernels.benchmarks import baselines
 
 OBJECTS, CHANNELS = 10, 192
@@ -70,17 +73,17 @@ def random_batch(config: ConfigDict) -> Batch:
 def compiled(config: ConfigDict) -> Update:
     """The update of a config, its learning rate being zero."""
     method, batch = methods.build(config.method, config, OBJECTS), random_batch(config)
-    optimizer = train.make_optimizer(config.train)
+    optimizer = make_optimizer(config.train)
     rng = np.random.default_rng(1)  # to compile how weights begin would take as long as the update
     shapes = jax.eval_shape(method.init, jax.random.key(0), batch)
     variables = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
     noise = jax.tree.map(lambda leaf: 0.05 * rng.standard_normal(leaf.shape, np.float32), shapes["params"])
     variables["params"] = noise
-    state = parallel.replicate(train.start(variables, optimizer, 0, []))
+    state = devices.replicate(initial_state(variables, optimizer, 0, []))
     key, rates = jax.random.key(1), np.zeros(1, np.float32)
-    devices = NamedSharding(Mesh(np.array(jax.local_devices()), (parallel.AXIS,)), PartitionSpec(parallel.AXIS))
-    piece = jax.device_put(whole(batch), devices)
-    lowered = train.make_update(method, optimizer).lower(state, piece, key, rates)
+    layout = NamedSharding(Mesh(np.array(jax.local_devices()), (devices.AXIS,)), PartitionSpec(devices.AXIS))
+    piece = jax.device_put(whole(batch), layout)
+    lowered = make_update(method, optimizer).lower(state, piece, key, rates)
     began = time.perf_counter()
     update = lowered.compile()
     seconds = time.perf_counter() - began

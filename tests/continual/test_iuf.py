@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iumad_jax import parallel, train
 from iumad_jax.config import paper
 from iumad_jax.continual.iuf import ROWS, anchor, compression, iuf, project, projection
-from iumad_jax.data.pipeline import whole
+from iumad_jax.data.batches import whole
+from iumad_jax.runtime import devices
+from iumad_jax.training.optimization import make_optimizer
+from iumad_jax.training.update import initial_state, make_update
 
 
 def of_continual(**changes):
@@ -58,17 +60,15 @@ def test_compression_moves_the_weights_through_the_live_batch_alone(method, vari
 
     def gradient(state, batch, key):
         def value(params):
-            keys = parallel.own_keys(key, len(batch.object_id))
+            keys = devices.own_keys(key, len(batch.object_id))
             total, (terms, after) = strategy.loss(state["memory"], {"params": params}, batch, keys)
             return terms["compression"], (total - terms["error"] - terms["compression"], after)
 
         (value, (rest, after)), slope = jax.value_and_grad(value, has_aux=True)(state["params"])
-        return parallel.mean_over_devices((value, slope, rest)), after
+        return devices.mean_over_devices((value, slope, rest)), after
 
-    state = parallel.replicate({"params": variables["params"], "memory": memory})
-    (value, slope, rest), after = parallel.unreplicate(
-        parallel.data_parallel(gradient)(state, whole(batch).images, key)
-    )
+    state = devices.replicate({"params": variables["params"], "memory": memory})
+    (value, slope, rest), after = devices.unreplicate(devices.data_parallel(gradient)(state, whole(batch).images, key))
     assert rest == pytest.approx(0, abs=1e-3)
 
     keys = jax.random.split(key, 8)
@@ -146,12 +146,12 @@ def test_training_leaves_the_strongest_direction_as_it_was(method, variables, im
         strategy = iuf(of_continual(compression=0.0, **changes), method)
         memory = strategy.finish({}, variables, old, 1)
         memory = strategy.begin(memory, variables, images(1), 1)
-        transformation = train.make_optimizer(config.train)
-        update = train.make_update(method, transformation, strategy)
-        state = parallel.replicate(train.start(variables, transformation, 0, [], memory))
+        transformation = make_optimizer(config.train)
+        update = make_update(method, transformation, strategy)
+        state = devices.replicate(initial_state(variables, transformation, 0, [], memory))
         for _ in range(5):
             state, _ = update(state, whole(images(8)), jax.random.key(0), np.float32([0.1]))
-        after = parallel.unreplicate(state).variables["params"]["down"]
+        after = devices.unreplicate(state).variables["params"]["down"]
         return {name: after[name] - variables["params"]["down"][name] for name in after}
 
     free = moved(projection=False, anchor=0.0)

@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from iumad_jax import parallel, train
 from iumad_jax.config import paper
 from iumad_jax.continual.finetune import finetune
 from iumad_jax.continual.replay import coarse, draw, principal_components, replay
-from iumad_jax.data.pipeline import whole
+from iumad_jax.data.batches import whole
+from iumad_jax.runtime import devices
+from iumad_jax.training.optimization import make_optimizer
+from iumad_jax.training.update import initial_state, make_update
 
 
 def settings(**changes):
@@ -120,17 +122,17 @@ def test_replay_keeps_what_finetuning_forgets(method, variables, images):
     """A linear model with too few dimensions for both objects, trained on the second alone or with replay."""
     config = paper("1-1")
     old, new = images(40, 0), images(40, 1)
-    optimizer = train.make_optimizer(config.train)
+    optimizer = make_optimizer(config.train)
 
     def error(variables, batch):
         return float(method.loss(variables, batch, jax.random.split(jax.random.key(9), 40)).total)
 
     def trained(strategy, variables, batch, memory):
-        update = train.make_update(method, optimizer, strategy)
-        state = parallel.replicate(train.start(variables, optimizer, 0, [], memory))
+        update = make_update(method, optimizer, strategy)
+        state = devices.replicate(initial_state(variables, optimizer, 0, [], memory))
         for _ in range(150):
             state, _ = update(state, whole(batch), jax.random.key(0), np.float32([0.02]))
-        return parallel.unreplicate(state).variables
+        return devices.unreplicate(state).variables
 
     strategy = replay(settings(rank=8), method, objects=2)
     base = trained(strategy, variables, old, {})

@@ -15,7 +15,7 @@ from iumad_jax.data.candies.dataset import kinds_of, sample, write_sample
 from iumad_jax.data.candies.defects import KINDS
 from iumad_jax.data.candies.scene import FOCAL, PLATE, POSE, photograph, surveyor
 from iumad_jax.data.candies.sweets import SWEETS
-from iumad_jax.data.eyecandies import Eyecandies
+from iumad_jax.data.readers.eyecandies import Eyecandies
 from iumad_jax.errors import UserError
 
 SIZE = 96

@@ -12,7 +12,7 @@ from scipy import ndimage
 from sklearn.linear_model import RANSACRegressor
 
 from iumad_jax.data import depth
-from iumad_jax.data.eyecandies import Eyecandies
+from iumad_jax.data.readers.eyecandies import Eyecandies
 from iumad_jax.data.sample import Camera
 from iumad_jax.data.transforms import region, resize_mask
 from iumad_jax.errors import UserError

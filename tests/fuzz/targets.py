@@ -20,26 +20,29 @@ import yaml
 from absl import flags
 from PIL import Image
 
-from iumad_jax import commands, continual, data, methods, protocol, snapshots, train
+from iumad_jax import cli, continual, methods, protocol
 from iumad_jax import config as configs
-from iumad_jax import workdir as workdirs
-from iumad_jax.data import inventory
-from iumad_jax.data.archive import unpack
-from iumad_jax.data.depth_files import read_depth
-from iumad_jax.data.eyecandies import Eyecandies
-from iumad_jax.data.folder import Folder
-from iumad_jax.data.images import read_mask, read_photograph
-from iumad_jax.data.mvtec3d import MVTec3D
-from iumad_jax.data.processing import Processing
+from iumad_jax.data import readers
+from iumad_jax.data.formats.archives import unpack
+from iumad_jax.data.formats.depth_files import read_depth
+from iumad_jax.data.formats.images import read_mask, read_photograph
+from iumad_jax.data.prepared import inventory
+from iumad_jax.data.prepared.processing import Processing
+from iumad_jax.data.prepared.store import Store
+from iumad_jax.data.readers.eyecandies import Eyecandies
+from iumad_jax.data.readers.folder import Folder
+from iumad_jax.data.readers.mvtec3d import MVTec3D
 from iumad_jax.data.sample import Reader, Split
-from iumad_jax.data.store import Store
 from iumad_jax.inference.decisions import Calibration
 from iumad_jax.models import pretrained
-from iumad_jax.progress import BEGINNING, Position
-from iumad_jax.report import history, ledger, live, samples, tables
+from iumad_jax.report import history, samples, tables
 from iumad_jax.report.history import History
-from iumad_jax.snapshots import Snapshots
-from tests.data import test_archive, test_depth_files
+from iumad_jax.runtime import ledger, live, snapshots
+from iumad_jax.runtime import workdir as workdirs
+from iumad_jax.runtime.progress import BEGINNING, Position
+from iumad_jax.runtime.snapshots import Snapshots
+from iumad_jax.training.optimization import learning_rates, make_optimizer, of_step
+from tests.data.formats import test_archives, test_depth_files
 from tests.models import test_pretrained
 
 HEIGHT, WIDTH = 24, 32
@@ -302,8 +305,8 @@ def store(folder: Path) -> Target:
 def archive(folder: Path) -> Target:
     """Archives of every format; nothing may appear outside of the folder that they are unpacked to."""
     seeds = {}
-    for kind in test_archive.FORMATS:
-        file = test_archive.write(folder / f"a.{kind}", test_archive.FILES.items())
+    for kind in test_archives.FORMATS:
+        file = test_archives.write(folder / f"a.{kind}", test_archives.FILES.items())
         seeds[file.name] = file.read_bytes()
         file.unlink()
 
@@ -313,12 +316,12 @@ def archive(folder: Path) -> Target:
         inside.mkdir()
         (inside / name).write_bytes(content)
         try:
-            unpack(inside / name, inside / "root", test_archive.LIMITS)
+            unpack(inside / name, inside / "root", test_archives.LIMITS)
         finally:
             assert {path.name for path in inside.iterdir()} <= {name, "root", "root.lock"}
             assert [path.name for path in folder.iterdir()] == ["inside"]
             size = sum(path.stat().st_size for path in (inside / "root").rglob("*"))
-            assert size <= test_archive.LIMITS.bytes + 2**20
+            assert size <= test_archives.LIMITS.bytes + 2**20
             assert not any(path.is_symlink() for path in inside.rglob("*"))
 
     return Target(seeds, read)
@@ -367,21 +370,21 @@ def config(folder: Path) -> Target:
     always = (f"--config={CONFIG}:1-0", f"--config.dataset.root={root}", "--config.train.batch_size=4")
 
     def define(values: flags.FlagValues) -> None:
-        commands.define_config(values)
-        commands.define_workdir(values)
+        cli.define_config(values)
+        cli.define_workdir(values)
 
     def act(values: flags.FlagValues) -> str:
-        config, _ = commands.given_config(values)
+        config, _ = cli.given_config(values)
         if config.dataset.name != "candies":  # which would be rendered
             configs.check(config)
-            objects = data.objects(config)
+            objects = readers.objects(config)
             protocol.steps(config.protocol, objects)
             method = methods.systems(config, len(objects))[config.method]
             continual.build(config, method, len(objects))
             for step in (0, 1):
-                train.make_optimizer(train.of_step(config, step))
-            train.learning_rates(config.train, updates_per_epoch=1)
-            data.open_reader(config)
+                make_optimizer(of_step(config, step))
+            learning_rates(config.train, updates_per_epoch=1)
+            readers.open_reader(config)
             live.check(config.report.tensorboard)
         return ""
 
@@ -393,11 +396,11 @@ def config(folder: Path) -> Target:
             sys.argv, before = ["main", *always, *given], sys.argv  # ml_collections looks there for keys
             try:
                 with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # also its
-                    code = commands.execute("", sys.argv, define, act)
+                    code = cli.execute("", sys.argv, define, act)
             finally:
                 sys.argv = before
         if code:
-            raise commands.UserError(errors.getvalue().removesuffix("\n"))
+            raise cli.UserError(errors.getvalue().removesuffix("\n"))
 
     return Target(seeds, read)
 
@@ -460,7 +463,7 @@ def workdir(folder: Path) -> Target:
                 methods.systems(found, 2)
                 workdirs.check(folder, config)
             case "dataset.json":
-                inventory.Names.of(inventory.read(folder), ["nut"], lambda names: data.open_reader(config, names))
+                inventory.Names.of(inventory.read(folder), ["nut"], lambda names: readers.open_reader(config, names))
             case "results.json":
                 found = tables.read_results(folder)
                 tables.console(found, folder)

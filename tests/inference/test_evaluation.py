@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from iumad_jax.data.store import PreparedSet
+from iumad_jax.data.prepared.store import PreparedSet
 from iumad_jax.inference import decisions, evaluation
 from iumad_jax.inference.decisions import Calibration
 from iumad_jax.inference.evaluation import Model

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from iumad_jax.report.ledger import read
+from iumad_jax.runtime.ledger import read
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"<!-- (file|line) (\S+) -->\n```python\n(.*?)```\n", re.DOTALL)

@@ -13,7 +13,7 @@ from iumad_jax import Detector, experiment
 from iumad_jax.config import small
 from iumad_jax.errors import UserError
 from iumad_jax.report.history import history
-from iumad_jax.report.ledger import read
+from iumad_jax.runtime.ledger import read
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 SMALL = {

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iumad_jax import Detector, experiment, snapshots
+from iumad_jax import Detector, experiment
 from iumad_jax.config import small
+from iumad_jax.runtime import snapshots
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 SMALL = {

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from iumad_jax.data.candies import render
-from iumad_jax.report.ledger import read
+from iumad_jax.runtime.ledger import read
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.py"
 SMALL = {

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from iumad_jax.data.candies import render
-from iumad_jax.report.ledger import read
+from iumad_jax.runtime.ledger import read
 
 OBJECTS = ("CandyCane", "GummyBear")
 METRICS = ("i_auroc", "p_auroc", "aupro", "p_auroc_object", "aupro_object")

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iumad_jax import Camera, Detector, evaluate, predict, robustness, snapshots
+from iumad_jax import Camera, Detector, evaluate, predict, robustness
 from iumad_jax.data.candies import render
 from iumad_jax.data.degradation import FAULTS, degrade
-from iumad_jax.data.eyecandies import Eyecandies
+from iumad_jax.data.readers.eyecandies import Eyecandies
 from iumad_jax.errors import UserError
 from iumad_jax.export import __main__ as export
+from iumad_jax.runtime import snapshots
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 LEARNED, NEVER = ("CandyCane", "GummyBear"), "Lollipop"

@@ -6,7 +6,7 @@ from matplotlib import colormaps
 from PIL import Image
 from scipy import ndimage
 
-from iumad_jax.data.eyecandies import Eyecandies
+from iumad_jax.data.readers.eyecandies import Eyecandies
 from iumad_jax.data.transforms import resize_image, resize_mask, resize_nearest
 from iumad_jax.errors import UserError
 from iumad_jax.report.figures import choose, save_heatmaps, save_matrix

@@ -16,13 +16,13 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
-from iumad_jax import interruption
 from iumad_jax.data.candies import defects as flaws
 from iumad_jax.data.candies import draw
 from iumad_jax.data.candies.defects import KINDS, Defects
 from iumad_jax.data.candies.scene import POSE, TILES, Surface, photograph, surveyor
 from iumad_jax.data.candies.sweets import SWEETS, Look
 from iumad_jax.errors import UserError
+from iumad_jax.runtime import preemption
 
 OBJECTS = tuple(SWEETS)
 SPLITS = {"train": 3, "val": 2, "test_public": 2}  # digits in a sample's id
@@ -90,7 +90,7 @@ def render(
             try:
                 for _ in pool.map(partial(write_sample, unfinished, seed, size), *zip(*jobs, strict=True)):
                     bar.update()
-                    interruption.check()
+                    preemption.check()
             finally:
                 pool.shutdown(cancel_futures=True)
         unfinished.replace(root)

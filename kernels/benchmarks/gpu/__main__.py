@@ -20,7 +20,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from iumad_jax.data.eyecandies import OBJECTS
+from iumad_jax.data.readers.eyecandies import OBJECTS
 from kernels.benchmarks.gpu import scheduler
 from kernels.benchmarks.gpu.scheduler import Part
 from kernels.benchmarks.gpu.worker import Options

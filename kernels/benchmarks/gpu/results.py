@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from iumad_jax.report.ledger import as_json, write_whole
+from iumad_jax.runtime.storage import as_json, write_whole
 
 Row = dict[str, Any]
 UNFINISHED = "was not finished"

@@ -7,10 +7,11 @@ from typing import Any, get_args
 
 from ml_collections import ConfigDict
 
-from iumad_jax import data, experiment, inputs
-from iumad_jax.data import candies
-from iumad_jax.data.eyecandies import OBJECTS
-from iumad_jax.data.pipeline import updates_per_epoch
+from iumad_jax import experiment
+from iumad_jax.data import candies, readers
+from iumad_jax.data.batches import updates_per_epoch
+from iumad_jax.data.prepared import inputs
+from iumad_jax.data.readers.eyecandies import OBJECTS
 from iumad_jax.data.sample import Split
 from kernels.benchmarks.gpu import update
 from kernels.benchmarks.gpu.results import Row
@@ -35,7 +36,7 @@ def train(options: Options, folder: Path, epochs: int | None = None) -> Row:
     """Prepares, trains for so many epochs or as many as fit, and evaluates."""
     began = time.monotonic()
     config = settings(options)
-    reader = data.open_reader(config)
+    reader = readers.open_reader(config)
     store = inputs.open_store(config, reader, folder)
     splits: tuple[Split, ...] = get_args(Split)
     for name in reader.objects:

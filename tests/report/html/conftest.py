@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from iumad_jax.report import html, samples, tables
-from iumad_jax.report.ledger import Ledger
+from iumad_jax.runtime.ledger import Ledger
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 _START = "import os, sys; os.dup2({}, 3); os.dup2({}, 4); os.execv(sys.argv[1], sys.argv[1:])"  # it reads 3, writes 4

@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from iumad_jax.report import html, samples, tables
-from iumad_jax.report.ledger import Ledger
+from iumad_jax.runtime.ledger import Ledger
 
 
 def background(page):

@@ -1,0 +1,1 @@
+"""Files as cameras and archives write them: images, depth, point clouds, archives."""

@@ -1,0 +1,334 @@
+"""Prepared images: read, processed and encoded by the frozen backbone once, kept as memory-mapped arrays.
+
+Every object and split has a folder of its own, named after all that its images depend on beside their source files:
+
+    lock             held by the one process that changes the folder
+    manifest.json    what the set is made from and holds
+    rows-<hash>/     one .npy file per array, one row per image
+
+Memory-mapped files because they are read at random several times faster than records that have to be parsed
+(`python -m tests.harness.input_pipeline`).
+"""
+
+import dataclasses
+import shutil
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import cache
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from iumad_jax.data.prepared import records
+from iumad_jax.data.prepared.processing import Processing
+from iumad_jax.data.prepared.records import Image, Manifest, Values
+from iumad_jax.data.sample import Reader, Sample, Split
+from iumad_jax.errors import UserError
+from iumad_jax.models import efficientnet
+from iumad_jax.runtime import preemption
+from iumad_jax.shapes import Batch, GroundTruth
+
+Encoder = Callable[[Any], jax.Array]  # images (b h w 3), 0..255 -> features (b g g f)
+ENCODED_AT_ONCE = 2  # images: with more, activations leave a CPU's caches, and one takes twice as long
+_AHEAD = 16  # images processed while others are encoded
+
+
+class PreparedSet(NamedTuple):
+    """All images of one object and split."""
+
+    batch: Batch  # features in float16; images in the type they are prepared in
+    truth: GroundTruth | None  # None for training images; unlabelled ones have what pictures show
+    defects: tuple[str, ...]
+    ids: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """Prepares sets on first use and finds them again while settings, code and the content of source files are same.
+
+    When files or images have changed, only those are prepared anew; when settings or code have, another set is made
+    and the old one left alone. Of a preparation that is interrupted all that is done stays. Several processes may share
+    a folder. What is on disk is checked once by every store that opens it, and damaged images are prepared again.
+    """
+
+    folder: Path
+    reader: Reader
+    processing: Processing
+    encoder: Encoder
+    settings: dict[str, Any]  # what else the features depend on
+    _checked: set[Path] = dataclasses.field(default_factory=set, init=False, repr=False, compare=False)
+
+    def get(self, object_: str, split: Split) -> PreparedSet:
+        """The prepared images of one object and split.
+
+        Raises:
+            UserError: there are none, a source file is missing or unusable, or they cannot be written.
+        """
+        manifest = self.prepare(object_, split)
+        images = manifest["images"]
+        arrays: dict[str, Any] = records.load(
+            self._home(object_, split) / manifest["rows"], self._names(split), len(images)
+        )
+        object_id = np.full(len(images), self.reader.objects.index(object_), np.int32)
+        defects, ids = (tuple(image[key] for image in images) for key in ("defect", "id"))
+        return self._set(arrays, object_id, split, defects, ids)
+
+    def prepare(self, object_: str, split: Split) -> Manifest:
+        """Prepares what is not yet prepared of one object and split.
+
+        Returns:
+            What is known of its images.
+
+        Raises:
+            UserError: as `get` does.
+        """
+        home = self._home(object_, split)
+        manifest = records.read_manifest(home)
+        images = self._sources(object_, split, manifest)
+        if manifest is not None and self._is_current(home, manifest, images, split):
+            _restamp(home, manifest, images)
+            return manifest
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            with _alone(home):
+                manifest = records.read_manifest(home)  # another process may have written one meanwhile
+                if manifest is None or not self._is_current(home, manifest, images, split):
+                    manifest = self._complete(home, object_, split, images, manifest)
+        except OSError as error:
+            raise UserError(
+                f"{home} cannot be prepared ({error.strerror}); make room or choose another --config.dataset.prepared."
+                " What was prepared so far is kept."
+            ) from error
+        return manifest
+
+    def sources(self, objects: Sequence[str]) -> list[str]:
+        """What the objects' training images are made from, by name and content of the source files."""
+        return [records.key(image) for name in objects for image in self.prepare(name, "train")["images"]]
+
+    def digests(self, object_: str, split: Split) -> dict[str, str]:
+        """A digest of each image's source files, by id; none where the dataset has no such split.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        if not self.reader.ids(object_, split):
+            return {}
+        images = self._sources(object_, split, records.read_manifest(self._home(object_, split)))
+        return {
+            image["id"]: records.digest([source["sha256"] for source in image["sources"].values()]) for image in images
+        }
+
+    def encode(self, samples: Iterable[Sample]) -> PreparedSet:
+        """Prepares samples that are not kept, at least one, as those that are."""
+        kept: list[Values] = []
+        described: list[tuple[str, str, int]] = []
+        remaining = iter(samples)
+        while chunk := list(islice(remaining, ENCODED_AT_ONCE)):
+            values = [self.processing(sample) for sample in chunk]
+            self._encode(values)
+            kept += values
+            described += [(one.defect, one.id, self.reader.objects.index(one.object)) for one in chunk]
+        arrays = {name: np.stack([values[name] for values in kept]) for name in self._names("test")}
+        defects, ids, numbers = zip(*described, strict=True)
+        return self._set(arrays, np.array(numbers, np.int32), "test", defects, ids)
+
+    def _set(
+        self, arrays: Any, object_id: Any, split: Split, defects: tuple[str, ...], ids: tuple[str, ...]
+    ) -> PreparedSet:
+        features, images = (
+            {m: arrays[f"{kind}_{m}"] for m in self.processing.modalities} for kind in ("features", "images")
+        )
+        truth = None if split == "train" else GroundTruth(**{name: arrays[name] for name in GroundTruth._fields})
+        return PreparedSet(Batch(features, images, object_id), truth, defects, ids)
+
+    def _home(self, object_: str, split: Split) -> Path:
+        content = [_code(), self._settings()]
+        return self.folder / f"{object_}-{split}-{records.digest(content)[:16]}"
+
+    def _settings(self) -> Any:
+        return [self.settings, dataclasses.asdict(self.processing), str(self.reader)]
+
+    def _names(self, split: Split) -> tuple[str, ...]:
+        """The arrays that are kept; training images need no truth."""
+        inputs = [f"{kind}_{m}" for kind in ("features", "images") for m in self.processing.modalities]
+        return (*inputs, *(() if split == "train" else GroundTruth._fields))
+
+    def _sources(self, object_: str, split: Split, manifest: Manifest | None) -> list[Image]:
+        """The images that there should be, by the hashes of their files."""
+        files = {id_: self.reader.files(object_, split, id_) for id_ in self.reader.ids(object_, split)}
+        if not files:
+            raise UserError(f"{object_} has no {split} images; add some, or leave it out of config.dataset.objects.")
+        known = {
+            file: source
+            for image in (manifest or {"images": []})["images"]
+            for file, source in image["sources"].items()
+        }
+        with ThreadPoolExecutor() as pool:
+            hashes = pool.map(lambda file: records.hashed(file, known.get(str(file))), sum(files.values(), ()))
+            return [{"id": id_, "sources": {str(file): next(hashes) for file in of_id}} for id_, of_id in files.items()]
+
+    def _is_current(self, home: Path, manifest: Manifest, images: list[Image], split: Split) -> bool:
+        """Whether a set holds these images, unharmed."""
+        if [records.key(image) for image in manifest["images"]] != [records.key(image) for image in images]:
+            return False
+        folder = home / manifest["rows"]
+        if folder not in self._checked:
+            arrays = records.load(folder, self._names(split), len(images))
+            for index, image in enumerate(manifest["images"]):
+                values = records.row(arrays, index)
+                if values is None or records.checksum(values) != image["crc32"]:
+                    return False
+            self._checked.add(folder)
+        return True
+
+    def _complete(
+        self, home: Path, object_: str, split: Split, images: list[Image], manifest: Manifest | None
+    ) -> Manifest:
+        """Prepares the images that no folder of the set holds unharmed, and makes the set of these images whole."""
+        target = home / f"rows-{records.digest([records.key(image) for image in images])[:16]}"
+        with records.Writer(target, len(images)) as writer:
+            done = self._keep(home, target, split, images, manifest, writer)
+            todo = [index for index in range(len(images)) if index not in done]
+            bar = tqdm(total=len(images), initial=len(done), unit="image", disable=None, leave=False)
+            bar.set_description(f"preparing {object_} {split}")
+            with bar, ThreadPoolExecutor() as pool:
+                ahead = self._ahead(pool, object_, split, [(index, images[index]) for index in todo])
+                while chunk := list(islice(ahead, ENCODED_AT_ONCE)):
+                    preemption.check()
+                    self._encode([values for _, _, values in chunk])
+                    written = {}
+                    for index, image, values in chunk:
+                        kept = {name: values[name] for name in self._names(split)}
+                        writer.write(index, kept)
+                        written[index] = Image(**image, crc32=records.checksum(kept))
+                    writer.note(written)
+                    done |= written
+                    bar.update(len(chunk))
+            manifest = Manifest(
+                version=version("iumad-jax"),
+                code=_code(),
+                settings=self._settings(),
+                rows=target.name,
+                images=[done[index] for index in range(len(images))],
+            )
+            records.write_manifest(home, manifest)
+            writer.finish()
+        for other in home.glob("rows-*"):
+            if other != target:
+                shutil.rmtree(other, ignore_errors=True)
+        self._checked.add(target)
+        return manifest
+
+    def _keep(
+        self,
+        home: Path,
+        target: Path,
+        split: Split,
+        images: list[Image],
+        manifest: Manifest | None,
+        writer: records.Writer,
+    ) -> dict[int, Image]:
+        """Copies what earlier preparations left, whole or not, into the target; returns its rows."""
+        found: dict[str, tuple[Image, Path, Values | None]] = {}
+        for folder in sorted(home.glob("rows-*"), key=lambda folder: folder == target):  # its own are not copied
+            if manifest is not None and folder.name == manifest["rows"]:
+                noted, count = dict(enumerate(manifest["images"])), len(manifest["images"])
+            else:
+                noted, count = records.read_journal(folder)
+            arrays = records.load(folder, self._names(split), count)
+            found |= {records.key(image): (image, folder, records.row(arrays, at)) for at, image in noted.items()}
+        done, damaged = {}, 0
+        for index, image in enumerate(images):
+            old, folder, values = found.get(records.key(image), (None, target, None))
+            if old is None:
+                continue
+            if values is None or records.checksum(values) != old["crc32"]:
+                damaged += 1
+                continue
+            done[index] = Image(**(old | image))
+            if folder != target:
+                writer.write(index, values)
+                writer.note({index: done[index]})
+        if damaged:
+            print(f"{home}: {damaged} of {len(images)} images are damaged and prepared again.", file=sys.stderr)
+        return done
+
+    def _ahead(
+        self, pool: ThreadPoolExecutor, object_: str, split: Split, todo: list[tuple[int, Image]]
+    ) -> Iterator[tuple[int, Image, Values]]:
+        """Images as they are processed, in order, a bounded number ahead of those that are taken."""
+        waiting: deque[tuple[int, Future[tuple[Image, Values]]]] = deque()
+        for index, image in todo:
+            waiting.append((index, pool.submit(self._process, object_, split, image)))
+            if len(waiting) > _AHEAD:
+                first, future = waiting.popleft()
+                yield first, *future.result()
+        for first, future in waiting:
+            yield first, *future.result()
+
+    def _process(self, object_: str, split: Split, image: Image) -> tuple[Image, Values]:
+        sample = self.reader.read(object_, split, image["id"])
+        return Image(**(image | _description(sample))), self.processing(sample)
+
+    def _encode(self, chunk: list[Values]) -> None:
+        """Adds the features of some images, filled up so that the backbone is compiled once."""
+        for modality in self.processing.modalities:
+            images = np.stack([values[f"images_{modality}"] for values in chunk])
+            full = np.zeros((ENCODED_AT_ONCE, *images.shape[1:]), np.float32)
+            full[: len(images)] = images
+            features = np.asarray(self.encoder(full))[: len(images)]
+            if not np.abs(features).max() <= np.finfo(np.float16).max:  # also NaN
+                raise UserError("the backbone's features do not fit float16; use the weights it was trained to.")
+            tokens = features.reshape(len(images), -1, features.shape[-1]).astype(np.float16)
+            for values, own in zip(chunk, tokens, strict=True):
+                values[f"features_{modality}"] = own
+
+
+def _description(sample: Sample) -> Image:
+    valid = None if sample.depth is None else np.isfinite(sample.depth) & (sample.depth > 0)
+    return Image(
+        defect=sample.defect,
+        size=list(sample.rgb.shape[:2]),
+        invalid_depth=None if valid is None else float(1 - valid.mean()),
+        mask_area=None if sample.mask is None else float(sample.mask.mean()),
+    )
+
+
+def _restamp(home: Path, manifest: Manifest, images: list[Image]) -> None:
+    """Notes new times of files whose content is the same, if that can be done at once, so as not to hash them again."""
+    stamped = [Image(**(old | new)) for old, new in zip(manifest["images"], images, strict=True)]
+    if stamped != manifest["images"]:
+        with suppress(OSError), FileLock(home / "lock", timeout=0):
+            if records.read_manifest(home) == manifest:
+                records.write_manifest(home, Manifest(**(manifest | {"images": stamped})))
+
+
+@contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """Waits until no other process changes a set. The system gives up the lock of a process that is killed."""
+    lock = FileLock(home / "lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        print(f"{home}: another process prepares this; waiting for it.", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@cache
+def _code() -> str:
+    """The SHA-256 of all code that has a part in preparing."""
+    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(efficientnet.__file__)]
+    return records.digest([file.read_text() for file in files])

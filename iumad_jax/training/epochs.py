@@ -1,0 +1,90 @@
+"""A step's training, epoch by epoch."""
+
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from iumad_jax.data.batches import Piece
+from iumad_jax.runtime import devices
+from iumad_jax.training import nonfinite
+from iumad_jax.training.update import TrainState
+
+
+class Epoch(NamedTuple):
+    """One pass over the step's images, or what is done of it."""
+
+    number: int
+    updates: int  # done in this step
+    whole: bool
+    history: dict[str, np.ndarray]  # scalars of the epoch's updates so far, "loss" being the total
+    learning_rate: float  # of the last update
+    seconds: float  # that the whole takes
+    state: TrainState
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Means over the updates, also of the norms of `nonfinite.measure`."""
+        shown = {name: values for name, values in self.history.items() if name != nonfinite.PARAMETER}
+        return {name: float(values.mean(dtype=np.float64)) for name, values in shown.items()}
+
+
+def train_epochs(
+    updates: Any,
+    state: TrainState,
+    pieces: Generator[Piece, None, None],
+    rates: optax.Schedule,
+    key: jax.Array,
+    per_epoch: int,
+    last: int,
+    history: dict[str, np.ndarray] | None = None,
+    pause: Callable[[], bool] = lambda: False,
+) -> Iterator[Epoch]:
+    """Trains up to epoch `last` from the update that the state is at, yielding after each, and where `pause` says so.
+
+    Args:
+        updates: see `make_update`.
+        state: where to begin.
+        pieces: the images from there on.
+        rates: the learning rate of every update.
+        key: of all randomness.
+        per_epoch: updates of an epoch.
+        last: how many epochs there are.
+        history: of the epoch that the state is in the middle of.
+        pause: asked after every piece.
+
+    Raises:
+        NotFinite: a loss, a gradient or a weight is not finite.
+    """
+    first, total = int(state.update), last * per_epoch
+    state = devices.replicate(state)
+    parts = [jax.tree.map(lambda losses: losses[None], history)] if history else []  # as a device gives them
+    bar = tqdm(desc="training", total=total, initial=first, unit="update", disable=None, leave=False)
+    with closing(pieces), bar:
+        for index in range(first // per_epoch, last):
+            numbers = np.arange(index * per_epoch, (index + 1) * per_epoch)
+            own_rates = np.broadcast_to(np.asarray(rates(numbers), np.float32), numbers.shape)
+            done = before = max(0, first - index * per_epoch)
+            began = time.monotonic()
+            while done < per_epoch:
+                piece = next(pieces)
+                piece_rates = own_rates[done : done + piece.rows.shape[1]]
+                state, scalars = updates(state, piece, key, piece_rates)
+                jax.block_until_ready(parts[-1:])  # or pieces would gather in front of a slow device
+                parts.append(scalars)
+                done += piece_rates.size
+                bar.update(piece_rates.size)
+                if done == per_epoch or pause():
+                    losses = {name: np.concatenate([np.asarray(part[name])[0] for part in parts]) for name in parts[0]}
+                    nonfinite.check(losses, state.variables["params"], index * per_epoch)
+                    bar.set_postfix(loss=f"{losses['loss'].mean():.4f}")
+                    seconds = (time.monotonic() - began) * per_epoch / (done - before)
+                    updates_done = index * per_epoch + done
+                    rate, reached = float(piece_rates[-1]), devices.unreplicate(state)
+                    yield Epoch(index, updates_done, done == per_epoch, losses, rate, seconds, reached)
+            parts = []

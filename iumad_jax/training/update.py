@@ -1,0 +1,92 @@
+"""One update of the weights over all devices."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from iumad_jax.continual.finetune import finetune
+from iumad_jax.continual.strategy import Memory, Strategy
+from iumad_jax.data.batches import Piece
+from iumad_jax.methods.method import Method
+from iumad_jax.runtime import devices
+from iumad_jax.shapes import Batch, Scalars, Variables
+from iumad_jax.training import nonfinite
+
+
+class TrainState(NamedTuple):
+    """What training changes."""
+
+    variables: Variables
+    optimizer: optax.OptState
+    update: Any  # updates done in this step
+    memory: Memory  # of the strategy
+
+
+def initial_state(
+    variables: Variables,
+    optimizer: optax.GradientTransformation,
+    update: int,
+    leaves: list[Any],
+    memory: Memory | None = None,
+) -> TrainState:
+    """The state before a step's update, with the optimiser's state from a snapshot or (no leaves) a new one."""
+    state = optimizer.init(variables["params"])
+    if leaves:
+        state = jax.tree.unflatten(jax.tree.structure(state), leaves)
+    return TrainState(variables, state, np.int32(update), memory or {})
+
+
+def make_update(
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    strategy: Strategy | None = None,
+    find_operations: bool = False,
+) -> Any:
+    """The jitted updates (state, piece, key, learning rates) -> (state, scalars) over all devices.
+
+    Those of a piece, which can be a whole epoch, run one after the other in a loop on the device. Images arrive as they
+    are stored and are float32 from here on. No strategy is `finetune`. `find_operations`: see
+    `nonfinite.finding_operations`, which takes pieces of one update.
+    """
+    ours = strategy or finetune(method)
+
+    def update(state: TrainState, batch: Batch, key: jax.Array, rate: jax.Array) -> tuple[TrainState, Scalars]:
+        keys = devices.own_keys(jax.random.fold_in(key, state.update), len(batch.object_id))
+
+        def loss(params: Any) -> tuple[jax.Array, tuple[Scalars, Memory]]:
+            return ours.loss(state.memory, state.variables | {"params": params}, batch, keys)
+
+        params = state.variables["params"]
+        (total, (terms, memory)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        gradients, scalars = devices.mean_over_devices((gradients, {"loss": total, **terms}))
+        direction, optimizer_state = optimizer.update(gradients, state.optimizer, params)
+        changes = jax.tree.map(lambda change: -rate * change, direction)
+        changes, _ = ours.constrain.update(changes, ours.constrain.init(params), params, memory=memory)
+        scalars |= nonfinite.measure(gradients, changes)
+        variables = state.variables | {"params": optax.apply_updates(params, changes)}
+        return TrainState(variables, optimizer_state, state.update + 1, memory), scalars
+
+    updates = _repeated(update)
+    compiled = devices.data_parallel(updates)
+    return nonfinite.finding_operations(compiled, devices.on_one_device(updates)) if find_operations else compiled
+
+
+def _repeated(update: Callable) -> Callable:
+    def updates(state: TrainState, piece: Piece, key: jax.Array, rates: jax.Array) -> tuple[TrainState, Scalars]:
+        images, rows, weights = piece
+
+        def one(state: TrainState, this: tuple[Any, jax.Array]) -> tuple[TrainState, Scalars]:
+            of_this, rate = this
+            batch = jax.tree.map(lambda a: a[of_this].astype(jnp.float32 if a.ndim > 1 else a.dtype), images)
+            return update(state, batch._replace(weight=weights), key, rate)
+
+        if len(rows) > 1:
+            return jax.lax.scan(one, state, (rows, rates))
+        state, scalars = one(state, (rows[0], rates[0]))  # even a loop of one would be compiled to slower code
+        return state, jax.tree.map(lambda scalar: scalar[None], scalars)
+
+    return updates

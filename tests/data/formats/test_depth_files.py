@@ -1,0 +1,256 @@
+"""Every format of depth against the scene it was written from, and all that can be wrong with such files."""
+
+import contextlib
+import gc
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from iumad_jax.data import depth
+from iumad_jax.data.formats.clouds import read_ply
+from iumad_jax.data.formats.depth_files import read_depth
+from iumad_jax.errors import UserError
+
+
+def ply(cloud: np.ndarray, kind: str = "ascii", size: bool = True, extra: bool = True) -> bytes:
+    """A PLY file of a cloud, with a colour in each vertex and a face after them."""
+    height, width = cloud.shape[:2]
+    sizes = f"obj_info num_cols {width}\nobj_info num_rows {height}\n" if size else "comment of a scanner\n"
+    colour = "property uchar red\n" if extra else ""
+    face = "element face 1\nproperty list uchar int vertex_indices\n" if extra else ""
+    header = (
+        f"ply\nformat {kind} 1.0\n{sizes}element vertex {height * width}\n{colour}property float x\nproperty float y\n"
+        f"property double z\n{face}end_header\n"
+    )
+    order = ">" if "big" in kind else "<"
+    fields = ([("red", "u1")] if extra else []) + [("x", order + "f4"), ("y", order + "f4"), ("z", order + "f8")]
+    table = np.zeros(height * width, fields)
+    table["x"], table["y"], table["z"] = cloud.reshape(-1, 3).T
+    if kind == "ascii":
+        body = "".join(" ".join(repr(float(value)) for value in row) + "\n" for row in table.tolist())
+        return (header + body + ("3 0 1 2\n" if extra else "")).encode()
+    return header.encode() + table.tobytes() + (struct.pack(order + "B3i", 3, 0, 1, 2) if extra else b"")
+
+
+def pcd(cloud: np.ndarray, kind: str = "ascii", **changes: object) -> bytes:
+    """A PCD file of a cloud, padded as PCL pads it."""
+    height, width = cloud.shape[:2]
+    keys = {
+        "VERSION": "0.7", "FIELDS": "x y z _ rgb _", "SIZE": "4 4 4 1 4 1", "TYPE": "F F F U F U",
+        "COUNT": "1 1 1 4 1 12", "WIDTH": width, "HEIGHT": height, "VIEWPOINT": "0 0 0 1 0 0 0",
+        "POINTS": height * width, "DATA": kind,
+    } | changes  # fmt: skip
+    header = "# .PCD v0.7 - Point Cloud Data file format\n" + "".join(f"{key} {keys[key]}\n" for key in keys)
+    rows = cloud.reshape(-1, 3).astype("<f4")
+    if kind == "ascii":
+        lines = (" ".join(repr(float(value)) for value in row) + " 0" * 4 + " 7.5" + " 0" * 12 for row in rows)
+        return (header + "\n".join(lines) + "\n").encode()
+    return header.encode() + b"".join(row.tobytes() + bytes(20) for row in rows)
+
+
+def npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def tiff(array: np.ndarray, **settings) -> bytes:
+    stream = io.BytesIO()
+    photometric = {"photometric": "rgb"} if array.ndim == 3 else {"photometric": "minisblack"}
+    tifffile.imwrite(stream, array, **(photometric | settings))
+    return stream.getvalue()
+
+
+def png(cloud: np.ndarray) -> bytes:
+    """Depth in tenths of a millimetre."""
+    stream = io.BytesIO()
+    Image.fromarray(np.round(cloud[..., 2] * 10_000).astype(np.uint16)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+FORMATS = {
+    "TIFF of 32-bit floats": ("tiff", lambda cloud: tiff(cloud[..., 2])),
+    "TIFF of 64-bit floats, big-endian": ("tif", lambda cloud: tiff(cloud[..., 2].astype(float), byteorder=">")),
+    "TIFF of clouds": ("tiff", tiff),
+    "npy of depth": ("npy", lambda cloud: npy(cloud[..., 2])),
+    "npy of depth, by columns": ("npy", lambda cloud: npy(np.asfortranarray(cloud[..., 2].astype(">f8")))),
+    "npy of clouds": ("npy", npy),
+    "PLY in words": ("ply", ply),
+    "PLY, little-endian": ("ply", lambda cloud: ply(cloud, "binary_little_endian")),
+    "PLY, big-endian, as large as the image": ("PLY", lambda cloud: ply(cloud, "binary_big_endian", size=False)),
+    "PLY with lines of DOS": ("ply", lambda cloud: ply(cloud, extra=False).replace(b"\n", b"\r\n")),
+    "PCD in words": ("pcd", pcd),
+    "PCD, binary": ("pcd", lambda cloud: pcd(cloud, "binary")),
+}
+
+
+@pytest.mark.parametrize(("ending", "encode"), FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("missing", [0, np.nan, np.inf, 1e30])
+def test_formats(tmp_path: Path, scan, ending: str, encode, missing: float) -> None:
+    """All in metres; a cloud tells its camera, depth alone does not."""
+    scene = scan(24, 32, seed=8, holes=0.2)
+    file = tmp_path / f"000.{ending}"
+    file.write_bytes(encode(np.where(scene.cloud[..., 2:] == 0, np.float32(missing), scene.cloud)))
+    measured, found = read_depth(file, None, (24, 32), "")
+    assert measured.dtype == np.float32
+    z = scene.cloud[..., 2]
+    np.testing.assert_array_equal(measured, np.where(z == 0, np.nan, z))
+    if ending.lower() in ("ply", "pcd") or encode in (tiff, npy):
+        true = scene.camera
+        assert [found.fx, found.fy, found.cx, found.cy] == pytest.approx([true.fx, true.fy, true.cx, true.cy], abs=1e-3)
+    else:
+        assert found is None
+
+
+def test_a_ply_file_tells_its_own_size(tmp_path: Path, scan) -> None:
+    cloud = scan(24, 32, seed=8).cloud
+    for size, shape in ((True, (24, 32)), (False, (32, 24))):
+        (tmp_path / "000.ply").write_bytes(ply(cloud, size=size))
+        assert read_ply(tmp_path / "000.ply", (32, 24)).shape == (*shape, 3)
+
+
+@pytest.mark.parametrize("factor", [1000, 100, 1, 4000])
+def test_units(tmp_path: Path, scan, factor: float) -> None:
+    scene = scan(seed=8)
+    np.save(tmp_path / "000.npy", scene.cloud * factor)
+    measured, camera = read_depth(tmp_path / "000.npy", 1 / factor, (48, 64), "")
+    z = scene.cloud[..., 2]
+    np.testing.assert_allclose(measured[z > 0], z[z > 0], rtol=1e-5)
+    assert camera.fx == pytest.approx(scene.camera.fx, rel=1e-4)
+
+
+def test_a_scanner_without_perspective(tmp_path: Path) -> None:
+    """A profiler's cloud: x and y on a grid of half a millimetre. Heights and normals are as true as a pinhole's."""
+    columns, rows = np.meshgrid(np.arange(64), np.arange(48))
+    x, y = (columns - 30) * 5e-4, (rows - 20) * 5e-4
+    tilt = np.radians(35)
+    normal = np.array([0, -np.sin(tilt), -np.cos(tilt)])
+    step = (columns > 40) * 0.004  # towards the sensor, along the normal
+    z = (0.1 - step + normal[1] * y) / -normal[2]
+    z += 2e-5 * np.random.default_rng(0).standard_normal(z.shape)
+    np.save(tmp_path / "000.npy", np.stack([x, y, z], -1))
+    measured, camera = read_depth(tmp_path / "000.npy", 1.0, z.shape, "")
+    assert camera.orthographic
+    assert camera.fx == pytest.approx(2000, rel=1e-4)
+    surface = depth.measure(measured, camera, window=5)
+    assert np.degrees(np.arccos(surface.plane.normal @ normal)) < 0.2
+    np.testing.assert_allclose(surface.height, step, atol=1.5e-4)
+    off = np.degrees(np.arccos(np.clip(surface.normals[..., 2], -1, 1)))
+    assert np.quantile(off[:, :38], 0.95) < 1
+    points = depth.backproject(measured, camera)
+    np.testing.assert_allclose(points[..., 0], x, atol=1e-6)
+
+
+# Everything that can be wrong
+
+
+def npy_header(shape: str, descr: str = "'<f4'") -> bytes:
+    header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}}}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode()
+
+
+CLOUD = np.ones((48, 64, 3), np.float32)
+BAD = {
+    "a huge npy": ("npy", npy_header("(10**9, 10**9)".replace("10**9", "1000000000")), "cannot be"),
+    "a large npy": ("npy", npy_header("(9000, 1)") + bytes(36_000), "1x9000 pixels; use at most"),
+    "a program": ("npy", npy_header("(1,)", "'|O'") + b"cos\nsystem\n", "000.npy cannot be read"),
+    "words": ("npy", npy(np.full((48, 64), "far")), "holds <U3; give numbers"),
+    "a row": ("npy", npy(np.ones(9, np.float32)), "has the shape (9,); give (rows, columns)"),
+    "a truncated npy": ("npy", npy(CLOUD)[:-9], "000.npy cannot be read"),
+    "a turned cloud": (
+        "npy",
+        npy(np.random.default_rng(0).uniform(0.3, 0.5, (48, 64, 3))),
+        "beside the rays of the best pinhole or orthographic camera",
+    ),
+    "no PLY": ("ply", b"mesh", "000.ply is not a PLY file"),
+    "a PLY without format": ("ply", b"ply\nend_header\n", "header without a known format"),
+    "a PLY of few points": ("ply", ply(CLOUD[:9], size=False), "has 576 points; an organised"),
+    "a PLY without z": ("ply", ply(CLOUD).replace(b" z\n", b" w\n"), "give x, y and z, each once"),
+    "a PLY of lists": (
+        "ply",
+        ply(CLOUD).replace(b"property uchar red", b"property list uchar int red"),
+        "has vertices with lists or unknown types",
+    ),
+    "a truncated PLY": ("ply", ply(CLOUD, "binary_little_endian")[:-99], "000.ply cannot be read"),
+    "a PLY in words that ends early": ("ply", ply(CLOUD)[:-999], "000.ply cannot be read"),
+    "a PLY without points": (
+        "ply",
+        ply(CLOUD).partition(b"end_header\n")[0] + b"end_header\n",
+        "has no points after its header",
+    ),
+    "a huge PLY": (
+        "ply",
+        ply(CLOUD).replace(b"num_cols 64", b"num_cols 99999"),
+        "99999x48 pixels; use at most",
+    ),
+    "no PCD": ("pcd", b"cloud", "000.pcd is not a PCD file"),
+    "a PCD without height": ("pcd", pcd(CLOUD).replace(b"HEIGHT", b"H"), "incomplete PCD header"),
+    "a compressed PCD": (
+        "pcd",
+        pcd(CLOUD, "binary_compressed"),
+        "has the data binary_compressed; save it as ascii or binary",
+    ),
+    "a PCD in no order": ("pcd", pcd(CLOUD, WIDTH=3072, HEIGHT=1), "is not organised"),
+    "a PCD of unknown types": ("pcd", pcd(CLOUD, "binary", SIZE="3 3 3 1 4 1"), "cannot be read"),
+    "metres called millimetres": (
+        "npy",
+        npy(np.full((48, 64), 0.0004)),
+        "as if metres were called millimetres; give the unit",
+    ),
+    "behind the sensor": ("npy", npy(np.full((48, 64), -0.4)), "depth is the distance from"),
+    "millimetres": ("npy", npy(np.full((48, 64), 412.0)), "has a median depth of 412 m, as if millimetres were called"),
+    "no unit": ("npy", npy(np.full((48, 64), 412)), "holds whole numbers of an unknown unit; give the unit"),
+}
+
+
+@pytest.mark.parametrize(("ending", "content", "expected"), BAD.values(), ids=BAD)
+def test_bad_file(tmp_path: Path, ending: str, content: bytes, expected: str) -> None:
+    file = tmp_path / f"000.{ending}"
+    file.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        read_depth(file, None, (48, 64), "give the unit")
+    message = str(error.value)
+    assert message.startswith(f"{file} ")
+    assert expected in message
+    assert message.endswith(".")
+    assert "\n" not in message
+    assert ". " not in message
+
+
+def test_a_damaged_tiff_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "000.tiff"
+    file.write_bytes(tiff(CLOUD).replace(struct.pack("<HH", 273, 4), struct.pack("<HH", 273, 99)))  # where its rows are
+    with pytest.raises(UserError, match=r"000\.tiff cannot be read"):
+        read_depth(file, 1.0, (48, 64), "")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("ending", "encode"), [*FORMATS.values(), ("png", png)], ids=[*FORMATS, "PNG"])
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(draw=st.data())
+def test_a_damaged_file_is_read_or_refused(tmp_path: Path, scan, ending: str, encode, draw: st.DataObject) -> None:
+    original = encode(scan(12, 16, seed=8).cloud)
+    start = draw.draw(st.integers(0, min(len(original) - 1, 600)))
+    cut = draw.draw(st.integers(0, 8))
+    file = tmp_path / f"000.{ending}"
+    file.write_bytes(original[:start] + draw.draw(st.binary(max_size=8)) + original[start + cut :])
+    with contextlib.suppress(UserError):  # anything else that is raised is a traceback for the user
+        measured, camera = read_depth(file, 0.0001 if ending == "png" else 1.0, (12, 16), "")
+        assert np.nanmin(measured) > 0
+        if camera is not None:
+            assert min(camera.fx, camera.fy) > 0
+
+
+def test_an_archive_by_the_name_of_an_array_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "000.npy"
+    file.write_bytes(b"PK\3\4 and no more")
+    with pytest.raises(UserError, match=r"000\.npy cannot be read \(it is truncated or damaged\); restore it\."):
+        read_depth(file, 1.0, (4, 4), "")
+    gc.collect()  # an open file would warn here

@@ -1,0 +1,436 @@
+"""The reader against files made by hand, the real samples, and everything that can be wrong with a file."""
+
+import contextlib
+import os
+import shutil
+import struct
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from iumad_jax.data import depth
+from iumad_jax.data.readers.eyecandies import OBJECTS, Eyecandies
+from iumad_jax.errors import UserError
+
+WIDTH, HEIGHT = 24, 16
+FOLDERS = {"train": "train", "calibration": "val", "test": "test_public"}
+
+
+def write_sample(
+    root: Path, folder: str = "test_public", id_: str = "00", object_: str = "Confetto", kinds: str = ""
+) -> None:
+    """One sample of 24 x 16 pixels; depth rises from 1 m to 3 m along the columns."""
+    data = root / object_ / folder / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    levels = np.tile(np.linspace(0, 65535, WIDTH).round().astype(np.uint16), (HEIGHT, 1))
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    mask[2:5, 3:9] = 255 if kinds else 0
+    rgb = np.arange(HEIGHT * WIDTH * 3, dtype=np.uint32).reshape(HEIGHT, WIDTH, 3).astype(np.uint8)
+    Image.fromarray(rgb).save(data / f"{id_}_image_4.png")
+    Image.fromarray(255 - rgb).save(data / f"{id_}_image_0.png")
+    Image.fromarray(levels).save(data / f"{id_}_depth.png")
+    Image.fromarray(mask).save(data / f"{id_}_mask.png")
+    (data / f"{id_}_info_depth.yaml").write_text("normalization:\n  max: 3.0\n  min: 1.0\n")
+    flags = {f"anomalous_{kind}": int(kind in kinds.split()) for kind in ("bumps", "dents", "colors", "normals")}
+    (data / f"{id_}_metadata.yaml").write_text(yaml.safe_dump({"anomalous": int(bool(kinds)), **flags}))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A dataset with one sample of Confetto in each split."""
+    root = tmp_path / "dataset"
+    for folder in FOLDERS.values():
+        write_sample(root, folder)
+    return root
+
+
+def test_reads_what_was_written(root: Path) -> None:
+    write_sample(root, id_="01", kinds="dents")
+    reader = Eyecandies(root, "Confetto")
+    assert reader.ids("Confetto", "test") == ("00", "01")
+    sample = reader.read("Confetto", "test", "01")
+    assert (sample.object, sample.id, sample.defect, sample.anomalous) == ("Confetto", "01", "dents", True)
+    assert sample.rgb.dtype == np.uint8
+    assert sample.rgb[1, 2].tolist() == [(WIDTH + 2) * 3 + channel for channel in range(3)]
+    assert sample.depth.dtype == np.float32
+    np.testing.assert_allclose(sample.depth, np.tile(np.linspace(1, 3, WIDTH), (HEIGHT, 1)), atol=2 / 65535)
+    assert sample.mask.dtype == bool
+    assert np.argwhere(sample.mask).min(0).tolist() == [2, 3]
+    assert np.argwhere(sample.mask).max(0).tolist() == [4, 8]
+    good = reader.read("Confetto", "train", "00")
+    assert (good.defect, good.anomalous, good.mask.any()) == ("good", False, False)
+
+
+def test_light_selects_the_image(root: Path) -> None:
+    bright = Eyecandies(root, "Confetto").read("Confetto", "test", "00").rgb
+    other = Eyecandies(root, "Confetto", light="0").read("Confetto", "test", "00").rgb
+    np.testing.assert_array_equal(other, 255 - bright)
+
+
+def test_focal_length_scales_with_the_width(root: Path) -> None:
+    camera = Eyecandies(root, "Confetto").read("Confetto", "test", "00").camera
+    assert camera.fx == camera.fy == pytest.approx(711.11 * WIDTH / 512, rel=1e-5)
+    assert (camera.cx, camera.cy) == (11.5, 7.5)  # midway between the centres of the first and the last pixel
+
+
+def test_several_kinds_are_combined(root: Path) -> None:
+    write_sample(root, id_="07", kinds="bumps normals")
+    assert Eyecandies(root, "Confetto").read("Confetto", "test", "07").defect == "combined"
+
+
+def test_a_depth_of_zero_is_missing(root: Path) -> None:
+    (root / "Confetto/test_public/data/00_info_depth.yaml").write_text("normalization: {min: 0, max: 2}\n")
+    measured = Eyecandies(root, "Confetto").read("Confetto", "test", "00").depth
+    assert np.isnan(measured[:, 0]).all()
+    assert np.isfinite(measured[:, 1:]).all()
+
+
+@pytest.mark.parametrize("value", [1, 255])
+def test_any_other_value_than_zero_marks_a_defect(root: Path, value: int) -> None:
+    Image.fromarray(np.eye(HEIGHT, WIDTH, dtype=np.uint8) * value).save(root / "Confetto/test_public/data/00_mask.png")
+    mask = Eyecandies(root, "Confetto").read("Confetto", "test", "00").mask
+    np.testing.assert_array_equal(mask, np.eye(HEIGHT, WIDTH))
+
+
+def test_ids_are_in_the_order_of_numbers(root: Path) -> None:
+    for id_ in ("100", "20", "3"):
+        write_sample(root, "train", id_)
+    (root / "Confetto/train/data/.DS_Store").write_bytes(b"x")
+    assert Eyecandies(root, "Confetto").ids("Confetto", "train") == ("00", "3", "20", "100")
+
+
+def test_objects_keep_the_order_asked_for(root: Path) -> None:
+    for name in OBJECTS:
+        for folder in FOLDERS.values():
+            write_sample(root, folder, object_=name)
+    assert Eyecandies(root).objects == tuple(sorted(OBJECTS))
+    assert Eyecandies(root, "Lollipop, CandyCane").objects == ("Lollipop", "CandyCane")
+
+
+def test_reads_only_the_files_it_names(root: Path) -> None:
+    reader = Eyecandies(root, "Confetto")
+    before = reader.read("Confetto", "test", "00")
+    named = reader.files("Confetto", "test", "00")
+    for file in root.rglob("*.*"):
+        if file not in named:
+            file.unlink()
+    np.testing.assert_array_equal(reader.read("Confetto", "test", "00").depth, before.depth)
+
+
+@pytest.mark.parametrize(("light", "expected"), [("all", range(6)), ("2", [2])])
+def test_all_lights_are_six_training_images(root: Path, light: str, expected: list[int]) -> None:
+    for folder in FOLDERS.values():
+        for one in range(6):
+            rgb = np.full((HEIGHT, WIDTH, 3), one, np.uint8)
+            Image.fromarray(rgb).save(root / "Confetto" / folder / f"data/00_image_{one}.png")
+    reader = Eyecandies(root, "Confetto", light)
+    ids = reader.ids("Confetto", "train")
+    assert len(set(ids)) == len(expected)
+    samples = [reader.read("Confetto", "train", id_) for id_ in ids]
+    assert [sample.rgb.max() for sample in samples] == list(expected)
+    assert len({sample.depth.tobytes() for sample in samples}) == 1
+    for split in ("calibration", "test"):
+        assert reader.ids("Confetto", split) == ("00",)
+        assert (reader.read("Confetto", split, "00").rgb == (2 if light == "2" else 4)).all()
+
+
+def test_all_lights_must_be_there_to_train_on(root: Path) -> None:
+    with pytest.raises(UserError, match=r"train/data/00_image_1\.png is missing"):
+        Eyecandies(root, "Confetto", "all")
+
+
+def test_unlabelled_images_have_neither_mask_nor_labels(root: Path) -> None:
+    assert Eyecandies(root, "Confetto").ids("Confetto", "unlabelled") == ()
+    write_sample(root, "test_private", "03")
+    for ending in ("mask.png", "metadata.yaml"):
+        (root / f"Confetto/test_private/data/03_{ending}").unlink()
+    reader = Eyecandies(root, "Confetto")
+    assert reader.ids("Confetto", "unlabelled") == ("03",)
+    sample = reader.read("Confetto", "unlabelled", "03")
+    assert (sample.defect, sample.mask, sample.anomalous) == ("unknown", None, False)
+    assert sample.rgb.shape == (*sample.depth.shape, 3)
+
+
+def test_official_normals(root: Path) -> None:
+    """Red to the right, green up, blue to the camera: in our axes, y points down and z away."""
+    for folder in FOLDERS.values():
+        normals = np.full((HEIGHT, WIDTH, 3), [128, 128, 255], np.uint8)
+        normals[0, 0] = [204, 230, 128]  # (0.6, 0.8, 0) and rounding
+        Image.fromarray(normals).save(root / "Confetto" / folder / "data/00_normals.png")
+    reader = Eyecandies(root, "Confetto", normals=True)
+    normals = reader.read("Confetto", "test", "00").normals
+    np.testing.assert_allclose(normals[0, 0], [0.6, -0.8, 0], atol=0.01)
+    np.testing.assert_allclose(normals[5, 5], [0, 0, -1], atol=0.01)
+    np.testing.assert_allclose(np.linalg.norm(normals, axis=-1), 1, rtol=1e-6)
+    file = root / "Confetto/test_public/data/00_normals.png"
+    assert file in reader.files("Confetto", "test", "00")
+    assert Eyecandies(root, "Confetto").read("Confetto", "test", "00").normals is None
+    Image.fromarray(np.zeros((HEIGHT, 9, 3), np.uint8)).save(file)
+    with pytest.raises(UserError, match=r"00_normals\.png has 9x16 pixels but"):
+        reader.read("Confetto", "test", "00")
+    file.unlink()
+    with pytest.raises(UserError, match=r"00_normals\.png is missing"):
+        Eyecandies(root, "Confetto", normals=True)
+
+
+# Everything that can be wrong
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def png_header(width: int, height: int) -> bytes:
+    """The start of an 8-bit RGB PNG of any size."""
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+
+
+def png_without_pixels(width: int, height: int) -> bytes:
+    return png_header(width, height) + chunk(b"IDAT", b"")
+
+
+def save(image: np.ndarray, **kwargs: str) -> Callable[[Path], None]:
+    return lambda file: Image.fromarray(image).save(file, **kwargs)
+
+
+def write(content: str | bytes) -> tuple[str, str | bytes]:
+    return "write", content
+
+
+AT_OPENING = {
+    "no RGB": ("image_4.png", "unlink", "is missing"),
+    "no depth": ("depth.png", "unlink", "is missing"),
+    "no range": ("info_depth.yaml", "unlink", "is missing"),
+    "no mask": ("mask.png", "unlink", "is missing"),
+    "no labels": ("metadata.yaml", "unlink", "is missing"),
+    "a folder for a file": ("mask.png", "fold", "is not a file"),
+    "a link to itself": ("mask.png", "loop", "cannot be read (Too many levels of symbolic links)"),
+    "zero bytes of RGB": ("image_4.png", write(b""), "is empty"),
+    "zero bytes of YAML": ("metadata.yaml", write(b""), "is empty"),
+    "a link out of the root": ("depth.png", "move_out", "leads out of"),
+}
+GREY = np.zeros((HEIGHT, WIDTH), np.uint8)
+THREE_VALUES = np.tile(np.uint8([0, 7, 255]), (HEIGHT, WIDTH // 3))
+AT_READING = {
+    "truncated RGB": ("image_4.png", "truncate", "cannot be read"),
+    "truncated depth": ("depth.png", "truncate", "cannot be read"),
+    "truncated header": ("depth.png", write(png_header(9, 9)[:20]), "cannot be read"),
+    "a chunk without a name": ("image_4.png", write(png_header(WIDTH, HEIGHT) + chunk(b"\0\0\0\0", b"")), "damaged"),
+    "a chunk too short": ("image_4.png", write(png_header(WIDTH, HEIGHT) + chunk(b"gAMA", b"1")), "damaged"),
+    "only a header": ("image_4.png", write(png_header(WIDTH, HEIGHT)), "cannot be read"),
+    "no rows": ("image_4.png", write(png_without_pixels(WIDTH, HEIGHT)), "cannot be read"),
+    "no pixels": ("image_4.png", write(png_header(0, 0)), "cannot be read"),
+    "a TIFF called PNG": ("depth.png", save(GREY.astype(np.uint16), format="TIFF"), "is not a PNG"),
+    "a JPEG called PNG": ("image_4.png", save(np.stack([GREY] * 3, -1), format="JPEG"), "is not a PNG"),
+    "a text called PNG": ("mask.png", write("no image, but long enough to be one"), "is not a PNG"),
+    "too wide": ("image_4.png", write(png_without_pixels(8193, 4)), "8193x4 pixels; use at most 8192x8192"),
+    "a decompression bomb": ("image_4.png", write(png_without_pixels(2**31 - 1, 2**31 - 1)), "use at most 8192x8192"),
+    "8-bit depth": ("depth.png", save(GREY), "is 8-bit grey; it must be 16-bit grey"),
+    "grey RGB": ("image_4.png", save(GREY), "is 8-bit grey; it must be 8-bit RGB"),
+    "RGB with alpha": ("image_4.png", save(np.zeros((HEIGHT, WIDTH, 4), np.uint8)), "is 8-bit RGB with alpha"),
+    "colour mask": ("mask.png", save(np.stack([GREY] * 3, -1)), "is 8-bit RGB; it must be 8-bit grey or 1-bit grey"),
+    "small RGB": ("image_4.png", save(np.zeros((HEIGHT, 9, 3), np.uint8)), "24x16 pixels but "),
+    "small depth": ("depth.png", save(np.full((8, WIDTH), 9, np.uint16)), "24x8 pixels but "),
+    "small mask": ("mask.png", save(GREY[:, :5]), "5x16 pixels but "),
+    "mask of three values": ("mask.png", save(THREE_VALUES), "has the values [7, 255] beside 0"),
+    "no valid depth": ("info_depth.yaml", write("normalization: {min: 0, max: 0}"), "no valid depth"),
+    "Python tag": ("info_depth.yaml", write("!!python/object/apply:os.system ['touch hacked']"), "not plain YAML"),
+    "Python tag within": ("metadata.yaml", write("anomalous: !!python/name:os.getcwd"), "not plain YAML"),
+    "broken YAML": ("info_depth.yaml", write("normalization: {min: 1"), "not plain YAML"),
+    "binary YAML": ("info_depth.yaml", write(b"\xff\xfe\x00\x01\x02"), "not plain YAML"),
+    "a date that is none": ("metadata.yaml", write("anomalous: 2020-13-45"), "not plain YAML"),
+    "deep YAML": ("metadata.yaml", write("[" * 30_000), "not plain YAML (it is nested too deeply)"),
+    "endless YAML": ("metadata.yaml", write("a" * 70_000), "is larger than 65536 bytes"),
+    "YAML without keys": ("metadata.yaml", write("- 1"), "holds no keys"),
+    "no normalization": ("info_depth.yaml", write("min: 1"), "None as normalization: min"),
+    "normalization is a number": ("info_depth.yaml", write("normalization: 3"), "None as normalization: min"),
+    "no maximum": ("info_depth.yaml", write("normalization: {min: 1}"), "None as normalization: max"),
+    "range in words": ("info_depth.yaml", write("normalization: {min: near, max: 3}"), "'near' as normalization: min"),
+    "range is yes": ("info_depth.yaml", write("normalization: {min: yes, max: 3}"), "True as normalization: min"),
+    "range is NaN": ("info_depth.yaml", write("normalization: {min: .nan, max: 3}"), "nan as normalization: min"),
+    "range is infinite": ("info_depth.yaml", write("normalization: {min: 1, max: .inf}"), "inf as normalization: max"),
+    "millimetres": ("info_depth.yaml", write("normalization: {min: 2311, max: 4903}"), "2311 as normalization: min"),
+    "range is negative": ("info_depth.yaml", write("normalization: {min: -1, max: 3}"), "-1 as normalization: min"),
+    "metres called millimetres": ("info_depth.yaml", write("normalization: {min: 0.002, max: 0.004}"), "0.003 m, as"),
+    "range is upside down": ("info_depth.yaml", write("normalization: {min: 3, max: 1}"), "min 3.0 above max 1.0"),
+    "no label": ("metadata.yaml", write("anomalous_bumps: 1"), "None as anomalous"),
+    "label of 2": ("metadata.yaml", write("{anomalous: 2}"), "2 as anomalous"),
+    "a kind is missing": ("metadata.yaml", write("{anomalous: 0, anomalous_bumps: 0}"), "None as anomalous_dents"),
+    "anomalous without a kind": (
+        "metadata.yaml",
+        write("{anomalous: 1, anomalous_bumps: 0, anomalous_dents: 0, anomalous_colors: 0, anomalous_normals: 0}"),
+        "make them agree",
+    ),
+}  # fmt: skip
+
+
+def assert_one_sentence(message: str, file: str, expected: str) -> None:
+    assert file in message
+    assert expected in message
+    assert message.endswith(".")
+    assert "\n" not in message
+    assert ". " not in message
+
+
+@pytest.mark.parametrize(("ending", "how", "expected"), AT_OPENING.values(), ids=AT_OPENING)
+def test_what_is_cheap_is_checked_at_opening(root: Path, spoil, ending: str, how, expected: str) -> None:
+    spoil.apply(how, root / f"Confetto/test_public/data/00_{ending}")
+    with pytest.raises(UserError) as error:
+        Eyecandies(root, "Confetto")
+    assert_one_sentence(str(error.value), ending, expected)
+
+
+@pytest.mark.parametrize(("ending", "how", "expected"), AT_READING.values(), ids=AT_READING)
+def test_bad_file(root: Path, spoil, monkeypatch: pytest.MonkeyPatch, ending: str, how, expected: str) -> None:
+    monkeypatch.chdir(root)
+    spoil.apply(how, root / f"Confetto/test_public/data/00_{ending}")
+    reader = Eyecandies(root, "Confetto")
+    with pytest.raises(UserError) as error:
+        reader.read("Confetto", "test", "00")
+    assert_one_sentence(str(error.value), ending, expected)
+    assert not (root / "hacked").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "calibration"])
+def test_a_defect_among_good_images_is_refused(root: Path, split: str) -> None:
+    write_sample(root, FOLDERS[split], id_="01", kinds="dents")
+    with pytest.raises(UserError, match=r"01_metadata\.yaml labels the image dents; only test images may have defects"):
+        Eyecandies(root, "Confetto").read("Confetto", split, "01")
+
+
+def test_aliases_that_multiply_are_refused_without_being_written_out(root: Path) -> None:
+    """Each level holds the one before ten times: the whole text would fill the memory."""
+    levels = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10 if i else ['x'])}]" for i in range(12)]
+    file = root / "Confetto/test_public/data/00_metadata.yaml"
+    file.write_text("\n".join([*levels, "anomalous: *a11"]))
+    with pytest.raises(UserError, match=r"is not plain YAML \(it has an alias\)"):
+        Eyecandies(root, "Confetto").read("Confetto", "test", "00")
+
+
+@pytest.mark.parametrize("ending", ["image_4.png", "depth.png", "mask.png", "info_depth.yaml", "metadata.yaml"])
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_file_is_read_or_refused(root: Path, ending: str, data: st.DataObject) -> None:
+    file = root / f"Confetto/test_public/data/00_{ending}"
+    original = file.read_bytes()
+    start = data.draw(st.integers(0, len(original) - 1))
+    cut = data.draw(st.integers(0, 8))
+    damaged = original[:start] + data.draw(st.binary(max_size=8)) + original[start + cut :]
+    reader = Eyecandies(root, "Confetto")
+    file.write_bytes(damaged)
+    with contextlib.suppress(UserError):  # anything else that is raised is a traceback for the user
+        sample = reader.read("Confetto", "test", "00")
+        assert sample.rgb.shape == (*sample.depth.shape, 3)
+        assert sample.depth.shape == sample.mask.shape
+    file.write_bytes(original)
+
+
+def test_file_gone_or_emptied_after_opening(root: Path) -> None:
+    reader = Eyecandies(root, "Confetto")
+    depth_file = root / "Confetto/test_public/data/00_depth.png"
+    depth_file.write_bytes(b"")
+    with pytest.raises(UserError, match=r"00_depth\.png is empty"):
+        reader.read("Confetto", "test", "00")
+    depth_file.unlink()
+    with pytest.raises(UserError, match=r"00_depth\.png cannot be read \(No such file or directory\)"):
+        reader.read("Confetto", "test", "00")
+
+
+@pytest.mark.parametrize(
+    ("objects", "light", "expected"),
+    [
+        ("Candycane", "4", 'names "Candycane"; known are all and CandyCane, ChocolateCookie'),
+        ("Confetto,", "4", 'names ""'),
+        ("Confetto,Confetto", "4", "names Confetto twice"),
+        ("all", "4", "CandyCane/train/data is missing; put CandyCane there or leave it out of config.dataset.objects"),
+        ("Confetto", "6", "config.dataset.light is 6"),
+        ("Confetto", "1", "00_image_1.png is missing"),
+    ],
+)
+def test_wrong_choice(root: Path, objects: str, light: str, expected: str) -> None:
+    with pytest.raises(UserError) as error:
+        Eyecandies(root, objects, light)
+    assert_one_sentence(str(error.value), "", expected)
+
+
+def test_missing_and_empty_root(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere, which is not a folder"):
+        Eyecandies(tmp_path / "nowhere", "Confetto")
+    with pytest.raises(UserError, match="which is empty"):
+        Eyecandies(tmp_path, "Confetto")
+
+
+@pytest.mark.parametrize("folder", FOLDERS.values())
+def test_empty_split(root: Path, folder: str) -> None:
+    data = root / "Confetto" / folder / "data"
+    shutil.rmtree(data)
+    data.mkdir()
+    with pytest.raises(UserError, match=f"{folder}/data holds no samples"):
+        Eyecandies(root, "Confetto")
+
+
+def test_folder_that_leads_out_of_the_root(root: Path) -> None:
+    shutil.move(root / "Confetto", root.parent / "elsewhere")
+    (root / "Confetto").symlink_to(root.parent / "elsewhere")
+    (root / "README").touch()
+    with pytest.raises(UserError, match=r"train/data leads out of config\.dataset\.root"):
+        Eyecandies(root, "Confetto")
+
+
+def test_links_within_the_root_and_to_it_are_followed(root: Path) -> None:
+    (root / "Lollipop").symlink_to("Confetto")
+    link = root.parent / "link"
+    link.symlink_to(root)
+    assert Eyecandies(link, "Lollipop").read("Lollipop", "test", "00").object == "Lollipop"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is unreadable to root")
+def test_unreadable_folder(root: Path) -> None:
+    (root / "Confetto/train/data").chmod(0)
+    with pytest.raises(UserError, match=r"train/data cannot be read \(Permission denied\)"):
+        Eyecandies(root, "Confetto")
+
+
+# Real samples
+
+
+@pytest.fixture(scope="module")
+def candy_canes(eyecandies_root: Path) -> Eyecandies:
+    return Eyecandies(eyecandies_root, "CandyCane")
+
+
+def test_real_labels(candy_canes: Eyecandies) -> None:
+    assert [len(candy_canes.ids("CandyCane", split)) for split in ("train", "calibration", "test")] == [100, 50, 50]
+    samples = [candy_canes.read("CandyCane", "test", id_) for id_ in candy_canes.ids("CandyCane", "test")]
+    assert Counter(sample.defect for sample in samples) == {
+        "good": 25, "bumps": 5, "dents": 5, "colors": 5, "normals": 5, "combined": 5
+    }  # fmt: skip
+    shares = [100 * sample.mask.mean() for sample in samples if sample.anomalous]
+    assert len(shares) == 25
+    assert round(min(shares), 2) == 0.03
+    assert round(max(shares), 2) == 0.44
+    assert not any(sample.mask.any() for sample in samples if not sample.anomalous)
+
+
+@pytest.mark.parametrize("split", ["train", "calibration", "test"])
+def test_real_depth_lies_on_the_plane_that_the_camera_pose_tells(candy_canes: Eyecandies, split: str) -> None:
+    """The belt is world plane z = 0; a depth along the ray, or a centre half a pixel off, fails here."""
+    for id_ in candy_canes.ids("CandyCane", split)[::10]:
+        sample = candy_canes.read("CandyCane", split, id_)
+        assert np.isfinite(sample.depth).all()
+        pose = np.loadtxt(candy_canes.files("CandyCane", split, id_)[0].with_name(f"{id_}_pose.txt"))
+        up_in_camera = pose[2, :3] * [1, -1, -1]  # the file's camera has y up and z backwards
+        points = depth.backproject(sample.depth, sample.camera)
+        plane = depth.fit_plane(depth.border(points, np.isfinite(sample.depth)))
+        assert np.degrees(np.arccos(np.clip(plane.normal @ up_in_camera, -1, 1))) < 0.01
+        assert abs(plane.distance - pose[2, 3]) < 1e-4
+        belt = depth.height_above(points, plane)[200:, 20:490]
+        assert np.abs(belt[belt < 0.001]).max() < 1e-4

@@ -1,0 +1,272 @@
+"""One's own objects: what the README shows, every format of depth against the scene it was written from, bad input."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from iumad_jax import protocol
+from iumad_jax.config import paper
+from iumad_jax.data import readers
+from iumad_jax.data.prepared.processing import Processing
+from iumad_jax.data.readers.folder import Folder
+from iumad_jax.errors import UserError
+
+
+def levels(scene) -> np.ndarray:
+    """Depth in tenths of a millimetre."""
+    return np.round(scene.cloud[..., 2] * 10_000).astype(np.uint16)
+
+
+def write(folder: Path, scene, name: str = "000", kinds: tuple[str, ...] = ("rgb", "depth")) -> None:
+    """One sample as PNG; depth in tenths of a millimetre."""
+    images = {"rgb": scene.rgb, "depth": levels(scene), "mask": scene.mask}
+    for kind in kinds:
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[kind]).save(folder / kind / f"{name}.png")
+
+
+@pytest.fixture
+def root(tmp_path: Path, scan) -> Path:
+    """Two objects, one of them never tested; names as people give them."""
+    root = tmp_path / "dataset"
+    for name in ("part 2", "10"):
+        write(root / "Zahnrad groß/train/good", scan(seed=len(name)), name)
+    write(root / "Zahnrad groß/val/good", scan(seed=3))
+    write(root / "Zahnrad groß/test/good", scan(seed=4))
+    write(root / "Zahnrad groß/test/broken tooth", scan(seed=5), kinds=("rgb", "depth", "mask"))
+    write(root / "bolt/train/good", scan(seed=6))
+    write(root / "bolt/unlabelled", scan(seed=7), "ねじ")
+    (root / "dataset.yaml").write_text("unit: 0.0001\ncamera: {fx: 76.8, fy: 76.8, cx: 33.28, cy: 22.56}\n")
+    return root
+
+
+def test_reads_what_was_written(root: Path, scan, tree) -> None:
+    before = tree(root)
+    reader = Folder(root, needs_depth=True)
+    gear, bolt = reader.objects
+    assert (gear, bolt) == ("Zahnrad groß", "bolt")
+    assert reader.ids(gear, "train") == ("10", "part 2")
+    assert reader.ids(gear, "calibration") == ("000",)
+    assert reader.ids(gear, "test") == ("broken tooth/000", "good/000")
+    assert reader.ids(gear, "unlabelled") == reader.ids(bolt, "test") == reader.ids(bolt, "calibration") == ()
+    assert reader.ids(bolt, "unlabelled") == ("ねじ",)
+    scene, sample = scan(seed=5), reader.read(gear, "test", "broken tooth/000")
+    assert (sample.object, sample.id, sample.defect) == (gear, "broken tooth/000", "broken tooth")
+    assert sample.anomalous
+    np.testing.assert_array_equal(sample.rgb, scene.rgb)
+    np.testing.assert_array_equal(sample.mask, scene.mask > 0)
+    z = scene.cloud[..., 2]
+    np.testing.assert_allclose(sample.depth, np.where(z == 0, np.nan, z), atol=5.1e-5)
+    assert (sample.camera.fx, sample.camera.fy, sample.camera.cx, sample.camera.cy) == (76.8, 76.8, 33.28, 22.56)
+    good = reader.read(gear, "train", "part 2")
+    assert (good.defect, good.anomalous, good.mask.any()) == ("good", False, False)
+    unknown = reader.read(bolt, "unlabelled", "ねじ")
+    assert (unknown.defect, unknown.anomalous, unknown.mask) == ("unknown", False, None)
+    assert root / "dataset.yaml" in reader.files(gear, "train", "10")
+    assert tree(root) == before
+
+
+def test_the_config_finds_the_objects(root: Path) -> None:
+    config = paper("1-1")
+    config.dataset.name, config.dataset.root = "folder", str(root)
+    assert readers.objects(config) == readers.open_reader(config).objects == ("Zahnrad groß", "bolt")
+    assert len(protocol.steps(config.protocol, readers.objects(config))) == 2
+    config.dataset.objects = "bolt"
+    assert readers.objects(config) == readers.open_reader(config).objects == ("bolt",)
+    config.dataset.objects = "nut"
+    with pytest.raises(UserError, match=r'names "nut"; known are all and Zahnrad groß, bolt\.'):
+        readers.objects(config)
+    config.dataset.objects, config.input.depth_encoding = "all", "normals_official"
+    with pytest.raises(UserError, match="which folder lacks; use normals"):
+        readers.open_reader(config)
+
+
+def test_photographs_alone(tmp_path: Path, scan, read_all) -> None:
+    """The least that one can bring: every kind of photograph, no depth, no masks, no settings."""
+    folder = tmp_path / "bolt/train/good/rgb"
+    folder.mkdir(parents=True)
+    rgb = scan().rgb
+    for ending in ("png", "jpg", "JPEG", "bmp", "tif", "tiff"):
+        Image.fromarray(rgb).save(folder / f"{ending} image.{ending}")
+    Image.fromarray(rgb).save(folder / "lzw.tiff", compression="tiff_lzw")
+    Image.fromarray(rgb[..., 0]).save(folder / "grey.png")
+    Image.fromarray(np.concatenate([rgb, np.full_like(rgb[..., :1], 255)], -1)).save(folder / "opaque.png")
+    (folder / ".DS_Store").touch()
+    write(tmp_path / "bolt/test/dent", scan(), kinds=("rgb",))
+    samples = {sample.id: sample for sample in read_all(Folder(tmp_path))}
+    assert len(samples) == 10
+    assert all(sample.depth is None and sample.camera is None for sample in samples.values())
+    for name, sample in samples.items():
+        exact = np.stack([rgb[..., 0]] * 3, -1) if name == "grey" else rgb
+        assert np.abs(sample.rgb.astype(int) - exact).mean() < (60 if "jp" in name.lower() else 0.001), name
+    assert (samples["dent/000"].mask, samples["dent/000"].anomalous) == (None, True)
+    arrays = Processing(("rgb",), 32, "normals", 0.1, 0.005)(samples["dent/000"])
+    assert not arrays["masked"]
+    with pytest.raises(UserError, match=r"good/depth/JPEG image\.png is missing; every image in"):
+        Folder(tmp_path, needs_depth=True)
+
+
+def test_settings_and_what_is_assumed_without(root: Path) -> None:
+    reader = Folder(root)
+    assert (reader.object_height, reader.height_range) == (0.005, 0.1)
+    with (root / "dataset.yaml").open("a") as file:
+        file.write("object_height: 0.002\nheight_range: 0.3\nnormals_window: 9\n")
+    reader = Folder(root)
+    assert (reader.object_height, reader.height_range, reader.normals_window) == (0.002, 0.3, 9)
+    (root / "dataset.yaml").write_text("unit: 0.0001")
+    assert Folder(root).read("bolt", "train", "000").camera.fx == 64
+
+
+def test_a_cloud_knows_its_camera_better_than_the_settings(root: Path, scan) -> None:
+    """Here they are wrong; and only depth images need them."""
+    (root / "dataset.yaml").write_text("unit: m\ncamera: {fx: 9, fy: 9, cx: 1, cy: 1}")
+    (root / DEPTH).unlink()
+    np.save((root / DEPTH).with_suffix(".npy"), scan().cloud)
+    assert Folder(root, "bolt").read("bolt", "train", "000").camera.fx == pytest.approx(scan().camera.fx)
+
+
+@pytest.mark.parametrize(("noise", "expected"), [(1e-4, 3), (2e-2, 15)])
+def test_the_window_of_normals_follows_from_the_noise(root: Path, scan, noise: float, expected: int) -> None:
+    """Pixels are 5.9 mm apart."""
+    for object_, name in (("bolt", "000"), ("Zahnrad groß", "10"), ("Zahnrad groß", "part 2")):
+        write(root / object_ / "train/good", scan(noise=noise), name)
+    assert Folder(root).normals_window == expected
+
+
+# Everything that can be wrong
+
+GOOD, BROKEN = "bolt/train/good", "Zahnrad groß/test/broken tooth"
+RGB, DEPTH, MASK = f"{GOOD}/rgb/000.png", f"{GOOD}/depth/000.png", f"{BROKEN}/mask/000.png"
+GREY = np.zeros((48, 64), np.uint8)
+
+
+def save(image: np.ndarray, **kwargs):
+    return lambda file: Image.fromarray(image).save(file, **kwargs)
+
+
+def tiff_of_16_bits(file: Path) -> None:
+    file.unlink()
+    tifffile.imwrite(file.with_suffix(".tiff"), np.zeros((48, 64, 3), np.uint16), photometric="rgb")
+
+
+def exif(orientation: int) -> Image.Exif:
+    found = Image.Exif()
+    found[0x0112] = orientation
+    return found
+
+
+def jpeg_header(side: int) -> bytes:
+    """A JPEG of any size, without its pixels."""
+    frame = struct.pack(">HBHHB", 17, 8, side, side, 3) + bytes([1, 17, 0, 2, 17, 0, 3, 17, 0])
+    scan = struct.pack(">HB", 12, 3) + bytes([1, 0, 2, 0, 3, 0, 0, 63, 0])
+    return b"\xff\xd8\xff\xc0" + frame + b"\xff\xda" + scan
+
+
+def bmp_header(side: int) -> bytes:
+    return b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, side, side, 1, 24, 0, 0, 0, 0, 0, 0)
+
+
+BAD = {
+    "an empty root": (".", "empty", "which is empty"),
+    "no train": ("bolt/train", "rmtree", "bolt/train is missing; put it there or leave bolt out"),
+    "no good images": (GOOD, ("rename_to", "fine"), "train/fine is not good; only test images may have defects"),
+    "an empty train": ("bolt/train", "empty", "train/good is missing; put the good images there"),
+    "an empty good": (GOOD, "empty", "good/rgb holds no images; put files such as 000.png there"),
+    "an empty rgb": (f"{GOOD}/rgb", "empty", "good/rgb holds no images"),
+    "an empty depth": (f"{GOOD}/depth", "empty", "depth/000.png is missing; every image in"),
+    "an empty test": ("Zahnrad groß/test", "empty", "test holds no folder good and none named after a defect"),
+    "an empty defect": (BROKEN, "empty", "broken tooth/rgb holds no images"),
+    "an unknown split": ("bolt/unlabelled", ("rename_to", "Test"), "bolt/Test is not one of train, val, test"),
+    "a name with a command to the terminal": (RGB, ("rename_to", "\x1b[2J.png"), r"\x1b[2J.png has a name that cannot"),
+    "a name in no encoding": (
+        RGB,
+        ("rename_to", "\udcff.png"),
+        r"\udcff.png has a name that cannot be printed; rename",
+    ),
+    "an unknown kind": (f"{BROKEN}/mask", ("rename_to", "masks"), "masks is not one of rgb, depth, mask"),
+    "an unknown ending": (RGB, ("copy_to", "001.webp"), "001.webp is not one of .png .jpg"),
+    "one name twice": (RGB, ("copy_to", "000.jpg"), "000.png and 000.jpg have one name; rename or remove either"),
+    "depth without an image": (DEPTH, ("copy_to", "001.png"), "001.png has no image of its name"),
+    "some masks missing": (
+        f"{BROKEN}/rgb/000.png",
+        lambda file: add_second(file),
+        "mask/001.png is missing; every image in",
+    ),
+    "a mask that marks nothing": (MASK, save(GREY), "marks nothing but its image has the defect broken tooth"),
+    "a mask of three values": (MASK, save(np.tile(np.uint8([0, 7, 255, 0]), (48, 16))), "has the values [7, 255]"),
+    "a mask of another size": (MASK, save(GREY[:, :9]), "000.png has 9x48 pixels but"),
+    "a colour mask": (MASK, save(np.stack([GREY] * 3, -1)), "is 8-bit RGB; it must be 8-bit grey or 1-bit grey"),
+    "an empty file": (DEPTH, ("write", b""), "depth/000.png is empty"),
+    "a folder for a file": (DEPTH, "fold", "depth/000.png is not a file"),
+    "a link to itself": (RGB, "loop", "cannot be read (Too many levels of symbolic links)"),
+    "an object elsewhere": ("bolt", "move_out", "bolt leads out of config.dataset.root"),
+    "settings elsewhere": ("dataset.yaml", "move_out", "dataset.yaml leads out of config.dataset.root"),
+    "16-bit RGB": (
+        RGB,
+        tiff_of_16_bits,
+        "000.tiff is 16-bit RGB; it must be 8-bit RGB or 8-bit grey",
+    ),
+    "16-bit grey": (RGB, save(GREY.astype(np.uint16)), "is 16-bit grey; it must be 8-bit RGB or 8-bit grey"),
+    "RGB that is transparent": (RGB, save(np.full((48, 64, 4), 254, np.uint8)), "is transparent in places; save it"),
+    "a palette": (RGB, lambda file: Image.fromarray(GREY).convert("P").save(file), "is of Pillow's mode P"),
+    "a turned photograph": (
+        RGB,
+        lambda file: Image.fromarray(GREY).save(file.with_suffix(".jpg"), exif=exif(6)) or file.unlink(),
+        "000.jpg is shown turned, by its EXIF orientation",
+    ),
+    "a PNG called JPEG": (RGB, ("rename_to", "000.jpg"), "000.jpg is not a JPEG image"),
+    "a truncated PNG": (RGB, "truncate", "000.png cannot be read (it is truncated or damaged)"),
+    "a huge JPEG": (RGB, ("replace", "000.jpg", jpeg_header(65_000)), "65000x65000 pixels; use at most 8192x8192"),
+    "a huge BMP": (
+        RGB,
+        ("replace", "000.bmp", bmp_header(2**30)),
+        "1073741824x1073741824 pixels; use at most",
+    ),
+    "8-bit depth": (DEPTH, save(GREY), "is 8-bit grey; it must be 16-bit grey"),
+    "depth of another size": (DEPTH, save(np.full((24, 64), 5000, np.uint16)), "000.png has 64x24 pixels but"),
+    "nothing valid": (DEPTH, save(GREY.astype(np.uint16)), "depth/000.png has no valid depth"),
+    "no unit": ("dataset.yaml", Path.unlink, "holds whole numbers of an unknown unit; give the unit in"),
+    "millimetres called metres": ("dataset.yaml", ("write", "unit: m"), "as if millimetres were called metres"),
+    "broken YAML": ("dataset.yaml", ("write", "unit: [mm"), "dataset.yaml is not plain YAML"),
+    "YAML that runs": ("dataset.yaml", ("write", "unit: !!python/name:os.getcwd"), "dataset.yaml is not plain YAML"),
+    "YAML without keys": ("dataset.yaml", ("write", "mm"), "dataset.yaml holds no keys"),
+    "an unknown key": ("dataset.yaml", ("write", "units: mm"), "has the key 'units'; known are unit, camera"),
+    "an unknown unit": ("dataset.yaml", ("write", "unit: inch"), "'inch' as unit; give m, cm, mm or metres per level"),
+    "a unit of 0": ("dataset.yaml", ("write", "unit: 0"), "has 0 as unit"),
+    "yes for a unit": ("dataset.yaml", ("write", "unit: yes"), "has True as unit"),
+    "half a camera": ("dataset.yaml", ("write", "camera: {fx: 9}"), "as camera; give fx, fy, cx, cy in pixels"),
+    "a camera in words": ("dataset.yaml", ("write", "camera: D435"), "'D435' as camera; give fx, fy, cx, cy"),
+    "a negative focal length": (
+        "dataset.yaml",
+        ("write", "camera: {fx: -9, fy: 9, cx: 1, cy: 1}"),
+        "has -9 as camera: fx; give a number above 0",
+    ),
+    "a height that is none": ("dataset.yaml", ("write", "object_height: .nan"), "has nan as object_height"),
+    "an even window": ("dataset.yaml", ("write", "normals_window: 4"), "has 4 as normals_window; give 3, 5, 7"),
+    "a window in a list": ("dataset.yaml", ("write", "normals_window: [3]"), "has [3] as normals_window"),
+}
+
+
+def add_second(file: Path) -> None:
+    """A second image with depth, but without a mask."""
+    for kind in ("rgb", "depth"):
+        source = file.parents[1] / kind / "000.png"
+        source.with_name("001.png").write_bytes(source.read_bytes())
+
+
+@pytest.mark.parametrize(("path", "how", "expected"), BAD.values(), ids=BAD)
+def test_bad_input(root: Path, refused, spoil, path: str, how, expected: str) -> None:
+    spoil.apply(how, root / path)
+    refused(lambda: Folder(root, "all" if path == "." else "bolt,Zahnrad groß", needs_depth=True), str(root), expected)
+
+
+def test_a_root_without_objects(tmp_path: Path) -> None:
+    (tmp_path / "dataset.yaml").write_text("unit: mm")
+    with pytest.raises(UserError, match="holds no folder; give every object a folder there"):
+        Folder(tmp_path)
+    with pytest.raises(UserError, match="nowhere, which is not a folder"):
+        Folder(tmp_path / "nowhere")

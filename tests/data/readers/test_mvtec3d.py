@@ -1,0 +1,315 @@
+"""The reader against trees in the official format with the geometry of a scanner, and all that can be wrong in them."""
+
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from iumad_jax.data import depth
+from iumad_jax.data.readers.mvtec3d import OBJECTS, MVTec3D
+from iumad_jax.errors import UserError
+
+
+def save(file: Path, cloud: np.ndarray, **settings) -> None:
+    """One page, channels last."""
+    tifffile.imwrite(file, cloud, **({"photometric": "rgb", "planarconfig": "contig"} | settings))
+
+
+def write(folder: Path, scene, name: str = "000", gt: bool = True) -> None:
+    """One sample: rgb, xyz, and gt with the ball as defect unless the folder's images are good."""
+    for kind in ("rgb", "xyz", *(("gt",) if gt else ())):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    Image.fromarray(scene.rgb).save(folder / f"rgb/{name}.png")
+    save(folder / f"xyz/{name}.tiff", scene.cloud)
+    if gt:
+        Image.fromarray(scene.mask * (folder.name != "good")).save(folder / f"gt/{name}.png")
+
+
+@pytest.fixture
+def root(tmp_path: Path, scan) -> Path:
+    """Bagel, as the official archive has it: gt with the test images alone, of the good ones too."""
+    root = tmp_path / "dataset"
+    (root / "bagel").mkdir(parents=True)
+    (root / "bagel/license.txt").touch()
+    for name in ("000", "001"):
+        write(root / "bagel/train/good", scan(seed=int(name)), name, gt=False)
+    write(root / "bagel/validation/good", scan(seed=2), gt=False)
+    write(root / "bagel/test/good", scan(seed=3))
+    write(root / "bagel/test/hole", scan(seed=4))
+    write(root / "bagel/test/combined", scan(seed=5))
+    return root
+
+
+def test_reads_what_was_written(root: Path, scan, tree) -> None:
+    before = tree(root)
+    reader = MVTec3D(root, "bagel", needs_depth=True)
+    assert reader.ids("bagel", "train") == ("000", "001", "validation/000")
+    assert reader.ids("bagel", "test") == ("combined/000", "good/000", "hole/000")
+    assert reader.ids("bagel", "calibration") == reader.ids("bagel", "unlabelled") == ()
+    for split, id_, seed, defect in (
+        ("train", "001", 1, "good"),
+        ("train", "validation/000", 2, "good"),
+        ("test", "good/000", 3, "good"),
+        ("test", "hole/000", 4, "hole"),
+    ):
+        scene, sample = scan(seed=seed), reader.read("bagel", split, id_)
+        assert (sample.object, sample.id, sample.defect, sample.anomalous) == ("bagel", id_, defect, defect != "good")
+        np.testing.assert_array_equal(sample.rgb, scene.rgb)
+        np.testing.assert_array_equal(sample.mask, (scene.mask > 0) & (defect != "good"))
+        z = scene.cloud[..., 2]
+        np.testing.assert_array_equal(sample.depth, np.where(z == 0, np.nan, z))
+        assert sample.depth.dtype == np.float32
+        found, true = sample.camera, scene.camera
+        np.testing.assert_allclose(
+            [found.fx, found.fy, found.cx, found.cy], [true.fx, true.fy, true.cx, true.cy], atol=1e-3
+        )
+        assert not found.orthographic
+    assert {file.name for file in reader.files("bagel", "test", "hole/000")} == {"000.png", "000.tiff"}
+    assert len(reader.files("bagel", "test", "hole/000")) == 3
+    assert tree(root) == before
+
+
+def test_validation_images_kept_for_calibration(root: Path) -> None:
+    reader = MVTec3D(root, "bagel", validation="calibration")
+    assert reader.ids("bagel", "train") == ("000", "001")
+    assert reader.ids("bagel", "calibration") == ("000",)
+    assert reader.files("bagel", "calibration", "000")[0] == root / "bagel/validation/good/rgb/000.png"
+    with pytest.raises(UserError, match=r'config\.dataset\.validation is "test"; use train or calibration\.'):
+        MVTec3D(root, "bagel", validation="test")
+
+
+def test_without_xyz_there_is_no_depth(root: Path, read_all) -> None:
+    for folder in root.rglob("xyz"):
+        shutil.rmtree(folder)
+    samples = read_all(MVTec3D(root, "bagel"))
+    assert len(samples) == 6
+    assert all(sample.depth is None and sample.camera is None for sample in samples)
+    with pytest.raises(UserError, match=r"good/xyz/000\.tiff is missing"):
+        MVTec3D(root, "bagel", needs_depth=True)
+
+
+@pytest.mark.parametrize(("height", "width", "pixel"), [(400, 400, 0.9e-3), (900, 800, 0.45e-3)])
+def test_geometry_at_the_official_sizes(root: Path, scan, height: int, width: int, pixel: float) -> None:
+    """Noise of a quarter of a millimetre and a tenth of the pixels missing: plane, heights and normals are right."""
+    scene = scan(height, width, tilt=30, noise=2.5e-4, holes=0.1, seed=6)
+    assert scene.distance / scene.camera.fx == pytest.approx(pixel, rel=0.1)
+    write(root / "bagel/test/cut", scene)
+    reader = MVTec3D(root, "bagel")
+    sample = reader.read("bagel", "test", "cut/000")
+    surface = depth.measure(sample.depth, sample.camera, reader.normals_window)
+    angle = np.degrees(np.arccos(np.clip(surface.plane.normal @ scene.normal, -1, 1)))
+    assert angle < 0.1
+    error = np.abs(surface.height - scene.height)[surface.valid]
+    assert np.sqrt((error**2).mean()) < 3e-4
+    assert np.median(np.abs(surface.height - scene.height)[~surface.valid]) < 5e-4
+    flat = scene.height < 1e-9
+    off = np.degrees(np.arccos(np.clip(surface.normals[..., 2], -1, 1)))[flat]
+    assert np.quantile(off, 0.95) < 3
+    region = depth.object_mask(surface.height, reader.object_height)
+    assert (region == (scene.height > reader.object_height))[surface.valid].mean() > 0.999
+
+
+def test_every_object_of_the_dataset(root: Path) -> None:
+    for name in OBJECTS[1:]:
+        shutil.copytree(root / "bagel", root / name)
+    reader = MVTec3D(root)
+    assert reader.objects == OBJECTS == tuple(sorted(OBJECTS))
+    assert MVTec3D(root, "tire,bagel").objects == ("tire", "bagel")
+
+
+def test_a_gt_may_be_missing_from_good_images_and_have_several_values(root: Path) -> None:
+    shutil.rmtree(root / "bagel/test/good/gt")
+    mask = np.asarray(Image.open(root / "bagel/test/hole/gt/000.png"))
+    marked = mask // 2 + mask // 4 * (np.arange(mask.shape[1]) % 2).astype(np.uint8)
+    Image.fromarray(marked).save(root / "bagel/test/hole/gt/000.png")
+    reader = MVTec3D(root, "bagel")
+    assert not reader.read("bagel", "test", "good/000").mask.any()
+    np.testing.assert_array_equal(reader.read("bagel", "test", "hole/000").mask, mask > 0)
+
+
+def test_a_cloud_of_another_convention_keeps_its_geometry(root: Path, scan) -> None:
+    """The cloud's x points left and its y up."""
+    scene = scan(seed=4)
+    save(root / "bagel/test/hole/xyz/000.tiff", scene.cloud * np.float32([-1, -1, 1]))
+    camera = MVTec3D(root, "bagel").read("bagel", "test", "hole/000").camera
+    assert camera.fx == pytest.approx(scene.camera.fx)
+    assert camera.cy == pytest.approx(scene.camera.cy, abs=1e-3)
+
+
+def test_the_camera_is_found_among_outliers_and_behind_a_lens(root: Path, scan) -> None:
+    """4 % of the points lie anywhere, and rays bend outwards by up to half a percent of the image's width."""
+    scene = scan(96, 128, seed=4)
+    columns, rows = np.meshgrid(np.arange(128) - scene.camera.cx, np.arange(96) - scene.camera.cy)
+    bend = 1 + 0.01 * (columns**2 + rows**2) / 64**2
+    cloud = scene.cloud * np.stack([bend, bend, np.ones_like(bend)], axis=-1)
+    rng = np.random.default_rng(0)
+    wild = rng.random(bend.shape) < 0.04
+    cloud[wild, :2] = rng.uniform(-1, 1, (wild.sum(), 2))
+    folder = root / "bagel/test/cut"
+    write(folder, scene._replace(cloud=cloud.astype(np.float32)))
+    camera = MVTec3D(root, "bagel").read("bagel", "test", "cut/000").camera
+    assert camera.fx == pytest.approx(scene.camera.fx, rel=0.015)
+    assert camera.cx == pytest.approx(scene.camera.cx, abs=1.3)
+
+
+# Everything that can be wrong
+
+
+def change(to: Callable, **settings) -> Callable:
+    """Writes the cloud again, with other values."""
+
+    def spoil(file: Path) -> None:
+        save(file, to(tifffile.imread(file)), **settings)
+
+    return spoil
+
+
+def header_of(width: int, height: int) -> bytes:
+    """An uncompressed TIFF of three float channels, of any size, without its pixels."""
+    tags = [
+        (256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, 32), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 8),
+        (277, 3, 1, 3), (278, 4, 1, height), (279, 4, 1, 4), (339, 3, 1, 3),
+    ]  # fmt: skip
+    return (
+        struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    )
+
+
+GOOD, HOLE = "bagel/train/good", "bagel/test/hole"
+BAD = {
+    "no object": ("bagel", shutil.rmtree, "bagel/train is missing; put it there or leave bagel out"),
+    "no train": ("bagel/train", shutil.rmtree, "bagel/train is missing"),
+    "no validation": ("bagel/validation", shutil.rmtree, "bagel/validation is missing"),
+    "no test": ("bagel/test", shutil.rmtree, "bagel/test is missing"),
+    "no good images": (GOOD, shutil.rmtree, "train/good is missing; put the good images there"),
+    "no images": (f"{GOOD}/rgb", "empty", "train/good/rgb holds no images"),
+    "no rgb": (f"{GOOD}/rgb", shutil.rmtree, "train/good/rgb holds no images"),
+    "an empty test set": ("bagel/test", "empty", "test holds no folder good and none named after a defect"),
+    "a defect in train": (GOOD, ("rename_to", "crack"), "train/crack is not good; only test images may have defects"),
+    "a missing cloud": (f"{GOOD}/xyz/001.tiff", Path.unlink, "001.tiff is missing; every image in"),
+    "a cloud without an image": (f"{GOOD}/xyz/001.tiff", ("copy_to", "002.tiff"), "002.tiff has no image of its name"),
+    "a defect without gt": (f"{HOLE}/gt", shutil.rmtree, "hole/gt/000.png is missing; every image in"),
+    "a gt without an image": (f"{HOLE}/gt/000.png", ("copy_to", "007.png"), "007.png has no image of its name"),
+    "a gt without a defect": (
+        "bagel/test/good/gt/000.png",
+        lambda file: shutil.copy(file.parents[2] / "hole/gt/000.png", file) and None,
+        "000.png marks a defect but its image is good",
+    ),
+    "a gt that marks nothing": (
+        f"{HOLE}/gt/000.png",
+        lambda file: shutil.copy(file.parents[2] / "good/gt/000.png", file) and None,
+        "000.png marks nothing but its image has the defect hole",
+    ),
+    "an unknown kind": (f"{GOOD}/xyz", ("rename_to", "depth"), "good/depth is not one of rgb, xyz, gt"),
+    "an unknown ending": (f"{GOOD}/xyz/000.tiff", ("copy_to", "000.mat"), "000.mat is not one of .tiff"),
+    "an empty file": (f"{GOOD}/xyz/000.tiff", ("write", b""), "000.tiff is empty"),
+    "a folder for a file": (f"{GOOD}/xyz/000.tiff", "fold", "000.tiff is not a file"),
+    "a link to itself": (f"{GOOD}/xyz/000.tiff", "loop", "cannot be read (Too many levels of symbolic links)"),
+    "a folder that is a link to itself": (f"{GOOD}/xyz", "loop", "cannot be read (Too many levels of symbolic links)"),
+    "a file elsewhere": (f"{GOOD}/xyz/000.tiff", "move_out", "000.tiff leads out of config.dataset.root"),
+    "a folder elsewhere": (f"{GOOD}/xyz", "move_out", "xyz leads out of config.dataset.root"),
+    "an object elsewhere": ("bagel", "move_out", "leads out of config.dataset.root"),
+    "a truncated cloud": (f"{GOOD}/xyz/000.tiff", "truncate", "000.tiff cannot be read"),
+    "a truncated image": (f"{GOOD}/rgb/000.png", "truncate", "000.png cannot be read (it is truncated or damaged)"),
+    "no TIFF": (f"{GOOD}/xyz/000.tiff", ("write", "x, y, z"), "000.tiff cannot be read"),
+    "a huge cloud": (f"{GOOD}/xyz/000.tiff", ("write", header_of(10**9, 10**9)), "use at most 8192x8192"),
+    "a cloud of another size": (
+        f"{GOOD}/xyz/000.tiff",
+        change(to=lambda cloud: cloud[:, ::2]),
+        "000.tiff has 32x48 pixels but",
+    ),
+    "complex numbers": (f"{GOOD}/xyz/000.tiff", change(to=lambda cloud: cloud.astype(np.complex64)), "holds complex64"),
+    "one channel too many": (
+        f"{GOOD}/xyz/000.tiff",
+        change(to=lambda cloud: np.concatenate([cloud, cloud[..., :1]], -1), extrasamples=["unspecified"]),
+        "has the shape (48, 64, 4); give",
+    ),
+    "channels first": (
+        f"{GOOD}/xyz/000.tiff",
+        change(to=lambda cloud: np.moveaxis(cloud, -1, 0), planarconfig="separate"),
+        "has the shape (3, 48, 64); give",
+    ),
+    "depth alone": (
+        f"{GOOD}/xyz/000.tiff",
+        change(to=lambda cloud: cloud[..., 2], photometric="minisblack", planarconfig=None),
+        "has depth alone; give x, y and z",
+    ),
+    "several pages": (
+        f"{GOOD}/xyz/000.tiff",
+        change(to=lambda cloud: np.moveaxis(cloud, -1, 0), photometric="minisblack", planarconfig=None),
+        "has several pages; give one",
+    ),
+    "millimetres": (f"{GOOD}/xyz/000.tiff", change(to=lambda cloud: cloud * 1000), "as if millimetres were called"),
+    "kilometres": (f"{GOOD}/xyz/000.tiff", change(to=lambda cloud: cloud / 1000), "as if metres were called"),
+    "nothing valid": (f"{GOOD}/xyz/000.tiff", change(to=np.zeros_like), "has no valid depth"),
+    "all NaN": (f"{GOOD}/xyz/000.tiff", change(to=lambda cloud: cloud * np.nan), "has no valid depth"),
+    "all infinite": (f"{GOOD}/xyz/000.tiff", change(to=lambda cloud: np.full_like(cloud, np.inf)), "no valid depth"),
+    "behind the sensor": (f"{GOOD}/xyz/000.tiff", change(to=lambda cloud: -cloud), "depth is the distance from"),
+    "a turned cloud": (
+        f"{GOOD}/xyz/000.tiff",
+        change(to=lambda cloud: cloud[..., [1, 0, 2]]),
+        "pixels beside the rays of the best pinhole or orthographic camera",
+    ),
+    "a cloud in no order": (
+        f"{GOOD}/xyz/000.tiff",
+        change(to=lambda cloud: np.random.default_rng(0).permuted(cloud, axis=1)),
+        "pixels beside the rays of the best pinhole or orthographic camera",
+    ),
+    "a single column": (
+        f"{GOOD}/xyz/000.tiff",
+        change(to=lambda cloud: cloud * (np.arange(64) == 30)[:, None].astype(np.float32)),
+        "too few valid points to tell how the sensor sees",
+    ),
+    "a grey gt of 16 bits": (
+        f"{HOLE}/gt/000.png",
+        lambda file: Image.fromarray(np.zeros((48, 64), np.uint16)).save(file),
+        "000.png is 16-bit grey; it must be 8-bit grey or 1-bit grey",
+    ),
+}
+
+
+@pytest.mark.parametrize(("path", "how", "expected"), BAD.values(), ids=BAD)
+def test_bad_input(root: Path, refused, spoil, path: str, how, expected: str) -> None:
+    (root / "README").touch()
+    spoil.apply(how, root / path)
+    refused(lambda: MVTec3D(root, "bagel", needs_depth=True), str(root), expected)
+
+
+def test_nan_and_infinite_points_are_missing(root: Path) -> None:
+    file = root / HOLE / "xyz/000.tiff"
+    cloud = tifffile.imread(file)
+    cloud[5, 6], cloud[7, 8], cloud[9, 10, 2] = np.nan, np.inf, -np.inf
+    save(file, cloud)
+    measured = MVTec3D(root, "bagel").read("bagel", "test", "hole/000").depth
+    assert np.isnan(measured[[5, 7, 9], [6, 8, 10]]).all()
+    assert np.isfinite(measured).mean() > 0.9
+
+
+def test_compressed_clouds(root: Path, scan) -> None:
+    file = root / HOLE / "xyz/000.tiff"
+    plain = MVTec3D(root, "bagel").read("bagel", "test", "hole/000").depth
+    save(file, tifffile.imread(file), compression="zlib")
+    np.testing.assert_array_equal(MVTec3D(root, "bagel").read("bagel", "test", "hole/000").depth, plain)
+    content = bytearray(file.read_bytes())
+    tag = content.index(struct.pack("<HHI", 259, 3, 1))  # compression: says LZW
+    content[tag + 8 : tag + 10] = struct.pack("<H", 5)
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"000\.tiff is compressed by LZW; save it without compression"):
+        MVTec3D(root, "bagel").read("bagel", "test", "hole/000")
+
+
+def test_a_compressed_bomb_is_refused_before_it_grows(root: Path) -> None:
+    file = root / HOLE / "xyz/000.tiff"
+    save(file, np.zeros((6400, 64, 3), np.float32), compression="zlib", rowsperstrip=6400)
+    content = bytearray(file.read_bytes())
+    for tag in (257, 278):  # rows of the image and of its strip: a hundredth
+        start = content.index(struct.pack("<H", tag))
+        content[start + 2 : start + 12] = struct.pack("<HII", 4, 1, 64)
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"000\.tiff inflates to more than its size"):
+        MVTec3D(root, "bagel").read("bagel", "test", "hole/000")

@@ -1,0 +1,114 @@
+"""What grows with the number of objects: python -m tests.harness.growth --config=FILE --objects=10,1000,100000.
+
+Nothing is run: bytes are those of what the code would make, by its shapes, were one object learned per step.
+"""
+
+import json
+import sys
+from typing import Any
+
+import numpy as np
+from absl import flags
+from tabulate import tabulate
+
+from iumad_jax import cli
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command and returns its exit code."""
+    return cli.execute(str(__doc__), arguments, _define, _compute)
+
+
+def _define(values: flags.FlagValues) -> None:
+    cli.define_config(values)
+    cli.define_workdir(values)
+    flags.DEFINE_list("objects", "10,1000,100000", "How many, in turn.", flag_values=values)
+    flags.DEFINE_integer("train", 1000, "Training images per object.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("test", 50, "Test images per object.", lower_bound=1, flag_values=values)
+
+
+def _compute(values: flags.FlagValues) -> str:
+    config, _ = cli.given_config(values)
+    columns = [_sizes(config, int(number), values.train, values.test) for number in values.objects]
+    rows = [[what, *(_told(column[what]) for column in columns)] for what in columns[0]]
+    headers = ["", *(f"{int(number):,} objects" for number in values.objects)]
+    return tabulate(rows, headers, "github", disable_numparse=True, colalign=["left", *["right"] * len(columns)])
+
+
+def _told(value: float) -> str:
+    for unit, factor in {"PB": 1e15, "TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}.items():
+        if value >= factor:
+            return f"{value / factor:.3g} {unit}"
+    return f"{value:.0f} B"
+
+
+def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]:
+    """Bytes, by what they hold."""
+    import jax
+
+    from iumad_jax import methods
+    from iumad_jax.inference import decisions
+    from iumad_jax.models.efficientnet import FeatureExtractor
+    from iumad_jax.report.tables import METRICS
+    from iumad_jax.runtime.storage import as_json
+    from iumad_jax.shapes import MAP_SIZE, Batch, Prediction
+    from iumad_jax.training.optimization import make_optimizer
+
+    def size(tree: Any) -> float:
+        return sum(float(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+    side, grid, modalities = config.input.size, config.backbone.grid, methods.modalities(config)
+    extractor = FeatureExtractor(config.backbone.name, grid)
+
+    def shaped(shape: tuple[int, ...], dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    pixels = shaped((1, side, side, 3), np.float32)
+    channels = jax.eval_shape(extractor.init_with_output, jax.random.key(0), pixels)[0].shape[-1]
+    image = Batch(
+        {m: shaped((1, grid**2, channels), np.float16) for m in modalities},
+        {m: shaped(pixels.shape, np.uint8 if m == "rgb" else np.float16) for m in modalities},
+        shaped((1,), np.int32),
+    )
+    truth = MAP_SIZE**2 * (3 * np.dtype(bool).itemsize + 3 + np.dtype(np.float32).itemsize)
+
+    systems = methods.systems(config, objects)
+    method = systems[config.method]
+    variables = jax.eval_shape(method.init, jax.random.key(0), image)
+    optimizer = jax.eval_shape(make_optimizer(config.train).init, variables["params"])
+    activations = jax.tree.leaves(jax.eval_shape(method.activations, variables, image))
+    replayed = len(modalities) * (grid**2 * channels + 3 * config.continual.replay.image_size**2) * 2
+    neighbours = len(modalities) * config.nearest_neighbours.patches_per_object * channels * 4
+    recognition = 4 * len(modalities) * channels * np.array([objects, len(modalities) * channels])
+
+    rng, pairs = np.random.default_rng(0), objects * (objects + 1) / 2  # of a step and an object seen by then
+    values = {metric: rng.random() for metric in METRICS}
+    event = {"event": "evaluation", "step": objects, "object": "a" * 12, "method": config.method, **values}
+    maps: Any = rng.random((test, 2, 2))
+    good = decisions.Calibration.of(Prediction(maps, maps.max((1, 2)), None), rng.random((test, 2)), 0)
+    one = json.dumps(decisions.describe({"a" * 12: good, "b": good}, 0.995)["objects"]["a" * 12])
+    numbers = len(systems) * len(METRICS)
+    calibration = json.dumps(as_json(good._asdict()))
+
+    at_once = {
+        "prepared images": objects * (train * size(image) + test * (size(image) + truth)),
+        f"weights of {config.method}": size(variables),
+        "state of the optimiser": size(optimizer),
+        "memory of iuf": sum(4.0 * leaf.shape[-1] ** 2 for leaf in activations),
+        "memory of replay": objects * (config.continual.replay.rank + 1.0) * replayed,
+        "memory of nearest_neighbours": float(objects * neighbours),
+        "statistics of recognition": float(recognition.sum()),
+        "distances of a test set to all objects": 4.0 * test * objects * len(modalities) * channels,
+        "every metric of every object after every step": 8.0 * numbers * objects**2,
+        "calibration scores, as text in a snapshot": float(objects * len(calibration)),
+    }
+    return at_once | {
+        "weights and optimiser, on every device": at_once[f"weights of {config.method}"] + size(optimizer),
+        "all snapshots, of the weights": objects * size(variables),
+        "all snapshots, of nearest_neighbours": float(objects * neighbours),
+        "ledger": len(systems) * pairs * (len(json.dumps(event)) + 1) + pairs * len(one),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,114 @@
+"""How training scales with devices: python -m tests.harness.scaling --config=FILE --devices=1,2,4,8.
+
+Updates with one batch of random images of the config's sizes, for each number of devices in a process of its own: on
+GPUs if there are any, else on devices that are emulated on the same cores, which shows the overhead alone.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+import numpy as np
+from absl import flags
+from tabulate import tabulate
+
+from iumad_jax import cli
+from iumad_jax.errors import UserError
+
+_OBJECTS = 10
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command and returns its exit code."""
+
+    def act(values: flags.FlagValues) -> str:
+        return json.dumps(_measure(values)) if values.here else _compare(values, arguments)
+
+    return cli.execute(str(__doc__), arguments, _define, act)
+
+
+def _define(values: flags.FlagValues) -> None:
+    cli.define_config(values)
+    cli.define_workdir(values)
+    flags.DEFINE_list("devices", "1,2,4,8", "How many, in turn.", flag_values=values)
+    flags.register_validator("devices", _are_counts, "give whole numbers from 1 with commas between.", values)
+    flags.DEFINE_float("seconds", 20, "Of every measurement.", lower_bound=0, flag_values=values)
+    flags.DEFINE_bool("here", False, "Measure in this process, with all of its devices.", flag_values=values)
+
+
+def _are_counts(numbers: list[str]) -> bool:
+    return bool(numbers) and all(number.isdecimal() and int(number) > 0 for number in numbers)
+
+
+def _compare(values: flags.FlagValues, arguments: list[str]) -> str:
+    """A table of all numbers of devices."""
+    rows: list[list[Any]] = []
+    (config, _), first = cli.given_config(values), 0.0
+    for number in values.devices:
+        seen = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(int(number)))), "JAX_NUM_CPU_DEVICES": number}
+        command = [sys.executable, "-m", "tests.harness.scaling", *arguments[1:], "--here"]
+        done = subprocess.run(command, env=os.environ | {"NPROC": "8"} | seen, stdout=subprocess.PIPE)
+        if done.returncode:
+            raise UserError(f"--devices={number}: measuring failed with exit code {done.returncode}; see above.")
+        kind, devices, seconds = json.loads(done.stdout)
+        if devices != int(number):
+            raise UserError(f"--devices asks for {number} but there are {devices}; give numbers up to that.")
+        first = first or seconds * devices
+        share = first / devices / seconds if kind != "cpu" else first / rows[0][1] / seconds if rows else 1.0
+        rows.append([kind, devices, 1e3 * seconds, config.train.batch_size / seconds, share])
+    against = "images/s against the first row" if rows[0][0] == "cpu" else "efficiency against the first row"
+    return tabulate(
+        rows, ["", "devices", "ms/update", "images/s", against], "github", floatfmt=("", "", ".1f", ".1f", ".3f")
+    )
+
+
+def _measure(values: flags.FlagValues) -> tuple[str, int, float]:
+    """The kind of device, how many, and seconds of an update, the median."""
+    import jax
+
+    from iumad_jax import methods
+    from iumad_jax.data.batches import whole
+    from iumad_jax.models.efficientnet import FeatureExtractor
+    from iumad_jax.runtime import devices
+    from iumad_jax.shapes import Batch
+    from iumad_jax.training.optimization import make_optimizer
+    from iumad_jax.training.update import initial_state, make_update
+
+    config, rng = values.config, np.random.default_rng(0)
+    count, size, grid = config.train.batch_size, config.input.size, config.backbone.grid
+    extractor, image = (
+        FeatureExtractor(config.backbone.name, grid),
+        jax.ShapeDtypeStruct((1, size, size, 3), np.float32),
+    )
+    features, _ = jax.eval_shape(extractor.init_with_output, jax.random.key(0), image)
+    modalities = methods.modalities(config)
+
+    def random(*shape: int) -> Any:
+        return rng.standard_normal((count, *shape)).astype(np.float32)
+
+    objects: Any = rng.integers(0, _OBJECTS, count).astype(np.int32)
+    batch = Batch(
+        {m: random(grid**2, features.shape[-1]) for m in modalities},
+        {m: 128 + 40 * random(size, size, 3) for m in modalities},
+        objects,
+    )
+    method, optimizer = methods.build(config.method, config, _OBJECTS), make_optimizer(config.train)
+    update, piece = make_update(method, optimizer), whole(batch)
+    state = devices.replicate(initial_state(jax.jit(method.init)(jax.random.key(0), batch), optimizer, 0, []))
+    taken: list[float] = []
+    began = time.perf_counter()
+    while not taken or time.perf_counter() - began < values.seconds:
+        before = time.perf_counter()
+        state, scalars = update(state, piece, jax.random.key(1), np.full(1, 1e-4, np.float32))
+        jax.block_until_ready(scalars)
+        taken.append(time.perf_counter() - before)
+        if len(taken) == 1:  # which compiled
+            began = time.perf_counter()
+    return jax.devices()[0].device_kind, jax.device_count(), float(np.median(taken[1:] or taken))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

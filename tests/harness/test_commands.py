@@ -1,0 +1,94 @@
+"""The benchmarks of this folder and of latency, each at its smallest size."""
+
+import re
+import sys
+
+import pytest
+
+from iumad_jax import experiment, latency
+from iumad_jax.config import small
+from iumad_jax.data import candies
+from tests.harness import growth, input_pipeline, metrics, saving, scaling
+
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+KEYS = {
+    "method": "uniad",
+    "modality": "rgb",
+    "floors": "",
+    "dataset.name": "eyecandies",
+    "dataset.objects": "CandyCane",
+    "input.size": 64,
+    "backbone.grid": 8,
+    "model.width": 8,
+    "model.hidden": 8,
+    "model.heads": 2,
+    "train.epochs": 0,
+    "train.batch_size": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    """--config=FILE and its keys, at the smallest size."""
+    folder = tmp_path_factory.mktemp("speed")
+    root = candies.render(folder / "candies", objects="CandyCane", train=5, val=1, test=2, size=64)
+    config = folder / "config.py"
+    config.write_text(
+        "from iumad_jax.config import small\n\n\ndef get_config(protocol='1-0'):\n    return small(protocol)\n"
+    )
+    keys = KEYS | {"dataset.root": str(root)}
+    return [f"--config={config}", *(f"--config.{key}={value}" for key, value in keys.items())]
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Runs a command's main and returns what it printed."""
+
+    def run(main, *arguments):
+        monkeypatch.setattr(sys, "argv", ["command", *arguments])  # where ml_collections finds --config.KEY
+        assert main(sys.argv) == 0
+        return capfd.readouterr().out
+
+    return run
+
+
+def test_growth(flags, run):
+    out = run(growth.main, *flags, "--objects=1,2")
+    assert "2 objects |" in out
+    assert re.search(r"^\| weights of uniad +\| +[\d.]+ kB \|", out, re.MULTILINE)
+
+
+def test_devices(flags, run):
+    out = run(scaling.main, *flags, "--devices=1", "--seconds=0")
+    assert re.search(r"^\| cpu +\| +1 \| +[\d.]+ \| +[\d.]+ \| +1\.000 \|$", out, re.MULTILINE)
+
+
+def test_saving(flags, run):
+    out = run(saving.main, *flags, "--updates=1", "--rounds=1")
+    assert re.search(r"^a save: copying, while training waits +[\d.]+ +ms$", out, re.MULTILINE)
+
+
+def test_evaluation(monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "_IMAGES", (5,))
+    metrics.main()
+    out = capsys.readouterr().out
+    assert out.startswith("evaluation of 5 maps: ")
+    (difference,) = re.findall(r"from scikit-learn and loops: (\S+)$", out, re.MULTILINE)
+    assert float(difference) < 1e-6
+
+
+def test_input(flags, monkeypatch, run):
+    for name, value in {"_SECONDS": 0.0, "_ROUNDS": 1, "_EPOCH": 20, "_BATCH": 2}.items():
+        monkeypatch.setattr(input_pipeline, name, value)
+    out = run(input_pipeline.main, *flags, "--epochs=1")
+    assert out.startswith("5 images of CandyCane, rgb, ")
+    assert "opening with all checksums" in out
+
+
+def test_latency(flags, tmp_path, monkeypatch, run):
+    monkeypatch.setattr(latency, "_BATCHES", (1,))
+    config = small("1-0")
+    config.update_from_flattened_dict(KEYS | {"dataset.root": flags[-1].partition("=")[2]})
+    experiment.run(config, tmp_path)
+    out = run(latency.main, f"--workdir={tmp_path}", "--repetitions=1")
+    assert re.search(r"^\| JAX on cpu +\| +[\d.]+ +\|$", out, re.MULTILINE)

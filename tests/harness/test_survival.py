@@ -1,0 +1,37 @@
+"""Runs that are killed, asked to stop, damaged or out of room at random moments end as if nothing had been."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from iumad_jax.data.candies import render
+
+CONFIG = Path(__file__).parents[2] / "configs" / "survival.py"
+QUICK = {  # a method and floors that are soon traced
+    "dataset.name": "eyecandies",
+    "dataset.root": "candies",
+    "method": "uniad",
+    "floors": "feature_norm",
+    "backbone.grid": 8,
+    "continual.strategy": "replay",
+    "continual.replay.rank": 2,
+    "continual.replay.image_size": 8,
+    "train.epochs": 4,
+}
+FAULTS = {"kills": 10, "preemptions": 1, "damages": 1, "full_disks": 1}
+
+
+def test_what_happens_to_a_run_leaves_no_trace_in_it(tmp_path):
+    render(tmp_path / "candies", train=6, val=1, test=4, size=64, objects="CandyCane,GummyBear", progress=False)
+    flags = [f"--{name}={count}" for name, count in FAULTS.items()]
+    flags += [f"--config.{key}={value}" for key, value in QUICK.items()]
+    command = [sys.executable, "-m", "tests.harness.survival", f"--config={CONFIG}", *flags]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(CONFIG.parents[1])}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]]
+    assert sum(int(tried) for _, _, tried, _ in rows) == sum(FAULTS.values())
+    assert sum(int(tried) for fault, _, tried, _ in rows if fault == "SIGKILL") == 10
+    assert all(tried == survived for _, _, tried, survived in rows)

@@ -1,0 +1,367 @@
+"""Snapshots: everything comes back as it was, and what went wrong on disk is told and costs no more than it must."""
+
+import gc
+import logging
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+
+from iumad_jax.errors import UserError
+from iumad_jax.inference.decisions import Calibration
+from iumad_jax.runtime.progress import LedgerMark, Position, Progress
+from iumad_jax.runtime.snapshots import Snapshots, read
+
+
+def variables(seed=0, size=3):
+    rng = np.random.default_rng(seed)
+    return {
+        "ib_iumad": {
+            "params": {"mamba": {"kernel": rng.normal(size=(2, size)).astype(np.float32)}, "count": np.int32(seed)},
+            "statistics": {},
+        },
+        "floor": {
+            "params": {},
+            "statistics": {
+                "rgb": {"memory": rng.normal(size=(4, 2)).astype(ml_dtypes.bfloat16), "scale": np.ones(())},
+                "by_object": (),
+            },
+        },
+    }
+
+
+def snapshot(step, updates, finished=False, seed=0, size=3):
+    scores = np.array([0.1, 2 / 3], np.float32)
+    calibration = Calibration(scores, 2 * scores, np.array([[1, 2, np.inf], [0, 0.3, np.inf]], np.float32), few=True)
+    return Progress(
+        position=Position(step, updates, finished),
+        objects=("bolt", "größe 2", "a/b"),
+        variables=variables(seed, size),
+        recognition={"count": np.full(2, 3, np.float32), "mean": np.ones((2, 4), np.float32)},
+        calibration={"bolt": calibration, "größe 2": calibration._replace(few=False, from_training_images=True)},
+        optimizer=[],
+        strategy={"old": {"kernel": np.full(2, seed, np.float32)}, "by_object": per_object(seed)},
+        losses={"loss": np.arange(updates, dtype=np.float32)} if updates % 2 else {},
+        ledger=LedgerMark(10 * step + updates, "ab"),
+        seconds=0.3,
+        inputs={"camera": None, "processing": {"size": 64}},
+    )
+
+
+def per_object(seed, objects=2):
+    """What belongs to some objects: half precision, empty and nested parts too."""
+    return tuple(
+        {"mean": {"rgb": np.full(3, seed + i, np.float16)}, "patches": np.full((i, 4), i, np.float32)}
+        for i in range(objects)
+    )
+
+
+@contextmanager
+def opened(workdir):
+    snapshots = Snapshots(workdir)
+    yield snapshots
+    snapshots.close()
+
+
+def assert_same(found, expected):
+    """Structure, types and bits."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        if isinstance(b, np.ndarray | jax.Array | np.generic):
+            assert isinstance(a, np.ndarray)
+            assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, np.asarray(b).tobytes())
+        else:
+            assert (type(a), a) == (type(b), b)
+
+
+def test_everything_comes_back_as_it_was(tmp_path):
+    """Empty branches, scalars, bfloat16 and JAX's arrays too."""
+    optimizer = optax.scale_by_adam().init(variables()["ib_iumad"]["params"]["mamba"])
+    saved = snapshot(1, 7)._replace(optimizer=[*jax.tree.leaves(optimizer), jnp.full(2, 0.3, jnp.bfloat16)])
+    with opened(tmp_path) as snapshots:
+        assert snapshots.latest() is None
+        snapshots.save(saved)
+        assert_same(snapshots.latest(), saved)
+    with opened(tmp_path) as snapshots:
+        assert_same(snapshots.latest(), saved)
+
+
+def test_the_furthest_position_is_the_latest(tmp_path):
+    """The story of a run, opened anew after every snapshot."""
+    positions = [(0, 1), (0, 3), (0, 0, True), (1, 2), (1, 12), (1, 0, True), (2, 0, True)]
+    for seed, position in enumerate(positions):
+        with opened(tmp_path) as snapshots:
+            snapshots.save(snapshot(*position, seed=seed))
+        with opened(tmp_path) as snapshots:
+            assert_same(snapshots.latest(), snapshot(*position, seed=seed))
+    # A finished step's snapshot stays; of those within steps, the two newest.
+    assert sorted(p.name for p in (tmp_path / "snapshots").iterdir()) == ["0", "1", "2", "by_object"]
+    within = sorted(p.name for p in (tmp_path / "snapshots_within_step").iterdir())
+    assert within == ["1000000000002", "1000000000012"]
+
+
+@pytest.fixture
+def after_an_error(monkeypatch):
+    """Tests go on after an error that ends a run and silences what Orbax's threads would still print."""
+    for holder, name in [
+        (threading, "excepthook"),
+        (sys, "unraisablehook"),
+        (logging.getLogger("absl"), "level"),
+        (logging.getLogger("asyncio"), "level"),
+    ]:
+        monkeypatch.setattr(holder, name, getattr(holder, name))
+    yield
+    gc.collect()
+    time.sleep(0.1)
+
+
+@pytest.mark.usefixtures("after_an_error")
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("room", [0, 10_000])  # for not even the names; for all but the arrays
+def test_a_full_disk_is_told_and_the_snapshot_before_is_intact(tmp_path, capfd, files_no_larger_than, room, finished):
+    before, after = snapshot(0, 1), snapshot(0, 2, finished, seed=1, size=10_000)
+    with opened(tmp_path) as snapshots:
+        snapshots.save(before)
+        snapshots.wait()
+        with files_no_larger_than(room):
+            snapshots.save(after)
+            with pytest.raises(UserError) as error:
+                snapshots.wait()
+        folder = tmp_path / ("snapshots" if finished else "snapshots_within_step")
+        assert str(error.value) == (
+            f"{folder}: the snapshot could not be saved (File too large); what was saved before is intact,"
+            " so make room and run the same command again."
+        )
+    with opened(tmp_path) as snapshots:
+        assert_same(snapshots.latest(), before)
+        snapshots.save(after)  # with room again
+        assert_same(snapshots.latest(), after)
+    assert not list(tmp_path.rglob("*unfinished*"))
+    assert capfd.readouterr().err == ""
+
+
+KILLED = """
+import resource, signal, sys
+from pathlib import Path
+import numpy as np
+from iumad_jax.progress import BEGINNING, Position
+from iumad_jax.snapshots import Snapshots
+
+snapshots = Snapshots(Path(sys.argv[1]))
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the system kills the process that makes a file larger than this
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+snapshots.save(BEGINNING._replace(position=Position(1, 2), variables={"a": np.random.rand(10_000)}))
+snapshots.wait()
+"""
+
+
+def test_a_killed_save_is_ignored_and_cleared_away(tmp_path):
+    with opened(tmp_path) as snapshots:
+        snapshots.save(snapshot(1, 1))
+    killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path])
+    assert killed.returncode == -signal.SIGXFSZ
+    folder = tmp_path / "snapshots_within_step"
+    kept, unfinished = sorted(p.name for p in folder.iterdir())
+    assert kept == "1000000000001"
+    assert unfinished.startswith("1000000000002.")
+    with opened(tmp_path) as snapshots:
+        assert_same(snapshots.latest(), snapshot(1, 1))
+        snapshots.save(snapshot(1, 3))
+    assert sorted(p.name for p in folder.iterdir()) == ["1000000000001", "1000000000003"]
+
+
+def test_what_changes_after_a_save_began_is_not_saved(tmp_path):
+    saved = snapshot(1, 1, size=100_000)
+    with opened(tmp_path) as snapshots:
+        snapshots.save(saved)
+        saved.variables["ib_iumad"]["params"]["mamba"]["kernel"][:] = 0
+        saved.calibration["bolt"].score[:] = 0
+        saved.strategy["by_object"][0]["mean"]["rgb"][:] = 9
+        assert_same(snapshots.latest(), snapshot(1, 1, size=100_000))
+
+
+@pytest.mark.usefixtures("after_an_error")
+def test_an_error_of_the_background_is_told_once_by_the_next_save(tmp_path, files_no_larger_than):
+    with opened(tmp_path) as snapshots:
+        assert not snapshots.failed
+        with files_no_larger_than(0):
+            snapshots.save(snapshot(0, 1))
+            while not snapshots.failed:
+                time.sleep(0.01)
+        with pytest.raises(UserError, match="could not be saved"):
+            snapshots.save(snapshot(0, 2))
+        assert not snapshots.failed
+
+
+def damages(folder):
+    """Every way to spoil one of a snapshot's files, one after the other."""
+    rng = np.random.default_rng(0)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 6
+    for file in files:
+        content = file.read_bytes()
+        flipped = bytearray(content)
+        if content:
+            flipped[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        key = content.replace(b"_timestamp", b"_timestanp", 1)  # still JSON
+        for spoiled in {content[: len(content) // 2], b"", bytes(flipped), key, content + b"0", None} - {content}:
+            file.unlink() if spoiled is None else file.write_bytes(spoiled)
+            yield file
+            file.write_bytes(content)
+
+
+def test_of_a_damaged_snapshot_nothing_is_used_but_the_one_before(tmp_path, capfd, caplog):
+    """Whatever is missing, cut off, flipped or added; Orbax alone restores most flipped bits silently."""
+    with opened(tmp_path) as snapshots:
+        snapshots.save(snapshot(0, 0, finished=True))
+        snapshots.save(snapshot(1, 3, seed=1))
+        snapshots.save(snapshot(1, 4, seed=2))
+    newest, before = (tmp_path / "snapshots_within_step" / f"100000000000{updates}" for updates in (4, 3))
+    aside = newest.with_name(f"{newest.name}.damaged1")
+    for _ in damages(newest):
+        with opened(tmp_path) as snapshots:
+            assert_same(snapshots.latest(), snapshot(1, 3, seed=1))
+        (told,) = capfd.readouterr().err.splitlines()
+        assert re.fullmatch(
+            rf"iumad_jax: {newest} (is|was) .*damaged \(.*\); going on from {before}; it is kept as {aside.name}\.",
+            told,
+        )
+        assert not newest.exists()
+        aside.rename(newest)
+    for _ in damages(before):  # that are older do not matter
+        with opened(tmp_path) as snapshots:
+            assert_same(snapshots.latest(), snapshot(1, 4, seed=2))
+    for folder in (newest, before):
+        next(damages(folder))
+    with opened(tmp_path) as snapshots:
+        assert_same(snapshots.latest(), snapshot(0, 0, finished=True))
+        assert len(capfd.readouterr().err.splitlines()) == 2
+        snapshots.save(snapshot(1, 4, seed=3))  # under the number of a damaged one
+        assert_same(snapshots.latest(), snapshot(1, 4, seed=3))
+    assert {path.name for path in newest.parent.iterdir()} == {newest.name, f"{before.name}.damaged1", aside.name}
+    assert (capfd.readouterr().err, caplog.records) == ("", [])  # Orbax says nothing of its own
+
+
+def test_if_no_snapshot_is_good_that_is_told_and_nothing_is_touched(tmp_path):
+    with opened(tmp_path) as snapshots:
+        snapshots.save(snapshot(0, 0, finished=True))
+        snapshots.save(snapshot(1, 3))
+    folders = tmp_path / "snapshots" / "0", tmp_path / "snapshots_within_step" / "1000000000003"
+    (file,), _ = ([next(damages(folder))] for folder in folders)
+    content = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for _ in range(2):
+        with opened(tmp_path) as snapshots, pytest.raises(UserError) as error:
+            snapshots.latest()
+        told = str(error.value)
+        assert told.startswith("no snapshot can be used: ")
+        assert all(f"{folder} " in told for folder in folders)
+        assert told.endswith("; restore one, or start again in another --workdir.")
+        assert f"({file.relative_to(folders[0])} is missing or not as it was written)" in told
+    assert content == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_reading_passes_over_a_damaged_snapshot_unless_it_is_asked_for(tmp_path, capfd):
+    with opened(tmp_path) as snapshots:
+        snapshots.save(snapshot(0, 0, finished=True))
+        snapshots.save(snapshot(1, 0, finished=True, seed=1))
+    assert_same(read(tmp_path), snapshot(1, 0, finished=True, seed=1))
+    assert_same(read(tmp_path, step=0), snapshot(0, 0, finished=True))
+    for name, spoiled in (("1", "_CHECKPOINT_METADATA"), ("0", "arrays/_METADATA")):
+        file = tmp_path / "snapshots" / name / spoiled
+        file.write_bytes(file.read_bytes().replace(b"kernel", b"kernfl").replace(b"_timestamp", b"_timestanp"))
+        with pytest.raises(UserError, match=rf"snapshots/{name} is damaged \({spoiled} .*: restore it, or choose"):
+            read(tmp_path, step=int(name))
+        if name == "1":
+            assert_same(read(tmp_path), snapshot(0, 0, finished=True))
+            told = capfd.readouterr().err
+            assert told.startswith(f"iumad_jax: {tmp_path}/snapshots/1 is damaged (")
+            assert told.endswith(f"; using {tmp_path}/snapshots/0\n")
+    with pytest.raises(
+        UserError, match=r"snapshots/1 is damaged .*; .*snapshots/0 is damaged .* restore it, or choose"
+    ):
+        read(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "snapshots").iterdir()) == ["0", "1", "by_object"]
+
+
+def test_a_kill_before_the_first_snapshot_is_whole_leaves_none(tmp_path, monkeypatch):
+    """Also when all but its manifest is written: the run begins anew, and nothing is called damaged."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context, opened(tmp_path) as snapshots:
+        context.setattr("iumad_jax.snapshots.write_whole", killed)
+        snapshots.save(snapshot(0, 3))
+        with pytest.raises(KeyboardInterrupt):
+            snapshots.wait()
+    assert list((tmp_path / "snapshots_within_step").iterdir())
+    with opened(tmp_path) as snapshots:
+        assert snapshots.latest() is None
+        assert not list((tmp_path / "snapshots_within_step").iterdir())
+        snapshots.save(snapshot(0, 3))
+        snapshots.save(snapshot(0, 3))  # of the same position, as after going on from it
+        assert_same(snapshots.latest(), snapshot(0, 3))
+
+
+def learned(step, objects):
+    """After a step in which so many objects are known."""
+    size = 50_000  # numbers per object
+    rng = np.random.default_rng(0)
+    strategy = {"by_object": tuple({"mean": rng.normal(size=size).astype(np.float32)} for _ in range(objects))}
+    return snapshot(step, 0, finished=True)._replace(strategy=strategy)
+
+
+def test_what_an_object_adds_is_stored_once(tmp_path):
+    with opened(tmp_path) as snapshots:
+        for step in range(20):
+            snapshots.save(learned(step, objects=step + 1))
+        snapshots.wait()
+
+    def size(folder):
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+    folder = tmp_path / "snapshots"
+    assert size(folder / "19") < size(folder / "1") + 20 * 200  # the names of the arrays
+    assert 20 * 200_000 < size(folder / "by_object") < 20 * 201_000
+    assert_same(read(tmp_path, 1), learned(1, 2))
+    assert_same(read(tmp_path), learned(19, 20))
+
+
+def test_a_damaged_shared_array_spoils_only_snapshots_that_have_it_and_is_written_anew(tmp_path, capfd):
+    with opened(tmp_path) as snapshots:
+        for step in range(3):
+            snapshots.save(learned(step, objects=step + 1))
+    by_object = tmp_path / "snapshots" / "by_object"
+    newest = max(by_object.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    content = newest.read_bytes()
+    for spoiled in (None, content[:-1], content[:-1] + bytes([content[-1] ^ 1])):
+        newest.unlink() if spoiled is None else newest.write_bytes(spoiled)
+        with pytest.raises(UserError, match=rf"snapshots/2 is damaged \(by_object/{newest.name} is missing or not"):
+            read(tmp_path, 2)
+        with opened(tmp_path) as snapshots:
+            assert_same(snapshots.latest(), learned(1, 2))
+            assert "going on from" in capfd.readouterr().err
+            snapshots.save(learned(2, 3))
+            assert_same(snapshots.latest(), learned(2, 3))
+        assert newest.read_bytes() == content
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    broken = snapshot(1, 0, finished=True)
+    broken.recognition["mean"][1, 2] = np.nan
+    with opened(tmp_path) as snapshots:
+        snapshots.save(snapshot(0, 0, finished=True))
+        with pytest.raises(UserError, match=r"snapshots/1: no snapshot is saved, because recognition/mean is not"):
+            snapshots.save(broken)
+        assert_same(snapshots.latest(), snapshot(0, 0, finished=True))

@@ -1,0 +1,143 @@
+"""A workdir belongs to one config."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from iumad_jax.config import paper
+from iumad_jax.errors import UserError
+from iumad_jax.runtime import workdir as workdirs
+
+
+def changed(**changes):
+    config = paper("6-1")
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def claim(folder, config):
+    with workdirs.claimed(folder, config):
+        pass
+
+
+def test_a_new_workdir_is_anyones_until_it_is_claimed(tmp_path):
+    folder = tmp_path / "runs" / "new"
+    workdirs.check(folder, paper("6-1"))
+    workdirs.check(folder, changed(seed=1))
+    assert not folder.exists()  # checking writes nothing
+    claim(folder, paper("6-1"))
+    claim(folder, paper("6-1"))
+    workdirs.check(folder, paper("6-1"))
+    assert json.loads((folder / "config.json").read_text())["model"]["jitter"] == {"scale": 20.0, "probability": 1.0}
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "lock", "pictures"]
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from iumad_jax import workdir
+from iumad_jax.config import paper
+
+with workdir.claimed(Path(sys.argv[1]), paper("6-1")):
+    print("claimed", flush=True)
+    input()
+"""
+
+
+def test_two_processes_do_not_share_a_workdir_and_a_killed_one_leaves_it(tmp_path):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], **pipes) as process:
+        assert process.stdout.readline() == b"claimed\n"
+        with pytest.raises(UserError) as error:
+            claim(tmp_path, paper("6-1"))
+        assert str(error.value) == f"{tmp_path}: another process runs here; wait for it, or choose another --workdir."
+        process.send_signal(signal.SIGKILL)
+    claim(tmp_path, paper("6-1"))
+    (tmp_path / "config.json.unfinished").mkdir()
+    with pytest.raises(UserError, match="cannot write"):
+        claim(tmp_path, paper("6-1"))
+    (tmp_path / "config.json.unfinished").rmdir()
+    claim(tmp_path, paper("6-1"))  # an error gives it up as well
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"seed": 3}, ["config.seed (0 there, 3 now)"]),
+        (
+            {"train.epochs": 5, "dataset.render.size": 64, "modality": "rgb"},
+            [
+                "config.train.epochs (800 there, 5 now)",
+                "config.dataset.render.size (256 there, 64 now)",
+                "config.modality (rgb+depth there, rgb now)",
+            ],
+        ),
+    ],
+)
+def test_another_config_is_refused_naming_every_key_that_differs(tmp_path, changes, told):
+    claim(tmp_path, paper("6-1"))
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(UserError) as error:
+        workdirs.check(tmp_path, changed(**changes))
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path}: holds a run of another config, differing in config.")
+    assert message.endswith("; choose another --workdir.")
+    assert all(part in message for part in told)
+    assert message.count("there") == len(told)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_a_key_that_only_one_of_them_has_differs(tmp_path):
+    config = paper("6-1")
+    claim(tmp_path, config)
+    del config.report.pictures_per_object
+    config.unlock()
+    config.train.momentum = 0.9
+    with pytest.raises(UserError) as error:
+        workdirs.check(tmp_path, config)
+    assert "config.report.pictures_per_object (6 there, None now)" in str(error.value)
+    assert "config.train.momentum (None there, 0.9 now)" in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "\xff", '{"seed": 0', "5", "[]", '"config"'])
+def test_a_damaged_note_is_told(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content.encode("latin1"))
+    with pytest.raises(UserError, match=r"config\.json: not the config of a run .*; choose another --workdir\."):
+        workdirs.check(tmp_path, paper("6-1"))
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/run: not a writable folder \(Not a directory\); choose another"):
+        claim(tmp_path / "file" / "run", paper("6-1"))
+
+
+def test_a_full_disk_leaves_the_workdir_unclaimed(tmp_path, files_no_larger_than):
+    with files_no_larger_than(100), pytest.raises(UserError, match=r"cannot write .*config\.json: File too large"):
+        claim(tmp_path, paper("6-1"))
+    assert not (tmp_path / "config.json").exists()
+    workdirs.check(tmp_path, changed(seed=1))
+
+
+@pytest.mark.parametrize(
+    ("format_", "told"),
+    [
+        (None, "an older version of iumad_jax (run format 0; this version reads 1)"),
+        (2, "another version of iumad_jax (run format 2; this version reads 1)"),
+        ("x", "another version of iumad_jax (run format x; this version reads 1)"),
+    ],
+)
+def test_a_run_of_another_format_is_refused(tmp_path, format_, told):
+    claim(tmp_path, paper("6-1"))
+    file = tmp_path / "config.json"
+    content = json.loads(file.read_text())
+    assert content.pop("format") == workdirs.FORMAT
+    file.write_text(json.dumps(content if format_ is None else content | {"format": format_}))
+    with pytest.raises(UserError) as error:
+        workdirs.check(tmp_path, paper("6-1"))
+    assert str(error.value) == (
+        f"{file}: this run was made by {told}; use that version, or start again in another --workdir."
+    )
