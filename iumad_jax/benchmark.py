@@ -1,29 +1,16 @@
 """Systems x modalities x protocols x seeds: python -m iumad_jax.benchmark --config=configs/benchmark.py."""
 
 import sys
-from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
-from typing import Any
 
 import jax
 from absl import flags
 from ml_collections import ConfigDict
 
 from iumad_jax import cli, experiment
+from iumad_jax import config as configs
 from iumad_jax.errors import UserError
 from iumad_jax.report import comparison
-
-SYSTEMS: dict[str, dict[str, Any]] = {  # what a system changes in the config that all share
-    "uniad": {"method": "uniad", "continual.strategy": "finetune"},
-    "iuf": {"method": "iuf", "continual.strategy": "iuf"},
-    "ib_iumad": {"method": "ib_iumad", "continual.strategy": "iuf"},
-    "ib_iumad-finetune": {"method": "ib_iumad", "continual.strategy": "finetune"},
-    "ib_iumad-replay": {"method": "ib_iumad", "continual.strategy": "replay"},
-    "ib_iumad-joint": {"method": "ib_iumad", "continual.strategy": "joint"},
-    "ib_iumad-no_mamba": {"method": "ib_iumad", "continual.strategy": "iuf", "model.mamba": False},
-    "ib_iumad-no_bottleneck": {"method": "ib_iumad", "continual.strategy": "iuf", "model.bottleneck": False},
-}
 
 
 def benchmark(config: ConfigDict, workdir: Path) -> str:
@@ -35,9 +22,10 @@ def benchmark(config: ConfigDict, workdir: Path) -> str:
         config: a run's config, with `config.benchmark` (explained in configs/benchmark.py).
         workdir: every cell is a run in a folder of its own in there, and may have come from another command.
     """
-    todo, table, stopped = list(cells(config)), "", []
+    todo, table, stopped = list(configs.cells(config)), "", []
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))  # most cells share their programs
-    for number, (cell, name) in enumerate(todo, 1):
+    for number, (cell, key) in enumerate(todo, 1):
+        name = comparison.name(*key)
         print(f"cell {number} of {len(todo)}: {name}", flush=True)
         cell.dataset.prepared = cell.dataset.prepared or str(workdir / "prepared")
         try:
@@ -52,32 +40,6 @@ def benchmark(config: ConfigDict, workdir: Path) -> str:
         print(table)
         raise UserError(f"{len(stopped)} of {len(todo)} cells stopped: {', '.join(stopped)}; the reasons stand above.")
     return table
-
-
-def cells(config: ConfigDict) -> Iterator[tuple[ConfigDict, str]]:
-    """The config and the name of every run, the first seed of all before the second of any.
-
-    The floors do not depend on the system: only the first one's runs have them.
-
-    Raises:
-        UserError: there is no such system.
-    """
-    plan = config.benchmark
-    systems, modalities, protocols = (plan[key].split(",") for key in ("systems", "modalities", "protocols"))
-    if not set(systems) <= set(SYSTEMS):
-        raise UserError(f'config.benchmark.systems is "{plan.systems}"; use names of {", ".join(SYSTEMS)}.')
-    most = max(plan.seeds, plan.seeds_of_one_modality)
-    for seed, protocol, modality, system in product(range(most), protocols, modalities, systems):
-        if seed >= (plan.seeds if "+" in modality else plan.seeds_of_one_modality):
-            continue
-        cell = config.copy_and_resolve_references()
-        with cell.unlocked():
-            del cell.benchmark
-        changes = SYSTEMS[system] | {"protocol": protocol, "modality": modality, "seed": seed}
-        cell.update_from_flattened_dict(changes)
-        if system != systems[0]:
-            cell.floors = ""
-        yield cell, comparison.name(system, modality, protocol, seed)
 
 
 def main(arguments: list[str]) -> int:

@@ -2,6 +2,9 @@
 
 import functools
 import math
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -36,6 +39,18 @@ _LIMITS = {
     "continual.replay.rank": (0, 10_000),
     "continual.replay.image_size": (1, 4096),
     "report.pictures_per_object": (0, 1000),
+}
+
+
+SYSTEMS: dict[str, dict[str, Any]] = {  # what a system changes in the config that all share
+    "uniad": {"method": "uniad", "continual.strategy": "finetune"},
+    "iuf": {"method": "iuf", "continual.strategy": "iuf"},
+    "ib_iumad": {"method": "ib_iumad", "continual.strategy": "iuf"},
+    "ib_iumad-finetune": {"method": "ib_iumad", "continual.strategy": "finetune"},
+    "ib_iumad-replay": {"method": "ib_iumad", "continual.strategy": "replay"},
+    "ib_iumad-joint": {"method": "ib_iumad", "continual.strategy": "joint"},
+    "ib_iumad-no_mamba": {"method": "ib_iumad", "continual.strategy": "iuf", "model.mamba": False},
+    "ib_iumad-no_bottleneck": {"method": "ib_iumad", "continual.strategy": "iuf", "model.bottleneck": False},
 }
 
 
@@ -142,6 +157,35 @@ def small(protocol: str) -> ConfigDict:
     return config
 
 
+def cells(config: ConfigDict) -> Iterator[tuple[ConfigDict, tuple[str, str, str, int]]]:
+    """The config of every run of a benchmark, the first seed of all before the second of any.
+
+    The floors do not depend on the system: only the first one's runs have them.
+
+    Yields:
+        The config; and its system, modality, protocol and seed.
+
+    Raises:
+        UserError: there is no such system.
+    """
+    plan = config.benchmark
+    systems, modalities, protocols = (plan[key].split(",") for key in ("systems", "modalities", "protocols"))
+    if not set(systems) <= set(SYSTEMS):
+        raise UserError(f'config.benchmark.systems is "{plan.systems}"; use names of {", ".join(SYSTEMS)}.')
+    most = max(plan.seeds, plan.seeds_of_one_modality)
+    for seed, protocol, modality, system in product(range(most), protocols, modalities, systems):
+        if seed >= (plan.seeds if "+" in modality else plan.seeds_of_one_modality):
+            continue
+        cell = config.copy_and_resolve_references()
+        with cell.unlocked():
+            del cell.benchmark
+        changes = SYSTEMS[system] | {"protocol": protocol, "modality": modality, "seed": seed}
+        cell.update_from_flattened_dict(changes)
+        if system != systems[0]:
+            cell.floors = ""
+        yield cell, (system, modality, protocol, seed)
+
+
 def check(config: ConfigDict) -> None:
     """Raises UserError for a value of the right type but out of range."""
     for key, (low, high) in _LIMITS.items():
@@ -167,3 +211,14 @@ def check(config: ConfigDict) -> None:
             f"config.model.patch_size is {model.patch_size}; use at most config.input.size, which is"
             f" {config.input.size}."
         )
+
+
+def modalities(config: ConfigDict) -> tuple[str, ...]:
+    """The modalities that `config.modality` names.
+
+    Raises:
+        UserError: it names none.
+    """
+    if config.modality not in ("rgb", "depth", "rgb+depth"):
+        raise UserError(f'config.modality is "{config.modality}"; use rgb, depth or rgb+depth.')
+    return tuple(config.modality.split("+"))

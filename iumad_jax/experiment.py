@@ -16,24 +16,28 @@ from iumad_jax import config as configs
 from iumad_jax import protocol
 from iumad_jax.data import readers
 from iumad_jax.data.batches import images_of, training_input, updates_per_epoch
-from iumad_jax.data.prepared import inputs, inventory
+from iumad_jax.data.prepared import copies, inventory
+from iumad_jax.data.prepared.copies import PreparedSplit
+from iumad_jax.data.prepared.good_images import good_images, odd_images, quality_shifts
 from iumad_jax.data.prepared.store import PreparedSet
 from iumad_jax.data.sample import Split
 from iumad_jax.errors import UserError
-from iumad_jax.inference import decisions, evaluation, recognition
-from iumad_jax.inference.decisions import Calibration
+from iumad_jax.inference import assessment, evaluation, recognition
 from iumad_jax.inference.evaluation import Judgement, Model
+from iumad_jax.inference.thresholds import describe, thresholds
 from iumad_jax.metrics import final
-from iumad_jax.report import figures, html, samples, tables
+from iumad_jax.report import figures, html, tables
 from iumad_jax.report.history import history, results
 from iumad_jax.runtime import ledger as ledgers
 from iumad_jax.runtime import live, preemption, processes, snapshots
 from iumad_jax.runtime import workdir as workdirs
 from iumad_jax.runtime.progress import Position, Progress
+from iumad_jax.shapes import Calibration
 from iumad_jax.training import nonfinite
+from iumad_jax.training.dataset_changes import unused
 from iumad_jax.training.epochs import Epoch, train_epochs
-from iumad_jax.training.optimization import learning_rates, of_step
-from iumad_jax.training.plan import Run, compare_names, plan, start
+from iumad_jax.training.optimization import learning_rates, of_step, optimizer_name
+from iumad_jax.training.plan import Run, plan, start
 from iumad_jax.training.update import initial_state
 
 _RESULTS = ("results.md", "results.tex", "results.csv", "report.html")
@@ -90,10 +94,13 @@ def work(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
 def prepare(run: Run, step: protocol.Step) -> None:
     """Prepares what the step learns from, where it is not yet, and tells which images are of no use."""
     splits: tuple[Split, ...] = ("train", "calibration")
+    copied: tuple[PreparedSplit, ...] = ("degraded", "varied")
+    for name, split in itertools.product(step.learned, (*splits, *copied)):
+        if copies.ids(run.store.reader, name, split):
+            run.store.prepare(name, split)
     for name, split in itertools.product(step.learned, splits):
         if run.store.reader.ids(name, split):
-            run.store.prepare(name, split)
-            for sentence in inputs.odd_images(run.store.get(name, split), name, inventory.SPLITS[split]):
+            for sentence in odd_images(run.store.get(name, split), name, inventory.SPLITS[split]):
                 live.say(sentence)
     inventory.note(run.workdir, run.store, step.learned, splits)
 
@@ -148,9 +155,12 @@ def observe(run: Run, training: Training, progress: Progress) -> Progress:
     """Begins a step: every method gathers its statistics, the recogniser its own, the strategy what it needs."""
     step, variables, seen = training.step, dict(progress.variables), progress.recognition
     run.ledger.append("step", step=step.index, learned=step.learned, images=training.images)
+    key = jax.random.fold_in(jax.random.key(run.config.seed + 1), step.index)
+    for method_name, method in run.methods.items():
+        variables[method_name] = method.grow(variables[method_name], len(step.seen), key)
     for name in step.learned:
-        good = inputs.good_images(run.store, name)
-        seen = recognition.observe(seen, good.learned, inputs.quality_shifts(run.store, name))
+        good = good_images(run.store, name)
+        seen = recognition.observe(seen, good.learned, quality_shifts(run.store, name))
         batch = run.store.get(name, "train").batch
         for method_name, method in run.methods.items():
             variables[method_name] = method.observe(variables[method_name], batch, step.index)
@@ -166,7 +176,8 @@ def epochs(run: Run, training: Training, progress: Progress) -> Iterator[Epoch]:
     """Trains, epoch by epoch, yielding within one where a snapshot is due."""
     config, index, done = run.config, training.step.index, progress.position.updates
     own = of_step(config, index)
-    rates, optimizer = learning_rates(own, training.per_epoch), run.optimizers[own.optimizer]
+    name = optimizer_name(run.method, own)
+    rates, optimizer = learning_rates(own, training.per_epoch), run.optimizers[name]
     variables = progress.variables[config.method]
     state = initial_state(variables, optimizer, done, progress.optimizer, progress.strategy)
     batches = [one.batch for one in training.sets]
@@ -174,7 +185,7 @@ def epochs(run: Run, training: Training, progress: Progress) -> Iterator[Epoch]:
         batches, training.batch_size, training.seed, done, config.input.resident, int(config.debug.nans)
     )
     key = jax.random.fold_in(jax.random.key(config.seed), index)
-    update, last = run.updates[own.optimizer], config.train.epochs
+    update, last = run.updates[name], config.train.epochs
     passes = train_epochs(update, state, pieces, rates, key, training.per_epoch, last, progress.losses, run.due)
     return nonfinite.explain(passes, index, training.per_epoch, training.names)
 
@@ -202,21 +213,14 @@ def assess(run: Run, step: protocol.Step, progress: Progress) -> Progress:
     """Sets thresholds, evaluates every method on all objects seen so far, and takes the step's snapshot."""
     recogniser = recognition.fit(progress.recognition)
     calibration = calibrate(run, step, progress, recogniser)
-    quantile = run.config.decisions.quantile
-    decided = decisions.describe(calibration, quantile)
-    limits = decisions.thresholds(calibration, quantile)
+    quantile, scale = run.config.decisions.quantile, run.store.processing.height_scale
+    decided, limits = describe(calibration, quantile), thresholds(calibration, quantile)
     tests = evaluation.tests(run.store.reader, step.seen, lambda name: run.store.get(name, "test"))
-    judged: dict[str, list[Judgement]] = {}
-    for judgement in evaluation.judge(Model(run.methods, progress.variables, recogniser, limits), tests):
+    model = Model(run.methods, progress.variables, recogniser, limits)
+    numbers = {name: number for number, name in enumerate(step.seen)}
+    for judgement in assessment.assess(model, tests, numbers, decided, step.index, run.ledger, run.workdir, scale):
         preemption.check()
         tell(run, step, judgement)
-        if judgement.decision is not None:
-            number = step.seen.index(judgement.object)
-            found = decisions.rates(judgement.decision, judgement.truth, number)
-            decided["objects"][judgement.object]["test"] = found
-        judged.setdefault(judgement.object, []).append(judgement)
-        if len(judged[judgement.object]) == len(run.methods):
-            samples.keep(run.workdir, step.index, judged.pop(judgement.object))
     for append in (run.ledger.append, run.live.event):
         append("decisions", step=step.index, **decided)
         append("snapshot", step=step.index, bytes=sizes(run, progress), memory_bytes=memory_bytes(run, step, progress))
@@ -234,19 +238,16 @@ def calibrate(
 ) -> dict[str, Calibration]:
     """What the good images score that set the thresholds of all objects seen so far."""
     calibration, variables = {}, progress.variables[run.config.method]
-    for number, name in enumerate(step.seen):
+    good = functools.partial(good_images, run.store)
+    for name, found in assessment.calibrate(run.method, variables, recogniser, step.seen, good):
         preemption.check()
-        good = inputs.good_images(run.store, name)
-        prediction, distance = evaluation.infer(run.method, variables, recogniser, good.calibrating)
-        flags = {"from_training_images": good.from_training_images, "few": good.few}
-        calibration[name] = Calibration.of(prediction, distance, number, **flags)
+        calibration[name] = found
     return calibration
 
 
 def tell(run: Run, step: protocol.Step, judgement: Judgement) -> None:
-    """Writes the metrics of an object and a method, and draws heatmaps of the run's own one."""
+    """Shows the metrics of an object and a method, and draws heatmaps of the run's own one."""
     name, method = judgement.object, judgement.method
-    run.ledger.append("evaluation", step=step.index, object=name, method=method, **judgement.metrics)
     run.live.evaluation(step.index, name, method, judgement.metrics)
     rows = figures.choose(judgement.images.defects, run.config.report.pictures_per_object)
     if judgement.decision is None or not rows:
@@ -257,7 +258,8 @@ def tell(run: Run, step: protocol.Step, judgement: Judgement) -> None:
         title=f"{name} after step {step.index}: {method}, {run.config.modality}",
         labels=[f"{judgement.images.defects[row]} {judgement.images.ids[row]}" for row in rows],
         rgb=judgement.truth.thumbnail[rows],
-        depth=judgement.truth.depth[rows],
+        heights=judgement.truth.height[rows],
+        height_scale=run.store.processing.height_scale,
         masks=judgement.truth.mask[rows],
         maps=judgement.prediction.map[rows],
         scores=judgement.prediction.score[rows],
@@ -267,7 +269,7 @@ def tell(run: Run, step: protocol.Step, judgement: Judgement) -> None:
 
 def sizes(run: Run, progress: Progress) -> dict[str, int]:
     """The bytes that each method keeps."""
-    return {name: snapshots.size_of(progress.variables[name]) for name in run.methods}
+    return {name: snapshots.size_of(snapshots.stored(progress.variables[name])) for name in run.methods}
 
 
 def memory_bytes(run: Run, step: protocol.Step, progress: Progress) -> int:
@@ -287,29 +289,6 @@ def conclude(run: Run) -> dict[str, Any]:
         matrix = told.matrices[run.config.method][metric]
         path = run.workdir / "pictures" / f"matrix_{metric}.png"
         figures.save_matrix(path, matrix, told.objects, [f"step {step.index}" for step in run.steps], metric)
-    html.write(run.workdir, finished, functools.partial(inputs.panels, run.store))
+    html.write(run.workdir, finished)
     tables.write_results(run.workdir, finished)
     return finished
-
-
-def unused(config: ConfigDict, workdir: Path) -> str:
-    """What the dataset holds that a finished run has not used, or holds no longer, in sentences; "" if it is the same.
-
-    Nothing can be compared where the dataset is not there any more, which is told.
-    """
-    noted, told = inventory.read(workdir), []
-    if not Path(config.dataset.root).is_dir():
-        live.say(f"{workdir}: {config.dataset.root} is not there any more, so nothing tells whether it has changed.")
-        return ""
-    try:
-        names = compare_names(config, noted)
-        told += names.missing() + names.unlearned()
-        if there := [name for name in noted if name not in (*names.gone, *names.renamed)]:
-            store = inputs.open_store(config, readers.open_reader(config, there), workdir)
-            told += inventory.exchanged(noted, store)
-            pairs = itertools.product(there, inventory.SPLITS)
-            changes = (inventory.changed_images(noted, store, name, split) for name, split in pairs)
-            told += [f"{change} since it was used." for change in changes if change]
-    except UserError as error:
-        told.append(str(error))
-    return " ".join(told)

@@ -21,8 +21,9 @@ from iumad_jax import cli
 from iumad_jax.data import readers
 from iumad_jax.export import formats
 from iumad_jax.inference.detector import Detector
+from iumad_jax.inference.maps import combine
 from iumad_jax.inference.recognition import RECOGNISE
-from iumad_jax.methods.anomaly_map import predict_from_errors
+from iumad_jax.methods.anomaly_map import maps_of
 from iumad_jax.models.efficientnet import FeatureExtractor
 
 _BATCHES = (1, 16)
@@ -59,7 +60,7 @@ def _measure(values: flags.FlagValues) -> str:
 
     extractor = FeatureExtractor(values.config.backbone.name, values.config.backbone.grid)
     encode = jax.jit(lambda weights, images: [extractor.apply(weights, x) for x in images.values()])
-    draw = jax.jit(predict_from_errors)
+    draw = jax.jit(lambda errors: combine(maps_of({"all": errors})))
     errors = np.zeros((1, values.config.backbone.grid**2), np.float32)
     device = milliseconds(lambda: detector.function(detector.state, prepared, np.array([RECOGNISE])))
     features = milliseconds(lambda: encode(detector.state.backbone, prepared))

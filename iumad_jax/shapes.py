@@ -11,6 +11,7 @@ Arrays are channels-last everywhere.
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 MAP_SIZE = 224  # every map and mask is compared at this size, whatever the input size (evaluation.md)
@@ -23,8 +24,10 @@ Condition = tuple[Float[Array, "p d"], ...]  # one per encoder layer: what objec
 Logits = Float[Array, " k"]
 AnomalyMap = Float[Array, "m m"]
 Keys = PRNGKeyArray  # one key per image: randomness does not depend on how a batch is spread over devices
-Variables = dict[str, Any]  # {"params": trained by gradients, "statistics": gathered, never trained}
+# {"params": trained by gradients, "statistics": gathered, never trained, "frozen": neither, nor stored in snapshots}
+Variables = dict[str, Any]
 Scalars = dict[str, Float[Array, ""]]
+Memory = dict[str, Any]  # what a strategy against forgetting keeps: nested, of arrays
 BY_OBJECT = "by_object"  # key of a tuple with the arrays of each object learned, which never change: stored only once
 
 
@@ -35,14 +38,22 @@ class Batch(NamedTuple):
     images: dict[Modality, Float[Array, "b h w 3"]]
     object_id: Int[Array, " b"]  # in training the object of each image; for `predict` the one that was recognised
     weight: Float[Array, " b"] | None = None  # of each image in a mean over them; None: all the same
+    progress: Float[Array, ""] | None = None  # in training, the share of the step's updates that are done
 
     def mean(self, values: Float[Array, " b"]) -> Float[Array, ""]:
         """Of one value per image, with their weights, which are on average 1 over all devices."""
         return jnp.mean(values if self.weight is None else self.weight * values)
 
 
-class Prediction(NamedTuple):
+class ErrorMaps(NamedTuple):
     """What a method says about a batch."""
+
+    maps: dict[str, Float[Array, "b m m"]]  # by modality, or by a group of them that it judges together: "rgb+depth"
+    object_logits: Float[Array, "b k"] | None
+
+
+class Prediction(NamedTuple):
+    """What is made of it."""
 
     map: Float[Array, "b m m"]
     score: Float[Array, " b"]
@@ -58,4 +69,14 @@ class GroundTruth(NamedTuple):
     workpiece: Bool[Array, "n m m"]  # the same without what the image cuts off, such as walls
     anomalous: Bool[Array, " n"]
     thumbnail: UInt8[Array, "n m m 3"]
-    depth: Float[Array, "n m m"]  # metres, NaN where missing
+    height: Float[Array, "n m m"]  # metres above the background plane, NaN where depth is missing
+
+
+class Calibration(NamedTuple):
+    """What an object's n good calibration images scored."""
+
+    score: Float[np.ndarray, " n"]  # of the image
+    peak: Float[np.ndarray, " n"]  # the largest value of its map
+    distance: Float[np.ndarray, "n 3"]  # of `recognition.distances`: to its own object, the nearest, the second nearest
+    from_training_images: bool = False  # for want of others: their scores are too low and promise nothing
+    few: bool = False  # too few images to say how far others of this object may be

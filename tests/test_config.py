@@ -48,7 +48,8 @@ def test_there_are_configs():
 def test_every_config_can_be_run(file):
     """Its command is told, it has the public keys and no key that the others lack, and its parts accept its values."""
     module = load(file)
-    assert re.search(rf"python -m (iumad_jax\.(main|benchmark)|tests\.harness\.survival) --config=configs/{file.name}", module.__doc__)
+    command = r"python -m (iumad_jax\.(main|benchmark)|tests\.harness\.survival)"
+    assert re.search(rf"{command} --config=configs/{file.name}", module.__doc__)
     config = module.get_config()
     if "benchmark" in config:  # what cells differ in
         del config.benchmark

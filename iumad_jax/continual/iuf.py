@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 
 from iumad_jax.continual.strategy import Memory, Strategy
 from iumad_jax.inference.prediction import predict_in_batches
-from iumad_jax.methods.method import Method
+from iumad_jax.methods.method import Loss, Method
 from iumad_jax.runtime import devices
-from iumad_jax.shapes import Batch, Keys, Scalars, Variables
+from iumad_jax.shapes import Batch, Keys, Variables
 
 ROWS = 768  # of a queue
 
@@ -45,7 +45,7 @@ def project() -> optax.GradientTransformationExtraArgs:
     def update(updates: Any, state: Any, params: Any = None, *, memory: Memory, **_: Any) -> tuple[Any, Any]:
         flat = flatten_dict(updates)
         for (*layer, _), matrix in flatten_dict(memory.get("projections", {})).items():
-            for name in ("kernel", "bias"):
+            for name in {"kernel", "bias"} & {key[-1] for key in flat if key[:-1] == tuple(layer)}:
                 flat[*layer, name] = flat[*layer, name] @ matrix
         return unflatten_dict(flat), state
 
@@ -91,22 +91,20 @@ def iuf(config: ConfigDict, method: Method) -> Strategy:
         outputs = jax.eval_shape(method.loss, variables, batch, keys).outputs if config.compression else {}
         return {"queues": {name: np.zeros((ROWS, rows.shape[1]), np.float32) for name, rows in outputs.items()}}
 
-    def loss(
-        memory: Memory, variables: Variables, batch: Batch, keys: Keys
-    ) -> tuple[jax.Array, tuple[Scalars, Memory]]:
+    def loss(memory: Memory, variables: Variables, batch: Batch, keys: Keys) -> tuple[Loss, Memory]:
         assert method.loss is not None
-        total, terms, outputs = method.loss(variables, batch, keys)
+        own = method.loss(variables, batch, keys)
         queues = memory.get("queues", {})
         if not queues:
-            return total, (terms, memory)
+            return own, memory
         # All devices' rows, or a matrix would depend on the number of devices. Only they have a gradient.
-        live = {name: devices.gather(outputs[name], batch.weight) for name in queues}
+        live = {name: devices.gather(own.outputs[name], batch.weight) for name in queues}
         matrices = {name: jnp.concatenate([queues[name], rows]) for name, (rows, _) in live.items()}
         shares = [compression(rows) for rows in matrices.values()]
         compressed = config.compression * sum(shares) / len(shares)
         kept = {name: jax.lax.dynamic_slice_in_dim(matrices[name], count, ROWS) for name, (_, count) in live.items()}
         memory = memory | {"queues": jax.lax.stop_gradient(kept)}
-        return total + compressed, (terms | {"compression": compressed}, memory)
+        return own._replace(total=own.total + compressed, terms=own.terms | {"compression": compressed}), memory
 
     def finish(memory: Memory, variables: Variables, batch: Batch, _: int) -> Memory:
         if not config.projection:

@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 
 from iumad_jax.continual.finetune import finetune
 from iumad_jax.continual.strategy import Memory, Strategy
-from iumad_jax.methods.method import Method
-from iumad_jax.shapes import BY_OBJECT, Batch, Keys, Scalars, Variables
+from iumad_jax.methods.method import Loss, Method
+from iumad_jax.shapes import BY_OBJECT, Batch, Keys, Variables
 
 _resize = jax.jit(jax.image.resize, static_argnums=(1, 2))
 
@@ -76,9 +76,7 @@ def replay(config: ConfigDict, method: Method, objects: int) -> Strategy:
     """
     own = finetune(method)
 
-    def loss(
-        memory: Memory, variables: Variables, batch: Batch, keys: Keys
-    ) -> tuple[jax.Array, tuple[Scalars, Memory]]:
+    def loss(memory: Memory, variables: Variables, batch: Batch, keys: Keys) -> tuple[Loss, Memory]:
         if not memory:
             return own.loss(memory, variables, batch, keys)
         keys, old_keys, draw_keys = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0)
@@ -92,7 +90,9 @@ def replay(config: ConfigDict, method: Method, objects: int) -> Strategy:
             object_id,
             batch.weight,
         )
-        both = jax.tree.map(lambda new, drawn: jnp.concatenate([new, drawn.astype(new.dtype)]), batch, old)
+        new = batch._replace(progress=None)
+        both = jax.tree.map(lambda array, drawn: jnp.concatenate([array, drawn.astype(array.dtype)]), new, old)
+        both = both._replace(progress=batch.progress)
         return own.loss(memory, variables, both, jnp.concatenate([keys, old_keys]))
 
     def begin(memory: Memory, _: Variables, batch: Batch, step: int) -> Memory:

@@ -2,15 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import jax
 import optax
 
+from iumad_jax.methods.method import Loss
 from iumad_jax.protocol import Step
-from iumad_jax.shapes import Batch, Keys, Scalars, Variables
+from iumad_jax.shapes import Batch, Keys, Memory, Variables
 
-Memory = dict[str, Any]  # nested, of arrays; the base step begins with none
 _UNCHANGED = optax.with_extra_args_support(optax.identity())
 
 
@@ -20,9 +18,11 @@ class Strategy:
 
     What a step does may depend on which parts its memory has, since an update is compiled for their shapes.
 
+    The base step begins with an empty memory.
+
     Attributes:
-        loss: (memory, variables, batch, keys) -> (total, (terms, memory)): the loss of an update, such as the method's,
-            and the memory after it. Within `parallel.data_parallel`; differentiated with respect to
+        loss: (memory, variables, batch, keys) -> (loss, memory): the loss of an update, such as the method's, and the
+            memory after it. Within `devices.data_parallel`; differentiated with respect to
             `variables["params"]`. What it returns as memory must be the same on every device.
         constrain: the last word on an update: transforms what is to be added to the weights, learning rate included.
             It has no state but is given `memory` as an extra argument.
@@ -34,7 +34,7 @@ class Strategy:
         incremental: False if it trains on the images of all objects seen so far.
     """
 
-    loss: Callable[[Memory, Variables, Batch, Keys], tuple[jax.Array, tuple[Scalars, Memory]]]
+    loss: Callable[[Memory, Variables, Batch, Keys], tuple[Loss, Memory]]
     constrain: optax.GradientTransformationExtraArgs = _UNCHANGED
     begin: Callable[[Memory, Variables, Batch, int], Memory] = lambda memory, variables, batch, step: memory
     finish: Callable[[Memory, Variables, Batch, int], Memory] = lambda memory, variables, batch, object_: memory

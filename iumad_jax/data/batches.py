@@ -22,6 +22,7 @@ class Piece(NamedTuple):
     images: Batch  # (devices, images, ...)
     rows: Int[Array | np.ndarray, "devices updates places"]  # which of them each update takes
     weights: Float[Array | np.ndarray, "devices places"] | None  # see `devices.weights`
+    progress: Float[Array | np.ndarray, "devices updates"] | None = None  # the share of the step that is done
 
 
 class _Images:

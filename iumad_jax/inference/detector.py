@@ -12,14 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 
+from iumad_jax import config as configs
 from iumad_jax import methods
 from iumad_jax.data.prepared.processing import Processing
 from iumad_jax.data.sample import Camera, Sample
 from iumad_jax.errors import UserError
-from iumad_jax.inference import recognition
-from iumad_jax.inference.decisions import Thresholds, decide, thresholds
+from iumad_jax.inference import maps, recognition
+from iumad_jax.inference.decisions import decide
 from iumad_jax.inference.recognition import RECOGNISE, Recogniser
-from iumad_jax.methods.method import Method
+from iumad_jax.inference.thresholds import Thresholds, thresholds
+from iumad_jax.methods.method import Method, with_frozen
 from iumad_jax.models import pretrained
 from iumad_jax.models.efficientnet import FeatureExtractor
 from iumad_jax.runtime import snapshots
@@ -93,7 +95,7 @@ def detect(
     features = {m: grid.reshape(len(grid), -1, grid.shape[-1]) for m, grid in grids.items()}
     distance = recognition.distances(state.recogniser, features)
     object_id = recognition.recognise(distance, given)
-    prediction = method.predict(state.variables, Batch(features, images, object_id))
+    prediction = maps.predictor(method)(state.variables, Batch(features, images, object_id))
     decision = decide(state.thresholds, prediction, distance, object_id, len(state.recogniser.centre))
     return Outputs(score=prediction.score, map=prediction.map, **decision._asdict())
 
@@ -144,19 +146,20 @@ class Detector:
         config.update_from_flattened_dict(changes)
         progress = snapshots.read(Path(workdir), step)
         inputs = progress.inputs
-        method = methods.build(config.method, config, len(progress.objects))
+        name, method = config.method, methods.build(config.method, config, len(progress.objects))
+        variables = with_frozen(name, method, progress.variables[name], progress.frozen.get(name))
         extractor = FeatureExtractor(config.backbone.name, config.backbone.grid)
 
         state = State(
             pretrained.load(config.backbone.name, config.backbone.weights),
-            jax.tree.map(jnp.asarray, progress.variables[config.method]),
+            jax.tree.map(jnp.asarray, variables),
             recognition.fit(progress.recognition),
             thresholds(progress.calibration, config.decisions.quantile),
         )
         return cls(
             tuple(progress.calibration),
             progress.position.step,
-            Processing(**inputs["processing"] | {"modalities": methods.modalities(config)}),
+            Processing(**inputs["processing"] | {"modalities": configs.modalities(config)}),
             Camera(**inputs["camera"]) if inputs["camera"] else None,
             inputs["camera_width"],
             jax.jit(lambda state, images, given: detect(method, extractor, state, images, given)),

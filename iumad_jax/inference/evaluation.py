@@ -16,10 +16,12 @@ from iumad_jax import methods
 from iumad_jax.data.prepared.store import PreparedSet
 from iumad_jax.data.sample import Reader
 from iumad_jax.inference import recognition
-from iumad_jax.inference.decisions import Decision, Thresholds, decide, thresholds
+from iumad_jax.inference.decisions import Decision, decide
+from iumad_jax.inference.maps import predictor
 from iumad_jax.inference.prediction import predict_in_batches
 from iumad_jax.inference.recognition import Recogniser
-from iumad_jax.methods.method import Method
+from iumad_jax.inference.thresholds import Thresholds, thresholds
+from iumad_jax.methods.method import Method, with_frozen
 from iumad_jax.metrics import image_auroc, pixel_metrics
 from iumad_jax.runtime.progress import Progress
 from iumad_jax.shapes import Batch, GroundTruth, Prediction, Variables
@@ -36,9 +38,13 @@ class Model(NamedTuple):
 
 def load(config: ConfigDict, progress: Progress) -> Model:
     """The model of a run's config as it was when a snapshot was taken."""
+    systems = methods.systems(config, len(progress.objects))
     return Model(
-        methods.systems(config, len(progress.objects)),
-        progress.variables,
+        systems,
+        {
+            name: with_frozen(name, systems[name], progress.variables[name], progress.frozen.get(name))
+            for name in systems
+        },
         recognition.fit(progress.recognition),
         thresholds(progress.calibration, config.decisions.quantile),
     )
@@ -96,7 +102,7 @@ def infer(
     """
     distance = recognition.distances(recogniser, images.features)
     recognised: Any = np.asarray(recognition.recognise(distance))
-    prediction = predict_in_batches(method.predict, variables, images._replace(object_id=recognised))
+    prediction = predict_in_batches(predictor(method), variables, images._replace(object_id=recognised))
     return prediction, np.asarray(distance)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from scipy.linalg import block_diag
 
+from iumad_jax.data.prepared.store import mean_tokens
 from iumad_jax.shapes import Batch, Modality, Variables
 
 RECOGNISE = -1  # in place of an object's number
@@ -56,11 +57,6 @@ def observe(statistics: Variables, batch: Batch, shifts: dict[Modality, Float[np
         "mean": np.append(statistics["mean"], mean[None].astype(np.float32), axis=0),
         "scatter": statistics["scatter"] + ((x - mean).T @ (x - mean) + moved).astype(np.float32),
     }
-
-
-def mean_tokens(tokens: Float[Array | np.ndarray, "b p f"]) -> Float[np.ndarray, "b f"]:
-    """The mean over an image's tokens, in float64."""
-    return np.asarray(tokens).mean(1, dtype=np.float64)
 
 
 def fit(statistics: Variables) -> Recogniser:

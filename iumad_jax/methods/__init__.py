@@ -2,6 +2,7 @@
 
 from ml_collections import ConfigDict
 
+from iumad_jax import config as configs
 from iumad_jax.errors import UserError
 from iumad_jax.methods.feature_norm import feature_norm
 from iumad_jax.methods.ib_iumad import ib_iumad
@@ -9,7 +10,6 @@ from iumad_jax.methods.iuf import iuf
 from iumad_jax.methods.method import Method
 from iumad_jax.methods.nearest_neighbours import nearest_neighbours
 from iumad_jax.methods.uniad import uniad
-from iumad_jax.shapes import Modality
 
 FLOORS = ("feature_norm", "nearest_neighbours")  # training-free; what does not beat them has not shown anything
 
@@ -33,23 +33,12 @@ def build(name: str, config: ConfigDict, objects: int) -> Method:
         UserError: there is no such method.
     """
     methods = {
-        "ib_iumad": lambda: ib_iumad(config.model, modalities(config), objects),
-        "uniad": lambda: uniad(config.model, modalities(config)),
-        "iuf": lambda: iuf(config.model, modalities(config), objects),
+        "ib_iumad": lambda: ib_iumad(config.model, configs.modalities(config), objects),
+        "uniad": lambda: uniad(config.model, configs.modalities(config)),
+        "iuf": lambda: iuf(config.model, configs.modalities(config), objects),
         "feature_norm": feature_norm,
         "nearest_neighbours": lambda: nearest_neighbours(config.nearest_neighbours.patches_per_object, config.seed),
     }
     if name not in methods:
         raise UserError(f'config.method is "{name}"; use one of {", ".join(methods)}.')
     return methods[name]()
-
-
-def modalities(config: ConfigDict) -> tuple[Modality, ...]:
-    """The modalities that `config.modality` names.
-
-    Raises:
-        UserError: it names none.
-    """
-    if config.modality not in ("rgb", "depth", "rgb+depth"):
-        raise UserError(f'config.modality is "{config.modality}"; use rgb, depth or rgb+depth.')
-    return tuple(config.modality.split("+"))

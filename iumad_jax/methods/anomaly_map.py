@@ -1,20 +1,33 @@
-"""From the error at each token to an anomaly map and an image's score, the same for every method."""
+"""From the error at each token to maps of errors."""
+
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jaxtyping import Array, Float
 
-from iumad_jax.models.efficientnet import resize_aligned
-from iumad_jax.shapes import MAP_SIZE, Logits, Prediction
+from iumad_jax.models.layers import resize_aligned
+from iumad_jax.shapes import MAP_SIZE, ErrorMaps, Logits, Modality
 
 
-def predict_from_errors(errors: Float[Array, "b p"], object_logits: Logits | None = None) -> Prediction:
-    """Maps by bilinear interpolation with aligned corners; score = maximum of the map averaged over 16 x 16 windows."""
-    side = round(errors.shape[1] ** 0.5)
-    maps = resize_aligned(errors.reshape(-1, side, side, 1), MAP_SIZE)
-    score = nn.avg_pool(maps, (16, 16)).max((1, 2, 3))
-    return Prediction(maps[..., 0], score, object_logits)
+def maps_of(errors: dict[str, Float[Array, "b p"]], object_logits: Logits | None = None) -> ErrorMaps:
+    """Maps of the errors at tokens, by bilinear interpolation with aligned corners.
+
+    Args:
+        errors: by modality or group of modalities.
+        object_logits: as in `ErrorMaps`.
+    """
+
+    def enlarge(error: Float[Array, "b p"]) -> Float[Array, "b m m"]:
+        side = round(error.shape[1] ** 0.5)
+        return resize_aligned(error.reshape(-1, side, side, 1), MAP_SIZE)[..., 0]
+
+    return ErrorMaps({group: enlarge(error) for group, error in errors.items()}, object_logits)
+
+
+def group(modalities: Iterable[Modality]) -> str:
+    """The name of modalities that a method judges together, such as "rgb+depth"."""
+    return "+".join(sorted(modalities, reverse=True))
 
 
 def norm(error: Float[Array, "*n f"]) -> Float[Array, "*n"]:

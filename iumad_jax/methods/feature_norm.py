@@ -2,10 +2,10 @@
 
 import jax
 
-from iumad_jax.methods.anomaly_map import norm, predict_from_errors
+from iumad_jax.methods.anomaly_map import group, maps_of, norm
 from iumad_jax.methods.method import Method
 from iumad_jax.methods.statistics import merge_moments, no_moments, standardise
-from iumad_jax.shapes import Batch, Prediction, Variables
+from iumad_jax.shapes import Batch, ErrorMaps, Variables
 
 
 def feature_norm() -> Method:
@@ -20,8 +20,8 @@ def feature_norm() -> Method:
         statistics = {modality: merge_moments(seen[modality], array) for modality, array in batch.features.items()}
         return {"params": {}, "statistics": statistics}
 
-    def predict(variables: Variables, batch: Batch) -> Prediction:
+    def predict(variables: Variables, batch: Batch) -> ErrorMaps:
         errors = [norm(standardise(x, variables["statistics"][modality])) for modality, x in batch.features.items()]
-        return predict_from_errors(sum(errors[1:], errors[0]))
+        return maps_of({group(batch.features): sum(errors[1:], errors[0])})
 
     return Method(init, predict, observe=observe)

@@ -12,9 +12,9 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from iumad_jax.errors import UserError
-from iumad_jax.methods.anomaly_map import norm
+from iumad_jax.methods.anomaly_map import group, norm
 from iumad_jax.methods.method import Method
-from iumad_jax.methods.network import from_network, reconstruct
+from iumad_jax.methods.network import Errors, from_network, reconstruct
 from iumad_jax.models.fusion import Fused, InformationBottleneckFusion
 from iumad_jax.models.mamba import MambaDecoder
 from iumad_jax.shapes import Image, Logits, Modality, Scalars, Tokens
@@ -123,7 +123,7 @@ def ib_iumad(config: ConfigDict, modalities: tuple[Modality, ...], objects: int)
             terms[f"aux_{m}"] = config.aux_reconstruction_weight * jnp.mean((reconstruction - features[m]) ** 2)
         return terms
 
-    def explain(output: Output, features: dict[Modality, Tokens]) -> tuple[Array, dict[Modality, Logits]]:
-        return norm(error(output, features)), output.logits
+    def explain(output: Output, features: dict[Modality, Tokens]) -> tuple[Errors, dict[Modality, Logits]]:
+        return {group(target_modalities): norm(error(output, features))}, output.logits
 
     return from_network(Network(config, modalities, objects), config, modalities, losses, explain)

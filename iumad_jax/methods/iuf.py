@@ -14,8 +14,9 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from iumad_jax.methods.anomaly_map import group
 from iumad_jax.methods.method import Method
-from iumad_jax.methods.network import from_network, reconstruct
+from iumad_jax.methods.network import Errors, from_network, reconstruct
 from iumad_jax.methods.statistics import Moments
 from iumad_jax.methods.uniad import project, reconstruction_errors, reconstruction_losses
 from iumad_jax.models.class_network import ClassNetwork, pooled_pixels
@@ -80,9 +81,9 @@ def iuf(config: ConfigDict, modalities: tuple[Modality, ...], objects: int) -> M
             terms[f"object_{m}"] = config.object_weight * ce
         return terms
 
-    def explain(output: Output, features: dict[Modality, Tokens]) -> tuple[Array, dict[Modality, Logits]]:
+    def explain(output: Output, features: dict[Modality, Tokens]) -> tuple[Errors, dict[Modality, Logits]]:
         rebuilt, logits = output
-        return reconstruction_errors(rebuilt, features), logits
+        return {group(modalities): reconstruction_errors(rebuilt, features)}, logits
 
     method = from_network(Network(config, modalities, objects), config, modalities, losses, explain)
 

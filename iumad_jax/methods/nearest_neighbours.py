@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from iumad_jax.methods.anomaly_map import predict_from_errors
+from iumad_jax.methods.anomaly_map import group, maps_of
 from iumad_jax.methods.method import Method
 from iumad_jax.methods.statistics import merge_moments, no_moments, standardise
-from iumad_jax.shapes import BY_OBJECT, Batch, Prediction, Variables
+from iumad_jax.shapes import BY_OBJECT, Batch, ErrorMaps, Variables
 
 
 def nearest_neighbours(patches_per_object: int, seed: int) -> Method:
@@ -42,7 +42,7 @@ def nearest_neighbours(patches_per_object: int, seed: int) -> Method:
             statistics[modality] = {"moments": moments, "scale": _usual_distance(memory, moments, rng)}
         return {"params": {}, "statistics": statistics | {BY_OBJECT: (*patches_by_object, drawn)}}
 
-    def predict(variables: Variables, batch: Batch) -> Prediction:
+    def predict(variables: Variables, batch: Batch) -> ErrorMaps:
         errors = []
         for modality, features in batch.features.items():
             statistics = variables["statistics"][modality]
@@ -50,7 +50,7 @@ def nearest_neighbours(patches_per_object: int, seed: int) -> Method:
             memory = standardise(memory, statistics["moments"])
             x = standardise(features, statistics["moments"])
             errors.append(jax.lax.map(lambda one, m=memory: _nearest(one, m), x) / statistics["scale"])
-        return predict_from_errors(sum(errors[1:], errors[0]))
+        return maps_of({group(batch.features): sum(errors[1:], errors[0])})
 
     return Method(init, predict, observe=observe)
 

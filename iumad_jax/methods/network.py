@@ -9,11 +9,13 @@ from flax import linen as nn
 from jaxtyping import Array, Float, PRNGKeyArray
 from ml_collections import ConfigDict
 
-from iumad_jax.methods.anomaly_map import predict_from_errors
+from iumad_jax.methods.anomaly_map import maps_of
 from iumad_jax.methods.method import Loss, Method
 from iumad_jax.methods.statistics import merge_moments, no_moments, standardise
 from iumad_jax.models.reconstruction import ReconstructionTransformer
-from iumad_jax.shapes import Batch, Condition, Keys, Logits, Modality, Prediction, Scalars, Tokens, Variables
+from iumad_jax.shapes import Batch, Condition, ErrorMaps, Keys, Logits, Modality, Scalars, Tokens, Variables
+
+Errors = dict[str, Float[Array, " p"]]  # by modality or group of modalities
 
 
 def jitter(key: PRNGKeyArray, tokens: Tokens, *, scale: float, probability: float) -> Tokens:
@@ -59,7 +61,7 @@ def from_network(
     config: ConfigDict,
     modalities: tuple[Modality, ...],
     losses: Callable[[Any, dict[Modality, Tokens], Array], Scalars],
-    explain: Callable[[Any, dict[Modality, Tokens]], tuple[Float[Array, " p"], dict[Modality, Logits]]],
+    explain: Callable[[Any, dict[Modality, Tokens]], tuple[Errors, dict[Modality, Logits]]],
 ) -> Method:
     """The method of a network.
 
@@ -69,8 +71,8 @@ def from_network(
         config: `config.model`.
         modalities: what the network takes.
         losses: from the network's first output, the features (the target) and the object's number to the loss's terms.
-        explain: from the network's first output and the features to the error at each token and, by modality, what
-            object the image shows (none if the network does not tell).
+        explain: from the network's first output and the features to the errors at each token, by modality or group of
+            modalities, and, by modality, what object the image shows (none if the network does not tell).
     """
 
     def normalised(variables: Variables, batch: Batch) -> dict[Modality, Float[Array, "b p f"]]:
@@ -105,14 +107,14 @@ def from_network(
         terms = jax.tree.map(batch.mean, terms)
         return Loss(sum(terms.values()), terms, outputs)
 
-    def predict(variables: Variables, batch: Batch) -> Prediction:
-        def of_one_image(features: Any, images: Any) -> tuple[Array, Logits | None]:
+    def predict(variables: Variables, batch: Batch) -> ErrorMaps:
+        def of_one_image(features: Any, images: Any) -> tuple[Errors, Logits | None]:
             output, _ = network.apply(variables, features, images, deterministic=True)
-            error, logits = explain(output, features)
+            errors, logits = explain(output, features)
             told = [nn.log_softmax(one) for one in logits.values()]
-            return error, sum(told[1:], start=told[0]) if told else None
+            return errors, sum(told[1:], start=told[0]) if told else None
 
-        return predict_from_errors(*jax.vmap(of_one_image)(normalised(variables, batch), batch.images))
+        return maps_of(*jax.vmap(of_one_image)(normalised(variables, batch), batch.images))
 
     def activations(variables: Variables, batch: Batch) -> dict[str, Any]:
         def of_one_image(features: Any, images: Any) -> dict[str, Any]:
@@ -121,4 +123,4 @@ def from_network(
 
         return jax.vmap(of_one_image)(normalised(variables, batch), batch.images)
 
-    return Method(init, predict, loss, observe, activations)
+    return Method(init, predict, loss, observe=observe, activations=activations)

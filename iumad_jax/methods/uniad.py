@@ -10,9 +10,9 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from iumad_jax.methods.anomaly_map import norm
+from iumad_jax.methods.anomaly_map import group, norm
 from iumad_jax.methods.method import Method
-from iumad_jax.methods.network import from_network, reconstruct
+from iumad_jax.methods.network import Errors, from_network, reconstruct
 from iumad_jax.shapes import Image, Logits, Modality, Scalars, Tokens
 
 
@@ -60,7 +60,7 @@ def uniad(config: ConfigDict, modalities: tuple[Modality, ...]) -> Method:
 
     def explain(
         rebuilt: dict[Modality, Tokens], features: dict[Modality, Tokens]
-    ) -> tuple[Array, dict[Modality, Logits]]:
-        return reconstruction_errors(rebuilt, features), {}
+    ) -> tuple[Errors, dict[Modality, Logits]]:
+        return {group(modalities): reconstruction_errors(rebuilt, features)}, {}
 
     return from_network(Network(config, modalities), config, modalities, losses, explain)

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from iumad_jax.models.mamba import pool_to_grid
-from iumad_jax.models.reconstruction import Attention
+from iumad_jax.models.layers import Attention, pool_to_grid
 from iumad_jax.shapes import Condition, Image, Logits
 
 

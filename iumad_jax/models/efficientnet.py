@@ -6,85 +6,14 @@ a convolution with a bias. Only the blocks up to the last endpoint exist.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
-from jax import lax
 from jaxtyping import Array, Float
 
-
-def _pad(x: Float[Array, "*b h w c"], padding: tuple[int, int]) -> Float[Array, "*b i j c"]:
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [padding, padding, (0, 0)])
-
-
-def _taps(x: Float[Array, "*b h w c"], size: int, stride: int) -> list[Float[Array, "*b i j c"]]:
-    """What each of the size * size positions of a kernel reads, row by row."""
-    h, w = ((n - size) // stride * stride + 1 for n in x.shape[-3:-1])
-    return [x[..., i : i + h : stride, j : j + w : stride, :] for i in range(size) for j in range(size)]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def depthwise_conv(
-    x: Float[Array, "*b h w c"], kernel: Float[Array, "k k c"], stride: int = 1
-) -> Float[Array, "*b i j c"]:
-    """Each channel convolved with its own kernel, without padding.
-
-    A sum of shifted multiples, which XLA fuses into one pass. On 2 CPU cores `lax.conv_general_dilated` with
-    `feature_group_count` takes 3 to 25 times as long for the shapes of EfficientNet-Lite0, and 15 to 30 times for 3x3
-    on (8, 28, 28, 512).
-    """
-    size, _, channels = kernel.shape
-    weights = kernel.reshape(size * size, *(1,) * (x.ndim - 1), channels)
-    first, *others = (tap * weight for tap, weight in zip(_taps(x, size, stride), weights, strict=True))
-    return sum(others, start=first)
-
-
-def _forward(x: Array, kernel: Array, stride: int) -> tuple[Array, tuple[Array, Array]]:
-    return depthwise_conv(x, kernel, stride), (x, kernel)
-
-
-def _backward(stride: int, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, kernel = saved
-    size = kernel.shape[0]
-    margins = [(size - 1, n - (m - 1) * stride - 1, stride - 1) for n, m in zip(x.shape, g.shape, strict=True)][-3:-1]
-    dilated = lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0)] * (g.ndim - 3) + margins + [(0, 0, 0)])
-    dx = depthwise_conv(dilated, kernel[::-1, ::-1], 1)
-    # One reduction with an output per tap reads x and g once. Forward and backward take 0.3 to 0.7 of the time of XLA's
-    # own derivative of the sum, one reduction per tap, and less than a tenth of the grouped convolution's.
-    products = tuple(tap * g for tap in _taps(x, size, stride))
-    zeros = tuple(jnp.zeros((), g.dtype) for _ in products)
-    dkernel = lax.reduce(
-        products, zeros, lambda a, b: tuple(i + j for i, j in zip(a, b, strict=True)), tuple(range(g.ndim - 1))
-    )
-    return dx, jnp.stack(dkernel).reshape(kernel.shape)
-
-
-depthwise_conv.defvjp(_forward, _backward)
-
-
-class DepthwiseConv(nn.Module):
-    """Depthwise convolution with a bias, on one image or any batch of them: (..., h, w, c) to (..., i, j, c).
-
-    `padding` is (before, after) on both axes; by default the size is kept at stride 1.
-    """
-
-    size: int = 3
-    stride: int = 1
-    padding: tuple[int, int] | None = None
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*b h w c"]) -> Float[Array, "*b i j c"]:
-        """Convolve."""
-        channels = x.shape[-1]
-        init = nn.initializers.variance_scaling(1, "fan_in", "truncated_normal", in_axis=(), out_axis=2)
-        kernel = self.param("kernel", init, (self.size, self.size, channels))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
-        y = depthwise_conv(_pad(x, self.padding or (self.size // 2, self.size // 2)), kernel, self.stride)
-        return y + bias.reshape((1,) * (y.ndim - 1) + (channels,))
+from iumad_jax.models.layers import DepthwiseConv, resize_aligned
 
 
 class Stage(NamedTuple):
@@ -220,22 +149,6 @@ class EfficientNet(nn.Module):
             x = MBConv(block, a.activation, a.squeeze, name=f"block_{i}")(x)
             outputs.append(x)
         return [outputs[i] for i in a.endpoints]
-
-
-def resize_aligned(x: Float[Array, "*b h w c"], size: int) -> Float[Array, "*b g g c"]:
-    """Bilinear interpolation with aligned corners to `size` x `size`: sample i lies at i * (n - 1) / (size - 1).
-
-    No antialiasing. As in PyTorch, a single sample is the first pixel.
-    """
-    for axis in (x.ndim - 3, x.ndim - 2):
-        n = x.shape[axis]
-        position = np.arange(size) * (n - 1) / max(size - 1, 1)
-        low = np.floor(position).astype(int)
-        high = np.minimum(low + 1, n - 1)
-        weight = jnp.asarray((position - low).reshape((size,) + (1,) * (x.ndim - 1 - axis)), x.dtype)
-        weight = jnp.expand_dims(weight, tuple(range(axis)))
-        x = jnp.take(x, low, axis) * (1 - weight) + jnp.take(x, high, axis) * weight
-    return x
 
 
 class FeatureExtractor(nn.Module):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from iumad_jax.models.reconstruction import Attention
+from iumad_jax.models.layers import Attention
 from iumad_jax.shapes import Logits
 
 

@@ -11,7 +11,7 @@ from flax import linen as nn
 from iumad_kernels import selective_scan
 from jaxtyping import Array, Float
 
-from iumad_jax.models.efficientnet import DepthwiseConv
+from iumad_jax.models.layers import DepthwiseConv, pool_to_grid
 from iumad_jax.shapes import Condition, Image, Logits
 
 
@@ -130,20 +130,6 @@ class MambaBlock(nn.Module):
         h = x + ESSM(self.states, self.implementation, name="mixer")(nn.LayerNorm(epsilon=1e-5, name="norm_in")(x))
         normed = nn.LayerNorm(epsilon=1e-5, name="norm_out")(h)
         return normed + ChannelAttention(name="attention")(normed) + DepthwiseConv(name="conv")(h)
-
-
-def pool_to_grid(x: Float[Array, "h w d"], g: int) -> Float[Array, "p d"]:
-    """Adaptive average pooling to g x g tokens: cell i covers rows floor(i h / g) to ceil((i + 1) h / g)."""
-
-    def weights(size: int) -> Array:
-        start = jnp.arange(g) * size // g
-        stop = -(-(jnp.arange(1, g + 1) * size) // g)
-        position = jnp.arange(size)
-        inside = (position[None, :] >= start[:, None]) & (position[None, :] < stop[:, None])
-        return inside / (stop - start)[:, None]
-
-    pooled = jnp.einsum("ih,jw,hwd->ijd", weights(x.shape[0]), weights(x.shape[1]), x)
-    return pooled.reshape(g * g, -1)
 
 
 class MambaDecoder(nn.Module):

@@ -8,6 +8,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
+from iumad_jax.models.layers import Attention, FeedForward
 from iumad_jax.shapes import Condition
 
 _xavier = nn.initializers.xavier_uniform()
@@ -18,48 +19,6 @@ def neighbour_mask(grid: int, side: int = 7) -> Bool[np.ndarray, "p p"]:
     row, column = np.divmod(np.arange(grid * grid), grid)
     distance = np.maximum(abs(row[:, None] - row[None]), abs(column[:, None] - column[None]))
     return distance > side // 2
-
-
-class Attention(nn.Module):
-    """Multi-head attention; the dropout mask on its weights is shared by the heads."""
-
-    heads: int
-    dropout: float
-    mask: Bool[np.ndarray, "p p"] | None = None
-
-    @nn.compact
-    def __call__(
-        self, q: Float[Array, "p d"], k: Float[Array, "p d"], v: Float[Array, "p d"], *, deterministic: bool
-    ) -> Float[Array, "p d"]:
-        """Attend from q to k and v."""
-        attention = nn.MultiHeadDotProductAttention(
-            self.heads, dropout_rate=self.dropout, kernel_init=_xavier, deterministic=deterministic
-        )
-        return attention(q, k, v, mask=None if self.mask is None else jnp.asarray(self.mask)[None])
-
-
-class Watched(nn.Dense):
-    """A dense layer that tells the mean of its outputs over tokens, as `mean` in the collection `activations`."""
-
-    def __call__(self, x: Float[Array, "p d"]) -> Float[Array, "p d"]:
-        """Transform each token."""
-        output = super().__call__(x)
-        self.sow("activations", "mean", output.mean(0), reduce_fn=lambda _, new: new)
-        return output
-
-
-class FeedForward(nn.Module):
-    """d -> hidden -> d with ReLU and dropout; its output layer is where gradient projection acts (IUF)."""
-
-    hidden: int
-    dropout: float
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "p d"], *, deterministic: bool) -> Float[Array, "p d"]:
-        """Transform each token."""
-        hidden = nn.relu(nn.Dense(self.hidden, kernel_init=_xavier, name="hidden")(x))
-        hidden = nn.Dropout(self.dropout)(hidden, deterministic=deterministic)
-        return Watched(x.shape[-1], kernel_init=_xavier, name="output")(hidden)
 
 
 class ReconstructionTransformer(nn.Module):

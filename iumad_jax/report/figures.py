@@ -21,7 +21,7 @@ HOLE = "#ff00c8"  # where depth is missing
 RELIEF = (-0.3, 1.15)  # from black to white
 _HEAT = "inferno"
 _DPI = 120
-_STEEPNESS = 1.0  # of slopes in the relief; about 1.4, image widths per focal length, would be true to scale
+_STEEPNESS = 0.05  # of slopes in the relief, scales per image width
 _PANEL, _LABEL, _BAR, _HEAD, _RIM = 1.93, 1.15, 0.75, 0.62, 0.06  # inches
 
 
@@ -42,20 +42,21 @@ def save_heatmaps(
     title: str,
     labels: Sequence[str],
     rgb: ArrayLike,
-    depth: ArrayLike | None,
+    heights: ArrayLike | None,
+    height_scale: float,
     masks: ArrayLike,
     maps: ArrayLike,
     scores: ArrayLike,
 ) -> None:
-    """Save one picture with a row per sample: RGB, depth as relief, the defects outlined, the map, and it over RGB.
+    """Save one picture with a row per sample: RGB, height as relief, the defects outlined, the map, and it over RGB.
 
     Args:
         path: a .jpg or .png in an existing folder; photographs are a third of the size as .jpg.
         title: above the picture.
         labels: (n,) one or more lines to stand beside each row, above the score.
         rgb: (n, h, w, 3) uint8.
-        depth: (n, h, w) of any unit, NaN where missing, or None. It is shown as how far it rises above the plane that
-            most of it lies on, since the slope of that plane would hide all else.
+        heights: (n, h, w) metres above the background plane, NaN where missing, or None.
+        height_scale: metres that are shown in middle grey.
         masks: (n, h, w), above 0 where a pixel is defective.
         maps: (n, m, m) anomaly maps, in one scale of colours.
         scores: (n,).
@@ -65,7 +66,7 @@ def save_heatmaps(
     """
     images, defective, heats, values = np.asarray(rgb), np.asarray(masks) > 0, np.asarray(maps), np.asarray(scores)
     names = ["RGB", "relief", "truth", "map", "map over RGB"]
-    if depth is None:
+    if heights is None:
         names.remove("relief")
 
     width, height = _LABEL + len(names) * _PANEL + _BAR, _HEAD + len(labels) * _PANEL + _RIM
@@ -87,9 +88,9 @@ def save_heatmaps(
                 panel.set_title(name, fontsize=10, pad=4)
             if name in ("RGB", "truth", "map over RGB"):
                 panel.imshow(images[row], extent=extent)
-        if depth is not None:
-            heights, (dark, bright) = relief(np.asarray(depth)[row]), RELIEF
-            panels["relief"].imshow(heights, "gray", extent=extent, vmin=dark, vmax=bright, interpolation="nearest")
+        if heights is not None:
+            shaded, (dark, bright) = relief(np.asarray(heights)[row], height_scale), RELIEF
+            panels["relief"].imshow(shaded, "gray", extent=extent, vmin=dark, vmax=bright, interpolation="nearest")
         heat = panels["map"].imshow(heats[row], _HEAT, norm, extent=extent)
         strength = np.clip(1.6 * norm(heats[row]), 0, 0.85)  # what is normal stays clear
         panels["map over RGB"].imshow(heats[row], _HEAT, norm, extent=extent, alpha=strength)
@@ -171,25 +172,15 @@ def save_curves(path: Path, curves: Mapping[str, Mapping[str, ArrayLike]], title
     _save(path, figure)
 
 
-def relief(depth: NDArray) -> NDArray:
-    """Height above the plane that most pixels lie on: 0 there, 0.5 at 5 % of the distance; NaN where missing.
+def relief(height: NDArray, scale: float) -> NDArray:
+    """A picture (h, w) of heights in metres: 0 on the plane, 0.5 at `scale`, below 1 everywhere; NaN where missing.
 
     What stands on the plane is lit from above on the left, so that its shape shows.
-
-    The inverse depth of a plane is affine in a pinhole camera's pixel coordinates. What lies off the plane is trimmed
-    from the fit round by round.
     """
-    inverse = 1 / np.where(depth > 0, depth, np.nan)
-    coordinates = np.stack([*np.indices(depth.shape), np.ones(depth.shape)], axis=-1)
-    plane, used = np.ones(depth.shape), np.isfinite(inverse)
-    for _ in range(6 if used.any() else 0):
-        plane = coordinates @ np.linalg.lstsq(coordinates[used], inverse[used])[0]
-        distance = np.abs(inverse - plane)
-        used = distance <= np.nanmedian(distance)
-    height = inverse / np.maximum(plane, 1e-9) - 1
-    bounded = height / (np.abs(height) + 0.05)  # walls of a box stand far above the object and must not hide its shape
-    slope = np.nan_to_num(np.gradient(height, axis=0) + np.gradient(height, axis=1))
-    return bounded + np.where(bounded > 0.1, 0.25 * np.tanh(-_STEEPNESS * depth.shape[1] * slope), 0)
+    height = height / scale
+    bounded = height / (np.abs(height) + 1)  # walls of a box stand far above the object and must not hide its shape
+    slope = np.nan_to_num(np.gradient(height, axis=0) + np.gradient(height, axis=1)) * height.shape[1]
+    return bounded + np.where(bounded > 0.1, 0.25 * np.tanh(-_STEEPNESS * slope), 0)
 
 
 def _outline(axes: Axes, mask: NDArray) -> None:

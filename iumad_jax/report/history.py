@@ -17,7 +17,7 @@ class History(NamedTuple):
 
     steps: tuple[tuple[str, ...], ...]  # the objects learned at each
     matrices: dict[str, Matrices]  # by method, the run's own one first, then its baselines
-    decisions: list[dict[str, Any]]  # after every step, of `inference.decisions.describe` with test rates
+    decisions: list[dict[str, Any]]  # after every step, of `inference.thresholds.describe` with test rates
     bytes: dict[str, int]  # by method: what it keeps
     memory_bytes: int  # what the strategy against forgetting keeps beside that
 

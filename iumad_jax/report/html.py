@@ -7,41 +7,32 @@ sets text as text, so that no name in a dataset can become markup.
 import base64
 import hashlib
 import html
-import io
 import json
 import math
-from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from contourpy import contour_generator
-from numpy.typing import ArrayLike, NDArray
-from PIL import Image
+from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 from tqdm import tqdm
 
 from iumad_jax.report import samples, tables
-from iumad_jax.report.figures import HOLE, RELIEF, relief
 from iumad_jax.report.samples import Samples
 from iumad_jax.runtime import ledger, storage
-
-Images = Callable[[str, Sequence[int]], tuple[NDArray, NDArray, NDArray]]
 
 BUDGET = 7_500_000  # bytes of pictures in a page
 _PICKS = ("worst", "best", "median")  # in this order they are kept when not all fit
 _DIGITS = 5  # of points on curves
 
 
-def write(workdir: Path, results: dict[str, Any], images: Images) -> None:
+def write(workdir: Path, results: dict[str, Any]) -> None:
     """Writes report.html from the results, the ledger and the samples of a run.
 
     Args:
         workdir: where the ledger and the samples lie.
         results: what results.json holds.
-        images: of an object and some of its test images, by their numbers: RGB (n, h, w, 3) uint8, depth (n, h, w), NaN
-            where missing, and masks (n, h, w) of defects.
 
     Raises:
         UserError: something is missing or damaged, or the page cannot be written.
@@ -51,7 +42,7 @@ def write(workdir: Path, results: dict[str, Any], images: Images) -> None:
     tested = [(step, name) for step, name, column in columns if _is_tested(workdir, results, name, column)]
     last = {name: samples.load(workdir, done - 1, name) for _, name in tested}
     as_learned = {name: last[name] if step == done - 1 else samples.load(workdir, step, name) for step, name in tested}
-    shown, left_out = _pictures(last, as_learned, images)
+    shown, left_out = _pictures(workdir, last, as_learned)
     page = {
         "results": results,
         "columns": columns,
@@ -103,14 +94,14 @@ def _own(by_system: dict[str, NDArray]) -> NDArray:
 
 
 def _pictures(
-    last: dict[str, Samples], as_learned: dict[str, Samples], images: Images
+    workdir: Path, last: dict[str, Samples], as_learned: dict[str, Samples]
 ) -> tuple[list[dict[str, Any]], int]:
     """What the page shows of the picked samples, and how many of them did not fit."""
     found: list[dict[str, Any]] = []
     for name, of_object in tqdm(last.items(), "report.html", unit="object", disable=None, leave=False):
-        picked = pick(of_object)
-        rgb, depth, masks = images(name, [row for row, *_ in picked])
-        for index, (row, place, rank, count) in enumerate(picked):
+        pictures = samples.load_pictures(workdir, name)
+        for row, place, rank, count in pick(of_object):
+            picture = pictures[row]
             found.append(
                 {
                     "object": name,
@@ -120,10 +111,10 @@ def _pictures(
                     "pick": place,
                     "rank": [rank, count],
                     "scores": {system: scores[row] for system, scores in of_object.scores.items()},
-                    "rgb": _webp(np.asarray(rgb[index])),
-                    "relief": _webp(_shaded(np.asarray(depth[index]))) if np.isfinite(depth[index]).any() else None,
-                    "size": np.shape(rgb[index])[:2],
-                    "truth": outline(masks[index]),
+                    "rgb": _webp(picture.rgb),
+                    "relief": _webp(picture.relief) if picture.relief else None,
+                    "size": picture.size,
+                    "truth": picture.outline,
                     "maps": [_quantised(of_step, row) for of_step in (as_learned[name], of_object)],
                     "alarm": of_object.alarm[row],
                     "pixel_thresholds": [of_step.pixel_threshold[row] for of_step in (as_learned[name], of_object)],
@@ -156,30 +147,8 @@ def _curves(of_object: Samples) -> dict[str, Any]:
     return curves
 
 
-def outline(mask: ArrayLike) -> str:
-    """The path of an SVG around what is above 0 in a mask (h, w), a unit being a pixel; "" around nothing."""
-    padded = np.pad(np.asarray(mask) > 0, 1).astype(float)
-    paths = []
-    for line in contour_generator(z=padded).lines(0.5):
-        points = np.asarray(line)[:-1] - 0.5
-        ahead, behind = np.roll(points, -1, 0) - points, points - np.roll(points, 1, 0)
-        corners = points[np.any(ahead != behind, axis=1)]
-        paths.append("M" + "L".join(f"{x:g} {y:g}" for x, y in corners) + "Z")
-    return "".join(paths)
-
-
-def _shaded(depth: NDArray) -> NDArray:
-    dark, bright = RELIEF
-    heights = relief(depth)
-    grey = np.nan_to_num(255 * (heights - dark) / (bright - dark)).clip(0, 255).astype(np.uint8)
-    hole = [int(HOLE[at : at + 2], 16) for at in (1, 3, 5)]
-    return np.where(np.isfinite(heights)[..., None], grey[..., None], hole).astype(np.uint8)
-
-
-def _webp(pixels: NDArray) -> str:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "WEBP", quality=80)
-    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+def _webp(content: bytes) -> str:
+    return f"data:image/webp;base64,{base64.b64encode(content).decode()}"
 
 
 def _fill(page: dict[str, Any], title: str) -> str:

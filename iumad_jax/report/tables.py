@@ -5,7 +5,7 @@ objects learned at each), `matrix` (metric -> steps done x objects, NaN or None 
 `summary` (of `summarise`), `seconds` and `versions`; see `report.history`. `floors` holds, by name, the `matrix` and
 `summary` of the training-free methods on the same inputs. `bytes`, in `results` and in each floor, is what the method
 keeps; `memory_bytes` is what the strategy against forgetting keeps beside that. `decisions` holds, for every step, what
-`inference.decisions.describe` returns, with `test` (of `rates`) beside every object's thresholds. An evaluation also
+`inference.thresholds.describe` returns, with `test` (of `rates`) beside every object's thresholds. An evaluation also
 has `unknown`, what `inference.decisions.unknown_rates` returns, and `evaluated`: the run's `workdir`, the `step`, and
 how many objects were `learned` by then.
 """

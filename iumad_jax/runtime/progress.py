@@ -4,10 +4,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from iumad_jax.continual.strategy import Memory
-from iumad_jax.inference.decisions import Calibration
 from iumad_jax.runtime.ledger import SHA256_OF_NOTHING
-from iumad_jax.shapes import Variables
+from iumad_jax.shapes import Calibration, Memory, Variables
 
 
 class Position(NamedTuple):
@@ -30,7 +28,8 @@ class Progress(NamedTuple):
 
     position: Position
     objects: tuple[str, ...]  # all objects of the run, in the order of learning, which is how they are numbered
-    variables: dict[str, Variables]  # of the run's method and its baselines, by name
+    variables: dict[str, Variables]  # of the run's method and its baselines, by name; `frozen` ones are not stored
+    frozen: dict[str, str]  # the SHA-256 of these, by the names of methods that have any
     recognition: Variables  # statistics of `recognition.observe`
     calibration: dict[str, Calibration]  # by object learned, after the last finished step: thresholds come from it
     optimizer: list[Any]  # the leaves of its state; empty between steps
@@ -38,13 +37,14 @@ class Progress(NamedTuple):
     losses: dict[str, np.ndarray]  # of the updates of an epoch that is not finished
     ledger: LedgerMark
     seconds: float  # that the run took so far
-    inputs: dict[str, Any]  # JSON: how a detector prepares images, see `inputs.describe`
+    inputs: dict[str, Any]  # JSON: how a detector prepares images, see `Store.describe`
 
 
 BEGINNING = Progress(
     position=Position(-1, 0, finished=True),
     objects=(),
     variables={},
+    frozen={},
     recognition={},
     calibration={},
     optimizer=[],

@@ -25,11 +25,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from iumad_jax.errors import UserError
-from iumad_jax.inference.decisions import Calibration
 from iumad_jax.runtime import processes
 from iumad_jax.runtime.progress import LedgerMark, Position, Progress
 from iumad_jax.runtime.shared_arrays import Index, SharedArrays, join, separate
 from iumad_jax.runtime.storage import as_json, write_whole
+from iumad_jax.shapes import Calibration, Variables
 
 MANIFEST = "sha256.json"
 _SHARED = "by_object.json"  # in a snapshot: which shared arrays it has
@@ -75,7 +75,8 @@ class Snapshots:
         self.wait()
         step, updates, finished = progress.position
         folder = self._finished / str(step) if finished else self._within / str(step * _UPDATES + updates)
-        arrays = jax.tree.map(np.array, {key: getattr(progress, key) for key in _ARRAYS})  # training reuses its buffers
+        kept = progress._replace(variables={name: stored(of_one) for name, of_one in progress.variables.items()})
+        arrays = jax.tree.map(np.array, {key: getattr(kept, key) for key in _ARRAYS})  # training reuses its buffers
         calibration = {name: (one.score, one.peak, one.distance[:, :2]) for name, one in progress.calibration.items()}
         _check_finite(arrays | {"calibration": calibration}, folder)
         record = {key: value for key, value in progress._asdict().items() if key not in _ARRAYS}
@@ -286,6 +287,11 @@ def _calibration(record: dict[str, Any]) -> Calibration:
         if not isinstance(value, bool)
     }
     return Calibration(**record | arrays)
+
+
+def stored(variables: Variables) -> Variables:
+    """What snapshots store of a method's variables: all but frozen ones."""
+    return {key: value for key, value in variables.items() if key != "frozen"}
 
 
 def size_of(tree: Any) -> int:

@@ -73,7 +73,9 @@ def train_epochs(
             began = time.monotonic()
             while done < per_epoch:
                 piece = next(pieces)
-                piece_rates = own_rates[done : done + piece.rows.shape[1]]
+                taken = slice(done, done + piece.rows.shape[1])
+                piece_rates, share_done = own_rates[taken], np.float32(numbers[taken] / total)
+                piece = piece._replace(progress=np.broadcast_to(share_done, (len(piece.rows), share_done.size)))
                 state, scalars = updates(state, piece, key, piece_rates)
                 jax.block_until_ready(parts[-1:])  # or pieces would gather in front of a slow device
                 parts.append(scalars)

@@ -152,7 +152,7 @@ def explain(passes: Iterator[Any], step: int, per_epoch: int, images: Callable[[
     """The same epochs of a step, with a whole sentence in place of NotFinite.
 
     Args:
-        passes: of `train.epochs`; whatever is not finite ends them before it is yielded.
+        passes: of `epochs.train_epochs`; whatever is not finite ends them before it is yielded.
         step: its number.
         per_epoch: updates in an epoch.
         images: names those of an update of the step.

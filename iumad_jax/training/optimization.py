@@ -7,6 +7,7 @@ import optax
 from ml_collections import ConfigDict
 
 from iumad_jax.errors import UserError
+from iumad_jax.methods.method import Method
 
 NOT_DECAYED = {"A_log", "D", "bias", "dt_bias", "scale"}
 
@@ -19,6 +20,20 @@ def of_step(config: ConfigDict, step: int) -> ConfigDict:
         if own.optimizer == "sgd":
             own.learning_rate = config.continual.sgd_learning_rate
     return own
+
+
+def optimizer_name(method: Method, config: ConfigDict) -> str:
+    """The optimiser of a step, whose `config.train` this is, by name: "own" for that of the method."""
+    return "own" if method.optimizer else config.optimizer
+
+
+def step_optimizer(method: Method, config: ConfigDict) -> optax.GradientTransformation:
+    """The optimiser of a step: the method's own, or the one that the step's `config.train` names.
+
+    Raises:
+        UserError: there is no such optimiser.
+    """
+    return method.optimizer(config) if method.optimizer else make_optimizer(config)
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:

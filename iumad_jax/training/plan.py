@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -16,19 +15,19 @@ from ml_collections import ConfigDict
 from iumad_jax import continual, methods, protocol
 from iumad_jax.continual.strategy import Strategy
 from iumad_jax.data import readers
-from iumad_jax.data.prepared import inputs, inventory
-from iumad_jax.data.prepared.inventory import Inventory, Names
-from iumad_jax.data.prepared.store import Store
+from iumad_jax.data.prepared import inventory
+from iumad_jax.data.prepared.store import Store, open_store
 from iumad_jax.errors import UserError
 from iumad_jax.inference import recognition
-from iumad_jax.methods.method import Method
+from iumad_jax.methods.method import Method, sha256_of, with_frozen
 from iumad_jax.runtime import live, preemption, processes
 from iumad_jax.runtime import workdir as workdirs
 from iumad_jax.runtime.ledger import Ledger
 from iumad_jax.runtime.live import Live
 from iumad_jax.runtime.progress import BEGINNING, LedgerMark, Progress
 from iumad_jax.runtime.snapshots import Snapshots
-from iumad_jax.training.optimization import learning_rates, make_optimizer, of_step
+from iumad_jax.training.dataset_changes import check_images, compare_names
+from iumad_jax.training.optimization import learning_rates, make_optimizer, of_step, optimizer_name, step_optimizer
 from iumad_jax.training.update import make_update
 
 
@@ -97,12 +96,6 @@ def plan(config: ConfigDict, workdir: Path) -> tuple[protocol.Step, ...]:
     return protocol.steps(config.protocol, tuple(noted) or readers.objects(config))
 
 
-def compare_names(config: ConfigDict, noted: Inventory) -> Names:
-    """How the dataset's objects differ from those that a run knows; new ones count if the config chooses all."""
-    names = Names.of(noted, readers.available(config), lambda chosen: readers.open_reader(config, chosen))
-    return names if config.dataset.objects == "all" else names._replace(new=())
-
-
 def start(config: ConfigDict, workdir: Path, steps: tuple[protocol.Step, ...], held: ExitStack) -> tuple[Run, Progress]:
     """Opens a run as it stood when its last snapshot was taken, or at its very beginning.
 
@@ -120,11 +113,18 @@ def start(config: ConfigDict, workdir: Path, steps: tuple[protocol.Step, ...], h
         held.enter_context(workdirs.claimed(workdir, config))
     snapshots = held.enter_context(closing(Snapshots(workdir)))
     progress = snapshots.latest() or _beginning(config, chosen, store)
+    progress = progress._replace(
+        variables={
+            name: with_frozen(name, method, progress.variables[name], progress.frozen.get(name))
+            for name, method in chosen.items()
+        }
+    )
     check_images(inventory.read(workdir), store, strategy, steps, progress, workdir)
     ledger = processes.in_first(Ledger, workdir / "ledger.jsonl")
     ledger.truncate(*progress.ledger)
-    optimizers = {own.optimizer: make_optimizer(own) for own in (of_step(config, i) for i in (0, 1))}
-    make = functools.partial(make_update, chosen[config.method], strategy=strategy, find_operations=config.debug.nans)
+    method, own_configs = chosen[config.method], [of_step(config, index) for index in (0, 1)]
+    optimizers = {optimizer_name(method, own): step_optimizer(method, own) for own in own_configs}
+    make = functools.partial(make_update, method, strategy=strategy, find_operations=config.debug.nans)
     run = Run(
         config=config,
         workdir=workdir,
@@ -151,7 +151,7 @@ def _assemble(config: ConfigDict, workdir: Path, objects: tuple[str, ...]) -> tu
     if is_trained(config, chosen[config.method]):
         learning_rates(config.train, updates_per_epoch=1)
     live.check(config.report.tensorboard)
-    return inputs.open_store(config, readers.open_reader(config, objects), workdir), chosen, strategy
+    return open_store(config, readers.open_reader(config, objects), workdir), chosen, strategy
 
 
 def _beginning(config: ConfigDict, chosen: dict[str, Method], store: Store) -> Progress:
@@ -164,47 +164,7 @@ def _beginning(config: ConfigDict, chosen: dict[str, Method], store: Store) -> P
         variables={
             name: jax.jit(method.init)(key, example) for (name, method), key in zip(chosen.items(), keys, strict=True)
         },
+        frozen={name: sha256_of(frozen) for name, method in chosen.items() if (frozen := method.frozen())},
         recognition=recognition.no_statistics(example),
-        inputs=inputs.describe(store),
+        inputs=store.describe(),
     )
-
-
-def check_images(
-    noted: Inventory,
-    store: Store,
-    strategy: Strategy,
-    steps: tuple[protocol.Step, ...],
-    progress: Progress,
-    workdir: Path,
-) -> None:
-    """Compares the dataset with what the run used, and tells what has changed.
-
-    Raises:
-        UserError: the run cannot go on: objects were exchanged, or training images have changed that are still needed
-            as they were.
-    """
-    if progress.objects != steps[-1].seen:
-        raise UserError(
-            f"{workdir}: this run learns {', '.join(progress.objects)}, but {', '.join(steps[-1].seen)} are chosen now;"
-            " choose the same objects, or start another --workdir."
-        )
-    if told := inventory.exchanged(noted, store):
-        raise UserError(" ".join(told))
-    position = progress.position
-    half_done = strategy.objects(steps[position.step]) if position.step >= 0 and not position.finished else ()
-    for name, split in itertools.product(noted, inventory.SPLITS):
-        change = inventory.changed_images(noted, store, name, split)
-        if change is None:
-            continue
-        learned = split == "train" and name in progress.calibration
-        if split == "train" and name in half_done:
-            raise UserError(
-                f"{change} while step {position.step} is half done with them; undo that, or remove"
-                f" {workdir / 'snapshots_within_step'} to begin this step again."
-            )
-        if learned and not (strategy.incremental and store.reader.ids(name, "calibration")):
-            why = "its thresholds come from" if strategy.incremental else "later steps train on"
-            raise UserError(
-                f"{change} since the run learned it, and {why} them; undo that, or start another --workdir."
-            )
-        live.say(f"{change}; {'the run has learned it as it was' if learned else 'it goes on with what is there now'}.")

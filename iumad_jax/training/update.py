@@ -11,7 +11,7 @@ import optax
 from iumad_jax.continual.finetune import finetune
 from iumad_jax.continual.strategy import Memory, Strategy
 from iumad_jax.data.batches import Piece
-from iumad_jax.methods.method import Method
+from iumad_jax.methods.method import Loss, Method
 from iumad_jax.runtime import devices
 from iumad_jax.shapes import Batch, Scalars, Variables
 from iumad_jax.training import nonfinite
@@ -52,22 +52,25 @@ def make_update(
     are stored and are float32 from here on. No strategy is `finetune`. `find_operations`: see
     `nonfinite.finding_operations`, which takes pieces of one update.
     """
-    ours = strategy or finetune(method)
+    ours, transform = strategy or finetune(method), optax.with_extra_args_support(optimizer)
 
     def update(state: TrainState, batch: Batch, key: jax.Array, rate: jax.Array) -> tuple[TrainState, Scalars]:
         keys = devices.own_keys(jax.random.fold_in(key, state.update), len(batch.object_id))
 
-        def loss(params: Any) -> tuple[jax.Array, tuple[Scalars, Memory]]:
-            return ours.loss(state.memory, state.variables | {"params": params}, batch, keys)
+        def loss(params: Any) -> tuple[jax.Array, tuple[Loss, Memory]]:
+            found, memory = ours.loss(state.memory, state.variables | {"params": params}, batch, keys)
+            return found.total, (found, memory)
 
         params = state.variables["params"]
-        (total, (terms, memory)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
-        gradients, scalars = devices.mean_over_devices((gradients, {"loss": total, **terms}))
-        direction, optimizer_state = optimizer.update(gradients, state.optimizer, params)
+        (total, (found, memory)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        gradients, scalars = devices.mean_over_devices((gradients, {"loss": total, **found.terms}))
+        direction, optimizer_state = transform.update(gradients, state.optimizer, params, progress=batch.progress)
         changes = jax.tree.map(lambda change: -rate * change, direction)
         changes, _ = ours.constrain.update(changes, ours.constrain.init(params), params, memory=memory)
         scalars |= nonfinite.measure(gradients, changes)
         variables = state.variables | {"params": optax.apply_updates(params, changes)}
+        if found.statistics is not None:
+            variables |= {"statistics": found.statistics}
         return TrainState(variables, optimizer_state, state.update + 1, memory), scalars
 
     updates = _repeated(update)
@@ -77,16 +80,18 @@ def make_update(
 
 def _repeated(update: Callable) -> Callable:
     def updates(state: TrainState, piece: Piece, key: jax.Array, rates: jax.Array) -> tuple[TrainState, Scalars]:
-        images, rows, weights = piece
+        images, rows, weights, progress = piece
 
-        def one(state: TrainState, this: tuple[Any, jax.Array]) -> tuple[TrainState, Scalars]:
-            of_this, rate = this
+        def one(state: TrainState, this: tuple[Any, jax.Array, Any]) -> tuple[TrainState, Scalars]:
+            of_this, rate, done = this
             batch = jax.tree.map(lambda a: a[of_this].astype(jnp.float32 if a.ndim > 1 else a.dtype), images)
-            return update(state, batch._replace(weight=weights), key, rate)
+            return update(state, batch._replace(weight=weights, progress=done), key, rate)
 
+        each = rows, rates, progress
         if len(rows) > 1:
-            return jax.lax.scan(one, state, (rows, rates))
-        state, scalars = one(state, (rows[0], rates[0]))  # even a loop of one would be compiled to slower code
+            return jax.lax.scan(one, state, each)
+        # Even a loop of one would be compiled to slower code.
+        state, scalars = one(state, jax.tree.map(lambda values: values[0], each))
         return state, jax.tree.map(lambda scalar: scalar[None], scalars)
 
     return updates

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from configs import eyecandies, quickstart
+from iumad_jax import config as configs
 from iumad_jax import methods
 from iumad_jax.data.batches import whole
 from iumad_jax.models import mamba
@@ -62,7 +63,7 @@ def random_batch(config: ConfigDict) -> Batch:
     """Of the sizes that the configuration says."""
     rng = np.random.default_rng(0)
     b, tokens, size = config.train.batch_size, config.backbone.grid**2, config.input.size
-    modalities = methods.modalities(config)
+    modalities = configs.modalities(config)
     return Batch(
         {m: rng.standard_normal((b, tokens, CHANNELS)).astype(np.float32) for m in modalities},
         {m: rng.uniform(0, 255, (b, size, size, 3)).astype(np.float32) for m in modalities},

@@ -8,7 +8,7 @@ import pytest
 from jax import lax
 
 from iumad_jax.export.onnx_converter import convert
-from iumad_jax.models.efficientnet import depthwise_conv
+from iumad_jax.models.layers import depthwise_conv
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(2, 6, 6, 4)).astype(np.float32)

@@ -33,7 +33,6 @@ from iumad_jax.data.readers.eyecandies import Eyecandies
 from iumad_jax.data.readers.folder import Folder
 from iumad_jax.data.readers.mvtec3d import MVTec3D
 from iumad_jax.data.sample import Reader, Split
-from iumad_jax.inference.decisions import Calibration
 from iumad_jax.models import pretrained
 from iumad_jax.report import history, samples, tables
 from iumad_jax.report.history import History
@@ -41,6 +40,7 @@ from iumad_jax.runtime import ledger, live, snapshots
 from iumad_jax.runtime import workdir as workdirs
 from iumad_jax.runtime.progress import BEGINNING, Position
 from iumad_jax.runtime.snapshots import Snapshots
+from iumad_jax.shapes import Calibration
 from iumad_jax.training.optimization import learning_rates, make_optimizer, of_step
 from tests.data.formats import test_archives, test_depth_files
 from tests.models import test_pretrained

@@ -46,8 +46,9 @@ def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]
     """Bytes, by what they hold."""
     import jax
 
+    from iumad_jax import config as configs
     from iumad_jax import methods
-    from iumad_jax.inference import decisions
+    from iumad_jax.inference import decisions, thresholds
     from iumad_jax.models.efficientnet import FeatureExtractor
     from iumad_jax.report.tables import METRICS
     from iumad_jax.runtime.storage import as_json
@@ -57,7 +58,7 @@ def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]
     def size(tree: Any) -> float:
         return sum(float(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
-    side, grid, modalities = config.input.size, config.backbone.grid, methods.modalities(config)
+    side, grid, modalities = config.input.size, config.backbone.grid, configs.modalities(config)
     extractor = FeatureExtractor(config.backbone.name, grid)
 
     def shaped(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -85,8 +86,8 @@ def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]
     values = {metric: rng.random() for metric in METRICS}
     event = {"event": "evaluation", "step": objects, "object": "a" * 12, "method": config.method, **values}
     maps: Any = rng.random((test, 2, 2))
-    good = decisions.Calibration.of(Prediction(maps, maps.max((1, 2)), None), rng.random((test, 2)), 0)
-    one = json.dumps(decisions.describe({"a" * 12: good, "b": good}, 0.995)["objects"]["a" * 12])
+    good = decisions.calibration_of(Prediction(maps, maps.max((1, 2)), None), rng.random((test, 2)), 0)
+    one = json.dumps(thresholds.describe({"a" * 12: good, "b": good}, 0.995)["objects"]["a" * 12])
     numbers = len(systems) * len(METRICS)
     calibration = json.dumps(as_json(good._asdict()))
 

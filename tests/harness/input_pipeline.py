@@ -45,7 +45,7 @@ def _define(values: flags.FlagValues) -> None:
 
 def _measure(values: flags.FlagValues) -> str:
     from iumad_jax.data import readers
-    from iumad_jax.data.prepared import inputs
+    from iumad_jax.data.prepared.store import open_store
 
     config, _ = cli.given_config(values)
     config.dataset.prepared = ""
@@ -53,11 +53,11 @@ def _measure(values: flags.FlagValues) -> str:
     reader = readers.open_reader(config)
     object_ = reader.objects[0]
     with tempfile.TemporaryDirectory() as folder:
-        store = inputs.open_store(config, reader, Path(folder))
+        store = open_store(config, reader, Path(folder))
         rows, per_second = _preparing(store, object_)
         batch = store.get(object_, "train").batch
         began = time.perf_counter()
-        inputs.open_store(config, reader, Path(folder)).get(object_, "train")
+        open_store(config, reader, Path(folder)).get(object_, "train")
         size = sum(array.nbytes for array in jax.tree.leaves(batch))
         rows.append(("opening with all checksums", _rate(size / 1e9, began, 2), "GB/s"))
         rows += _reading(batch, Path(folder))

@@ -36,6 +36,7 @@ def _define(values: flags.FlagValues) -> None:
 def _measure(values: flags.FlagValues) -> str:
     import jax
 
+    from iumad_jax import config as configs
     from iumad_jax import methods
     from iumad_jax.data.batches import training_input
     from iumad_jax.models.efficientnet import FeatureExtractor
@@ -53,7 +54,7 @@ def _measure(values: flags.FlagValues) -> str:
     features: Any = rng.normal(size=(count, config.backbone.grid**2, shape.shape[-1])).astype(np.float32)
     images: Any = rng.uniform(0, 255, (count, size, size, 3)).astype(np.float32)
     objects: Any = rng.integers(0, _OBJECTS, count).astype(np.int32)
-    modalities = methods.modalities(config)
+    modalities = configs.modalities(config)
     batch = Batch(dict.fromkeys(modalities, features), dict.fromkeys(modalities, images), objects)
     method, optimizer = methods.build(config.method, config, _OBJECTS), make_optimizer(config.train)
     variables = jax.jit(method.init)(jax.random.key(0), jax.tree.map(lambda array: array[:1], batch))

@@ -69,6 +69,7 @@ def _measure(values: flags.FlagValues) -> tuple[str, int, float]:
     """The kind of device, how many, and seconds of an update, the median."""
     import jax
 
+    from iumad_jax import config as configs
     from iumad_jax import methods
     from iumad_jax.data.batches import whole
     from iumad_jax.models.efficientnet import FeatureExtractor
@@ -84,7 +85,7 @@ def _measure(values: flags.FlagValues) -> tuple[str, int, float]:
         jax.ShapeDtypeStruct((1, size, size, 3), np.float32),
     )
     features, _ = jax.eval_shape(extractor.init_with_output, jax.random.key(0), image)
-    modalities = methods.modalities(config)
+    modalities = configs.modalities(config)
 
     def random(*shape: int) -> Any:
         return rng.standard_normal((count, *shape)).astype(np.float32)

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iumad_jax.inference import decisions
-from iumad_jax.inference.decisions import Calibration
+from iumad_jax.inference import decisions, thresholds
+from iumad_jax.inference.thresholds import calibration_of
 from iumad_jax.shapes import GroundTruth, Prediction
 
 
@@ -14,7 +14,7 @@ from iumad_jax.shapes import GroundTruth, Prediction
 def test_the_threshold_is_the_smallest_that_keeps_the_promise(n, quantile):
     """By counting: a further image lies in any of the n + 1 gaps between the scores with the same probability."""
     scores = np.random.default_rng(n).permutation(n).astype(float)
-    found = decisions.describe_threshold(scores, quantile)
+    found = thresholds.describe_threshold(scores, quantile)
     above = {t: (scores > t).sum() + 1 for t in scores}  # gaps in which it would exceed t
     keeping = [t for t in scores if above[t] / (n + 1) <= 1 - quantile + 1e-12]
     assert found["threshold"] == (min(keeping) if keeping else scores.max())
@@ -26,7 +26,7 @@ def test_the_promise_holds_on_average():
     rng = np.random.default_rng(0)
     rates, promised = [], None
     for _ in range(3000):
-        found = decisions.describe_threshold(rng.gamma(2, size=30), 0.9)
+        found = thresholds.describe_threshold(rng.gamma(2, size=30), 0.9)
         rates.append(np.exp(-found["threshold"]) * (1 + found["threshold"]))  # gamma's own share above
         promised = found["at_most"]
     assert promised == pytest.approx(3 / 31)
@@ -34,16 +34,16 @@ def test_the_promise_holds_on_average():
 
 
 def test_few_images_promise_little_and_say_so():
-    four, many = (decisions.describe_threshold(np.arange(n), 0.995) for n in (4, 199))
+    four, many = (thresholds.describe_threshold(np.arange(n), 0.995) for n in (4, 199))
     assert (four["threshold"], four["at_most"]) == (3, pytest.approx(0.2))
     assert (many["threshold"], many["at_most"]) == (198, pytest.approx(0.005))
-    assert decisions.describe_threshold(np.arange(400), 0.995)["threshold"] == 398
+    assert thresholds.describe_threshold(np.arange(400), 0.995)["threshold"] == 398
 
 
 def test_the_interval_is_the_bootstrap_s():
     scores = np.random.default_rng(1).normal(size=100)
-    found = decisions.describe_threshold(scores, 0.9)
-    assert found == decisions.describe_threshold(scores[::-1], 0.9)
+    found = thresholds.describe_threshold(scores, 0.9)
+    assert found == thresholds.describe_threshold(scores[::-1], 0.9)
     rng = np.random.default_rng(7)
     resampled = [np.sort(rng.choice(scores, 100))[90] for _ in range(4000)]  # the 91st of 100
     np.testing.assert_allclose(found["interval"], np.quantile(resampled, [0.025, 0.975]), atol=0.1)
@@ -59,59 +59,59 @@ def prediction(scores, peaks):
 @pytest.fixture
 def calibration():
     return {
-        "A": Calibration.of(prediction([1, 2, 3], [5, 6, 4]), np.array([[1.0, 13], [2, 13], [1, 12]]), 0),
-        "B": Calibration.of(prediction([7, 8], [1, 2]), np.array([[13.0, 2], [13, 3]]), 1, from_training_images=True),
+        "A": calibration_of(prediction([1, 2, 3], [5, 6, 4]), np.array([[1.0, 13], [2, 13], [1, 12]]), 0),
+        "B": calibration_of(prediction([7, 8], [1, 2]), np.array([[13.0, 2], [13, 3]]), 1, from_training_images=True),
     }
 
 
 def test_every_object_has_thresholds_of_its_own(calibration):
-    described = decisions.describe(calibration, 0.995)
+    described = thresholds.describe(calibration, 0.995)
     of = described["objects"]
     assert [of[name]["image"]["threshold"] for name in "AB"] == [3, 8]
     assert [of[name]["pixel"]["threshold"] for name in "AB"] == [6, 2]
     assert of["A"]["image"]["at_most"] == pytest.approx(1 / 4)
     assert of["B"]["image"]["at_most"] is None  # scores of images trained on promise nothing
     assert described["usual"] == pytest.approx(np.sqrt((1 + 4 + 1 + 4 + 9) / 5))
-    found = decisions.thresholds(calibration, 0.995)  # what decides is what is described
+    found = thresholds.thresholds(calibration, 0.995)  # what decides is what is described
     assert (found.image.tolist(), found.pixel.tolist()) == ([3, 8], [6, 2])
     assert found.unknown.tolist() == [described["unknown"]["threshold"]] * 2
     assert float(found.rms_distance) == pytest.approx(described["usual"])
 
 
 def test_unknown_is_what_lies_halfway_to_other_objects(calibration):
-    unknown = decisions.describe(calibration, 0.995)["unknown"]
+    unknown = thresholds.describe(calibration, 0.995)["unknown"]
     assert unknown["good"]["threshold"] == 3
     assert unknown["good"]["images"] == 5
     assert unknown["others"] == 12
     assert unknown["threshold"] == 6
-    one = decisions.describe({"A": Calibration.of(prediction([1], [1]), np.array([[2.5]]), 0)}, 0.995)["unknown"]
+    one = thresholds.describe({"A": calibration_of(prediction([1], [1]), np.array([[2.5]]), 0)}, 0.995)["unknown"]
     assert (one["threshold"], one["others"]) == (5, None)
-    mixed = {"A": Calibration.of(prediction([1, 1], [1, 1]), np.array([[3.0, 4], [7, 6]]), 0)} | {
-        "B": Calibration.of(prediction([1], [1]), np.array([[8.0, 3]]), 1)
+    mixed = {"A": calibration_of(prediction([1, 1], [1, 1]), np.array([[3.0, 4], [7, 6]]), 0)} | {
+        "B": calibration_of(prediction([1], [1]), np.array([[8.0, 3]]), 1)
     }
-    assert decisions.describe(mixed, 0.995)["unknown"]["threshold"] == 6  # never less than what good images exceed
+    assert thresholds.describe(mixed, 0.995)["unknown"]["threshold"] == 6  # never less than what good images exceed
 
 
 def test_an_object_of_few_images_changes_no_threshold_of_others(calibration):
     """Its images are far from everything, since one image does not show how others of the object may look."""
-    poor = Calibration.of(
+    poor = calibration_of(
         prediction([70, 80], [90, 10]), np.array([[14.0, 15, 11], [13, 14, 12]]), 2, from_training_images=True, few=True
     )
-    before, after = (decisions.describe(one, 0.995) for one in (calibration, calibration | {"C": poor}))
+    before, after = (thresholds.describe(one, 0.995) for one in (calibration, calibration | {"C": poor}))
     assert {name: after["objects"][name] for name in "AB"} == before["objects"]
     assert (after["unknown"], after["usual"]) == (before["unknown"], before["usual"])
     assert after["objects"]["C"]["image"]["threshold"] == 80
     assert after["objects"]["C"]["unknown"]["threshold"] == pytest.approx(np.sqrt(12 * 13))  # others of C may be as far
-    limits = decisions.thresholds(calibration | {"C": poor}, 0.995)
+    limits = thresholds.thresholds(calibration | {"C": poor}, 0.995)
     np.testing.assert_allclose(limits.unknown, [6, 6, np.sqrt(12 * 13)], rtol=1e-6)
-    assert decisions.describe({"C": poor}, 0.995)["unknown"]["good"]["images"] == 2  # there is no other to go by
+    assert thresholds.describe({"C": poor}, 0.995)["unknown"]["good"]["images"] == 2  # there is no other to go by
 
 
 DISTANCE = np.array([[1.0, 9], [1, 9], [9, 2], [1, 9], [7, 8], [6, 8]], np.float32)
 
 
 def decided(calibration, scores, peaks):
-    limits = decisions.thresholds(calibration, 0.995)
+    limits = thresholds.thresholds(calibration, 0.995)
     return decisions.decide(limits, prediction(scores, peaks), DISTANCE, DISTANCE.argmin(1), 2)
 
 
@@ -144,7 +144,7 @@ def test_rates_are_shares_of_test_images(calibration):
 
 
 def test_unknown_objects(calibration):
-    limits = decisions.thresholds(calibration, 0.995)
+    limits = thresholds.thresholds(calibration, 0.995)
 
     def about(distance):
         distance = np.array(distance, np.float32)

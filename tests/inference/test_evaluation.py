@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from iumad_jax.data.prepared.store import PreparedSet
-from iumad_jax.inference import decisions, evaluation
-from iumad_jax.inference.decisions import Calibration
+from iumad_jax.inference import decisions, evaluation, thresholds
 from iumad_jax.inference.evaluation import Model
 from iumad_jax.inference.recognition import Recogniser
+from iumad_jax.inference.thresholds import calibration_of
 from iumad_jax.methods.method import Method
-from iumad_jax.shapes import Batch, GroundTruth, Prediction
+from iumad_jax.shapes import Batch, Calibration, GroundTruth, Prediction
 
 SIDE = 4
 
@@ -43,7 +43,7 @@ def model():
     recogniser = Recogniser(np.zeros(2, np.float32), np.eye(2, dtype=np.float32), np.float32([[0, 0], [10, 0]]))
     method = Method(init=lambda key, batch: {}, predict=told)
     methods = {"own": method, "baseline": method}
-    return Model(methods, {"own": {}, "baseline": {}}, recogniser, decisions.thresholds(calibration, 0.995))
+    return Model(methods, {"own": {}, "baseline": {}}, recogniser, thresholds.thresholds(calibration, 0.995))
 
 
 def test_no_method_is_told_the_true_object(model):
@@ -64,7 +64,7 @@ def test_calibration_tells_no_true_object_either(model):
     )
     assert prediction.score.tolist() == [0, 1]
     np.testing.assert_allclose(distance, np.array([[0, 10], [9, 1]]) / np.sqrt(2), rtol=1e-6)
-    found = Calibration.of(prediction, distance, number=0)
+    found = calibration_of(prediction, distance, number=0)
     np.testing.assert_allclose(found.distance, np.array([[0, 0, 10], [9, 1, 9]]) / np.sqrt(2), rtol=1e-6)
 
 

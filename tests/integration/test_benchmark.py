@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from iumad_jax.benchmark import cells
-from iumad_jax.config import small
+from iumad_jax.config import cells, small
 from iumad_jax.data.candies import render
 from iumad_jax.errors import UserError
+from iumad_jax.report import comparison
 
 CONFIG = Path(__file__).parents[2] / "configs" / "benchmark.py"
 OBJECTS = "CandyCane,GummyBear"
@@ -47,7 +47,7 @@ def plan(**changes):
 
 def test_cells():
     """Two systems under two protocols: once with one modality, three times with both; floors once for each input."""
-    found = {name: config for config, name in cells(plan())}
+    found = {comparison.name(*key): config for config, key in cells(plan())}
     assert len(found) == 2 * 2 * (1 + 3)
     one = found["ib_iumad_rgb+depth_6-1_seed2"]
     assert (one.method, one.modality, one.protocol, one.seed) == ("ib_iumad", "rgb+depth", "6-1", 2)

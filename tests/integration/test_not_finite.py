@@ -10,7 +10,8 @@ from PIL import Image
 from iumad_jax import experiment
 from iumad_jax.config import small
 from iumad_jax.data import readers
-from iumad_jax.data.prepared import inputs, records
+from iumad_jax.data.prepared import records
+from iumad_jax.data.prepared.store import open_store
 from iumad_jax.errors import UserError
 from iumad_jax.runtime import snapshots
 
@@ -47,7 +48,7 @@ def test_a_broken_image_stops_the_run_and_is_named(tmp_path):
     root = {"dataset.root": str(tmp_path / "objects"), "dataset.objects": "nut,bolt"}
     config.update_from_flattened_dict(SMALL | root)
 
-    store = inputs.open_store(config, readers.open_reader(config), workdir)
+    store = open_store(config, readers.open_reader(config), workdir)
     manifest = store.prepare("bolt", "train")
     (home,) = (workdir / "prepared").glob("bolt-*")
     features = np.load(home / manifest["rows"] / "features_rgb.npy", mmap_mode="r+")

@@ -7,6 +7,7 @@ from flax.traverse_util import flatten_dict
 
 from iumad_jax.config import paper
 from iumad_jax.errors import UserError
+from iumad_jax.inference.maps import predictor
 from iumad_jax.methods.ib_iumad import ib_iumad
 from iumad_jax.models.reconstruction import ReconstructionTransformer
 from iumad_jax.shapes import Batch
@@ -78,7 +79,7 @@ def test_without_the_mamba_decoder():
     assert parts(variables) == (BRANCHES, FUSION | BOTTLENECK)
     loss = loss_of(method, batch, variables)
     assert set(loss.terms) == TERMS - {"object_rgb", "object_depth"}
-    predict = jax.jit(method.predict)
+    predict = jax.jit(predictor(method))
     prediction = predict(variables, batch)
     assert prediction.object_logits is None
     np.testing.assert_array_equal(

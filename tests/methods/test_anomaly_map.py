@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from iumad_jax.methods.anomaly_map import norm, predict_from_errors
+from iumad_jax.methods.anomaly_map import norm
+from tests.methods.reference import prediction_of
 
 
 def interpolate(grid, size):
@@ -23,7 +24,7 @@ def interpolate(grid, size):
 @pytest.mark.parametrize("side", [14, 5, 28])
 def test_map_and_score(side):
     errors = np.random.default_rng(side).random((2, side * side)).astype(np.float32)
-    prediction = predict_from_errors(errors)
+    prediction = prediction_of(errors)
     assert prediction.object_logits is None
     for error, found, score in zip(errors, prediction.map, prediction.score, strict=True):
         expected = interpolate(error.reshape(side, side).astype(np.float64), 224)
@@ -35,7 +36,7 @@ def test_map_and_score(side):
 def test_score_of_a_defect_at_the_rim_is_not_diluted_by_padding():
     errors = np.zeros((1, 4, 4), np.float32)
     errors[0, 0] = 1
-    prediction = predict_from_errors(errors.reshape(1, 16))
+    prediction = prediction_of(errors.reshape(1, 16))
     rows = 1 - np.arange(16) * 3 / 223  # the map falls from the first row of tokens to the second
     assert float(prediction.score[0]) == pytest.approx(rows.mean(), rel=1e-5)
 

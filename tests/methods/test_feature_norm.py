@@ -3,9 +3,10 @@
 import jax
 import numpy as np
 
-from iumad_jax.methods.anomaly_map import predict_from_errors
+from iumad_jax.inference.maps import predictor
 from iumad_jax.methods.feature_norm import feature_norm
 from iumad_jax.shapes import Batch
+from tests.methods.reference import prediction_of
 
 
 def random_batch(seed, images=5, modalities=("rgb",)):
@@ -28,7 +29,7 @@ def test_error_is_the_norm_of_z_scores_over_all_objects_seen():
     for step, seen in enumerate([first, second]):
         variables = method.observe(variables, seen, step)
     expected = z_norm([first.features["rgb"], second.features["rgb"]], test.features["rgb"])
-    found, wanted = method.predict(variables, test), predict_from_errors(expected.astype(np.float32))
+    found, wanted = predictor(method)(variables, test), prediction_of(expected.astype(np.float32))
     np.testing.assert_allclose(found.map, wanted.map, rtol=1e-4)
     np.testing.assert_allclose(found.score, wanted.score, rtol=1e-4)
 
@@ -38,5 +39,5 @@ def test_modalities_are_summed():
     training, test = (random_batch(seed, modalities=("rgb", "depth")) for seed in range(2))
     variables = method.observe(method.init(jax.random.key(0), training), training, 0)
     expected = sum(z_norm([training.features[m]], test.features[m]) for m in ("rgb", "depth"))
-    found = method.predict(variables, test).map
-    np.testing.assert_allclose(found, predict_from_errors(expected.astype(np.float32)).map, rtol=1e-4)
+    found = predictor(method)(variables, test).map
+    np.testing.assert_allclose(found, prediction_of(expected.astype(np.float32)).map, rtol=1e-4)

@@ -10,13 +10,13 @@ import pytest
 from flax import linen as nn
 
 from iumad_jax.config import paper
-from iumad_jax.methods.anomaly_map import predict_from_errors
 from iumad_jax.methods.ib_iumad import Network, bottleneck_loss, ib_iumad
 from iumad_jax.methods.network import jitter
 from iumad_jax.models.fusion import Fused, InformationBottleneckFusion
 from iumad_jax.models.mamba import MambaDecoder
 from iumad_jax.models.reconstruction import ReconstructionTransformer
 from iumad_jax.shapes import Batch
+from tests.methods.reference import prediction_of
 
 OBJECTS, GRID, CHANNELS, WIDTH = 3, 4, 6, 8
 BOTH = ("rgb", "depth")
@@ -141,7 +141,7 @@ def test_losses_maps_and_logits(modalities, target, compared):
     assert float(total) == pytest.approx(sum(expected.values()), rel=1e-3)
 
     prediction = predict_of(config, modalities)(variables, batch)
-    wanted = predict_from_errors(np.array(errors, np.float32))
+    wanted = prediction_of(np.array(errors, np.float32))
     np.testing.assert_allclose(prediction.map, wanted.map, rtol=1e-3)
     np.testing.assert_allclose(prediction.score, wanted.score, rtol=1e-3)
     np.testing.assert_allclose(nn.softmax(prediction.object_logits), nn.softmax(np.array(told)), rtol=1e-3, atol=1e-5)
@@ -374,7 +374,7 @@ def test_standardise_uses_the_base_steps_statistics():
         _, reconstruction = branch(params["mamba_rgb"], params["reconstruction_rgb"], image, tokens)
         errors.append(np.asarray(fuse(params["fusion"], [reconstruction]).compressed) - tokens)
     found = predict_of(config, modalities)(variables, later).map
-    np.testing.assert_allclose(found, predict_from_errors(np.linalg.norm(errors, axis=-1)).map, rtol=1e-3)
+    np.testing.assert_allclose(found, prediction_of(np.linalg.norm(errors, axis=-1)).map, rtol=1e-3)
     _, terms, _ = loss_of(config, modalities)(variables, later, keys_for(later))
     assert float(terms["fusion"]) == pytest.approx(np.square(errors).mean(), rel=1e-3)
 

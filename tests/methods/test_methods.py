@@ -2,9 +2,9 @@
 
 import pytest
 
-from iumad_jax.config import paper
+from iumad_jax.config import modalities, paper
 from iumad_jax.errors import UserError
-from iumad_jax.methods import build, modalities
+from iumad_jax.methods import build
 
 
 def test_modalities():

@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from iumad_jax.methods.anomaly_map import predict_from_errors
+from iumad_jax.inference.maps import predictor
 from iumad_jax.methods.nearest_neighbours import nearest_neighbours
 from iumad_jax.shapes import Batch
+from tests.methods.reference import prediction_of
 
 
 def random_batch(seed, images=4, modalities=("rgb",)):
@@ -43,14 +44,14 @@ def test_error_is_the_distance_to_the_nearest_training_patch():
     mean, std = training.mean(0), training.std(0)
     expected = nearest((test.features["rgb"] - mean) / std, (training - mean) / std)
     scale = variables["statistics"]["rgb"]["scale"]
-    found = method.predict(variables, test).map
-    np.testing.assert_allclose(found, predict_from_errors((expected / scale).astype(np.float32)).map, rtol=1e-3)
+    found = predictor(method)(variables, test).map
+    np.testing.assert_allclose(found, prediction_of((expected / scale).astype(np.float32)).map, rtol=1e-3)
 
 
 def test_a_training_patch_is_at_no_distance():
     batch = random_batch(0)
     method = nearest_neighbours(patches_per_object=1000, seed=0)
-    assert float(method.predict(observed(method, batch), batch).map.max()) < 0.01
+    assert float(predictor(method)(observed(method, batch), batch).map.max()) < 0.01
 
 
 def test_images_that_are_all_alike_hide_no_defect():
@@ -61,7 +62,9 @@ def test_images_that_are_all_alike_hide_no_defect():
     changed[0, 5] += 4
     method = nearest_neighbours(patches_per_object=1000, seed=0)
     variables = observed(method, alike)
-    good, defective = (method.predict(variables, Batch({"rgb": x}, {}, np.zeros(1, np.int32))) for x in (one, changed))
+    good, defective = (
+        predictor(method)(variables, Batch({"rgb": x}, {}, np.zeros(1, np.int32))) for x in (one, changed)
+    )
     assert float(good.score[0]) < 0.1 < 0.5 < float(defective.score[0]) < 100
 
 
@@ -88,12 +91,12 @@ def test_memory_is_a_function_of_the_seed():
 def test_modalities_are_summed_each_in_units_of_its_usual_distance():
     training, test = (random_batch(seed, modalities=("rgb", "depth")) for seed in range(2))
     method = nearest_neighbours(1000, seed=0)
-    both = method.predict(observed(method, training), test).map
+    both = predictor(method)(observed(method, training), test).map
 
     def only(batch, modality):
         return batch._replace(features={modality: batch.features[modality]})
 
-    alone = [method.predict(observed(method, only(training, m)), only(test, m)).map for m in ("rgb", "depth")]
+    alone = [predictor(method)(observed(method, only(training, m)), only(test, m)).map for m in ("rgb", "depth")]
     np.testing.assert_allclose(both, alone[0] + alone[1], rtol=1e-5)
 
 

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 
 from iumad_jax.config import paper
-from iumad_jax.methods.anomaly_map import predict_from_errors
+from iumad_jax.inference.maps import predictor
 from iumad_jax.methods.iuf import iuf, merge_colours
 from iumad_jax.methods.uniad import uniad
 from iumad_jax.models.class_network import ClassNetwork, no_colours
 from iumad_jax.models.reconstruction import ReconstructionTransformer
 from iumad_jax.shapes import Batch
+from tests.methods.reference import prediction_of
 
 OBJECTS, CHANNELS, WIDTH, SIDE = 3, 6, 8, 4
 GRIDS = {"uniad": 8, "iuf": 4}
@@ -104,8 +105,8 @@ def test_losses_and_maps(name, modalities):
         {name: np.mean(values) for name, values in expected.items()}, rel=1e-3
     )
     assert float(total) == pytest.approx(sum(map(np.mean, expected.values())), rel=1e-3)
-    prediction = jax.jit(method.predict)(variables, batch)
-    wanted = predict_from_errors(np.sqrt(squares).astype(np.float32))
+    prediction = jax.jit(predictor(method))(variables, batch)
+    wanted = prediction_of(np.sqrt(squares).astype(np.float32))
     np.testing.assert_allclose(prediction.map, wanted.map, rtol=1e-3)
     np.testing.assert_allclose(prediction.score, wanted.score, rtol=1e-3)
     if name == "uniad":
@@ -152,7 +153,7 @@ def test_standardise_uses_the_base_steps_statistics(name):
     seen = first.features["rgb"]
     z_scored = later._replace(features={"rgb": (later.features["rgb"] - seen.mean((0, 1))) / seen.std((0, 1))})
     np.testing.assert_allclose(
-        jax.jit(method.predict)(variables, later).map, jax.jit(plain.predict)(variables, z_scored).map, rtol=1e-3
+        jax.jit(predictor(method))(variables, later).map, jax.jit(predictor(plain))(variables, z_scored).map, rtol=1e-3
     )
 
 

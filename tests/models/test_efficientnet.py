@@ -18,13 +18,8 @@ import safetensors.numpy
 from jax import lax
 
 from iumad_jax.models import pretrained
-from iumad_jax.models.efficientnet import (
-    DepthwiseConv,
-    EfficientNet,
-    FeatureExtractor,
-    depthwise_conv,
-    resize_aligned,
-)
+from iumad_jax.models.efficientnet import EfficientNet, FeatureExtractor
+from iumad_jax.models.layers import DepthwiseConv, depthwise_conv, resize_aligned
 
 GOLDENS = Path(__file__).with_name("efficientnet_goldens.json")
 SIZES = (96, 75)  # 75 is odd at every stride

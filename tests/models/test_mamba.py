@@ -10,6 +10,7 @@ from iumad_kernels.selective_scan import pallas_mosaic
 from jax.experimental.pallas import mosaic_gpu
 from scipy.stats import kstest
 
+from iumad_jax.models.layers import pool_to_grid
 from iumad_jax.models.mamba import (
     ES2D,
     ESSM,
@@ -17,7 +18,6 @@ from iumad_jax.models.mamba import (
     MambaBlock,
     MambaDecoder,
     merge_by_parity,
-    pool_to_grid,
     split_by_parity,
 )
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from scipy.stats import kstest
 
-from iumad_jax.models.reconstruction import Attention, FeedForward, ReconstructionTransformer, neighbour_mask
+from iumad_jax.models.layers import Attention, FeedForward
+from iumad_jax.models.reconstruction import ReconstructionTransformer, neighbour_mask
 
 
 def feed_forward(naive, p, x):

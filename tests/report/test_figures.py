@@ -6,6 +6,7 @@ from matplotlib import colormaps
 from PIL import Image
 from scipy import ndimage
 
+from iumad_jax.data.depth import measure
 from iumad_jax.data.readers.eyecandies import Eyecandies
 from iumad_jax.data.transforms import resize_image, resize_mask, resize_nearest
 from iumad_jax.errors import UserError
@@ -21,7 +22,8 @@ def scene(rows=2):
         "title": "Sweet after step 0",
         "labels": [f"good\n{row:02}" for row in range(rows)],
         "rgb": np.full((rows, SIZE, SIZE, 3), RED, np.uint8),
-        "depth": np.full((rows, SIZE, SIZE), 0.5, np.float32),
+        "heights": np.zeros((rows, SIZE, SIZE), np.float32),
+        "height_scale": 0.02,
         "masks": np.zeros((rows, SIZE, SIZE), bool),
         "maps": np.zeros((rows, SIZE, SIZE), np.float32),
         "scores": np.arange(rows),
@@ -41,7 +43,7 @@ def near(picture, colour, tolerance=40):
 
 def panels(folder, columns=5, rows=2):
     """Where the panels are, as slices: those of a picture whose every panel is one flat colour."""
-    blank = {"maps": np.zeros((rows, 4, 4)), "depth": np.full((rows, SIZE, SIZE), np.nan) if columns == 5 else None}
+    blank = {"maps": np.zeros((rows, 4, 4)), "heights": np.full((rows, SIZE, SIZE), np.nan) if columns == 5 else None}
     picture = drawn(folder, **(scene(rows) | blank))
     flat = (
         near(picture, RED, 2)
@@ -109,14 +111,12 @@ def test_the_map_is_hot_where_it_should_be_in_one_scale(grid, tmp_path):
             assert rest == pytest.approx(RED if column == 4 else np.array(colormaps["inferno"](0)[:3]) * 255, abs=2)
 
 
-def test_relief_shows_what_rises_from_a_tilted_plane_and_where_depth_is_missing(grid, tmp_path):
-    y, x = np.indices((SIZE, SIZE))
-    plane = 1 / (1.5 + 0.01 * y - 0.003 * x)  # a plane seen by a pinhole camera
-    depth = np.stack([plane, plane]).astype(np.float32)
-    depth[0, 20:36, 24:44] *= 0.97
-    depth[1, 50:60, 4:14] = np.nan
-    depth[1, 0, 60:] = 0  # no measurement either
-    picture = drawn(tmp_path, depth=depth)
+def test_relief_shows_what_rises_from_the_plane_and_where_depth_is_missing(grid, tmp_path):
+    heights = np.zeros((2, SIZE, SIZE), np.float32)
+    heights[0, 20:36, 24:44] = 0.02
+    heights[1, 50:60, 4:14] = np.nan
+    heights[1, 0, 60:] = np.nan
+    picture = drawn(tmp_path, heights=heights)
 
     inside, scale = cut(picture, grid[0, 1])
     assert (np.ptp(inside, axis=-1) <= 2).all()  # grey
@@ -139,7 +139,7 @@ def test_relief_shows_what_rises_from_a_tilted_plane_and_where_depth_is_missing(
 
 def test_without_depth_there_is_no_relief(tmp_path):
     narrow = panels(tmp_path, columns=4)
-    picture = drawn(tmp_path, depth=None, maps=np.ones((2, 4, 4)) * [[[0]], [[1]]])
+    picture = drawn(tmp_path, heights=None, maps=np.ones((2, 4, 4)) * [[[0]], [[1]]])
     assert near(cut(picture, narrow[1, 1])[0], RED, 2).all()  # the truth
     assert near(cut(picture, narrow[1, 2])[0], np.array(colormaps["inferno"](1.0)[:3]) * 255, 4).all()
 
@@ -173,7 +173,8 @@ def test_a_picture_of_real_samples_is_small_and_outlines_their_defects(eyecandie
             title="CandyCane after step 0",
             labels=[f"{sample.defect}\n{sample.id}" for sample in samples],
             rgb=np.stack([resize_image(sample.rgb, 224) for sample in samples]).astype(np.uint8),
-            depth=np.stack([resize_nearest(sample.depth, 224) for sample in samples]),
+            heights=np.stack([resize_nearest(measure(sample.depth, sample.camera).height, 224) for sample in samples]),
+            height_scale=0.04,
             masks=truth,
             maps=ndimage.zoom(noise, (1, 16, 16), order=1),
             scores=[0.5] * len(samples),

@@ -1,7 +1,10 @@
 """What is kept of test images: read back as it was, and close enough to the maps it stands for."""
 
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from iumad_jax.errors import UserError
 from iumad_jax.metrics import pro_curve
@@ -102,3 +105,36 @@ def test_a_place_that_cannot_be_written(tmp_path, masks, maps):
     (tmp_path / "samples").write_text("a file")
     with pytest.raises(UserError, match="cannot write"):
         samples.save(tmp_path, 0, "ant", summary(masks, maps))
+
+
+def test_pictures_are_read_back(tmp_path, masks):
+    """To what WebP loses; heights grow from dark to bright, and where there are none, no picture is made of them."""
+    y, x = np.indices((SIZE, SIZE))
+    rgb = np.repeat(np.stack([y, x, y + x], axis=-1)[None].astype(np.uint8), COUNT, axis=0)
+    heights = np.full((COUNT, SIZE, SIZE), np.nan, np.float32)
+    heights[1] = np.where(x < 32, 0, 0.02)
+    samples.save_pictures(tmp_path, "ant", rgb, heights, masks, height_scale=0.02)
+    found = samples.load_pictures(tmp_path, "ant")
+    assert len(found) == COUNT
+    for picture in found:
+        pixels = np.asarray(Image.open(io.BytesIO(picture.rgb))).astype(int)
+        assert picture.size == pixels.shape[:2] == (SIZE, SIZE)
+        assert np.abs(pixels - rgb[0]).mean() < 4
+    assert [bool(picture.relief) for picture in found] == [False, True, False, False, False, False]
+    relief = np.asarray(Image.open(io.BytesIO(found[1].relief))).astype(int)[..., 0]
+    assert relief[:, 48:].mean() > relief[:, :16].mean() + 60
+    assert [bool(picture.outline) for picture in found] == [False, False, True, True, True, False]
+
+
+def test_pictures_that_are_missing_or_damaged(tmp_path, masks):
+    rgb, heights = np.zeros((COUNT, SIZE, SIZE, 3), np.uint8), np.zeros((COUNT, SIZE, SIZE), np.float32)
+    with pytest.raises(UserError, match=r"pictures_ant\.npz cannot be read"):
+        samples.load_pictures(tmp_path, "ant")
+    samples.save_pictures(tmp_path, "ant", rgb, heights, masks, height_scale=1)
+    path = tmp_path / "samples" / "pictures_ant.npz"
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(UserError, match=r"pictures_ant\.npz cannot be read"):
+        samples.load_pictures(tmp_path, "ant")
+    np.savez(path, content=np.zeros(3, np.uint8), lengths=[1, 1, 5], size=[SIZE, SIZE])
+    with pytest.raises(UserError, match="pictures are missing"):
+        samples.load_pictures(tmp_path, "ant")

@@ -194,7 +194,7 @@ if __name__ == "__main__":  # the same on another number of devices, which only 
 
 
 def test_a_coordinator_that_does_not_answer_is_told(monkeypatch):
-    monkeypatch.setattr(parallel, "_PATIENCE_TO_FIND", 1)
+    monkeypatch.setattr(processes, "_PATIENCE_TO_FIND", 1)
     with socket.create_server(("localhost", 0)) as taken:
         address = f"localhost:{taken.getsockname()[1]}"
     with (

@@ -18,9 +18,9 @@ import optax
 import pytest
 
 from iumad_jax.errors import UserError
-from iumad_jax.inference.decisions import Calibration
 from iumad_jax.runtime.progress import LedgerMark, Position, Progress
 from iumad_jax.runtime.snapshots import Snapshots, read
+from iumad_jax.shapes import Calibration
 
 
 def variables(seed=0, size=3):

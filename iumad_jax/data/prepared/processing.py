@@ -33,6 +33,11 @@ class Processing:
     def __post_init__(self) -> None:
         depth.check_encoding(self.depth_encoding)
 
+    @property
+    def height_scale(self) -> float:
+        """Metres above the background plane that pictures show in middle grey."""
+        return 5 * self.object_height
+
     def __call__(self, sample: Sample) -> dict[str, np.ndarray]:
         """Arrays by name: `images_<modality>` (h w 3) for the backbone, and the fields of `GroundTruth`.
 
@@ -46,7 +51,7 @@ class Processing:
             "masked": np.array(masked),
             "anomalous": np.array(sample.anomalous),
             "thumbnail": transforms.resize_image(sample.rgb, MAP_SIZE),
-            "depth": np.full((MAP_SIZE, MAP_SIZE), np.nan, np.float32),
+            "height": np.full((MAP_SIZE, MAP_SIZE), np.nan, np.float32),
             "object": np.zeros((MAP_SIZE, MAP_SIZE), bool),
             "workpiece": np.zeros((MAP_SIZE, MAP_SIZE), bool),
         }
@@ -61,7 +66,8 @@ class Processing:
         except UserError as error:
             raise UserError(f"{sample.object} {sample.id}: {error}") from error
         above = depth.object_mask(surface.height, self.object_height)
-        arrays["depth"] = transforms.resize_nearest(sample.depth, MAP_SIZE)
+        height = np.where(surface.valid, surface.height, np.nan).astype(np.float32)
+        arrays["height"] = transforms.resize_nearest(height, MAP_SIZE)
         arrays["object"] = transforms.region(above, MAP_SIZE)
         arrays["workpiece"] = transforms.region(depth.free_standing(above), MAP_SIZE)
         if "depth" in self.modalities:

@@ -40,8 +40,7 @@ class Image(TypedDict, total=False):
 class Manifest(TypedDict):
     """What a prepared set is made from and holds; images in the order of the rows."""
 
-    version: str
-    code: str  # SHA-256 of the code that prepared it
+    format: int  # of the store that prepared it
     settings: Any
     rows: str  # the folder of its arrays
     images: list[Image]

@@ -11,14 +11,13 @@ Memory-mapped files because they are read at random several times faster than re
 """
 
 import dataclasses
+import hashlib
 import shutil
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import cache
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,18 +25,24 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from filelock import FileLock, Timeout
+from jaxtyping import Float, Float64
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from iumad_jax.data.prepared import records
+from iumad_jax import config as configs
+from iumad_jax.data.prepared import copies, records
+from iumad_jax.data.prepared.copies import PreparedSplit
 from iumad_jax.data.prepared.processing import Processing
 from iumad_jax.data.prepared.records import Image, Manifest, Values
-from iumad_jax.data.sample import Reader, Sample, Split
+from iumad_jax.data.sample import Reader, Sample
 from iumad_jax.errors import UserError
-from iumad_jax.models import efficientnet
+from iumad_jax.models import pretrained
+from iumad_jax.models.efficientnet import FeatureExtractor
 from iumad_jax.runtime import preemption
-from iumad_jax.shapes import Batch, GroundTruth
+from iumad_jax.shapes import Batch, GroundTruth, Modality
 
 Encoder = Callable[[Any], jax.Array]  # images (b h w 3), 0..255 -> features (b g g f)
+FORMAT = 1  # of prepared sets; tests/data/prepared/test_golden.py tells when what they hold has changed
 ENCODED_AT_ONCE = 2  # images: with more, activations leave a CPU's caches, and one takes twice as long
 _AHEAD = 16  # images processed while others are encoded
 
@@ -53,9 +58,9 @@ class PreparedSet(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """Prepares sets on first use and finds them again while settings, code and the content of source files are same.
+    """Prepares sets on first use and finds them again while settings and the content of source files are the same.
 
-    When files or images have changed, only those are prepared anew; when settings or code have, another set is made
+    When files or images have changed, only those are prepared anew; when settings have, or FORMAT, another set is made
     and the old one left alone. Of a preparation that is interrupted all that is done stays. Several processes may share
     a folder. What is on disk is checked once by every store that opens it, and damaged images are prepared again.
     """
@@ -67,7 +72,7 @@ class Store:
     settings: dict[str, Any]  # what else the features depend on
     _checked: set[Path] = dataclasses.field(default_factory=set, init=False, repr=False, compare=False)
 
-    def get(self, object_: str, split: Split) -> PreparedSet:
+    def get(self, object_: str, split: PreparedSplit) -> PreparedSet:
         """The prepared images of one object and split.
 
         Raises:
@@ -82,7 +87,7 @@ class Store:
         defects, ids = (tuple(image[key] for image in images) for key in ("defect", "id"))
         return self._set(arrays, object_id, split, defects, ids)
 
-    def prepare(self, object_: str, split: Split) -> Manifest:
+    def prepare(self, object_: str, split: PreparedSplit) -> Manifest:
         """Prepares what is not yet prepared of one object and split.
 
         Returns:
@@ -110,21 +115,43 @@ class Store:
             ) from error
         return manifest
 
+    def mean_tokens(self, object_: str) -> dict[Modality, Float64[np.ndarray, "n f"]]:
+        """The mean tokens of an object's degraded training images, by modality; see `copies`.
+
+        Raises:
+            UserError: as `get` does.
+        """
+        manifest = self.prepare(object_, "degraded")
+        folder = self._home(object_, "degraded") / manifest["rows"]
+        arrays = records.load(folder, self._names("degraded"), len(manifest["images"]))
+        return {m: np.asarray(arrays[f"mean_{m}"]) for m in self.processing.modalities}
+
     def sources(self, objects: Sequence[str]) -> list[str]:
         """What the objects' training images are made from, by name and content of the source files."""
         return [records.key(image) for name in objects for image in self.prepare(name, "train")["images"]]
 
-    def digests(self, object_: str, split: Split) -> dict[str, str]:
+    def digests(self, object_: str, split: PreparedSplit) -> dict[str, str]:
         """A digest of each image's source files, by id; none where the dataset has no such split.
 
         Raises:
             UserError: a file cannot be read.
         """
-        if not self.reader.ids(object_, split):
+        if not copies.ids(self.reader, object_, split):
             return {}
         images = self._sources(object_, split, records.read_manifest(self._home(object_, split)))
         return {
             image["id"]: records.digest([source["sha256"] for source in image["sources"].values()]) for image in images
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """What a detector must know of the images that it will be given, as JSON."""
+        first = self.reader.objects[0]
+        sample = self.reader.read(first, "train", self.reader.ids(first, "train")[0])
+        camera = sample.camera and dataclasses.asdict(sample.camera)
+        return {
+            "processing": dataclasses.asdict(self.processing),
+            "camera": camera,
+            "camera_width": sample.depth if sample.depth is None else sample.depth.shape[1],
         }
 
     def encode(self, samples: Iterable[Sample]) -> PreparedSet:
@@ -142,29 +169,31 @@ class Store:
         return self._set(arrays, np.array(numbers, np.int32), "test", defects, ids)
 
     def _set(
-        self, arrays: Any, object_id: Any, split: Split, defects: tuple[str, ...], ids: tuple[str, ...]
+        self, arrays: Any, object_id: Any, split: PreparedSplit, defects: tuple[str, ...], ids: tuple[str, ...]
     ) -> PreparedSet:
         features, images = (
             {m: arrays[f"{kind}_{m}"] for m in self.processing.modalities} for kind in ("features", "images")
         )
-        truth = None if split == "train" else GroundTruth(**{name: arrays[name] for name in GroundTruth._fields})
+        truth = GroundTruth(**{name: arrays[name] for name in GroundTruth._fields}) if _has_truth(split) else None
         return PreparedSet(Batch(features, images, object_id), truth, defects, ids)
 
-    def _home(self, object_: str, split: Split) -> Path:
-        content = [_code(), self._settings()]
+    def _home(self, object_: str, split: PreparedSplit) -> Path:
+        content = [FORMAT, self._settings()]
         return self.folder / f"{object_}-{split}-{records.digest(content)[:16]}"
 
     def _settings(self) -> Any:
         return [self.settings, dataclasses.asdict(self.processing), str(self.reader)]
 
-    def _names(self, split: Split) -> tuple[str, ...]:
+    def _names(self, split: PreparedSplit) -> tuple[str, ...]:
         """The arrays that are kept; training images need no truth."""
+        if split == "degraded":
+            return tuple(f"mean_{m}" for m in self.processing.modalities)
         inputs = [f"{kind}_{m}" for kind in ("features", "images") for m in self.processing.modalities]
-        return (*inputs, *(() if split == "train" else GroundTruth._fields))
+        return (*inputs, *(GroundTruth._fields if _has_truth(split) else ()))
 
-    def _sources(self, object_: str, split: Split, manifest: Manifest | None) -> list[Image]:
+    def _sources(self, object_: str, split: PreparedSplit, manifest: Manifest | None) -> list[Image]:
         """The images that there should be, by the hashes of their files."""
-        files = {id_: self.reader.files(object_, split, id_) for id_ in self.reader.ids(object_, split)}
+        files = {id_: copies.files(self.reader, object_, split, id_) for id_ in copies.ids(self.reader, object_, split)}
         if not files:
             raise UserError(f"{object_} has no {split} images; add some, or leave it out of config.dataset.objects.")
         known = {
@@ -176,7 +205,7 @@ class Store:
             hashes = pool.map(lambda file: records.hashed(file, known.get(str(file))), sum(files.values(), ()))
             return [{"id": id_, "sources": {str(file): next(hashes) for file in of_id}} for id_, of_id in files.items()]
 
-    def _is_current(self, home: Path, manifest: Manifest, images: list[Image], split: Split) -> bool:
+    def _is_current(self, home: Path, manifest: Manifest, images: list[Image], split: PreparedSplit) -> bool:
         """Whether a set holds these images, unharmed."""
         if [records.key(image) for image in manifest["images"]] != [records.key(image) for image in images]:
             return False
@@ -191,7 +220,7 @@ class Store:
         return True
 
     def _complete(
-        self, home: Path, object_: str, split: Split, images: list[Image], manifest: Manifest | None
+        self, home: Path, object_: str, split: PreparedSplit, images: list[Image], manifest: Manifest | None
     ) -> Manifest:
         """Prepares the images that no folder of the set holds unharmed, and makes the set of these images whole."""
         target = home / f"rows-{records.digest([records.key(image) for image in images])[:16]}"
@@ -207,15 +236,15 @@ class Store:
                     self._encode([values for _, _, values in chunk])
                     written = {}
                     for index, image, values in chunk:
-                        kept = {name: values[name] for name in self._names(split)}
+                        means = {f"mean_{m}": mean_tokens(values[f"features_{m}"]) for m in self.processing.modalities}
+                        kept = {name: (values | means)[name] for name in self._names(split)}
                         writer.write(index, kept)
                         written[index] = Image(**image, crc32=records.checksum(kept))
                     writer.note(written)
                     done |= written
                     bar.update(len(chunk))
             manifest = Manifest(
-                version=version("iumad-jax"),
-                code=_code(),
+                format=FORMAT,
                 settings=self._settings(),
                 rows=target.name,
                 images=[done[index] for index in range(len(images))],
@@ -232,7 +261,7 @@ class Store:
         self,
         home: Path,
         target: Path,
-        split: Split,
+        split: PreparedSplit,
         images: list[Image],
         manifest: Manifest | None,
         writer: records.Writer,
@@ -263,7 +292,7 @@ class Store:
         return done
 
     def _ahead(
-        self, pool: ThreadPoolExecutor, object_: str, split: Split, todo: list[tuple[int, Image]]
+        self, pool: ThreadPoolExecutor, object_: str, split: PreparedSplit, todo: list[tuple[int, Image]]
     ) -> Iterator[tuple[int, Image, Values]]:
         """Images as they are processed, in order, a bounded number ahead of those that are taken."""
         waiting: deque[tuple[int, Future[tuple[Image, Values]]]] = deque()
@@ -275,8 +304,8 @@ class Store:
         for first, future in waiting:
             yield first, *future.result()
 
-    def _process(self, object_: str, split: Split, image: Image) -> tuple[Image, Values]:
-        sample = self.reader.read(object_, split, image["id"])
+    def _process(self, object_: str, split: PreparedSplit, image: Image) -> tuple[Image, Values]:
+        sample = copies.read(self.reader, object_, split, image["id"])
         return Image(**(image | _description(sample))), self.processing(sample)
 
     def _encode(self, chunk: list[Values]) -> None:
@@ -291,6 +320,10 @@ class Store:
             tokens = features.reshape(len(images), -1, features.shape[-1]).astype(np.float16)
             for values, own in zip(chunk, tokens, strict=True):
                 values[f"features_{modality}"] = own
+
+
+def _has_truth(split: PreparedSplit) -> bool:
+    return split not in ("train", "varied")
 
 
 def _description(sample: Sample) -> Image:
@@ -327,8 +360,28 @@ def _alone(home: Path) -> Iterator[None]:
         lock.release()
 
 
-@cache
-def _code() -> str:
-    """The SHA-256 of all code that has a part in preparing."""
-    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(efficientnet.__file__)]
-    return records.digest([file.read_text() for file in files])
+def mean_tokens(tokens: Float[jax.Array | np.ndarray, "*b p f"]) -> Float64[np.ndarray, "*b f"]:
+    """The mean over an image's tokens, in float64."""
+    return np.asarray(tokens).mean(-2, dtype=np.float64)
+
+
+def open_store(config: ConfigDict, reader: Reader, workdir: Path) -> Store:
+    """Where images are prepared for this config's backbone."""
+    processing = Processing(
+        configs.modalities(config),
+        config.input.size,
+        config.input.depth_encoding,
+        reader.height_range,
+        reader.object_height,
+        reader.normals_window,
+    )
+    extractor = FeatureExtractor(config.backbone.name, config.backbone.grid)
+    weights = pretrained.load(config.backbone.name, config.backbone.weights)
+    digest = hashlib.sha256(b"".join(np.asarray(array).tobytes() for array in jax.tree.leaves(weights)))
+    return Store(
+        folder=Path(config.dataset.prepared or workdir / "prepared"),
+        reader=reader,
+        processing=processing,
+        encoder=jax.jit(lambda images: extractor.apply(weights, images)),
+        settings={**config.backbone, "weights": digest.hexdigest()},
+    )

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from iumad_jax import experiment
 from iumad_jax.data import candies, readers
 from iumad_jax.data.batches import updates_per_epoch
-from iumad_jax.data.prepared import inputs
+from iumad_jax.data.prepared.store import open_store
 from iumad_jax.data.readers.eyecandies import OBJECTS
 from iumad_jax.data.sample import Split
 from kernels.benchmarks.gpu import update
@@ -37,7 +37,7 @@ def train(options: Options, folder: Path, epochs: int | None = None) -> Row:
     began = time.monotonic()
     config = settings(options)
     reader = readers.open_reader(config)
-    store = inputs.open_store(config, reader, folder)
+    store = open_store(config, reader, folder)
     splits: tuple[Split, ...] = get_args(Split)
     for name in reader.objects:
         for split in splits:

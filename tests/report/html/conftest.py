@@ -165,14 +165,14 @@ def truth(name):
     rng = np.random.default_rng(OBJECTS.index(name))
     rgb = np.full((len(KINDS), SIZE, SIZE, 3), (150, 60, 40), np.uint8)
     rgb[:, 8:24, 8:24] = (40, 120, 60)
-    depth = np.full((len(KINDS), SIZE, SIZE), 0.5, np.float32)
-    depth[:, 8:24, 8:24] = 0.48
+    heights = np.zeros((len(KINDS), SIZE, SIZE), np.float32)
+    heights[:, 8:24, 8:24] = 0.02
     masks = np.zeros((len(KINDS), SIZE, SIZE), bool)
     for row, kind in enumerate(KINDS):
         if kind != "good":
             y, x = rng.integers(4, 20, 2)
             masks[row, y : y + 8, x : x + 8] = True
-    return rgb, depth, masks
+    return rgb, heights, masks
 
 
 def predictions(name, step):
@@ -246,21 +246,18 @@ def decisions():
     return [{"quantile": 0.5, "objects": {name: of(name, step) for name in learned[step]}} for step in (0, 1)]
 
 
-def images(name, rows):
-    return tuple(array[list(rows)] for array in truth(name))
-
-
 def write(workdir, **others):
     results = run(**others)
     for step, name in ((0, "cat"), (0, "ant"), (1, "cat"), (1, "ant"), (1, "bee")):
         samples.save(workdir, step, name, kept(name, step))
+        samples.save_pictures(workdir, name, *truth(name), height_scale=0.02)
     ledger = Ledger(workdir / "ledger.jsonl")
     for step in (0, 1):
         for epoch in range(5):
             ledger.append(
                 "epoch", step=step, epoch=epoch, loss=10.0 / (1 + epoch), fusion=5.0 / (1 + epoch), kl=0.01, idle=0.0
             )
-    html.write(workdir, results, images)
+    html.write(workdir, results)
     return results
 
 

@@ -39,14 +39,14 @@ def test_the_outline_encloses_the_mask():
     mask[4:6, 6:10] = False  # a hole
     mask[15:, 25:] = True  # at the border
     area = 0
-    for line in html.outline(mask).split("M")[1:]:
+    for line in samples.outline(mask).split("M")[1:]:
         x, y = np.array([point.split() for point in line.rstrip("Z").split("L")], float).T
         area += (x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2
         assert x.min() >= 4
         assert x.max() <= 30
     corners = 3 * 4 * 0.125  # each is cut, or filled in the hole; outside and hole run in opposite directions
     assert abs(area) == pytest.approx(mask.sum(), abs=corners)
-    assert html.outline(np.zeros((4, 4))) == ""
+    assert samples.outline(np.zeros((4, 4))) == ""
 
 
 def test_pictures_that_do_not_fit_are_left_out_median_first(workdir, tmp_path, monkeypatch, zoo):
@@ -64,7 +64,7 @@ def test_pictures_that_do_not_fit_are_left_out_median_first(workdir, tmp_path, m
 
 def test_a_run_without_its_samples_is_told_of(workdir, tmp_path, zoo):
     with pytest.raises(UserError, match=r"step1_cat\.npz cannot be read"):
-        html.write(tmp_path, zoo.run(), zoo.images)
+        html.write(tmp_path, zoo.run())
 
 
 def test_curves_are_those_of_sklearn(workdir, zoo):

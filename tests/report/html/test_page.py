@@ -176,12 +176,9 @@ def test_a_single_step_without_depth_masks_decisions_training_or_test_images(bro
     Ledger(tmp_path / "ledger.jsonl")
     own = {"matrix": matrices, "summary": tables.summarise(matrices)}
     results = zoo.run(objects=["cat", "dog"], steps=[["cat", "dog"]], floors={}, decisions=[], **own)
-
-    def flat(name, rows):
-        rgb, depth, masks = zoo.images(name, rows)
-        return rgb, np.full_like(depth, np.nan), np.zeros_like(masks)
-
-    html.write(tmp_path, results, flat)
+    rgb, heights, masks = zoo.truth("cat")
+    samples.save_pictures(tmp_path, "cat", rgb, np.full_like(heights, np.nan), np.zeros_like(masks), height_scale=1)
+    html.write(tmp_path, results)
     browser.open(tmp_path / "report.html")
     assert browser.errors == []
     assert browser.rows("#matrix") == [
@@ -206,7 +203,7 @@ def test_a_run_without_any_test_images(browser, tmp_path, zoo):
     ledger = Ledger(tmp_path / "ledger.jsonl")
     for epoch in range(20):
         ledger.append("epoch", step=0, epoch=epoch, loss=1.0 / (1 + epoch))
-    html.write(tmp_path, results, zoo.images)
+    html.write(tmp_path, results)
     browser.open(tmp_path / "report.html")
     assert browser.errors == []
     shown = "[...document.querySelectorAll('main > section')].filter(e => !e.hidden).map(e => e.id)"

@@ -1,0 +1,83 @@
+"""What is rendered and prepared now is what it was when the formats got their numbers.
+
+Whoever changes it on purpose raises `candies.dataset.RENDERER` or `prepared.store.FORMAT`, so that nobody mixes old and
+new, and writes the golden file anew: python -m tests.data.test_golden
+"""
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from iumad_jax.config import small
+from iumad_jax.data.candies import render
+from iumad_jax.data.candies.dataset import RENDERER
+from iumad_jax.data.degradation import degrade, vary
+from iumad_jax.data.prepared.store import FORMAT, open_store
+from iumad_jax.data.readers.eyecandies import Eyecandies
+
+GOLDEN = Path(__file__).with_name("golden.npz")
+NAMES = ("rgb", "depth", "mask")  # of the sample; the others are of what is prepared
+
+
+def rendered(folder):
+    """A reader of one rendered object, and its last test image, which has a defect."""
+    root = render(folder / "candies", train=1, val=1, test=4, size=96, objects="LicoriceSandwich", progress=False)
+    reader = Eyecandies(root, "LicoriceSandwich")
+    return reader, reader.read("LicoriceSandwich", "test", reader.ids("LicoriceSandwich", "test")[-1])
+
+
+def prepared(reader, sample, folder):
+    """What a store makes of the image and of altered copies of it."""
+    config = small("1-0")
+    config.input.size, config.backbone.grid = 96, 6
+    store = open_store(config, reader, folder)
+    altered = [alter(sample, number, reader.object_height) for alter in (degrade, vary) for number in range(2)]
+    found = store.encode([sample, *altered])
+    features = {f"features_{m}": array for m, array in found.batch.features.items()}
+    images = {f"images_{m}": array[:1, ::2, ::2] for m, array in found.batch.images.items()}
+    truth = {name: getattr(found.truth, name)[:1, ::4, ::4] for name in ("height", "object", "workpiece", "mask")}
+    return features | images | truth
+
+
+@pytest.fixture(scope="module")
+def now(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("golden")
+    return folder, *rendered(folder)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(GOLDEN) as file:
+        return dict(file)
+
+
+def test_candies_look_as_they_did(now, golden):
+    _, _, sample = now
+    assert golden["renderer"] == RENDERER
+    difference = np.abs(sample.rgb.astype(int) - golden["sample_rgb"])
+    assert difference.mean() < 0.1
+    assert np.isfinite(sample.depth).all()
+    assert (np.abs(sample.depth - golden["sample_depth"]) < 1e-4).mean() > 0.999
+    assert (sample.mask != golden["sample_mask"]).mean() < 0.001
+
+
+def test_images_are_prepared_as_they_were(now, golden):
+    """Of the golden sample, so that this does not depend on the renderer; other processors add in another order."""
+    folder, reader, sample = now
+    assert golden["format"] == FORMAT
+    sample = dataclasses.replace(sample, **{name: golden[f"sample_{name}"] for name in NAMES})
+    for name, array in prepared(reader, sample, folder).items():
+        expected = golden[name].astype(np.float64)
+        difference = np.abs(np.nan_to_num(array.astype(np.float64)) - np.nan_to_num(expected))
+        assert difference.mean() < 2e-3 * np.nanstd(expected), name
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        reader, sample = rendered(Path(folder))
+        arrays = {f"sample_{name}": getattr(sample, name) for name in NAMES}
+        arrays |= prepared(reader, sample, Path(folder))
+    np.savez_compressed(GOLDEN, renderer=RENDERER, format=FORMAT, **arrays)

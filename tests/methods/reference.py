@@ -1,0 +1,9 @@
+"""What tests of methods compare with."""
+
+from iumad_jax.inference.maps import combine
+from iumad_jax.methods.anomaly_map import maps_of
+
+
+def prediction_of(errors):
+    """The prediction for errors (b p) at tokens."""
+    return combine(maps_of({"all": errors}))
