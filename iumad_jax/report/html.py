@@ -6,14 +6,13 @@ sets text as text, so that no name in a dataset can become markup.
 
 import base64
 import hashlib
-import html
 import json
 import math
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 from tqdm import tqdm
@@ -25,6 +24,10 @@ from iumad_jax.runtime import ledger, storage
 BUDGET = 7_500_000  # bytes of pictures in a page
 _PICKS = ("worst", "best", "median")  # in this order they are kept when not all fit
 _DIGITS = 5  # of points on curves
+
+_PAGES = PackageLoader("iumad_jax.report", "page")
+_TEMPLATES = Environment(loader=_PAGES, autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
+_TEMPLATES.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
 
 
 def write(workdir: Path, results: dict[str, Any]) -> None:
@@ -154,17 +157,14 @@ def _webp(content: bytes) -> str:
 def _fill(page: dict[str, Any], title: str) -> str:
     """The template with its parts; no script but this one may run, and nothing is fetched from anywhere."""
     script = '"use strict";\n' + "\n".join(map(_part, ("chart.js", "tables.js", "samples.js", "report.js")))
-    data = json.dumps(storage.as_json(page), allow_nan=False, separators=(",", ":"))
-    parts = {
-        "title": html.escape(title),
-        "digest": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        "style": _part("report.css"),
-        "script": script,
-        "data": data.replace("<", "\\u003c"),  # so that no </script> in a name ends it
-    }
-    head, *rest = (piece.split("}}", 1) for piece in _part("report.html").split("{{"))
-    return head[0] + "".join(parts[name] + text for name, text in rest)
+    return _TEMPLATES.get_template("report.html").render(
+        title=title,
+        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        style=_part("report.css"),
+        script=script,
+        data=storage.as_json(page),
+    )
 
 
 def _part(name: str) -> str:
-    return (resources.files("iumad_jax.report") / "page" / name).read_text(encoding="utf-8")
+    return _PAGES.get_source(_TEMPLATES, name)[0]

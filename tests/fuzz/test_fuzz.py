@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tests.fuzz.mutations import mutate
 from tests.fuzz.targets import TARGETS, Target
 from tests.fuzz.watch import watch
+from tests.models import test_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,14 @@ def test_what_was_found_is_refused(tmp_path, name, seed, content):
     target = TARGETS[name](tmp_path)
     assert seed in target.seeds
     outcome = watch(target, seed, content)
+    assert outcome.kind == "refused", outcome
+
+
+@pytest.mark.parametrize("name", test_pretrained.MALFORMED)
+@pytest.mark.parametrize("write", [test_pretrained.zipped, test_pretrained.legacy])
+def test_malformed_pickles_are_refused_in_time(tmp_path, write, name):
+    content, _ = test_pretrained.MALFORMED[name]
+    outcome = watch(TARGETS["weights"](tmp_path), "x.pth", write(test_pretrained.HEAD + content, {}))
     assert outcome.kind == "refused", outcome
 
 

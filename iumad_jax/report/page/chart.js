@@ -41,12 +41,12 @@ function chart(box, { lines: all, x, y, height, label, extras = [], end = 12 }) 
     const width = Math.max(box.clientWidth, 140);
     const tall = typeof height === "function" ? height(width) : height;
     const frame = { left: 38, right: width - end, top: 22, bottom: tall - 32 };
-    const place = ({ from, to, log }, start, stop) => {
+    const along = ({ from, to, log }, start, stop) => {
       const scale = log ? Math.log10 : (value) => value;
       return (value) => start + ((scale(value) - scale(from)) / (scale(to) - scale(from) || 1)) * (stop - start);
     };
-    const toX = place(x, frame.left, frame.right);
-    const toY = place(y, frame.bottom, frame.top);
+    const toX = along(x, frame.left, frame.right);
+    const toY = along(y, frame.bottom, frame.top);
     const svg = s("svg", { viewBox: `0 0 ${width} ${tall}`, role: "img", "aria-label": label });
     for (const value of y.ticks ?? ticks(y.from, y.to, 4)) {
       svg.append(
@@ -78,7 +78,7 @@ function chart(box, { lines: all, x, y, height, label, extras = [], end = 12 }) 
       return { place, shape };
     });
     const labels = lines
-      .filter(({ label }) => label)
+      .filter((line) => line.label)
       .map((line) => ({ ...line, at: toY(line.points.at(-1)[1]) }))
       .sort((a, b) => a.at - b.at);
     labels.forEach((one, i) => {

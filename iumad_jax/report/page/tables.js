@@ -190,7 +190,7 @@ function neverLearned(share) {
 function decisions() {
   const last = results.decisions?.at(-1);
   if (!last) return;
-  const rates = {
+  const told = {
     false_alarms: "false alarms",
     misses: "misses",
     taken_as_unknown: "unknown",
@@ -207,7 +207,7 @@ function decisions() {
     .filter((name) => last.objects[name])
     .map((name) => {
       const { image, pixel, test = {} } = last.objects[name];
-      const shares = Object.keys(rates).map((rate) => test[rate]);
+      const shares = Object.keys(told).map((key) => test[key]);
       return {
         keys: [name, ...shares, image.at_most, image.threshold, pixel.threshold, image.images],
         element: h(
@@ -221,14 +221,14 @@ function decisions() {
         ),
       };
     });
-  const headers = ["object", ...Object.values(rates), "promised", "image threshold", "pixel threshold", "from images"];
+  const headers = ["object", ...Object.values(told), "promised", "image threshold", "pixel threshold", "from images"];
   $("decisions-note").textContent =
     `After the last step. Good calibration images alone set the thresholds, ${share(last.quantile)} of them are to` +
     " pass; false alarms, misses, and which object an image is taken for are counted on test images. So many images" +
     " promise at most so many false alarms; nothing is promised where the model was trained on them." +
     neverLearned(share);
   sortable($("decision-table"), headers, rows);
-  const means = Object.keys(rates).map((_, i) => mean(rows.map(({ keys }) => keys[i + 1])));
+  const means = Object.keys(told).map((_, i) => mean(rows.map(({ keys }) => keys[i + 1])));
   $("decision-table").append(
     h(
       "tfoot",
