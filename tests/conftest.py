@@ -17,7 +17,11 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
 
+import tests.shape_checks  # the hook looks for it by name
+
+install_import_hook(["iumad_jax", "iumad_kernels"], f"{tests.shape_checks.__name__}.checked")
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

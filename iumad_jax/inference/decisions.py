@@ -46,7 +46,7 @@ def decide(
     """
     chosen = object_id[:, None] == jnp.arange(distance.shape[-1])[None]
 
-    def of_object(values: Float[Array, "b k"]) -> Float[Array, " b"]:
+    def of_object(values: Float[Array, "#b k"]) -> Float[Array, " b"]:
         return jnp.where(chosen, values, 0).sum(-1)
 
     own = of_object(distance)

@@ -33,7 +33,7 @@ class Attention(nn.Module):
 class Watched(nn.Dense):
     """A dense layer that tells the mean of its outputs over tokens, as `mean` in the collection `activations`."""
 
-    def __call__(self, x: Float[Array, "p d"]) -> Float[Array, "p d"]:
+    def __call__(self, x: Float[Array, "p hidden"]) -> Float[Array, "p d"]:
         """Transform each token."""
         output = super().__call__(x)
         self.sow("activations", "mean", output.mean(0), reduce_fn=lambda _, new: new)

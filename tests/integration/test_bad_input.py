@@ -40,7 +40,6 @@ def refused(folder, *flags, config=f"{CONFIG}:1-1", workdir="run"):
     done = subprocess.run(
         [sys.executable, "-m", "iumad_jax.main", f"--config={config}", f"--workdir={workdir}", *flags],
         cwd=folder,
-        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
         capture_output=True,
         text=True,
     )

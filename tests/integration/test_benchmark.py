@@ -1,7 +1,6 @@
 """The benchmark as a user runs it: cells that go on where they stopped, and one table of all."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,23 +14,18 @@ from iumad_jax.config import cells, small
 from iumad_jax.data.candies import render
 from iumad_jax.errors import UserError
 from iumad_jax.report import comparison
+from tests.integration.conftest import SMALL, as_flags
 
 CONFIG = Path(__file__).parents[2] / "configs" / "benchmark.py"
 OBJECTS = "CandyCane,GummyBear"
-KEYS = {
+KEYS = SMALL | {
     "dataset.name": "eyecandies",
     "dataset.root": "candies",
     "dataset.objects": OBJECTS,
     "floors": "feature_norm",
-    "input.size": 64,
-    "backbone.grid": 8,
-    "model.width": 8,
-    "model.hidden": 8,
-    "model.heads": 2,
     "model.states": 1,
     "model.class_grid": 8,
     "train.epochs": 1,
-    "train.batch_size": 2,
     "benchmark.systems": "uniad,iuf",
     "benchmark.modalities": "rgb",
     "benchmark.protocols": "1-1",
@@ -68,7 +62,7 @@ def test_cells_that_stop_are_an_error_in_the_end(tmp_path):
     for name in ("uniad_rgb_1-1_seed0", "iuf_rgb_1-1_seed0"):
         (tmp_path / "cells" / name).mkdir(parents=True)
         (tmp_path / "cells" / name / "config.json").write_text("{")
-    flags = [f"--config={CONFIG}", "--workdir=.", *(f"--config.{key}={value}" for key, value in KEYS.items())]
+    flags = [f"--config={CONFIG}", "--workdir=.", *as_flags(KEYS)]
     command = [sys.executable, "-m", "iumad_jax.benchmark", *flags]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
@@ -79,13 +73,12 @@ def test_cells_that_stop_are_an_error_in_the_end(tmp_path):
 
 def test_a_benchmark_goes_on_where_it_stopped(tmp_path):
     render(tmp_path / "candies", train=2, val=1, test=2, size=64, objects=OBJECTS, progress=False)
-    flags = [f"--config={CONFIG}", "--workdir=runs", *(f"--config.{key}={value}" for key, value in KEYS.items())]
+    flags = [f"--config={CONFIG}", "--workdir=runs", *as_flags(KEYS)]
 
     def start():
         command = [sys.executable, "-m", "iumad_jax.benchmark", *flags]
-        quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, cwd=tmp_path, env=os.environ | quick, **pipes)
+        return subprocess.Popen(command, cwd=tmp_path, **pipes)
 
     first, second = (tmp_path / "runs" / "cells" / f"{system}_rgb_1-1_seed0" for system in ("uniad", "iuf"))
     with start() as process:

@@ -14,24 +14,17 @@ from iumad_jax.config import small
 from iumad_jax.errors import UserError
 from iumad_jax.report.history import history
 from iumad_jax.runtime.ledger import read
+from tests.integration.conftest import SMALL
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
-SMALL = {
+KEYS = SMALL | {
     "dataset.name": "folder",
     "dataset.root": "objects",
     "modality": "rgb",
     "method": "uniad",
     "floors": "",
-    "input.size": 64,
-    "backbone.grid": 8,
-    "model.width": 8,
-    "model.hidden": 8,
-    "model.heads": 2,
-    "train.epochs": 2,
-    "train.batch_size": 2,
     "continual.replay.rank": 2,
     "continual.replay.image_size": 8,
-    "report.pictures_per_object": 0,
 }
 
 
@@ -53,7 +46,7 @@ def add_object(root, name, seed, count=6):
 
 def run():
     config = small("1-1")
-    config.update_from_flattened_dict(SMALL)
+    config.update_from_flattened_dict(KEYS)
     return experiment.run(config, Path("run"))
 
 

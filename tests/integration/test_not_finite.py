@@ -14,17 +14,13 @@ from iumad_jax.data.prepared import records
 from iumad_jax.data.prepared.store import open_store
 from iumad_jax.errors import UserError
 from iumad_jax.runtime import snapshots
+from tests.integration.conftest import SMALL
 
-SMALL = {
+KEYS = SMALL | {
     "dataset.name": "folder",
     "modality": "rgb",
     "method": "uniad",
     "floors": "",
-    "input.size": 64,
-    "backbone.grid": 8,
-    "model.width": 8,
-    "model.hidden": 8,
-    "model.heads": 2,
     "train.epochs": 1,
     "train.batch_size": 4,
 }
@@ -46,7 +42,7 @@ def test_a_broken_image_stops_the_run_and_is_named(tmp_path):
             Image.fromarray(rng.integers(0, 256, (64, 64, 3)).astype(np.uint8)).save(folder / f"{number}.png")
     config, workdir = small("1-1"), tmp_path / "run"
     root = {"dataset.root": str(tmp_path / "objects"), "dataset.objects": "nut,bolt"}
-    config.update_from_flattened_dict(SMALL | root)
+    config.update_from_flattened_dict(KEYS | root)
 
     store = open_store(config, readers.open_reader(config), workdir)
     manifest = store.prepare("bolt", "train")

@@ -8,24 +8,18 @@ from PIL import Image
 from iumad_jax import Detector, experiment
 from iumad_jax.config import small
 from iumad_jax.runtime import snapshots
+from tests.integration.conftest import SMALL
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
-SMALL = {
+KEYS = SMALL | {
     "dataset.name": "folder",
     "dataset.root": "objects",
     "modality": "rgb",
-    "input.size": 64,
     "backbone.grid": 4,
-    "model.width": 8,
-    "model.hidden": 8,
-    "model.heads": 2,
-    "model.states": 2,
-    "train.epochs": 2,
     "train.batch_size": 4,
     "nearest_neighbours.patches_per_object": 40,
     "continual.replay.rank": 2,
     "continual.replay.image_size": 8,
-    "report.pictures_per_object": 0,
 }
 
 
@@ -53,7 +47,7 @@ def add_object(root, name, seed, training):
 
 def config(**changes):
     made = small("1-1")
-    made.update_from_flattened_dict(SMALL | changes)
+    made.update_from_flattened_dict(KEYS | changes)
     return made
 
 

@@ -1,7 +1,6 @@
 """The README's way to bring one's own objects, done in a new folder."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.integration.conftest import SMALL
+
 README = (Path(__file__).parents[2] / "README.md").read_text()
 COMMANDS = re.search(r"<!-- own objects commands -->\n```bash\n(.*?)\n```\n", README, re.DOTALL)[1]
-SMALL = {
+KEYS = SMALL | {
     "method": "feature_norm",
-    "input.size": 64,
     "backbone.grid": 4,
     "nearest_neighbours.patches_per_object": 20,
 }
@@ -52,12 +52,11 @@ def home(tmp_path_factory):
 
 def test_five_lines(home):
     """Bolts are learned first and never tested: their scores stay undefined, those of nuts do not."""
-    flags = "".join(f" --config.{key}={value}" for key, value in SMALL.items())
+    flags = "".join(f" --config.{key}={value}" for key, value in KEYS.items())
     done = subprocess.run(
         COMMANDS.replace("python", sys.executable) + flags + " --workdir=run",
         shell=True,
         cwd=home,
-        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
         capture_output=True,
         text=True,
     )
@@ -74,8 +73,7 @@ def test_five_lines(home):
 def test_evaluation_leaves_out_what_the_run_left_out(home):
     """An object without test images, which the run skips."""
     command = [sys.executable, "-m", "iumad_jax.evaluate", "--workdir=run", "--output=again"]
-    quick = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    done = subprocess.run(command, cwd=home, env=quick, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=home, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     of_run, again = (json.loads((home / folder / "results.json").read_text()) for folder in ("run", "again"))
     for metric, matrix in of_run["matrix"].items():

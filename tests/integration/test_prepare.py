@@ -13,10 +13,15 @@ from PIL import Image
 
 from iumad_jax import prepare
 from iumad_jax.data.candies import render
+from tests.integration.conftest import SMALL, as_flags
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections reads a config
 CONFIG = Path(__file__).parents[2] / "configs" / "eyecandies.py"
-KEYS = {"input.size": 64, "backbone.grid": 4, "dataset.objects": "GummyBear,Lollipop", "dataset.prepared": "prepared"}
+KEYS = SMALL | {
+    "backbone.grid": 4,
+    "dataset.objects": "GummyBear,Lollipop",
+    "dataset.prepared": "prepared",
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,7 +51,7 @@ def run(home, monkeypatch, capfd):
         monkeypatch.chdir(home)
         keys = KEYS | {key.replace("__", "."): value for key, value in changes.items()}
         config = f"--config={CONFIG}:1-1"
-        arguments = ["prepare", config, *flags, *(f"--config.{key}={value}" for key, value in keys.items())]
+        arguments = ["prepare", config, *flags, *as_flags(keys)]
         monkeypatch.setattr(sys, "argv", arguments)  # where config_flags look for the keys
         return prepare.main(arguments), *capfd.readouterr()
 

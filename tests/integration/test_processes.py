@@ -14,9 +14,10 @@ import pytest
 
 from iumad_jax.data.candies import render
 from iumad_jax.runtime.ledger import read
+from tests.integration.conftest import SMALL, as_flags
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.py"
-SMALL = {
+KEYS = SMALL | {
     "dataset.name": "eyecandies",
     "dataset.root": "candies",
     "dataset.objects": "CandyCane,GummyBear",
@@ -24,15 +25,9 @@ SMALL = {
     "method": "uniad",
     "floors": "",
     "modality": "rgb",
-    "input.size": 64,
-    "backbone.grid": 8,
-    "model.width": 8,
-    "model.hidden": 8,
-    "model.heads": 2,
     "model.dropout": 0.1,
     "train.epochs": 12,
     "train.batch_size": 3,  # over four devices
-    "report.pictures_per_object": 1,
     "snapshots.every_minutes": 0.0,
 }
 
@@ -41,21 +36,15 @@ SMALL = {
 def start(tmp_path_factory):
     """Starts the command with so many devices, as one of several processes if told so by further flags."""
     home = tmp_path_factory.mktemp("home")
-    render(home / "candies", train=7, val=1, test=4, size=64, objects=SMALL["dataset.objects"], progress=False)
-    quick = {  # compiled without optimisation, and once for all processes
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-    }
+    render(home / "candies", train=7, val=1, test=4, size=64, objects=KEYS["dataset.objects"], progress=False)
 
     def start(workdir, devices, *flags, home=home):
-        small = [f"--config.{key}={SMALL[key]}" for key in SMALL]
+        small = as_flags(KEYS)
         flags = [f"--config={QUICKSTART}:1-1", f"--workdir={workdir}", *small, *flags]
         return subprocess.Popen(
             [sys.executable, "-m", "iumad_jax.main", *flags],
             cwd=home,
-            env=os.environ | quick | {"JAX_NUM_CPU_DEVICES": str(devices)},
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -173,7 +162,7 @@ def test_processes_that_are_not_alike_do_not_train(start_two, tmp_path, unlike, 
 def test_processes_with_other_images_do_not_train(start_two, tmp_path):
     """Of the same names, as where each host has a disk of its own."""
     render(
-        tmp_path / "candies", train=7, val=1, test=4, size=64, objects=SMALL["dataset.objects"], progress=False, seed=1
+        tmp_path / "candies", train=7, val=1, test=4, size=64, objects=KEYS["dataset.objects"], progress=False, seed=1
     )
     for process in start_two(tmp_path / "run", home=tmp_path):
         code, _, err = ends(process)

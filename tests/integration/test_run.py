@@ -20,26 +20,21 @@ from PIL import Image
 
 from iumad_jax.data.candies import render
 from iumad_jax.runtime.ledger import read
+from tests.integration.conftest import SMALL
 
 OBJECTS = ("CandyCane", "GummyBear")
 METRICS = ("i_auroc", "p_auroc", "aupro", "p_auroc_object", "aupro_object")
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.py"
-SMALL = {
+KEYS = SMALL | {
     "dataset.name": "eyecandies",
     "dataset.root": "candies",
     "dataset.objects": ",".join(OBJECTS),
     "dataset.prepared": "prepared",
     "modality": "rgb",
-    "input.size": 64,
     "backbone.grid": 4,
     "model.width": 16,
     "model.hidden": 16,
-    "model.heads": 2,
-    "model.layers": 1,
-    "model.states": 2,
     "train.epochs": 6,
-    "train.batch_size": 2,
-    "report.pictures_per_object": 2,
     "snapshots.every_minutes": 0.0,
     "continual.strategy": "iuf",  # which has memory of every kind: within a step, and between steps
 }
@@ -54,22 +49,15 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def start(home, tmp_path_factory):
+def start(home):
     """Starts the command in a folder of its own, with the quickstart's config made small and then changed."""
-    quick = {  # compiled without optimisation, and once for all processes
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-    }
 
     def start(workdir, protocol="1-1", stderr=subprocess.PIPE, **changes):
-        keys = SMALL | changes
+        keys = KEYS | changes
         flags = [f"--config={QUICKSTART}:{protocol}", f"--workdir={workdir}"]
         return subprocess.Popen(
             [sys.executable, "-m", "iumad_jax.main", *flags, *(f"--config.{key}={keys[key]}" for key in keys)],
             cwd=home,
-            env=os.environ | quick,
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -20,24 +19,18 @@ from iumad_jax.data.readers.eyecandies import Eyecandies
 from iumad_jax.errors import UserError
 from iumad_jax.export import __main__ as export
 from iumad_jax.runtime import snapshots
+from tests.integration.conftest import SMALL, as_flags
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 LEARNED, NEVER = ("CandyCane", "GummyBear"), "Lollipop"
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.py"
-SMALL = {
+KEYS = SMALL | {
     "dataset.name": "eyecandies",
     "dataset.root": "candies",
     "dataset.objects": ",".join(LEARNED),
     "dataset.prepared": "prepared",
-    "input.size": 64,
     "backbone.grid": 4,
-    "model.width": 8,
     "model.hidden": 16,
-    "model.heads": 2,
-    "model.states": 2,
-    "train.epochs": 2,
-    "train.batch_size": 2,
-    "report.pictures_per_object": 0,
 }
 
 
@@ -46,7 +39,7 @@ def home(tmp_path_factory):
     """A folder with candies, and a workdir `run` that learned two of three objects."""
     home = tmp_path_factory.mktemp("home")
     render(home / "candies", train=8, val=3, test=4, size=64, objects=",".join([*LEARNED, NEVER]), progress=False)
-    flags = [f"--config.{key}={value}" for key, value in SMALL.items()]
+    flags = as_flags(KEYS)
     code, _, err = in_process(home, "main", f"--config={QUICKSTART}:1-1", "--workdir=run", *flags)
     assert code == 0, err
     return home
@@ -65,8 +58,7 @@ def reader(home):
 def in_process(home, name, *flags):
     """Runs a command as a process: exit code, standard output, standard error."""
     module = [sys.executable, "-m", f"iumad_jax.{name}"]
-    quick = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    done = subprocess.run([*module, *flags], cwd=home, env=quick, capture_output=True, text=True)
+    done = subprocess.run([*module, *flags], cwd=home, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 
 
