@@ -1,16 +1,19 @@
-"""From a JAX function of fixed shapes to an ONNX model: its jaxpr is translated primitive by primitive.
+"""From a JAX function of fixed shapes to an ONNX model: each primitive of its jaxpr has one rule, in `RULES`.
 
-What does not depend on the inputs is computed at once. Broadcasting is left to ONNX's own elementwise operators: a
-value may be smaller than its shape says along axes of 1, until an operator needs it whole.
+A rule takes (graph, equation, *inputs), adds nodes to the graph and returns the equation's outputs. What does not
+depend on the model's inputs is computed at once. Broadcasting is left to ONNX's own elementwise operators: a value may
+be smaller than its shape says along axes of 1, until an operator needs it whole.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import onnx
+from jax import lax
 from jax.extend import core
 from onnx import helper, numpy_helper
 
@@ -18,13 +21,15 @@ OPSET, IR_VERSION = 18, 10
 
 
 class Tensor(NamedTuple):
-    """A value that depends on the inputs."""
+    """A value that depends on the model's inputs."""
 
     name: str
     shape: tuple[int, ...]  # of the tensor; an axis of 1 may stand for one of any length
 
 
 Value = Tensor | np.ndarray
+Operand = Any  # of a node: the name of another one's output, a value, or whole numbers
+Rule = Callable[..., list[Value]]
 
 
 def convert(
@@ -42,16 +47,15 @@ def convert(
     """
     closed = jax.make_jaxpr(function)(*inputs.values())
     graph = _Graph(itertools.count(), [], {})
-    arguments = [Tensor(name, spec.shape) for name, spec in inputs.items()]
-    results = _translate(graph, closed.jaxpr, closed.consts, arguments)
-    for name, variable, value in zip(outputs, closed.jaxpr.outvars, results, strict=True):
-        graph.nodes.append(helper.make_node("Identity", [graph.whole(value, variable.aval.shape)], [name]))
+    results = _translate(graph, closed, [Tensor(name, spec.shape) for name, spec in inputs.items()])
+    for name, value, variable in zip(outputs, results, closed.jaxpr.outvars, strict=True):
+        graph.nodes.append(helper.make_node("Identity", [graph.name(graph.whole(value, variable))], [name]))
     model = helper.make_model(
         helper.make_graph(
             graph.nodes,
             "detector",
-            [_info(name, spec) for name, spec in inputs.items()],
-            [_info(name, variable.aval) for name, variable in zip(outputs, closed.jaxpr.outvars, strict=True)],
+            _infos(inputs, closed.jaxpr.invars),
+            _infos(outputs, closed.jaxpr.outvars),
             [numpy_helper.from_array(array, name) for name, array in graph.constants.items()],
         ),
         opset_imports=[helper.make_opsetid("", OPSET)],
@@ -69,73 +73,69 @@ class _Graph(NamedTuple):
     nodes: list[onnx.NodeProto]
     constants: dict[str, np.ndarray]
 
-    def add(self, operator: str, inputs: Sequence[str], **attributes: Any) -> str:
-        """A node with one output, and its name."""
-        return self.add_all(operator, inputs, 1, **attributes)[0]
+    def add(self, operator: str, *operands: Operand, **attributes: Any) -> str:
+        """Adds a node with one output, and returns its name."""
+        return self.add_all(operator, operands, 1, **attributes)[0]
 
-    def add_all(self, operator: str, inputs: Sequence[str], outputs: int, **attributes: Any) -> list[str]:
+    def add_all(self, operator: str, operands: Sequence[Operand], outputs: int, **attributes: Any) -> list[str]:
+        """Adds a node with so many outputs, and returns their names."""
         names = [f"{operator}_{next(self.numbers)}" for _ in range(outputs)]
-        self.nodes.append(helper.make_node(operator, inputs, names, **attributes))
+        self.nodes.append(helper.make_node(operator, [*map(self.name, operands)], names, **attributes))
         return names
 
-    def constant(self, array: Any) -> str:
+    def name(self, operand: Operand) -> str:
+        """Its name; a constant gets one."""
+        if isinstance(operand, str):
+            return operand
+        if isinstance(operand, Tensor):
+            return operand.name
         name = f"constant_{next(self.numbers)}"
-        self.constants[name] = np.ascontiguousarray(array).reshape(np.shape(array))
+        self.constants[name] = np.asarray(operand, None if hasattr(operand, "dtype") else np.int64)
         return name
 
-    def part(self, value: Value) -> str:
-        """The name of a value for an operator that broadcasts."""
-        small = _small(value)
-        return small.name if isinstance(small, Tensor) else self.constant(small)
-
-    def whole(self, value: Value, shape: Sequence[int]) -> str:
-        """The name of a value in its whole shape."""
-        if not isinstance(value, Tensor):
-            return self.constant(value)
-        if value.shape == tuple(shape):
-            return value.name
-        return self.add("Expand", [value.name, self.constant(np.array(shape, np.int64))])
+    def whole(self, value: Value, variable: Any) -> Value:
+        """A value in the whole shape of its variable."""
+        shape = variable.aval.shape
+        return value if value.shape == shape else Tensor(self.add("Expand", value, shape), shape)
 
 
-def _translate(graph: _Graph, jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Value]) -> list[Value]:
-    values: dict[Any, Value] = dict(zip(jaxpr.constvars, map(np.asarray, constants), strict=True))
-    values |= dict(zip(jaxpr.invars, arguments, strict=True))
+def _translate(graph: _Graph, closed: Any, arguments: Sequence[Value]) -> list[Value]:
+    """What a jaxpr returns, its equations translated by their rules."""
+    values: dict[Any, Value] = dict(zip(closed.jaxpr.constvars, map(np.asarray, closed.consts), strict=True))
+    values |= dict(zip(closed.jaxpr.invars, arguments, strict=True))
 
     def read(atom: Any) -> Value:
         return np.asarray(atom.val) if isinstance(atom, core.Literal) else values[atom]
 
-    for equation in jaxpr.eqns:
-        inputs, name = [read(atom) for atom in equation.invars], equation.primitive.name
-        found: list[Value]
-        if name == "custom_vjp_call" and _called(equation) in _FUNCTIONS:
-            names = [graph.whole(v, a.aval.shape) for v, a in zip(inputs, equation.invars, strict=True)]
-            result = _FUNCTIONS[_called(equation)](graph, equation, *names)
-            found = [Tensor(result, equation.outvars[0].aval.shape)]
-        elif inner := _inner(equation):
-            found = _translate(graph, inner.jaxpr, inner.consts, inputs)
-        elif name == "broadcast_in_dim":
-            found = [_broadcast(graph, equation, inputs[0])]
-        elif not any(isinstance(value, Tensor) for value in inputs):
-            computed = equation.primitive.bind(*inputs, **equation.params)
-            found = [np.asarray(array) for array in (computed if equation.primitive.multiple_results else [computed])]
-        elif name in _ELEMENTWISE:
-            result = _ELEMENTWISE[name](graph, equation, *map(graph.part, inputs))
-            found = [Tensor(result, np.broadcast_shapes(*(_small(value).shape for value in inputs)))]
-        elif name in _RULES:
-            names = [graph.whole(v, a.aval.shape) for v, a in zip(inputs, equation.invars, strict=True)]
-            result = _RULES[name](graph, equation, *names)
-            found = [
-                Tensor(one, variable.aval.shape)
-                for one, variable in zip([result] if isinstance(result, str) else result, equation.outvars, strict=True)
-            ]
-        elif name == "scan":
-            found = _scan(graph, equation, inputs)
-        elif name == "gather":
-            found = [_gather(graph, equation, *inputs)]
-        else:
-            raise NotImplementedError(f"the primitive {name} is not translated to ONNX: {equation}")
-        values |= dict(zip(equation.outvars, found, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+    for equation in closed.jaxpr.eqns:
+        rule = RULES.get(equation.primitive.name, _computed)
+        outputs = rule(graph, equation, *map(read, equation.invars))
+        values |= dict(zip(equation.outvars, outputs, strict=True))
+    return [read(atom) for atom in closed.jaxpr.outvars]
+
+
+def _dependent(inputs: Sequence[Value]) -> bool:
+    return any(isinstance(value, Tensor) for value in inputs)
+
+
+def _computed(graph: _Graph, equation: Any, *inputs: Value) -> list[Value]:
+    """The rule of what does not depend on the model's inputs."""
+    if _dependent(inputs):
+        raise NotImplementedError(f"the primitive {equation.primitive.name} is not translated to ONNX: {equation}")
+    return [np.asarray(array) for array in jax.tree.leaves(equation.primitive.bind(*inputs, **equation.params))]
+
+
+def _elementwise(operator: str | Callable[..., str]) -> Rule:
+    """The rule of what broadcasts: ONNX's operator, or a function (graph, equation, *inputs) -> output."""
+
+    def rule(graph: _Graph, equation: Any, *inputs: Value) -> list[Value]:
+        if not _dependent(inputs):
+            return _computed(graph, equation, *inputs)
+        inputs = tuple(map(_small, inputs))
+        name = graph.add(operator, *inputs) if isinstance(operator, str) else operator(graph, equation, *inputs)
+        return [Tensor(name, np.broadcast_shapes(*(value.shape for value in inputs)))]
+
+    return rule
 
 
 def _small(value: Value) -> Value:
@@ -145,271 +145,254 @@ def _small(value: Value) -> Value:
     return value[tuple(slice(None) if stride else slice(1) for stride in value.strides)]
 
 
-def _inner(equation: Any) -> Any:
-    """The jaxpr of a function that is called, with its constants; None for all else."""
-    if equation.primitive.name == "scan":
-        return None
-    for key in ("jaxpr", "call_jaxpr", "call"):
-        if isinstance(inner := equation.params.get(key), core.ClosedJaxpr):
-            return inner
-    return None
+def _whole(function: Callable[..., Operand | list[str]]) -> Rule:
+    """The rule of what takes whole inputs: a function (graph, equation, *inputs) -> output or list of outputs."""
+
+    def rule(graph: _Graph, equation: Any, *inputs: Value) -> list[Value]:
+        if not _dependent(inputs):
+            return _computed(graph, equation, *inputs)
+        found = function(graph, equation, *map(graph.whole, inputs, equation.invars))
+        outputs = zip(found if isinstance(found, list) else [found], equation.outvars, strict=True)
+        return [Tensor(graph.name(output), variable.aval.shape) for output, variable in outputs]
+
+    return rule
 
 
-def _called(equation: Any) -> str:
-    return equation.params["call_jaxpr"].jaxpr.debug_info.func_name
+def _custom_vjp_call(graph: _Graph, equation: Any, *inputs: Value) -> list[Value]:
+    called = equation.params["call_jaxpr"]
+    if called.jaxpr.debug_info.func_name == "depthwise_conv" and _dependent(inputs):  # it has its own operator
+        return _depthwise_conv(graph, equation, *inputs)
+    return _translate(graph, called, inputs)
 
 
-def _broadcast(graph: _Graph, equation: Any, value: Value) -> Value:
-    shape, places = equation.params["shape"], equation.params["broadcast_dimensions"]
-    sizes = [1] * len(shape)
-    for place, size in zip(places, value.shape, strict=True):
-        sizes[place] = size
-    if isinstance(value, np.ndarray):
-        return np.broadcast_to(value.reshape(sizes), shape)
-    return Tensor(_reshape(graph, value.name, sizes), tuple(sizes))
+@_whole
+def _depthwise_conv(graph: _Graph, equation: Any, x: Value, kernel: Value) -> str:
+    """`efficientnet.depthwise_conv`: its sum of shifted images is fast in XLA, but not in ONNX runtimes."""
+    (size, _, channels), body = kernel.shape, equation.params["call_jaxpr"].jaxpr
+    shifts = [e.params["strides"] for e in body.eqns if e.primitive.name == "slice" and e.invars[0] is body.invars[0]]
+    strides = shifts[0][-3:-1] if shifts[0] else (1, 1)
+    first = _transposed(graph, graph.add("Reshape", x, (-1, *x.shape[-3:])), (0, 3, 1, 2))
+    weights = graph.add("Reshape", _transposed(graph, kernel, (2, 0, 1)), (channels, 1, size, size))
+    y = graph.add("Conv", first, weights, strides=strides, group=channels)
+    return _as_result(graph, equation, _transposed(graph, y, (0, 2, 3, 1)))
 
 
-def _gather(graph: _Graph, equation: Any, value: Value, indices: Value) -> Value:
+def _broadcast_in_dim(graph: _Graph, equation: Any, value: Value) -> list[Value]:
+    sizes = dict(zip(equation.params["broadcast_dimensions"], value.shape, strict=True))
+    small = tuple(sizes.get(axis, 1) for axis in range(len(equation.params["shape"])))
+    if isinstance(value, Tensor):
+        return [Tensor(graph.add("Reshape", value, small), small)]
+    return [np.broadcast_to(value.reshape(small), equation.params["shape"])]
+
+
+@_whole
+def _gather(graph: _Graph, equation: Any, x: Value, indices: Value) -> str:
     """What `jnp.take` along one axis does, at fixed places."""
-    numbers, shape = equation.params["dimension_numbers"], equation.invars[0].aval.shape
-    if not isinstance(indices, np.ndarray) or len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
-        raise NotImplementedError(f"only a take at fixed places is translated to ONNX: {equation}")
-    (axis,) = numbers.start_index_map
-    places = indices[..., 0].astype(np.int64)
-    sizes = tuple(1 if i == axis else size for i, size in enumerate(shape))
-    result = (*shape[:axis], *places.shape, *shape[axis + 1 :])
-    rest = tuple(i for i in range(len(result)) if not axis <= i < axis + places.ndim)
-    taken = numbers.collapsed_slice_dims == (axis,) and numbers.offset_dims == rest
-    if equation.params["slice_sizes"] != sizes or not taken or places.min() < 0 or places.max() >= shape[axis]:
-        raise NotImplementedError(f"only a take at fixed places is translated to ONNX: {equation}")
-    name = graph.add("Gather", [graph.whole(value, shape), graph.constant(places)], axis=axis)
-    return Tensor(name, result)
+    numbers = equation.params["dimension_numbers"]
+    if isinstance(indices, np.ndarray) and len(numbers.start_index_map) == 1:
+        (axis,) = numbers.start_index_map
+        places = indices[..., 0].astype(np.int64)
+        sizes = tuple(1 if i == axis else size for i, size in enumerate(x.shape))
+        rest = [i for i in range(len(x.shape) - 1 + places.ndim) if not axis <= i < axis + places.ndim]
+        take = lax.GatherDimensionNumbers(tuple(rest), collapsed_slice_dims=(axis,), start_index_map=(axis,))
+        inside = places.min() >= 0 and places.max() < x.shape[axis]
+        if (numbers, equation.params["slice_sizes"]) == (take, sizes) and inside:
+            return graph.add("Gather", x, places, axis=axis)
+    raise NotImplementedError(f"only a take at fixed places is translated to ONNX: {equation}")
 
 
-def _scan(graph: _Graph, equation: Any, inputs: list[Value]) -> list[Value]:
+@_whole
+def _scan(graph: _Graph, equation: Any, *inputs: Value) -> list[str]:
     params, body = equation.params, equation.params["jaxpr"]
     if "ft_in" in params:  # JAX 0.11 and newer
-        fixed, carried, _ = (len(list(part)) for part in params["ft_in"].unpack())
+        fixed, carried, scanned = (len(list(part)) for part in params["ft_in"].unpack())
     else:
         fixed, carried = params["num_consts"], params["num_carry"]
-    outside = zip(inputs[fixed:], equation.invars[fixed:], strict=True)
-    names = [graph.whole(value, variable.aval.shape) for value, variable in outside]
-    inside = graph._replace(nodes=[])
-    variables = body.jaxpr.invars[fixed:]
-    arguments = [Tensor(f"step_{next(graph.numbers)}", variable.aval.shape) for variable in variables]
-    results = _translate(inside, body.jaxpr, body.consts, [*inputs[:fixed], *arguments])
-    infos = []
-    for variable, value in zip(body.jaxpr.outvars, results, strict=True):
-        name = inside.add("Identity", [inside.whole(value, variable.aval.shape)])
-        infos.append(_info(name, variable.aval))
-    starts = [_info(one.name, variable.aval) for one, variable in zip(arguments, variables, strict=True)]
-    step = helper.make_graph(inside.nodes, f"step_{next(graph.numbers)}", starts, infos)
-    scanned, collected = len(names) - carried, len(results) - carried
+        scanned = len(inputs) - fixed - carried
     if not scanned:
         raise NotImplementedError(f"a loop over nothing is not translated to ONNX: {equation}")
-    found = graph.add_all(
+    moving, returned = body.jaxpr.invars[fixed:], body.jaxpr.outvars
+    arguments = [Tensor(f"step_{next(graph.numbers)}", variable.aval.shape) for variable in moving]
+    inside = graph._replace(nodes=[])
+    results = map(inside.whole, _translate(inside, body, [*inputs[:fixed], *arguments]), returned)
+    names = [inside.add("Identity", value) for value in results]
+    starts, ends = _infos([argument.name for argument in arguments], moving), _infos(names, returned)
+    return graph.add_all(
         "Scan",
-        names,
-        len(results),
-        body=step,
+        inputs[fixed:],
+        len(names),
+        body=helper.make_graph(inside.nodes, f"step_{next(graph.numbers)}", starts, ends),
         num_scan_inputs=scanned,
         scan_input_directions=[int(params["reverse"])] * scanned,
-        scan_output_directions=[int(params["reverse"])] * collected,
+        scan_output_directions=[int(params["reverse"])] * (len(names) - carried),
     )
-    return [Tensor(name, variable.aval.shape) for name, variable in zip(found, equation.outvars, strict=True)]
 
 
-def _info(name: str, of: Any) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, _type(of.dtype), of.shape)
-
-
-def _type(dtype: Any) -> int:
-    return helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-
-
-def _reshape(graph: _Graph, x: str, shape: Sequence[int]) -> str:
-    return graph.add("Reshape", [x, graph.constant(np.array(shape, np.int64))])
-
-
-def _to_shape_of_result(graph: _Graph, equation: Any, x: str) -> str:
-    return _reshape(graph, x, equation.outvars[0].aval.shape)
-
-
-def _transpose(graph: _Graph, x: str, order: Sequence[int]) -> str:
-    return x if list(order) == sorted(order) else graph.add("Transpose", [x], perm=list(order))
-
-
-def _dot_general(graph: _Graph, equation: Any, left: str, right: str) -> str:
+@_whole
+def _dot_general(graph: _Graph, equation: Any, left: Value, right: Value) -> str:
     """A matrix product of (batch, free, contracted) and (batch, contracted, free)."""
-    (contracted, batch), shapes = equation.params["dimension_numbers"], [v.aval.shape for v in equation.invars]
+    contracted, batch = equation.params["dimension_numbers"]
     free = [
-        [i for i in range(len(shape)) if i not in (*c, *b)]
-        for shape, c, b in zip(shapes, contracted, batch, strict=True)
+        [i for i in range(len(x.shape)) if i not in (*contracted[side], *batch[side])]
+        for side, x in enumerate((left, right))
     ]
-    a, _ = shapes
-    inner = int(np.prod([a[i] for i in contracted[0]]))
-    outer = [a[i] for i in batch[0]]
-    rows, columns = (int(np.prod([shape[i] for i in own])) for shape, own in zip(shapes, free, strict=True))
-    left = _reshape(graph, _transpose(graph, left, [*batch[0], *free[0], *contracted[0]]), [*outer, rows, inner])
-    right = _reshape(graph, _transpose(graph, right, [*batch[1], *contracted[1], *free[1]]), [*outer, inner, columns])
-    return _to_shape_of_result(graph, equation, graph.add("MatMul", [left, right]))
+    outer, inner = [left.shape[i] for i in batch[0]], math.prod(left.shape[i] for i in contracted[0])
+    rows = _transposed(graph, left, [*batch[0], *free[0], *contracted[0]])
+    columns = _transposed(graph, right, [*batch[1], *contracted[1], *free[1]])
+    factors = graph.add("Reshape", rows, [*outer, -1, inner]), graph.add("Reshape", columns, [*outer, inner, -1])
+    return _as_result(graph, equation, graph.add("MatMul", *factors))
 
 
-def _convolution(graph: _Graph, equation: Any, x: str, kernel: str) -> str:
+@_whole
+def _conv_general_dilated(graph: _Graph, equation: Any, x: Value, kernel: Value) -> str:
     params, numbers = equation.params, equation.params["dimension_numbers"]
     if set(params["lhs_dilation"]) != {1} or params["batch_group_count"] != 1:
         raise NotImplementedError(f"a transposed convolution is not translated to ONNX: {equation}")
     y = graph.add(
         "Conv",
-        [_transpose(graph, x, numbers.lhs_spec), _transpose(graph, kernel, numbers.rhs_spec)],
-        strides=list(params["window_strides"]),
+        _transposed(graph, x, numbers.lhs_spec),
+        _transposed(graph, kernel, numbers.rhs_spec),
+        strides=params["window_strides"],
         pads=[low for low, _ in params["padding"]] + [high for _, high in params["padding"]],
-        dilations=list(params["rhs_dilation"]),
+        dilations=params["rhs_dilation"],
         group=params["feature_group_count"],
     )
-    return _transpose(graph, y, np.argsort(numbers.out_spec).tolist())
+    return _transposed(graph, y, np.argsort(numbers.out_spec).tolist())
 
 
-def _depthwise(graph: _Graph, equation: Any, x: str, kernel: str) -> str:
-    """`efficientnet.depthwise_conv`: its sum of shifted images is fast in XLA, but not in ONNX runtimes."""
-    (*_, height, width, channels), (size, *_) = (variable.aval.shape for variable in equation.invars)
-    body = equation.params["call_jaxpr"].jaxpr
-    shifts = [e.params["strides"] for e in body.eqns if e.primitive.name == "slice" and e.invars[0] is body.invars[0]]
-    strides = shifts[0][-3:-1] if shifts[0] else (1, 1)
-    first = _transpose(graph, _reshape(graph, x, [-1, height, width, channels]), (0, 3, 1, 2))
-    weights = _reshape(graph, _transpose(graph, kernel, (2, 0, 1)), [channels, 1, size, size])
-    y = graph.add("Conv", [first, weights], strides=list(strides), group=channels)
-    return _to_shape_of_result(graph, equation, _transpose(graph, y, (0, 2, 3, 1)))
-
-
-def _window_sum(graph: _Graph, equation: Any, x: str) -> str:
+@_whole
+def _reduce_window_sum(graph: _Graph, equation: Any, x: Value) -> str:
     """Over rows and columns of (b, h, w, c)."""
     params = equation.params
     window, strides = params["window_dimensions"], params["window_strides"]
     plain = not np.any(params["padding"]) and {*params["base_dilation"], *params["window_dilation"]} == {1}
     if len(window) != 4 or not plain or (window[0], window[3], strides[0], strides[3]) != (1, 1, 1, 1):
         raise NotImplementedError(f"only a window over rows and columns is translated to ONNX: {equation}")
-    first = _transpose(graph, x, (0, 3, 1, 2))
-    mean = graph.add("AveragePool", [first], kernel_shape=list(window[1:3]), strides=list(strides[1:3]))
-    total = graph.add("Mul", [mean, graph.constant(np.float32(window[1] * window[2]))])
-    return _transpose(graph, total, (0, 2, 3, 1))
+    first = _transposed(graph, x, (0, 3, 1, 2))
+    mean = graph.add("AveragePool", first, kernel_shape=window[1:3], strides=strides[1:3])
+    return _transposed(graph, graph.add("Mul", mean, np.float32(window[1] * window[2])), (0, 2, 3, 1))
 
 
-def _slice(graph: _Graph, equation: Any, x: str) -> str:
-    params = equation.params
-    starts, ends = params["start_indices"], params["limit_indices"]
-    steps = params["strides"] or [1] * len(starts)
-    shape = equation.invars[0].aval.shape
-    axes = [i for i, n in enumerate(shape) if (starts[i], ends[i], steps[i]) != (0, n, 1)]
-    if not axes:
-        return x
-    bounds = ([own[i] for i in axes] for own in (starts, ends, range(len(shape)), steps))
-    return graph.add("Slice", [x, *(graph.constant(np.array(bound, np.int64)) for bound in bounds)])
+@_whole
+def _slice(graph: _Graph, equation: Any, x: Value) -> Operand:
+    starts, ends, steps = (equation.params[name] for name in ("start_indices", "limit_indices", "strides"))
+    steps = steps or [1] * len(starts)
+    axes = [i for i, n in enumerate(x.shape) if (starts[i], ends[i], steps[i]) != (0, n, 1)]
+    bounds = [[own[i] for i in axes] for own in (starts, ends, range(len(starts)), steps)]
+    return graph.add("Slice", x, *bounds) if axes else x
 
 
-def _pad(graph: _Graph, equation: Any, x: str, value: str) -> str:
+@_whole
+def _pad(graph: _Graph, equation: Any, x: Value, value: Value) -> str:
     config = equation.params["padding_config"]
     if any(inner or low < 0 or high < 0 for low, high, inner in config):
         raise NotImplementedError(f"padding within or below nothing is not translated to ONNX: {equation}")
-    pads = [low for low, _, _ in config] + [high for _, high, _ in config]
-    return graph.add("Pad", [x, graph.constant(np.array(pads, np.int64)), value])
+    return graph.add("Pad", x, [low for low, _, _ in config] + [high for _, high, _ in config], value)
 
 
-def _reduce(operator: str) -> Callable[..., str]:
-    def rule(graph: _Graph, equation: Any, x: str) -> str:
-        axes = graph.constant(np.array(equation.params["axes"], np.int64))
-        return graph.add(operator, [x, axes], keepdims=0)
-
-    return rule
+def _reduce(operator: str) -> Rule:
+    return _whole(lambda graph, equation, x: graph.add(operator, x, equation.params["axes"], keepdims=0))
 
 
-def _extreme(operator: str) -> Callable[..., str]:
-    def rule(graph: _Graph, equation: Any, x: str) -> str:
-        (axis,) = equation.params["axes"]
-        found = graph.add(operator, [x], axis=axis, keepdims=0)
-        return graph.add("Cast", [found], to=_type(equation.params["index_dtype"]))
+def _extreme(operator: str) -> Rule:
+    @_whole
+    def rule(graph: _Graph, equation: Any, x: Value) -> str:
+        place = graph.add(operator, x, axis=equation.params["axes"][0], keepdims=0)
+        return graph.add("Cast", place, to=_type(equation.params["index_dtype"]))
 
     return rule
 
 
-def _split(graph: _Graph, equation: Any, x: str) -> list[str]:
-    sizes = equation.params["sizes"]
-    return graph.add_all(
-        "Split", [x, graph.constant(np.array(sizes, np.int64))], len(sizes), axis=equation.params["axis"]
-    )
-
-
-def _stack(graph: _Graph, equation: Any, *parts: str) -> str:
+@_whole
+def _stack(graph: _Graph, equation: Any, *parts: Value) -> str:
     axis = equation.params["axis"]
-    where = graph.constant(np.array([axis], np.int64))
-    return graph.add("Concat", [graph.add("Unsqueeze", [part, where]) for part in parts], axis=axis)
+    return graph.add("Concat", *(graph.add("Unsqueeze", part, [axis]) for part in parts), axis=axis)
 
 
-def _plain(operator: str) -> Callable[..., str]:
-    return lambda graph, equation, *inputs: graph.add(operator, inputs)
+def _transposed(graph: _Graph, x: Operand, order: Sequence[int]) -> Operand:
+    return x if list(order) == sorted(order) else graph.add("Transpose", x, perm=order)
 
 
-def _one(graph: _Graph) -> str:
-    return graph.constant(np.float32(1))
+def _as_result(graph: _Graph, equation: Any, x: Operand) -> str:
+    return graph.add("Reshape", x, equation.outvars[0].aval.shape)
 
 
-_FUNCTIONS = {"depthwise_conv": _depthwise}  # what has an operator of its own, by the function's name
-_ELEMENTWISE: dict[str, Callable[..., str]] = {
-    "abs": _plain("Abs"),
-    "add": _plain("Add"),
-    "and": _plain("And"),
-    "ceil": _plain("Ceil"),
-    "clamp": lambda g, e, low, x, high: g.add("Min", [g.add("Max", [x, low]), high]),
-    "convert_element_type": lambda g, e, x: g.add("Cast", [x], to=_type(e.params["new_dtype"])),
-    "copy": _plain("Identity"),
-    "div": _plain("Div"),
-    "eq": _plain("Equal"),
-    "erf": _plain("Erf"),
-    "exp": _plain("Exp"),
-    "expm1": lambda g, e, x: g.add("Sub", [g.add("Exp", [x]), _one(g)]),
-    "floor": _plain("Floor"),
-    "ge": _plain("GreaterOrEqual"),
-    "gt": _plain("Greater"),
-    "integer_pow": lambda g, e, x: g.add("Pow", [x, g.constant(np.float32(e.params["y"]))]),
-    "le": _plain("LessOrEqual"),
-    "log": _plain("Log"),
-    "log1p": lambda g, e, x: g.add("Log", [g.add("Add", [x, _one(g)])]),
-    "logistic": _plain("Sigmoid"),
-    "lt": _plain("Less"),
-    "max": _plain("Max"),
-    "min": _plain("Min"),
-    "mul": _plain("Mul"),
-    "ne": lambda g, e, x, y: g.add("Not", [g.add("Equal", [x, y])]),
-    "neg": _plain("Neg"),
-    "not": _plain("Not"),
-    "or": _plain("Or"),
-    "pow": _plain("Pow"),
-    "rsqrt": lambda g, e, x: g.add("Reciprocal", [g.add("Sqrt", [x])]),
-    "select_n": lambda g, e, which, no, yes: g.add("Where", [which, yes, no]),
-    "sign": _plain("Sign"),
-    "sqrt": _plain("Sqrt"),
-    "square": lambda g, e, x: g.add("Mul", [x, x]),
-    "stop_gradient": _plain("Identity"),
-    "sub": _plain("Sub"),
-    "tanh": _plain("Tanh"),
-}
-_RULES: dict[str, Callable[..., Any]] = {
+def _infos(names: Iterable[str], variables: Sequence[Any]) -> list[onnx.ValueInfoProto]:
+    return [
+        helper.make_tensor_value_info(name, _type(variable.aval.dtype), variable.aval.shape)
+        for name, variable in zip(names, variables, strict=True)
+    ]
+
+
+def _type(dtype: Any) -> int:
+    return helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+
+
+def _same(graph: _Graph, equation: Any, *inputs: Value) -> list[Value]:
+    return list(inputs)
+
+
+ONE = np.float32(1)
+RULES: dict[str, Rule] = {
+    "abs": _elementwise("Abs"),
+    "add": _elementwise("Add"),
+    "and": _elementwise("And"),
     "argmax": _extreme("ArgMax"),
     "argmin": _extreme("ArgMin"),
-    "concatenate": lambda g, e, *parts: g.add("Concat", parts, axis=e.params["dimension"]),
-    "conv_general_dilated": _convolution,
+    "broadcast_in_dim": _broadcast_in_dim,
+    "ceil": _elementwise("Ceil"),
+    "clamp": _elementwise(lambda g, e, low, x, high: g.add("Min", g.add("Max", x, low), high)),
+    "concatenate": _whole(lambda g, e, *parts: g.add("Concat", *parts, axis=e.params["dimension"])),
+    "conv_general_dilated": _conv_general_dilated,
+    "convert_element_type": _elementwise(lambda g, e, x: g.add("Cast", x, to=_type(e.params["new_dtype"]))),
+    "copy": _same,
+    "custom_jvp_call": lambda g, e, *inputs: _translate(g, e.params["call_jaxpr"], inputs),
+    "custom_vjp_call": _custom_vjp_call,
+    "div": _elementwise("Div"),
     "dot_general": _dot_general,
-    "expand_dims": _to_shape_of_result,
-    "optimization_barrier": lambda g, e, *inputs: list(inputs),
+    "eq": _elementwise("Equal"),
+    "erf": _elementwise("Erf"),
+    "erfc": _elementwise(lambda g, e, x: g.add("Sub", ONE, g.add("Erf", x))),
+    "exp": _elementwise("Exp"),
+    "expm1": _elementwise(lambda g, e, x: g.add("Sub", g.add("Exp", x), ONE)),
+    "floor": _elementwise("Floor"),
+    "gather": _gather,
+    "ge": _elementwise("GreaterOrEqual"),
+    "gt": _elementwise("Greater"),
+    "integer_pow": _elementwise(lambda g, e, x: g.add("Pow", x, np.float32(e.params["y"]))),
+    "jit": lambda g, e, *inputs: _translate(g, e.params["jaxpr"], inputs),
+    "le": _elementwise("LessOrEqual"),
+    "log": _elementwise("Log"),
+    "log1p": _elementwise(lambda g, e, x: g.add("Log", g.add("Add", x, ONE))),
+    "logistic": _elementwise("Sigmoid"),
+    "lt": _elementwise("Less"),
+    "max": _elementwise("Max"),
+    "min": _elementwise("Min"),
+    "mul": _elementwise("Mul"),
+    "ne": _elementwise(lambda g, e, x, y: g.add("Not", g.add("Equal", x, y))),
+    "neg": _elementwise("Neg"),
+    "not": _elementwise("Not"),
+    "optimization_barrier": _same,
+    "or": _elementwise("Or"),
     "pad": _pad,
+    "pow": _elementwise("Pow"),
     "reduce_max": _reduce("ReduceMax"),
     "reduce_min": _reduce("ReduceMin"),
     "reduce_sum": _reduce("ReduceSum"),
-    "reduce_window_sum": _window_sum,
-    "reshape": _to_shape_of_result,
+    "reduce_window_sum": _reduce_window_sum,
+    "reshape": _whole(_as_result),
+    "rsqrt": _elementwise(lambda g, e, x: g.add("Reciprocal", g.add("Sqrt", x))),
+    "scan": _scan,
+    "select_n": _elementwise(lambda g, e, which, no, yes: g.add("Where", which, yes, no)),
+    "sign": _elementwise("Sign"),
     "slice": _slice,
-    "split": _split,
+    "split": _whole(lambda g, e, x: g.add_all("Split", [x, s := e.params["sizes"]], len(s), axis=e.params["axis"])),
+    "sqrt": _elementwise("Sqrt"),
+    "square": _elementwise(lambda g, e, x: g.add("Mul", x, x)),
+    "squeeze": _whole(_as_result),
     "stack": _stack,
-    "squeeze": _to_shape_of_result,
-    "transpose": lambda g, e, x: _transpose(g, x, e.params["permutation"]),
+    "stop_gradient": _same,
+    "sub": _elementwise("Sub"),
+    "tanh": _elementwise("Tanh"),
+    "transpose": _whole(lambda g, e, x: _transposed(g, x, e.params["permutation"])),
 }

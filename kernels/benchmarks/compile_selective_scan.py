@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from iumad_kernels.selective_scan import pallas_mosaic
+from iumad_kernels.selective_scan.arguments import Options, grouped
 from iumad_kernels.selective_scan.tiling import Tiling
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -59,8 +60,7 @@ def compile_gradient(shape: tuple[int, ...], dtype: jnp.dtype) -> None:
     args |= {"D": parameter, "z": sequence, "delta_bias": parameter}
 
     def results(args: dict[str, jax.Array], dy: jax.Array) -> tuple:
-        options = {"delta_softplus": True, "reverse": False}
-        y, vjp = jax.vjp(lambda args: pallas_mosaic.selective_scan(**args, **options)[0], args)
+        y, vjp = jax.vjp(lambda args: pallas_mosaic.selective_scan(*grouped(args), Options())[0], args)
         return y, vjp(dy)
 
     compiled = jax.jit(results).trace(args, sequence).lower(lowering_platforms=("cuda",)).compile()

@@ -36,7 +36,9 @@ def scanned(x, reverse=False):
 
 FUNCTIONS = {
     "arithmetic": lambda x: (x + 1) * x / (jnp.abs(x) + 2) - x**3 + jnp.square(x),
-    "functions": lambda x: jnp.exp(-x) + jnp.log1p(jnp.exp(x)) + jnp.expm1(x) + jnp.tanh(x) + lax.erf(x),
+    "functions": lambda x: (
+        jnp.exp(-x) + jnp.log1p(jnp.exp(x)) + jnp.expm1(x) + jnp.tanh(x) + lax.erf(x) - lax.erfc(2 * x)
+    ),
     "roots": lambda x: (
         lax.rsqrt(jnp.abs(x) + 1) + jnp.sqrt(jnp.abs(x)) + jnp.log(jnp.abs(x) + 1) + x**2.5 * 0 + jnp.sign(x)
     ),

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from iumad_kernels.selective_scan import pallas_mosaic
+from iumad_kernels.selective_scan import arguments, pallas_mosaic
 from iumad_kernels.selective_scan.tiling import Tiling
 
 from kernels.benchmarks import baselines, machine, selective_scan
@@ -70,7 +70,7 @@ def in_segments(number: int, **args: Any) -> jax.Array:
     batch, length, channels = args["x"].shape
     tiling = Tiling(length, channels, *args["B"].shape[2:])
     with _as_if(processors=number * batch * tiling.groups * tiling.blocks_of_group):
-        return pallas_mosaic.selective_scan(**args, delta_softplus=True, reverse=False)[0]
+        return pallas_mosaic.selective_scan(*arguments.grouped(args), arguments.Options())[0]
 
 
 @contextmanager

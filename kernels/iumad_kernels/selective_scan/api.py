@@ -10,8 +10,9 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from iumad_kernels.selective_scan import pallas_mosaic, reference, xla
+from iumad_kernels.selective_scan.arguments import Options, Parameters, Sequences, grouped
 
-IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
+IMPLEMENTATIONS: dict[str, Callable[[Sequences, Parameters, Options], tuple[Array, Array]]] = {
     "mosaic": pallas_mosaic.selective_scan,
     "reference": reference.selective_scan,
     "xla": xla.selective_scan,
@@ -92,13 +93,13 @@ def selective_scan(
         raise ValueError(f'implementation "mosaic" cannot run: {obstacle}')
     if arrays["x"].size == 0:
         implementation = "reference"
-    y, final_state = _scan(arrays, implementation, delta_softplus, reverse)
+    y, final_state = _scan(*grouped(arrays), Options(delta_softplus, reverse), implementation)
     return (y, final_state) if return_final_state else y
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _scan(arrays: dict[str, Array], implementation: str, delta_softplus: bool, reverse: bool) -> tuple[Array, Array]:
-    return IMPLEMENTATIONS[implementation](**arrays, delta_softplus=delta_softplus, reverse=reverse)
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _scan(sequences: Sequences, parameters: Parameters, options: Options, implementation: str) -> tuple[Array, Array]:
+    return IMPLEMENTATIONS[implementation](sequences, parameters, options)
 
 
 def _check(arrays: dict[str, Array]) -> None:

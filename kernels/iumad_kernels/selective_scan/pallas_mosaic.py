@@ -8,6 +8,7 @@ warp: gradients of B and C leave the kernel as one partial sum per warp and are 
 are needed and results are the same every time.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from iumad_kernels.selective_scan import reference
+from iumad_kernels.selective_scan.arguments import Options, Parameters, Sequences
 from iumad_kernels.selective_scan.rules import differentiable
 from iumad_kernels.selective_scan.segments import in_segments
 from iumad_kernels.selective_scan.softplus import softplus
@@ -46,28 +48,13 @@ def obstacle(dtype: Any, states: int) -> str | None:
     return None
 
 
-def selective_scan(
-    x: Array,
-    delta: Array,
-    A: Array,
-    B: Array,
-    C: Array,
-    D: Array | None = None,
-    z: Array | None = None,
-    delta_bias: Array | None = None,
-    initial_state: Array | None = None,
-    *,
-    delta_softplus: bool,
-    reverse: bool,
-) -> tuple[Array, Array]:
-    """See `iumad_kernels.selective_scan`; B and C are (batch, length, groups, states)."""
-    options: dict[str, Any] = {"delta_softplus": delta_softplus, "reverse": reverse}
+def selective_scan(sequences: Sequences, parameters: Parameters, options: Options) -> tuple[Array, Array]:
+    """See `iumad_kernels.selective_scan`."""
     scan = differentiable(
-        *in_segments(_forward, _backward, _segments, **options),
-        lambda sequences, parameters: reference.selective_scan(**sequences, **parameters, **options),
+        *in_segments(_forward, _backward, _segments, options),
+        functools.partial(reference.selective_scan, options=options),
     )
-    sequences = {"x": x, "delta": delta, "B": B, "C": C, "z": z, "initial_state": initial_state}
-    return scan(sequences, {"A": A, "D": D, "delta_bias": delta_bias})
+    return scan(sequences, parameters)
 
 
 def _segments(x: Array, B: Array) -> int:
@@ -157,23 +144,23 @@ def _run(
 
 
 def _forward(
-    sequences: dict, parameters: dict, *, differentiated: bool, delta_softplus: bool, reverse: bool
+    sequences: Sequences, parameters: Parameters, *, options: Options, differentiated: bool
 ) -> tuple[tuple, dict]:
-    x, B, z, h = (sequences[name] for name in ("x", "B", "z", "initial_state"))
+    x, delta, B, C, z, h = sequences
     batch, length, channels = x.shape
     tiling = Tiling(length, channels, *B.shape[2:])
     layouts = Layouts(tiling, channels_of_thread=1)
     tiles = tiling.tiles
     inputs: dict[str, Any] = {
         "x": tiling.of_sequence(x),
-        "delta": tiling.of_sequence(sequences["delta"]),
+        "delta": tiling.of_sequence(delta),
         "B": tiling.of_projection(B),
-        "C": tiling.of_projection(sequences["C"]),
+        "C": tiling.of_projection(C),
         "z": None if z is None else tiling.of_sequence(z),
-        "A": tiling.of_state(parameters["A"]) * LOG2_E,
+        "A": tiling.of_state(parameters.A) * LOG2_E,
         "h": None if h is None else tiling.of_state(h),
-        "D": _of_parameter(tiling, parameters["D"]),
-        "bias": _of_parameter(tiling, parameters["delta_bias"]),
+        "D": _of_parameter(tiling, parameters.D),
+        "bias": _of_parameter(tiling, parameters.delta_bias),
     }
     blocks = inputs["x"].shape[2]
     sequence = jax.ShapeDtypeStruct(inputs["x"].shape, jnp.float32)
@@ -191,17 +178,17 @@ def _forward(
 
         def tile(index: tuple[Array], x_s: Any, delta_s: Any, B_s: Any, C_s: Any, *rest: Any) -> Array:
             *z_s, h = rest
-            first = _in_order(index[0], tiles, reverse) * TILE
+            first = _in_order(index[0], tiles, options.reverse) * TILE
             if differentiated:
-                made["starts"][_start(index[0], b, j, tiles, blocks, reverse)] = h
+                made["starts"][_start(index[0], b, j, tiles, blocks, options.reverse)] = h
 
             def position(t: Array, h: Array) -> Array:
-                t = _in_order(t, TILE, reverse)
+                t = _in_order(t, TILE, options.reverse)
                 at = b, first + t, j
                 x, d = layouts.row(x_s[t]), layouts.row(delta_s[t])
                 if bias is not None:
                     d += bias
-                if delta_softplus:
+                if options.delta_softplus:
                     d = softplus(d)
                 if tiles * TILE > length:
                     d *= (first + t < length).astype(jnp.float32)  # a step of size 0 changes nothing
@@ -237,7 +224,7 @@ def _forward(
         made["h"][b, j] = plgpu.emit_pipeline(
             tile,
             grid=(tiles,),
-            in_specs=[_tiles_of(ref, tiles, reverse) for ref in moving],
+            in_specs=[_tiles_of(ref, tiles, options.reverse) for ref in moving],
             max_concurrent_steps=2,
             init_carry=h,
         )(*moving)
@@ -248,29 +235,29 @@ def _forward(
 
 
 def _backward(
-    sequences: dict, parameters: dict, residuals: dict, cotangents: tuple, *, delta_softplus: bool, reverse: bool
-) -> tuple[dict, dict]:
-    x, B, z = (sequences[name] for name in ("x", "B", "z"))
+    sequences: Sequences, parameters: Parameters, residuals: dict, cotangents: tuple, *, options: Options
+) -> tuple[Sequences, Parameters]:
+    x, _, B, C, z, h = sequences
     batch, length, channels = x.shape
     tiling = Tiling(length, channels, *B.shape[2:])
     layouts = Layouts(tiling, channels_of_thread=tiling.width // 8)
     tiles = tiling.tiles
     dy, dh = cotangents
-    of_sequences, of_parameters = dict.fromkeys(sequences), dict.fromkeys(parameters)
+    dz = None
     if z is not None:
         gate, gate_backward = jax.vjp(jax.nn.silu, z.astype(jnp.float32))
-        of_sequences["z"] = gate_backward(dy.astype(jnp.float32) * tiling.to_sequence(residuals["scanned"]))[0]
+        (dz,) = gate_backward(dy.astype(jnp.float32) * tiling.to_sequence(residuals["scanned"]))
         dy = dy.astype(jnp.float32) * gate
     inputs: dict[str, Any] = {
         "x": tiling.of_sequence(x),
         "d": residuals["d"],
         "dy": tiling.of_sequence(dy),
         "B": tiling.of_projection(B),
-        "C": tiling.of_projection(sequences["C"]),
+        "C": tiling.of_projection(C),
         "starts": residuals["starts"],
-        "A": tiling.of_state(parameters["A"]),
+        "A": tiling.of_state(parameters.A),
         "h": tiling.of_state(dh),
-        "D": _of_parameter(tiling, parameters["D"]),
+        "D": _of_parameter(tiling, parameters.D),
     }
     blocks = inputs["x"].shape[2]
     sequence = jax.ShapeDtypeStruct(inputs["x"].shape, jnp.float32)
@@ -294,10 +281,10 @@ def _backward(
         def tile(
             index: tuple[Array], x_s: Any, d_s: Any, dy_s: Any, B_s: Any, C_s: Any, start_s: Any, carry: Any
         ) -> Any:
-            first = _in_order(index[0], tiles, not reverse) * TILE
+            first = _in_order(index[0], tiles, not options.reverse) * TILE
 
             def recompute(t: Array, h: Array) -> Array:
-                t = _in_order(t, TILE, reverse)
+                t = _in_order(t, TILE, options.reverse)
                 states[t] = h
                 x, d, dy = layouts.row(x_s[t]), layouts.row(d_s[t]), layouts.row(dy_s[t])
                 decay = jnp.exp2(layouts.over_states(d * LOG2_E) * A)
@@ -307,7 +294,7 @@ def _backward(
 
             def propagate(t: Array, carry: Any) -> Any:
                 dh, dA, dD, dbias = carry
-                t = _in_order(t, TILE, not reverse)
+                t = _in_order(t, TILE, not options.reverse)
                 at = b, first + t, j
                 x, d, dy = layouts.row(x_s[t]), layouts.row(d_s[t]), layouts.row(dy_s[t])
                 dh += layouts.over_states(dy) * layouts.over_channels(C_s[t])
@@ -320,7 +307,7 @@ def _backward(
                 if D is not None:
                     dx += D * dy
                     dD += dy * x
-                if delta_softplus:
+                if options.delta_softplus:
                     dd *= _sigmoid(d)
                 dbias += dd
                 made["x"][at], made["delta"][at] = dx, dd
@@ -342,10 +329,10 @@ def _backward(
             tile,
             grid=(tiles,),
             in_specs=[
-                *(_tiles_of(ref, tiles, not reverse) for ref in moving),
+                *(_tiles_of(ref, tiles, not options.reverse) for ref in moving),
                 plgpu.BlockSpec(
                     (1, *layouts.shape),
-                    lambda index: (_start(index, b, j, tiles, blocks, not reverse), 0, 0, 0),
+                    lambda index: (_start(index, b, j, tiles, blocks, not options.reverse), 0, 0, 0),
                 ),
             ],
             max_concurrent_steps=2,
@@ -358,14 +345,19 @@ def _backward(
         "dC_s": plgpu.SMEM((TILE, *layouts.shape[:2]), jnp.float32),
     }
     made = _run(body, inputs, outputs, layouts, states=TILE, **scratch)
-    of_sequences |= {name: tiling.to_sequence(made[name]) for name in ("x", "delta")}
-    of_sequences |= {name: tiling.to_projection(made[name]) for name in ("B", "C")}
-    of_parameters["A"] = tiling.to_state(made["A"])
-    if sequences["initial_state"] is not None:
-        of_sequences["initial_state"] = tiling.to_state(made["h"])
-    for name, key in (("D", "D"), ("delta_bias", "bias")):
-        if parameters[name] is not None:
-            of_parameters[name] = tiling.to_channels(made[key])
+    of_sequences = Sequences(
+        x=tiling.to_sequence(made["x"]),
+        delta=tiling.to_sequence(made["delta"]),
+        B=tiling.to_projection(made["B"]),
+        C=tiling.to_projection(made["C"]),
+        z=dz,
+        initial_state=None if h is None else tiling.to_state(made["h"]),
+    )
+    of_parameters = Parameters(
+        A=tiling.to_state(made["A"]),
+        D=None if parameters.D is None else tiling.to_channels(made["D"]),
+        delta_bias=None if parameters.delta_bias is None else tiling.to_channels(made["bias"]),
+    )
     return jax.tree.map(lambda gradient, of: gradient.astype(of.dtype), of_sequences, sequences), of_parameters
 
 

@@ -6,6 +6,7 @@ segments follow, and a second pass scans the segments from them. Backward it is 
 from the last segment to the first.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,65 +14,66 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from iumad_kernels.selective_scan.arguments import Options, Parameters, Sequences
 from iumad_kernels.selective_scan.softplus import softplus
 
 
 def in_segments(
-    forward: Callable, backward: Callable, number: Callable[[Array, Array], int], *, delta_softplus: bool, reverse: bool
+    forward: Callable, backward: Callable, number: Callable[[Array, Array], int], options: Options
 ) -> tuple[Callable, Callable]:
     """An implementation's two passes, as `differentiable` takes them, over number(x, B) segments of each sequence.
 
     Its residual "d" must have the batch axis first.
     """
-    options: dict[str, Any] = {"delta_softplus": delta_softplus, "reverse": reverse}
+    forward, backward = (functools.partial(function, options=options) for function in (forward, backward))
 
-    def forward_in_segments(sequences: dict, parameters: dict, *, differentiated: bool) -> tuple[tuple, dict]:
-        x, h = sequences["x"], sequences["initial_state"]
-        segments = number(x, sequences["B"])
+    def forward_in_segments(
+        sequences: Sequences, parameters: Parameters, *, differentiated: bool
+    ) -> tuple[tuple, dict]:
+        x, h = sequences.x, sequences.initial_state
+        segments = number(x, sequences.B)
         if segments == 1:
-            return forward(sequences, parameters, differentiated=differentiated, **options)
-        cut = _cut(sequences, segments)
-        (_, found), _ = forward(cut | {"z": None}, parameters, differentiated=False, **options)
+            return forward(sequences, parameters, differentiated=differentiated)
+        cut = _cut(sequences._replace(initial_state=None), segments)
+        (_, found), _ = forward(cut._replace(z=None), parameters, differentiated=False)
         h = jnp.zeros((len(x), *found.shape[1:]), found.dtype) if h is None else h.astype(found.dtype)
-        starts, last = _chain(h, found, _decays(cut, parameters, delta_softplus), reverse)
-        (y, _), residuals = forward(
-            cut | {"initial_state": starts}, parameters, differentiated=differentiated, **options
-        )
+        starts, last = _chain(h, found, _decays(cut, parameters, options), options.reverse)
+        (y, _), residuals = forward(cut._replace(initial_state=starts), parameters, differentiated=differentiated)
         return (y.reshape(x.shape), last), residuals
 
     def backward_in_segments(
-        sequences: dict, parameters: dict, residuals: dict, cotangents: tuple
-    ) -> tuple[dict, dict]:
-        segments = len(residuals["d"]) // len(sequences["x"])  # number() may have seen another batch, under vmap
+        sequences: Sequences, parameters: Parameters, residuals: dict, cotangents: tuple
+    ) -> tuple[Sequences, Parameters]:
+        segments = len(residuals["d"]) // len(sequences.x)  # number() may have seen another batch, under vmap
         if segments == 1:
-            return backward(sequences, parameters, residuals, cotangents, **options)
+            return backward(sequences, parameters, residuals, cotangents)
         dy, dh = cotangents
-        cut = _cut(sequences | {"dy": dy}, segments)
-        dy, decays = cut.pop("dy"), _decays(cut, parameters, delta_softplus)
-        cut["initial_state"] = zeros = jnp.zeros_like(decays)  # only for it to have a gradient
-        found = backward(cut, parameters, residuals, (dy, zeros), **options)[0]["initial_state"]
-        ends, first = _chain(dh, found, decays, not reverse)
-        of_segments, by_segment = backward(cut, parameters, residuals, (dy, ends), **options)
-        of_segments["initial_state"] = None if sequences["initial_state"] is None else first
+        cut, dy = _cut((sequences._replace(initial_state=None), dy), segments)
+        decays = _decays(cut, parameters, options)
+        zeros = jnp.zeros_like(decays)
+        cut = cut._replace(initial_state=zeros)  # only for it to have a gradient
+        found = backward(cut, parameters, residuals, (dy, zeros))[0].initial_state
+        ends, first = _chain(dh, found, decays, not options.reverse)
+        of_segments, by_segment = backward(cut, parameters, residuals, (dy, ends))
+        of_segments = of_segments._replace(initial_state=None if sequences.initial_state is None else first)
         of_sequences = jax.tree.map(lambda g, of: g.reshape(of.shape).astype(of.dtype), of_segments, sequences)
         return of_sequences, jax.tree.map(lambda g: g.reshape(len(dh), segments, *g.shape[1:]).sum(1), by_segment)
 
     return forward_in_segments, backward_in_segments
 
 
-def _cut(sequences: dict, segments: int) -> dict:
-    """(batch, length, ...) as (batch * segments, length / segments, ...), without an initial state."""
-    length = sequences["x"].shape[1] // segments
-    return jax.tree.map(lambda array: array.reshape(-1, length, *array.shape[2:]), sequences | {"initial_state": None})
+def _cut(arrays: Any, segments: int) -> Any:
+    """(batch, length, ...) as (batch * segments, length / segments, ...)."""
+    return jax.tree.map(lambda array: array.reshape(-1, array.shape[1] // segments, *array.shape[2:]), arrays)
 
 
-def _decays(sequences: dict, parameters: dict, delta_softplus: bool) -> Array:
+def _decays(sequences: Sequences, parameters: Parameters, options: Options) -> Array:
     """What each sequence multiplies a state by, (batch, channels, states)."""
-    d = sequences["delta"].astype(jnp.float32)
-    if parameters["delta_bias"] is not None:
-        d += parameters["delta_bias"].astype(jnp.float32)[None, None]
-    d = softplus(d) if delta_softplus else d
-    return jnp.exp(d.sum(1)[..., None] * parameters["A"].astype(jnp.float32)[None])
+    d = sequences.delta.astype(jnp.float32)
+    if parameters.delta_bias is not None:
+        d += parameters.delta_bias.astype(jnp.float32)[None, None]
+    d = softplus(d) if options.delta_softplus else d
+    return jnp.exp(d.sum(1)[..., None] * parameters.A.astype(jnp.float32)[None])
 
 
 def _chain(state: Array, added: Array, decays: Array, reverse: bool) -> tuple[Array, Array]:

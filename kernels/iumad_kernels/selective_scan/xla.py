@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from iumad_kernels.selective_scan import reference
+from iumad_kernels.selective_scan.arguments import Options, Parameters, Sequences
 from iumad_kernels.selective_scan.blocks import Blocks
 from iumad_kernels.selective_scan.rules import differentiable
 from iumad_kernels.selective_scan.softplus import softplus
@@ -26,50 +27,35 @@ _keep = jax.lax.optimization_barrier
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)  # not bfloat16 (TPU) nor TF32 (GPU)
 
 
-def selective_scan(
-    x: Array,
-    delta: Array,
-    A: Array,
-    B: Array,
-    C: Array,
-    D: Array | None = None,
-    z: Array | None = None,
-    delta_bias: Array | None = None,
-    initial_state: Array | None = None,
-    *,
-    delta_softplus: bool,
-    reverse: bool,
-) -> tuple[Array, Array]:
-    """See `iumad_kernels.selective_scan`; B and C are (batch, length, groups, states)."""
-    options: dict[str, Any] = {"delta_softplus": delta_softplus, "reverse": reverse}
+def selective_scan(sequences: Sequences, parameters: Parameters, options: Options) -> tuple[Array, Array]:
+    """See `iumad_kernels.selective_scan`."""
     scan = differentiable(
-        functools.partial(_forward, **options),
-        functools.partial(_backward, **options),
-        lambda sequences, parameters: reference.selective_scan(**sequences, **parameters, **options),
+        functools.partial(_forward, options=options),
+        functools.partial(_backward, options=options),
+        functools.partial(reference.selective_scan, options=options),
     )
-    sequences = {"x": x, "delta": delta, "B": B, "C": C, "z": z, "initial_state": initial_state}
-    return scan(sequences, {"A": A, "D": D, "delta_bias": delta_bias})
+    return scan(sequences, parameters)
 
 
 def _forward(
-    sequences: dict, parameters: dict, *, differentiated: bool, delta_softplus: bool, reverse: bool
+    sequences: Sequences, parameters: Parameters, *, options: Options, differentiated: bool
 ) -> tuple[tuple, dict]:
-    x, B, h, D, z = *(sequences[name] for name in ("x", "B", "initial_state")), parameters["D"], sequences["z"]
+    x, z, h, D = sequences.x, sequences.z, sequences.initial_state, parameters.D
     batch, length, channels = x.shape
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    blocks = Blocks.of(x, B)
-    d = sequences["delta"].astype(dtype)
-    if parameters["delta_bias"] is not None:
-        d += parameters["delta_bias"].astype(dtype)[None, None]
-    if delta_softplus:
+    blocks = Blocks.of(x, sequences.B)
+    d = sequences.delta.astype(dtype)
+    if parameters.delta_bias is not None:
+        d += parameters.delta_bias.astype(dtype)[None, None]
+    if options.delta_softplus:
         d = softplus(d)
-    h = jnp.zeros((batch, channels, B.shape[3]), dtype) if h is None else h.astype(dtype)
+    h = jnp.zeros((batch, *parameters.A.shape), dtype) if h is None else h.astype(dtype)
 
-    A = blocks.of_state(parameters["A"].astype(dtype))
-    walk = functools.partial(_walk, A=A, blocks=blocks, reverse=reverse, with_starts=differentiated)
-    y, h, starts = _two_halves(
-        functools.partial(walk, *_inputs(blocks, sequences, d), blocks.of_state(h)), x, B.shape[3]
+    inputs = _inputs(blocks, sequences, parameters, d)
+    walk = functools.partial(
+        _walk, inputs, blocks.of_state(h), blocks=blocks, reverse=options.reverse, with_starts=differentiated
     )
+    y, h, starts = _two_halves(walk, x, sequences.B.shape[3])
     y = blocks.to_channels(blocks.to_positions(y, length), channels)
     residuals = {"d": d, "starts": starts, "scanned": None if z is None else y}
     if D is not None:
@@ -80,44 +66,45 @@ def _forward(
 
 
 def _backward(
-    sequences: dict, parameters: dict, residuals: dict, cotangents: tuple, *, delta_softplus: bool, reverse: bool
-) -> tuple[dict, dict]:
-    x, z, D, d = sequences["x"], sequences["z"], parameters["D"], residuals["d"]
+    sequences: Sequences, parameters: Parameters, residuals: dict, cotangents: tuple, *, options: Options
+) -> tuple[Sequences, Parameters]:
+    x, z, D, d = sequences.x, sequences.z, parameters.D, residuals["d"]
     _, length, channels = x.shape
-    blocks = Blocks.of(x, sequences["B"])
+    blocks = Blocks.of(x, sequences.B)
     dy, dh = (cotangent.astype(d.dtype) for cotangent in cotangents)
-    of_sequences, of_parameters = dict.fromkeys(sequences), dict.fromkeys(parameters)
 
+    dz = dD = None
     if z is not None:
         skipped = 0 if D is None else D.astype(d.dtype)[None, None] * x
         gate, gate_backward = jax.vjp(jax.nn.silu, z.astype(d.dtype))
-        of_sequences["z"] = gate_backward(dy * (residuals["scanned"] + skipped))[0]
+        (dz,) = gate_backward(dy * (residuals["scanned"] + skipped))
         dy = dy * gate
-    walk = functools.partial(
-        _walk_back, A=blocks.of_state(parameters["A"].astype(d.dtype)), blocks=blocks, reverse=reverse
-    )
+    inputs = _inputs(blocks, sequences, parameters, d)
     cotangents = (blocks.of_channels(blocks.of_positions(dy)), blocks.of_state(dh))
-    walk = functools.partial(walk, *_inputs(blocks, sequences, d), residuals["starts"], *cotangents)
-    dx, dd, dB, dC, dh, dA = _two_halves(walk, x, sequences["B"].shape[3])
+    walk = functools.partial(
+        _walk_back, inputs, residuals["starts"], *cotangents, blocks=blocks, reverse=options.reverse
+    )
+    dx, dd, dB, dC, dh, dA = _two_halves(walk, x, sequences.B.shape[3])
     dx, dd, dB, dC = (blocks.to_positions(array, length) for array in (dx, dd, dB, dC))
     dx, dd = (blocks.to_channels(array, channels) for array in (dx, dd))
     if D is not None:
-        of_parameters["D"] = (dy * x).sum(1)
+        dD = (dy * x).sum(1)
         dx += D.astype(d.dtype)[None, None] * dy
-    if delta_softplus:
+    if options.delta_softplus:
         dd *= -jnp.expm1(-d)  # softplus' derivative, the sigmoid, from softplus itself
-    if parameters["delta_bias"] is not None:
-        of_parameters["delta_bias"] = dd.sum(1)
-    of_parameters["A"] = blocks.to_state(dA, channels)
-    of_sequences |= {"x": dx, "delta": dd, "B": dB, "C": dC}
-    if sequences["initial_state"] is not None:
-        of_sequences["initial_state"] = blocks.to_state(dh, channels)
-    return jax.tree.map(lambda gradient, of: gradient.astype(of.dtype), of_sequences, sequences), of_parameters
+    dh = None if sequences.initial_state is None else blocks.to_state(dh, channels)
+    dbias = None if parameters.delta_bias is None else dd.sum(1)
+    of_sequences = jax.tree.map(
+        lambda gradient, of: gradient.astype(of.dtype), Sequences(dx, dd, dB, dC, dz, dh), sequences
+    )
+    return of_sequences, Parameters(blocks.to_state(dA, channels), dD, dbias)
 
 
-def _inputs(blocks: Blocks, sequences: dict, d: Array) -> tuple[Array, Array, Array, Array]:
-    x, B, C = (blocks.of_positions(sequences[name].astype(d.dtype)) for name in ("x", "B", "C"))
-    return blocks.of_channels(x), blocks.of_channels(blocks.of_positions(d)), B, C
+def _inputs(blocks: Blocks, sequences: Sequences, parameters: Parameters, d: Array) -> tuple[Array, ...]:
+    """x, d, B, C and A in blocks."""
+    x, B, C = (blocks.of_positions(array.astype(d.dtype)) for array in (sequences.x, sequences.B, sequences.C))
+    A = blocks.of_state(parameters.A.astype(d.dtype))
+    return blocks.of_channels(x), blocks.of_channels(blocks.of_positions(d)), B, C, A
 
 
 def _two_halves(walk: Callable[[range], Any], x: Array, states: int) -> Any:
@@ -130,19 +117,10 @@ def _two_halves(walk: Callable[[range], Any], x: Array, states: int) -> Any:
 
 
 def _walk(
-    x: Array,
-    d: Array,
-    B: Array,
-    C: Array,
-    h: Array,
-    batch: range,
-    *,
-    A: Array,
-    blocks: Blocks,
-    reverse: bool,
-    with_starts: bool,
+    inputs: tuple[Array, ...], h: Array, batch: range, *, blocks: Blocks, reverse: bool, with_starts: bool
 ) -> tuple[Array, Array, Array | None]:
     """What the states give, the last state, and, if wanted, the states before each chunk."""
+    x, d, B, C, A = inputs
 
     def block(number: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         y, ends, starts = carry
@@ -170,20 +148,10 @@ def _walk(
 
 
 def _walk_back(
-    x: Array,
-    d: Array,
-    B: Array,
-    C: Array,
-    starts: Array,
-    dy: Array,
-    dh: Array,
-    batch: range,
-    *,
-    A: Array,
-    blocks: Blocks,
-    reverse: bool,
+    inputs: tuple[Array, ...], starts: Array, dy: Array, dh: Array, batch: range, *, blocks: Blocks, reverse: bool
 ) -> tuple[Array, ...]:
     """The gradients of x, d, B, C, the initial state and, by sequence, A."""
+    x, d, B, C, A = inputs
 
     def block(number: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         *outputs, ends, dA = carry

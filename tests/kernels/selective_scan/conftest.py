@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from iumad_kernels.selective_scan.arguments import Options, grouped
 
 # Most of a test's time goes into compiling.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+USUAL = Options()
 
 
 def arguments(batch, length, channels, states, groups=1, seed=0, dtype=np.float64, without=()):
@@ -86,10 +88,10 @@ def scan(args, dy, dh, delta_softplus=True, reverse=False):
     return y, final_state, grads | {name: value for name, value in of_channels.items() if name in a}
 
 
-@functools.partial(jit, static_argnames=("function", "delta_softplus", "reverse"))
-def found(function, args, dy, dh, **options):
-    """The same by `function`, an implementation."""
-    (y, final_state), vjp = jax.vjp(lambda args: function(**args, **options), args)
+@functools.partial(jit, static_argnames=("implementation", "options"))
+def found(implementation, args, dy, dh, options=USUAL):
+    """The same by an implementation."""
+    (y, final_state), vjp = jax.vjp(lambda args: implementation(*grouped(args), options), args)
     (grads,) = vjp((jnp.asarray(dy, y.dtype), jnp.asarray(dh, final_state.dtype)))
     return y, final_state, grads
 
@@ -101,15 +103,14 @@ def error(value, exact):
     return np.abs(value - exact).max(initial=0) / max(np.abs(exact).max(initial=0), 1e-30)
 
 
-def check(function, args, forward=1e-5, backward=1e-4, delta_softplus=True, reverse=False):
+def check(implementation, args, options=USUAL, forward=1e-5, backward=1e-4):
     """That an implementation finds what the loops do."""
-    options = {"delta_softplus": delta_softplus, "reverse": reverse}
     dtype = args["x"].dtype
-    if not delta_softplus:  # a negative step would make states grow
+    if not options.delta_softplus:  # a negative step would make states grow
         args = args | {name: np.abs(args[name]) for name in ("delta", "delta_bias") if name in args}
     dy, dh = (cotangent.astype(dtype).astype(np.float64) for cotangent in cotangents(args))
-    exact = scan(args, dy, dh, **options)
-    y, final_state, grads = found(function, jax.tree.map(jnp.asarray, args), dy, dh, **options)
+    exact = scan(args, dy, dh, *options)
+    y, final_state, grads = found(implementation, jax.tree.map(jnp.asarray, args), dy, dh, options)
     assert y.dtype == dtype
     assert final_state.dtype == jnp.float32
     assert error(y, exact[0]) <= forward

@@ -10,20 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from iumad_kernels.selective_scan import pallas_mosaic, selective_scan
+from iumad_kernels.selective_scan.arguments import Options, grouped
 from jax.sharding import Mesh, PartitionSpec
 
 OPTIONAL = ("D", "z", "delta_bias", "initial_state")
 POSITIONS = ("x", "delta", "B", "C", "z")
 
 
-def split(args):
-    """Those with a batch axis, and the rest."""
-    parameters = {name: args[name] for name in ("A", "D", "delta_bias") if name in args}
-    return {name: array for name, array in args.items() if name not in parameters}, parameters
-
-
-def scan(delta_softplus=True, reverse=False, **args):
-    return pallas_mosaic.selective_scan(**args, delta_softplus=delta_softplus, reverse=reverse)
+def y_of(args):
+    return pallas_mosaic.selective_scan(*grouped(args), Options())[0]
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -40,13 +35,13 @@ def scan(delta_softplus=True, reverse=False, **args):
 )
 def test_any_shape(exact, batch, length, channels, states, groups, without, delta_softplus, reverse):
     args = exact.arguments(batch, length, channels, states, groups, dtype=np.float32, without=without)
-    exact.check(scan, args, delta_softplus=delta_softplus, reverse=reverse)
+    exact.check(pallas_mosaic.selective_scan, args, Options(delta_softplus, reverse))
 
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision(exact, dtype):
-    exact.check(scan, exact.arguments(1, 9, 12, 4, 2, dtype=dtype), forward=2e-2, backward=2e-2)
+    exact.check(pallas_mosaic.selective_scan, exact.arguments(1, 9, 12, 4, 2, dtype=dtype), forward=2e-2, backward=2e-2)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -54,18 +49,18 @@ def test_half_precision(exact, dtype):
 def test_extreme_step_sizes(exact, level):
     args = exact.arguments(1, 10, 4, 4, dtype=np.float32)
     args["delta"] = (args["delta"] + level).astype(np.float32)
-    exact.check(scan, args)
+    exact.check(pallas_mosaic.selective_scan, args)
 
 
-def one_by_one(delta_softplus=True, reverse=False, **args):
+def one_by_one(sequences, parameters, options):
     """As in a model that is written for one sequence and made one for many by vmap."""
-    of_sequences, parameters = split(args)
 
     def of_one(one):
-        y, final_state = scan(delta_softplus, reverse, **{n: a[None] for n, a in one.items()}, **parameters)
+        one = jax.tree.map(lambda array: array[None], one)
+        y, final_state = pallas_mosaic.selective_scan(one, parameters, options)
         return y[0], final_state[0]
 
-    return jax.vmap(of_one)(of_sequences)
+    return jax.vmap(of_one)(sequences)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -98,21 +93,21 @@ def kernels(function, *args):
 )
 def test_forward_and_backward_lower_for_cuda(exact, batch, length, channels, states, groups, dtype):
     args = shapes(exact, batch, length, channels, states, groups, dtype)
-    assert len(kernels(jax.grad(lambda args: scan(**args)[0].astype(jnp.float32).sum()), args)) == 2
+    assert len(kernels(jax.grad(lambda args: y_of(args).astype(jnp.float32).sum()), args)) == 2
 
 
-def squares(of_sequences, parameters):
-    return (scan(**of_sequences, **parameters)[0] ** 2).sum()
+def squares(sequences, parameters):
+    return (pallas_mosaic.selective_scan(sequences, parameters, Options())[0] ** 2).sum()
 
 
-def on_a_device(of_sequences, parameters):
-    of_sequences, of_parameters = jax.grad(squares, (0, 1))(of_sequences, parameters)
+def on_a_device(sequences, parameters):
+    of_sequences, of_parameters = jax.grad(squares, (0, 1))(sequences, parameters)
     return of_sequences, jax.lax.psum(of_parameters, "devices")
 
 
 def test_under_pmap_each_device_runs_the_kernels_on_its_sequences(exact):
-    of_sequences, parameters = split(shapes(exact, 6, 49, 64, 16, 4))
-    of_devices = {n: jax.ShapeDtypeStruct((2, 3, *a.shape[1:]), a.dtype) for n, a in of_sequences.items()}
+    sequences, parameters = grouped(shapes(exact, 6, 49, 64, 16, 4))
+    of_devices = jax.tree.map(lambda a: jax.ShapeDtypeStruct((2, 3, *a.shape[1:]), a.dtype), sequences)
     function = jax.pmap(on_a_device, "devices", in_axes=(0, None), out_axes=(0, None))
     assert [results[0][0] for results in kernels(function, of_devices, parameters)] == [3, 3]
 
@@ -121,18 +116,18 @@ def test_under_shard_map_each_device_runs_the_kernels_on_its_sequences(exact):
     mesh = Mesh(np.array(jax.devices()[:2]), ("devices",))
     specs = PartitionSpec("devices"), PartitionSpec()
     function = jax.shard_map(on_a_device, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False)
-    results = kernels(function, *split(shapes(exact, 6, 49, 64, 16, 4)))
+    results = kernels(function, *grouped(shapes(exact, 6, 49, 64, 16, 4)))
     assert [of_kernel[0][0] for of_kernel in results] == [3, 3]
 
 
 def test_a_vmapped_scan_is_still_one_kernel_forward_and_one_backward(exact):
     args = shapes(exact, 24, 256, 64, 16, 4)
-    results = kernels(jax.grad(lambda args: one_by_one(**args)[0].sum()), args)
+    results = kernels(jax.grad(lambda args: one_by_one(*grouped(args), Options())[0].sum()), args)
     assert [of_kernel[0][0] for of_kernel in results] == [24, 24]
 
 
 def test_few_sequences_are_cut_into_segments(exact):
-    results = kernels(jax.grad(lambda args: scan(**args)[0].sum()), shapes(exact, 2, 1024, 256, 16))
+    results = kernels(jax.grad(lambda args: y_of(args).sum()), shapes(exact, 2, 1024, 256, 16))
     assert [of_kernel[0][0] for of_kernel in results] == [32, 32, 32, 32]
 
 
@@ -142,7 +137,7 @@ def test_memory_of_the_gradient_follows_its_formula(exact, states, width, withou
     """In arrays like x, what the kernels allocate besides y and the gradients of x and delta."""
     batch, length, channels = 2, 64, 256
     args = shapes(exact, batch, length, channels, states, without=without)
-    forward, backward = kernels(jax.grad(lambda args: scan(**args)[0].sum()), args)
+    forward, backward = kernels(jax.grad(lambda args: y_of(args).sum()), args)
     # the last state, and by sequence the gradients of A, the first state, D and delta_bias
     small = batch * channels * (3 * states + 2)
     formula = 1 + states / 8 + 2 * states / width + ("z" in args)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from iumad_kernels.selective_scan import reference
+from iumad_kernels.selective_scan.arguments import Options, grouped
 from jax.test_util import check_grads
 
 
@@ -16,11 +17,11 @@ from jax.test_util import check_grads
 )
 def test_outputs_and_gradients_in_float64(exact, shape, without, delta_softplus, reverse):
     args = exact.arguments(*shape, without=without)
-    options = {"delta_softplus": delta_softplus, "reverse": reverse}
+    options = Options(delta_softplus, reverse)
     dy, dh = exact.cotangents(args)
     with jax.enable_x64(True):
-        y, final_state, grads = exact.found(reference.selective_scan, args, dy, dh, **options)
-    expected_y, expected_state, expected_grads = exact.scan(args, dy, dh, **options)
+        y, final_state, grads = exact.found(reference.selective_scan, args, dy, dh, options)
+    expected_y, expected_state, expected_grads = exact.scan(args, dy, dh, *options)
     assert y.dtype == jnp.float64
     np.testing.assert_allclose(y, expected_y, rtol=1e-11, atol=1e-12)
     np.testing.assert_allclose(final_state, expected_state, rtol=1e-11, atol=1e-12)
@@ -30,7 +31,7 @@ def test_outputs_and_gradients_in_float64(exact, shape, without, delta_softplus,
 
 def test_derivatives_of_both_modes_and_orders(exact):
     args = exact.arguments(1, 3, 2, 2)
-    function = jax.jit(lambda args: reference.selective_scan(**args, delta_softplus=True, reverse=False))
+    function = jax.jit(lambda args: reference.selective_scan(*grouped(args), Options()))
     with jax.enable_x64(True):
         check_grads(function, (args,), order=1, modes=["fwd"], rtol=1e-4, atol=1e-4)
         check_grads(function, (args,), order=2, modes=["rev"], rtol=1e-4, atol=1e-4)

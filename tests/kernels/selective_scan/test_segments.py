@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from iumad_kernels.selective_scan import pallas_mosaic, xla
+from iumad_kernels.selective_scan.arguments import Options
 from iumad_kernels.selective_scan.rules import differentiable
 from iumad_kernels.selective_scan.segments import in_segments
 
 
-def scan_in_segments(x, delta, A, B, C, D=None, z=None, delta_bias=None, initial_state=None, *, number, **options):
+def scan_in_segments(sequences, parameters, options, number):
     """Of as many segments as number(batch) says."""
-    passes = in_segments(xla._forward, xla._backward, lambda x, B: number(len(x)), **options)
-    sequences = {"x": x, "delta": delta, "B": B, "C": C, "z": z, "initial_state": initial_state}
-    return differentiable(*passes, None)(sequences, {"A": A, "D": D, "delta_bias": delta_bias})
+    passes = in_segments(xla._forward, xla._backward, lambda x, B: number(len(x)), options)
+    return differentiable(*passes, None)(sequences, parameters)
 
 
 @pytest.mark.parametrize(
@@ -25,15 +25,14 @@ def scan_in_segments(x, delta, A, B, C, D=None, z=None, delta_bias=None, initial
 def test_give_the_scan_of_the_whole(exact, without, delta_softplus, reverse):
     args = exact.arguments(2, 9, 4, 3, 2, dtype=np.float32, without=without)
     scan = functools.partial(scan_in_segments, number=lambda batch: 3)
-    exact.check(scan, args, delta_softplus=delta_softplus, reverse=reverse)
+    exact.check(scan, args, Options(delta_softplus, reverse))
 
 
 def test_under_vmap_are_of_the_joined_batch(exact):
-    def vmapped(A, D, delta_bias, *, delta_softplus, reverse, **sequences):
-        options = {"delta_softplus": delta_softplus, "reverse": reverse, "number": {1: 1, 4: 2}.get}
-
+    def vmapped(sequences, parameters, options):
         def scan(one):
-            y, h = scan_in_segments(A=A, D=D, delta_bias=delta_bias, **{n: a[None] for n, a in one.items()}, **options)
+            one = jax.tree.map(lambda array: array[None], one)
+            y, h = scan_in_segments(one, parameters, options, number={1: 1, 4: 2}.get)
             return y[0], h[0]
 
         return jax.vmap(scan)(sequences)

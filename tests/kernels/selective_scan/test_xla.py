@@ -9,6 +9,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from iumad_kernels.selective_scan import blocks, xla
+from iumad_kernels.selective_scan.arguments import Options, grouped
 
 OPTIONAL = ("D", "z", "delta_bias", "initial_state")
 
@@ -33,7 +34,7 @@ def test_any_shape(exact, batch, length, width, groups, states, without, delta_s
         patch.setattr(blocks, "CHUNK", 3)
         patch.setattr(blocks, "CACHED", 12)
         patch.setattr(xla, "LARGE", 0 if halves else xla.LARGE)
-        exact.check(scan, args, delta_softplus=delta_softplus, reverse=reverse)
+        exact.check(scan, args, Options(delta_softplus, reverse))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_a_scan_in_float64(exact):
     args = exact.arguments(2, 9, 6, 3, 2)
     dy, dh = exact.cotangents(args)
     with jax.enable_x64(True):
-        y, final_state, grads = exact.found(xla.selective_scan, args, dy, dh, delta_softplus=True, reverse=False)
+        y, final_state, grads = exact.found(xla.selective_scan, args, dy, dh)
     expected = exact.scan(args, dy, dh)
     assert y.dtype == final_state.dtype == jnp.float64
     assert max(exact.error(y, expected[0]), exact.error(final_state, expected[1])) < 1e-13
@@ -75,8 +76,8 @@ def test_a_scan_in_float64(exact):
 def test_memory_of_the_gradient_follows_its_formula(exact, batch, length, channels, states, without):
     """At most 8 arrays like x, or 9 with z, and twice one state a chunk; nothing of (length, channels, states)."""
     args = exact.arguments(batch, length, channels, states, dtype=np.float32, without=without)
-    gradient = jax.jit(exact.found.__wrapped__, static_argnames=("function", "delta_softplus", "reverse"))
-    lowered = gradient.lower(xla.selective_scan, args, *exact.cotangents(args), delta_softplus=True, reverse=False)
+    gradient = jax.jit(exact.found.__wrapped__, static_argnames="implementation")
+    lowered = gradient.lower(xla.selective_scan, args, *exact.cotangents(args))
     of_starts = args["x"].nbytes * states / blocks.CHUNK
     measured = lowered.compile().memory_analysis().temp_size_in_bytes
     assert of_starts < measured < args["x"].nbytes * (8 + ("z" in args)) + 2 * of_starts + 4 * 2**20
@@ -90,7 +91,7 @@ def test_on_accelerators_all_channels_at_once(exact, monkeypatch):
     exact.check(xla.selective_scan, args)
 
     def loss(args):
-        return xla.selective_scan(**args, delta_softplus=True, reverse=False)[0].sum()
+        return xla.selective_scan(*grouped(args), Options())[0].sum()
 
     traced = jax.jit(jax.grad(loss)).trace(args)
     for target in ("cuda", "tpu"):
