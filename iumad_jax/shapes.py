@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 MAP_SIZE = 224  # every map and mask is compared at this size, whatever the input size (evaluation.md)
 
@@ -23,7 +23,7 @@ Tokens = Float[Array, "p f"]  # the same, as a sequence
 Condition = tuple[Float[Array, "p d"], ...]  # one per encoder layer: what object the Mamba decoder sees
 Logits = Float[Array, " k"]
 AnomalyMap = Float[Array, "m m"]
-Keys = PRNGKeyArray  # one key per image: randomness does not depend on how a batch is spread over devices
+Keys = Key[Array, " b"]  # one key per image: randomness does not depend on how a batch is spread over devices
 # {"params": trained by gradients, "statistics": gathered, never trained, "frozen": neither, nor stored in snapshots}
 Variables = dict[str, Any]
 Scalars = dict[str, Float[Array, ""]]

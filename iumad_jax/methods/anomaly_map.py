@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from iumad_jax.models.layers import resize_aligned
-from iumad_jax.shapes import MAP_SIZE, ErrorMaps, Logits, Modality
+from iumad_jax.shapes import MAP_SIZE, ErrorMaps, Modality
 
 
-def maps_of(errors: dict[str, Float[Array, "b p"]], object_logits: Logits | None = None) -> ErrorMaps:
+def maps_of(errors: dict[str, Float[Array, "b p"]], object_logits: Float[Array, "b k"] | None = None) -> ErrorMaps:
     """Maps of the errors at tokens, by bilinear interpolation with aligned corners.
 
     Args:

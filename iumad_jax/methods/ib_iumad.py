@@ -108,7 +108,7 @@ def ib_iumad(config: ConfigDict, modalities: tuple[Modality, ...], objects: int)
         raise UserError(f'config.model.fusion is "{config.fusion}"; use attention or addition.')
     target_modalities = _target_modalities(config.target, modalities)
 
-    def error(output: Output, features: dict[Modality, Tokens]) -> Float[Array, "p f"]:
+    def error(output: Output, features: dict[Modality, Tokens]) -> Float[Array, "p target"]:
         return output.fused.compressed - jnp.concatenate([features[m] for m in target_modalities], axis=-1)
 
     def losses(output: Output, features: dict[Modality, Tokens], object_id: Array) -> Scalars:

@@ -21,8 +21,13 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, q: Float[Array, "p d"], k: Float[Array, "p d"], v: Float[Array, "p d"], *, deterministic: bool
-    ) -> Float[Array, "p d"]:
+        self,
+        q: Float[Array, "*rows p d"],
+        k: Float[Array, "*rows p d"],
+        v: Float[Array, "*rows p d"],
+        *,
+        deterministic: bool,
+    ) -> Float[Array, "*rows p d"]:
         """Attend from q to k and v."""
         attention = nn.MultiHeadDotProductAttention(
             self.heads, dropout_rate=self.dropout, kernel_init=_xavier, deterministic=deterministic

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Float
 
 from iumad_jax.continual.finetune import finetune
 from iumad_jax.continual.strategy import Memory, Strategy
@@ -15,6 +16,8 @@ from iumad_jax.methods.method import Loss, Method
 from iumad_jax.runtime import devices
 from iumad_jax.shapes import Batch, Scalars, Variables
 from iumad_jax.training import nonfinite
+
+History = dict[str, Float[jax.Array, " updates"]]  # scalars of some updates
 
 
 class TrainState(NamedTuple):
@@ -79,7 +82,7 @@ def make_update(
 
 
 def _repeated(update: Callable) -> Callable:
-    def updates(state: TrainState, piece: Piece, key: jax.Array, rates: jax.Array) -> tuple[TrainState, Scalars]:
+    def updates(state: TrainState, piece: Piece, key: jax.Array, rates: jax.Array) -> tuple[TrainState, History]:
         images, rows, weights, progress = piece
 
         def one(state: TrainState, this: tuple[Any, jax.Array, Any]) -> tuple[TrainState, Scalars]:

@@ -10,6 +10,7 @@ import pytest
 from flax import linen as nn
 
 from iumad_jax.config import paper
+from iumad_jax.inference.maps import predictor
 from iumad_jax.methods.ib_iumad import Network, bottleneck_loss, ib_iumad
 from iumad_jax.methods.network import jitter
 from iumad_jax.models.fusion import Fused, InformationBottleneckFusion
@@ -65,7 +66,7 @@ def loss_of(config, modalities=BOTH):
 
 
 def predict_of(config, modalities=BOTH):
-    return jax.jit(ib_iumad(config, modalities, OBJECTS).predict)
+    return jax.jit(predictor(ib_iumad(config, modalities, OBJECTS)))
 
 
 @jax.jit
@@ -134,7 +135,7 @@ def test_losses_maps_and_logits(modalities, target, compared):
         told.append(sum(log_softmax(logits[m]) for m in modalities))
     expected = {name: np.mean(values) for name, values in expected.items()}
 
-    total, terms, _ = loss_of(config, modalities)(variables, batch, keys_for(batch))
+    total, terms, *_ = loss_of(config, modalities)(variables, batch, keys_for(batch))
     assert set(terms) == set(expected)
     for name, value in expected.items():
         assert float(terms[name]) == pytest.approx(value, rel=1e-3), name
@@ -244,7 +245,7 @@ def test_target_is_not_jittered():
     config = tiny(**{"jitter.probability": 1.0})
     batch = random_batch(("rgb",))
     zeros = jax.tree.map(np.zeros_like, variables_for(config, ("rgb",)))
-    _, terms, _ = loss_of(config, ("rgb",))(zeros, batch, keys_for(batch))
+    _, terms, *_ = loss_of(config, ("rgb",))(zeros, batch, keys_for(batch))
     assert float(terms["fusion"]) == pytest.approx(np.mean(batch.features["rgb"] ** 2), rel=1e-5)
 
 
@@ -375,7 +376,7 @@ def test_standardise_uses_the_base_steps_statistics():
         errors.append(np.asarray(fuse(params["fusion"], [reconstruction]).compressed) - tokens)
     found = predict_of(config, modalities)(variables, later).map
     np.testing.assert_allclose(found, prediction_of(np.linalg.norm(errors, axis=-1)).map, rtol=1e-3)
-    _, terms, _ = loss_of(config, modalities)(variables, later, keys_for(later))
+    _, terms, *_ = loss_of(config, modalities)(variables, later, keys_for(later))
     assert float(terms["fusion"]) == pytest.approx(np.square(errors).mean(), rel=1e-3)
 
 

@@ -100,7 +100,7 @@ def test_losses_and_maps(name, modalities):
         squares.append(square)
         told.append(say)
 
-    total, terms, _ = jax.jit(method.loss)(variables, batch, keys_for(batch))
+    total, terms, *_ = jax.jit(method.loss)(variables, batch, keys_for(batch))
     assert {name: float(value) for name, value in terms.items()} == pytest.approx(
         {name: np.mean(values) for name, values in expected.items()}, rel=1e-3
     )

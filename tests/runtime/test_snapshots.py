@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,7 @@ def snapshot(step, updates, finished=False, seed=0, size=3):
         position=Position(step, updates, finished),
         objects=("bolt", "größe 2", "a/b"),
         variables=variables(seed, size),
+        frozen={"cdad": "ab" * 32},
         recognition={"count": np.full(2, 3, np.float32), "mean": np.ones((2, 4), np.float32)},
         calibration={"bolt": calibration, "größe 2": calibration._replace(few=False, from_training_images=True)},
         optimizer=[],
@@ -94,6 +95,21 @@ def test_everything_comes_back_as_it_was(tmp_path):
         assert_same(snapshots.latest(), saved)
     with opened(tmp_path) as snapshots:
         assert_same(snapshots.latest(), saved)
+
+
+def test_frozen_arrays_are_not_stored(tmp_path):
+    """Their SHA-256 is, in the record."""
+    progress = snapshot(0, 5, finished=True)
+    frozen = {
+        name: of_one | {"frozen": {"kernel": np.zeros(10**6, np.float32)}}
+        for name, of_one in progress.variables.items()
+    }
+    with closing(Snapshots(tmp_path)) as snapshots:
+        snapshots.save(progress._replace(variables=frozen))
+    found = read(tmp_path)
+    assert found.frozen == {"cdad": "ab" * 32}
+    assert all("frozen" not in of_one for of_one in found.variables.values())
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 10**5
 
 
 def test_the_furthest_position_is_the_latest(tmp_path):
@@ -154,8 +170,8 @@ KILLED = """
 import resource, signal, sys
 from pathlib import Path
 import numpy as np
-from iumad_jax.progress import BEGINNING, Position
-from iumad_jax.snapshots import Snapshots
+from iumad_jax.runtime.progress import BEGINNING, Position
+from iumad_jax.runtime.snapshots import Snapshots
 
 snapshots = Snapshots(Path(sys.argv[1]))
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the system kills the process that makes a file larger than this
@@ -301,7 +317,7 @@ def test_a_kill_before_the_first_snapshot_is_whole_leaves_none(tmp_path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as context, opened(tmp_path) as snapshots:
-        context.setattr("iumad_jax.snapshots.write_whole", killed)
+        context.setattr("iumad_jax.runtime.snapshots.write_whole", killed)
         snapshots.save(snapshot(0, 3))
         with pytest.raises(KeyboardInterrupt):
             snapshots.wait()

@@ -238,8 +238,8 @@ def spoiled(number):
     ("flaw", "number", "told"),
     [
         (jnp.abs, np.nan, r"images/features/rgb was nan or inf before any operation"),
-        (logarithm, -1, r"\S+/test_train\.py:\d+ \(return .*jnp\.log\(x\).*\), in its log, became nan"),
-        (square_root, 0, r"\S+/test_train\.py:\d+ \(return jnp\.sqrt\(number\) .*\), in its \w+, became inf"),
+        (logarithm, -1, r"\S+/test_update\.py:\d+ \(return .*jnp\.log\(x\).*\), in its log, became nan"),
+        (square_root, 0, r"\S+/test_update\.py:\d+ \(return jnp\.sqrt\(number\) .*\), in its \w+, became inf"),
     ],
 )
 def test_the_operation_that_makes_nan_is_found(flaw, number, told):
