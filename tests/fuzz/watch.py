@@ -1,4 +1,4 @@
-"""One input at a time, watched: what came of it, how long it took and how much memory."""
+"""One input at a time, watched: what came of it, how long a processor took and how much memory."""
 
 import time
 import traceback
@@ -8,7 +8,7 @@ from typing import NamedTuple
 from iumad_jax.errors import UserError
 from tests.fuzz.targets import Target
 
-SECONDS, MEGABYTES = 5.0, 512  # what an input may take: of time; of memory beyond what the process had
+SECONDS, MEGABYTES = 5.0, 512  # what an input may take: of a processor's time; of memory beyond what the process had
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -16,7 +16,7 @@ class Outcome(NamedTuple):
     """What came of an input."""
 
     kind: str  # "read", "refused" or "crash"
-    seconds: float
+    seconds: float  # of a processor
     megabytes: float  # the most that the process had in memory meanwhile, less what it had before
     told: str
 
@@ -24,7 +24,7 @@ class Outcome(NamedTuple):
 def watch(target: Target, name: str, content: bytes) -> Outcome:
     """Has a target read an input. Everything but a result or one sentence, in time and in bounds, is a crash."""
     _RESET.write_text("5")  # from here on the peak is counted anew
-    before, began = _memory("VmRSS"), time.perf_counter()
+    before, began = _memory("VmRSS"), time.process_time()
     kind, told = "read", ""
     try:
         target.read(name, content)
@@ -35,7 +35,7 @@ def watch(target: Target, name: str, content: bytes) -> Outcome:
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         kind, told = "crash", f"{type(error).__name__} at {frame.filename}:{frame.lineno}: {str(error)[:200]!a}"
-    seconds, megabytes = time.perf_counter() - began, _memory("VmHWM") - before
+    seconds, megabytes = time.process_time() - began, _memory("VmHWM") - before
     if seconds > SECONDS or megabytes > MEGABYTES:
         kind, told = "crash", f"too much: {seconds:.1f} s, {megabytes:.0f} MB"
     return Outcome(kind, seconds, megabytes, told)

@@ -1,5 +1,6 @@
 """Evaluation by hand-made methods of hand-made images: what they see, and what is made of what they say."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,15 +10,24 @@ from iumad_jax.inference.evaluation import Model
 from iumad_jax.inference.recognition import Recogniser
 from iumad_jax.inference.thresholds import calibration_of
 from iumad_jax.methods.method import Method
-from iumad_jax.shapes import Batch, Calibration, GroundTruth, Prediction
+from iumad_jax.shapes import Batch, Calibration, ErrorMaps, GroundTruth
 
-SIDE = 4
+SIDE = 16
+
+
+def flat(values):
+    """Maps of one value each, which is then the score."""
+    return ErrorMaps({"rgb": jnp.ones((len(values), SIDE, SIDE)) * values[:, None, None]}, None)
 
 
 def told(variables, batch):
-    """Scores that say which object the method was told, and the brightness as the map."""
-    shape = (len(batch.object_id), SIDE, SIDE)
-    return Prediction(np.ones(shape, np.float32) * batch.features["rgb"][:, :1, :1], batch.object_id * 1.0, None)
+    """Which object the method was told."""
+    return flat(batch.object_id * 1.0)
+
+
+def place(variables, batch):
+    """Where the image lies."""
+    return flat(batch.features["rgb"][:, 0, 0])
 
 
 def images(places, true_object):
@@ -85,11 +95,12 @@ def test_objects_without_test_images_are_skipped(model):
 
 def test_metrics_are_those_of_the_images(model):
     some = images([(0, 0), (1, 0), (0.5, 0), (2, 0)], true_object=0)
+    model = model._replace(methods=dict.fromkeys(model.methods, Method(init=lambda key, batch: {}, predict=place)))
     own, _ = evaluation.judge(model, {"A": lambda: some})
-    assert own.metrics["i_auroc"] == 0.5  # all scores are the same
-    # Maps are 0, 1, 0.5 and 2 everywhere; negatives: 16, 15, 16 and 15 pixels; positives: one of 1 and one of 2.
-    assert own.metrics["p_auroc"] == pytest.approx((32 + 15 / 2 + 47 + 15 / 2) / (2 * 62))
+    assert own.metrics["i_auroc"] == 1
+    # Maps are 0, 1, 0.5 and 2 everywhere; negatives: 256, 255, 256 and 255 pixels; positives: one of 1 and one of 2.
+    assert own.metrics["p_auroc"] == pytest.approx((512 + 255 / 2 + 767 + 255 / 2) / (2 * 1022))
     unmarked = some._replace(truth=some.truth._replace(masked=np.array([True, True, True, False])))
     own, _ = evaluation.judge(model, {"A": lambda: unmarked})
     assert np.isnan(own.metrics["p_auroc"])
-    assert own.metrics["i_auroc"] == 0.5
+    assert own.metrics["i_auroc"] == 1

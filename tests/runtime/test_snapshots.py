@@ -177,7 +177,7 @@ snapshots = Snapshots(Path(sys.argv[1]))
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the system kills the process that makes a file larger than this
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-snapshots.save(BEGINNING._replace(position=Position(1, 2), variables={"a": np.random.rand(10_000)}))
+snapshots.save(BEGINNING._replace(position=Position(1, 2), variables={"a": {"params": np.random.rand(10_000)}}))
 snapshots.wait()
 """
 

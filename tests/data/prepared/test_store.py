@@ -111,7 +111,7 @@ def test_prepared_arrays_are_those_of_the_raw_files(root):
     for i in range(TEST_IMAGES):
         rgb, depth, mask = scene(i)
         np.testing.assert_array_equal(test.truth.mask[i], nearest(mask))
-        np.testing.assert_allclose(test.truth.depth[i], nearest(depth), atol=2e-5)
+        np.testing.assert_allclose(test.truth.height[i], nearest(BELT - depth), atol=2e-5)
         np.testing.assert_array_equal(test.truth.thumbnail[i], resized(rgb, 224))
         raised = depth < BELT - 0.008
         box = raised & (np.arange(WIDTH) >= 2)
@@ -190,7 +190,7 @@ def test_of_unlabelled_images_there_is_what_pictures_show(root):
     test = store(root).get("Confetto", "test")
     found = store(root, reader=Unlabelled(root, "Confetto")).get("Confetto", "unlabelled")
     assert not found.truth.masked.any()
-    for name in ("thumbnail", "depth", "object", "workpiece"):
+    for name in ("thumbnail", "height", "object", "workpiece"):
         np.testing.assert_array_equal(getattr(found.truth, name), getattr(test.truth, name))
     jax.tree.map(np.testing.assert_array_equal, found.batch, test.batch)
 
@@ -389,8 +389,8 @@ DAMAGE = {
     "a header, and a row": ("anomalous.npy", respell, 11),
     "half a file": ("features_rgb.npy", lambda file: os.truncate(file, file.stat().st_size // 2), 11),
     "an empty file": ("thumbnail.npy", lambda file: os.truncate(file, 0), 11),
-    "a missing file": ("depth.npy", Path.unlink, 11),
-    "a missing folder": ("depth.npy", lambda file: shutil.rmtree(file.parent), 11),
+    "a missing file": ("height.npy", Path.unlink, 11),
+    "a missing folder": ("height.npy", lambda file: shutil.rmtree(file.parent), 11),
     "a letter of the manifest": (
         "../manifest.json",
         lambda file: file.write_text(file.read_text().replace('"defect": "good"', '"defect": "hood"', 1)),
