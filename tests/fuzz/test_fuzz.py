@@ -4,10 +4,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.fuzz.datasets import Target
 from tests.fuzz.mutations import mutate
-from tests.fuzz.targets import TARGETS, Target
+from tests.fuzz.targets import TARGETS
 from tests.fuzz.watch import watch
-from tests.models import test_pretrained
+from tests.models import pth, test_malformed_pickles
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +70,11 @@ def test_what_was_found_is_refused(tmp_path, name, seed, content):
     assert outcome.kind == "refused", outcome
 
 
-@pytest.mark.parametrize("name", test_pretrained.MALFORMED)
-@pytest.mark.parametrize("write", [test_pretrained.zipped, test_pretrained.legacy])
+@pytest.mark.parametrize("name", test_malformed_pickles.MALFORMED)
+@pytest.mark.parametrize("write", [pth.zipped, pth.legacy])
 def test_malformed_pickles_are_refused_in_time(tmp_path, write, name):
-    content, _ = test_pretrained.MALFORMED[name]
-    outcome = watch(TARGETS["weights"](tmp_path), "x.pth", write(test_pretrained.HEAD + content, {}))
+    content, _ = test_malformed_pickles.MALFORMED[name]
+    outcome = watch(TARGETS["weights"](tmp_path), "x.pth", write(pth.HEAD + content, {}))
     assert outcome.kind == "refused", outcome
 
 

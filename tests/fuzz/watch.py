@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from iumad_jax.errors import UserError
-from tests.fuzz.targets import Target
+from tests.fuzz.datasets import Target
 
 SECONDS, MEGABYTES = 5.0, 512  # what an input may take: of a processor's time; of memory beyond what the process had
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -12,9 +12,59 @@ import numpy as np
 import pytest
 
 from iumad_jax.runtime.ledger import read
+from iumad_jax.runtime.snapshots import read as snapshot
+from tests.integration.conftest import SMALL, as_flags
 
+ARRAYS = SMALL | {"dataset.name": "arrays", "dataset.root": "arrays", "backbone.grid": 4}
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"<!-- (file|line) (\S+) -->\n```python\n(.*?)```\n", re.DOTALL)
+
+EVERYTHING = '''"""A method that has everything that a method may have: it learns the mean token of each object."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from iumad_jax.methods.anomaly_map import maps_of, norm
+from iumad_jax.methods.method import Loss, Method
+
+
+def everything():
+    def init(key, batch):
+        channels = batch.features["rgb"].shape[-1]
+        return {"params": {"mean": jnp.zeros((0, channels))}, "statistics": {"done": jnp.zeros(())}}
+
+    def grow(variables, objects, key):
+        mean = np.asarray(variables["params"]["mean"])
+        new = np.zeros((objects - len(mean), mean.shape[1]), np.float32)
+        return variables | {"params": {"mean": np.concatenate([mean, new])}}
+
+    def error(variables, batch):
+        mean = variables["params"]["mean"][batch.object_id] + variables["frozen"]["offset"][None]
+        return batch.features["rgb"] - mean[:, None]
+
+    def loss(variables, batch, keys):
+        squares = batch.mean((error(variables, batch) ** 2).mean((1, 2)))
+        return Loss(squares, {"squares": squares}, statistics={"done": batch.progress})
+
+    def predict(variables, batch):
+        return maps_of({"rgb": norm(error(variables, batch))})
+
+    def less_and_less(updates, state, params=None, *, progress, **_):
+        return jax.tree.map(lambda update: (1 - progress) * update, updates), state
+
+    def optimizer(config):
+        less = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), less_and_less)
+        return optax.chain(optax.scale_by_adam(), less)
+
+    def frozen():
+        return {"offset": np.load("offset.npy")}
+
+    return Method(init, predict, loss, grow=grow, optimizer=optimizer, frozen=frozen)
+'''
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +85,10 @@ def home(tmp_path_factory):
         after = re.sub(r"(    (?:\w+ =|return) \{\n)", rf"\1{line}", imported, count=1)
         assert len(after.splitlines()) == len(before.splitlines()) + 2
         (home / room).write_text(after)
+    (home / "iumad_jax/methods/everything.py").write_text(EVERYTHING)
+    methods = home / "iumad_jax/methods/__init__.py"
+    text = methods.read_text().replace("    methods = {\n", '    methods = {\n        "everything": everything,\n')
+    methods.write_text(text.replace("\n\n", "\n\nfrom iumad_jax.methods.everything import everything\n", 1))
     rng = np.random.default_rng(0)
     for object_, split, number in product(("bolt", "nut"), ("train", "test"), range(4)):
         depth = np.full((48, 64), 0.5, np.float32) - rng.normal(0, 1e-4, (48, 64)).astype(np.float32)
@@ -48,26 +102,19 @@ def home(tmp_path_factory):
     return home
 
 
-def test_the_readmes_method_dataset_and_strategy(home):
-    values = {
-        "dataset.name": "arrays",
-        "dataset.root": "arrays",
-        "method": "autoencoder",
-        "continual.strategy": "l2",
-        "input.size": 64,
-        "backbone.grid": 4,
-        "model.width": 16,
-        "train.epochs": 3,
-        "train.batch_size": 2,
-    }
-    flags = ["--config=configs/quickstart.py:1-1", "--workdir=run", *(f"--config.{k}={v}" for k, v in values.items())]
-    done = subprocess.run(
-        [sys.executable, "-m", "iumad_jax.main", *flags],
+def run(home, module, *flags):
+    return subprocess.run(
+        [sys.executable, "-m", f"iumad_jax.{module}", *flags],
         cwd=home,
         env=os.environ | {"PYTHONPATH": f"{home}:{ROOT / 'kernels'}"},
         capture_output=True,
         text=True,
     )
+
+
+def test_the_readmes_method_dataset_and_strategy(home):
+    keys = ARRAYS | {"method": "autoencoder", "continual.strategy": "l2", "train.epochs": 3}
+    done = run(home, "main", "--config=configs/quickstart.py:1-1", "--workdir=run", *as_flags(keys))
     assert done.returncode == 0, done.stderr
     epochs = [event for event in read(home / "run" / "ledger.jsonl") if event["event"] == "epoch"]
     assert [set(event) - {"event", "step", "epoch"} for event in epochs] == [
@@ -78,3 +125,28 @@ def test_the_readmes_method_dataset_and_strategy(home):
     assert epochs[5]["pull"] > 0
     assert "Strategy l2 keeps 0.0 kB per object" in done.stdout
     assert re.search(r"I-AUROC +autoencoder +[01]\.\d+", done.stdout)
+
+
+def test_everything_that_a_method_may_have(home):
+    """What a step adds for its objects, an optimiser of its own, progress, statistics of training, frozen arrays."""
+    offset = np.linspace(-1, 1, 192, dtype=np.float32)
+    np.save(home / "offset.npy", offset)
+    keys = ARRAYS | {"method": "everything", "modality": "rgb", "continual.strategy": "finetune"}
+    keys |= {"train.epochs": 40, "train.schedule": "step", "train.learning_rate": 0.1}
+    done = run(home, "main", "--config=configs/quickstart.py:1-1", "--workdir=all", *as_flags(keys))
+    assert done.returncode == 0, done.stderr
+    snapshots = {step: snapshot(home / "all", step) for step in (0, 1)}
+    first, second = (found.variables["everything"] for found in snapshots.values())
+    assert [first["params"]["mean"].shape, second["params"]["mean"].shape] == [(1, 192), (2, 192)]
+    np.testing.assert_array_equal(first["params"]["mean"][0], second["params"]["mean"][0])
+    assert second["statistics"]["done"] == pytest.approx(79 / 80)  # before the last of 80 updates
+    assert "frozen" not in second
+    assert len(snapshots[1].frozen["everything"]) == 64
+    epochs = [event for event in read(home / "all" / "ledger.jsonl") if event["event"] == "epoch"]
+    assert epochs[79]["squares"] < 0.7 * epochs[40]["squares"]
+    assert epochs[39]["update_norm"] < 0.1 * epochs[0]["update_norm"]  # progress reaches the optimiser
+    assert run(home, "evaluate", "--workdir=all").returncode == 0
+    np.save(home / "offset.npy", offset + 1)
+    refused = run(home, "evaluate", "--workdir=all", "--output=other")
+    assert refused.returncode == 2
+    assert "everything: its frozen arrays are not those that this run was trained with" in refused.stderr

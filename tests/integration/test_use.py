@@ -1,4 +1,4 @@
-"""What people do with a trained model: detect, predict, evaluate. One run is trained for all tests."""
+"""What people do with a trained model: predict, evaluate, export. One run is trained for all tests."""
 
 import csv
 import json
@@ -6,43 +6,25 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from iumad_jax import Camera, Detector, evaluate, predict, robustness
-from iumad_jax.data.candies import render
-from iumad_jax.data.degradation import FAULTS, degrade
+from iumad_jax import Detector, evaluate, predict, robustness
+from iumad_jax.data.degradation import FAULTS
 from iumad_jax.data.readers.eyecandies import Eyecandies
 from iumad_jax.errors import UserError
 from iumad_jax.export import __main__ as export
 from iumad_jax.runtime import snapshots
-from tests.integration.conftest import SMALL, as_flags
+from tests.integration.trained import LEARNED, NEVER, in_process, open_reader, results_of, samples, stacked, train
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
-LEARNED, NEVER = ("CandyCane", "GummyBear"), "Lollipop"
-QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.py"
-KEYS = SMALL | {
-    "dataset.name": "eyecandies",
-    "dataset.root": "candies",
-    "dataset.objects": ",".join(LEARNED),
-    "dataset.prepared": "prepared",
-    "backbone.grid": 4,
-    "model.hidden": 16,
-}
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with candies, and a workdir `run` that learned two of three objects."""
-    home = tmp_path_factory.mktemp("home")
-    render(home / "candies", train=8, val=3, test=4, size=64, objects=",".join([*LEARNED, NEVER]), progress=False)
-    flags = as_flags(KEYS)
-    code, _, err = in_process(home, "main", f"--config={QUICKSTART}:1-1", "--workdir=run", *flags)
-    assert code == 0, err
-    return home
+    return train(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +34,7 @@ def detector(home):
 
 @pytest.fixture(scope="module")
 def reader(home):
-    return Eyecandies(home / "candies", ",".join([*LEARNED, NEVER]))
-
-
-def in_process(home, name, *flags):
-    """Runs a command as a process: exit code, standard output, standard error."""
-    module = [sys.executable, "-m", f"iumad_jax.{name}"]
-    done = subprocess.run([*module, *flags], cwd=home, capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
+    return open_reader(home)
 
 
 @pytest.fixture
@@ -75,173 +50,6 @@ def command(home, capsys, monkeypatch):
         return code, captured.out, captured.err
 
     return run
-
-
-def samples(reader, object_, split="test"):
-    return [reader.read(object_, split, id_) for id_ in reader.ids(object_, split)]
-
-
-def results_of(folder):
-    return json.loads((folder / "results.json").read_text())
-
-
-def stacked(samples):
-    return np.stack([one.rgb for one in samples]), np.stack([one.depth for one in samples])
-
-
-def test_a_detector_decides_as_the_run_did(home, detector, reader):
-    """The run evaluated prepared images in batches; the detector sees the images themselves, one by one."""
-    decided = results_of(home / "run")["decisions"][-1]
-    assert detector.objects == LEARNED
-    for name in LEARNED:
-        found = [detector(one.rgb, one.depth) for one in samples(reader, name)]
-        anomalous = np.array([one.anomalous for one in samples(reader, name)])
-        alarms = np.array([one.anomalous for one in found])
-        assert decided["objects"][name]["test"] == {
-            "false_alarms": alarms[~anomalous].mean(),
-            "misses": 1 - alarms[anomalous].mean(),
-            "recognised": np.mean([one.object == name for one in found]),
-            "taken_as_unknown": np.mean([one.unknown for one in found]),
-        }
-        calibration = detector(*stacked(samples(reader, name, "calibration")))
-        image, pixel = (decided["objects"][name][kind]["threshold"] for kind in ("image", "pixel"))
-        assert calibration.score.max() == pytest.approx(image, rel=1e-2)  # features are stored in 16 bits
-        assert calibration.map.max() == pytest.approx(pixel, rel=1e-2)
-
-
-def test_a_batch_is_its_images(detector, reader):
-    some = samples(reader, "CandyCane")[:2] + samples(reader, "GummyBear")[:1] + samples(reader, NEVER)[:1]
-    batch = detector(*stacked(some))
-    singles = [detector(one.rgb, one.depth) for one in some]
-    assert batch.object.tolist() == [one.object for one in singles]
-    assert batch.decision.tolist() == [one.decision for one in singles]
-    assert batch.object.tolist()[:3] == ["CandyCane", "CandyCane", "GummyBear"]
-    assert batch.unknown.tolist()[3]
-    assert batch.decision[3] == "unknown"
-    for field in ("score", "map", "probability", "distance", "image_threshold", "pixel_threshold", "unknown_threshold"):
-        np.testing.assert_allclose(
-            getattr(batch, field), np.stack([getattr(one, field) for one in singles]), rtol=1e-4, atol=1e-6
-        )
-    for one in (batch, *singles):
-        np.testing.assert_array_equal(one.mask, one.map > np.expand_dims(one.pixel_threshold, (-1, -2)))
-        np.testing.assert_array_equal(one.anomalous, one.score > one.image_threshold)
-        np.testing.assert_array_equal(one.unknown, one.distance > one.unknown_threshold)
-    assert batch.map.shape == batch.mask.shape == (4, 224, 224)
-    assert singles[0].map.shape == (224, 224)
-
-
-def test_nothing_compiles_twice(home, reader):
-    """Whatever the images' sizes are; another number of images is compiled once more."""
-    detector = Detector.load(home / "run")
-    one, other = samples(reader, "CandyCane")[:2]
-    compiled = []
-    for rgb, depth in [(one.rgb, one.depth), (other.rgb, other.depth), (one.rgb[:50], one.depth[:50])]:
-        detector(rgb, depth)
-        compiled.append(detector.function._cache_size())
-    detector(one.rgb, one.depth, object="GummyBear")
-    compiled.append(detector.function._cache_size())
-    for _ in range(2):
-        detector(*stacked([one, other]))
-        compiled.append(detector.function._cache_size())
-    assert compiled == [1, 1, 1, 1, 2, 2]
-
-
-def test_a_given_object_is_believed_but_checked(detector, reader):
-    cane = samples(reader, "CandyCane")[0]
-    found = detector(cane.rgb, cane.depth, object="CandyCane")
-    assert (found.object, bool(found.unknown)) == ("CandyCane", False)
-    wrong = detector(cane.rgb, cane.depth, object="GummyBear")
-    assert (wrong.object, bool(wrong.unknown)) == ("GummyBear", True)
-    assert wrong.image_threshold != found.image_threshold
-    assert wrong.probability < found.probability
-
-
-def test_the_camera_is_that_of_the_training_images(detector, reader):
-    cane = samples(reader, "CandyCane")[0]
-    default, told, other = (
-        detector(cane.rgb, cane.depth, camera).score for camera in (None, cane.camera, cane.camera.scaled(0.5))
-    )
-    assert default == told
-    assert other != told
-    half = cane.camera.scaled(0.5)
-    x, z = 0.1, 2.0  # a point seen on column 2 i + 1/2 of an image lies on column i of one of half the size
-    assert half.fx * x / z + half.cx == pytest.approx((cane.camera.fx * x / z + cane.camera.cx - 0.5) / 2)
-
-
-def test_earlier_steps_can_be_loaded(home, reader):
-    first = Detector.load(home / "run", step=0)
-    assert first.objects == ("CandyCane",)
-    bear = samples(reader, "GummyBear")[0]
-    assert first(bear.rgb, bear.depth).decision == "unknown"
-
-
-def test_the_workdir_alone_is_enough(home, tmp_path):
-    """No dataset, nothing that training left beside it; a read-only copy is not touched."""
-    for kept in ("config.json", "snapshots"):
-        whole = home / "run" / kept
-        (shutil.copytree if whole.is_dir() else shutil.copy)(whole, tmp_path / kept)
-    before = sorted(tmp_path.rglob("*"))
-    assert Detector.load(tmp_path).objects == LEARNED
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-WRONG = {
-    "floats": (lambda rgb, depth: (rgb / 255, depth), "rgb is float64 of shape (64, 64, 3)"),
-    "no depth": (lambda rgb, depth: (rgb, None), "depth is missing; this model was trained with it."),
-    "whole numbers": (lambda rgb, depth: (rgb, rgb[..., 0]), "depth is uint8 of shape"),
-    "another size": (lambda rgb, depth: (rgb, depth[1:]), "depth is float32 of shape"),
-    "nothing measured": (lambda rgb, depth: (rgb, depth * np.nan), "the image given: a depth image has no valid"),
-    "no array": (lambda rgb, depth: ("cane.png", depth), "rgb is a str; give a NumPy array of uint8"),
-    "a list": (lambda rgb, depth: (rgb.tolist(), depth), "rgb is a list; give a NumPy array of uint8"),
-    "a picture": (lambda rgb, depth: (Image.fromarray(rgb), depth), "rgb is a Image; give a NumPy array of uint8"),
-    "a list of depths": (lambda rgb, depth: (rgb, depth.tolist()), "depth is a list; give a NumPy array of metres"),
-    "hidden pixels": (lambda rgb, depth: (rgb, np.ma.array(depth)), "depth is a MaskedArray; give a NumPy array"),
-    "no camera": (lambda rgb, depth: (rgb, depth, (1, 1, 0, 0)), "camera is a tuple; give a Camera(fx, fy, cx, cy)"),
-    "a camera of text": (
-        lambda rgb, depth: (rgb, depth, Camera("1", 1, 0, 0)),
-        "the camera's fx, fy, cx and cy are ('1', 1, 0, 0); give",
-    ),
-    "no image": (lambda rgb, depth: (rgb[None][:0], depth[None][:0]), "rgb has the shape (0, 64, 64, 3)"),
-}
-
-
-@pytest.mark.parametrize(("spoil", "told"), WRONG.values(), ids=WRONG)
-def test_a_detector_says_what_is_wrong(detector, reader, spoil, told):
-    cane = samples(reader, "CandyCane")[0]
-    with pytest.raises(UserError) as error:
-        detector(*spoil(cane.rgb, cane.depth))
-    assert str(error.value).startswith(told)
-
-
-def test_a_single_image_is_made_ready_as_a_batch_of_one(detector, reader):
-    cane = samples(reader, "CandyCane")[0]
-    one, batch = detector.prepare(cane.rgb, cane.depth), detector.prepare(cane.rgb[None], cane.depth[None])
-    for modality in ("rgb", "depth"):
-        np.testing.assert_array_equal(one[modality], batch[modality])
-
-
-@pytest.mark.parametrize(
-    ("given", "told"),
-    [
-        ({"foo": 9}, "foo cannot be changed; only backbone.weights and model.scan can."),
-        ({"model.width": 9}, "model.width cannot be changed"),
-        ({"step": "0"}, "step a str; give a path and a number"),
-        ({"workdir": None}, "workdir is a NoneType"),
-    ],
-)
-def test_a_detector_is_loaded_by_what_there_is(home, given, told):
-    with pytest.raises(UserError, match=told):
-        Detector.load(**{"workdir": home / "run"} | given)
-    assert Detector.load(home / "run", np.int64(0)).objects == LEARNED[:1]
-
-
-def test_a_worse_photograph_is_no_unknown_object(home, reader):
-    """In the step that knows one object alone, where nothing but its own images tells what is far."""
-    first = Detector.load(home / "run", step=0)
-    for number, one in enumerate(samples(reader, "CandyCane", "calibration")):
-        assert not first(*(getattr(degrade(one, number, 0.008), part) for part in ("rgb", "depth"))).unknown
-    pop = samples(reader, NEVER)[0]
-    assert first(pop.rgb, pop.depth).unknown
 
 
 def test_predict_writes_what_the_detector_says(home, command, detector, reader):

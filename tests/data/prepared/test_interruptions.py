@@ -1,0 +1,148 @@
+"""Preparations that are interrupted, killed, damaged or out of room lose nothing but what was not done."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from iumad_jax.errors import UserError
+from tests.data.prepared.sets import (
+    SIZE,
+    TEST_IMAGES,
+    afresh,
+    assert_same,
+    counted,
+    make_root,
+)
+
+
+@pytest.fixture
+def root(tmp_path):
+    return make_root(tmp_path)
+
+
+def test_an_interrupted_preparation_goes_on(root):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        counted(root, "test", interrupted)
+    assert not list(root.parent.glob("prepared/*/manifest.json"))
+    after, encoded = counted(root, "test")
+    assert encoded == 9  # the first two stayed
+    assert_same(after, afresh(root, "test"))
+
+
+def prepare_in_a_process(root, then):
+    """Another process that prepares the test images; before the second chunk it dies, or waits for a file."""
+    return subprocess.Popen(
+        [sys.executable, __file__, root, then], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_a_killed_preparation_goes_on(root):
+    """Also where the kill left the middle of a line in its journal and of a row in its arrays."""
+    with prepare_in_a_process(root, "die") as process:
+        assert process.wait() == -signal.SIGKILL
+    (journal,) = root.parent.glob("prepared/*/rows-*/journal")
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines)[:-20])
+    with journal.with_name("images_rgb.npy").open("r+b") as file:
+        file.seek(128 + 2 * SIZE * SIZE * 3)
+        file.write(b"half a row")
+    after, encoded = counted(root, "test")
+    assert encoded == 10  # of the first two, one is not known to be whole
+    assert_same(after, afresh(root, "test"))
+
+
+def test_two_processes_prepare_at_once(root):
+    """One waits and finds what the other has prepared."""
+    with prepare_in_a_process(root, "wait") as first:
+        while not any(journal.stat().st_size > 99 for journal in root.parent.glob("prepared/*/rows-*/journal")):
+            assert first.poll() is None
+            time.sleep(0.01)
+        with prepare_in_a_process(root, "wait") as second:
+            told = second.stderr.readline()
+            assert re.fullmatch(r".*Confetto-test-\w+: another process prepares this; waiting for it\.\n", told)
+            (root / "go").touch()
+            assert first.communicate() == (str(TEST_IMAGES), "")
+            assert second.communicate() == ("0", "")
+    after, encoded = counted(root, "test")
+    assert encoded == 0
+    assert_same(after, afresh(root, "test"))
+
+
+def flip(file, position):
+    content = bytearray(file.read_bytes())
+    content[position] ^= 4
+    file.write_bytes(content)
+
+
+def respell(file):
+    """The header as valid as before but in other letters, and the first row harmed."""
+    file.write_bytes(file.read_bytes().replace(b"'descr': ", b"'descr' :", 1))
+    flip(file, 128)
+
+
+DAMAGE = {
+    "a bit of an image": ("images_rgb.npy", lambda file: flip(file, 128 + SIZE * SIZE * 3 * 4 + 77), 1),
+    "a bit of the last features": ("features_rgb.npy", lambda file: flip(file, -1), 1),
+    "a bit of a mask": ("mask.npy", lambda file: flip(file, 128), 1),
+    "a type": ("features_rgb.npy", lambda file: file.write_bytes(file.read_bytes().replace(b"<f2", b"<i2", 1)), 11),
+    "a header, and a row": ("anomalous.npy", respell, 11),
+    "half a file": ("features_rgb.npy", lambda file: os.truncate(file, file.stat().st_size // 2), 11),
+    "an empty file": ("thumbnail.npy", lambda file: os.truncate(file, 0), 11),
+    "a missing file": ("height.npy", Path.unlink, 11),
+    "a missing folder": ("height.npy", lambda file: shutil.rmtree(file.parent), 11),
+    "a letter of the manifest": (
+        "../manifest.json",
+        lambda file: file.write_text(file.read_text().replace('"defect": "good"', '"defect": "hood"', 1)),
+        11,
+    ),
+    "half a manifest": ("../manifest.json", lambda file: os.truncate(file, 100), 11),
+}
+
+
+@pytest.mark.parametrize(("name", "harm", "lost"), DAMAGE.values(), ids=DAMAGE)
+def test_damage_is_noticed_and_repaired(root, capfd, name, harm, lost):
+    before, _ = counted(root, "test")
+    (folder,) = root.parent.glob("prepared/*/rows-*")
+    harm(folder / name)
+    capfd.readouterr()
+    after, encoded = counted(root, "test")
+    assert encoded == lost
+    assert_same(after, before)
+    told = capfd.readouterr().err
+    if "json" not in name and folder.exists() and lost < 11:
+        assert f"{lost} of 11 images are damaged and prepared again." in told
+    assert counted(root, "test")[1] == 0
+
+
+def test_a_bad_image_leaves_no_set_but_those_before_it(root):
+    file = root / "Confetto" / "test_public" / "data" / "09_depth.png"
+    content = file.read_bytes()
+    file.write_bytes(content[:-20])
+    with pytest.raises(UserError, match=r"09_depth\.png cannot be read"):
+        counted(root, "test")
+    assert not list(root.parent.glob("prepared/*/manifest.json"))
+    file.write_bytes(content)
+    after, encoded = counted(root, "test")
+    assert encoded in (3, 5, 7, 9, 11)  # of the first eight, pairs were done while the ninth was read
+    assert_same(after, afresh(root, "test"))
+
+
+@pytest.mark.parametrize("size", [0, 20_000, 100_000, 1_000_000])
+def test_a_full_disk_is_told_and_nothing_lost(root, files_no_larger_than, size):
+    with (
+        files_no_larger_than(size),
+        pytest.raises(UserError, match=r"cannot be prepared \(File too large\); make room .* is kept\."),
+    ):
+        counted(root, "test")
+    assert not list(root.parent.glob("prepared/*/manifest.json"))
+    assert_same(counted(root, "test")[0], afresh(root, "test"))

@@ -1,0 +1,306 @@
+"""What reads datasets that need not be trusted, each with valid inputs to start from."""
+
+import contextlib
+import io
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from iumad_jax.data.formats.archives import unpack
+from iumad_jax.data.formats.depth_files import read_depth
+from iumad_jax.data.formats.images import read_mask, read_photograph
+from iumad_jax.data.prepared.processing import Processing
+from iumad_jax.data.prepared.store import Store
+from iumad_jax.data.readers.eyecandies import Eyecandies
+from iumad_jax.data.readers.folder import Folder
+from iumad_jax.data.readers.mvtec3d import MVTec3D
+from iumad_jax.data.sample import Reader, Split
+from tests.data.formats import test_archives, test_depth_files
+
+HEIGHT, WIDTH = 24, 32
+CONFIG = Path(__file__).parents[2] / "configs" / "folder.py"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A part of the code.
+
+    Attributes:
+        seeds: valid inputs, by name.
+        read: (name, content): has the code read a changed input; returns, or raises UserError.
+    """
+
+    seeds: dict[str, bytes]
+    read: Callable[[str, bytes], None]
+
+
+# ---- a dataset ----
+
+
+def _scene() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """RGB, an organised cloud in metres with holes, and a mask of a box on a plane."""
+    rng = np.random.default_rng(0)
+    columns, rows = np.meshgrid(np.arange(WIDTH), np.arange(HEIGHT))
+    z = 0.5 + 2e-4 * rng.standard_normal((HEIGHT, WIDTH))
+    z[8:16, 8:20] -= 0.03
+    z[rng.random(z.shape) < 0.05] = 0
+    cloud = np.stack([(columns - 15.5) / 40 * z, (rows - 11.5) / 40 * z, z], -1).astype(np.float32)
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    mask[10:13, 10:14] = 255
+    return rng.integers(0, 256, (HEIGHT, WIDTH, 3)).astype(np.uint8), cloud, mask
+
+
+def _encoded(pixels: np.ndarray, kind: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+RGB, CLOUD, MASK = _scene()
+LEVELS = np.round(CLOUD[..., 2] * 10_000).astype(np.uint16)
+
+
+def images(folder: Path) -> Target:
+    """Photographs and masks of every kind."""
+    grey = RGB[..., 0]
+    seeds = {
+        "rgb.png": _encoded(RGB, "PNG"),
+        "levels.png": _encoded(LEVELS, "PNG"),
+        "rgb.jpg": _encoded(RGB, "JPEG"),
+        "progressive.jpg": _encoded(RGB, "JPEG", progressive=True),
+        "grey.bmp": _encoded(grey, "BMP"),
+        "rgb.tiff": _encoded(RGB, "TIFF"),
+        "lzw.tiff": _encoded(RGB, "TIFF", compression="tiff_lzw"),
+        "deflate.tiff": _encoded(RGB, "TIFF", compression="tiff_deflate"),
+        "jpeg.tiff": _encoded(RGB, "TIFF", compression="jpeg"),
+        "mask.png": _encoded(MASK, "PNG"),
+    }
+
+    def read(name: str, content: bytes) -> None:
+        file = folder / name
+        file.write_bytes(content)
+        (read_mask if name.startswith("mask") else read_photograph)(file)
+
+    return Target(seeds, read)
+
+
+def depth(folder: Path) -> Target:
+    """Depth images and clouds of every format."""
+    encoders = [*test_depth_files.FORMATS.values(), ("png", test_depth_files.png)]
+    seeds = {f"{i}.{ending}": encode(CLOUD) for i, (ending, encode) in enumerate(encoders)}
+    seeds["deflated.tiff"] = test_depth_files.tiff(CLOUD[..., 2], compression="zlib")
+    seeds["tiles.tiff"] = test_depth_files.tiff(CLOUD[..., 2], tile=(16, 16))
+
+    def read(name: str, content: bytes) -> None:
+        file = folder / name
+        file.write_bytes(content)
+        read_depth(file, 0.0001 if name.endswith(".png") else 1.0, (HEIGHT, WIDTH), "give the unit")
+
+    return Target(seeds, read)
+
+
+def write(root: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+
+
+def _dataset(folder: Path, files: dict[str, bytes], open_: Callable[[Path], Reader]) -> Target:
+    """A dataset with one file changed, opened, and the sample that the file belongs to read and processed."""
+    root = folder / "dataset"
+    write(root, files)
+
+    def read(name: str, content: bytes) -> None:
+        (root / name).write_bytes(content)
+        try:
+            reader = open_(root)
+            which = next(one for one in _samples(reader) if root / name in reader.files(*one))
+            processing = Processing(("rgb", "depth"), 16, "normals", reader.height_range, reader.object_height, 3)
+            processing(reader.read(*which))
+        finally:
+            (root / name).write_bytes(files[name])
+
+    return Target(files, read)
+
+
+def _samples(reader: Reader) -> Iterator[tuple[str, Split, str]]:
+    for name in reader.objects:
+        for split in get_args(Split):
+            for id_ in reader.ids(name, split):
+                yield name, split, id_
+
+
+def _eyecandies_files() -> dict[str, bytes]:
+    z = np.where(CLOUD[..., 2] > 0, CLOUD[..., 2], 0.5)
+    levels = np.round((z - z.min()) / (z.max() - z.min()) * 65535).astype(np.uint16)
+    flags = ("anomalous", *(f"anomalous_{kind}" for kind in ("bumps", "dents", "colors", "normals")))
+    files = {}
+    for split in ("train", "val", "test_public"):
+        bad = split == "test_public"
+        files |= {
+            f"Confetto/{split}/data/00_{name}": content
+            for name, content in {
+                "image_4.png": _encoded(RGB, "PNG"),
+                "depth.png": _encoded(levels, "PNG"),
+                "normals.png": _encoded(np.full((HEIGHT, WIDTH, 3), (128, 128, 255), np.uint8), "PNG"),
+                "mask.png": _encoded(MASK * bad, "PNG"),
+                "info_depth.yaml": yaml.safe_dump(
+                    {"normalization": {"max": float(z.max()), "min": float(z.min())}}
+                ).encode(),
+                "metadata.yaml": yaml.safe_dump({flag: int(bad and flag in flags[:2]) for flag in flags}).encode(),
+            }.items()
+        }
+    return files
+
+
+def eyecandies(folder: Path) -> Target:
+    """Eyecandies with a changed file."""
+    return _dataset(folder, _eyecandies_files(), lambda root: Eyecandies(root, "Confetto", normals=True))
+
+
+def mvtec3d(folder: Path) -> Target:
+    """MVTec 3D-AD with a changed file."""
+    files = {}
+    for place in ("train/good", "validation/good", "test/good", "test/hole"):
+        files[f"bagel/{place}/rgb/000.png"] = _encoded(RGB, "PNG")
+        files[f"bagel/{place}/xyz/000.tiff"] = test_depth_files.tiff(CLOUD)
+        files[f"bagel/{place}/gt/000.png"] = _encoded(MASK * (place == "test/hole"), "PNG")
+    return _dataset(folder, files, lambda root: MVTec3D(root, "bagel", needs_depth=True))
+
+
+def folder_files() -> dict[str, bytes]:
+    files = {"dataset.yaml": b"unit: 0.0001\ncamera: {fx: 40, fy: 40.5, cx: 15.5, cy: 11.5}\nobject_height: 0.004\n"}
+    for place in ("train/good", "val/good", "test/good", "test/scratch", "unlabelled"):
+        files[f"bolt/{place}/rgb/a b.png"] = _encoded(RGB, "PNG")
+        files[f"bolt/{place}/depth/a b.png"] = _encoded(LEVELS, "PNG")
+    files["bolt/test/scratch/mask/a b.png"] = _encoded(MASK, "PNG")
+    return files
+
+
+def folder(folder: Path) -> Target:
+    """One's own objects with a changed file; dataset.yaml as often as all others together."""
+    return _dataset(folder, folder_files(), lambda root: Folder(root, needs_depth=True))
+
+
+_NAMES = (
+    "..",
+    "good",
+    "depth",
+    "rgb",
+    "train",
+    "test",
+    "0",
+    "00_x.png",
+    "a\nb",
+    ".hidden",
+    "Ω",
+    "b.PNG",
+    "x" * 300,
+    "",
+)
+
+
+def _disarrange(paths: list[Path], draw: Iterator[int]) -> None:
+    """One change of a tree, if the system lets it be done."""
+    path, other = paths[(next(draw) * 256 + next(draw)) % len(paths)], paths[next(draw) % len(paths)]
+    with contextlib.suppress(OSError, ValueError):
+        new = path.with_name(_NAMES[next(draw) % len(_NAMES)]) if next(draw) % 2 else other
+        match next(draw) % 6:
+            case 0:
+                path.rename(new)
+            case 1:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            case 2:
+                new.symlink_to(path.name)
+            case 3:
+                new.symlink_to("/etc")
+            case 4:
+                os.mkfifo(new)
+            case 5:
+                new.mkdir()
+
+
+def layout(folder: Path) -> Target:
+    """Datasets whose files and folders have been renamed, removed, linked and put elsewhere."""
+    templates: dict[str, tuple[dict[str, bytes], Callable[[Path], Reader]]] = {
+        "eyecandies": (_eyecandies_files(), lambda root: Eyecandies(root, "Confetto")),
+        "folder": (folder_files(), lambda root: Folder(root)),
+    }
+
+    def read(name: str, content: bytes) -> None:
+        files, open_ = templates[name]
+        root = folder / "dataset"
+        shutil.rmtree(root, ignore_errors=True)
+        write(root, files)
+        draw = iter(content[:200])  # what takes long is to change a tree, not to read it
+        with contextlib.suppress(StopIteration):
+            while paths := sorted(root.rglob("*")):
+                _disarrange(paths, draw)
+        reader = open_(root)
+        for which in _samples(reader):
+            reader.read(*which)
+
+    seeds = {name: bytes(range(7, 28)) for name in templates}
+    return Target(seeds, read)
+
+
+def store(folder: Path) -> Target:
+    """A prepared set with a changed file, which must lead to the same images as before."""
+    root, prepared = folder / "dataset", folder / "prepared"
+    write(root, folder_files())
+    processing = Processing(("rgb", "depth"), 16, "height", 0.1, 0.005, 3)
+
+    def get(split: str) -> list[np.ndarray]:
+        found = Store(prepared, Folder(root), processing, lambda x: x.reshape(len(x), 4, 4, -1), {}).get("bolt", split)
+        return [*found.batch.features.values(), *found.batch.images.values(), *(found.truth or ())]
+
+    expected = {split: [np.array(array) for array in get(split)] for split in ("train", "test")}
+    files = {str(file.relative_to(prepared)): file.read_bytes() for file in prepared.rglob("*") if file.is_file()}
+    seeds = {name: content for name, content in files.items() if not name.endswith("lock")}
+    home = next(iter(seeds)).partition("/")[0]
+    seeds[f"{home}/{next(prepared.rglob('rows-*')).name}/journal"] = b"\n0badf00d [0, 1, {}]\n"
+
+    def read(name: str, content: bytes) -> None:
+        shutil.rmtree(prepared)
+        write(prepared, files | {name: content})
+        with contextlib.redirect_stderr(io.StringIO()):  # that images are damaged
+            for split, arrays in expected.items():
+                for one, other in zip(get(split), arrays, strict=True):
+                    np.testing.assert_array_equal(one, other)
+
+    return Target(seeds, read)
+
+
+# ---- archives, weights ----
+
+
+def archive(folder: Path) -> Target:
+    """Archives of every format; nothing may appear outside of the folder that they are unpacked to."""
+    seeds = {}
+    for kind in test_archives.FORMATS:
+        file = test_archives.write(folder / f"a.{kind}", test_archives.FILES.items())
+        seeds[file.name] = file.read_bytes()
+        file.unlink()
+
+    def read(name: str, content: bytes) -> None:
+        inside = folder / "inside"
+        shutil.rmtree(inside, ignore_errors=True)
+        inside.mkdir()
+        (inside / name).write_bytes(content)
+        try:
+            unpack(inside / name, inside / "root", test_archives.LIMITS)
+        finally:
+            assert {path.name for path in inside.iterdir()} <= {name, "root", "root.lock"}
+            assert [path.name for path in folder.iterdir()] == ["inside"]
+            size = sum(path.stat().st_size for path in (inside / "root").rglob("*"))
+            assert size <= test_archives.LIMITS.bytes + 2**20
+            assert not any(path.is_symlink() for path in inside.rglob("*"))
+
+    return Target(seeds, read)

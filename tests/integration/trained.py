@@ -1,0 +1,54 @@
+"""A run of two small objects, of three that there are, for tests of what people do with a trained model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from iumad_jax.data.candies import render
+from iumad_jax.data.readers.eyecandies import Eyecandies
+from tests.integration.conftest import SMALL, as_flags
+
+LEARNED, NEVER = ("CandyCane", "GummyBear"), "Lollipop"
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.py"
+KEYS = SMALL | {
+    "dataset.name": "eyecandies",
+    "dataset.root": "candies",
+    "dataset.objects": ",".join(LEARNED),
+    "dataset.prepared": "prepared",
+    "backbone.grid": 4,
+    "model.hidden": 16,
+}
+
+
+def train(home):
+    """Makes a folder with candies, and a workdir `run` that learned two of three objects."""
+    render(home / "candies", train=8, val=3, test=4, size=64, objects=",".join([*LEARNED, NEVER]), progress=False)
+    code, _, err = in_process(home, "main", f"--config={QUICKSTART}:1-1", "--workdir=run", *as_flags(KEYS))
+    assert code == 0, err
+    return home
+
+
+def open_reader(home):
+    return Eyecandies(home / "candies", ",".join([*LEARNED, NEVER]))
+
+
+def in_process(home, name, *flags):
+    """Runs a command as a process: exit code, standard output, standard error."""
+    module = [sys.executable, "-m", f"iumad_jax.{name}"]
+    done = subprocess.run([*module, *flags], cwd=home, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def samples(reader, object_, split="test"):
+    return [reader.read(object_, split, id_) for id_ in reader.ids(object_, split)]
+
+
+def stacked(samples):
+    return np.stack([one.rgb for one in samples]), np.stack([one.depth for one in samples])
+
+
+def results_of(folder):
+    return json.loads((folder / "results.json").read_text())
