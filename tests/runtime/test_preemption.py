@@ -32,7 +32,7 @@ def test_a_signal_asks_and_handlers_are_there_only_within(number, capfd):
 
 NOBODY_LOOKS = """
 import time
-from iumad_jax import interruption
+from iumad_jax.runtime import preemption
 
 preemption._PATIENCE = 0.5
 with preemption.handled():
