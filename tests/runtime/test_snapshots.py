@@ -154,8 +154,8 @@ KILLED = """
 import resource, signal, sys
 from pathlib import Path
 import numpy as np
-from iumad_jax.progress import BEGINNING, Position
-from iumad_jax.snapshots import Snapshots
+from iumad_jax.runtime.progress import BEGINNING, Position
+from iumad_jax.runtime.snapshots import Snapshots
 
 snapshots = Snapshots(Path(sys.argv[1]))
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the system kills the process that makes a file larger than this
@@ -301,7 +301,7 @@ def test_a_kill_before_the_first_snapshot_is_whole_leaves_none(tmp_path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as context, opened(tmp_path) as snapshots:
-        context.setattr("iumad_jax.snapshots.write_whole", killed)
+        context.setattr("iumad_jax.runtime.snapshots.write_whole", killed)
         snapshots.save(snapshot(0, 3))
         with pytest.raises(KeyboardInterrupt):
             snapshots.wait()

@@ -38,7 +38,7 @@ def test_a_new_workdir_is_anyones_until_it_is_claimed(tmp_path):
 HOLDER = """
 import sys
 from pathlib import Path
-from iumad_jax import workdir
+from iumad_jax.runtime import workdir
 from iumad_jax.config import paper
 
 with workdir.claimed(Path(sys.argv[1]), paper("6-1")):

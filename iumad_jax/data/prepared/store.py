@@ -16,7 +16,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from itertools import islice
@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from iumad_jax.data.prepared import records
@@ -35,6 +34,7 @@ from iumad_jax.data.sample import Reader, Sample, Split
 from iumad_jax.errors import UserError
 from iumad_jax.models import efficientnet
 from iumad_jax.runtime import preemption
+from iumad_jax.runtime.storage import locked
 from iumad_jax.shapes import Batch, GroundTruth
 
 Encoder = Callable[[Any], jax.Array]  # images (b h w 3), 0..255 -> features (b g g f)
@@ -99,7 +99,7 @@ class Store:
             return manifest
         try:
             home.mkdir(parents=True, exist_ok=True)
-            with _alone(home):
+            with locked(home / "lock", f"{home}: another process prepares this; waiting for it."):
                 manifest = records.read_manifest(home)  # another process may have written one meanwhile
                 if manifest is None or not self._is_current(home, manifest, images, split):
                     manifest = self._complete(home, object_, split, images, manifest)
@@ -307,24 +307,9 @@ def _restamp(home: Path, manifest: Manifest, images: list[Image]) -> None:
     """Notes new times of files whose content is the same, if that can be done at once, so as not to hash them again."""
     stamped = [Image(**(old | new)) for old, new in zip(manifest["images"], images, strict=True)]
     if stamped != manifest["images"]:
-        with suppress(OSError), FileLock(home / "lock", timeout=0):
+        with suppress(OSError, UserError), locked(home / "lock"):
             if records.read_manifest(home) == manifest:
                 records.write_manifest(home, Manifest(**(manifest | {"images": stamped})))
-
-
-@contextmanager
-def _alone(home: Path) -> Iterator[None]:
-    """Waits until no other process changes a set. The system gives up the lock of a process that is killed."""
-    lock = FileLock(home / "lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        print(f"{home}: another process prepares this; waiting for it.", file=sys.stderr)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @cache

@@ -205,7 +205,7 @@ def test_a_killed_unpacking_starts_again(tmp_path):
     archive = write(tmp_path / "a.tar", [(str(i), b"") for i in range(5_000)])
     limits = Limits(10**6, 10**5)
     program = (
-        "import sys, pathlib; from iumad_jax.data.archive import Limits, unpack;"
+        "import sys, pathlib; from iumad_jax.data.formats.archives import Limits, unpack;"
         f"unpack(*map(pathlib.Path, sys.argv[1:]), Limits{tuple(limits)})"
     )
     command = [sys.executable, "-c", program, archive, tmp_path / "root"]
