@@ -30,9 +30,9 @@ def _train(values: flags.FlagValues) -> str:
     config, workdir = cli.given_config(values)
     from iumad_jax import experiment
     from iumad_jax.report import tables
-    from iumad_jax.runtime import processes  # after the flags: a typo is told at once, before JAX is loaded
+    from iumad_jax.runtime import joining  # after the flags: a typo is told at once, before JAX is loaded
 
-    with processes.joined(values.coordinator, values.processes, values.process, values.cluster):
+    with joining.joined(values.coordinator, values.processes, values.process, values.cluster):
         try:
             results = experiment.run(config, workdir)
         except experiment.DatasetChanged as changed:

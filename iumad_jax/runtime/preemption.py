@@ -6,16 +6,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
 AT_ONCE = 130  # what a shell says of a process that SIGINT ended
 _PATIENCE = 8.0  # seconds until the process ends wherever it is
 
 _requested = threading.Event()
-_last: list[Callable[[], Any]] = []  # what is done before a process is ended wherever it is
 
 
 class Interrupted(Exception):
@@ -25,16 +23,6 @@ class Interrupted(Exception):
 def requested() -> bool:
     """Whether the process was asked to end."""
     return _requested.is_set()
-
-
-@contextmanager
-def before_cut_off(act: Callable[[], Any]) -> Iterator[None]:
-    """Within, this is done before the process is ended wherever it is."""
-    _last.append(act)
-    try:
-        yield
-    finally:
-        _last.remove(act)
 
 
 def wait() -> None:
@@ -85,12 +73,5 @@ def _watch(reader: int) -> None:
             if not (number := signals.read(1)):
                 return
             if number[0] == signal.SIGINT:
-                _cut_off(AT_ONCE)
-        _cut_off(EXIT_CODE)
-
-
-def _cut_off(code: int) -> None:
-    for act in _last:
-        with suppress(Exception):
-            act()
-    os._exit(code)
+                os._exit(AT_ONCE)
+        os._exit(EXIT_CODE)

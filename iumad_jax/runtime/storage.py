@@ -1,12 +1,15 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and locks."""
 
 import math
 import os
-from contextlib import suppress
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from iumad_jax.errors import UserError
 
@@ -46,6 +49,30 @@ def write_whole(path: Path, content: bytes) -> None:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
         raise not_written(path, error) from error
+
+
+@contextmanager
+def locked(file: Path, waiting: str | None = None) -> Iterator[None]:
+    """Keeps other processes out that lock the same file. The system gives up the lock of one that is killed.
+
+    Args:
+        file: which need not be there.
+        waiting: what to say before waiting for another process.
+
+    Raises:
+        TimeoutError: another process is there, and this one is not to wait.
+        OSError: the file cannot be written.
+    """
+    lock = FileLock(file)
+    try:
+        held = lock.acquire(blocking=False)
+    except TimeoutError:
+        if waiting is None:
+            raise
+        print(waiting, file=sys.stderr)
+        held = lock.acquire()
+    with held:
+        yield
 
 
 def not_written(path: Path, error: OSError) -> UserError:

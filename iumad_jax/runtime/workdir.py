@@ -3,16 +3,15 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
 from iumad_jax import config as configs
 from iumad_jax.errors import UserError
-from iumad_jax.runtime.storage import write_whole
+from iumad_jax.runtime.storage import locked, write_whole
 
 FORMAT = 1  # of everything in a workdir; a version that changes it converts or refuses what older ones wrote
 _NAME = "config.json"
@@ -73,26 +72,23 @@ def read(workdir: Path) -> ConfigDict:
 def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
     """Makes the workdir with a place for pictures, notes the config in it, and keeps other processes out meanwhile.
 
-    The system gives up the lock of a process that is killed.
-
     Raises:
         UserError: another process has it, it belongs to another config, or it cannot be written.
     """
-    lock = FileLock(workdir / "lock")
-    try:
-        (workdir / "pictures").mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise UserError(f"{workdir}: another process runs here; wait for it, or choose another --workdir.") from error
-    except OSError as error:
-        raise UserError(f"{workdir}: not a writable folder ({error.strerror}); choose another --workdir.") from error
-    try:
+    with ExitStack() as held:
+        try:
+            (workdir / "pictures").mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(workdir / "lock"))
+        except TimeoutError as error:
+            told = "another process runs here; wait for it, or choose another --workdir."
+            raise UserError(f"{workdir}: {told}") from error
+        except OSError as error:
+            told = f"not a writable folder ({error.strerror}); choose another --workdir."
+            raise UserError(f"{workdir}: {told}") from error
         check(workdir, config)  # another process may have claimed it meanwhile
         content = {"format": FORMAT} | json.loads(config.to_json())
         write_whole(workdir / _NAME, (json.dumps(content, indent=2) + "\n").encode())
         yield
-    finally:
-        lock.release()
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -83,7 +83,7 @@ def assert_ends_since_another_did(process, limit):
         _, err = process.communicate(timeout=max(limit - time.monotonic(), 1))
     finally:
         process.kill()
-    assert process.returncode not in (0, -signal.SIGKILL)
+    assert process.returncode == 75
     *_, last = err.splitlines()
     assert last.startswith("iumad_jax: ")
     assert "another one ha" in last
@@ -183,7 +183,9 @@ def test_a_process_that_is_asked_to_end_has_the_first_one_save(start_two, tmp_pa
     assert code == 75, err
     assert err.splitlines()[-1].startswith("iumad_jax: stopping on SIGTERM; the same command goes on from here")
     assert len(list((run / "snapshots_within_step").iterdir())) == 1
-    assert ends(second)[0] != 0
+    code, _, err = ends(second)
+    assert code == 75, err
+    assert err.splitlines()[-1].startswith("iumad_jax: stopping on SIGTERM; the same command goes on from here")
 
 
 def test_a_port_that_is_taken_is_told(start, tmp_path):

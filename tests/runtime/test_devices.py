@@ -20,7 +20,7 @@ from iumad_jax.data.batches import training_batches, whole
 from iumad_jax.errors import UserError
 from iumad_jax.methods.ib_iumad import ib_iumad
 from iumad_jax.methods.network import from_network, jitter
-from iumad_jax.runtime import devices, processes
+from iumad_jax.runtime import devices, joining
 from iumad_jax.shapes import Batch
 from iumad_jax.training.epochs import train_epochs
 from iumad_jax.training.optimization import make_optimizer
@@ -194,11 +194,11 @@ if __name__ == "__main__":  # the same on another number of devices, which only 
 
 
 def test_a_coordinator_that_does_not_answer_is_told(monkeypatch):
-    monkeypatch.setattr(processes, "_PATIENCE_TO_FIND", 1)
+    monkeypatch.setattr(joining, "_PATIENCE", 1)
     with socket.create_server(("localhost", 0)) as taken:
         address = f"localhost:{taken.getsockname()[1]}"
     with (
         pytest.raises(UserError, match=rf"--coordinator={address}: Connection refused for 1 s; start process 0 there"),
-        processes.joined(address, 2, 1, cluster=False),
+        joining.joined(address, 2, 1, cluster=False),
     ):
         pass

@@ -22,6 +22,7 @@ from iumad_jax.data.candies.scene import POSE, TILES, Surface, photograph, surve
 from iumad_jax.data.candies.sweets import SWEETS, Look
 from iumad_jax.errors import UserError
 from iumad_jax.runtime import preemption
+from iumad_jax.runtime.storage import write_whole
 
 RENDERER = 1  # of the pictures' format; tests/data/test_golden.py tells when what is rendered has changed
 OBJECTS = tuple(SWEETS)
@@ -82,7 +83,7 @@ def render(
         if unfinished.exists():
             check_manifest(unfinished, manifest)
         unfinished.mkdir(parents=True, exist_ok=True)
-        write_atomically(unfinished / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        write_whole(unfinished / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
         counts = dict(zip(SPLITS, (train, val, test), strict=True))
         jobs = [(name, split, i) for split in SPLITS for i in range(counts[split]) for name in names]
         with tqdm(total=len(jobs), desc="candies", unit="sample", disable=None if progress else True) as bar:
@@ -109,13 +110,6 @@ def check_manifest(directory: Path, wanted: dict) -> None:
         raise UserError(
             f"{directory}: was made with other settings ({', '.join(differing)}); delete it or choose another root."
         )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 # ---- one sample ----------------------------------------------------------------------------------------------------
@@ -180,7 +174,7 @@ def write_sample(root: Path, seed: int, size: int, name: str, split: str, index:
     save("mask", np.any(list(masks.values()), axis=0).astype(np.uint8) * 255)
 
     def write(file: str, content: dict) -> None:
-        write_atomically(directory / f"{prefix}{file}.yaml", yaml.safe_dump(content, sort_keys=False))
+        write_whole(directory / f"{prefix}{file}.yaml", yaml.safe_dump(content, sort_keys=False, encoding="utf-8"))
 
     np.savetxt(directory / f"{prefix}pose.txt", POSE)
     write("info_depth", {"normalization": {"max": float(high), "min": float(low)}})

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from filelock import FileLock
 from tqdm import tqdm
 
 from iumad_jax.errors import UserError
+from iumad_jax.runtime.storage import locked
 
 _FORMATS: dict[str, Any] = {".tar": lambda stream: stream, ".tar.gz": gzip.open, ".tar.xz": lzma.open, ".zip": None}
 _BESIDES = 1 << 20  # bytes that a .tar may have between the contents of two files
@@ -74,7 +74,7 @@ def unpack(archive: Path, root: Path, limits: Limits) -> str:
     unfinished = root.with_name(root.name + ".unpacking")
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(root.with_name(root.name + ".lock")):
+        with locked(root.with_name(root.name + ".lock"), f"{root}: another process unpacks this; waiting for it."):
             if root.exists() and any(root.iterdir()):
                 if _unpacked_from(root) != sha256:
                     raise UserError(

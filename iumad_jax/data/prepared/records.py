@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, TypedDict
 import numpy as np
 
 from iumad_jax.errors import UserError
+from iumad_jax.runtime.storage import write_whole
 
 Values = dict[str, np.ndarray]  # one image's arrays by name
 _JOURNAL, _MANIFEST = "journal", "manifest.json"
@@ -103,10 +104,13 @@ def row(arrays: Values, index: int) -> Values | None:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """From here on the set is what the manifest says."""
-    unfinished = folder / (_MANIFEST + ".unfinished")
-    unfinished.write_text(json.dumps({"sha256": digest(manifest), "manifest": manifest}, indent=1))
-    unfinished.replace(folder / _MANIFEST)
+    """From here on the set is what the manifest says.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    content = {"sha256": digest(manifest), "manifest": manifest}
+    write_whole(folder / _MANIFEST, json.dumps(content, indent=1).encode())
 
 
 def read_manifest(folder: Path) -> Manifest | None:

@@ -17,14 +17,13 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from filelock import FileLock, Timeout
 from jaxtyping import Float, Float64
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -39,10 +38,11 @@ from iumad_jax.errors import UserError
 from iumad_jax.models import pretrained
 from iumad_jax.models.efficientnet import FeatureExtractor
 from iumad_jax.runtime import preemption
+from iumad_jax.runtime.storage import locked
 from iumad_jax.shapes import Batch, GroundTruth, Modality
 
 Encoder = Callable[[Any], jax.Array]  # images (b h w 3), 0..255 -> features (b g g f)
-FORMAT = 1  # of prepared sets; tests/data/prepared/test_golden.py tells when what they hold has changed
+FORMAT = 1  # of prepared sets; tests/data/test_golden.py tells when what they hold has changed
 ENCODED_AT_ONCE = 2  # images: with more, activations leave a CPU's caches, and one takes twice as long
 _AHEAD = 16  # images processed while others are encoded
 
@@ -104,7 +104,7 @@ class Store:
             return manifest
         try:
             home.mkdir(parents=True, exist_ok=True)
-            with _alone(home):
+            with locked(home / "lock", f"{home}: another process prepares this; waiting for it."):
                 manifest = records.read_manifest(home)  # another process may have written one meanwhile
                 if manifest is None or not self._is_current(home, manifest, images, split):
                     manifest = self._complete(home, object_, split, images, manifest)
@@ -340,24 +340,9 @@ def _restamp(home: Path, manifest: Manifest, images: list[Image]) -> None:
     """Notes new times of files whose content is the same, if that can be done at once, so as not to hash them again."""
     stamped = [Image(**(old | new)) for old, new in zip(manifest["images"], images, strict=True)]
     if stamped != manifest["images"]:
-        with suppress(OSError), FileLock(home / "lock", timeout=0):
+        with suppress(OSError, UserError), locked(home / "lock"):
             if records.read_manifest(home) == manifest:
                 records.write_manifest(home, Manifest(**(manifest | {"images": stamped})))
-
-
-@contextmanager
-def _alone(home: Path) -> Iterator[None]:
-    """Waits until no other process changes a set. The system gives up the lock of a process that is killed."""
-    lock = FileLock(home / "lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        print(f"{home}: another process prepares this; waiting for it.", file=sys.stderr)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def mean_tokens(tokens: Float[jax.Array | np.ndarray, "*b p f"]) -> Float64[np.ndarray, "*b f"]:
