@@ -11,12 +11,14 @@ from typing import Any, Union, get_args, get_origin
 
 from jaxtyping import AbstractArray, Shaped
 
+TELL_THEMSELVES = {"Detector.__call__", "Detector.prepare"}  # functions that say in a sentence what is wrong
+
 
 def checked(function):
     """The function, which raises TypeError where an array that it is given or returns is not as annotated."""
     hints = {name: _shaped(hint) for name, hint in function.__annotations__.items()}
     hints = {name: hint for name, hint in hints.items() if hint is not None}
-    if not hints or inspect.isgeneratorfunction(function):
+    if not hints or inspect.isgeneratorfunction(function) or function.__qualname__ in TELL_THEMSELVES:
         return function
     signature = inspect.signature(function)
     several = {name for name, parameter in signature.parameters.items() if parameter.kind == parameter.VAR_POSITIONAL}

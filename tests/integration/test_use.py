@@ -16,6 +16,7 @@ from iumad_jax.data.degradation import FAULTS
 from iumad_jax.data.readers.eyecandies import Eyecandies
 from iumad_jax.errors import UserError
 from iumad_jax.export import __main__ as export
+from iumad_jax.inference import predictions
 from iumad_jax.runtime import snapshots
 from tests.integration.trained import LEARNED, NEVER, in_process, open_reader, results_of, samples, stacked, train
 
@@ -124,7 +125,7 @@ def test_an_evaluation_that_fails_leaves_earlier_results(home, command):
 
 def test_what_was_predicted_before_the_disk_was_full_is_listed(home, command, files_no_larger_than, monkeypatch):
     flags = ["--workdir=run", "--output=cut", f"--config.dataset.objects={NEVER}"]
-    written, write = [], predict._write_image
+    written, write = [], predictions._write_image
 
     def write_three(path, pixels):
         if len(written) < 3:
@@ -133,7 +134,7 @@ def test_what_was_predicted_before_the_disk_was_full_is_listed(home, command, fi
         with files_no_larger_than(10):
             return write(path, pixels)
 
-    monkeypatch.setattr(predict, "_write_image", write_three)
+    monkeypatch.setattr(predictions, "_write_image", write_three)
     code, out, err = command("predict", *flags)
     assert (code, out) == (2, "")
     assert err.startswith("iumad_jax: cannot write cut/heatmaps/Lollipop/")
