@@ -93,7 +93,6 @@ def test_reading_without_a_run_makes_the_smallest(execute):
 
 
 def test_own_objects(execute):
-    pytest.importorskip("iumad_jax.data.folder")
     home, outputs = execute("own_objects", epochs=1, images=8, pixels=64, size=64)
     (table,) = shown(outputs, "text/markdown")
     assert "washer" in table
