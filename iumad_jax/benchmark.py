@@ -1,4 +1,7 @@
-"""Systems x modalities x protocols x seeds: python -m iumad_jax.benchmark --config=configs/benchmark.py."""
+"""Trains a grid of runs into one table: python -m iumad_jax.benchmark --config=configs/benchmark.py.
+
+Systems x modalities x protocols x seeds, one run per cell.
+"""
 
 import sys
 from pathlib import Path

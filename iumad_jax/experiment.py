@@ -37,7 +37,7 @@ from iumad_jax.training import nonfinite
 from iumad_jax.training.dataset_changes import unused
 from iumad_jax.training.epochs import Epoch, train_epochs
 from iumad_jax.training.optimization import learning_rates, of_step, optimizer_name
-from iumad_jax.training.plan import Run, plan, start
+from iumad_jax.training.run import Run, plan, start
 from iumad_jax.training.update import initial_state
 
 _RESULTS = ("results.md", "results.tex", "results.csv", "report.html")
@@ -55,7 +55,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     """Runs a config's protocol in a workdir, going on where an earlier run of it stopped.
 
     Returns:
-        What results.json holds (evaluation.md, "Public names"); None in processes other than the first.
+        What results.json holds (see `report.tables`); None in processes other than the first.
 
     Raises:
         UserError: the config, the dataset or the workdir is at fault.
@@ -215,7 +215,7 @@ def assess(run: Run, step: protocol.Step, progress: Progress) -> Progress:
     calibration = calibrate(run, step, progress, recogniser)
     quantile, scale = run.config.decisions.quantile, run.store.processing.height_scale
     decided, limits = describe(calibration, quantile), thresholds(calibration, quantile)
-    tests = evaluation.tests(run.store.reader, step.seen, lambda name: run.store.get(name, "test"))
+    tests = evaluation.test_sets(run.store.reader, step.seen, lambda name: run.store.get(name, "test"))
     model = Model(run.methods, progress.variables, recogniser, limits)
     numbers = {name: number for number, name in enumerate(step.seen)}
     for judgement in assessment.assess(model, tests, numbers, decided, step.index, run.ledger, run.workdir, scale):

@@ -1,6 +1,6 @@
 """How long a trained model takes to look at an image: python -m iumad_jax.latency --workdir=FOLDER.
 
-In JAX, and in onnxruntime where the packages of iumad-jax[export] are installed. Images are the first test images of
+In JAX, and in onnxruntime where the packages of iumad-jax[export] are installed. The image is the first test image of
 the run's dataset, or of the one that --config.dataset.KEY=VALUE names. Medians of repetitions after a first call, which
 compiles.
 """
@@ -24,9 +24,9 @@ def _define(values: flags.FlagValues) -> None:
 
 def _measure(values: flags.FlagValues) -> str:
     workdir = cli.path(values, "workdir")
-    from iumad_jax.export import latency  # after the flags: a typo is told at once, before JAX is loaded
+    from iumad_jax.export import timing  # after the flags: a typo is told at once, before JAX is loaded
 
-    return latency.measure(values.config, workdir, values.step, values.repetitions)
+    return timing.measure(values.config, workdir, values.step, values.repetitions)
 
 
 if __name__ == "__main__":

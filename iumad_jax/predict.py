@@ -41,7 +41,7 @@ def _define(values: flags.FlagValues) -> None:
 def _predict(values: flags.FlagValues) -> str:
     output = cli.path(values, "output")
     from iumad_jax.data import readers  # after the flags: a typo is told at once, before JAX is loaded
-    from iumad_jax.data.readers import shots
+    from iumad_jax.data.readers import unlabelled
     from iumad_jax.inference import predictions
     from iumad_jax.inference.detector import Detector
 
@@ -50,11 +50,11 @@ def _predict(values: flags.FlagValues) -> str:
     detector.number(values.object)
     if values.input:
         depth = Path(values.depth) if values.depth else None
-        camera = shots.camera_of(values.camera) if values.camera else None
+        camera = unlabelled.camera_of(values.camera) if values.camera else None
         needs_depth = "depth" in detector.processing.modalities
-        chosen = list(shots.photographs(Path(values.input), needs_depth, depth, values.depth_unit, camera))
+        chosen = list(unlabelled.photographs(Path(values.input), needs_depth, depth, values.depth_unit, camera))
     else:
-        chosen = list(shots.samples(readers.open_reader(values.config), values.split))
+        chosen = list(unlabelled.samples(readers.open_reader(values.config), values.split))
     rows, damaged = predictions.predict(detector, str(values.workdir), chosen, values.object, output)
     if damaged:
         rest = f"the others are in {output}" if rows else "correct them"

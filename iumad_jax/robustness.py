@@ -19,10 +19,10 @@ def main(arguments: list[str]) -> int:
 
 def _measure(values: flags.FlagValues) -> str:
     workdir = cli.path(values, "workdir")
-    from iumad_jax.inference import robustness  # after the flags: a typo is told at once, before JAX is loaded
+    from iumad_jax.inference import fault_sweep  # after the flags: a typo is told at once, before JAX is loaded
     from iumad_jax.runtime import snapshots
 
-    return robustness.measure(values.config, workdir, snapshots.read(workdir, values.step))
+    return fault_sweep.measure(values.config, workdir, snapshots.read(workdir, values.step))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The legend of array dimensions, and the values that pass between the rooms.
+"""The legend of array dimensions, and the values that pass between packages.
 
     b  images in a batch              n  images in a set
     h, w  pixels of an input image    g  side of the token grid, p = g * g tokens
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
-MAP_SIZE = 224  # every map and mask is compared at this size, whatever the input size (evaluation.md)
+MAP_SIZE = 224  # every map and mask is compared at this size, whatever the input size
 
 Modality = str  # "rgb" or "depth"
 Image = Float[Array, "h w 3"]  # a network's input, 0..255

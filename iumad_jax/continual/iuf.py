@@ -13,9 +13,9 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from iumad_jax.continual.strategy import Memory, Strategy
-from iumad_jax.inference.prediction import predict_in_batches
 from iumad_jax.methods.method import Loss, Method
 from iumad_jax.runtime import devices
+from iumad_jax.runtime.in_batches import predict_in_batches
 from iumad_jax.shapes import Batch, Keys, Variables
 
 ROWS = 768  # of a queue

@@ -1,4 +1,4 @@
-"""What a model is worth: its calibration by good images, and metrics and samples of test images, as they are found."""
+"""Calibrates on good images and judges test images, into a ledger and samples; also of a run that was saved."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -118,7 +118,7 @@ def evaluate_snapshot(config: ConfigDict, workdir: Path, progress: Progress, out
         raise UserError(
             f"none of {', '.join(reader.objects)} was learned; name one of {', '.join(progress.calibration)} too."
         )
-    tests = evaluation.tests(reader, reader.objects, lambda name: store.get(name, "test"))
+    tests = evaluation.test_sets(reader, reader.objects, lambda name: store.get(name, "test"))
     if not tests:
         raise UserError(f"there are no test images of {', '.join(reader.objects)}; add some.")
     for name in tests:  # what is at fault is told before anything is written

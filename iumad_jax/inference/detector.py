@@ -17,7 +17,7 @@ from iumad_jax import methods
 from iumad_jax.data.prepared.processing import Processing
 from iumad_jax.data.sample import Camera, Sample
 from iumad_jax.errors import UserError
-from iumad_jax.inference import maps, recognition
+from iumad_jax.inference import anomaly_map, recognition
 from iumad_jax.inference.decisions import decide
 from iumad_jax.inference.recognition import RECOGNISE, Recogniser
 from iumad_jax.inference.thresholds import Thresholds, thresholds
@@ -95,7 +95,7 @@ def detect(
     features = {m: grid.reshape(len(grid), -1, grid.shape[-1]) for m, grid in grids.items()}
     distance = recognition.distances(state.recogniser, features)
     object_id = recognition.recognise(distance, given)
-    prediction = maps.predictor(method)(state.variables, Batch(features, images, object_id))
+    prediction = anomaly_map.predictor(method)(state.variables, Batch(features, images, object_id))
     decision = decide(state.thresholds, prediction, distance, object_id, len(state.recogniser.centre))
     return Outputs(score=prediction.score, map=prediction.map, **decision._asdict())
 

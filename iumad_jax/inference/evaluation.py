@@ -16,13 +16,13 @@ from iumad_jax import methods
 from iumad_jax.data.prepared.store import PreparedSet
 from iumad_jax.data.sample import Reader
 from iumad_jax.inference import recognition
+from iumad_jax.inference.anomaly_map import predictor
 from iumad_jax.inference.decisions import Decision, decide
-from iumad_jax.inference.maps import predictor
-from iumad_jax.inference.prediction import predict_in_batches
 from iumad_jax.inference.recognition import Recogniser
 from iumad_jax.inference.thresholds import Thresholds, thresholds
 from iumad_jax.methods.method import Method, with_frozen
 from iumad_jax.metrics import image_auroc, pixel_metrics
+from iumad_jax.runtime.in_batches import predict_in_batches
 from iumad_jax.runtime.progress import Progress
 from iumad_jax.shapes import Batch, GroundTruth, Prediction, Variables
 
@@ -75,7 +75,7 @@ class Judgement:
 Tests = Mapping[str, Callable[[], PreparedSet]]
 
 
-def tests(reader: Reader, objects: tuple[str, ...], read: Callable[[str], PreparedSet]) -> Tests:
+def test_sets(reader: Reader, objects: tuple[str, ...], read: Callable[[str], PreparedSet]) -> Tests:
     """The objects that have test images, each with a function that reads them."""
     return {name: functools.partial(read, name) for name in objects if reader.ids(name, "test")}
 

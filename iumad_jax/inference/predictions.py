@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from iumad_jax.data.formats.depth_files import WrongUnit
-from iumad_jax.data.readers.shots import Shot
+from iumad_jax.data.readers.unlabelled import Shot
 from iumad_jax.errors import UserError
 from iumad_jax.inference.detector import Detection, Detector
 from iumad_jax.report import figures, tables

@@ -2,9 +2,9 @@
 
 import jax
 
-from iumad_jax.methods.anomaly_map import group, maps_of, norm
+from iumad_jax.methods.error_maps import group, maps_of, norm
 from iumad_jax.methods.method import Method
-from iumad_jax.methods.statistics import merge_moments, no_moments, standardise
+from iumad_jax.methods.moments import merge_moments, no_moments, standardise
 from iumad_jax.shapes import Batch, ErrorMaps, Variables
 
 

@@ -14,10 +14,10 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from iumad_jax.methods.anomaly_map import group
+from iumad_jax.methods.error_maps import group
 from iumad_jax.methods.method import Method
+from iumad_jax.methods.moments import Moments
 from iumad_jax.methods.network import Errors, from_network, reconstruct
-from iumad_jax.methods.statistics import Moments
 from iumad_jax.methods.uniad import project, reconstruction_errors, reconstruction_losses
 from iumad_jax.models.class_network import ClassNetwork, pooled_pixels
 from iumad_jax.shapes import Batch, Image, Logits, Modality, Scalars, Tokens, Variables

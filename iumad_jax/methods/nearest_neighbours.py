@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from iumad_jax.methods.anomaly_map import group, maps_of
+from iumad_jax.methods.error_maps import group, maps_of
 from iumad_jax.methods.method import Method
-from iumad_jax.methods.statistics import merge_moments, no_moments, standardise
+from iumad_jax.methods.moments import merge_moments, no_moments, standardise
 from iumad_jax.shapes import BY_OBJECT, Batch, ErrorMaps, Variables
 
 

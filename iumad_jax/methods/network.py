@@ -1,4 +1,4 @@
-"""From a network for one image to a method: what the trained systems have in common."""
+"""`from_network` makes a method of a network for one image: batches, z-scores, the sum and means of its losses."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +9,9 @@ from flax import linen as nn
 from jaxtyping import Array, Float, PRNGKeyArray
 from ml_collections import ConfigDict
 
-from iumad_jax.methods.anomaly_map import maps_of
+from iumad_jax.methods.error_maps import maps_of
 from iumad_jax.methods.method import Loss, Method
-from iumad_jax.methods.statistics import merge_moments, no_moments, standardise
+from iumad_jax.methods.moments import merge_moments, no_moments, standardise
 from iumad_jax.models.reconstruction import ReconstructionTransformer
 from iumad_jax.shapes import Batch, Condition, ErrorMaps, Keys, Logits, Modality, Scalars, Tokens, Variables
 

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from iumad_jax.methods.anomaly_map import group, norm
+from iumad_jax.methods.error_maps import group, norm
 from iumad_jax.methods.method import Method
 from iumad_jax.methods.network import Errors, from_network, reconstruct
 from iumad_jax.shapes import Image, Logits, Modality, Scalars, Tokens

@@ -1,4 +1,4 @@
-"""Becoming one of several `processes`, and ending with them."""
+"""Makes this process one of several, with JAX's distributed runtime, and ends it when another one ends."""
 
 import atexit
 import ctypes
@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 import jax
 import numpy as np
 
-from iumad_jax.errors import UserError
+from iumad_jax.errors import COME_AGAIN, MISTAKE, UserError
 from iumad_jax.runtime import preemption, processes
 from iumad_jax.runtime.devices import AXIS, mean_over_devices
 
@@ -30,7 +30,7 @@ _ending = threading.Lock()  # who has it ends this process
 def joined(coordinator: str | None, number: int | None, process: int | None, cluster: bool) -> Iterator[None]:
     """Makes this process one of several within, if any argument is given; before JAX is used.
 
-    When another one ends, this one says so and ends, with the exit code of `preemption`.
+    When another one ends, this one says so and ends, with the exit code COME_AGAIN.
 
     Args:
         coordinator: host and port at which the first process is found.
@@ -79,7 +79,7 @@ def joined(coordinator: str | None, number: int | None, process: int | None, clu
             time.sleep(1)  # others may be about to end for the same reason, and say it
             with suppress(jax.errors.JaxRuntimeError):
                 processes.meet(_FIRST_ENDS)
-        codes = {UserError: 2, preemption.Interrupted: preemption.EXIT_CODE}
+        codes = {UserError: MISTAKE, preemption.Interrupted: COME_AGAIN}
         atexit.register(_leave, next((code for kind, code in codes.items() if isinstance(error, kind)), 1))
         raise
     _ending.acquire()
@@ -154,7 +154,7 @@ def _end(reason: str = "") -> None:
         told = f"this process ends, as another one has ended or did not come within {_PATIENCE} s{reason}"
         with suppress(OSError):
             print(f"iumad_jax: {told}; start all of them again to go on from the last snapshot.", file=sys.stderr)
-    _leave(preemption.EXIT_CODE)
+    _leave(COME_AGAIN)
 
 
 def _leave(code: int) -> None:

@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
-AT_ONCE = 130  # what a shell says of a process that SIGINT ended
+from iumad_jax.errors import AT_ONCE, COME_AGAIN
+
 _PATIENCE = 8.0  # seconds until the process ends wherever it is
 
 _requested = threading.Event()
@@ -74,4 +74,4 @@ def _watch(reader: int) -> None:
                 return
             if number[0] == signal.SIGINT:
                 os._exit(AT_ONCE)
-        os._exit(EXIT_CODE)
+        os._exit(COME_AGAIN)

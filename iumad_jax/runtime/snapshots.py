@@ -1,5 +1,7 @@
 """Orbax snapshots: one per incremental step, and the two newest within a step.
 
+A snapshot holds a `progress.Progress`, less the frozen arrays of methods.
+
 Every snapshot has a manifest, the SHA-256 of each of its files, because Orbax restores flipped bits silently. It gets
 its name when that is written, too: what a crash leaves behind has another name.
 

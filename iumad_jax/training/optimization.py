@@ -37,7 +37,7 @@ def step_optimizer(method: Method, config: ConfigDict) -> optax.GradientTransfor
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """AdamW (model.md 8) or plain SGD with clipping of the global norm, up to the learning rate; `config` is
+    """AdamW, as in the paper, or plain SGD with clipping of the global norm, up to the learning rate; `config` is
     config.train.
 
     Raises:

@@ -8,7 +8,7 @@ import pytest
 from iumad_jax import experiment, latency
 from iumad_jax.config import small
 from iumad_jax.data import candies
-from iumad_jax.export import latency as measurement
+from iumad_jax.export import timing
 from tests.harness import growth, input_pipeline, metrics, saving, scaling
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
@@ -87,7 +87,7 @@ def test_input(flags, monkeypatch, run):
 
 
 def test_latency(flags, tmp_path, monkeypatch, run):
-    monkeypatch.setattr(measurement, "_BATCHES", (1,))
+    monkeypatch.setattr(timing, "_BATCHES", (1,))
     config = small("1-0")
     config.update_from_flattened_dict(KEYS | {"dataset.root": flags[-1].partition("=")[2]})
     experiment.run(config, tmp_path)

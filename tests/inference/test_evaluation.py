@@ -87,7 +87,7 @@ class OnlyA:
 
 def test_objects_without_test_images_are_skipped(model):
     read = []
-    tests = evaluation.tests(OnlyA(), ("B", "A"), lambda name: read.append(name) or images([(0, 0), (0, 1)], 0))
+    tests = evaluation.test_sets(OnlyA(), ("B", "A"), lambda name: read.append(name) or images([(0, 0), (0, 1)], 0))
     assert read == []  # nothing is opened before it is its turn
     assert {judgement.object for judgement in evaluation.judge(model, tests)} == {"A"}
     assert read == ["A"]

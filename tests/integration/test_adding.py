@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from iumad_jax.methods.anomaly_map import maps_of, norm
+from iumad_jax.methods.error_maps import maps_of, norm
 from iumad_jax.methods.method import Loss, Method
 
 

@@ -1,7 +1,7 @@
 """What tests of methods compare with."""
 
-from iumad_jax.inference.maps import combine
-from iumad_jax.methods.anomaly_map import maps_of
+from iumad_jax.inference.anomaly_map import combine
+from iumad_jax.methods.error_maps import maps_of
 
 
 def prediction_of(errors):

@@ -7,7 +7,7 @@ from flax.traverse_util import flatten_dict
 
 from iumad_jax.config import paper
 from iumad_jax.errors import UserError
-from iumad_jax.inference.maps import predictor
+from iumad_jax.inference.anomaly_map import predictor
 from iumad_jax.methods.ib_iumad import ib_iumad
 from iumad_jax.models.reconstruction import ReconstructionTransformer
 from iumad_jax.shapes import Batch

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from iumad_jax.inference.maps import predictor
+from iumad_jax.inference.anomaly_map import predictor
 from iumad_jax.methods.feature_norm import feature_norm
 from iumad_jax.shapes import Batch
 from tests.methods.reference import prediction_of

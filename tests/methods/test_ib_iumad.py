@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 from iumad_jax.config import paper
-from iumad_jax.inference.maps import predictor
+from iumad_jax.inference.anomaly_map import predictor
 from iumad_jax.methods.ib_iumad import Network, bottleneck_loss, ib_iumad
 from iumad_jax.methods.network import jitter
 from iumad_jax.models.fusion import Fused, InformationBottleneckFusion

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from iumad_jax.inference.maps import predictor
+from iumad_jax.inference.anomaly_map import predictor
 from iumad_jax.methods.nearest_neighbours import nearest_neighbours
 from iumad_jax.shapes import Batch
 from tests.methods.reference import prediction_of

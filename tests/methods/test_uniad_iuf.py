@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from iumad_jax.config import paper
-from iumad_jax.inference.maps import predictor
+from iumad_jax.inference.anomaly_map import predictor
 from iumad_jax.methods.iuf import iuf, merge_colours
 from iumad_jax.methods.uniad import uniad
 from iumad_jax.models.class_network import ClassNetwork, no_colours

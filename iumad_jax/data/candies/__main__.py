@@ -5,7 +5,7 @@ import sys
 from typing import NoReturn
 
 from iumad_jax.data.candies.dataset import render
-from iumad_jax.errors import UserError
+from iumad_jax.errors import MISTAKE, UserError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -14,7 +14,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main() -> None:
-    """Read the flags and render; a user's mistake is one sentence and exit code 2."""
+    """Read the flags and render; a user's mistake is one sentence."""
     parser = _Parser(prog="python -m iumad_jax.data.candies", description=__doc__, allow_abbrev=False)
     parser.add_argument("--root", required=True, help="directory to make")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
@@ -27,7 +27,7 @@ def main() -> None:
         root = render(**vars(parser.parse_args()))
     except UserError as error:
         sys.stderr.write(f"{error}\n")
-        sys.exit(2)
+        sys.exit(MISTAKE)
     print(f"candies: {root}")
 
 

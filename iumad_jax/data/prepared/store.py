@@ -1,9 +1,9 @@
 """Prepared images: read, processed and encoded by the frozen backbone once, kept as memory-mapped arrays.
 
-Every object and split has a folder of its own, named after all that its images depend on beside their source files:
+Every object and split has a folder of its own, whose name is a hash of FORMAT and the settings:
 
     lock             held by the one process that changes the folder
-    manifest.json    what the set is made from and holds
+    manifest.json    the source files, by SHA-256, and what is known of their images
     rows-<hash>/     one .npy file per array, one row per image
 
 Memory-mapped files because they are read at random several times faster than records that have to be parsed
@@ -81,7 +81,7 @@ class Store:
         manifest = self.prepare(object_, split)
         images = manifest["images"]
         arrays: dict[str, Any] = records.load(
-            self._home(object_, split) / manifest["rows"], self._names(split), len(images)
+            self._folder_of(object_, split) / manifest["rows"], self._names(split), len(images)
         )
         object_id = np.full(len(images), self.reader.objects.index(object_), np.int32)
         defects, ids = (tuple(image[key] for image in images) for key in ("defect", "id"))
@@ -96,7 +96,7 @@ class Store:
         Raises:
             UserError: as `get` does.
         """
-        home = self._home(object_, split)
+        home = self._folder_of(object_, split)
         manifest = records.read_manifest(home)
         images = self._sources(object_, split, manifest)
         if manifest is not None and self._is_current(home, manifest, images, split):
@@ -122,7 +122,7 @@ class Store:
             UserError: as `get` does.
         """
         manifest = self.prepare(object_, "degraded")
-        folder = self._home(object_, "degraded") / manifest["rows"]
+        folder = self._folder_of(object_, "degraded") / manifest["rows"]
         arrays = records.load(folder, self._names("degraded"), len(manifest["images"]))
         return {m: np.asarray(arrays[f"mean_{m}"]) for m in self.processing.modalities}
 
@@ -138,7 +138,7 @@ class Store:
         """
         if not copies.ids(self.reader, object_, split):
             return {}
-        images = self._sources(object_, split, records.read_manifest(self._home(object_, split)))
+        images = self._sources(object_, split, records.read_manifest(self._folder_of(object_, split)))
         return {
             image["id"]: records.digest([source["sha256"] for source in image["sources"].values()]) for image in images
         }
@@ -177,7 +177,7 @@ class Store:
         truth = GroundTruth(**{name: arrays[name] for name in GroundTruth._fields}) if _has_truth(split) else None
         return PreparedSet(Batch(features, images, object_id), truth, defects, ids)
 
-    def _home(self, object_: str, split: PreparedSplit) -> Path:
+    def _folder_of(self, object_: str, split: PreparedSplit) -> Path:
         content = [FORMAT, self._settings()]
         return self.folder / f"{object_}-{split}-{records.digest(content)[:16]}"
 

@@ -1,4 +1,4 @@
-"""Readers, depth processing and the input pipeline."""
+"""One file per layout of a dataset; `open_reader` makes the reader that a config names."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

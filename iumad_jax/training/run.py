@@ -1,4 +1,4 @@
-"""The wiring of a run, which never changes while it works, and its progress, which is what a snapshot stores."""
+"""`Run`: all that a run works with, wired once. `start` opens one where its last snapshot left it."""
 
 import dataclasses
 import functools

@@ -13,10 +13,10 @@ from tabulate import tabulate
 
 from iumad_jax.data import readers
 from iumad_jax.export import formats
+from iumad_jax.inference.anomaly_map import combine
 from iumad_jax.inference.detector import Detector
-from iumad_jax.inference.maps import combine
 from iumad_jax.inference.recognition import RECOGNISE
-from iumad_jax.methods.anomaly_map import maps_of
+from iumad_jax.methods.error_maps import maps_of
 from iumad_jax.models.efficientnet import FeatureExtractor
 
 _BATCHES = (1, 16)

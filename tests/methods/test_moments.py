@@ -5,7 +5,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iumad_jax.methods.statistics import merge_moments, no_moments, standardise
+from iumad_jax.methods.moments import merge_moments, no_moments, standardise
 
 
 @settings(max_examples=30, deadline=None)

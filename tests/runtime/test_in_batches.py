@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from iumad_jax.inference.prediction import predict_in_batches
 from iumad_jax.methods.method import Method
+from iumad_jax.runtime.in_batches import predict_in_batches
 from iumad_jax.shapes import Batch, Prediction
 
 TRACED = []

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from iumad_jax.methods.anomaly_map import norm
+from iumad_jax.methods.error_maps import norm
 from tests.methods.reference import prediction_of
 
 

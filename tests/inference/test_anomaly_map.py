@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from iumad_jax.inference.maps import combine, predictor
+from iumad_jax.inference.anomaly_map import combine, predictor
 from iumad_jax.methods.method import Method
 from iumad_jax.shapes import ErrorMaps
 

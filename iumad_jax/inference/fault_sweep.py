@@ -47,7 +47,8 @@ def measure(config: ConfigDict, workdir: Path, progress: Progress) -> str:
     for fault, strength in tqdm(_faults(store), unit="fault", disable=None, leave=False):
         read = functools.partial(_spoiled_images, store, fault=fault, strength=strength)
         by_object = {
-            one.object: _rates(one, learned) for one in evaluation.judge(model, evaluation.tests(reader, tested, read))
+            one.object: _rates(one, learned)
+            for one in evaluation.judge(model, evaluation.test_sets(reader, tested, read))
         }
         known = [rates for name, rates in by_object.items() if name in learned]
         never = [rates["unknown"] for name, rates in by_object.items() if name not in learned]

@@ -1,4 +1,4 @@
-"""Functions of a batch, applied to any number of images."""
+"""Runs a function of a batch on any number of images, jitted once, in batches of 8 of which the last is filled up."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""From the error at each token to maps of errors."""
+"""Enlarges the errors at tokens to maps, one per modality or group; `inference.anomaly_map` combines them."""
 
 from collections.abc import Iterable
 
