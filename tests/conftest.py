@@ -17,6 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
 import tests.shape_checks  # the hook looks for it by name
@@ -24,6 +25,11 @@ import tests.shape_checks  # the hook looks for it by name
 install_import_hook(["iumad_jax", "iumad_kernels"], f"{tests.shape_checks.__name__}.checked")
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_modifyitems(items):
+    """Begins with the slow tests, so that no core is idle in the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +57,27 @@ def files_no_larger_than() -> Callable[[int], AbstractContextManager[None]]:
             signal.signal(signal.SIGXFSZ, handler)
 
     return limit
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory, worker_id):
+    """Where tests keep what they have compiled: most runs train the same small model."""
+    folder = tmp_path_factory.getbasetemp()
+    return (folder if worker_id == "master" else folder.parent) / "compiled"
+
+
+@pytest.fixture(scope="module")
+def compile_quickly(compiled):
+    """This process compiles without optimisation, and once what many tests have in common."""
+    settings = {
+        "jax_disable_most_optimizations": (True, False),
+        "jax_compilation_cache_dir": (str(compiled), None),
+        "jax_persistent_cache_min_compile_time_secs": (0.1, 1.0),
+        "jax_persistent_cache_min_entry_size_bytes": (0, 0),
+    }
+    for name, (here, _) in settings.items():
+        jax.config.update(name, here)
+    yield
+    for name, (_, default) in settings.items():
+        jax.config.update(name, default)
+    compilation_cache.reset_cache()

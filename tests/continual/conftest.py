@@ -83,3 +83,8 @@ def images():
 @pytest.fixture
 def skewed_images():
     return lambda *args: skewed(random_images(*args))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly(compile_quickly):
+    """Networks this small take longer to compile than to run."""

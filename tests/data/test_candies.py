@@ -18,6 +18,8 @@ from iumad_jax.data.candies.sweets import SWEETS
 from iumad_jax.data.readers.eyecandies import Eyecandies
 from iumad_jax.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 SIZE = 96
 SMALL = {"seed": 3, "train": 2, "val": 1, "test": 10, "size": SIZE, "objects": "CandyCane,GummyBear", "progress": False}
 REAL_SETS = {"train": ("000", "001"), "test_public": ("05", "06", "13", "26", "43")}

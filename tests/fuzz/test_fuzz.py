@@ -10,6 +10,8 @@ from tests.fuzz.targets import TARGETS
 from tests.fuzz.watch import watch
 from tests.models import pth, test_malformed_pickles
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:

@@ -48,7 +48,7 @@ def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]
 
     from iumad_jax import config as configs
     from iumad_jax import methods
-    from iumad_jax.inference import decisions, thresholds
+    from iumad_jax.inference import thresholds
     from iumad_jax.models.efficientnet import FeatureExtractor
     from iumad_jax.report.tables import METRICS
     from iumad_jax.runtime.storage import as_json
@@ -86,7 +86,7 @@ def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]
     values = {metric: rng.random() for metric in METRICS}
     event = {"event": "evaluation", "step": objects, "object": "a" * 12, "method": config.method, **values}
     maps: Any = rng.random((test, 2, 2))
-    good = decisions.calibration_of(Prediction(maps, maps.max((1, 2)), None), rng.random((test, 2)), 0)
+    good = thresholds.calibration_of(Prediction(maps, maps.max((1, 2)), None), rng.random((test, 2)), 0)
     one = json.dumps(thresholds.describe({"a" * 12: good, "b": good}, 0.995)["objects"]["a" * 12])
     numbers = len(systems) * len(METRICS)
     calibration = json.dumps(as_json(good._asdict()))

@@ -156,7 +156,7 @@ def _on_device(pieces: Generator[Any, None, None], updates: int) -> Generator[No
     """Every piece's images as float32 on the device; of resident ones, those of one update."""
     take = jax.jit(lambda images, rows: jax.tree.map(lambda a: a[0, rows[0, 0]].astype(np.float32), images))
     with closing(pieces):
-        for images, rows, _ in islice(pieces, updates):
+        for images, rows, *_ in islice(pieces, updates):
             jax.block_until_ready(take(images, rows))
             yield
 

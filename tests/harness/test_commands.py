@@ -11,7 +11,10 @@ from iumad_jax.data import candies
 from iumad_jax.export import timing
 from tests.harness import growth, input_pipeline, metrics, saving, scaling
 
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),  # of ml_collections
+]
 KEYS = {
     "method": "uniad",
     "modality": "rgb",

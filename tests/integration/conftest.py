@@ -1,8 +1,6 @@
 """What tests of whole runs share: the smallest model, and how to compile it quickly."""
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 SMALL = {  # keys of a config, upon `config.small`, that a test changes where it looks at something else
     "input.size": 64,
@@ -22,13 +20,6 @@ def as_flags(keys):
     return [f"--config.{key}={value}" for key, value in keys.items()]
 
 
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory, worker_id):
-    """Where all tests of whole runs keep what they have compiled: most of them train the same small model."""
-    folder = tmp_path_factory.getbasetemp()
-    return (folder if worker_id == "master" else folder.parent) / "compiled"
-
-
 @pytest.fixture(scope="module", autouse=True)
 def processes_compile_quickly(compiled):
     """Processes that tests start compile without optimisation, and once for all of them."""
@@ -42,20 +33,3 @@ def processes_compile_quickly(compiled):
         for name, value in settings.items():
             patch.setenv(name, value)
         yield
-
-
-@pytest.fixture(scope="module")
-def compile_quickly(compiled):
-    """This process does the same."""
-    settings = {
-        "jax_disable_most_optimizations": (True, False),
-        "jax_compilation_cache_dir": (str(compiled), None),
-        "jax_persistent_cache_min_compile_time_secs": (0.1, 1.0),
-        "jax_persistent_cache_min_entry_size_bytes": (0, 0),
-    }
-    for name, (here, _) in settings.items():
-        jax.config.update(name, here)
-    yield
-    for name, (_, default) in settings.items():
-        jax.config.update(name, default)
-    compilation_cache.reset_cache()

@@ -15,6 +15,8 @@ from iumad_jax.runtime.ledger import read
 from iumad_jax.runtime.snapshots import read as snapshot
 from tests.integration.conftest import SMALL, as_flags
 
+pytestmark = pytest.mark.slow
+
 ARRAYS = SMALL | {"dataset.name": "arrays", "dataset.root": "arrays", "backbone.grid": 4}
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"<!-- (file|line) (\S+) -->\n```python\n(.*?)```\n", re.DOTALL)

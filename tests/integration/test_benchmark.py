@@ -16,6 +16,8 @@ from iumad_jax.errors import UserError
 from iumad_jax.report import comparison
 from tests.integration.conftest import SMALL, as_flags
 
+pytestmark = pytest.mark.slow
+
 CONFIG = Path(__file__).parents[2] / "configs" / "benchmark.py"
 OBJECTS = "CandyCane,GummyBear"
 KEYS = SMALL | {

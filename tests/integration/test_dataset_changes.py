@@ -16,7 +16,7 @@ from iumad_jax.report.history import history
 from iumad_jax.runtime.ledger import read
 from tests.integration.conftest import SMALL
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
 KEYS = SMALL | {
     "dataset.name": "folder",
     "dataset.root": "objects",

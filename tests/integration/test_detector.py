@@ -11,7 +11,7 @@ from iumad_jax.data.degradation import degrade
 from iumad_jax.errors import UserError
 from tests.integration.trained import LEARNED, NEVER, open_reader, results_of, samples, stacked, train
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ from iumad_jax.errors import UserError
 from iumad_jax.runtime import snapshots
 from tests.integration.conftest import SMALL
 
+pytestmark = pytest.mark.slow
+
 KEYS = SMALL | {
     "dataset.name": "folder",
     "modality": "rgb",

@@ -10,7 +10,7 @@ from iumad_jax.config import small
 from iumad_jax.runtime import snapshots
 from tests.integration.conftest import SMALL
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
 KEYS = SMALL | {
     "dataset.name": "folder",
     "dataset.root": "objects",

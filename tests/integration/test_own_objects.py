@@ -12,6 +12,8 @@ from PIL import Image
 
 from tests.integration.conftest import SMALL
 
+pytestmark = pytest.mark.slow
+
 README = (Path(__file__).parents[2] / "README.md").read_text()
 COMMANDS = re.search(r"<!-- own objects commands -->\n```bash\n(.*?)\n```\n", README, re.DOTALL)[1]
 KEYS = SMALL | {

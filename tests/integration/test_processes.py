@@ -16,6 +16,8 @@ from iumad_jax.data.candies import render
 from iumad_jax.runtime.ledger import read
 from tests.integration.conftest import SMALL, as_flags
 
+pytestmark = pytest.mark.slow
+
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.py"
 KEYS = SMALL | {
     "dataset.name": "eyecandies",

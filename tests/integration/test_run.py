@@ -22,6 +22,8 @@ from iumad_jax.data.candies import render
 from iumad_jax.runtime.ledger import read
 from tests.integration.conftest import SMALL
 
+pytestmark = pytest.mark.slow
+
 OBJECTS = ("CandyCane", "GummyBear")
 METRICS = ("i_auroc", "p_auroc", "aupro", "p_auroc_object", "aupro_object")
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.py"

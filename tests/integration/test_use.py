@@ -20,7 +20,7 @@ from iumad_jax.inference import predictions
 from iumad_jax.runtime import snapshots
 from tests.integration.trained import LEARNED, NEVER, in_process, open_reader, results_of, samples, stacked, train
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
 
 
 @pytest.fixture(scope="module")

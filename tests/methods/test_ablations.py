@@ -12,6 +12,8 @@ from iumad_jax.methods.ib_iumad import ib_iumad
 from iumad_jax.models.reconstruction import ReconstructionTransformer
 from iumad_jax.shapes import Batch
 
+pytestmark = pytest.mark.slow
+
 OBJECTS, GRID, CHANNELS, WIDTH = 3, 4, 6, 8
 BOTH = ("rgb", "depth")
 TERMS = {"fusion", "kl", "ib_heads", "object_rgb", "object_depth"}

@@ -19,6 +19,8 @@ from iumad_jax.models.reconstruction import ReconstructionTransformer
 from iumad_jax.shapes import Batch
 from tests.methods.reference import prediction_of
 
+pytestmark = pytest.mark.slow
+
 OBJECTS, GRID, CHANNELS, WIDTH = 3, 4, 6, 8
 BOTH = ("rgb", "depth")
 

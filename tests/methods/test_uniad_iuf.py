@@ -13,6 +13,8 @@ from iumad_jax.models.reconstruction import ReconstructionTransformer
 from iumad_jax.shapes import Batch
 from tests.methods.reference import prediction_of
 
+pytestmark = pytest.mark.slow
+
 OBJECTS, CHANNELS, WIDTH, SIDE = 3, 6, 8, 4
 GRIDS = {"uniad": 8, "iuf": 4}
 MODALITIES = [("rgb",), ("depth",), ("rgb", "depth")]

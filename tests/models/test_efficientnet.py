@@ -21,6 +21,8 @@ from iumad_jax.models import pretrained
 from iumad_jax.models.efficientnet import EfficientNet, FeatureExtractor
 from iumad_jax.models.layers import DepthwiseConv, depthwise_conv, resize_aligned
 
+pytestmark = pytest.mark.slow
+
 GOLDENS = Path(__file__).with_name("efficientnet_goldens.json")
 SIZES = (96, 75)  # 75 is odd at every stride
 BACKBONES = ("efficientnet_lite0", "efficientnet_b4")

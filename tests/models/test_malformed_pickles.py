@@ -26,6 +26,8 @@ from tests.models.pth import (
     zipped,
 )
 
+pytestmark = pytest.mark.slow
+
 FORMATS = pytest.mark.parametrize("write", [zipped, legacy])
 VALUES = np.arange(24, dtype=np.float32)
 STORED = {"0": VALUES.tobytes()}

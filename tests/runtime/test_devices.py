@@ -26,6 +26,8 @@ from iumad_jax.training.epochs import train_epochs
 from iumad_jax.training.optimization import make_optimizer
 from iumad_jax.training.update import initial_state, make_update
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"finetune": 8, "iuf": 3, "replay": 3}  # the batch size with each strategy; three images do not divide
 
 

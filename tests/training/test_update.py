@@ -19,6 +19,8 @@ from iumad_jax.training.nonfinite import NotFinite, check, explain
 from iumad_jax.training.optimization import learning_rates, make_optimizer
 from iumad_jax.training.update import initial_state, make_update
 
+pytestmark = pytest.mark.slow
+
 IMAGES, BATCH, PER_EPOCH = 21, 4, 5
 DECAYED = {"kernel", "query"}
 SHAPES = {"kernel": (3, 2), "query": (2,), "bias": (2,), "scale": (4,), "A_log": (2, 2), "D": (5,), "dt_bias": (3,)}

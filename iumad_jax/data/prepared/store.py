@@ -18,13 +18,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, Float64
+from jaxtyping import Array, Float, Float64
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -39,7 +40,7 @@ from iumad_jax.models import pretrained
 from iumad_jax.models.efficientnet import FeatureExtractor
 from iumad_jax.runtime import preemption
 from iumad_jax.runtime.storage import locked
-from iumad_jax.shapes import Batch, GroundTruth, Modality
+from iumad_jax.shapes import Batch, GroundTruth, Modality, Variables
 
 Encoder = Callable[[Any], jax.Array]  # images (b h w 3), 0..255 -> features (b g g f)
 FORMAT = 1  # of prepared sets; tests/data/test_golden.py tells when what they hold has changed
@@ -350,6 +351,13 @@ def mean_tokens(tokens: Float[jax.Array | np.ndarray, "*b p f"]) -> Float64[np.n
     return np.asarray(tokens).mean(-2, dtype=np.float64)
 
 
+@partial(jax.jit, static_argnums=0)
+def _features(extractor: FeatureExtractor, weights: Variables, images: Float[Array, "b h w 3"]) -> jax.Array:
+    """The backbone's features; compiled once for all stores of a size."""
+    features: Any = extractor.apply(weights, images)
+    return features
+
+
 def open_store(config: ConfigDict, reader: Reader, workdir: Path) -> Store:
     """Where images are prepared for this config's backbone."""
     processing = Processing(
@@ -367,6 +375,6 @@ def open_store(config: ConfigDict, reader: Reader, workdir: Path) -> Store:
         folder=Path(config.dataset.prepared or workdir / "prepared"),
         reader=reader,
         processing=processing,
-        encoder=jax.jit(lambda images: extractor.apply(weights, images)),
+        encoder=partial(_features, extractor, jax.device_put(weights)),
         settings={**config.backbone, "weights": digest.hexdigest()},
     )

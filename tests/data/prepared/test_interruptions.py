@@ -13,12 +13,15 @@ import pytest
 
 from iumad_jax.errors import UserError
 from tests.data.prepared.sets import (
+    RGB,
     SIZE,
     TEST_IMAGES,
+    Counting,
     afresh,
     assert_same,
     counted,
     make_root,
+    store,
 )
 
 
@@ -42,7 +45,10 @@ def test_an_interrupted_preparation_goes_on(root):
 def prepare_in_a_process(root, then):
     """Another process that prepares the test images; before the second chunk it dies, or waits for a file."""
     return subprocess.Popen(
-        [sys.executable, __file__, root, then], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "tests.data.prepared.test_interruptions", root, then],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -146,3 +152,15 @@ def test_a_full_disk_is_told_and_nothing_lost(root, files_no_larger_than, size):
         counted(root, "test")
     assert not list(root.parent.glob("prepared/*/manifest.json"))
     assert_same(counted(root, "test")[0], afresh(root, "test"))
+
+
+if __name__ == "__main__":  # the other process of some tests
+
+    def wait():
+        latest = time.monotonic() + 60
+        while not (Path(sys.argv[1]) / "go").exists() and time.monotonic() < latest:
+            time.sleep(0.01)
+
+    counting = Counting({"die": lambda: os.kill(os.getpid(), signal.SIGKILL), "wait": wait}[sys.argv[2]])
+    store(Path(sys.argv[1]), processing=RGB, encoder=counting).get("Confetto", "test")
+    print(counting.images, end="")

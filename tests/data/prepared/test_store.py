@@ -4,10 +4,6 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
-import sys
-import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -239,15 +235,3 @@ def test_a_place_that_cannot_be_written(root, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot be prepared \(Not a directory\).* --config\.dataset\.prepared"):
         store(root, folder=tmp_path / "file" / "prepared").get("Confetto", "train")
-
-
-if __name__ == "__main__":  # the other process of some tests
-
-    def wait():
-        latest = time.monotonic() + 60
-        while not (Path(sys.argv[1]) / "go").exists() and time.monotonic() < latest:
-            time.sleep(0.01)
-
-    counting = Counting({"die": lambda: os.kill(os.getpid(), signal.SIGKILL), "wait": wait}[sys.argv[2]])
-    store(Path(sys.argv[1]), processing=RGB, encoder=counting).get("Confetto", "test")
-    print(counting.images, end="")

@@ -10,6 +10,8 @@ import pytest
 
 from kernels.benchmarks import tables
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 NUMBER = r"[\d.e+-]+"
 

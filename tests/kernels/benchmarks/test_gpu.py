@@ -17,6 +17,8 @@ from kernels.benchmarks.gpu import scan
 from kernels.benchmarks.gpu.__main__ import PARTS, main
 from kernels.benchmarks.gpu.scheduler import Part
 
+pytestmark = pytest.mark.slow
+
 PART = """
 import os, signal, subprocess, sys, time
 from pathlib import Path

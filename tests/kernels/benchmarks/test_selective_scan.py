@@ -9,6 +9,8 @@ from iumad_kernels import selective_scan
 
 from kernels.benchmarks import selective_scan as command
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def benchmark(monkeypatch):

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from iumad_kernels.selective_scan import blocks, xla
 from iumad_kernels.selective_scan.arguments import Options, grouped
 
+pytestmark = pytest.mark.slow
+
 OPTIONAL = ("D", "z", "delta_bias", "initial_state")
 
 
