@@ -13,7 +13,7 @@ from iumad_jax import config as configs
 from iumad_jax.errors import UserError
 from iumad_jax.runtime.storage import locked, write_whole
 
-FORMAT = 1  # of everything in a workdir; a version that changes it converts or refuses what older ones wrote
+FORMAT = 2  # of everything in a workdir; a version that changes it converts or refuses what older ones wrote
 _NAME = "config.json"
 
 
@@ -55,7 +55,7 @@ def read(workdir: Path) -> ConfigDict:
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:  # also of JSON that is no object
         raise UserError(f"{file}: not the config of a run ({error}); choose another --workdir.") from error
     if format_ != FORMAT:
-        which = "an older" if format_ == 0 else "another"
+        which = "an older" if format_ in range(FORMAT) else "another"
         raise UserError(
             f"{file}: this run was made by {which} version of iumad_jax (run format {format_}; this version reads"
             f" {FORMAT}); use that version, or start again in another --workdir."
