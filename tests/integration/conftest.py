@@ -33,3 +33,25 @@ def processes_compile_quickly(compiled):
         for name, value in settings.items():
             patch.setenv(name, value)
         yield
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with candies, and a workdir `run` that learned two of three objects; some modules have their own."""
+    from tests.integration.trained import train
+
+    return train(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def detector(home):
+    from iumad_jax import Detector
+
+    return Detector.load(home / "run")
+
+
+@pytest.fixture(scope="module")
+def reader(home):
+    from tests.integration.trained import open_reader
+
+    return open_reader(home)

@@ -9,24 +9,9 @@ from PIL import Image
 from iumad_jax import Camera, Detector
 from iumad_jax.data.degradation import degrade
 from iumad_jax.errors import UserError
-from tests.integration.trained import LEARNED, NEVER, open_reader, results_of, samples, stacked, train
+from tests.integration.trained import LEARNED, NEVER, results_of, samples, stacked
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("home"))
-
-
-@pytest.fixture(scope="module")
-def detector(home):
-    return Detector.load(home / "run")
-
-
-@pytest.fixture(scope="module")
-def reader(home):
-    return open_reader(home)
 
 
 def test_a_detector_decides_as_the_run_did(home, detector, reader):

@@ -11,31 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iumad_jax import Detector, evaluate, predict, robustness
+from iumad_jax import evaluate, predict, robustness
 from iumad_jax.data.degradation import FAULTS
 from iumad_jax.data.readers.eyecandies import Eyecandies
 from iumad_jax.errors import UserError
 from iumad_jax.export import __main__ as export
 from iumad_jax.inference import predictions
 from iumad_jax.runtime import snapshots
-from tests.integration.trained import LEARNED, NEVER, in_process, open_reader, results_of, samples, stacked, train
+from tests.integration.trained import LEARNED, NEVER, in_process, results_of, samples, stacked
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("home"))
-
-
-@pytest.fixture(scope="module")
-def detector(home):
-    return Detector.load(home / "run")
-
-
-@pytest.fixture(scope="module")
-def reader(home):
-    return open_reader(home)
 
 
 @pytest.fixture

@@ -6,6 +6,9 @@ import struct
 import zipfile
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 PTH = Path("weights.pth")
 HEAD = b"\x80\x02"
 LEGACY_HEAD = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + pickle.dumps({"little_endian": True}, 2)
@@ -57,3 +60,11 @@ def zipped(content: bytes, storages: dict[str, bytes], **options) -> bytes:
 def legacy(content: bytes, storages: dict[str, bytes], itemsize: int = 4) -> bytes:
     tail = b"".join(struct.pack("<q", len(data) // itemsize) + data for data in storages.values())
     return LEGACY_HEAD + content + pickle.dumps(list(storages), 2) + tail
+
+
+FORMATS = pytest.mark.parametrize("write", [zipped, legacy])
+VALUES = np.arange(24, dtype=np.float32)
+STORED = {"0": VALUES.tobytes()}
+DEEP = b")" + b"\x85" * 500_000  # tuples in tuples
+BOMB = b")" + b"q\0h\0\x86" * 60  # pairs of the same pair: 2**60 of them, if each is looked at
+WHOLE = storage("0", 24)

@@ -5,22 +5,24 @@ import pickle
 import pickletools
 import zipfile
 
-import numpy as np
 import pytest
 
 from iumad_jax.errors import UserError
 from iumad_jax.models import pretrained
 from iumad_jax.models.pretrained import parse
 from tests.models.pth import (
+    BOMB,
+    DEEP,
+    FORMATS,
     HEAD,
     LEGACY_HEAD,
     PTH,
-    legacy,
+    STORED,
+    WHOLE,
     number,
     numbers,
     several,
     state_dict,
-    storage,
     tensor,
     text,
     zipped,
@@ -28,12 +30,6 @@ from tests.models.pth import (
 
 pytestmark = pytest.mark.slow
 
-FORMATS = pytest.mark.parametrize("write", [zipped, legacy])
-VALUES = np.arange(24, dtype=np.float32)
-STORED = {"0": VALUES.tobytes()}
-DEEP = b")" + b"\x85" * 500_000  # tuples in tuples
-BOMB = b")" + b"q\0h\0\x86" * 60  # pairs of the same pair: 2**60 of them, if each is looked at
-WHOLE = storage("0", 24)
 
 ORDERED = b"ccollections\nOrderedDict\n"
 REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"

@@ -24,9 +24,13 @@ from iumad_jax.errors import UserError
 from iumad_jax.models import pretrained
 from iumad_jax.models.pretrained import parse
 from tests.models.pth import (
+    FORMATS,
     HEAD,
     LEGACY_HEAD,
     PTH,
+    STORED,
+    VALUES,
+    WHOLE,
     legacy,
     number,
     numbers,
@@ -37,10 +41,6 @@ from tests.models.pth import (
     text,
     zipped,
 )
-
-FORMATS = pytest.mark.parametrize("write", [zipped, legacy])
-VALUES = np.arange(24, dtype=np.float32)
-STORED = {"0": VALUES.tobytes()}
 
 
 @FORMATS
@@ -177,9 +177,6 @@ def test_nothing_in_a_pickle_is_run(tmp_path):
             assert not trace.exists(), (name, place)
 
 
-DEEP = b")" + b"\x85" * 500_000  # tuples in tuples
-BOMB = b")" + b"q\0h\0\x86" * 60  # pairs of the same pair: 2**60 of them, if each is looked at
-WHOLE = storage("0", 24)
 REFUSED = {
     "negative stride": (tensor(WHOLE, 23, (4,), (-1,)), "strides"),
     "repeated elements": (tensor(WHOLE, 0, (4,), (0,)), "strides"),
