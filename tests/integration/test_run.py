@@ -105,7 +105,7 @@ def test_results_have_the_public_form(whole):
     assert set(results) == public | {"floors", "bytes", "memory_bytes", "decisions"}
     assert (results["protocol"], results["objects"]) == ("1-1", list(OBJECTS))
     assert results["steps"] == [["CandyCane"], ["GummyBear"]]
-    assert {"format": 1} | results["config"] == json.loads((workdir / "config.json").read_text())
+    assert {"format": 2} | results["config"] == json.loads((workdir / "config.json").read_text())
     assert results["config"]["train"]["epochs"] == 6
     assert results["seconds"] > 1
     assert results["memory_bytes"] == 2 * 16**2 * 4  # second moments of one encoder and one decoder layer
