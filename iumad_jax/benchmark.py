@@ -6,14 +6,12 @@ Systems x modalities x protocols x seeds, one run per cell.
 import sys
 from pathlib import Path
 
-import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from iumad_jax import cli, experiment
+from iumad_jax import cli
 from iumad_jax import config as configs
 from iumad_jax.errors import UserError
-from iumad_jax.report import comparison
 
 
 def benchmark(config: ConfigDict, workdir: Path) -> str:
@@ -26,6 +24,11 @@ def benchmark(config: ConfigDict, workdir: Path) -> str:
         workdir: every cell is a run in a folder of its own in there, and may have come from another command.
     """
     todo, table, stopped = list(configs.cells(config)), "", []
+    import jax  # after the config was looked at: a mistake is told at once
+
+    from iumad_jax import experiment
+    from iumad_jax.report import comparison
+
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))  # most cells share their programs
     for number, (cell, key) in enumerate(todo, 1):
         name = comparison.name(*key)

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +16,6 @@ from iumad_jax import protocol
 from iumad_jax.data import readers
 from iumad_jax.data.batches import images_of, training_input, updates_per_epoch
 from iumad_jax.data.prepared import copies, inventory
-from iumad_jax.data.prepared.copies import PreparedSplit
 from iumad_jax.data.prepared.good_images import good_images, odd_images, quality_shifts
 from iumad_jax.data.prepared.store import PreparedSet
 from iumad_jax.data.sample import Split
@@ -34,21 +32,13 @@ from iumad_jax.runtime import workdir as workdirs
 from iumad_jax.runtime.progress import Position, Progress
 from iumad_jax.shapes import Calibration
 from iumad_jax.training import nonfinite
-from iumad_jax.training.dataset_changes import unused
+from iumad_jax.training.dataset_changes import DatasetChanged, unused
 from iumad_jax.training.epochs import Epoch, train_epochs
 from iumad_jax.training.optimization import learning_rates, of_step, optimizer_name
 from iumad_jax.training.run import Run, plan, start
 from iumad_jax.training.update import initial_state
 
 _RESULTS = ("results.md", "results.tex", "results.csv", "report.html")
-
-
-class DatasetChanged(UserError):
-    """The run is finished, but the dataset holds what it has not used."""
-
-    def __init__(self, sentence: str, finished: dict[str, Any]) -> None:
-        super().__init__(sentence)
-        self.results = finished  # what results.json holds
 
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
@@ -67,8 +57,14 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     workdirs.check(workdir, config)
     finished = tables.read_results(workdir)
     nothing_to_do = finished is not None and all((workdir / name).exists() for name in _RESULTS)
-    if not nothing_to_do:  # also where results were removed, which are then written anew
-        finished = work(config, workdir)
+    if not nothing_to_do:
+        with ExitStack() as held:
+            seconds = learned_within(config, workdir)  # where results were removed, they are written anew
+            if seconds is None:
+                seconds = work(config, workdir, held)
+            elif processes.is_first():
+                held.enter_context(workdirs.claimed(workdir, config))
+            finished = conclude(config, workdir, seconds)
     if finished and (told := unused(config, workdir)):
         raise DatasetChanged(f"{workdir}: the run is finished, but its dataset is another now. {told}", finished)
     if nothing_to_do:
@@ -76,28 +72,38 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     return finished
 
 
-def work(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
-    """Does what is left of a run."""
+def learned_within(config: ConfigDict, workdir: Path) -> float | None:
+    """The seconds that a run took whose last step is learned and evaluated; None for any other."""
+    known = tuple(inventory.read(workdir))
+    try:
+        progress = snapshots.read(workdir) if known else None
+    except UserError:  # which is told where the run goes on
+        return None
+    last = protocol.steps(config.protocol, known)[-1].index if known else None
+    return progress.seconds if progress and progress.position.step == last else None
+
+
+def work(config: ConfigDict, workdir: Path, held: ExitStack) -> float:
+    """Does what is left of a run's steps, and returns the seconds that they took."""
     steps = plan(config, workdir)
-    with ExitStack() as held:
-        with processes.first_before_others():
-            readers.render(config)
-            run, progress = start(config, workdir, steps, held)
-        for step in run.steps[progress.position.step + progress.position.finished :]:
-            prepare(run, step)
-            progress = learn(run, step, progress)
-            progress = assess(run, step, progress) or progress  # none in processes other than the first
-        return conclude(run)
+    with processes.first_before_others():
+        readers.render(config)
+        run, progress = start(config, workdir, steps, held)
+    for step in run.steps[progress.position.step + progress.position.finished :]:
+        prepare(run, step)
+        progress = learn(run, step, progress)
+        progress = assess(run, step, progress) or progress  # none in processes other than the first
+    run.snapshots.wait()  # a run with results is not opened again
+    return progress.seconds
 
 
 @processes.by_first
 def prepare(run: Run, step: protocol.Step) -> None:
     """Prepares what the step learns from, where it is not yet, and tells which images are of no use."""
     splits: tuple[Split, ...] = ("train", "calibration")
-    copied: tuple[PreparedSplit, ...] = ("degraded", "varied")
-    for name, split in itertools.product(step.learned, (*splits, *copied)):
-        if copies.ids(run.store.reader, name, split):
-            run.store.prepare(name, split)
+    for name, prepared in itertools.product(step.learned, (*splits, *copies.ALTERED)):
+        if copies.ids(run.store.reader, name, prepared):
+            run.store.prepare(name, prepared)
     for name, split in itertools.product(step.learned, splits):
         if run.store.reader.ids(name, split):
             for sentence in odd_images(run.store.get(name, split), name, inventory.SPLITS[split]):
@@ -256,7 +262,7 @@ def tell(run: Run, step: protocol.Step, judgement: Judgement) -> None:
     figures.save_heatmaps(
         path,
         title=f"{name} after step {step.index}: {method}, {run.config.modality}",
-        labels=[f"{judgement.images.defects[row]} {judgement.images.ids[row]}" for row in rows],
+        labels=[figures.label(judgement.images.defects[row], judgement.images.ids[row]) for row in rows],
         rgb=judgement.truth.thumbnail[rows],
         heights=judgement.truth.height[rows],
         height_scale=run.store.processing.height_scale,
@@ -280,15 +286,14 @@ def memory_bytes(run: Run, step: protocol.Step, progress: Progress) -> int:
 
 
 @processes.by_first
-def conclude(run: Run) -> dict[str, Any]:
-    """Writes the results and pictures of a finished run."""
-    run.snapshots.wait()  # a run with results is not opened again
-    told = history(ledgers.read(run.workdir / "ledger.jsonl"))
-    finished = results(run.config.to_dict(), told, time.monotonic() - run.began)
+def conclude(config: ConfigDict, workdir: Path, seconds: float) -> dict[str, Any]:
+    """Writes the results and pictures of a finished run from what its workdir holds."""
+    told = history(ledgers.read(workdir / "ledger.jsonl"))
+    finished = results(config.to_dict(), told, seconds)
     for metric in tables.measured(finished):
-        matrix = told.matrices[run.config.method][metric]
-        path = run.workdir / "pictures" / f"matrix_{metric}.png"
-        figures.save_matrix(path, matrix, told.objects, [f"step {step.index}" for step in run.steps], metric)
-    html.write(run.workdir, finished)
-    tables.write_results(run.workdir, finished)
+        matrix = told.matrices[config.method][metric]
+        path = workdir / "pictures" / f"matrix_{metric}.png"
+        figures.save_matrix(path, matrix, told.objects, [f"step {index}" for index in range(len(told.steps))], metric)
+    html.write(workdir, finished)
+    tables.write_results(workdir, finished)
     return finished

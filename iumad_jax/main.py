@@ -31,11 +31,12 @@ def _train(values: flags.FlagValues) -> str:
     from iumad_jax import experiment
     from iumad_jax.report import tables
     from iumad_jax.runtime import joining  # after the flags: a typo is told at once, before JAX is loaded
+    from iumad_jax.training.dataset_changes import DatasetChanged
 
     with joining.joined(values.coordinator, values.processes, values.process, values.cluster):
         try:
             results = experiment.run(config, workdir)
-        except experiment.DatasetChanged as changed:
+        except DatasetChanged as changed:
             print(tables.console(changed.results, workdir))
             raise
     return tables.console(results, workdir) if results else "Process 0 tells the results."

@@ -18,6 +18,7 @@ from iumad_jax.inference.detector import Detector, Outputs
 from iumad_jax.inference.recognition import RECOGNISE
 
 SCANS = {"stablehlo": "xla", "onnx": "reference"}  # how the selective scan is best told, by format
+_TOLERANCE = 1e-4  # of the largest value
 _PLATFORMS = ("cpu", "cuda")
 
 
@@ -88,3 +89,20 @@ def runner(content: bytes, format_: str) -> Callable[..., Outputs]:
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     names = [one.name for one in session.get_inputs()]
     return lambda *images: Outputs(*session.run(None, dict(zip(names, images, strict=True))))
+
+
+def check(detector: Detector, content: bytes, format_: str, batch: int) -> float:
+    """The largest difference of maps of noise from those of the detector itself, as a share of the largest value.
+
+    Raises:
+        UserError: it is more than it may be.
+    """
+    rng = np.random.default_rng(0)
+    specs = input_specs(detector, batch).values()
+    images = [rng.integers(0, 256, spec.shape).astype(np.float32) for spec in specs]
+    found = runner(content, format_)(*images).map
+    expected = np.asarray(flat(detector, batch)(*images).map)
+    difference = float(np.abs(found - expected).max() / np.abs(expected).max())
+    if not difference <= _TOLERANCE:
+        raise UserError(f"the exported model's maps differ by {difference:.1e} from JAX's; please report this.")
+    return difference

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
-from scipy.ndimage import binary_erosion
+from scipy.ndimage import binary_erosion, gaussian_filter
 
 from iumad_jax.runtime.storage import write_whole
 
@@ -34,6 +34,11 @@ def choose(defects: Sequence[str], rows: int) -> list[int]:
         turns.append((seen[kind], kinds.index(kind), index))
         seen[kind] += 1
     return [index for _, _, index in sorted(sorted(turns)[:rows], key=lambda turn: turn[1:])]
+
+
+def label(defect: str, id_: str) -> str:
+    """The lines beside a picture; an id that says the defect itself does not say it twice."""
+    return "\n".join((defect, id_.removeprefix(f"{defect}/")))
 
 
 def save_heatmaps(
@@ -179,7 +184,8 @@ def relief(height: NDArray, scale: float) -> NDArray:
     """
     height = height / scale
     bounded = height / (np.abs(height) + 1)  # walls of a box stand far above the object and must not hide its shape
-    slope = np.nan_to_num(np.gradient(height, axis=0) + np.gradient(height, axis=1)) * height.shape[1]
+    smooth = gaussian_filter(np.nan_to_num(height), 1.5)  # or the edges of enlarged pixels would show
+    slope = (np.gradient(smooth, axis=0) + np.gradient(smooth, axis=1)) * height.shape[1]
     return bounded + np.where(bounded > 0.1, 0.25 * np.tanh(-_STEEPNESS * slope), 0)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -14,6 +15,14 @@ from iumad_jax.data.prepared.store import Store, open_store
 from iumad_jax.errors import UserError
 from iumad_jax.runtime import live
 from iumad_jax.runtime.progress import Progress
+
+
+class DatasetChanged(UserError):
+    """The run is finished, but the dataset holds what it has not used."""
+
+    def __init__(self, sentence: str, finished: dict[str, Any]) -> None:
+        super().__init__(sentence)
+        self.results = finished  # what results.json holds
 
 
 def compare_names(config: ConfigDict, noted: Inventory) -> Names:

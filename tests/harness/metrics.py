@@ -5,6 +5,7 @@ from 14 x 14 tokens, as a model's are. The first object's metrics are computed a
 """
 
 import resource
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 
+from iumad_jax import cli
 from iumad_jax.inference.evaluation import metrics_of
 from iumad_jax.report import tables
 from iumad_jax.report.history import History, results
@@ -21,8 +23,12 @@ from iumad_jax.shapes import MAP_SIZE, GroundTruth, Prediction
 _IMAGES = (110, 108, 159, 131, 130, 100, 132, 114, 101, 112)  # of the test split, a fifth of them good
 
 
-def main() -> None:
-    """Measures and prints."""
+def main(arguments: list[str]) -> int:
+    """Runs the command and returns its exit code."""
+    return cli.execute(str(__doc__), arguments, lambda _: None, lambda _: _measure())
+
+
+def _measure() -> str:
     objects = [f"object {index}" for index in range(len(_IMAGES))]
     matrix = {metric: np.full((1, len(objects)), np.nan) for metric in tables.METRICS}
     seconds = sorting = 0.0
@@ -43,9 +49,11 @@ def main() -> None:
     tables.markdown(results(config, history, seconds))
     seconds += time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kB on Linux
-    print(f"evaluation of {sum(_IMAGES)} maps: {seconds:.2f} s, {seconds / sorting:.1f} times what sorting them takes")
-    print(f"largest difference from scikit-learn and loops: {difference:.1e}")
-    print(f"peak memory: {peak:.2f} GB")
+    return (
+        f"evaluation of {sum(_IMAGES)} maps: {seconds:.2f} s, {seconds / sorting:.1f} times what sorting them takes\n"
+        f"largest difference from scikit-learn and loops: {difference:.1e}\n"
+        f"peak memory: {peak:.2f} GB"
+    )
 
 
 def _sets() -> Iterator[tuple[Prediction, GroundTruth]]:
@@ -93,4 +101,4 @@ def _aupro(masks: np.ndarray, maps: np.ndarray, negative: np.ndarray, limit: flo
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv))

@@ -72,10 +72,9 @@ def test_saving(flags, run):
     assert re.search(r"^a save: copying, while training waits +[\d.]+ +ms$", out, re.MULTILINE)
 
 
-def test_evaluation(monkeypatch, capsys):
+def test_metrics(monkeypatch, run):
     monkeypatch.setattr(metrics, "_IMAGES", (5,))
-    metrics.main()
-    out = capsys.readouterr().out
+    out = run(metrics.main)
     assert out.startswith("evaluation of 5 maps: ")
     (difference,) = re.findall(r"from scikit-learn and loops: (\S+)$", out, re.MULTILINE)
     assert float(difference) < 1e-6

@@ -287,15 +287,22 @@ def test_a_finished_run_says_so_and_prints_its_result_again(run, whole):
     assert files(workdir) == before
 
 
-def test_what_was_removed_of_a_finished_run_is_written_anew(run, whole, tmp_path):
+@pytest.mark.parametrize("there", [True, False], ids=["with", "without the dataset"])
+def test_what_was_removed_of_a_finished_run_is_written_anew(run, home, whole, tmp_path, there):
+    """From the workdir alone."""
     workdir = tmp_path / "run"
     shutil.copytree(whole[0], workdir)
     kept = {name: (workdir / name).read_bytes() for name in ("results.md", "ledger.jsonl", "pictures/matrix_aupro.png")}
     for name in ("results.md", "report.html", "pictures/matrix_aupro.png"):
         (workdir / name).unlink()
+    for folder in () if there else ("candies", "prepared"):
+        (home / folder).rename(home / f"{folder} elsewhere")
     code, out, err = run(workdir)
+    for folder in () if there else ("candies", "prepared"):
+        (home / f"{folder} elsewhere").rename(home / folder)
     assert code == 0, err
     assert "is finished" not in out
+    assert ("candies is not there any more" in err) != there
     assert {name: (workdir / name).read_bytes() for name in kept} == kept
     assert (workdir / "report.html").stat().st_size == pytest.approx((whole[0] / "report.html").stat().st_size, abs=50)
 

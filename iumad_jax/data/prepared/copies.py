@@ -14,6 +14,7 @@ from iumad_jax.data.degradation import degrade, vary
 from iumad_jax.data.sample import Reader, Sample, Split
 
 PreparedSplit = Split | Literal["degraded", "varied"]
+ALTERED: tuple[PreparedSplit, ...] = ("degraded", "varied")
 
 FEW = 20  # training images below which none is kept back to set thresholds
 _COPIES = 20  # of few images

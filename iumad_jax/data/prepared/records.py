@@ -16,7 +16,7 @@ from iumad_jax.errors import UserError
 from iumad_jax.runtime.storage import write_whole
 
 Values = dict[str, np.ndarray]  # one image's arrays by name
-_JOURNAL, _MANIFEST = "journal", "manifest.json"
+_JOURNAL, MANIFEST = "journal", "manifest.json"
 
 
 class Source(TypedDict):
@@ -110,13 +110,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         UserError: it cannot be written.
     """
     content = {"sha256": digest(manifest), "manifest": manifest}
-    write_whole(folder / _MANIFEST, json.dumps(content, indent=1).encode())
+    write_whole(folder / MANIFEST, json.dumps(content, indent=1).encode())
 
 
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a set, None if it has none or a damaged one."""
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        content = json.loads((folder / _MANIFEST).read_bytes())
+        content = json.loads((folder / MANIFEST).read_bytes())
         if content["sha256"] == digest(content["manifest"]):
             return content["manifest"]
     return None

@@ -107,6 +107,8 @@ class Store:
             home.mkdir(parents=True, exist_ok=True)
             with locked(home / "lock", f"{home}: another process prepares this; waiting for it."):
                 manifest = records.read_manifest(home)  # another process may have written one meanwhile
+                if manifest is None and (home / records.MANIFEST).exists():
+                    print(f"{home}: its manifest is damaged; its images are prepared again.", file=sys.stderr)
                 if manifest is None or not self._is_current(home, manifest, images, split):
                     manifest = self._complete(home, object_, split, images, manifest)
         except OSError as error:

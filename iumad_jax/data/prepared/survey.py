@@ -32,15 +32,16 @@ def survey(store: Store, sheets: Path) -> str:
         sheets.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{sheets} cannot be made ({error.strerror}); choose another --workdir.") from error
-    altered: tuple[PreparedSplit, ...] = ("degraded", "varied")
     rows = []
     for object_ in store.reader.objects:
         manifests = {
             split: store.prepare(object_, split)
-            for split in (*get_args(Split), *altered)
+            for split in (*get_args(Split), *copies.ALTERED)
             if copies.ids(store.reader, object_, split)
         }
-        rows += [[object_, split, *_summary(found)] for split, found in manifests.items() if split not in altered]
+        rows += [
+            [object_, split, *_summary(found)] for split, found in manifests.items() if split not in copies.ALTERED
+        ]
         title = f"{object_}: RGB, height, depth as encoded, defect"
         contact_sheet.save(sheets / f"{object_}.jpg", title, _panels(store, object_, manifests))
     headers = ["object", "split", "images", "defects", "pixels", "no depth", "mask area: median, 5 to 95 %"]

@@ -87,7 +87,7 @@ function forgetting(metric) {
     ...floors.map((name) => ({ name: `mean of ${name}`, points: means(name), style: colour(name) + dashed(name) })),
     { name: `mean of ${own}`, points: means(own), kind: "bold", style: colour(own) },
   ];
-  const low = Math.floor(Math.min(...lines.flatMap(({ points }) => points.map(([, value]) => value)), 1) * 10) / 10;
+  const low = Math.floor(Math.min(...lines.flatMap(({ points }) => points.map(([, value]) => value)), 0.99) * 10) / 10;
   const box = h("div");
   $("forgetting-chart").replaceChildren(box);
   chart(box, {
