@@ -133,6 +133,7 @@ def test_project_changes_kernel_and_bias_of_the_named_layers_alone():
     jax.tree.map(np.testing.assert_array_equal, untouched, updates)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_training_leaves_the_strongest_direction_as_it_was(method, variables, images, optimizer):
     """Also with AdamW, which divides element by element, and with weight decay."""

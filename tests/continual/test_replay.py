@@ -118,6 +118,7 @@ def test_every_image_is_joined_by_one_that_is_drawn(method, variables, images, m
     assert abs(float(total) - float(own)) > 0.01
 
 
+@pytest.mark.slow
 def test_replay_keeps_what_finetuning_forgets(method, variables, images):
     """A linear model with too few dimensions for both objects, trained on the second alone or with replay."""
     config = paper("1-1")

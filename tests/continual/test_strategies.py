@@ -51,6 +51,7 @@ def two_steps(name, method, images):
     return losses, variables["params"], [within, memory]
 
 
+@pytest.mark.slow
 def test_four_devices_train_as_one_does(tmp_path, method, skewed_images):
     """To rounding, with all of a strategy's chance and what it gathers within and between steps."""
     assert jax.local_device_count() == 4

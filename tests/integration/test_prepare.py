@@ -62,6 +62,7 @@ def prepared(home):
     return {file: file.stat().st_mtime_ns for file in home.glob("prepared/*/rows-*/*")}
 
 
+@pytest.mark.slow
 def test_an_archive_becomes_a_store_with_a_table_and_contact_sheets(home, run):
     code, out, err = run("--archive=sweets.tar.gz", dataset__root="unpacked")
     assert code == 0, err

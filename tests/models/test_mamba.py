@@ -161,6 +161,7 @@ def test_pooling_averages_the_pixels_that_each_token_covers(h, w, g):
     np.testing.assert_allclose(pool_to_grid(jnp.asarray(x), g), pool(x.astype(np.float64), g), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_decoder(naive):
     decoder = MambaDecoder(objects=3, grid=3, width=6, patch_size=4, blocks=2, states=2)
     image = np.random.default_rng(0).integers(0, 256, (20, 20, 3)).astype(np.float32)

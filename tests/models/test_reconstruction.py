@@ -88,6 +88,7 @@ def test_neighbour_mask_hides_seven_by_seven(grid):
     np.testing.assert_array_equal(neighbour_mask(grid), allowed_beyond_neighbours(grid))
 
 
+@pytest.mark.slow
 def test_every_branch_is_dropped_out(naive):
     """With everything dropped only the residual streams are left: the queries, normalised, whatever the image."""
     network = ReconstructionTransformer(grid=3, width=8, heads=2, layers=2, hidden=10, dropout=1.0)
@@ -142,6 +143,7 @@ def check_dropout(x):
     assert abs((~kept).mean() - 0.1) < 0.02
 
 
+@pytest.mark.slow
 def test_parameters_start_as_in_uniad():
     network = ReconstructionTransformer(grid=6, width=64, layers=1, hidden=128)
     tokens = np.zeros((36, 48), np.float32)

@@ -159,6 +159,7 @@ def test_labels_scores_and_title_are_printed(grid, tmp_path):
         assert not changed.any()
 
 
+@pytest.mark.slow
 def test_a_picture_of_real_samples_is_small_and_outlines_their_defects(eyecandies_root, tmp_path):
     reader = Eyecandies(eyecandies_root, "CandyCane")
     ids = reader.ids("CandyCane", "test")

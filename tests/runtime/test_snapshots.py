@@ -237,6 +237,7 @@ def damages(folder):
             file.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_of_a_damaged_snapshot_nothing_is_used_but_the_one_before(tmp_path, capfd, caplog):
     """Whatever is missing, cut off, flipped or added; Orbax alone restores most flipped bits silently."""
     with opened(tmp_path) as snapshots:

@@ -70,6 +70,7 @@ def check_equal(exact, found, expected):
         assert exact.error(gradient, expected[name]) < 1e-5, name
 
 
+@pytest.mark.slow
 def test_vmap_over_sequences_gives_each_its_own_gradients(exact, args):
     """Of parameters too, which do not differ along the axis."""
     sequences, parameters = split(args)
@@ -95,6 +96,7 @@ def test_vmap_over_parameters(args):
     np.testing.assert_allclose(found, jnp.stack(expected), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_second_derivatives(exact, args):
     """The product of the Hessian and a vector."""
 
@@ -122,6 +124,7 @@ def gradients_on_a_device(sequences, parameters):
     return of_sequences, jax.lax.psum(of_parameters, "devices")
 
 
+@pytest.mark.slow
 def test_pmap(exact, args):
     sequences, parameters = split(args)
     of_devices = {n: a.reshape(2, 2, *a.shape[1:]) for n, a in sequences.items()}
@@ -131,6 +134,7 @@ def test_pmap(exact, args):
     check_equal(exact, found[1], expected[1])
 
 
+@pytest.mark.slow
 def test_shard_map(exact, args):
     mesh = Mesh(np.array(jax.devices()[:2]), ("devices",))
     specs = PartitionSpec("devices"), PartitionSpec()
@@ -140,6 +144,7 @@ def test_shard_map(exact, args):
     check_equal(exact, found[1], expected[1])
 
 
+@pytest.mark.slow
 def test_a_sequence_of_65536_positions_takes_bounded_memory():
     """32 MiB an array like x; one of all states would take 512 MiB."""
     length, channels, states = 65_536, 128, 16

@@ -29,6 +29,7 @@ def test_outputs_and_gradients_in_float64(exact, shape, without, delta_softplus,
         np.testing.assert_allclose(gradient, expected_grads[name], rtol=1e-10, atol=1e-11, err_msg=name)
 
 
+@pytest.mark.slow
 def test_derivatives_of_both_modes_and_orders(exact):
     args = exact.arguments(1, 3, 2, 2)
     function = jax.jit(lambda args: reference.selective_scan(*grouped(args), Options()))
