@@ -32,7 +32,7 @@ def rendered(folder):
 def prepared(reader, sample, folder):
     """What a store makes of the image and of altered copies of it."""
     config = small("1-0")
-    config.input.size, config.backbone.grid = 96, 6
+    config.input.size, config.backbone.grid = 64, 4  # smaller than the image, or nothing would be resized
     store = open_store(config, reader, folder)
     altered = [alter(sample, number, reader.object_height) for alter in (degrade, vary) for number in range(2)]
     found = store.encode([sample, *altered])
