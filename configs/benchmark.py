@@ -1,4 +1,4 @@
-"""Who forgets what: the systems under the paper's protocols on ten rendered sweets, beside two floors without training.
+"""Compares method variants and two training-free baselines under the paper's protocols, on ten rendered sweets.
 
 python -m iumad_jax.benchmark --config=configs/benchmark.py
 
@@ -24,7 +24,7 @@ def get_config(protocol: str = "6-4") -> ConfigDict:
     config.report.pictures_per_object = 0
 
     config.benchmark = ConfigDict()
-    config.benchmark.systems = "uniad,iuf,ib_iumad"  # of iumad_jax.config.SYSTEMS
+    config.benchmark.variants = "uniad,iuf,ib_iumad"  # of iumad_jax.config.VARIANTS
     config.benchmark.modalities = "rgb,depth,rgb+depth"
     config.benchmark.protocols = "10-0,9-1,6-4,6-1"
     config.benchmark.seeds = 3

@@ -8,7 +8,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from iumad_jax.errors import COME_AGAIN, MISTAKE, UserError
+from iumad_jax.errors import INTERRUPTED, USER_ERROR, UserError
 from iumad_jax.runtime import preemption
 from iumad_jax.runtime import workdir as workdirs
 
@@ -40,7 +40,7 @@ def execute(
             lines.append(f"config.{'dataset.' if dataset else ''}KEY: every key is in iumad_jax/config.py")
         if resumable:
             doc += (
-                f"\nExit codes: 0 done; {MISTAKE} a mistake, told in a sentence; {COME_AGAIN} stopped by SIGTERM or"
+                f"\nExit codes: 0 done; {USER_ERROR} a mistake, told in a sentence; {INTERRUPTED} stopped by SIGTERM or"
                 " SIGINT with all work saved:\nthe same command goes on from there.\n"
             )
         print("\n".join([doc, "", *(f"  --{line}" for line in lines)]))
@@ -53,9 +53,9 @@ def execute(
             print(act(values))
     except UserError as error:
         print(f"iumad_jax: {error}", file=sys.stderr)
-        return MISTAKE
+        return USER_ERROR
     except preemption.Interrupted:  # which was told when the signal came
-        return COME_AGAIN
+        return INTERRUPTED
     return 0
 
 

@@ -42,7 +42,7 @@ _LIMITS = {
 }
 
 
-SYSTEMS: dict[str, dict[str, Any]] = {  # what a system changes in the config that all share
+VARIANTS: dict[str, dict[str, Any]] = {  # what a variant changes in the config that all share
     "uniad": {"method": "uniad", "continual.strategy": "finetune"},
     "iuf": {"method": "iuf", "continual.strategy": "iuf"},
     "ib_iumad": {"method": "ib_iumad", "continual.strategy": "iuf"},
@@ -58,8 +58,8 @@ def paper(protocol: str) -> ConfigDict:
     """IB-IUMAD as published, under a protocol such as "6-1" (see `iumad_jax.protocol`)."""
     config = ConfigDict()
     config.protocol = protocol
-    config.method = "ib_iumad"  # or uniad, iuf; or one of the floors in its place: feature_norm, nearest_neighbours
-    config.floors = "feature_norm,nearest_neighbours"  # what runs beside it, without training; names and commas
+    config.method = "ib_iumad"  # or uniad, iuf; or one of the baselines in its place: feature_norm, nearest_neighbours
+    config.baselines = "feature_norm,nearest_neighbours"  # what runs beside it, without training; names and commas
     config.modality = "rgb+depth"  # or rgb, depth
     config.seed = 0
 
@@ -160,30 +160,30 @@ def small(protocol: str) -> ConfigDict:
 def cells(config: ConfigDict) -> Iterator[tuple[ConfigDict, tuple[str, str, str, int]]]:
     """The config of every run of a benchmark, the first seed of all before the second of any.
 
-    The floors do not depend on the system: only the first one's runs have them.
+    The baselines do not depend on the variant: only the first one's runs have them.
 
     Yields:
-        The config; and its system, modality, protocol and seed.
+        The config; and its variant, modality, protocol and seed.
 
     Raises:
-        UserError: there is no such system.
+        UserError: there is no such variant.
     """
     plan = config.benchmark
-    systems, modalities, protocols = (plan[key].split(",") for key in ("systems", "modalities", "protocols"))
-    if not set(systems) <= set(SYSTEMS):
-        raise UserError(f'config.benchmark.systems is "{plan.systems}"; use names of {", ".join(SYSTEMS)}.')
+    variants, modalities, protocols = (plan[key].split(",") for key in ("variants", "modalities", "protocols"))
+    if not set(variants) <= set(VARIANTS):
+        raise UserError(f'config.benchmark.variants is "{plan.variants}"; use names of {", ".join(VARIANTS)}.')
     most = max(plan.seeds, plan.seeds_of_one_modality)
-    for seed, protocol, modality, system in product(range(most), protocols, modalities, systems):
+    for seed, protocol, modality, variant in product(range(most), protocols, modalities, variants):
         if seed >= (plan.seeds if "+" in modality else plan.seeds_of_one_modality):
             continue
         cell = config.copy_and_resolve_references()
         with cell.unlocked():
             del cell.benchmark
-        changes = SYSTEMS[system] | {"protocol": protocol, "modality": modality, "seed": seed}
+        changes = VARIANTS[variant] | {"protocol": protocol, "modality": modality, "seed": seed}
         cell.update_from_flattened_dict(changes)
-        if system != systems[0]:
-            cell.floors = ""
-        yield cell, (system, modality, protocol, seed)
+        if variant != variants[0]:
+            cell.baselines = ""
+        yield cell, (variant, modality, protocol, seed)
 
 
 def check(config: ConfigDict) -> None:

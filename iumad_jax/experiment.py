@@ -34,7 +34,7 @@ from iumad_jax.shapes import Calibration
 from iumad_jax.training import nonfinite
 from iumad_jax.training.dataset_changes import DatasetChanged, unused
 from iumad_jax.training.epochs import Epoch, train_epochs
-from iumad_jax.training.optimization import learning_rates, of_step, optimizer_name
+from iumad_jax.training.optimization import learning_rates, optimizer_name, step_config
 from iumad_jax.training.run import Run, plan, start
 from iumad_jax.training.update import initial_state
 
@@ -62,7 +62,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
             seconds = learned_within(config, workdir)  # where results were removed, they are written anew
             if seconds is None:
                 seconds = work(config, workdir, held)
-            elif processes.is_first():
+            elif processes.is_process_zero():
                 held.enter_context(workdirs.claimed(workdir, config))
             finished = conclude(config, workdir, seconds)
     if finished and (told := unused(config, workdir)):
@@ -86,7 +86,7 @@ def learned_within(config: ConfigDict, workdir: Path) -> float | None:
 def work(config: ConfigDict, workdir: Path, held: ExitStack) -> float:
     """Does what is left of a run's steps, and returns the seconds that they took."""
     steps = plan(config, workdir)
-    with processes.first_before_others():
+    with processes.process_zero_first():
         readers.render(config)
         run, progress = start(config, workdir, steps, held)
     for step in run.steps[progress.position.step + progress.position.finished :]:
@@ -97,7 +97,7 @@ def work(config: ConfigDict, workdir: Path, held: ExitStack) -> float:
     return progress.seconds
 
 
-@processes.by_first
+@processes.process_zero_only
 def prepare(run: Run, step: protocol.Step) -> None:
     """Prepares what the step learns from, where it is not yet, and tells which images are of no use."""
     splits: tuple[Split, ...] = ("train", "calibration")
@@ -107,7 +107,7 @@ def prepare(run: Run, step: protocol.Step) -> None:
     for name, split in itertools.product(step.learned, splits):
         if run.store.reader.ids(name, split):
             for sentence in odd_images(run.store.get(name, split), name, inventory.SPLITS[split]):
-                live.say(sentence)
+                live.log(sentence)
     inventory.note(run.workdir, run.store, step.learned, splits)
 
 
@@ -146,14 +146,14 @@ def learn(run: Run, step: protocol.Step, progress: Progress) -> Progress:
     if not run.trained:
         return progress
     if batch_size < run.config.train.batch_size:
-        live.say(f"step {step.index}: batches of {batch_size}, as there are no more training images")
+        live.log(f"step {step.index}: batches of {batch_size}, as there are no more training images")
     for epoch in epochs(run, training, progress):
         progress = record(run, training, epoch, progress)
     for name in step.learned:
         batch = run.store.get(name, "train").batch
         variables = progress.variables[run.config.method]
-        strategy = run.strategy.finish(progress.strategy, variables, batch, int(batch.object_id[0]))
-        progress = progress._replace(strategy=strategy)
+        strategy_state = run.strategy.finish(progress.strategy_state, variables, batch, int(batch.object_id[0]))
+        progress = progress._replace(strategy_state=strategy_state)
     return progress
 
 
@@ -170,29 +170,31 @@ def observe(run: Run, training: Training, progress: Progress) -> Progress:
         batch = run.store.get(name, "train").batch
         for method_name, method in run.methods.items():
             variables[method_name] = method.observe(variables[method_name], batch, step.index)
-    strategy = progress.strategy
+    strategy_state = progress.strategy_state
     if run.trained:
         example = jax.tree.map(lambda array: array[:1], training.sets[0].batch)
-        strategy = run.strategy.begin(strategy, variables[run.config.method], example, step.index)
+        strategy_state = run.strategy.begin(strategy_state, variables[run.config.method], example, step.index)
     position = Position(step.index, 0)
-    return progress._replace(position=position, variables=variables, recognition=seen, strategy=strategy, optimizer=[])
+    return progress._replace(
+        position=position, variables=variables, recognition=seen, strategy_state=strategy_state, optimizer=[]
+    )
 
 
 def epochs(run: Run, training: Training, progress: Progress) -> Iterator[Epoch]:
     """Trains, epoch by epoch, yielding within one where a snapshot is due."""
     config, index, done = run.config, training.step.index, progress.position.updates
-    own = of_step(config, index)
+    own = step_config(config, index)
     name = optimizer_name(run.method, own)
     rates, optimizer = learning_rates(own, training.per_epoch), run.optimizers[name]
     variables = progress.variables[config.method]
-    state = initial_state(variables, optimizer, done, progress.optimizer, progress.strategy)
+    state = initial_state(variables, optimizer, done, progress.optimizer, progress.strategy_state)
     batches = [one.batch for one in training.sets]
-    pieces = training_input(
+    stream = training_input(
         batches, training.batch_size, training.seed, done, config.input.resident, int(config.debug.nans)
     )
     key = jax.random.fold_in(jax.random.key(config.seed), index)
     update, last = run.updates[name], config.train.epochs
-    passes = train_epochs(update, state, pieces, rates, key, training.per_epoch, last, progress.losses, run.due)
+    passes = train_epochs(update, state, stream, rates, key, training.per_epoch, last, progress.losses, run.due)
     return nonfinite.explain(passes, index, training.per_epoch, training.names)
 
 
@@ -206,7 +208,7 @@ def record(run: Run, training: Training, epoch: Epoch, progress: Progress) -> Pr
     progress = progress._replace(
         position=Position(index, epoch.updates),
         variables=progress.variables | {run.config.method: epoch.state.variables},
-        strategy=epoch.state.memory,
+        strategy_state=epoch.state.strategy_state,
         losses={} if epoch.whole else epoch.history,
     )
     if run.due() or epoch.updates == total * training.per_epoch:  # so that evaluation can be interrupted
@@ -214,7 +216,7 @@ def record(run: Run, training: Training, epoch: Epoch, progress: Progress) -> Pr
     return progress
 
 
-@processes.by_first
+@processes.process_zero_only
 def assess(run: Run, step: protocol.Step, progress: Progress) -> Progress:
     """Sets thresholds, evaluates every method on all objects seen so far, and takes the step's snapshot."""
     recogniser = recognition.fit(progress.recognition)
@@ -229,11 +231,13 @@ def assess(run: Run, step: protocol.Step, progress: Progress) -> Progress:
         tell(run, step, judgement)
     for append in (run.ledger.append, run.live.event):
         append("decisions", step=step.index, **decided)
-        append("snapshot", step=step.index, bytes=sizes(run, progress), memory_bytes=memory_bytes(run, step, progress))
+        append(
+            "snapshot", step=step.index, bytes=sizes(run, progress), strategy_bytes=strategy_bytes(run, step, progress)
+        )
     told = history(ledgers.read(run.workdir / "ledger.jsonl"))
     mean = final(told.matrices[run.config.method]["i_auroc"])
     if np.isfinite(mean):
-        live.say(f"step {step.index}: mean I-AUROC {mean:.3f} over the objects seen")
+        live.log(f"step {step.index}: mean I-AUROC {mean:.3f} over the objects seen")
     inventory.note(run.workdir, run.store, step.seen, ("calibration", "test"))
     position = Position(step.index, 0, finished=True)
     return run.save(progress._replace(position=position, calibration=calibration, optimizer=[]))
@@ -278,14 +282,14 @@ def sizes(run: Run, progress: Progress) -> dict[str, int]:
     return {name: snapshots.size_of(snapshots.stored(progress.variables[name])) for name in run.methods}
 
 
-def memory_bytes(run: Run, step: protocol.Step, progress: Progress) -> int:
+def strategy_bytes(run: Run, step: protocol.Step, progress: Progress) -> int:
     """What the strategy keeps for later steps beside the weights: its own state, or all images if not incremental."""
     if run.strategy.incremental:
-        return snapshots.size_of(progress.strategy)
+        return snapshots.size_of(progress.strategy_state)
     return sum(snapshots.size_of(run.store.get(name, "train").batch) for name in step.seen)
 
 
-@processes.by_first
+@processes.process_zero_only
 def conclude(config: ConfigDict, workdir: Path, seconds: float) -> dict[str, Any]:
     """Writes the results and pictures of a finished run from what its workdir holds."""
     told = history(ledgers.read(workdir / "ledger.jsonl"))

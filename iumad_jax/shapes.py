@@ -27,7 +27,7 @@ Keys = Key[Array, " b"]  # one key per image: randomness does not depend on how 
 # {"params": trained by gradients, "statistics": gathered, never trained, "frozen": neither, nor stored in snapshots}
 Variables = dict[str, Any]
 Scalars = dict[str, Float[Array, ""]]
-Memory = dict[str, Any]  # what a strategy against forgetting keeps: nested, of arrays
+StrategyState = dict[str, Any]  # what a strategy against forgetting keeps: nested, of arrays
 BY_OBJECT = "by_object"  # key of a tuple with the arrays of each object learned, which never change: stored only once
 
 
@@ -37,12 +37,12 @@ class Batch(NamedTuple):
     features: dict[Modality, Float[Array, "b p f"]]
     images: dict[Modality, Float[Array, "b h w 3"]]
     object_id: Int[Array, " b"]  # in training the object of each image; for `predict` the one that was recognised
-    weight: Float[Array, " b"] | None = None  # of each image in a mean over them; None: all the same
+    sample_weight: Float[Array, " b"] | None = None  # of each image in a mean over them; None: all the same
     progress: Float[Array, ""] | None = None  # in training, the share of the step's updates that are done
 
     def mean(self, values: Float[Array, " b"]) -> Float[Array, ""]:
         """Of one value per image, with their weights, which are on average 1 over all devices."""
-        return jnp.mean(values if self.weight is None else self.weight * values)
+        return jnp.mean(values if self.sample_weight is None else self.sample_weight * values)
 
 
 class ErrorMaps(NamedTuple):

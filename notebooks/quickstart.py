@@ -71,7 +71,7 @@ results = experiment.run(config, Path(workdir))
 # %% [markdown]
 # ## What it learned, and what it forgot
 #
-# `feature_norm` and `nearest_neighbours` are not trained. What does not beat these floors has not shown anything.
+# `feature_norm` and `nearest_neighbours` are not trained. What does not beat these baselines has not shown anything.
 
 # %%
 from IPython.display import HTML, Image, Markdown, display

@@ -55,7 +55,7 @@ if not (Path(workdir) / "results.json").exists():
 # %% [markdown]
 # ## The results
 #
-# `matrix[metric][step][object]` is null before the step that learned the object; `floors` holds the same for the
+# `matrix[metric][step][object]` is null before the step that learned the object; `baselines` holds the same for the
 # methods without training.
 
 # %%
@@ -65,19 +65,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 results = json.loads((Path(workdir) / "results.json").read_text())
-systems = {results["config"]["method"]: results, **results["floors"]}
+methods = {results["config"]["method"]: results, **results["baselines"]}
 print("objects:", *results["objects"])
-for name, system in systems.items():
+for name, method in methods.items():
     for metric in ("i_auroc", "aupro"):
         print(
             f"{name:20} {metric:8}",
-            {key: value and round(value, 3) for key, value in system["summary"][metric].items()},
+            {key: value and round(value, 3) for key, value in method["summary"][metric].items()},
         )
 
 # %%
-figure, axes = plt.subplots(1, len(systems), figsize=(4 * len(systems), 3), sharey=True, squeeze=False)
-for axis, (name, system) in zip(axes[0], systems.items(), strict=True):
-    matrix = np.array(system["matrix"]["i_auroc"], float)
+figure, axes = plt.subplots(1, len(methods), figsize=(4 * len(methods), 3), sharey=True, squeeze=False)
+for axis, (name, method) in zip(axes[0], methods.items(), strict=True):
+    matrix = np.array(method["matrix"]["i_auroc"], float)
     axis.plot(matrix, "o-", color="0.7", linewidth=1)
     axis.plot(np.nanmean(matrix, axis=1), "o-", linewidth=3)
     axis.set(title=name, xlabel="step", xticks=range(len(matrix)))
@@ -111,10 +111,10 @@ from iumad_jax.report import samples
 name, last = results["objects"][0], len(results["steps"]) - 1
 kept = samples.load(Path(workdir), last, name)
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
-for system, scores in kept.scores.items():
+for method, scores in kept.scores.items():
     order = np.argsort(-scores)
-    left.plot(np.cumsum(~kept.anomalous[order]), np.cumsum(kept.anomalous[order]), label=system)
-    right.plot(samples.RATES, kept.overlap[system], label=system)
+    left.plot(np.cumsum(~kept.anomalous[order]), np.cumsum(kept.anomalous[order]), label=method)
+    right.plot(samples.RATES, kept.overlap[method], label=method)
 left.set(title=f"{name}: images", xlabel="good images raised", ylabel="defective images found")
 right.set(title=f"{name}: pixels", xlabel="share of normal pixels raised", ylabel="mean share of a defect found")
 right.legend()

@@ -1,6 +1,6 @@
 """Nothing is done against forgetting: each step goes on training on its own objects."""
 
-from iumad_jax.continual.strategy import Memory, Strategy
+from iumad_jax.continual.strategy import Strategy, StrategyState
 from iumad_jax.methods.method import Loss, Method
 from iumad_jax.shapes import Batch, Keys, Variables
 
@@ -8,8 +8,10 @@ from iumad_jax.shapes import Batch, Keys, Variables
 def finetune(method: Method) -> Strategy:
     """The method's own loss."""
 
-    def loss(memory: Memory, variables: Variables, batch: Batch, keys: Keys) -> tuple[Loss, Memory]:
+    def loss(
+        strategy_state: StrategyState, variables: Variables, batch: Batch, keys: Keys
+    ) -> tuple[Loss, StrategyState]:
         assert method.loss is not None
-        return method.loss(variables, batch, keys), memory
+        return method.loss(variables, batch, keys), strategy_state
 
     return Strategy(loss)

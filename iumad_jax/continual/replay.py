@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from iumad_jax.continual.finetune import finetune
-from iumad_jax.continual.strategy import Memory, Strategy
+from iumad_jax.continual.strategy import Strategy, StrategyState
 from iumad_jax.methods.method import Loss, Method
 from iumad_jax.shapes import BY_OBJECT, Batch, Keys, Variables
 
@@ -50,37 +50,39 @@ def principal_components(
     )
 
 
-def draw(memory: Memory, key: Array) -> tuple[dict[str, Array], Array]:
+def draw(strategy_state: StrategyState, key: Array) -> tuple[dict[str, Array], Array]:
     """One sample's parts, float32, and its object, each of those remembered being as likely.
 
     Args:
-        memory: `mean` and `directions` of all objects, stacked, of which the first `objects` are remembered.
+        strategy_state: `mean` and `directions` of all objects, stacked, of which the first `objects` are remembered.
         key: of all chance.
     """
     which, how = jax.random.split(key)
-    capacity, rank = jax.tree.leaves(memory["directions"])[0].shape[:2]
-    object_ = jax.random.categorical(which, jnp.where(jnp.arange(capacity) < memory["objects"], 0, -jnp.inf))
+    capacity, rank = jax.tree.leaves(strategy_state["directions"])[0].shape[:2]
+    object_ = jax.random.categorical(which, jnp.where(jnp.arange(capacity) < strategy_state["objects"], 0, -jnp.inf))
     z = jax.random.normal(how, rank)
 
     def sample(mean: Array, directions: Array) -> Array:
         return mean[object_].astype(jnp.float32) + jnp.tensordot(z, directions[object_].astype(jnp.float32), 1)
 
-    return jax.tree.map(sample, memory["mean"], memory["directions"]), object_
+    return jax.tree.map(sample, strategy_state["mean"], strategy_state["directions"]), object_
 
 
 def replay(config: ConfigDict, method: Method, objects: int) -> Strategy:
-    """The strategy for `config.continual.replay`: every image of a later step is joined by one drawn from memory.
+    """The strategy for `config.continual.replay`: every image of a later step is joined by a drawn one.
 
     Between steps it keeps `rank` + 1 arrays of the size of an object's features and coarse image per object, in half
     precision, however many images the object had.
     """
     own = finetune(method)
 
-    def loss(memory: Memory, variables: Variables, batch: Batch, keys: Keys) -> tuple[Loss, Memory]:
-        if not memory:
-            return own.loss(memory, variables, batch, keys)
+    def loss(
+        strategy_state: StrategyState, variables: Variables, batch: Batch, keys: Keys
+    ) -> tuple[Loss, StrategyState]:
+        if not strategy_state:
+            return own.loss(strategy_state, variables, batch, keys)
         keys, old_keys, draw_keys = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0)
-        parts, object_id = jax.vmap(lambda key: draw(memory, key))(draw_keys)
+        parts, object_id = jax.vmap(lambda key: draw(strategy_state, key))(draw_keys)
         old = Batch(
             {m: parts[f"features_{m}"] for m in batch.features},
             {
@@ -88,16 +90,16 @@ def replay(config: ConfigDict, method: Method, objects: int) -> Strategy:
                 for m in batch.images
             },
             object_id,
-            batch.weight,
+            batch.sample_weight,
         )
         new = batch._replace(progress=None)
         both = jax.tree.map(lambda array, drawn: jnp.concatenate([array, drawn.astype(array.dtype)]), new, old)
         both = both._replace(progress=batch.progress)
-        return own.loss(memory, variables, both, jnp.concatenate([keys, old_keys]))
+        return own.loss(strategy_state, variables, both, jnp.concatenate([keys, old_keys]))
 
-    def begin(memory: Memory, _: Variables, batch: Batch, step: int) -> Memory:
+    def begin(strategy_state: StrategyState, _: Variables, batch: Batch, step: int) -> StrategyState:
         """Stacks what is remembered, with room for all objects, so that later steps compile no update of their own."""
-        remembered = memory.get(BY_OBJECT, ())
+        remembered = strategy_state.get(BY_OBJECT, ())
 
         def stack(*arrays: np.ndarray) -> np.ndarray:
             room = np.zeros((objects - len(arrays), *arrays[0].shape), arrays[0].dtype)
@@ -105,21 +107,21 @@ def replay(config: ConfigDict, method: Method, objects: int) -> Strategy:
 
         return jax.tree.map(stack, *remembered) | {"objects": np.int32(len(remembered))} if remembered else {}
 
-    def finish(memory: Memory, _: Variables, batch: Batch, object_: int) -> Memory:
+    def finish(strategy_state: StrategyState, _: Variables, batch: Batch, object_: int) -> StrategyState:
         parts = {f"features_{m}": np.asarray(features, np.float32) for m, features in batch.features.items()}
         parts |= {f"image_{m}": coarse(images, config.image_size) for m, images in batch.images.items()}
         mean, directions = principal_components(parts, config.rank)
-        return {BY_OBJECT: (*_remembered(memory), {"mean": mean, "directions": directions})}
+        return {BY_OBJECT: (*_remembered(strategy_state), {"mean": mean, "directions": directions})}
 
     return Strategy(loss, begin=begin, finish=finish)
 
 
-def _remembered(memory: Memory) -> tuple[dict[str, Any], ...]:
-    """What each object is remembered by, also of the memory within a step."""
-    if BY_OBJECT in memory or not memory:
-        return memory.get(BY_OBJECT, ())
-    parts = {name: memory[name] for name in ("mean", "directions")}
-    return tuple(jax.tree.map(lambda array, i=i: array[i], parts) for i in range(int(memory["objects"])))
+def _remembered(strategy_state: StrategyState) -> tuple[dict[str, Any], ...]:
+    """What each object is remembered by, also of the strategy_state within a step."""
+    if BY_OBJECT in strategy_state or not strategy_state:
+        return strategy_state.get(BY_OBJECT, ())
+    parts = {name: strategy_state[name] for name in ("mean", "directions")}
+    return tuple(jax.tree.map(lambda array, i=i: array[i], parts) for i in range(int(strategy_state["objects"])))
 
 
 def coarse(images: Float[Array | np.ndarray, "n h w 3"], size: int) -> Float[np.ndarray, "n s s 3"]:

@@ -7,37 +7,37 @@ import optax
 
 from iumad_jax.methods.method import Loss
 from iumad_jax.protocol import Step
-from iumad_jax.shapes import Batch, Keys, Memory, Variables
+from iumad_jax.shapes import Batch, Keys, StrategyState, Variables
 
 _UNCHANGED = optax.with_extra_args_support(optax.identity())
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """Pure functions over explicit memory; nothing is held.
+    """A strategy against forgetting, as pure functions of an explicit state.
 
-    What a step does may depend on which parts its memory has, since an update is compiled for their shapes.
-
-    The base step begins with an empty memory.
+    The base step begins with an empty state, `{}`. Updates are compiled for the shapes of the state, so what a step
+    does may depend on which entries the state has.
 
     Attributes:
-        loss: (memory, variables, batch, keys) -> (loss, memory): the loss of an update, such as the method's, and the
-            memory after it. Within `devices.data_parallel`; differentiated with respect to
-            `variables["params"]`. What it returns as memory must be the same on every device.
-        constrain: the last word on an update: transforms what is to be added to the weights, learning rate included.
-            It has no state but is given `memory` as an extra argument.
-        begin: (memory, variables, batch, step) -> memory, before a step's first update; the batch shows shapes only.
-        finish: (memory, variables, batch, object) -> memory, after a step's last update, once for each object that it
-            learned, with all of the object's training images as one (memory-mapped) batch. What is then left is what
-            the strategy keeps between steps; what belongs to one object alone and never changes goes under the key
-            BY_OBJECT, as one entry of a tuple per object, which snapshots store once.
-        incremental: False if it trains on the images of all objects seen so far.
+        loss: (state, variables, batch, keys) -> (loss, state). Computes the loss of an update and the state after it.
+            Called within `devices.data_parallel` and differentiated with respect to `variables["params"]`. The
+            returned state must be the same on every device.
+        constrain: Transforms an update right before it is added to the weights, learning rate included. Stateless; it
+            is called with the strategy's state as the extra argument `strategy_state`.
+        begin: (state, variables, batch, step) -> state. Called before the first update of a step. Only the shapes of
+            the batch may be used.
+        finish: (state, variables, batch, object) -> state. Called after the last update of a step, once per object
+            that the step learned, with all training images of that object as one (memory-mapped) batch. The result is
+            what the strategy keeps between steps. Entries that belong to one object and never change go under the key
+            BY_OBJECT, as a tuple with one item per object; snapshots store each item once.
+        incremental: False if the strategy trains on the images of all objects seen so far.
     """
 
-    loss: Callable[[Memory, Variables, Batch, Keys], tuple[Loss, Memory]]
+    loss: Callable[[StrategyState, Variables, Batch, Keys], tuple[Loss, StrategyState]]
     constrain: optax.GradientTransformationExtraArgs = _UNCHANGED
-    begin: Callable[[Memory, Variables, Batch, int], Memory] = lambda memory, variables, batch, step: memory
-    finish: Callable[[Memory, Variables, Batch, int], Memory] = lambda memory, variables, batch, object_: memory
+    begin: Callable[[StrategyState, Variables, Batch, int], StrategyState] = lambda state, *_: state
+    finish: Callable[[StrategyState, Variables, Batch, int], StrategyState] = lambda state, *_: state
     incremental: bool = True
 
     def objects(self, step: Step) -> tuple[str, ...]:

@@ -16,13 +16,13 @@ from iumad_jax.shapes import Batch
 _SHARE = 1 / 4  # of a device's memory that resident images may take
 
 
-class Piece(NamedTuple):
-    """The input of some updates, for each device of this process."""
+class DeviceBatches(NamedTuple):
+    """The input of one or more updates, for every device of this process."""
 
-    images: Batch  # (devices, images, ...)
-    rows: Int[Array | np.ndarray, "devices updates places"]  # which of them each update takes
-    weights: Float[Array | np.ndarray, "devices places"] | None  # see `devices.weights`
-    progress: Float[Array | np.ndarray, "devices updates"] | None = None  # the share of the step that is done
+    images: Batch  # leaves (devices, images, ...)
+    indices: Int[Array | np.ndarray, "devices updates per_device"]  # into images: the batch of each update
+    sample_weight: Float[Array | np.ndarray, "devices per_device"] | None  # see `devices.sample_weight`
+    progress: Float[Array | np.ndarray, "devices updates"] | None = None  # share of the step's updates done before each
 
 
 class _Images:
@@ -40,14 +40,14 @@ class _Images:
         within = int(index) - (int(self._ends[which - 1]) if which else 0)
         return jax.tree.map(lambda array: np.asarray(array[within]), self._sets[which])
 
-    def piece(self, rows: Int[np.ndarray, " batch"]) -> Piece:
+    def device_batches(self, rows: Int[np.ndarray, " batch"]) -> DeviceBatches:
         """One update's, with these images."""
-        share = devices.share(rows)
+        share = devices.split_indices(rows)
         count, places = share.shape
         images = [self[row] for row in share.ravel()]
         stacked = jax.tree.map(lambda *one: np.stack(one).reshape(*share.shape, *one[0].shape), *images)
         taken = np.broadcast_to(np.arange(places, dtype=np.int32), (count, 1, places))
-        return Piece(stacked, taken, devices.weights(len(rows)))
+        return DeviceBatches(stacked, taken, devices.sample_weight(len(rows)))
 
 
 def updates_per_epoch(images: int, batch_size: int) -> int:
@@ -65,12 +65,12 @@ def updates_per_epoch(images: int, batch_size: int) -> int:
 
 
 def training_input(
-    sets: Sequence[Batch], batch_size: int, seed: int, first: int, resident: str = "auto", at_once: int = 0
-) -> Generator[Piece, None, None]:
+    sets: Sequence[Batch], batch_size: int, seed: int, first: int, resident: str = "auto", updates_per_loop: int = 0
+) -> Generator[DeviceBatches, None, None]:
     """Endless shuffled batches, each epoch in another order; the last partial batch of an epoch is dropped.
 
     The order is a function of the seed and the epoch, so that training resumes exactly at any update, and is
-    the same whether images are resident (all placed in device memory now) or streamed from disk (each piece a batch).
+    the same whether images are resident (all placed in device memory now) or streamed from disk (one batch at a time).
 
     Args:
         sets: the images, object by object.
@@ -78,13 +78,13 @@ def training_input(
         seed: of the order.
         first: the update to begin with, the first of all being 0.
         resident: "always", "never", or "auto": if they take at most a quarter of every device's memory.
-        at_once: updates in a piece of resident images, less at the end of an epoch; 0: what suits the device.
+        updates_per_loop: updates per item for resident images, fewer at the end of an epoch; 0 chooses for the device.
 
     Raises:
         UserError: there are fewer images than in a batch.
     """
     if resident == "always" or (resident == "auto" and fit_on_device(sets)):
-        return _resident(sets, batch_size, seed, first, at_once)
+        return _resident(sets, batch_size, seed, first, updates_per_loop)
     return streamed(training_batches(sets, batch_size, seed, first))
 
 
@@ -96,42 +96,42 @@ def images_of(update: int, images: int, batch_size: int, seed: int) -> np.ndarra
 def fit_on_device(sets: Sequence[Batch]) -> bool:
     """Whether every device may hold all of these images."""
     size = sum(array.nbytes for array in jax.tree.leaves(list(sets)))
-    return processes.everywhere(size <= _SHARE * devices.memory_per_device())
+    return processes.all_processes(size <= _SHARE * devices.memory_per_device())
 
 
 def training_batches(sets: Sequence[Batch], batch_size: int, seed: int, first: int) -> grain.IterDataset:
-    """This process's share of the batches of `training_input`, each a piece, read ahead by a bounded number."""
+    """Reads this process's share of the batches of `training_input`, with a bounded number in advance."""
     images = _Images(sets)
     batches = _in_order(len(images), batch_size, seed)
     updates_per_epoch(len(images), batch_size)  # raises
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    return batches[first:].map(images.piece).to_iter_dataset(options)
+    return batches[first:].map(images.device_batches).to_iter_dataset(options)
 
 
-def streamed(batches: grain.IterDataset) -> Generator[Piece, None, None]:
-    """The pieces, until they are closed."""
+def streamed(batches: grain.IterDataset) -> Generator[DeviceBatches, None, None]:
+    """Yields the batches until the generator is closed."""
     with closing(iter(batches)) as stream:
         yield from stream
 
 
-def whole(batch: Batch) -> Piece:
+def single_update(batch: Batch) -> DeviceBatches:
     """A batch for one update."""
-    return _Images([batch]).piece(np.arange(len(batch.object_id)))
+    return _Images([batch]).device_batches(np.arange(len(batch.object_id)))
 
 
 def _resident(
-    sets: Sequence[Batch], batch_size: int, seed: int, first: int, at_once: int
-) -> Generator[Piece, None, None]:
+    sets: Sequence[Batch], batch_size: int, seed: int, first: int, updates_per_loop: int
+) -> Generator[DeviceBatches, None, None]:
     count = sum(len(one.object_id) for one in sets)
     per_epoch = updates_per_epoch(count, batch_size)
-    at_once = at_once or devices.updates_at_once(per_epoch)
+    updates_per_loop = updates_per_loop or devices.updates_per_loop(per_epoch)
     batches = _in_order(count, batch_size, seed)
     images = devices.replicate(jax.tree.map(lambda *arrays: np.concatenate(arrays), *sets))
     while True:
-        count = min(at_once, per_epoch - first % per_epoch)
+        count = min(updates_per_loop, per_epoch - first % per_epoch)
         rows = np.stack([batches[first + update] for update in range(count)], dtype=np.int32)
         first += count
-        yield Piece(images, devices.share(rows), devices.weights(batch_size))
+        yield DeviceBatches(images, devices.split_indices(rows), devices.sample_weight(batch_size))
 
 
 def _in_order(images: int, batch_size: int, seed: int) -> grain.MapDataset:

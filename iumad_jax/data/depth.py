@@ -76,7 +76,7 @@ def backproject(depth: Float32[np.ndarray, "h w"], camera: Camera) -> Float32[np
 
 
 def border(
-    points: Float[np.ndarray, "h w 3"], valid: Bool[np.ndarray, "h w"], width: float = 1 / 16, at_most: int = 2048
+    points: Float[np.ndarray, "h w 3"], valid: Bool[np.ndarray, "h w"], width: float = 1 / 16, max_points: int = 2048
 ) -> Float[np.ndarray, "n 3"]:
     """Valid points in a frame along the image's edge, where the object is not; evenly thinned."""
     height_px, width_px = valid.shape
@@ -84,7 +84,7 @@ def border(
     frame = valid.copy()
     frame[rows : height_px - rows, columns : width_px - columns] = False
     chosen = points[frame if frame.sum() >= 100 else valid]
-    return chosen[:: -(-len(chosen) // at_most)]
+    return chosen[:: -(-len(chosen) // max_points)]
 
 
 def fit_plane(points: Float[np.ndarray, "n 3"], trials: int = 256) -> Plane:

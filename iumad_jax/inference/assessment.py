@@ -127,7 +127,7 @@ def evaluate_snapshot(config: ConfigDict, workdir: Path, progress: Progress, out
     ledger = _new_ledger(output)
     ledger.append("step", step=0, learned=learned)
     unknown = _assess_with_unknown(config, progress, tests, learned, ledger, store.processing.height_scale)
-    ledger.append("snapshot", step=0, bytes=before.bytes, memory_bytes=before.memory_bytes)
+    ledger.append("snapshot", step=0, bytes=before.bytes, strategy_bytes=before.strategy_bytes)
 
     as_one_step = config.to_dict() | {"protocol": f"{len(learned)}-0"}
     found = results(as_one_step, history(ledgers.read(ledger.path)), time.monotonic() - began)

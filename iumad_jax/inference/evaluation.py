@@ -38,13 +38,10 @@ class Model(NamedTuple):
 
 def load(config: ConfigDict, progress: Progress) -> Model:
     """The model of a run's config as it was when a snapshot was taken."""
-    systems = methods.systems(config, len(progress.objects))
+    built = methods.with_baselines(config, len(progress.objects))
     return Model(
-        systems,
-        {
-            name: with_frozen(name, systems[name], progress.variables[name], progress.frozen.get(name))
-            for name in systems
-        },
+        built,
+        {name: with_frozen(name, built[name], progress.variables[name], progress.frozen.get(name)) for name in built},
         recognition.fit(progress.recognition),
         thresholds(progress.calibration, config.decisions.quantile),
     )

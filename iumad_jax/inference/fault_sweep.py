@@ -41,7 +41,7 @@ def measure(config: ConfigDict, workdir: Path, progress: Progress) -> str:
     tested = tuple(name for name in reader.objects if reader.ids(name, "test"))
     if not set(tested) & set(learned):
         raise UserError(f"there are no test images of {', '.join(learned)}, which were learned; add some.")
-    config.floors = ""  # baselines decide nothing
+    config.baselines = ""  # baselines decide nothing
     model = evaluation.load(config, progress)
     rows = []
     for fault, strength in tqdm(_faults(store), unit="fault", disable=None, leave=False):

@@ -95,12 +95,13 @@ def recognise(distance: Float[Array, "b k"], given: Int[Array, " b"] | None = No
     return nearest if given is None else jnp.where(given == RECOGNISE, nearest, given)
 
 
-def probabilities(distance: Float[Array, "b k"], channels: int, usual: Float[Array, ""]) -> Float[Array, "b k"]:
-    """Of each learned object, were it one of them: that of the normal distributions, widened to a `usual` distance.
+def probabilities(distance: Float[Array, "b k"], channels: int, rms_distance: Float[Array, ""]) -> Float[Array, "b k"]:
+    """Probability of each learned object, given that the image shows one of them.
 
-    Few training images make too narrow distributions; `usual` is what `distance` is for other images of an object.
+    The normal distributions are widened to `rms_distance`, the distance of held-out images to their own object: few
+    training images make them too narrow.
     """
-    return jax.nn.softmax(-channels / 2 * jnp.square(distance / usual), axis=-1)
+    return jax.nn.softmax(-channels / 2 * jnp.square(distance / rms_distance), axis=-1)
 
 
 def _sorted(features: dict[Modality, Any]) -> list[Any]:

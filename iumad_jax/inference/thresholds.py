@@ -73,21 +73,22 @@ def describe(calibration: Mapping[str, Calibration], quantile: float) -> Record:
 
     Returns:
         `quantile`; `objects`: by name, `image` and `pixel` thresholds (see `describe_threshold`), which promise nothing
-        (`at_most` is None) where they come from training images; `unknown`, the `threshold` of the distance, what few
-        `good` images exceed, and the distance to `others` that few fall below; an object of few images has its own;
-        `usual`, the root mean square of an image's distance to its own object.
+        (`false_alarm_bound` is None) where they come from training images; `unknown`, the `threshold` of the distance,
+        what few `good` images exceed, and the distance to `others` that few fall below; an object of few
+        images has its own;
+        `rms_distance`, the root mean square of an image's distance to its own object.
     """
     single = len(calibration) == 1
 
     def described(one: Calibration) -> Record:
-        promise = {"at_most": None} if one.from_training_images else {}
+        promise = {"false_alarm_bound": None} if one.from_training_images else {}
         image, pixel = (describe_threshold(scores, quantile) | promise for scores in (one.score, one.peak))
         own = {"unknown": _Unknown.of([one], quantile).describe(quantile, single)} if one.few else {}
         return {"image": image, "pixel": pixel, **own}
 
     return {
         "quantile": quantile,
-        "usual": _rms_distance(calibration),
+        "rms_distance": _rms_distance(calibration),
         "unknown": _Unknown.of(_telling(calibration), quantile).describe(quantile, single),
         "objects": {name: described(one) for name, one in calibration.items()},
     }
@@ -98,8 +99,8 @@ def describe_threshold(scores: ArrayLike, quantile: float) -> Record:
 
     Returns:
         `threshold`; its bootstrapped 95 % `interval` (percentiles, fixed seed), whose upper end is too low where the
-        threshold is the maximum, as no resample holds more; how many `images` set it; `at_most`, the largest expected
-        share of further good images above it.
+        threshold is the maximum, as no resample holds more; how many `images` set it; `false_alarm_bound`, the largest
+        expected         share of further good images above it.
     """
     value, rank = _conformal(scores, quantile)
     values = np.sort(np.asarray(scores, np.float64))
@@ -107,7 +108,7 @@ def describe_threshold(scores: ArrayLike, quantile: float) -> Record:
     resamples = np.random.default_rng(_SEED).choice(values, (_RESAMPLES, n))
     ends = [(1 - _COVERAGE) / 2, (1 + _COVERAGE) / 2]
     interval = np.quantile(np.partition(resamples, rank - 1, axis=1)[:, rank - 1], ends)
-    return {"threshold": value, "interval": interval.tolist(), "images": n, "at_most": 1 - rank / (n + 1)}
+    return {"threshold": value, "interval": interval.tolist(), "images": n, "false_alarm_bound": 1 - rank / (n + 1)}
 
 
 def _conformal(scores: ArrayLike, quantile: float) -> tuple[float, int]:

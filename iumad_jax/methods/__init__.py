@@ -11,19 +11,19 @@ from iumad_jax.methods.method import Method
 from iumad_jax.methods.nearest_neighbours import nearest_neighbours
 from iumad_jax.methods.uniad import uniad
 
-FLOORS = ("feature_norm", "nearest_neighbours")  # training-free; what does not beat them has not shown anything
+BASELINES = ("feature_norm", "nearest_neighbours")  # training-free; what does not beat them has not shown anything
 
 
-def systems(config: ConfigDict, objects: int) -> dict[str, Method]:
-    """The config's method and then its floors, by name, over a dataset of that many objects.
+def with_baselines(config: ConfigDict, objects: int) -> dict[str, Method]:
+    """The config's method and then its baselines, by name, over a dataset of that many objects.
 
     Raises:
-        UserError: there is no such method or floor.
+        UserError: there is no such method or baseline.
     """
-    floors = [name for name in config.floors.split(",") if name]
-    if not set(floors) <= set(FLOORS):
-        raise UserError(f'config.floors is "{config.floors}"; use "{",".join(FLOORS)}", one of them, or "".')
-    return {name: build(name, config, objects) for name in dict.fromkeys([config.method, *floors])}
+    baselines = [name for name in config.baselines.split(",") if name]
+    if not set(baselines) <= set(BASELINES):
+        raise UserError(f'config.baselines is "{config.baselines}"; use "{",".join(BASELINES)}", one of them, or "".')
+    return {name: build(name, config, objects) for name in dict.fromkeys([config.method, *baselines])}
 
 
 def build(name: str, config: ConfigDict, objects: int) -> Method:

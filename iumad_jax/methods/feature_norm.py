@@ -1,4 +1,4 @@
-"""A floor without training: how far frozen features are from the average good feature."""
+"""A baseline without training: how far frozen features are from the average good feature."""
 
 import jax
 

@@ -35,7 +35,7 @@ class Attention(nn.Module):
         return attention(q, k, v, mask=None if self.mask is None else jnp.asarray(self.mask)[None])
 
 
-class Watched(nn.Dense):
+class DenseWithMean(nn.Dense):
     """A dense layer that tells the mean of its outputs over tokens, as `mean` in the collection `activations`."""
 
     def __call__(self, x: Float[Array, "p hidden"]) -> Float[Array, "p d"]:
@@ -56,7 +56,7 @@ class FeedForward(nn.Module):
         """Transform each token."""
         hidden = nn.relu(nn.Dense(self.hidden, kernel_init=_xavier, name="hidden")(x))
         hidden = nn.Dropout(self.dropout)(hidden, deterministic=deterministic)
-        return Watched(x.shape[-1], kernel_init=_xavier, name="output")(hidden)
+        return DenseWithMean(x.shape[-1], kernel_init=_xavier, name="output")(hidden)
 
 
 def resize_aligned(x: Float[Array, "*b h w c"], size: int) -> Float[Array, "*b g g c"]:

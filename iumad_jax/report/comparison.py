@@ -1,6 +1,6 @@
-"""Finished runs side by side: tables in the form of the paper's, and how each system forgets.
+"""Finished runs side by side: tables in the form of the paper's, and how each variant forgets.
 
-Every run is a cell, whose folder is named after its system, modality, protocol and seed.
+Every run is a cell, whose folder is named after its variant, modality, protocol and seed.
 """
 
 import csv
@@ -28,8 +28,9 @@ _CURVES = ("i_auroc", "aupro", "p_auroc_object")
 _LEGEND = (
     "Means over objects in percent, then over seeds, ± their standard deviation (n - 1). Without a prefix: after the\n"
     "last step. FM: how far objects fell from their best earlier value, by Chaudhry et al.; aggregate FM: how far the\n"
-    "mean over objects seen fell from the base step's. new: at the step that learned the object. Floors, not trained:\n"
-    "`feature_norm` and `nearest_neighbours`. `joint` trains again on all objects seen, so it is not incremental."
+    "mean over objects seen fell from the base step's. new: at the step that learned the object. Baselines, not\n"
+    "trained: `feature_norm` and `nearest_neighbours`. `joint` trains again on all objects seen, so it is not\n"
+    "incremental."
 )
 
 
@@ -38,26 +39,26 @@ class Cell(NamedTuple):
 
     protocol: str
     modality: str
-    system: str
+    variant: str
 
 
-Runs = dict[Cell, list[dict[str, Any]]]  # what results.json holds of a system, seed by seed
+Runs = dict[Cell, list[dict[str, Any]]]  # what results.json holds of a variant, seed by seed
 
 
-def name(system: str, modality: str, protocol: str, seed: int) -> str:
+def name(variant: str, modality: str, protocol: str, seed: int) -> str:
     """The name of a run's folder."""
-    return f"{system}_{modality}_{protocol}_seed{seed}"
+    return f"{variant}_{modality}_{protocol}_seed{seed}"
 
 
 def gather(workdir: Path) -> Runs:
-    """The finished runs in `workdir/cells`, with the floors that ran in them."""
-    runs: dict[Cell, dict[str, Any]] = defaultdict(dict)  # by seed: floors may have run beside several systems
+    """The finished runs in `workdir/cells`, with the baselines that ran in them."""
+    runs: dict[Cell, dict[str, Any]] = defaultdict(dict)  # by seed: baselines may have run beside several variants
     for folder in sorted((workdir / "cells").glob("*")):
         results = read_results(folder)
         if results is not None:
-            system, modality, protocol, seed = folder.name.rsplit("_", 3)
+            variant, modality, protocol, seed = folder.name.rsplit("_", 3)
             shared = {key: results[key] for key in ("config", "objects", "steps")}
-            for found, own in {system: results, **results["floors"]}.items():
+            for found, own in {variant: results, **results["baselines"]}.items():
                 runs[Cell(protocol, modality, found)][seed] = {**own, **shared}
     return {cell: list(by_seed.values()) for cell, by_seed in sorted(runs.items())}
 
@@ -76,18 +77,18 @@ def write(workdir: Path) -> str:
 
 
 def draw(workdir: Path) -> None:
-    """Draws every system's matrix, and per protocol and modality how all of them forget."""
+    """Draws every variant's matrix, and per protocol and modality how all of them forget."""
     runs = gather(workdir)
     for protocol, modality in {(cell.protocol, cell.modality) for cell in runs}:
-        systems = {cell.system: found for cell, found in runs.items() if cell[:2] == (protocol, modality)}
+        variants = {cell.variant: found for cell, found in runs.items() if cell[:2] == (protocol, modality)}
         stem = f"{protocol}_{modality}"
-        for system, found in systems.items():
+        for variant, found in variants.items():
             matrix = np.mean([_matrix(run, "i_auroc") for run in found], axis=0)
             rows = [f"step {index}" for index in range(len(matrix))]
-            path = workdir / f"matrix_{stem}_{system}.png"
-            figures.save_matrix(path, matrix, found[0]["objects"], rows, f"I-AUROC, {system}, {modality}, {protocol}")
-        curves = {METRICS[m]: {system: retention(found, m) for system, found in systems.items()} for m in _CURVES}
-        if len(next(iter(systems.values()))[0]["steps"]) > 1:
+            path = workdir / f"matrix_{stem}_{variant}.png"
+            figures.save_matrix(path, matrix, found[0]["objects"], rows, f"I-AUROC, {variant}, {modality}, {protocol}")
+        curves = {METRICS[m]: {variant: retention(found, m) for variant, found in variants.items()} for m in _CURVES}
+        if len(next(iter(variants.values()))[0]["steps"]) > 1:
             title = f"Objects of the base step, {modality}, protocol {protocol}"
             figures.save_curves(workdir / f"forgetting_{stem}.png", curves, title)
 
@@ -112,8 +113,8 @@ def markdown(runs: Runs) -> str:
         for cell, found in chosen.items():
             printed = published.printed(found[0]["config"]["dataset"]["name"], *cell)
             cells = [_cell(*_spread(found, *key)) for key in columns.values()]
-            rows.append([cell.modality, cell.system, len(found), *cells, *printed.values()])
-        headers = ["modality", "system", "seeds", *columns]
+            rows.append([cell.modality, cell.variant, len(found), *cells, *printed.values()])
+        headers = ["modality", "variant", "seeds", *columns]
         headers += [f"printed {title}" for title in printed]
         align = ["left", "left", *["right"] * (len(headers) - 2)]
         parts += [f"## {protocol}", tabulate(rows, headers, "github", disable_numparse=True, colalign=align)]
@@ -121,16 +122,16 @@ def markdown(runs: Runs) -> str:
 
 
 def _overview(runs: Runs, protocols: list[str]) -> str:
-    """One line per modality and system, one column per protocol."""
+    """One line per modality and variant, one column per protocol."""
 
     def entry(cell: Cell) -> str:
         if cell not in runs:
             return "not measured"
         return " / ".join(_cell(*_spread(runs[cell], *_COLUMNS[title])) for title in _OVERVIEW)
 
-    lines = sorted({(cell.modality, cell.system) for cell in runs})
+    lines = sorted({(cell.modality, cell.variant) for cell in runs})
     rows = [[*line, *(entry(Cell(protocol, *line)) for protocol in protocols)] for line in lines]
-    return tabulate(rows, ["modality", "system", *protocols], "github", disable_numparse=True)
+    return tabulate(rows, ["modality", "variant", *protocols], "github", disable_numparse=True)
 
 
 def as_csv(runs: Runs) -> str:

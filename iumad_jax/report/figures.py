@@ -151,11 +151,11 @@ def save_matrix(path: Path, matrix: ArrayLike, objects: Sequence[str], steps: Se
 
 
 def save_curves(path: Path, curves: Mapping[str, Mapping[str, ArrayLike]], title: str) -> None:
-    """Save how values change over the steps: one panel per metric, one line per system with a band over seeds.
+    """Save how values change over the steps: one panel per metric, one line per method with a band over seeds.
 
     Args:
         path: a .png in an existing folder.
-        curves: metric -> system -> (seeds, steps).
+        curves: metric -> method -> (seeds, steps).
         title: above the picture.
 
     Raises:
@@ -163,11 +163,11 @@ def save_curves(path: Path, curves: Mapping[str, Mapping[str, ArrayLike]], title
     """
     figure = Figure((4.2 * len(curves) + 1.6, 3.6), dpi=_DPI, layout="constrained")
     for axes, (metric, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
-        for number, (system, values) in enumerate(lines.items()):
+        for number, (method, values) in enumerate(lines.items()):
             seeds = np.asarray(values, float)
             mean, deviation, steps = seeds.mean(0), seeds.std(0, ddof=len(seeds) > 1), range(seeds.shape[1])
             style = {"color": f"C{number % 10}", "marker": "osD^v"[number % 5], "markersize": 4}
-            axes.plot(steps, mean, label=system, **style)
+            axes.plot(steps, mean, label=method, **style)
             axes.fill_between(steps, mean - deviation, mean + deviation, color=style["color"], alpha=0.15, linewidth=0)
         axes.set(title=metric, xlabel="after step", xticks=steps)
         axes.spines[["top", "right"]].set_visible(False)

@@ -19,7 +19,7 @@ class History(NamedTuple):
     matrices: dict[str, Matrices]  # by method, the run's own one first, then its baselines
     decisions: list[dict[str, Any]]  # after every step, of `inference.thresholds.describe` with test rates
     bytes: dict[str, int]  # by method: what it keeps
-    memory_bytes: int  # what the strategy against forgetting keeps beside that
+    strategy_bytes: int  # what the strategy against forgetting keeps beside that
 
     @property
     def objects(self) -> tuple[str, ...]:
@@ -39,7 +39,7 @@ def history(events: Iterable[Mapping[str, Any]], last_step: int | None = None) -
         of_kind.get(event["event"], []).append(event)
     done = len(of_kind["snapshot"][: None if last_step is None else last_step + 1])  # each the last event of its step
     steps = tuple(tuple(event["learned"]) for event in of_kind["step"][:done])
-    last: Mapping[str, Any] = of_kind["snapshot"][done - 1] if done else {"bytes": {}, "memory_bytes": 0}
+    last: Mapping[str, Any] = of_kind["snapshot"][done - 1] if done else {"bytes": {}, "strategy_bytes": 0}
     objects: tuple[str, ...] = sum(steps, ())
     matrices: dict[str, Matrices] = {
         method: {metric: np.full((done, len(objects)), np.nan) for metric in METRICS} for method in last["bytes"]
@@ -53,11 +53,11 @@ def history(events: Iterable[Mapping[str, Any]], last_step: int | None = None) -
         {key: value for key, value in event.items() if key not in ("event", "step")}
         for event in of_kind["decisions"][:done]
     ]
-    return History(steps, matrices, decisions, last["bytes"], last["memory_bytes"])
+    return History(steps, matrices, decisions, last["bytes"], last["strategy_bytes"])
 
 
 def results(config: Mapping[str, Any], history: History, seconds: float) -> dict[str, Any]:
-    """What results.json holds (see `tables`): the run's own method and, as `floors`, its baselines.
+    """What results.json holds (see `tables`): the run's own method and, as `baselines`, its baselines.
 
     Args:
         config: of the run.
@@ -74,8 +74,8 @@ def results(config: Mapping[str, Any], history: History, seconds: float) -> dict
         "objects": list(history.objects),
         "steps": [list(step) for step in history.steps],
         **by_method.pop(config["method"]),
-        "floors": by_method,
-        "memory_bytes": history.memory_bytes,
+        "baselines": by_method,
+        "strategy_bytes": history.strategy_bytes,
         "decisions": history.decisions,
         "seconds": seconds,
         "versions": {package: version(package) for package in ("iumad-jax", "jax", "flax", "optax", "numpy")},

@@ -51,9 +51,9 @@ def write(workdir: Path, results: dict[str, Any]) -> None:
         "columns": columns,
         "metrics": {metric: tables.METRICS[metric] for metric in tables.measured(results)},
         "figures": tables.FIGURES,
-        "systems": {
-            name: {key: system[key] for key in ("matrix", "summary")}
-            for name, system in tables.systems_of(results).items()
+        "methods": {
+            name: {key: method[key] for key in ("matrix", "summary")}
+            for name, method in tables.methods_of(results).items()
         },
         "remarks": list(tables.remarks(results)),
         "losses": [event for event in ledger.read(workdir / "ledger.jsonl") if event["event"] == "epoch"],
@@ -91,9 +91,9 @@ def pick(of_object: Samples) -> list[tuple[int, str, int, int]]:
     return picked
 
 
-def _own(by_system: dict[str, NDArray]) -> NDArray:
+def _own(by_method: dict[str, NDArray]) -> NDArray:
     """The value of the run's own method, which comes first."""
-    return next(iter(by_system.values()))
+    return next(iter(by_method.values()))
 
 
 def _pictures(
@@ -113,7 +113,7 @@ def _pictures(
                     "anomalous": of_object.anomalous[row],
                     "pick": place,
                     "rank": [rank, count],
-                    "scores": {system: scores[row] for system, scores in of_object.scores.items()},
+                    "scores": {method: scores[row] for method, scores in of_object.scores.items()},
                     "rgb": _webp(picture.rgb),
                     "relief": _webp(picture.relief) if picture.relief else None,
                     "size": picture.size,
@@ -138,14 +138,14 @@ def _quantised(of_step: Samples, row: int) -> dict[str, Any]:
 
 
 def _curves(of_object: Samples) -> dict[str, Any]:
-    """By system: the corners of the ROC curve of images, and the overlaps of the PRO curve."""
+    """By method: the corners of the ROC curve of images, and the overlaps of the PRO curve."""
     curves = {}
-    for system, scores in of_object.scores.items():
+    for method, scores in of_object.scores.items():
         both = 0 < np.count_nonzero(of_object.anomalous) < len(of_object.anomalous)
         roc = roc_curve(of_object.anomalous, scores)[:2] if both else ([], [])
-        curves[system] = {
+        curves[method] = {
             "roc": np.round(roc, _DIGITS),
-            "overlap": np.round(of_object.overlap[system], _DIGITS),
+            "overlap": np.round(of_object.overlap[method], _DIGITS),
         }
     return curves
 

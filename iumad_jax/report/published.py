@@ -3,11 +3,11 @@
 TITLES = ("I-AUROC", "AUPRO", "FM I-AUROC", "FM AUPRO")
 
 
-def printed(dataset: str, protocol: str, modality: str, system: str) -> dict[str, str]:
+def printed(dataset: str, protocol: str, modality: str, variant: str) -> dict[str, str]:
     """The paper's values by title, "-" where it has none; nothing for a dataset that is not in it."""
     if dataset not in {key[0] for key in _PRINTED}:
         return {}
-    values = _PRINTED.get((dataset, protocol, modality, system), (None,) * len(TITLES))
+    values = _PRINTED.get((dataset, protocol, modality, variant), (None,) * len(TITLES))
     return {title: "-" if value is None else f"{value}" for title, value in zip(TITLES, values, strict=True)}
 
 

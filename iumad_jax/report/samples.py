@@ -30,9 +30,9 @@ class Samples(NamedTuple):
     ids: tuple[str, ...]
     defects: tuple[str, ...]
     anomalous: NDArray  # (n,) bool
-    scores: dict[str, NDArray]  # by system: (n,)
-    overlap: dict[str, NDArray]  # by system: (r,) at RATES, NaN where undefined
-    thresholds: dict[str, NDArray]  # by system: (r,), of the maps
+    scores: dict[str, NDArray]  # by method: (n,)
+    overlap: dict[str, NDArray]  # by method: (r,) at RATES, NaN where undefined
+    thresholds: dict[str, NDArray]  # by method: (r,), of the maps
     alarm: NDArray  # (n,) bool: whether the run's own method calls the image anomalous
     pixel_threshold: NDArray  # (n,): above which it marks pixels
     maps: NDArray  # (n, s, s) uint8 of the run's own method: 0 stands for low, 255 for high
@@ -67,15 +67,15 @@ def summarise(
         anomalous: (n,), above 0 where the image has a defect.
         masks: (n, m, m), above 0 where a pixel is defective; None where nobody marked them: then thresholds are taken
             from good images alone.
-        scores: by system: (n,); the run's own method comes first.
-        maps: by system: (n, m, m).
+        scores: by method: (n,); the run's own method comes first.
+        maps: by method: (n, m, m).
         alarm: (n,), whether the run's own method calls the image anomalous.
         pixel_threshold: (n,), of its maps, by the object that it recognised.
     """
     curves = {}
-    for name, of_system in maps.items():
-        suspect = np.broadcast_to(np.reshape(anomalous, (-1, 1, 1)), np.shape(of_system))  # every pixel of these images
-        overlap, thresholds = pro_curve(suspect if masks is None else masks, of_system, RATES)
+    for name, values in maps.items():
+        suspect = np.broadcast_to(np.reshape(anomalous, (-1, 1, 1)), np.shape(values))  # every pixel of these images
+        overlap, thresholds = pro_curve(suspect if masks is None else masks, values, RATES)
         curves[name] = (np.full_like(overlap, np.nan) if masks is None else overlap), thresholds
     own = np.asarray(next(iter(maps.values())), np.float32)
     count, side = len(own), own.shape[1] // _SHRINK
@@ -85,7 +85,7 @@ def summarise(
         tuple(ids),
         tuple(defects),
         np.asarray(anomalous) > 0,
-        {name: np.asarray(of_system) for name, of_system in scores.items()},
+        {name: np.asarray(values) for name, values in scores.items()},
         {name: curve[0] for name, curve in curves.items()},
         {name: curve[1] for name, curve in curves.items()},
         np.asarray(alarm, bool),
@@ -103,8 +103,8 @@ def save(workdir: Path, step: int, object_: str, samples: Samples) -> None:
         UserError: the disk is full or the folder not writable.
     """
     names = list(samples.scores)
-    by_system = {f: np.stack([getattr(samples, f)[n] for n in names]) for f in ("scores", "overlap", "thresholds")}
-    _write(_path(workdir, step, object_), systems=names, **samples._asdict() | by_system)
+    by_method = {f: np.stack([getattr(samples, f)[n] for n in names]) for f in ("scores", "overlap", "thresholds")}
+    _write(_path(workdir, step, object_), methods=names, **samples._asdict() | by_method)
 
 
 def exist(workdir: Path, step: int, object_: str) -> bool:
@@ -119,7 +119,7 @@ def load(workdir: Path, step: int, object_: str) -> Samples:
         UserError: the file is missing or damaged.
     """
     with _reading(_path(workdir, step, object_)) as found:
-        names = found.pop("systems").tolist()
+        names = found.pop("methods").tolist()
         for field in ("scores", "overlap", "thresholds"):
             found[field] = dict(zip(names, found[field], strict=True))
         for field in ("ids", "defects"):

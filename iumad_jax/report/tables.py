@@ -1,13 +1,19 @@
 """A run's results as tables on the console, and as results.md, .tex, .csv and .json.
 
-`results` is the dictionary of results.json: `config`, `protocol`, `objects` (the columns of every matrix), `steps` (the
-objects learned at each), `matrix` (metric -> steps done x objects, NaN or None where not learned or undefined),
-`summary` (of `summarise`), `seconds` and `versions`; see `report.history`. `floors` holds, by name, the `matrix` and
-`summary` of the training-free methods on the same inputs. `bytes`, in `results` and in each floor, is what the method
-keeps; `memory_bytes` is what the strategy against forgetting keeps beside that. `decisions` holds, for every step, what
-`inference.thresholds.describe` returns, with `test` (of `rates`) beside every object's thresholds. An evaluation also
-has `unknown`, what `inference.decisions.unknown_rates` returns, and `evaluated`: the run's `workdir`, the `step`, and
-how many objects were `learned` by then.
+`results` is the content of results.json, a dictionary with these entries:
+
+    config, protocol   of the run
+    objects            names of all objects; the columns of every matrix
+    steps              the objects learned at each step
+    matrix             metric -> (steps done, objects); NaN or None where an object is not yet learned or undefined
+    summary            metric -> figure -> value, see `summarise`
+    baselines          name -> `matrix`, `summary` and `bytes` of each training-free method on the same inputs
+    bytes              bytes the method stores
+    strategy_bytes     bytes the continual-learning strategy stores in addition
+    decisions          one record per step, see `inference.thresholds.describe`; `test` holds the rates on test images
+    seconds, versions  of the run
+    unknown            evaluations only: see `inference.decisions.unknown_rates`
+    evaluated          evaluations only: the run's `workdir`, the `step`, and how many objects were `learned` by then
 """
 
 import csv
@@ -92,8 +98,8 @@ def markdown(results: dict[str, Any]) -> str:
     for metric in measured(results):
         rows = [
             [name, step, *(_cell(row[c]) if first <= step else "" for first, _, c in learned), _cell(final([row]))]
-            for name, system in systems_of(results).items()
-            for step, row in enumerate(system["matrix"][metric])
+            for name, method in methods_of(results).items()
+            for step, row in enumerate(method["matrix"][metric])
         ]
         headers = ["method", "after step", *(name for _, name, _ in learned), "mean"]
         parts += [f"## {METRICS[metric]} after every step", _table(rows, headers, "github")]
@@ -105,26 +111,26 @@ def latex(results: dict[str, Any]) -> str:
 
     It needs the packages booktabs and graphicx, and is never wider than the line it stands in.
     """
-    systems, learned = systems_of(results), objects_of(results)
+    methods, learned = methods_of(results), objects_of(results)
     heads = ["I-AUROC", "AUPRO", "FM (I)", "FM (A)"]
     rows: dict[str, list[list[Any]]] = {name: [] for name in (*(name for _, name, _ in learned), "mean")}
-    for system in systems.values():
-        matrices = [system["matrix"][metric] for metric in ("i_auroc", "aupro")]
+    for method in methods.values():
+        matrices = [method["matrix"][metric] for metric in ("i_auroc", "aupro")]
         last, lost = [matrix[-1] for matrix in matrices], [falls(matrix) for matrix in matrices]
         for _, name, column in learned:
             rows[name].append([of_metric[column] for of_metric in (*last, *lost)])
         rows["mean"].append([final(matrix) for matrix in matrices] + [forgetting(matrix) for matrix in matrices])
-    groups = " & ".join(rf"\multicolumn{{{len(heads)}}}{{c}}{{{_tex(name)}}}" for name in systems)
-    starts = range(2, 2 + len(systems) * len(heads), len(heads))
+    groups = " & ".join(rf"\multicolumn{{{len(heads)}}}{{c}}{{{_tex(name)}}}" for name in methods)
+    starts = range(2, 2 + len(methods) * len(heads), len(heads))
     return "\n".join(
         [
             f"% {title(results)}; FM: the best earlier value minus the last",
             r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
-            rf"\begin{{tabular}}{{l{'r' * len(heads) * len(systems)}}}",
+            rf"\begin{{tabular}}{{l{'r' * len(heads) * len(methods)}}}",
             r"\toprule",
             rf"& {groups} \\",
             "".join(rf"\cmidrule(lr){{{start}-{start + len(heads) - 1}}}" for start in starts),
-            rf"object & {' & '.join(heads * len(systems))} \\",
+            rf"object & {' & '.join(heads * len(methods))} \\",
             r"\midrule",
             *(_tex_row(name, rows.pop(name)) for _, name, _ in learned),
             r"\midrule",
@@ -136,8 +142,8 @@ def latex(results: dict[str, Any]) -> str:
     )
 
 
-def _tex_row(name: str, of_systems: list[list[Any]]) -> str:
-    percent = np.round(100 * np.array(of_systems, float), 1)
+def _tex_row(name: str, by_method: list[list[Any]]) -> str:
+    percent = np.round(100 * np.array(by_method, float), 1)
     best = [*np.fmax.reduce(percent[:, :2]), *np.fmin.reduce(percent[:, 2:])]
     cells = [
         "--" if math.isnan(v) else rf"\textbf{{{v:z.1f}}}" if v == top and len(percent) > 1 else f"{v:z.1f}"
@@ -158,8 +164,8 @@ def comma_separated(results: dict[str, Any]) -> str:
     metrics, file = metrics_of(results), io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["method", "object", "step", *metrics, *(f"fm_{metric}" for metric in metrics)])
-    for name, system in systems_of(results).items():
-        matrices = [system["matrix"][metric] for metric in metrics]
+    for name, method in methods_of(results).items():
+        matrices = [method["matrix"][metric] for metric in metrics]
         columns = [*(matrix[-1] for matrix in matrices), *(falls(matrix) for matrix in matrices)]
         means = [*map(final, matrices), *map(forgetting, matrices)]
         for step, object_, column in objects_of(results):
@@ -208,7 +214,7 @@ def read_results(workdir: Path) -> dict[str, Any] | None:
 
 
 def _overview(results: dict[str, Any], style: str) -> Iterator[str]:
-    learned, systems, metrics = objects_of(results), systems_of(results), measured(results)
+    learned, methods, metrics = objects_of(results), methods_of(results), measured(results)
     columns = [metric for metric in metrics if metric != "aupro_exact"]
     last = {metric: results["matrix"][metric][-1] for metric in columns}
 
@@ -216,18 +222,18 @@ def _overview(results: dict[str, Any], style: str) -> Iterator[str]:
         [name, step, *(_cell(last[metric][column]) for metric in columns)] for step, name, column in learned
     ]
     if metrics:
-        for name, system in systems.items():
-            mean = "mean" if system is results else f"mean of {name}"
-            rows.append([mean, "", *(_cell(system["summary"][metric]["final"]) for metric in columns)])
+        for name, method in methods.items():
+            mean = "mean" if method is results else f"mean of {name}"
+            rows.append([mean, "", *(_cell(method["summary"][metric]["final"]) for metric in columns)])
     yield _table(rows, ["object", "step", *(METRICS[metric] for metric in columns)], style)
 
     yield from remarks(results)
 
     if metrics:
         rows = [
-            [METRICS[metric], name, *(_cell(system["summary"][metric][figure]) for figure in SUMMARY)]
+            [METRICS[metric], name, *(_cell(method["summary"][metric][figure]) for figure in SUMMARY)]
             for metric in metrics
-            for name, system in systems.items()
+            for name, method in methods.items()
         ]
         yield _table(rows, ["metric", "method", *SUMMARY], style)
         explained = [f"{figure}: {meaning}" for figure, meaning in FIGURES.items()]
@@ -235,9 +241,9 @@ def _overview(results: dict[str, Any], style: str) -> Iterator[str]:
         if len(results["matrix"]["i_auroc"]) == 1:
             yield "fm and fm_aggregate are undefined (-): with a single step there is nothing earlier to forget."
     if "bytes" in results:
-        kept = ", ".join(f"{name} {system['bytes'] / 1e6:.1f} MB" for name, system in systems.items())
+        kept = ", ".join(f"{name} {method['bytes'] / 1e6:.1f} MB" for name, method in methods.items())
         yield f"Kept for later steps: {kept}."
-    if "memory_bytes" in results:
+    if "strategy_bytes" in results:
         yield _strategy(results)
 
 
@@ -258,19 +264,19 @@ def remarks(results: dict[str, Any]) -> Iterator[str]:
         yield f"Undefined (-) and left out of the means: {'; '.join(reasons)}."
 
     unbeaten = [
-        f"{METRICS[metric]} ({name} {_cell(floor['summary'][metric]['final'])})"
+        f"{METRICS[metric]} ({name} {_cell(baseline['summary'][metric]['final'])})"
         for metric in columns
-        for name, floor in results.get("floors", {}).items()
-        if not _undefined(ours := results["summary"][metric]["final"]) and ours <= floor["summary"][metric]["final"]
+        for name, baseline in results.get("baselines", {}).items()
+        if not _undefined(ours := results["summary"][metric]["final"]) and ours <= baseline["summary"][metric]["final"]
     ]
     if unbeaten:
-        yield f"Not above a training-free floor, so nothing is shown, in: {', '.join(unbeaten)}."
+        yield f"Not above a training-free baseline, so nothing is shown, in: {', '.join(unbeaten)}."
 
 
 def _strategy(results: dict[str, Any]) -> str:
     """What the strategy against forgetting keeps, and whether it may be compared with others."""
     learned = results.get("evaluated", {}).get("learned", len(results["objects"]))
-    name, each = results["config"]["continual"]["strategy"], results["memory_bytes"] / learned
+    name, each = results["config"]["continual"]["strategy"], results["strategy_bytes"] / learned
     if name == "joint":
         return (
             "Strategy joint is not incremental: every step trains on the images of all objects seen so far"
@@ -295,7 +301,11 @@ def _decisions(results: dict[str, Any]) -> Iterator[str]:
         for name, of_object in decided["objects"].items():
             image, test = of_object["image"], of_object.get("test", {})
             interval = " to ".join(f"{end:.4g}" for end in image["interval"])
-            promise = "none: training images" if image["at_most"] is None else f"at most {image['at_most']:.1%}"
+            promise = (
+                "none: training images"
+                if image["false_alarm_bound"] is None
+                else f"at most {image['false_alarm_bound']:.1%}"
+            )
             cells = (_percent(test.get(key)) for key in ("false_alarms", "misses", "recognised", "taken_as_unknown"))
             rows.append([name, step, image["images"], f"{image['threshold']:.4g} ({interval})", promise, *cells])
     headers = ["object", "after step", "calibration images", "threshold of the score", "false alarms promised"]
@@ -324,9 +334,9 @@ def _percent(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.1%}"
 
 
-def systems_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The run's own method, then the floors."""
-    return {results["config"]["method"]: results, **results.get("floors", {})}
+def methods_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The run's own method, then the baselines."""
+    return {results["config"]["method"]: results, **results.get("baselines", {})}
 
 
 def metrics_of(results: dict[str, Any]) -> list[str]:
@@ -336,7 +346,7 @@ def metrics_of(results: dict[str, Any]) -> list[str]:
 
 def measured(results: dict[str, Any]) -> list[str]:
     """The metrics that are defined for some object after some step, in the order of `METRICS`."""
-    matrices = [system["matrix"] for system in systems_of(results).values()]
+    matrices = [method["matrix"] for method in methods_of(results).values()]
     defined = {m for matrix in matrices for m in matrix if not all(map(_undefined, itertools.chain(*matrix[m])))}
     return [metric for metric in METRICS if metric in defined]
 

@@ -24,7 +24,7 @@ def memory_per_device() -> float:
     return min((device.memory_stats() or {"bytes_limit": 0})["bytes_limit"] for device in devices)
 
 
-def updates_at_once(per_epoch: int, most: int = 128) -> int:
+def updates_per_loop(per_epoch: int, most: int = 128) -> int:
     """How many updates a device should do in one loop: an epoch, or of a long one the largest part up to `most`.
 
     On CPU one: there the same update takes almost twice as long in a loop.
@@ -61,18 +61,18 @@ def unreplicate(tree: Any) -> Any:
     return jax.tree.map(lambda a: np.asarray(a.addressable_shards[0].data)[0], tree)
 
 
-def share(rows: np.ndarray) -> np.ndarray:
+def split_indices(rows: np.ndarray) -> np.ndarray:
     """What each device of this process takes of a batch's rows: (..., batch) -> (devices, ..., places).
 
     Every device has as many places. If they are more than rows, the last are filled with the first row once more, and
-    `weights` leaves them out.
+    `sample_weight` leaves them out.
     """
     fill = -rows.shape[-1] % jax.device_count()
     filled = np.concatenate([rows, np.repeat(rows[..., :1], fill, axis=-1)], axis=-1)
     return _own(filled.reshape(*rows.shape[:-1], jax.device_count(), -1))
 
 
-def weights(batch_size: int) -> np.ndarray | None:
+def sample_weight(batch_size: int) -> np.ndarray | None:
     """What the image at each place counts in its device's mean: (devices, places); None: all the same.
 
     The mean over devices of these means is that over the batch.
@@ -91,7 +91,7 @@ def _own(by_device: np.ndarray) -> np.ndarray:
     return np.moveaxis(by_device, -2, 0)[first : first + jax.local_device_count()]
 
 
-def own_keys(key: jax.Array, images: int) -> jax.Array:
+def image_keys(key: jax.Array, images: int) -> jax.Array:
     """Inside `data_parallel`: one key for each of this device's images.
 
     An image's key depends on its place in the whole batch, so that results do not depend on the number of devices.
@@ -105,13 +105,13 @@ def mean_over_devices(tree: Any) -> Any:
     return jax.lax.pmean(tree, AXIS)
 
 
-def gather(rows: jax.Array, weight: jax.Array | None) -> tuple[jax.Array, int | jax.Array]:
+def gather(rows: jax.Array, sample_weight: jax.Array | None) -> tuple[jax.Array, int | jax.Array]:
     """Inside `data_parallel`: the rows of all devices, in the order of the whole batch, on every device; how many.
 
     Behind these many, there are zeros for the places that were filled. Of a loss of the rows that every device
     computes, the mean over devices of the gradients is the gradient.
     """
-    if weight is not None:
-        rows = rows * (weight > 0)[:, None]
+    if sample_weight is not None:
+        rows = rows * (sample_weight > 0)[:, None]
     gathered = jax.lax.all_gather(rows, AXIS, tiled=True)
-    return gathered, len(gathered) if weight is None else jax.lax.psum(jnp.sum(weight > 0), AXIS)
+    return gathered, len(gathered) if sample_weight is None else jax.lax.psum(jnp.sum(sample_weight > 0), AXIS)

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 import jax
 import numpy as np
 
-from iumad_jax.errors import COME_AGAIN, MISTAKE, UserError
+from iumad_jax.errors import INTERRUPTED, USER_ERROR, UserError
 from iumad_jax.runtime import preemption, processes
 from iumad_jax.runtime.devices import AXIS, mean_over_devices
 
@@ -30,7 +30,7 @@ _ending = threading.Lock()  # who has it ends this process
 def joined(coordinator: str | None, number: int | None, process: int | None, cluster: bool) -> Iterator[None]:
     """Makes this process one of several within, if any argument is given; before JAX is used.
 
-    When another one ends, this one says so and ends, with the exit code COME_AGAIN.
+    When another one ends, this one says so and ends, with the exit code INTERRUPTED.
 
     Args:
         coordinator: host and port at which the first process is found.
@@ -75,11 +75,11 @@ def joined(coordinator: str | None, number: int | None, process: int | None, clu
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             _end(f" ({str(error).splitlines()[0]})")
         _ending.acquire()
-        if processes.is_first():
+        if processes.is_process_zero():
             time.sleep(1)  # others may be about to end for the same reason, and say it
             with suppress(jax.errors.JaxRuntimeError):
-                processes.meet(_FIRST_ENDS)
-        codes = {UserError: MISTAKE, preemption.Interrupted: COME_AGAIN}
+                processes.barrier(_FIRST_ENDS)
+        codes = {UserError: USER_ERROR, preemption.Interrupted: INTERRUPTED}
         atexit.register(_leave, next((code for kind, code in codes.items() if isinstance(error, kind)), 1))
         raise
     _ending.acquire()
@@ -114,7 +114,7 @@ def _watch_others() -> None:
     """Has the first process save and end when another is asked to end, and the others end when it does."""
     own = jax.process_index()
     asked = [(f"process {one} is asked to end", {0, one}) for one in range(jax.process_count())]
-    if processes.is_first():
+    if processes.is_process_zero():
         for meeting, members in asked[1:]:
             _meet_later(meeting, members, then=lambda: signal.raise_signal(signal.SIGTERM))
     else:
@@ -130,7 +130,7 @@ def _meet_later(
     def meet() -> None:
         first()
         try:
-            processes.meet(meeting, members)
+            processes.barrier(meeting, members)
         except jax.errors.JaxRuntimeError:
             _end()
         else:
@@ -154,7 +154,7 @@ def _end(reason: str = "") -> None:
         told = f"this process ends, as another one has ended or did not come within {_PATIENCE} s{reason}"
         with suppress(OSError):
             print(f"iumad_jax: {told}; start all of them again to go on from the last snapshot.", file=sys.stderr)
-    _leave(COME_AGAIN)
+    _leave(INTERRUPTED)
 
 
 def _leave(code: int) -> None:

@@ -48,7 +48,7 @@ class Live:
         """A step begins to learn these objects from so many images."""
         self.event("step", step=step, learned=names, images=images)
         self._said = time.monotonic()
-        say(f"step {step}: learning {', '.join(names)} from {images} images")
+        log(f"step {step}: learning {', '.join(names)} from {images} images")
 
     def epoch(
         self,
@@ -72,7 +72,7 @@ class Live:
         if not sys.stderr.isatty() and time.monotonic() - self._said > _QUIET:
             self._said = time.monotonic()
             left = (epochs - epoch - 1) * seconds
-            say(
+            log(
                 f"step {step}: epoch {epoch + 1} of {epochs}, loss {losses['loss']:.4g}, {speed:.3g} images/s,"
                 f" {left / 60:.1f} min left"
             )
@@ -103,6 +103,6 @@ class Live:
             self._board.close()
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """A line about the run's progress, on standard error."""
     print(line, file=sys.stderr, flush=True)

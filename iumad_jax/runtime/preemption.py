@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from iumad_jax.errors import AT_ONCE, COME_AGAIN
+from iumad_jax.errors import INTERRUPTED, STOPPED_AT_ONCE
 
 _PATIENCE = 8.0  # seconds until the process ends wherever it is
 
@@ -73,5 +73,5 @@ def _watch(reader: int) -> None:
             if not (number := signals.read(1)):
                 return
             if number[0] == signal.SIGINT:
-                os._exit(AT_ONCE)
-        os._exit(COME_AGAIN)
+                os._exit(STOPPED_AT_ONCE)
+        os._exit(INTERRUPTED)

@@ -23,53 +23,53 @@ _PATIENCE = 10**9  # milliseconds that a process waits for others that are alive
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-_meetings = itertools.count()
+_barriers = itertools.count()
 
 
-def is_first() -> bool:
+def is_process_zero() -> bool:
     """Whether this is the process that writes."""
     return jax.process_index() == 0
 
 
-def meet(name: str = "", members: set[int] | None = None) -> None:
+def barrier(name: str = "", members: set[int] | None = None) -> None:
     """Waits for all other processes, or for the members of a meeting that has a name.
 
     Raises:
         JaxRuntimeError: one of them has ended.
     """
     wait = ocp.multihost.get_barrier_sync_fn(processes=members)
-    wait(key=name or f"meeting {next(_meetings)}", timeout_ms=_PATIENCE)
+    wait(key=name or f"meeting {next(_barriers)}", timeout_ms=_PATIENCE)
 
 
-def by_first(function: Callable[_P, _T]) -> Callable[_P, _T | None]:
+def process_zero_only(function: Callable[_P, _T]) -> Callable[_P, _T | None]:
     """The function, done by the first process while the others wait; for them it returns None."""
 
     @functools.wraps(function)
     def done(*args: _P.args, **kwargs: _P.kwargs) -> _T | None:
-        result = function(*args, **kwargs) if is_first() else None
-        meet()
+        result = function(*args, **kwargs) if is_process_zero() else None
+        barrier()
         return result
 
     return done
 
 
 @contextmanager
-def first_before_others() -> Iterator[None]:
+def process_zero_first() -> Iterator[None]:
     """Within, the first process is alone, and then all others are."""
-    if not is_first():
-        meet()
+    if not is_process_zero():
+        barrier()
     yield
-    if is_first():
-        meet()
-    meet()
+    if is_process_zero():
+        barrier()
+    barrier()
 
 
-def in_first(make: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+def on_process_zero(make: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
     """What the first process makes of the arguments; elsewhere something whose methods do nothing."""
-    return make(*args, **kwargs) if is_first() else _Mute()  # type: ignore[return-value]
+    return make(*args, **kwargs) if is_process_zero() else _Noop()  # type: ignore[return-value]
 
 
-class _Mute:
+class _Noop:
     def __getattr__(self, _: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
 
@@ -77,7 +77,7 @@ class _Mute:
         return 0
 
 
-def everywhere(condition: bool) -> bool:
+def all_processes(condition: bool) -> bool:
     """Whether a condition holds in every process, all of which ask."""
     return bool(np.all(multihost_utils.process_allgather(np.array(condition))))
 
@@ -91,7 +91,7 @@ def check_same(own: Callable[[], dict[str, Any]]) -> None:
     if jax.process_count() == 1:
         return
     digests = {name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()) for name, value in own().items()}
-    meet()  # others may need longer for their own than they wait for what follows
+    barrier()  # others may need longer for their own than they wait for what follows
     devices = Counter(device.process_index for device in jax.devices())
     if len(set(devices.values())) > 1:
         differing = ["number of devices"]
@@ -105,7 +105,7 @@ def check_same(own: Callable[[], dict[str, Any]]) -> None:
         )
 
 
-def alone() -> ocp.options.MultiprocessingOptions:
+def single_process() -> ocp.options.MultiprocessingOptions:
     """For Orbax: every process reads and writes for itself, without waiting for others."""
     own = jax.process_index()
     return ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from iumad_jax.runtime.ledger import SHA256_OF_NOTHING
-from iumad_jax.shapes import Calibration, Memory, Variables
+from iumad_jax.shapes import Calibration, StrategyState, Variables
 
 
 class Position(NamedTuple):
@@ -33,7 +33,7 @@ class Progress(NamedTuple):
     recognition: Variables  # statistics of `recognition.observe`
     calibration: dict[str, Calibration]  # by object learned, after the last finished step: thresholds come from it
     optimizer: list[Any]  # the leaves of its state; empty between steps
-    strategy: Memory  # what the strategy against forgetting keeps
+    strategy_state: StrategyState  # what the strategy against forgetting keeps
     losses: dict[str, np.ndarray]  # of the updates of an epoch that is not finished
     ledger: LedgerMark
     seconds: float  # that the run took so far
@@ -48,7 +48,7 @@ BEGINNING = Progress(
     recognition={},
     calibration={},
     optimizer=[],
-    strategy={},
+    strategy_state={},
     losses={},
     ledger=LedgerMark(0, SHA256_OF_NOTHING),
     seconds=0.0,

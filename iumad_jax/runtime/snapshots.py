@@ -35,7 +35,7 @@ from iumad_jax.shapes import Calibration, Variables
 
 MANIFEST = "sha256.json"
 _SHARED = "by_object.json"  # in a snapshot: which shared arrays it has
-_ARRAYS = ("variables", "recognition", "optimizer", "strategy", "losses")  # fields of Progress; the others are JSON
+_ARRAYS = ("variables", "recognition", "optimizer", "strategy_state", "losses")  # fields; others are JSON
 _UPDATES = 10**12  # more than a step has
 _UNFINISHED = ".unfinished"  # in the names of snapshots until they are whole
 
@@ -72,7 +72,7 @@ class Snapshots:
             UserError: a number in it is not finite, or the one before could not be written, as when the disk is full.
         """
         self.last_save = time.monotonic()
-        if not processes.is_first():
+        if not processes.is_process_zero():
             return
         self.wait()
         step, updates, finished = progress.position
@@ -183,7 +183,7 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
 @contextmanager
 def _checkpointer() -> Iterator[ocp.Checkpointer]:
     """Orbax's, for this process alone. Its CheckpointManager would read all snapshots' metadata, also damaged ones."""
-    alone = processes.alone()
+    alone = processes.single_process()
     handler = ocp.CompositeCheckpointHandler(
         arrays=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
         record=ocp.JsonCheckpointHandler(multiprocessing_options=alone),

@@ -13,7 +13,7 @@ from iumad_jax import config as configs
 from iumad_jax.errors import UserError
 from iumad_jax.runtime.storage import locked, write_whole
 
-FORMAT = 2  # of everything in a workdir; a version that changes it converts or refuses what older ones wrote
+FORMAT = 3  # of everything in a workdir; a version that changes it converts or refuses what older ones wrote
 _NAME = "config.json"
 
 

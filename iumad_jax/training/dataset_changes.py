@@ -69,7 +69,7 @@ def check_images(
             raise UserError(
                 f"{change} since the run learned it, and {why} them; undo that, or start another --workdir."
             )
-        live.say(f"{change}; {'the run has learned it as it was' if learned else 'it goes on with what is there now'}.")
+        live.log(f"{change}; {'the run has learned it as it was' if learned else 'it goes on with what is there now'}.")
 
 
 def unused(config: ConfigDict, workdir: Path) -> str:
@@ -79,7 +79,7 @@ def unused(config: ConfigDict, workdir: Path) -> str:
     """
     noted, told = inventory.read(workdir), []
     if not Path(config.dataset.root).is_dir():
-        live.say(f"{workdir}: {config.dataset.root} is not there any more, so nothing tells whether it has changed.")
+        live.log(f"{workdir}: {config.dataset.root} is not there any more, so nothing tells whether it has changed.")
         return ""
     try:
         names = compare_names(config, noted)

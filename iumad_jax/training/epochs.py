@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from iumad_jax.data.batches import Piece
+from iumad_jax.data.batches import DeviceBatches
 from iumad_jax.runtime import devices
 from iumad_jax.training import nonfinite
 from iumad_jax.training.update import TrainState
@@ -37,7 +37,7 @@ class Epoch(NamedTuple):
 def train_epochs(
     updates: Any,
     state: TrainState,
-    pieces: Generator[Piece, None, None],
+    stream: Generator[DeviceBatches, None, None],
     rates: optax.Schedule,
     key: jax.Array,
     per_epoch: int,
@@ -50,13 +50,13 @@ def train_epochs(
     Args:
         updates: see `make_update`.
         state: where to begin.
-        pieces: the images from there on.
+        stream: the input from that update on, of `training_input`.
         rates: the learning rate of every update.
         key: of all randomness.
         per_epoch: updates of an epoch.
         last: how many epochs there are.
         history: of the epoch that the state is in the middle of.
-        pause: asked after every piece.
+        pause: called after every item of the stream.
 
     Raises:
         NotFinite: a loss, a gradient or a weight is not finite.
@@ -65,28 +65,30 @@ def train_epochs(
     state = devices.replicate(state)
     parts = [jax.tree.map(lambda losses: losses[None], history)] if history else []  # as a device gives them
     bar = tqdm(desc="training", total=total, initial=first, unit="update", disable=None, leave=False)
-    with closing(pieces), bar:
+    with closing(stream), bar:
         for index in range(first // per_epoch, last):
             numbers = np.arange(index * per_epoch, (index + 1) * per_epoch)
             own_rates = np.broadcast_to(np.asarray(rates(numbers), np.float32), numbers.shape)
             done = before = max(0, first - index * per_epoch)
             began = time.monotonic()
             while done < per_epoch:
-                piece = next(pieces)
-                taken = slice(done, done + piece.rows.shape[1])
-                piece_rates, share_done = own_rates[taken], np.float32(numbers[taken] / total)
-                piece = piece._replace(progress=np.broadcast_to(share_done, (len(piece.rows), share_done.size)))
-                state, scalars = updates(state, piece, key, piece_rates)
-                jax.block_until_ready(parts[-1:])  # or pieces would gather in front of a slow device
+                device_batches = next(stream)
+                taken = slice(done, done + device_batches.indices.shape[1])
+                rates_taken, share_done = own_rates[taken], np.float32(numbers[taken] / total)
+                device_batches = device_batches._replace(
+                    progress=np.broadcast_to(share_done, (len(device_batches.indices), share_done.size))
+                )
+                state, scalars = updates(state, device_batches, key, rates_taken)
+                jax.block_until_ready(parts[-1:])  # otherwise work would queue up in front of a slow device
                 parts.append(scalars)
-                done += piece_rates.size
-                bar.update(piece_rates.size)
+                done += rates_taken.size
+                bar.update(rates_taken.size)
                 if done == per_epoch or pause():
                     losses = {name: np.concatenate([np.asarray(part[name])[0] for part in parts]) for name in parts[0]}
                     nonfinite.check(losses, state.variables["params"], index * per_epoch)
                     bar.set_postfix(loss=f"{losses['loss'].mean():.4f}")
                     seconds = (time.monotonic() - began) * per_epoch / (done - before)
                     updates_done = index * per_epoch + done
-                    rate, reached = float(piece_rates[-1]), devices.unreplicate(state)
+                    rate, reached = float(rates_taken[-1]), devices.unreplicate(state)
                     yield Epoch(index, updates_done, done == per_epoch, losses, rate, seconds, reached)
             parts = []

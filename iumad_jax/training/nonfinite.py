@@ -66,8 +66,7 @@ def check(history: dict[str, np.ndarray], params: Any, first: int) -> None:
 
 
 def finding_operations(updates: Callable, on_one_device: Callable) -> Callable:
-    """Runs (state, piece, ...) -> (state, scalars) for one update, and again operation by operation if that yields what
-    is not finite.
+    """Wraps an update (state, device_batches, ...) -> (state, scalars) to find the operation that yields NaN or inf.
 
     Args:
         updates: compiled; gives up the state.
@@ -82,9 +81,14 @@ def finding_operations(updates: Callable, on_one_device: Callable) -> Callable:
         before = jax.tree.map(lambda array: np.asarray(array.addressable_shards[0].data)[0], state)
         result, scalars = updates(state, *arguments)
         if not _finite(jax.tree.leaves(scalars)):
-            update, piece, rates = int(before.update), arguments[0], arguments[-1]
-            images = jax.vmap(lambda all_, rows: jax.tree.map(lambda array: array[rows[0]], all_))(*piece[:2])
-            inputs = {"weights": before.variables, "memory": before.memory, "images": images, "learning rate": rates}
+            update, device_batches, rates = int(before.update), arguments[0], arguments[-1]
+            images = jax.vmap(lambda all_, rows: jax.tree.map(lambda array: array[rows[0]], all_))(*device_batches[:2])
+            inputs = {
+                "weights": before.variables,
+                "strategy state": before.strategy_state,
+                "images": images,
+                "learning rate": rates,
+            }
             for path, array in jax.tree.leaves_with_path(inputs):
                 if not _finite([array]):
                     raise NotFinite(f"{_name(path)} was nan or inf before any operation", update)

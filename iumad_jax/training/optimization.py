@@ -12,7 +12,7 @@ from iumad_jax.methods.method import Method
 NOT_DECAYED = {"A_log", "D", "bias", "dt_bias", "scale"}
 
 
-def of_step(config: ConfigDict, step: int) -> ConfigDict:
+def step_config(config: ConfigDict, step: int) -> ConfigDict:
     """`config.train` as it holds in a step: the optimiser of later ones is that of `config.continual`."""
     own = config.train.copy_and_resolve_references()
     if step > 0:

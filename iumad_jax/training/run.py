@@ -27,7 +27,7 @@ from iumad_jax.runtime.live import Live
 from iumad_jax.runtime.progress import BEGINNING, LedgerMark, Progress
 from iumad_jax.runtime.snapshots import Snapshots
 from iumad_jax.training.dataset_changes import check_images, compare_names
-from iumad_jax.training.optimization import learning_rates, make_optimizer, of_step, optimizer_name, step_optimizer
+from iumad_jax.training.optimization import learning_rates, make_optimizer, optimizer_name, step_config, step_optimizer
 from iumad_jax.training.update import make_update
 
 
@@ -69,12 +69,14 @@ class Run:
         Returns:
             The progress as it would come back from the snapshot.
         """
-        variables, strategy = jax.tree.map(np.asarray, (progress.variables, progress.strategy))
-        progress = progress._replace(variables=variables, strategy=strategy, seconds=time.monotonic() - self.began)
-        if processes.is_first():
+        variables, strategy_state = jax.tree.map(np.asarray, (progress.variables, progress.strategy_state))
+        progress = progress._replace(
+            variables=variables, strategy_state=strategy_state, seconds=time.monotonic() - self.began
+        )
+        if processes.is_process_zero():
             progress = progress._replace(ledger=LedgerMark(len(self.ledger), self.ledger.sha256))
         self.snapshots.save(progress)
-        if processes.is_first():
+        if processes.is_process_zero():
             preemption.check()
         return progress
 
@@ -109,7 +111,7 @@ def start(config: ConfigDict, workdir: Path, steps: tuple[protocol.Step, ...], h
         UserError: the config, the dataset or the workdir is at fault.
     """
     store, chosen, strategy = _assemble(config, workdir, steps[-1].seen)
-    if processes.is_first():
+    if processes.is_process_zero():
         held.enter_context(workdirs.claimed(workdir, config))
     snapshots = held.enter_context(closing(Snapshots(workdir)))
     progress = snapshots.latest() or _beginning(config, chosen, store)
@@ -120,9 +122,9 @@ def start(config: ConfigDict, workdir: Path, steps: tuple[protocol.Step, ...], h
         }
     )
     check_images(inventory.read(workdir), store, strategy, steps, progress, workdir)
-    ledger = processes.in_first(Ledger, workdir / "ledger.jsonl")
+    ledger = processes.on_process_zero(Ledger, workdir / "ledger.jsonl")
     ledger.truncate(*progress.ledger)
-    method, own_configs = chosen[config.method], [of_step(config, index) for index in (0, 1)]
+    method, own_configs = chosen[config.method], [step_config(config, index) for index in (0, 1)]
     optimizers = {optimizer_name(method, own): step_optimizer(method, own) for own in own_configs}
     make = functools.partial(make_update, method, strategy=strategy, find_operations=config.debug.nans)
     run = Run(
@@ -136,7 +138,7 @@ def start(config: ConfigDict, workdir: Path, steps: tuple[protocol.Step, ...], h
         updates={name: make(optimizer) for name, optimizer in optimizers.items()},
         snapshots=snapshots,
         ledger=ledger,
-        live=held.enter_context(closing(processes.in_first(Live, workdir, config.report.tensorboard))),
+        live=held.enter_context(closing(processes.on_process_zero(Live, workdir, config.report.tensorboard))),
         began=time.monotonic() - progress.seconds,
     )
     return run, progress
@@ -144,10 +146,10 @@ def start(config: ConfigDict, workdir: Path, steps: tuple[protocol.Step, ...], h
 
 def _assemble(config: ConfigDict, workdir: Path, objects: tuple[str, ...]) -> tuple[Store, dict[str, Method], Strategy]:
     """Makes what a config names, all of which may be at fault, before anything is written."""
-    chosen = methods.systems(config, len(objects))
+    chosen = methods.with_baselines(config, len(objects))
     strategy = continual.build(config, chosen[config.method], len(objects))
     for index in (0, 1):  # a later step's optimiser may be another
-        make_optimizer(of_step(config, index))
+        make_optimizer(step_config(config, index))
     if is_trained(config, chosen[config.method]):
         learning_rates(config.train, updates_per_epoch=1)
     live.check(config.report.tensorboard)

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from configs import eyecandies, quickstart
 from iumad_jax import config as configs
 from iumad_jax import methods
-from iumad_jax.data.batches import whole
+from iumad_jax.data.batches import single_update
 from iumad_jax.models import mamba
 from iumad_jax.runtime import devices
 from iumad_jax.shapes import Batch
@@ -83,15 +83,15 @@ def compiled(config: ConfigDict) -> Update:
     state = devices.replicate(initial_state(variables, optimizer, 0, []))
     key, rates = jax.random.key(1), np.zeros(1, np.float32)
     layout = NamedSharding(Mesh(np.array(jax.local_devices()), (devices.AXIS,)), PartitionSpec(devices.AXIS))
-    piece = jax.device_put(whole(batch), layout)
-    lowered = make_update(method, optimizer).lower(state, piece, key, rates)
+    device_batches = jax.device_put(single_update(batch), layout)
+    lowered = make_update(method, optimizer).lower(state, device_batches, key, rates)
     began = time.perf_counter()
     update = lowered.compile()
     seconds = time.perf_counter() - began
 
     def run() -> jax.Array:
         nonlocal state
-        state, scalars = update(state, piece, key, rates)
+        state, scalars = update(state, device_batches, key, rates)
         return scalars["loss"]
 
     found = update.memory_analysis()

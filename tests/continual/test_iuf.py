@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from iumad_jax.config import paper
 from iumad_jax.continual.iuf import ROWS, anchor, compression, iuf, project, projection
-from iumad_jax.data.batches import whole
+from iumad_jax.data.batches import single_update
 from iumad_jax.runtime import devices
 from iumad_jax.training.optimization import make_optimizer
 from iumad_jax.training.update import initial_state, make_update
@@ -54,21 +54,23 @@ def test_compression_moves_the_weights_through_the_live_batch_alone(method, vari
     batch, key = skewed_images(8), jax.random.key(1)
     queue = 0.1 * np.random.default_rng(1).standard_normal((ROWS, 4)).astype(np.float32)
     queue[:-5] = 0
-    memory = strategy.begin({}, variables, batch, 0)
-    assert jax.tree.map(np.shape, memory) == {"queues": {"hidden": (ROWS, 4)}}
-    memory = {"queues": {"hidden": queue}}
+    strategy_state = strategy.begin({}, variables, batch, 0)
+    assert jax.tree.map(np.shape, strategy_state) == {"queues": {"hidden": (ROWS, 4)}}
+    strategy_state = {"queues": {"hidden": queue}}
 
     def gradient(state, batch, key):
         def value(params):
-            keys = devices.own_keys(key, len(batch.object_id))
-            (total, terms, *_), after = strategy.loss(state["memory"], {"params": params}, batch, keys)
+            keys = devices.image_keys(key, len(batch.object_id))
+            (total, terms, *_), after = strategy.loss(state["strategy_state"], {"params": params}, batch, keys)
             return terms["compression"], (total - terms["error"] - terms["compression"], after)
 
         (value, (rest, after)), slope = jax.value_and_grad(value, has_aux=True)(state["params"])
         return devices.mean_over_devices((value, slope, rest)), after
 
-    state = devices.replicate({"params": variables["params"], "memory": memory})
-    (value, slope, rest), after = devices.unreplicate(devices.data_parallel(gradient)(state, whole(batch).images, key))
+    state = devices.replicate({"params": variables["params"], "strategy_state": strategy_state})
+    (value, slope, rest), after = devices.unreplicate(
+        devices.data_parallel(gradient)(state, single_update(batch).images, key)
+    )
     assert rest == pytest.approx(0, abs=1e-3)
 
     keys = jax.random.split(key, 8)
@@ -123,13 +125,13 @@ def test_project_changes_kernel_and_bias_of_the_named_layers_alone():
         "c": {"kernel": rng.normal(size=(3, 2)), "bias": rng.normal(size=2)},
     }
     matrix = np.array([[0.0, 0.0], [0.0, 1.0]])
-    memory = {"projections": {"a": {"b": {"mean": matrix}}}}
-    after, _ = project().update(updates, optax.EmptyState(), memory=memory)
+    strategy_state = {"projections": {"a": {"b": {"mean": matrix}}}}
+    after, _ = project().update(updates, optax.EmptyState(), strategy_state=strategy_state)
     for name in ("kernel", "bias"):
         np.testing.assert_array_equal(after["a"]["b"][name][..., 0], 0)
         np.testing.assert_array_equal(after["a"]["b"][name][..., 1], updates["a"]["b"][name][..., 1])
         np.testing.assert_array_equal(after["c"][name], updates["c"][name])
-    untouched, _ = project().update(updates, optax.EmptyState(), memory={})
+    untouched, _ = project().update(updates, optax.EmptyState(), strategy_state={})
     jax.tree.map(np.testing.assert_array_equal, untouched, updates)
 
 
@@ -145,13 +147,13 @@ def test_training_leaves_the_strongest_direction_as_it_was(method, variables, im
 
     def moved(**changes):
         strategy = iuf(of_continual(compression=0.0, **changes), method)
-        memory = strategy.finish({}, variables, old, 1)
-        memory = strategy.begin(memory, variables, images(1), 1)
+        strategy_state = strategy.finish({}, variables, old, 1)
+        strategy_state = strategy.begin(strategy_state, variables, images(1), 1)
         transformation = make_optimizer(config.train)
         update = make_update(method, transformation, strategy)
-        state = devices.replicate(initial_state(variables, transformation, 0, [], memory))
+        state = devices.replicate(initial_state(variables, transformation, 0, [], strategy_state))
         for _ in range(5):
-            state, _ = update(state, whole(images(8)), jax.random.key(0), np.float32([0.1]))
+            state, _ = update(state, single_update(images(8)), jax.random.key(0), np.float32([0.1]))
         after = devices.unreplicate(state).variables["params"]["down"]
         return {name: after[name] - variables["params"]["down"][name] for name in after}
 
@@ -187,7 +189,7 @@ def test_anchor_bounds_the_drift(beta, step):
     start = weights["w"] - old["w"]
     for t in range(1, 101):
         updates = {"w": np.full(2, step)}
-        changes, _ = anchor(beta).update(updates, optax.EmptyState(), weights, memory={"old": old})
+        changes, _ = anchor(beta).update(updates, optax.EmptyState(), weights, strategy_state={"old": old})
         weights = optax.apply_updates(weights, changes)
         left = (1 - beta) ** t
         pushed = step * (1 - left) / beta if beta else step * t
@@ -196,7 +198,7 @@ def test_anchor_bounds_the_drift(beta, step):
 
 def test_anchor_without_old_weights_does_nothing():
     updates = {"w": np.ones(2)}
-    changes, _ = anchor(0.5).update(updates, optax.EmptyState(), {"w": np.zeros(2)}, memory={})
+    changes, _ = anchor(0.5).update(updates, optax.EmptyState(), {"w": np.zeros(2)}, strategy_state={})
     np.testing.assert_array_equal(changes["w"], 1)
 
 
@@ -210,7 +212,7 @@ def test_each_part_is_switched_alone(method, variables, images):
         between = strategy.finish(base, variables, images(6), 0)
         later = strategy.begin(between, variables, images(1), 1)
         assert strategy.finish(later, variables, images(6), 1).keys() == between.keys()
-        return [set(memory) for memory in ({k: v for k, v in base.items() if v}, between, later)]
+        return [set(strategy_state) for strategy_state in ({k: v for k, v in base.items() if v}, between, later)]
 
     moments = {"moments"}
     assert parts() == [{"queues"}, moments, {"moments", "projections", "old"}]

@@ -8,7 +8,7 @@ import pytest
 from iumad_jax.config import paper
 from iumad_jax.continual.finetune import finetune
 from iumad_jax.continual.replay import coarse, draw, principal_components, replay
-from iumad_jax.data.batches import whole
+from iumad_jax.data.batches import single_update
 from iumad_jax.runtime import devices
 from iumad_jax.training.optimization import make_optimizer
 from iumad_jax.training.update import initial_state, make_update
@@ -68,16 +68,16 @@ def test_more_directions_than_images_are_zero():
 
 
 @pytest.fixture
-def memory(method, variables, images):
+def strategy_state(method, variables, images):
     """Of the first two of three objects, within a step that learns the third."""
-    strategy, memory = replay(settings(), method, objects=3), {}
+    strategy, strategy_state = replay(settings(), method, objects=3), {}
     for object_ in (0, 1):
-        memory = strategy.finish(memory, variables, images(25, object_), object_)
-    return jax.tree.map(jnp.asarray, strategy.begin(memory, variables, images(1, 2), 1))
+        strategy_state = strategy.finish(strategy_state, variables, images(25, object_), object_)
+    return jax.tree.map(jnp.asarray, strategy.begin(strategy_state, variables, images(1, 2), 1))
 
 
-def test_draws_are_of_the_objects_seen_and_look_like_them(memory, images):
-    parts, objects = jax.vmap(lambda key: draw(memory, key))(jax.random.split(jax.random.key(0), 2000))
+def test_draws_are_of_the_objects_seen_and_look_like_them(strategy_state, images):
+    parts, objects = jax.vmap(lambda key: draw(strategy_state, key))(jax.random.split(jax.random.key(0), 2000))
     assert set(np.unique(objects)) == {0, 1}
     assert abs((objects == 0).mean() - 0.5) < 0.05
     for object_ in (0, 1):
@@ -99,7 +99,7 @@ def test_what_is_kept_does_not_grow_with_images(method, variables, images):
     assert sum(a.nbytes for a in jax.tree.leaves(many)) == per_object
 
 
-def test_every_image_is_joined_by_one_that_is_drawn(method, variables, images, memory):
+def test_every_image_is_joined_by_one_that_is_drawn(method, variables, images, strategy_state):
     """The loss is the mean over both, the drawn having the right objects and images of the right size."""
     seen = []
 
@@ -109,10 +109,10 @@ def test_every_image_is_joined_by_one_that_is_drawn(method, variables, images, m
 
     strategy = replay(settings(), method.__class__(method.init, None, recording), objects=3)
     batch, keys = images(4, object_=2), jax.random.split(jax.random.key(0), 4)
-    (total, *_), after = strategy.loss(memory, variables, batch, keys)
+    (total, *_), after = strategy.loss(strategy_state, variables, batch, keys)
     assert seen[-1].features["rgb"] == (8, 3, 5)
     assert seen[-1].images["rgb"] == (8, 8, 8, 3)
-    jax.tree.map(np.testing.assert_array_equal, after, memory)
+    jax.tree.map(np.testing.assert_array_equal, after, strategy_state)
     (own, *_), _ = strategy.loss({}, variables, batch, keys)
     assert seen[-1].object_id == (4,)  # nothing is drawn in the base step
     assert abs(float(total) - float(own)) > 0.01
@@ -128,17 +128,17 @@ def test_replay_keeps_what_finetuning_forgets(method, variables, images):
     def error(variables, batch):
         return float(method.loss(variables, batch, jax.random.split(jax.random.key(9), 40)).total)
 
-    def trained(strategy, variables, batch, memory):
+    def trained(strategy, variables, batch, strategy_state):
         update = make_update(method, optimizer, strategy)
-        state = devices.replicate(initial_state(variables, optimizer, 0, [], memory))
+        state = devices.replicate(initial_state(variables, optimizer, 0, [], strategy_state))
         for _ in range(150):
-            state, _ = update(state, whole(batch), jax.random.key(0), np.float32([0.02]))
+            state, _ = update(state, single_update(batch), jax.random.key(0), np.float32([0.02]))
         return devices.unreplicate(state).variables
 
     strategy = replay(settings(rank=8), method, objects=2)
     base = trained(strategy, variables, old, {})
-    memory = strategy.begin(strategy.finish({}, base, old, 0), base, new, 1)
-    kept = trained(strategy, base, new, memory)
+    strategy_state = strategy.begin(strategy.finish({}, base, old, 0), base, new, 1)
+    kept = trained(strategy, base, new, strategy_state)
     forgotten = trained(finetune(method), base, new, {})
     assert error(kept, old) - error(base, old) < 0.5 * (error(forgotten, old) - error(base, old))
     assert error(kept, new) < 1.5 * error(forgotten, new)

@@ -11,11 +11,11 @@ import pytest
 
 from iumad_jax import continual
 from iumad_jax.config import paper
-from iumad_jax.data.batches import whole
+from iumad_jax.data.batches import single_update
 from iumad_jax.errors import UserError
 from iumad_jax.protocol import steps
 from iumad_jax.runtime import devices
-from iumad_jax.training.optimization import make_optimizer, of_step
+from iumad_jax.training.optimization import make_optimizer, step_config
 from iumad_jax.training.update import initial_state, make_update
 
 STRATEGIES = ("finetune", "iuf", "replay", "joint")
@@ -29,26 +29,26 @@ def config_for(strategy):
 
 
 def two_steps(name, method, images):
-    """The losses, the weights after two steps of three updates each, and the memory within and after the last."""
+    """The losses, the weights after two steps of three updates each, and the state within and after the last."""
     config = config_for(name)
     strategy = continual.build(config, method, objects=2)
     optimizer = make_optimizer(config.train)
     update = make_update(method, optimizer, strategy)
     variables = jax.tree.map(np.asarray, method.init(jax.random.key(0), images(8)))
-    memory, losses = {}, []
+    strategy_state, losses = {}, []
     for step in range(2):
         batch = images(8, step)
-        memory = strategy.begin(memory, variables, batch, step)
-        state = devices.replicate(initial_state(variables, optimizer, 0, [], memory))
+        strategy_state = strategy.begin(strategy_state, variables, batch, step)
+        state = devices.replicate(initial_state(variables, optimizer, 0, [], strategy_state))
         for _ in range(3):
-            state, scalars = update(state, whole(batch), jax.random.key(step), np.float32([1e-2]))
+            state, scalars = update(state, single_update(batch), jax.random.key(step), np.float32([1e-2]))
             losses.append({name: float(value[0, 0]) for name, value in scalars.items()})
-        copies = jax.tree.map(np.asarray, state.memory)
+        copies = jax.tree.map(np.asarray, state.strategy_state)
         jax.tree.map(lambda a: np.testing.assert_array_equal(a, np.broadcast_to(a[:1], a.shape)), copies)
         state = devices.unreplicate(state)
-        variables, within = state.variables, state.memory
-        memory = strategy.finish(within, variables, batch, step)
-    return losses, variables["params"], [within, memory]
+        variables, within = state.variables, state.strategy_state
+        strategy_state = strategy.finish(within, variables, batch, step)
+    return losses, variables["params"], [within, strategy_state]
 
 
 @pytest.mark.slow
@@ -91,18 +91,18 @@ def test_unknown_strategy_is_refused(method):
 def test_the_optimiser_of_later_steps():
     config = paper("1-1")
     config.train.learning_rate = 0.5
-    assert of_step(config, 1) == of_step(config, 0) == config.train
+    assert step_config(config, 1) == step_config(config, 0) == config.train
     config.continual.optimizer = "sgd"
-    later = of_step(config, 1)
+    later = step_config(config, 1)
     assert (later.optimizer, later.learning_rate) == ("sgd", 1.0)
-    assert of_step(config, 0) == config.train
+    assert step_config(config, 0) == config.train
     gradients = {"kernel": np.array([3.0, 4.0], np.float32)}
     optimizer = make_optimizer(later)
     direction, _ = optimizer.update(gradients, optimizer.init(gradients), gradients)
     np.testing.assert_allclose(direction["kernel"], [0.06, 0.08], rtol=1e-5)  # clipped to 0.1, and no more
     config.continual.optimizer = "lion"
     with pytest.raises(UserError, match=r'optimizer is "lion"; use one of adamw, sgd'):
-        make_optimizer(of_step(config, 1))
+        make_optimizer(step_config(config, 1))
 
 
 if __name__ == "__main__":  # the same on one device, which only a process of its own has

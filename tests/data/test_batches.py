@@ -26,14 +26,23 @@ def images(*counts):
     return sets
 
 
-def counted(piece, name_of_place):
+def counted(device_batches, name_of_place):
     """What counts of what is at the places of all devices, in order."""
-    return name_of_place[... if piece.weights is None else piece.weights > 0].ravel().astype(int)
+    return (
+        name_of_place[... if device_batches.sample_weight is None else device_batches.sample_weight > 0]
+        .ravel()
+        .astype(int)
+    )
 
 
-def names(pieces, count):
+def names(stream, count):
     """The images in the first batches, by name: (count, batch)."""
-    return np.array([counted(piece, piece.images.features["rgb"][:, :, 0, 0]) for piece in islice(pieces, count)])
+    return np.array(
+        [
+            counted(device_batches, device_batches.images.features["rgb"][:, :, 0, 0])
+            for device_batches in islice(stream, count)
+        ]
+    )
 
 
 @settings(max_examples=20, deadline=None)
@@ -103,38 +112,38 @@ def test_fewer_images_than_a_batch_are_refused(count, size):
         training_batches(images(count), size, 0, 0)
 
 
-def taken(pieces, updates):
-    """The batches that the devices of some pieces see, put together again: (updates, batch) names, and the pieces."""
+def taken(stream, updates):
+    """The batches that the devices of some stream see, put together again: (updates, batch) names, and the stream."""
     seen, used = [], []
     while len(seen) < updates:
-        (batch, rows, *_) = piece = next(pieces)
-        used.append(piece)
+        (batch, rows, *_) = device_batches = next(stream)
+        used.append(device_batches)
         for update in range(rows.shape[1]):
             shares = zip(np.asarray(batch.features["rgb"]), rows[:, update], strict=True)
-            seen.append(counted(piece, np.stack([share[own][:, 0, 0] for share, own in shares])))
-    pieces.close()
+            seen.append(counted(device_batches, np.stack([share[own][:, 0, 0] for share, own in shares])))
+    stream.close()
     return np.array(seen), used
 
 
 @pytest.mark.parametrize("size", [8, 7])
-@pytest.mark.parametrize("at_once", [1, 2, 3, 4])
+@pytest.mark.parametrize("updates_per_loop", [1, 2, 3, 4])
 @pytest.mark.parametrize("first", [0, 6, 12])
-def test_resident_images_come_in_the_order_of_streamed_ones(first, at_once, size):
+def test_resident_images_come_in_the_order_of_streamed_ones(first, updates_per_loop, size):
     """To four devices, each with all of the images, from memory that nothing has to be read into again."""
     sets = images(20, 15)
     everything = np.concatenate([one.object_id * 100 + np.arange(len(one.object_id)) for one in sets])
     order = grain.MapDataset.source(everything).shuffle(seed=5).batch(size, drop_remainder=True).repeat()
     expected, per_epoch = np.stack([order[first + update] for update in range(12)]), 35 // size
     streamed, _ = taken(training_input(sets, size, 5, first, "never"), 12)
-    found, pieces = taken(training_input(sets, size, 5, first, "always", at_once), 12)
+    found, stream = taken(training_input(sets, size, 5, first, "always", updates_per_loop), 12)
     np.testing.assert_array_equal(streamed, expected)
     np.testing.assert_array_equal(found[:12], expected)
-    ends = np.cumsum([rows.shape[1] for _, rows, *_ in pieces]) + first
+    ends = np.cumsum([rows.shape[1] for _, rows, *_ in stream]) + first
     epochs = range((first // per_epoch + 1) * per_epoch, first + 13, per_epoch)
-    assert set(epochs) <= set(ends)  # no piece is of two
-    assert len(pieces) <= -(-per_epoch // at_once) * (len(epochs) + 1)
-    assert all(piece.images is pieces[0].images for piece in pieces)
-    assert {array.dtype for array in jax.tree.leaves(pieces[0][0])} == {np.dtype(t) for t in ("f4", "f2", "i4")}
+    assert set(epochs) <= set(ends)  # no device_batches is of two
+    assert len(stream) <= -(-per_epoch // updates_per_loop) * (len(epochs) + 1)
+    assert all(device_batches.images is stream[0].images for device_batches in stream)
+    assert {array.dtype for array in jax.tree.leaves(stream[0][0])} == {np.dtype(t) for t in ("f4", "f2", "i4")}
 
 
 def test_images_are_resident_where_a_quarter_of_the_memory_holds_them():
@@ -145,6 +154,6 @@ def test_images_are_resident_where_a_quarter_of_the_memory_holds_them():
         count = int(share / per_image * factor / 2)
         half = jax.tree.map(lambda array, n=count: np.broadcast_to(array, (n, *array.shape[1:])), one)
         assert fit_on_device([half, half]) == expected
-    batch, *_ = next(pieces := training_input(images(40), 8, 0, 0))
+    batch, *_ = next(stream := training_input(images(40), 8, 0, 0))
     assert isinstance(batch.object_id, jax.Array)
-    pieces.close()
+    stream.close()

@@ -322,14 +322,14 @@ def test_border_is_a_thinned_frame() -> None:
     rows, columns = np.mgrid[:160, :320]
     points = np.stack([columns, rows, np.ones(rows.shape)], axis=-1)
     valid = columns != 0
-    frame = depth.border(points, valid, at_most=500)
+    frame = depth.border(points, valid, max_points=500)
     assert 250 < len(frame) <= 500
     x, y = frame[:, 0], frame[:, 1]
     assert ((x < 20) | (x >= 300) | (y < 10) | (y >= 150)).all()
     assert x.min() > 0
-    assert len(depth.border(points, valid, at_most=10**6)) == 160 * 320 - 140 * 280 - 160
+    assert len(depth.border(points, valid, max_points=10**6)) == 160 * 320 - 140 * 280 - 160
     only_middle = (rows > 50) & (rows < 100) & (columns > 50) & (columns < 100)
-    assert len(depth.border(points, only_middle, at_most=5000)) == only_middle.sum()
+    assert len(depth.border(points, only_middle, max_points=5000)) == only_middle.sum()
 
 
 def test_encodings_by_hand() -> None:

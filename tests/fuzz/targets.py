@@ -27,7 +27,7 @@ from iumad_jax.runtime import workdir as workdirs
 from iumad_jax.runtime.progress import BEGINNING, Position
 from iumad_jax.runtime.snapshots import Snapshots
 from iumad_jax.shapes import Calibration
-from iumad_jax.training.optimization import learning_rates, make_optimizer, of_step
+from iumad_jax.training.optimization import learning_rates, make_optimizer, step_config
 from tests.fuzz.datasets import (
     Target,
     archive,
@@ -98,10 +98,10 @@ def config(folder: Path) -> Target:
             configs.check(config)
             objects = readers.objects(config)
             protocol.steps(config.protocol, objects)
-            method = methods.systems(config, len(objects))[config.method]
+            method = methods.with_baselines(config, len(objects))[config.method]
             continual.build(config, method, len(objects))
             for step in (0, 1):
-                make_optimizer(of_step(config, step))
+                make_optimizer(step_config(config, step))
             learning_rates(config.train, updates_per_epoch=1)
             readers.open_reader(config)
             live.check(config.report.tensorboard)
@@ -157,7 +157,7 @@ def workdir(folder: Path) -> Target:
     with workdirs.claimed(folder, config):
         pass
     matrix = {metric: [[0.9, float("nan")], [0.8, 0.7]] for metric in tables.METRICS}
-    decided = {"objects": {}, "unknown": {"threshold": 1.0}, "usual": 1.0}
+    decided = {"objects": {}, "unknown": {"threshold": 1.0}, "rms_distance": 1.0}
     matrices = dict.fromkeys(("ib_iumad", "feature_norm"), matrix)
     told = History((("a",), ("b",)), matrices, [decided] * 2, dict.fromkeys(matrices, 8), 0)
     results = history.results(config.to_dict(), told, 1.0)
@@ -179,7 +179,7 @@ def workdir(folder: Path) -> Target:
         match name:
             case "config.json":
                 found = workdirs.read(folder)
-                methods.systems(found, 2)
+                methods.with_baselines(found, 2)
                 workdirs.check(folder, config)
             case "dataset.json":
                 inventory.Names.of(inventory.read(folder), ["nut"], lambda names: readers.open_reader(config, names))
@@ -202,7 +202,7 @@ def snapshot(folder: Path) -> Target:
         variables=variables,
         recognition={"count": np.ones(1, np.float32)},
         calibration={"bolt": Calibration(scores, scores, np.float32([[1, 1, np.inf]] * 2))},
-        strategy={"old": {"kernel": np.ones(3, jnp.bfloat16)}, "by_object": ({"mean": np.ones(4, np.float16)},)},
+        strategy_state={"old": {"kernel": np.ones(3, jnp.bfloat16)}, "by_object": ({"mean": np.ones(4, np.float16)},)},
         seconds=2.5,
     )
     original = folder / "original"

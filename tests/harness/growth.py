@@ -73,8 +73,8 @@ def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]
     )
     truth = MAP_SIZE**2 * (3 * np.dtype(bool).itemsize + 3 + np.dtype(np.float32).itemsize)
 
-    systems = methods.systems(config, objects)
-    method = systems[config.method]
+    built = methods.with_baselines(config, objects)
+    method = built[config.method]
     variables = jax.eval_shape(method.init, jax.random.key(0), image)
     optimizer = jax.eval_shape(make_optimizer(config.train).init, variables["params"])
     activations = jax.tree.leaves(jax.eval_shape(method.activations, variables, image))
@@ -88,7 +88,7 @@ def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]
     maps: Any = rng.random((test, 2, 2))
     good = thresholds.calibration_of(Prediction(maps, maps.max((1, 2)), None), rng.random((test, 2)), 0)
     one = json.dumps(thresholds.describe({"a" * 12: good, "b": good}, 0.995)["objects"]["a" * 12])
-    numbers = len(systems) * len(METRICS)
+    numbers = len(built) * len(METRICS)
     calibration = json.dumps(as_json(good._asdict()))
 
     at_once = {
@@ -107,7 +107,7 @@ def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]
         "weights and optimiser, on every device": at_once[f"weights of {config.method}"] + size(optimizer),
         "all snapshots, of the weights": objects * size(variables),
         "all snapshots, of nearest_neighbours": float(objects * neighbours),
-        "ledger": len(systems) * pairs * (len(json.dumps(event)) + 1) + pairs * len(one),
+        "ledger": len(built) * pairs * (len(json.dumps(event)) + 1) + pairs * len(one),
     }
 
 

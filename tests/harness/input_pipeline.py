@@ -152,11 +152,11 @@ def _parse(record: bytes, like: list[np.ndarray]) -> list[np.ndarray]:
     return parsed
 
 
-def _on_device(pieces: Generator[Any, None, None], updates: int) -> Generator[None, None, None]:
-    """Every piece's images as float32 on the device; of resident ones, those of one update."""
+def _on_device(stream: Generator[Any, None, None], updates: int) -> Generator[None, None, None]:
+    """Every device_batches's images as float32 on the device; of resident ones, those of one update."""
     take = jax.jit(lambda images, rows: jax.tree.map(lambda a: a[0, rows[0, 0]].astype(np.float32), images))
-    with closing(pieces):
-        for images, rows, *_ in islice(pieces, updates):
+    with closing(stream):
+        for images, rows, *_ in islice(stream, updates):
             jax.block_until_ready(take(images, rows))
             yield
 
@@ -194,17 +194,17 @@ def _waiting(config: Any, batch: Any, objects: int, epochs: int) -> Iterator[Row
     for name, resident in {"streamed": "never", "resident": "always"}.items():
         waits: list[float] = []
 
-        def watched(pieces: Generator[Any, None, None], waits: list[float] = waits) -> Generator[Any, None, None]:
-            with closing(pieces):
+        def watched(stream: Generator[Any, None, None], waits: list[float] = waits) -> Generator[Any, None, None]:
+            with closing(stream):
                 while True:
                     began = time.perf_counter()
-                    piece = next(pieces)
+                    device_batches = next(stream)
                     waits.append(time.perf_counter() - began)
-                    yield piece
+                    yield device_batches
 
-        pieces = watched(batches.training_input([batch], config.train.batch_size, 0, 0, resident))
+        stream = watched(batches.training_input([batch], config.train.batch_size, 0, 0, resident))
         state = initial_state(variables, optimizer, 0, [])
-        passes = train_epochs(update, state, pieces, lambda _: 1e-4, jax.random.key(0), per_epoch, 1 + epochs)
+        passes = train_epochs(update, state, stream, lambda _: 1e-4, jax.random.key(0), per_epoch, 1 + epochs)
         next(passes)
         waits.clear()
         began = time.perf_counter()

@@ -74,9 +74,9 @@ def _measure(values: flags.FlagValues) -> str:
         initial_state(variables, optimizer, 0, []),
         values.updates * (2 * values.rounds + 1) + 1,
     )  # nobody pauses after the last
-    pieces, update = training_input([batch], config.train.batch_size, 0, 0), make_update(method, optimizer)
+    stream, update = training_input([batch], config.train.batch_size, 0, 0), make_update(method, optimizer)
     with tempfile.TemporaryDirectory() as folder, closing(Snapshots(Path(folder))) as saved:
-        for reached in train_epochs(update, state, pieces, lambda _: 1e-4, jax.random.key(0), total, 1, pause=pause):
+        for reached in train_epochs(update, state, stream, lambda _: 1e-4, jax.random.key(0), total, 1, pause=pause):
             progress = BEGINNING._replace(
                 position=Position(0, reached.updates),
                 variables={config.method: reached.state.variables},

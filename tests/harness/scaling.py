@@ -71,7 +71,7 @@ def _measure(values: flags.FlagValues) -> tuple[str, int, float]:
 
     from iumad_jax import config as configs
     from iumad_jax import methods
-    from iumad_jax.data.batches import whole
+    from iumad_jax.data.batches import single_update
     from iumad_jax.models.efficientnet import FeatureExtractor
     from iumad_jax.runtime import devices
     from iumad_jax.shapes import Batch
@@ -97,13 +97,13 @@ def _measure(values: flags.FlagValues) -> tuple[str, int, float]:
         objects,
     )
     method, optimizer = methods.build(config.method, config, _OBJECTS), make_optimizer(config.train)
-    update, piece = make_update(method, optimizer), whole(batch)
+    update, device_batches = make_update(method, optimizer), single_update(batch)
     state = devices.replicate(initial_state(jax.jit(method.init)(jax.random.key(0), batch), optimizer, 0, []))
     taken: list[float] = []
     began = time.perf_counter()
     while not taken or time.perf_counter() - began < values.seconds:
         before = time.perf_counter()
-        state, scalars = update(state, piece, jax.random.key(1), np.full(1, 1e-4, np.float32))
+        state, scalars = update(state, device_batches, jax.random.key(1), np.full(1, 1e-4, np.float32))
         jax.block_until_ready(scalars)
         taken.append(time.perf_counter() - before)
         if len(taken) == 1:  # which compiled

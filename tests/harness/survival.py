@@ -27,7 +27,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from iumad_jax import cli
-from iumad_jax.errors import COME_AGAIN, UserError
+from iumad_jax.errors import INTERRUPTED, UserError
 
 KILL, PREEMPT, DAMAGE, FULL = "SIGKILL", "SIGTERM or SIGINT", "SIGKILL, a file spoiled", "full disk"
 _LONGEST = 600.0  # seconds that a process may take
@@ -208,7 +208,7 @@ def _preempt(trial: Trial, process: BaseProcess, rng: np.random.Generator) -> No
     code, took = trial.end(process), time.monotonic() - asked
     if took > _SOON:
         trial.wrong.append(f"it took {took:.1f} s to stop")
-    if code not in (COME_AGAIN, 0):  # 0: nothing was left to do
+    if code not in (INTERRUPTED, 0):  # 0: nothing was left to do
         trial.wrong.append(f"asked to stop, it ended with code {code}: {trial.said}")
 
 

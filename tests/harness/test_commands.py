@@ -18,7 +18,7 @@ pytestmark = [
 KEYS = {
     "method": "uniad",
     "modality": "rgb",
-    "floors": "",
+    "baselines": "",
     "dataset.name": "eyecandies",
     "dataset.objects": "CandyCane",
     "input.size": 64,

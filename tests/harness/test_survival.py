@@ -12,11 +12,11 @@ from iumad_jax.data.candies import render
 pytestmark = pytest.mark.slow
 
 CONFIG = Path(__file__).parents[2] / "configs" / "survival.py"
-QUICK = {  # a method and floors that are soon traced
+QUICK = {  # a method and baselines that are soon traced
     "dataset.name": "eyecandies",
     "dataset.root": "candies",
     "method": "uniad",
-    "floors": "feature_norm",
+    "baselines": "feature_norm",
     "backbone.grid": 8,
     "continual.strategy": "replay",
     "continual.replay.rank": 2,

@@ -18,7 +18,7 @@ def test_the_threshold_is_the_smallest_that_keeps_the_promise(n, quantile):
     above = {t: (scores > t).sum() + 1 for t in scores}  # gaps in which it would exceed t
     keeping = [t for t in scores if above[t] / (n + 1) <= 1 - quantile + 1e-12]
     assert found["threshold"] == (min(keeping) if keeping else scores.max())
-    assert found["at_most"] == pytest.approx(above[found["threshold"]] / (n + 1))
+    assert found["false_alarm_bound"] == pytest.approx(above[found["threshold"]] / (n + 1))
     assert found["images"] == n
 
 
@@ -28,15 +28,15 @@ def test_the_promise_holds_on_average():
     for _ in range(3000):
         found = thresholds.describe_threshold(rng.gamma(2, size=30), 0.9)
         rates.append(np.exp(-found["threshold"]) * (1 + found["threshold"]))  # gamma's own share above
-        promised = found["at_most"]
+        promised = found["false_alarm_bound"]
     assert promised == pytest.approx(3 / 31)
     assert np.mean(rates) == pytest.approx(promised, rel=0.05)
 
 
 def test_few_images_promise_little_and_say_so():
     four, many = (thresholds.describe_threshold(np.arange(n), 0.995) for n in (4, 199))
-    assert (four["threshold"], four["at_most"]) == (3, pytest.approx(0.2))
-    assert (many["threshold"], many["at_most"]) == (198, pytest.approx(0.005))
+    assert (four["threshold"], four["false_alarm_bound"]) == (3, pytest.approx(0.2))
+    assert (many["threshold"], many["false_alarm_bound"]) == (198, pytest.approx(0.005))
     assert thresholds.describe_threshold(np.arange(400), 0.995)["threshold"] == 398
 
 
@@ -69,13 +69,13 @@ def test_every_object_has_thresholds_of_its_own(calibration):
     of = described["objects"]
     assert [of[name]["image"]["threshold"] for name in "AB"] == [3, 8]
     assert [of[name]["pixel"]["threshold"] for name in "AB"] == [6, 2]
-    assert of["A"]["image"]["at_most"] == pytest.approx(1 / 4)
-    assert of["B"]["image"]["at_most"] is None  # scores of images trained on promise nothing
-    assert described["usual"] == pytest.approx(np.sqrt((1 + 4 + 1 + 4 + 9) / 5))
+    assert of["A"]["image"]["false_alarm_bound"] == pytest.approx(1 / 4)
+    assert of["B"]["image"]["false_alarm_bound"] is None  # scores of images trained on promise nothing
+    assert described["rms_distance"] == pytest.approx(np.sqrt((1 + 4 + 1 + 4 + 9) / 5))
     found = thresholds.thresholds(calibration, 0.995)  # what decides is what is described
     assert (found.image.tolist(), found.pixel.tolist()) == ([3, 8], [6, 2])
     assert found.unknown.tolist() == [described["unknown"]["threshold"]] * 2
-    assert float(found.rms_distance) == pytest.approx(described["usual"])
+    assert float(found.rms_distance) == pytest.approx(described["rms_distance"])
 
 
 def test_unknown_is_what_lies_halfway_to_other_objects(calibration):
@@ -99,7 +99,7 @@ def test_an_object_of_few_images_changes_no_threshold_of_others(calibration):
     )
     before, after = (thresholds.describe(one, 0.995) for one in (calibration, calibration | {"C": poor}))
     assert {name: after["objects"][name] for name in "AB"} == before["objects"]
-    assert (after["unknown"], after["usual"]) == (before["unknown"], before["usual"])
+    assert (after["unknown"], after["rms_distance"]) == (before["unknown"], before["rms_distance"])
     assert after["objects"]["C"]["image"]["threshold"] == 80
     assert after["objects"]["C"]["unknown"]["threshold"] == pytest.approx(np.sqrt(12 * 13))  # others of C may be as far
     limits = thresholds.thresholds(calibration | {"C": poor}, 0.995)

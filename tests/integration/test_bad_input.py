@@ -96,9 +96,9 @@ WRONG_VALUES = {
     "a negative seed": (keys(seed=-1), "config.seed is -1; use 0 to 4000000"),
     "heads that do not divide the width": (keys(model__heads=3), "config.model.width is"),
     "a patch larger than the image": (keys(model__patch_size=4000), "config.model.patch_size is 4000; use at most"),
-    "a floor that is none": (
-        keys(floors="ib_iumad"),
-        'config.floors is "ib_iumad"; use "feature_norm,nearest_neighbours"',
+    "a baseline that is none": (
+        keys(baselines="ib_iumad"),
+        'config.baselines is "ib_iumad"; use "feature_norm,nearest_neighbours"',
     ),
     "heads of iuf that do not divide the width": (
         keys(method="iuf", model__heads=1, model__width=6),

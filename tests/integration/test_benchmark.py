@@ -24,11 +24,11 @@ KEYS = SMALL | {
     "dataset.name": "eyecandies",
     "dataset.root": "candies",
     "dataset.objects": OBJECTS,
-    "floors": "feature_norm",
+    "baselines": "feature_norm",
     "model.states": 1,
     "model.class_grid": 8,
     "train.epochs": 1,
-    "benchmark.systems": "uniad,iuf",
+    "benchmark.variants": "uniad,iuf",
     "benchmark.modalities": "rgb",
     "benchmark.protocols": "1-1",
 }
@@ -36,13 +36,13 @@ KEYS = SMALL | {
 
 def plan(**changes):
     config = small("6-4")
-    keys = {"systems": "uniad,ib_iumad", "modalities": "rgb,rgb+depth", "protocols": "6-4,6-1"}
+    keys = {"variants": "uniad,ib_iumad", "modalities": "rgb,rgb+depth", "protocols": "6-4,6-1"}
     config.benchmark = ConfigDict(keys | {"seeds": 3, "seeds_of_one_modality": 1} | changes)
     return config
 
 
 def test_cells():
-    """Two systems under two protocols: once with one modality, three times with both; floors once for each input."""
+    """Two variants, two protocols: one seed for one modality, three for both; baselines once for each input."""
     found = {comparison.name(*key): config for config, key in cells(plan())}
     assert len(found) == 2 * 2 * (1 + 3)
     one = found["ib_iumad_rgb+depth_6-1_seed2"]
@@ -50,13 +50,13 @@ def test_cells():
     assert one.continual.strategy == "iuf"
     assert found["uniad_rgb_6-4_seed0"].continual.strategy == "finetune"
     assert "uniad_rgb_6-4_seed1" not in found
-    assert {name for name, config in found.items() if config.floors} == {name for name in found if "uniad" in name}
+    assert {name for name, config in found.items() if config.baselines} == {name for name in found if "uniad" in name}
     assert all("benchmark" not in config for config in found.values())
 
 
 def test_an_unknown_system_is_refused():
-    with pytest.raises(UserError, match=r'config\.benchmark\.systems is "uniad,cdad"; use names of uniad, iuf'):
-        list(cells(plan(systems="uniad,cdad")))
+    with pytest.raises(UserError, match=r'config\.benchmark\.variants is "uniad,cdad"; use names of uniad, iuf'):
+        list(cells(plan(variants="uniad,cdad")))
 
 
 def test_cells_that_stop_are_an_error_in_the_end(tmp_path):
@@ -82,7 +82,7 @@ def test_a_benchmark_goes_on_where_it_stopped(tmp_path):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(command, cwd=tmp_path, **pipes)
 
-    first, second = (tmp_path / "runs" / "cells" / f"{system}_rgb_1-1_seed0" for system in ("uniad", "iuf"))
+    first, second = (tmp_path / "runs" / "cells" / f"{variant}_rgb_1-1_seed0" for variant in ("uniad", "iuf"))
     with start() as process:
         while not (second / "ledger.jsonl").exists():
             assert process.poll() is None
@@ -95,7 +95,7 @@ def test_a_benchmark_goes_on_where_it_stopped(tmp_path):
     table = (tmp_path / "runs" / "comparison.md").read_text()
     assert "| uniad " in table
     assert "| iuf " not in table
-    assert json.loads((first / "results.json").read_text())["floors"].keys() == {"feature_norm"}
+    assert json.loads((first / "results.json").read_text())["baselines"].keys() == {"feature_norm"}
     before = (first / "results.json").stat().st_mtime_ns
     with start() as process:
         out, err = process.communicate()
@@ -103,6 +103,6 @@ def test_a_benchmark_goes_on_where_it_stopped(tmp_path):
     assert "uniad_rgb_1-1_seed0: this run is finished." in out
     table = (tmp_path / "runs" / "comparison.md").read_text()
     assert out.endswith(table + "\n")
-    for system in ("uniad", "iuf", "feature_norm"):
-        assert f"| {system} " in table
+    for variant in ("uniad", "iuf", "feature_norm"):
+        assert f"| {variant} " in table
     assert (first / "results.json").stat().st_mtime_ns == before

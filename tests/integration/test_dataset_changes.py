@@ -22,7 +22,7 @@ KEYS = SMALL | {
     "dataset.root": "objects",
     "modality": "rgb",
     "method": "uniad",
-    "floors": "",
+    "baselines": "",
     "continual.replay.rank": 2,
     "continual.replay.image_size": 8,
 }

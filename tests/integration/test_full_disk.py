@@ -26,9 +26,9 @@ def stopped(tmp_path_factory):
 
 
 def config(home):
-    """A run of a floor: it writes all that others do, and nothing has to be trained."""
+    """A run of a baseline: it writes all that others do, and nothing has to be trained."""
     config = configs.small("1-1")
-    config.method, config.floors, config.modality = "feature_norm", "", "rgb"
+    config.method, config.baselines, config.modality = "feature_norm", "", "rgb"
     config.dataset.update(name="eyecandies", root=str(home / "candies"), objects=OBJECTS)
     config.input.size, config.backbone.grid, config.report.pictures_per_object = 64, 4, 1
     return config

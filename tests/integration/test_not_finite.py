@@ -22,7 +22,7 @@ KEYS = SMALL | {
     "dataset.name": "folder",
     "modality": "rgb",
     "method": "uniad",
-    "floors": "",
+    "baselines": "",
     "train.epochs": 1,
     "train.batch_size": 4,
 }

@@ -61,7 +61,7 @@ def test_a_second_object_of_few_images(tmp_path, monkeypatch, capsys, count, met
     told = "step 1: batches of 1, as there are no more training images\n"
     assert (told in capsys.readouterr().err) == (method == "ib_iumad")
     first, last = (step["objects"] for step in results["decisions"])
-    assert last["nut"]["image"]["at_most"] is None
+    assert last["nut"]["image"]["false_alarm_bound"] is None
     assert last["bolt"]["test"]["recognised"] == last["nut"]["test"]["recognised"] == 1
     assert last["bolt"]["test"]["taken_as_unknown"] <= first["bolt"]["test"]["taken_as_unknown"]
     detector = Detector.load(tmp_path / "run")
@@ -80,7 +80,7 @@ def test_a_single_image_and_nothing_else(tmp_path, monkeypatch):
     assert decided["test"]["recognised"] == 1
     assert decided["test"]["taken_as_unknown"] < 1
     assert decided["test"]["false_alarms"] < 1
-    assert decided["image"]["at_most"] is None
+    assert decided["image"]["false_alarm_bound"] is None
 
 
 BLACK, WHITE, GREY = (np.full((64, 64, 3), value, np.uint8) for value in (0, 255, 90))

@@ -25,7 +25,7 @@ KEYS = SMALL | {
     "dataset.objects": "CandyCane,GummyBear",
     "dataset.prepared": "prepared",
     "method": "uniad",
-    "floors": "",
+    "baselines": "",
     "modality": "rgb",
     "model.dropout": 0.1,
     "train.epochs": 12,

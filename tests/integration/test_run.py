@@ -102,22 +102,22 @@ def test_results_have_the_public_form(whole):
     workdir, _ = whole
     results = results_of(workdir)
     public = {"config", "protocol", "objects", "steps", "matrix", "summary", "seconds", "versions"}
-    assert set(results) == public | {"floors", "bytes", "memory_bytes", "decisions"}
+    assert set(results) == public | {"baselines", "bytes", "strategy_bytes", "decisions"}
     assert (results["protocol"], results["objects"]) == ("1-1", list(OBJECTS))
     assert results["steps"] == [["CandyCane"], ["GummyBear"]]
-    assert {"format": 2} | results["config"] == json.loads((workdir / "config.json").read_text())
+    assert {"format": 3} | results["config"] == json.loads((workdir / "config.json").read_text())
     assert results["config"]["train"]["epochs"] == 6
     assert results["seconds"] > 1
-    assert results["memory_bytes"] == 2 * 16**2 * 4  # second moments of one encoder and one decoder layer
+    assert results["strategy_bytes"] == 2 * 16**2 * 4  # second moments of one encoder and one decoder layer
     assert {"iumad-jax", "jax"} <= set(results["versions"])
-    assert set(results["floors"]) == {"feature_norm", "nearest_neighbours"}
-    for system in (results, *results["floors"].values()):
-        assert set(METRICS) <= set(system["matrix"]) == set(system["summary"])
-        for metric, rows in system["matrix"].items():
+    assert set(results["baselines"]) == {"feature_norm", "nearest_neighbours"}
+    for method in (results, *results["baselines"].values()):
+        assert set(METRICS) <= set(method["matrix"]) == set(method["summary"])
+        for metric, rows in method["matrix"].items():
             assert [[value is None for value in row] for row in rows] == [[False, True], [False, False]]
             (first, _), (again, second) = rows
             assert all(0 <= value <= 1 for value in (first, again, second))
-            assert system["summary"][metric] == pytest.approx(
+            assert method["summary"][metric] == pytest.approx(
                 {
                     "final": (again + second) / 2,
                     "acc": (first + (again + second) / 2) / 2,
@@ -132,10 +132,10 @@ def test_the_ledger_tells_the_story_in_order(whole):
     workdir, _ = whole
     events = read(workdir / "ledger.jsonl")
     story = [event["event"] for event in events]
-    systems = 3
+    methods = 3
     assert story == [
-        "step", *["epoch"] * 6, *["evaluation"] * systems, "decisions", "snapshot",
-        "step", *["epoch"] * 6, *["evaluation"] * 2 * systems, "decisions", "snapshot",
+        "step", *["epoch"] * 6, *["evaluation"] * methods, "decisions", "snapshot",
+        "step", *["epoch"] * 6, *["evaluation"] * 2 * methods, "decisions", "snapshot",
     ]  # fmt: skip
     assert events[0] == {"event": "step", "step": 0, "learned": ["CandyCane"], "images": 5}
     epochs = [event for event in events if event["event"] == "epoch"]
@@ -148,10 +148,10 @@ def test_the_ledger_tells_the_story_in_order(whole):
     results = results_of(workdir)
     for event in events:
         if event["event"] == "evaluation":
-            system = {"ib_iumad": results, **results["floors"]}[event["method"]]
+            method = {"ib_iumad": results, **results["baselines"]}[event["method"]]
             column = OBJECTS.index(event["object"])
             for metric in METRICS:
-                assert event[metric] == system["matrix"][metric][event["step"]][column]
+                assert event[metric] == method["matrix"][metric][event["step"]][column]
 
 
 def test_tables_and_pictures_are_there(whole):
@@ -345,15 +345,15 @@ def test_other_modalities_and_methods(run, whole, tmp_path, modality, method):
     terms = {"loss", "fusion", "kl", "ib_heads", "object_rgb", "object_depth", "compression"}
     terms |= {"gradient_norm", "update_norm"}
     assert epochs == ([{"event", "step", "epoch"} | terms] if trained else [])
-    assert set(results["floors"]) == {"feature_norm", "nearest_neighbours"} - {method}
+    assert set(results["baselines"]) == {"feature_norm", "nearest_neighbours"} - {method}
     for metric in METRICS:
         ((value,),) = results["matrix"][metric]
         assert 0 <= value <= 1
         assert results["summary"][metric] == {
             "final": value, "acc": value, "fm": None, "fm_aggregate": None, "new": value
         }  # fmt: skip
-    of_depth = (results["floors"]["feature_norm"] if trained else results)["matrix"]["aupro"][0][0]
-    assert of_depth != results_of(whole[0])["floors"]["feature_norm"]["matrix"]["aupro"][0][0]
+    of_depth = (results["baselines"]["feature_norm"] if trained else results)["matrix"]["aupro"][0][0]
+    assert of_depth != results_of(whole[0])["baselines"]["feature_norm"]["matrix"]["aupro"][0][0]
 
 
 def test_joint_trains_on_all_objects_seen_so_far_and_says_that_it_is_not_incremental(run, home, tmp_path):
@@ -366,14 +366,14 @@ def test_joint_trains_on_all_objects_seen_so_far_and_says_that_it_is_not_increme
     for text in (out, (workdir / "results.md").read_text()):
         assert "Strategy joint is not incremental: every step trains on the images of all objects seen so far" in text
     image = 64 * 64 * 3 * 4 + 4 * 4 * 192 * 4 + 4  # as prepared: pixels, features and the object's number
-    assert 0 < results_of(workdir)["memory_bytes"] <= 10 * image
+    assert 0 < results_of(workdir)["strategy_bytes"] <= 10 * image
     command = [sys.executable, "-m", "iumad_jax.evaluate", f"--workdir={workdir}"]  # tells the same of what was kept
     folder = workdir / "evaluations"
     for step in (0, 1):
         output = folder / str(step)
         subprocess.run([*command, f"--step={step}", f"--output={output}"], cwd=home, check=True)
-    kept = [results_of(folder / str(step))["memory_bytes"] for step in (0, 1)]
-    assert kept == [results_of(workdir)["memory_bytes"] // 2, results_of(workdir)["memory_bytes"]]
+    kept = [results_of(folder / str(step))["strategy_bytes"] for step in (0, 1)]
+    assert kept == [results_of(workdir)["strategy_bytes"] // 2, results_of(workdir)["strategy_bytes"]]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(run, whole, tmp_path):

@@ -138,13 +138,13 @@ def test_evaluate_repeats_what_training_found(home, command):
     assert code == 0, err
     before, again = results_of(home / "run"), results_of(home / "again")
     assert again["matrix"] == {metric: [rows[-1]] for metric, rows in before["matrix"].items()}
-    for name, floor in before["floors"].items():
-        assert again["floors"][name]["matrix"] == {metric: [rows[-1]] for metric, rows in floor["matrix"].items()}
+    for name, baseline in before["baselines"].items():
+        assert again["baselines"][name]["matrix"] == {metric: [rows[-1]] for metric, rows in baseline["matrix"].items()}
     assert again["decisions"] == before["decisions"][-1:]
     assert command("evaluate", "--workdir=run")[1].endswith("are in run/evaluations/eyecandies_step1.\n")
     assert again["evaluated"] == {"workdir": "run", "step": 1, "learned": 2}
     out_of_one = command("evaluate", "--workdir=run", "--output=one", "--config.dataset.objects=CandyCane")[1]
-    assert f"keeps {before['memory_bytes'] / 2 / 1e3:.1f} kB per object" in out_of_one  # of both
+    assert f"keeps {before['strategy_bytes'] / 2 / 1e3:.1f} kB per object" in out_of_one  # of both
     assert "ib_iumad on eyecandies, rgb+depth, after step 1 of run" in (home / "again" / "results.md").read_text()
     assert out.endswith("Report, tables and ledger are in again.\n")
     assert (home / "again" / "report.html").exists()

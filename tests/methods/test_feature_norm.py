@@ -1,4 +1,4 @@
-"""The floor that needs no training, against NumPy."""
+"""The baseline that needs no training, against NumPy."""
 
 import jax
 import numpy as np

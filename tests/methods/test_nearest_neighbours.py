@@ -1,4 +1,4 @@
-"""The memory of training patches, against brute force in NumPy."""
+"""The memory_bank of training patches, against brute force in NumPy."""
 
 import jax
 import numpy as np
@@ -31,9 +31,9 @@ def rows(*batches, modality="rgb"):
     )
 
 
-def nearest(x, memory):
+def nearest(x, memory_bank):
     """The Euclidean distance to the nearest row, for every patch."""
-    return np.array([[np.sqrt(((patch - memory) ** 2).sum(-1)).min() for patch in image] for image in x])
+    return np.array([[np.sqrt(((patch - memory_bank) ** 2).sum(-1)).min() for patch in image] for image in x])
 
 
 def test_error_is_the_distance_to_the_nearest_training_patch():
@@ -70,9 +70,9 @@ def test_images_that_are_all_alike_hide_no_defect():
 
 def test_memory_grows_by_a_bounded_number_of_different_patches_per_object():
     batches = [random_batch(seed) for seed in range(3)]
-    memory = observed(nearest_neighbours(10, seed=0), *batches)["statistics"]["by_object"]
-    assert [patches["rgb"].shape for patches in memory] == [(10, 3)] * 3
-    for batch, patches in zip(batches, memory, strict=True):
+    memory_bank = observed(nearest_neighbours(10, seed=0), *batches)["statistics"]["by_object"]
+    assert [patches["rgb"].shape for patches in memory_bank] == [(10, 3)] * 3
+    for batch, patches in zip(batches, memory_bank, strict=True):
         own = {tuple(row) for row in rows(batch)}
         drawn = {tuple(row) for row in patches["rgb"]}
         assert len(drawn) == 10

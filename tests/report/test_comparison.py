@@ -1,4 +1,4 @@
-"""Runs side by side: means and deviations by hand, the paper's numbers where they belong, pictures of every system."""
+"""Runs side by side: means and deviations by hand, the paper's numbers where they belong, pictures of every variant."""
 
 import csv
 import io
@@ -15,15 +15,17 @@ OBJECTS = ["bagel", "rope", "tire"]
 
 
 def keep(workdir, folder, *matrices, dataset="candies", steps=(("bagel", "rope"), ("tire",))):
-    """A finished run: the matrix of every metric, of the method and then of the floors."""
-    systems = [{"matrix": dict.fromkeys(METRICS, m), "summary": summarise(dict.fromkeys(METRICS, m))} for m in matrices]
+    """A finished run: the matrix of every metric, of the method and then of the baselines."""
+    variants = [
+        {"matrix": dict.fromkeys(METRICS, m), "summary": summarise(dict.fromkeys(METRICS, m))} for m in matrices
+    ]
     results = {
         "config": {"method": "iuf", "modality": "rgb", "dataset": {"name": dataset}},
         "protocol": "2-1",
         "objects": OBJECTS,
         "steps": [list(step) for step in steps],
-        **systems[0],
-        "floors": dict(zip(("feature_norm",), systems[1:], strict=False)),
+        **variants[0],
+        "baselines": dict(zip(("feature_norm",), variants[1:], strict=False)),
     }
     (workdir / "cells" / folder).mkdir(parents=True)
     text = json.dumps(results).replace("NaN", "null")
@@ -38,16 +40,16 @@ def falls(base, last):
 @pytest.fixture
 def workdir(tmp_path):
     keep(tmp_path, "iuf_rgb_2-1_seed1", falls(1.0, 0.4))
-    floor = [[0.5, 0.5, np.nan], [0.5, 0.5, 0.5]]
-    keep(tmp_path, "iuf_rgb_2-1_seed0", falls(0.9, 0.7), floor)
-    keep(tmp_path, "ib_iumad-no_mamba_rgb_2-1_seed0", falls(0.9, 0.9), floor)
+    baseline = [[0.5, 0.5, np.nan], [0.5, 0.5, 0.5]]
+    keep(tmp_path, "iuf_rgb_2-1_seed0", falls(0.9, 0.7), baseline)
+    keep(tmp_path, "ib_iumad-no_mamba_rgb_2-1_seed0", falls(0.9, 0.9), baseline)
     keep(tmp_path, "iuf_rgb_3-0_seed0", [[0.9, 0.8, 0.7]], steps=[OBJECTS])
     (tmp_path / "cells" / "iuf_rgb_2-1_seed2").mkdir()  # not finished
     return tmp_path
 
 
 def table(text, protocol):
-    """The rows of a protocol's table by modality and system, each by its header."""
+    """The rows of a protocol's table by modality and variant, each by its header."""
     lines = text.split(f"## {protocol}\n")[1].strip().split("\n\n")[0].splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {tuple(row[:2]): dict(zip(cells[0], row, strict=True)) for row in cells[2:]}
@@ -102,7 +104,7 @@ def test_csv_has_every_figure(workdir):
     comparison.write(workdir)
     rows = list(csv.DictReader(io.StringIO((workdir / "comparison.csv").read_text())))
     assert len(rows) == 4 * len(METRICS) * 5
-    chosen = [r for r in rows if (r["protocol"], r["system"], r["metric"]) == ("2-1", "iuf", "p_auroc")]
+    chosen = [r for r in rows if (r["protocol"], r["variant"], r["metric"]) == ("2-1", "iuf", "p_auroc")]
     (fm,) = [row for row in chosen if row["figure"] == "fm"]
     assert float(fm["mean"]) == pytest.approx(0.2)
     assert float(fm["std"]) == pytest.approx(0.1 * 2**0.5)

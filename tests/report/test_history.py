@@ -18,23 +18,23 @@ def decided(step, threshold):
 
 
 def snapshot(step, size):
-    return {"event": "snapshot", "step": step, "bytes": {"net": size, "floor": 1}, "memory_bytes": 10 * size}
+    return {"event": "snapshot", "step": step, "bytes": {"net": size, "baseline": 1}, "strategy_bytes": 10 * size}
 
 
 EVENTS = [
     {"event": "step", "step": 0, "learned": ["bee", "ant"], "images": 5},
     {"event": "epoch", "step": 0, "epoch": 0, "loss": 1.0},
     evaluation(0, "bee", "net", 0.9),
-    evaluation(0, "bee", "floor", 0.4),
+    evaluation(0, "bee", "baseline", 0.4),
     evaluation(0, "ant", "net", None),  # undefined
-    evaluation(0, "ant", "floor", None),
+    evaluation(0, "ant", "baseline", None),
     decided(0, 0.5),
     snapshot(0, 100),
     {"event": "step", "step": 1, "learned": ["cow"], "images": 3},
     evaluation(1, "bee", "net", 0.7),
-    evaluation(1, "bee", "floor", 0.4),
+    evaluation(1, "bee", "baseline", 0.4),
     evaluation(1, "cow", "net", 0.8),  # ant has no test images any more
-    evaluation(1, "cow", "floor", 0.2),
+    evaluation(1, "cow", "baseline", 0.2),
     decided(1, 0.6),
     snapshot(1, 200),
     {"event": "step", "step": 2, "learned": ["dog"], "images": 3},
@@ -47,19 +47,19 @@ def test_matrices_and_decisions_are_those_of_finished_steps():
     found = history(EVENTS)
     assert found.steps == (("bee", "ant"), ("cow",))
     assert found.objects == ("bee", "ant", "cow")
-    assert list(found.matrices) == ["net", "floor"]
+    assert list(found.matrices) == ["net", "baseline"]
     for metric in METRICS:
         np.testing.assert_array_equal(found.matrices["net"][metric], [[0.9, NAN, NAN], [0.7, NAN, 0.8]])
-        np.testing.assert_array_equal(found.matrices["floor"][metric], [[0.4, NAN, NAN], [0.4, NAN, 0.2]])
+        np.testing.assert_array_equal(found.matrices["baseline"][metric], [[0.4, NAN, NAN], [0.4, NAN, 0.2]])
     assert [one["objects"]["bee"]["image"] for one in found.decisions] == [0.5, 0.6]
-    assert (found.bytes, found.memory_bytes) == ({"net": 200, "floor": 1}, 2000)
+    assert (found.bytes, found.strategy_bytes) == ({"net": 200, "baseline": 1}, 2000)
 
 
 def test_it_can_end_with_an_earlier_step():
     found = history(EVENTS, last_step=0)
     assert found.steps == (("bee", "ant"),)
     np.testing.assert_array_equal(found.matrices["net"]["aupro"], [[0.9, NAN]])
-    assert (len(found.decisions), found.memory_bytes) == (1, 1000)
+    assert (len(found.decisions), found.strategy_bytes) == (1, 1000)
 
 
 def test_a_ledger_without_a_finished_step_tells_nothing():
@@ -70,7 +70,7 @@ def test_a_ledger_without_a_finished_step_tells_nothing():
 def test_results_hold_all_of_it():
     found = results({"method": "net", "protocol": "2-1"}, history(EVENTS), seconds=3.5)
     assert json.loads(json.dumps(found["steps"])) == [["bee", "ant"], ["cow"]]
-    assert (found["seconds"], found["bytes"], found["floors"]["floor"]["bytes"]) == (3.5, 200, 1)
+    assert (found["seconds"], found["bytes"], found["baselines"]["baseline"]["bytes"]) == (3.5, 200, 1)
     matrix = np.array(found["matrix"]["i_auroc"])
     assert found["summary"]["i_auroc"]["fm"] == forgetting(matrix)
     assert round(found["summary"]["i_auroc"]["fm"], 6) == 0.2

@@ -34,11 +34,11 @@ def masks():
 
 @pytest.fixture
 def maps(masks):
-    return {"ours": smooth(0) + masks, "floor": smooth(1)}
+    return {"ours": smooth(0) + masks, "baseline": smooth(1)}
 
 
 def summary(masks, maps):
-    scores = {name: of_system.max(axis=(1, 2)) for name, of_system in maps.items()}
+    scores = {name: values.max(axis=(1, 2)) for name, values in maps.items()}
     alarm = scores["ours"] > 1
     return samples.summarise(IDS, DEFECTS, ANOMALOUS, masks, scores, maps, alarm, np.linspace(0, 1, COUNT))
 
@@ -53,12 +53,12 @@ def test_saved_and_read_back(tmp_path, masks, maps):
     np.testing.assert_array_equal(found.maps, kept.maps)
     np.testing.assert_array_equal(found.alarm, maps["ours"].max((1, 2)) > 1)
     np.testing.assert_array_equal(found.pixel_threshold, np.linspace(0, 1, COUNT, dtype=np.float32))
-    for name, of_system in maps.items():
-        np.testing.assert_array_equal(found.scores[name], of_system.max(axis=(1, 2)))
-        overlap, thresholds = pro_curve(masks, of_system, RATES)
+    for name, values in maps.items():
+        np.testing.assert_array_equal(found.scores[name], values.max(axis=(1, 2)))
+        overlap, thresholds = pro_curve(masks, values, RATES)
         np.testing.assert_array_equal(found.overlap[name], overlap)
         np.testing.assert_array_equal(found.thresholds[name], thresholds)
-    assert list(found.scores) == ["ours", "floor"]
+    assert list(found.scores) == ["ours", "baseline"]
 
 
 def test_small_maps_stand_for_the_methods_own(masks, maps):

@@ -27,7 +27,7 @@ MATRIX = {
     "p_auroc_object": [[nan] * 3] * 2,
     "aupro_object": [[nan] * 3] * 2,
 }
-FLOOR = {metric: [[0.65, nan, 0.65], [0.65] * 3] for metric in ("i_auroc", "p_auroc", "aupro", "aupro_exact")} | {
+BASELINE = {metric: [[0.65, nan, 0.65], [0.65] * 3] for metric in ("i_auroc", "p_auroc", "aupro", "aupro_exact")} | {
     "p_auroc_object": [[nan] * 3] * 2,
     "aupro_object": [[nan] * 3] * 2,
 }
@@ -105,8 +105,8 @@ def test_undefined_cells_are_counted_with_their_reason(console):
 
 def test_without_test_images_no_table_is_full_of_dashes(console):
     matrix = {metric: [[nan] * 3] * 2 for metric in MATRIX}
-    floors = {"feature_norm": {"matrix": matrix, "summary": tables.summarise(matrix)}}
-    for text in (console(run(matrix, floors=floors)), tables.markdown(run(matrix, floors=floors))):
+    baselines = {"feature_norm": {"matrix": matrix, "summary": tables.summarise(matrix)}}
+    for text in (console(run(matrix, baselines=baselines)), tables.markdown(run(matrix, baselines=baselines))):
         assert "Nothing is measured: no object has both good and defective test images." in text
         assert cells(text, "zebra") == [["0"]]
         assert not any(word in text for word in ("AUROC", "AUPRO", "mean", "Undefined"))
@@ -137,8 +137,8 @@ def test_a_run_half_way_shows_what_it_has_learned(console):
 
 
 def test_floors_stand_beside_the_method(console):
-    floor = {"matrix": FLOOR, "summary": tables.summarise(FLOOR), "bytes": 2_000_000}
-    text = console(run(floors={"feature_norm": floor}, bytes=12_345_678))
+    baseline = {"matrix": BASELINE, "summary": tables.summarise(BASELINE), "bytes": 2_000_000}
+    text = console(run(baselines={"feature_norm": baseline}, bytes=12_345_678))
     assert cells(text, "mean")[0] == ["0.717", "0.780", "0.433"]
     assert cells(text, "mean of feature_norm") == [["0.650", "0.650", "0.650"]]
     assert cells(text, "AUPRO", "feature_norm") == [["0.650", "0.650", "0.000", "0.000", "0.650"]]
@@ -151,7 +151,7 @@ def test_floors_stand_beside_the_method(console):
 def test_what_the_strategy_keeps_is_told_per_object(console):
     def told(strategy):
         config = run()["config"] | {"continual": {"strategy": strategy}}
-        text = console(run(config=config, memory_bytes=6_000))
+        text = console(run(config=config, strategy_bytes=6_000))
         (line,) = [line for line in text.splitlines() if line.startswith("Strategy")]
         return line
 
@@ -166,8 +166,8 @@ def test_the_console_says_where_the_rest_lies(console, tmp_path):
 
 
 def test_markdown_holds_every_matrix():
-    floor = {"matrix": FLOOR, "summary": tables.summarise(FLOOR)}
-    text = tables.markdown(run(floors={"feature_norm": floor}))
+    baseline = {"matrix": BASELINE, "summary": tables.summarise(BASELINE)}
+    text = tables.markdown(run(baselines={"feature_norm": baseline}))
     assert text.startswith("# ib_iumad on zoo, rgb+depth, protocol 2-1\n")
     parts = dict(part.split(" after every step\n", 1) for part in text.split("## ")[1:])
     assert list(parts) == ["I-AUROC", "P-AUROC", "AUPRO", "AUPRO exact"]
@@ -234,7 +234,7 @@ mean & \textbf{71.7} & 43.3 & 7.5 & 10.0 & 65.0 & \textbf{65.0} & \textbf{0.0} &
 
 
 def with_floor(**others):
-    return run(floors={"feature_norm": {"matrix": FLOOR, "summary": tables.summarise(FLOOR)}}, **others)
+    return run(baselines={"feature_norm": {"matrix": BASELINE, "summary": tables.summarise(BASELINE)}}, **others)
 
 
 def test_latex_in_the_papers_form():

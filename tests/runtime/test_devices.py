@@ -16,7 +16,7 @@ from flax import linen as nn
 from iumad_jax.config import paper
 from iumad_jax.continual.iuf import iuf
 from iumad_jax.continual.replay import replay
-from iumad_jax.data.batches import training_batches, whole
+from iumad_jax.data.batches import single_update, training_batches
 from iumad_jax.errors import UserError
 from iumad_jax.methods.ib_iumad import ib_iumad
 from iumad_jax.methods.network import from_network, jitter
@@ -53,12 +53,12 @@ def three_updates():
     method, optimizer = ib_iumad(config.model, ("rgb",), objects=3), make_optimizer(config.train)
     variables = jax.tree.map(np.asarray, jax.jit(method.init)(jax.random.key(0), batch))
     state = initial_state(variables, optimizer, 0, [])
-    shifted = [whole(jax.tree.map(lambda a, shift=shift: np.roll(a, shift, 0), batch)) for shift in range(3)]
-    pieces = (piece for piece in shifted)
+    shifted = [single_update(jax.tree.map(lambda a, shift=shift: np.roll(a, shift, 0), batch)) for shift in range(3)]
+    stream = (device_batches for device_batches in shifted)
     (epoch,) = train_epochs(
         make_update(method, optimizer),
         state,
-        pieces,
+        stream,
         lambda _: 1e-2,
         jax.random.key(1),
         per_epoch=3,
@@ -102,15 +102,17 @@ def small_training(strategy, batch_size):
     }
     strategy, optimizer = build[strategy](), make_optimizer(config.train)
     variables = jax.tree.map(np.asarray, jax.jit(method.init)(jax.random.key(0), images))
-    memory = strategy.begin({}, variables, images, 0) if strategy else {}
-    if "queues" in memory:  # small singular values, or there were nothing to compress
-        memory = jax.tree.map(lambda queue: rng.normal(0, [1, 1, 0.02, 0.01], queue.shape).astype(np.float32), memory)
+    strategy_state = strategy.begin({}, variables, images, 0) if strategy else {}
+    if "queues" in strategy_state:  # small singular values, or there were nothing to compress
+        strategy_state = jax.tree.map(
+            lambda queue: rng.normal(0, [1, 1, 0.02, 0.01], queue.shape).astype(np.float32), strategy_state
+        )
     elif strategy:
-        memory = strategy.begin(strategy.finish(memory, variables, images, 0), variables, images, 1)
-    pieces = (piece for piece in training_batches([images], batch_size, 0, 0))
-    update, state = make_update(method, optimizer, strategy), initial_state(variables, optimizer, 0, [], memory)
-    (epoch,) = train_epochs(update, state, pieces, lambda _: 1e-2, jax.random.key(1), per_epoch=4, last=1)
-    return epoch.losses, epoch.state.variables["params"], epoch.state.memory
+        strategy_state = strategy.begin(strategy.finish(strategy_state, variables, images, 0), variables, images, 1)
+    stream = (device_batches for device_batches in training_batches([images], batch_size, 0, 0))
+    update, state = make_update(method, optimizer, strategy), initial_state(variables, optimizer, 0, [], strategy_state)
+    (epoch,) = train_epochs(update, state, stream, lambda _: 1e-2, jax.random.key(1), per_epoch=4, last=1)
+    return epoch.losses, epoch.state.variables["params"], epoch.state.strategy_state
 
 
 def everything_small():
@@ -132,11 +134,11 @@ def by_devices(tmp_path_factory):
 @pytest.mark.parametrize("strategy", SMALL)
 def test_any_number_of_devices_trains_as_one_does_whether_or_not_the_batch_divides(by_devices, devices, strategy):
     """To rounding: sums over images are taken in another order. What counts is the mean over the batch's images."""
-    (losses, params, memory), (one_losses, one_params, one_memory) = (
+    (losses, params, strategy_state), (one_losses, one_params, one_memory) = (
         by_devices[number][0][strategy] for number in (devices, 1)
     )
     assert losses == pytest.approx(one_losses, rel=1e-4)
-    for found, expected in ((params, one_params), (memory, one_memory)):
+    for found, expected in ((params, one_params), (strategy_state, one_memory)):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, expected)
 
 
@@ -160,10 +162,10 @@ def test_an_images_key_is_that_of_its_place_in_the_batch():
     keys = jax.random.split(jax.random.key(3), 12)
 
     def own(_, rows, key):
-        return jax.random.key_data(devices.own_keys(key, len(rows)))
+        return jax.random.key_data(devices.image_keys(key, len(rows)))
 
     for batch_size in (12, 10):  # on four devices, the latter fill two places
-        found = devices.data_parallel(own)(np.zeros(4), devices.share(np.arange(batch_size)), jax.random.key(3))
+        found = devices.data_parallel(own)(np.zeros(4), devices.split_indices(np.arange(batch_size)), jax.random.key(3))
         np.testing.assert_array_equal(
             np.asarray(found).reshape(12, -1)[:batch_size], jax.random.key_data(keys)[:batch_size]
         )
@@ -177,7 +179,7 @@ def test_every_device_has_its_share_of_the_batch_and_a_copy_of_the_state():
         mean = devices.mean_over_devices(batch["x"].mean(0))
         return {"w": state["w"] + factor * mean, "count": state["count"] + batch["n"].sum()}
 
-    whole_batch = jax.tree.map(lambda array: array[devices.share(np.arange(8))], batch)
+    whole_batch = jax.tree.map(lambda array: array[devices.split_indices(np.arange(8))], batch)
     after = devices.data_parallel(update)(devices.replicate(state), whole_batch, 2.0)
     np.testing.assert_array_equal(after["count"], 5 + np.array([0 + 1, 2 + 3, 4 + 5, 6 + 7]))
     for copy in np.asarray(after["w"]):

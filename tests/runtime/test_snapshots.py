@@ -51,7 +51,7 @@ def snapshot(step, updates, finished=False, seed=0, size=3):
         recognition={"count": np.full(2, 3, np.float32), "mean": np.ones((2, 4), np.float32)},
         calibration={"bolt": calibration, "größe 2": calibration._replace(few=False, from_training_images=True)},
         optimizer=[],
-        strategy={"old": {"kernel": np.full(2, seed, np.float32)}, "by_object": per_object(seed)},
+        strategy_state={"old": {"kernel": np.full(2, seed, np.float32)}, "by_object": per_object(seed)},
         losses={"loss": np.arange(updates, dtype=np.float32)} if updates % 2 else {},
         ledger=LedgerMark(10 * step + updates, "ab"),
         seconds=0.3,
@@ -203,7 +203,7 @@ def test_what_changes_after_a_save_began_is_not_saved(tmp_path):
         snapshots.save(saved)
         saved.variables["ib_iumad"]["params"]["mamba"]["kernel"][:] = 0
         saved.calibration["bolt"].score[:] = 0
-        saved.strategy["by_object"][0]["mean"]["rgb"][:] = 9
+        saved.strategy_state["by_object"][0]["mean"]["rgb"][:] = 9
         assert_same(snapshots.latest(), snapshot(1, 1, size=100_000))
 
 
@@ -336,7 +336,7 @@ def learned(step, objects):
     size = 50_000  # numbers per object
     rng = np.random.default_rng(0)
     strategy = {"by_object": tuple({"mean": rng.normal(size=size).astype(np.float32)} for _ in range(objects))}
-    return snapshot(step, 0, finished=True)._replace(strategy=strategy)
+    return snapshot(step, 0, finished=True)._replace(strategy_state=strategy)
 
 
 def test_what_an_object_adds_is_stored_once(tmp_path):

@@ -125,10 +125,10 @@ def test_a_full_disk_leaves_the_workdir_unclaimed(tmp_path, files_no_larger_than
 @pytest.mark.parametrize(
     ("format_", "told"),
     [
-        (None, "an older version of iumad_jax (run format 0; this version reads 2)"),
-        (1, "an older version of iumad_jax (run format 1; this version reads 2)"),
-        (3, "another version of iumad_jax (run format 3; this version reads 2)"),
-        ("x", "another version of iumad_jax (run format x; this version reads 2)"),
+        (None, "an older version of iumad_jax (run format 0; this version reads 3)"),
+        (1, "an older version of iumad_jax (run format 1; this version reads 3)"),
+        (4, "another version of iumad_jax (run format 4; this version reads 3)"),
+        ("x", "another version of iumad_jax (run format x; this version reads 3)"),
     ],
 )
 def test_a_run_of_another_format_is_refused(tmp_path, format_, told):

@@ -58,15 +58,15 @@ def settings(**changes):
     return config
 
 
-def trained(method, config, images, first=0, state=None, update=None, pieces=None, **rest):
+def trained(method, config, images, first=0, state=None, update=None, stream=None, **rest):
     """Every epoch from the first update, each as training leaves it."""
     optimizer = make_optimizer(config)
     if state is None:
         state = initial_state(method.init(jax.random.key(1), images), optimizer, 0, [])
-    pieces = pieces or training_input([images], BATCH, 7, first)
+    stream = stream or training_input([images], BATCH, 7, first)
     update = update or make_update(method, optimizer)
     rates = learning_rates(config, PER_EPOCH)
-    return train_epochs(update, state, pieces, rates, jax.random.key(2), PER_EPOCH, config.epochs, **rest)
+    return train_epochs(update, state, stream, rates, jax.random.key(2), PER_EPOCH, config.epochs, **rest)
 
 
 def test_updates_are_those_of_adamw_with_a_clipped_norm():
@@ -191,16 +191,16 @@ def test_training_goes_on_as_if_it_had_never_stopped():
             jax.tree.map(np.testing.assert_array_equal, (one.state, one.history), (other.state, other.history))
 
 
-@pytest.mark.parametrize("at_once", [1, PER_EPOCH])
-def test_resident_images_train_as_streamed_ones_do(at_once):
+@pytest.mark.parametrize("updates_per_loop", [1, PER_EPOCH])
+def test_resident_images_train_as_streamed_ones_do(updates_per_loop):
     """Bit by bit update by update; to rounding where an epoch is one loop, which is compiled in another way."""
     method, config, data = pull(noise=1.0), settings(schedule="cosine"), images()
     streamed, found = (
-        trained(method, config, data, pieces=training_input([data], BATCH, 7, 0, resident, at_once))
+        trained(method, config, data, stream=training_input([data], BATCH, 7, 0, resident, updates_per_loop))
         for resident in ("never", "always")
     )
     for one, other in zip(streamed, found, strict=True):
-        rtol = 0 if at_once == 1 else 1e-5
+        rtol = 0 if updates_per_loop == 1 else 1e-5
         jax.tree.map(lambda a, b, r=rtol: np.testing.assert_allclose(a, b, r), other.state, one.state)
         assert other.losses == pytest.approx(one.losses, rel=rtol, abs=0)
 
@@ -229,7 +229,10 @@ def spoiled(number):
     """Images of which one, left out of the first epoch, has another number; its place and the update that takes it."""
     data = images()
     data.features["rgb"][:] = np.abs(data.features["rgb"]) + 1
-    order = [piece.images.object_id for piece, _ in zip(training_batches([data], BATCH, 7, 0), range(10), strict=False)]
+    order = [
+        device_batches.images.object_id
+        for device_batches, _ in zip(training_batches([data], BATCH, 7, 0), range(10), strict=False)
+    ]
     (broken,) = set(range(IMAGES)) - set(np.ravel(order[:PER_EPOCH]).tolist())
     (update,) = [number for number, ids in enumerate(order) if broken in ids]
     data.features["rgb"][broken] = number
@@ -249,7 +252,7 @@ def test_the_operation_that_makes_nan_is_found(flaw, number, told):
     data, update, rows = spoiled(number)
     method, config = flawed(flaw), settings(learning_rate=1e-3, schedule="step")
     finding = make_update(method, make_optimizer(config), None, find_operations=True)
-    passes = trained(method, config, data, update=finding, pieces=training_input([data], BATCH, 7, 0, "always", 1))
+    passes = trained(method, config, data, update=finding, stream=training_input([data], BATCH, 7, 0, "always", 1))
     epochs = explain(passes, 3, PER_EPOCH, lambda update: [f"x/{row}" for row in images_of(update, IMAGES, BATCH, 7)])
     assert np.isfinite(next(epochs).losses["loss"])
     with pytest.raises(UserError) as error:

@@ -5,7 +5,7 @@ import sys
 from typing import NoReturn
 
 from iumad_jax.data.candies.dataset import render
-from iumad_jax.errors import MISTAKE, UserError
+from iumad_jax.errors import USER_ERROR, UserError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -27,7 +27,7 @@ def main() -> None:
         root = render(**vars(parser.parse_args()))
     except UserError as error:
         sys.stderr.write(f"{error}\n")
-        sys.exit(MISTAKE)
+        sys.exit(USER_ERROR)
     print(f"candies: {root}")
 
 

@@ -84,7 +84,7 @@ def checksum(values: Values) -> int:
 
 
 def load(folder: Path, names: Sequence[str], count: int) -> Values:
-    """Memory-mapped arrays (count, ...); of a file that is missing or damaged, no rows at all."""
+    """StrategyState-mapped arrays (count, ...); of a file that is missing or damaged, no rows at all."""
     return {name: _load(folder / f"{name}.npy", count) for name in names}
 
 

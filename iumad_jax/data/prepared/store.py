@@ -6,7 +6,7 @@ Every object and split has a folder of its own, whose name is a hash of FORMAT a
     manifest.json    the source files, by SHA-256, and what is known of their images
     rows-<hash>/     one .npy file per array, one row per image
 
-Memory-mapped files because they are read at random several times faster than records that have to be parsed
+StrategyState-mapped files because they are read at random several times faster than records that have to be parsed
 (`python -m tests.harness.input_pipeline`).
 """
 

@@ -1,14 +1,14 @@
 const page = JSON.parse(document.getElementById("data").textContent);
-const { results, systems, metrics, columns, rates } = page;
-const names = Object.keys(systems); // the run's own method, then the floors
+const { results, methods, metrics, columns, rates } = page;
+const names = Object.keys(methods); // the run's own method, then the baselines
 const own = names[0];
-const floors = names.slice(1);
+const baselines = names.slice(1);
 const objects = columns.map(([, name]) => name);
 const steps = results.matrix.i_auroc.length;
-const colour = (system) => `--color: var(--system-${names.indexOf(system) % 3});`;
+const colour = (method) => `--color: var(--method-${names.indexOf(method) % 3});`;
 const DASHES = ["", "--dash: dashed; --stroke-dash: 7 4;", "--dash: dotted; --stroke-dash: 2 4;"];
-const dashed = (system) => DASHES[names.indexOf(system) % 3];
-const row = (system, metric, step) => columns.map(([, , column]) => systems[system].matrix[metric][step][column]);
+const dashed = (method) => DASHES[names.indexOf(method) % 3];
+const row = (method, metric, step) => columns.map(([, , column]) => methods[method].matrix[metric][step][column]);
 
 // ---- overview ----
 
@@ -20,11 +20,11 @@ function overview() {
   const count = (number, name) => `${number} ${name}${number === 1 ? "" : "s"}`;
   $("subtitle").textContent =
     `${count(objects.length, "object")} in ${count(steps, "step")} · seed ${config.seed} · ${time}`;
-  const floor = `${floors.join(" and ")} are not trained: what does not beat these floors has not shown anything.`;
+  const baseline = `${baselines.join(" and ")} are not trained: what does not beat these baselines has not shown anything.`;
   $("key").hidden = !Object.keys(metrics).length;
-  $("key").textContent = `Means over objects after the last step.${floors.length ? ` ${floor}` : ""}`;
+  $("key").textContent = `Means over objects after the last step.${baselines.length ? ` ${baseline}` : ""}`;
   for (const metric of ["i_auroc", "aupro", "p_auroc_object", "aupro_object"].filter((key) => metrics[key])) {
-    const figures = systems[own].summary[metric];
+    const figures = methods[own].summary[metric];
     $("tiles").append(
       h(
         "div",
@@ -35,7 +35,7 @@ function overview() {
           "div",
           { class: "bars" },
           ...names.flatMap((name) => {
-            const { final } = systems[name].summary[metric];
+            const { final } = methods[name].summary[metric];
             const bar = h("i", { "aria-hidden": "true", style: `${colour(name)} --v: ${final ?? 0}` });
             return [h("span", {}, name), bar, h("span", {}, show(final))];
           }),
@@ -45,12 +45,12 @@ function overview() {
     );
   }
   $("remarks").append(...page.remarks.map((remark) => h("li", {}, remark)));
-  for (const legend of document.querySelectorAll(".legend.systems")) {
+  for (const legend of document.querySelectorAll(".legend.methods")) {
     legend.append(...names.map((name) => h("span", { style: colour(name) + dashed(name) }, name)));
   }
   const facts = { commands: null, "Version of": versions, "Kept for later steps": {} };
-  for (const [name, system] of [[own, results], ...Object.entries(results.floors ?? {})]) {
-    if (known(system.bytes)) facts["Kept for later steps"][name] = `${(system.bytes / 1e6).toFixed(1)} MB`;
+  for (const [name, method] of [[own, results], ...Object.entries(results.baselines ?? {})]) {
+    if (known(method.bytes)) facts["Kept for later steps"][name] = `${(method.bytes / 1e6).toFixed(1)} MB`;
   }
   facts.commands = {
     method: own,
@@ -99,7 +99,7 @@ function curves() {
   for (const [, object, column] of columns) {
     const of = page.curves[object];
     if (!of) continue; // without test images
-    const last = (metric, name) => show(systems[name].matrix[metric][steps - 1][column]);
+    const last = (metric, name) => show(methods[name].matrix[metric][steps - 1][column]);
     const line = (name, points) => ({
       name,
       points,
@@ -122,7 +122,7 @@ function curves() {
           empty || chart(box, { height: (width) => width, label: `${title} curves of ${object}`, ...options }),
       };
     };
-    const order = [...floors, own];
+    const order = [...baselines, own];
     const roc = side("I-AUROC", "i_auroc", {
       lines: order.map((name) =>
         line(

@@ -1,14 +1,14 @@
 // ---- the matrix of a metric, and what was forgotten ----
 
 function forgetting(metric) {
-  const all = names.flatMap((name) => systems[name].matrix[metric].flat()).filter(known);
+  const all = names.flatMap((name) => methods[name].matrix[metric].flat()).filter(known);
   const lowest = Math.min(0.5, ...all);
   const cell = (value, kind, title) => {
     const depth = known(value) ? (value - lowest) / (1 - lowest) : 0;
     return h("td", { class: kind, title, style: `--v: ${depth}` }, show(value));
   };
   const rows = (name) =>
-    systems[name].matrix[metric].map((_, step) => {
+    methods[name].matrix[metric].map((_, step) => {
       const values = row(name, metric, step);
       return h(
         "tr",
@@ -62,18 +62,18 @@ function forgetting(metric) {
           "tr",
           { style: colour(name) },
           h("th", { scope: "row" }, name),
-          ...figures.map((figure) => h("td", {}, show(systems[name].summary[metric][figure]))),
+          ...figures.map((figure) => h("td", {}, show(methods[name].summary[metric][figure]))),
         ),
       ),
     ),
   );
 
   const path = (name, i) =>
-    systems[name].matrix[metric]
+    methods[name].matrix[metric]
       .map((_, step) => [step, row(name, metric, step)[i]])
       .filter(([, value]) => known(value));
   const means = (name) =>
-    systems[name].matrix[metric]
+    methods[name].matrix[metric]
       .map((_, step) => [step, mean(row(name, metric, step))])
       .filter(([, value]) => known(value));
   const lines = [
@@ -84,7 +84,7 @@ function forgetting(metric) {
       kind: "thin",
       style: `--color: oklch(0.62 0.13 ${Math.round((360 * i) / objects.length)})`,
     })),
-    ...floors.map((name) => ({ name: `mean of ${name}`, points: means(name), style: colour(name) + dashed(name) })),
+    ...baselines.map((name) => ({ name: `mean of ${name}`, points: means(name), style: colour(name) + dashed(name) })),
     { name: `mean of ${own}`, points: means(own), kind: "bold", style: colour(own) },
   ];
   const low = Math.floor(Math.min(...lines.flatMap(({ points }) => points.map(([, value]) => value)), 0.99) * 10) / 10;
@@ -141,12 +141,12 @@ function objectTable() {
     return h(
       "td",
       {},
-      h("span", { class: wins && floors.length ? "wins" : null, style: colour(own) }, show(ours)),
-      ...floors.map((name, i) => h("small", { style: colour(name), title: name }, h("b", {}, show(theirs[i])))),
+      h("span", { class: wins && baselines.length ? "wins" : null, style: colour(own) }, show(ours)),
+      ...baselines.map((name, i) => h("small", { style: colour(name), title: name }, h("b", {}, show(theirs[i])))),
     );
   };
   const rows = columns.map(([step, name], i) => {
-    const values = shown.map((metric) => names.map((system) => row(system, metric, steps - 1)[i]));
+    const values = shown.map((metric) => names.map((method) => row(method, metric, steps - 1)[i]));
     return {
       keys: [name, step, ...values.map(([ours]) => ours)],
       element: h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, String(step)), ...values.map(cell)),
@@ -157,8 +157,8 @@ function objectTable() {
   $("objects-note").replaceChildren(
     "In every cell: ",
     h("b", { style: colour(own) }, own),
-    ...floors.flatMap((name) => [", ", h("b", { style: `color: var(--color); ${colour(name)}` }, name)]),
-    floors.length ? "; ✓ where the first is above every floor." : ".",
+    ...baselines.flatMap((name) => [", ", h("b", { style: `color: var(--color); ${colour(name)}` }, name)]),
+    baselines.length ? "; ✓ where the first is above every baseline." : ".",
   );
   $("object-table").append(
     h(
@@ -169,7 +169,7 @@ function objectTable() {
         {},
         h("th", { scope: "row" }, "mean"),
         h("td"),
-        ...shown.map((metric) => cell(names.map((name) => systems[name].summary[metric].final))),
+        ...shown.map((metric) => cell(names.map((name) => methods[name].summary[metric].final))),
       ),
     ),
   );
@@ -209,12 +209,12 @@ function decisions() {
       const { image, pixel, test = {} } = last.objects[name];
       const shares = Object.keys(told).map((key) => test[key]);
       return {
-        keys: [name, ...shares, image.at_most, image.threshold, pixel.threshold, image.images],
+        keys: [name, ...shares, image.false_alarm_bound, image.threshold, pixel.threshold, image.images],
         element: h(
           "tr",
           {},
           h("th", { scope: "row" }, name),
-          ...[...shares, image.at_most].map((value) => h("td", {}, share(value))),
+          ...[...shares, image.false_alarm_bound].map((value) => h("td", {}, share(value))),
           limit(image),
           limit(pixel),
           h("td", {}, String(image.images)),

@@ -68,7 +68,7 @@ def settings(options: Options) -> ConfigDict:
     names = [name for name in OBJECTS if (root / name).is_dir()]
     config.dataset.root = str(root)
     if options.rehearse:  # a network that is compiled soon
-        config.method, config.backbone.grid, config.floors, config.train.epochs = "uniad", 8, "", 2
+        config.method, config.backbone.grid, config.baselines, config.train.epochs = "uniad", 8, "", 2
     config.dataset.objects, config.protocol = ",".join(names), f"{len(names)}-0"
     return config
 

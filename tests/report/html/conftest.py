@@ -155,7 +155,7 @@ def browser(tmp_path_factory):
 EVIL = "</script><img src=x onerror=document.title='evil'>\"'&"
 OBJECTS = ["ant", "bee", "cat"]  # the protocol learns the cat and the ant, then the bee
 STEPS = [["cat", "ant"], ["bee"]]
-SYSTEMS = ("ib_iumad", "feature_norm", "nearest_neighbours")
+VARIANTS = ("ib_iumad", "feature_norm", "nearest_neighbours")
 KINDS = ["good"] * 4 + ["bump"] * 3 + [EVIL] * 2
 SIZE = 32
 
@@ -176,14 +176,14 @@ def truth(name):
 
 
 def predictions(name, step):
-    """By system: scores and maps, of which the run's own method sees most."""
+    """By method: scores and maps, of which the run's own method sees most."""
     rng = np.random.default_rng([OBJECTS.index(name), step])
     *_, masks = truth(name)
     maps = {
-        system: (rng.random(masks.shape) + (2 - place) * masks * rng.random((len(masks), 1, 1))).astype(np.float32)
-        for place, system in enumerate(SYSTEMS)
+        method: (rng.random(masks.shape) + (2 - place) * masks * rng.random((len(masks), 1, 1))).astype(np.float32)
+        for place, method in enumerate(VARIANTS)
     }
-    return {system: of_system.max(axis=(1, 2)) for system, of_system in maps.items()}, maps
+    return {method: values.max(axis=(1, 2)) for method, values in maps.items()}, maps
 
 
 def kept(name, step, marked=True):
@@ -192,7 +192,7 @@ def kept(name, step, marked=True):
     anomalous = [kind != "good" for kind in KINDS]
     image, pixel = thresholds(name, step)
     masks = truth(name)[2] if marked else None
-    alarm = scores[SYSTEMS[0]] > image
+    alarm = scores[VARIANTS[0]] > image
     return samples.summarise(ids, KINDS, anomalous, masks, scores, maps, alarm, np.full(len(KINDS), pixel))
 
 
@@ -200,11 +200,11 @@ def thresholds(name, step):
     """Of images and of pixels: half of the good images pass."""
     scores, maps = predictions(name, step)
     good = np.array(KINDS) == "good"
-    return np.median(scores[SYSTEMS[0]][good]), np.quantile(maps[SYSTEMS[0]][good], 0.9)
+    return np.median(scores[VARIANTS[0]][good]), np.quantile(maps[VARIANTS[0]][good], 0.9)
 
 
-def matrix(system):
-    rng = np.random.default_rng(SYSTEMS.index(system))
+def matrix(method):
+    rng = np.random.default_rng(VARIANTS.index(method))
     values = rng.uniform(0.4, 0.99, (2, 3))
     values[0, OBJECTS.index("bee")] = math.nan
     metrics = {metric: values ** (1 + place / 4) for place, metric in enumerate(tables.METRICS)}
@@ -213,14 +213,14 @@ def matrix(system):
 
 
 def run(**others):
-    own, *floors = SYSTEMS
+    own, *baselines = VARIANTS
     return {
         "config": {"method": own, "dataset": {"name": EVIL}, "modality": "rgb+depth", "seed": 3},
         "protocol": "2-1",
         "objects": OBJECTS,
         "steps": STEPS,
         **matrix(own),
-        "floors": {system: matrix(system) for system in floors},
+        "baselines": {method: matrix(method) for method in baselines},
         "decisions": decisions(),
         "seconds": 75.0,
         "versions": {"jax": "0.11"},
@@ -232,13 +232,13 @@ def decisions():
     """As after both steps: half of the good images pass."""
 
     def limit(value):
-        return {"threshold": value, "interval": [value - 0.1, value + 0.1], "images": 7, "at_most": 0.125}
+        return {"threshold": value, "interval": [value - 0.1, value + 0.1], "images": 7, "false_alarm_bound": 0.125}
 
     def of(name, step):
         scores, _ = predictions(name, step)
         good = np.array(KINDS) == "good"
         image, pixel = thresholds(name, step)
-        alarm = scores[SYSTEMS[0]] > image
+        alarm = scores[VARIANTS[0]] > image
         test = {"false_alarms": alarm[good].mean(), "misses": (~alarm[~good]).mean(), "recognised": 1.0}
         return {"image": limit(float(image)), "pixel": limit(float(pixel)), "test": test | {"taken_as_unknown": 0.25}}
 
@@ -263,7 +263,7 @@ def write(workdir, **others):
 
 def best_bump(name):
     """The number of its image."""
-    scores = predictions(name, 1)[0][SYSTEMS[0]]
+    scores = predictions(name, 1)[0][VARIANTS[0]]
     return max((row for row, kind in enumerate(KINDS) if kind == "bump"), key=lambda row: scores[row])
 
 

@@ -71,9 +71,9 @@ def test_curves_are_those_of_sklearn(workdir, zoo):
     curves = embedded(workdir / "report.html")["curves"]
     for name in zoo.OBJECTS:
         scores, maps = zoo.predictions(name, 1)
-        for system in zoo.SYSTEMS:
-            x, y = curves[name][system]["roc"]
+        for method in zoo.VARIANTS:
+            x, y = curves[name][method]["roc"]
             labels = [kind != "good" for kind in zoo.KINDS]
-            assert np.trapezoid(y, x) == pytest.approx(roc_auc_score(labels, scores[system]), abs=1e-4)
-            overlap, _ = pro_curve(zoo.truth(name)[2], maps[system], samples.RATES)
-            np.testing.assert_allclose(curves[name][system]["overlap"], overlap, atol=1e-5)
+            assert np.trapezoid(y, x) == pytest.approx(roc_auc_score(labels, scores[method]), abs=1e-4)
+            overlap, _ = pro_curve(zoo.truth(name)[2], maps[method], samples.RATES)
+            np.testing.assert_allclose(curves[name][method]["overlap"], overlap, atol=1e-5)

@@ -36,17 +36,17 @@ def test_the_matrix_of_a_metric_with_its_floors(page, metric, zoo):
     found = page.rows("#matrix")
     assert found[0] == ["after", "cat", "ant", "bee", "mean"]
     expected = []
-    for name, system in tables.systems_of(results).items():
+    for name, method in tables.methods_of(results).items():
         expected.append([name])
-        for step, values in enumerate(system["matrix"][metric]):
+        for step, values in enumerate(method["matrix"][metric]):
             ant, bee, cat = ["–" if math.isnan(value) else f"{value:.3f}" for value in values]
             learned = values[[2, 0]] if step == 0 else values
             expected.append([f"step {step}", cat, ant, "" if step == 0 else bee, f"{np.nanmean(learned):.3f}"])
     assert found[1:] == expected
     summary = page.rows("#summary")
     assert summary[0] == [tables.METRICS[metric], "final", "acc", "fm", "fm_aggregate", "new"]
-    for row, (name, system) in zip(summary[1:], tables.systems_of(results).items(), strict=True):
-        assert row == [name, *(f"{system['summary'][metric][figure]:.3f}" for figure in tables.SUMMARY)]
+    for row, (name, method) in zip(summary[1:], tables.methods_of(results).items(), strict=True):
+        assert row == [name, *(f"{method['summary'][metric][figure]:.3f}" for figure in tables.SUMMARY)]
 
 
 def test_objects_sort_by_mouse_and_keyboard(page, zoo):
@@ -74,7 +74,7 @@ def test_floors_stand_beside_the_method_in_every_cell(page, zoo):
     (cell,) = [row[2] for row in page.rows("#object-table tbody") if row[0] == "bee"]
     results = zoo.run()
     assert cell.split() == [
-        f"{system['matrix']['i_auroc'][1][1]:.3f}" for system in tables.systems_of(results).values()
+        f"{method['matrix']['i_auroc'][1][1]:.3f}" for method in tables.methods_of(results).values()
     ]
 
 
@@ -89,11 +89,11 @@ def test_curves_are_drawn_to_scale(page, zoo):
     assert [name for name, *_ in drawn] == ["cat", "ant", "bee"]
     labels = [kind != "good" for kind in zoo.KINDS]
     for name, lines, ((left, bottom, right, top),) in drawn:
-        order = (*zoo.SYSTEMS[1:], zoo.SYSTEMS[0])  # the run's own lies on top
-        for system, line in zip(order, lines, strict=True):
+        order = (*zoo.VARIANTS[1:], zoo.VARIANTS[0])  # the run's own lies on top
+        for method, line in zip(order, lines, strict=True):
             x, y = np.array([point.split(",") for point in line.split()], float).T
             area = np.trapezoid((y - bottom) / (top - bottom), (x - left) / (right - left))
-            assert area == pytest.approx(roc_auc_score(labels, zoo.predictions(name, 1)[0][system]), abs=1e-3)
+            assert area == pytest.approx(roc_auc_score(labels, zoo.predictions(name, 1)[0][method]), abs=1e-3)
 
 
 def test_the_marker_on_the_curves_follows_the_slider(page):
@@ -175,7 +175,7 @@ def test_a_single_step_without_depth_masks_decisions_training_or_test_images(bro
     samples.save(tmp_path, 0, "cat", zoo.kept("cat", 0, marked=False))
     Ledger(tmp_path / "ledger.jsonl")
     own = {"matrix": matrices, "summary": tables.summarise(matrices)}
-    results = zoo.run(objects=["cat", "dog"], steps=[["cat", "dog"]], floors={}, decisions=[], **own)
+    results = zoo.run(objects=["cat", "dog"], steps=[["cat", "dog"]], baselines={}, decisions=[], **own)
     rgb, heights, masks = zoo.truth("cat")
     samples.save_pictures(tmp_path, "cat", rgb, np.full_like(heights, np.nan), np.zeros_like(masks), height_scale=1)
     html.write(tmp_path, results)
@@ -198,7 +198,7 @@ def test_a_run_without_any_test_images(browser, tmp_path, zoo):
     matrices = {metric: np.full((1, 1), math.nan) for metric in tables.METRICS}
     own = {"matrix": matrices, "summary": tables.summarise(matrices)}
     results = zoo.run(
-        objects=["cat"], steps=[["cat"]], floors={"feature_norm": own}, decisions=zoo.decisions()[:1], **own
+        objects=["cat"], steps=[["cat"]], baselines={"feature_norm": own}, decisions=zoo.decisions()[:1], **own
     )
     ledger = Ledger(tmp_path / "ledger.jsonl")
     for epoch in range(20):

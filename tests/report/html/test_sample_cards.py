@@ -61,7 +61,7 @@ def test_samples_are_filtered_and_sorted(page, zoo):
     page.choose("#by-object", "")
     page.choose("#by-pick", "worst")
     page.choose("#sort", "low")
-    lowest = [min((zoo.predictions(name, 1)[0][zoo.SYSTEMS[0]][:4].max(), name) for name in zoo.OBJECTS)[1]]
+    lowest = [min((zoo.predictions(name, 1)[0][zoo.VARIANTS[0]][:4].max(), name) for name in zoo.OBJECTS)[1]]
     assert cards(page)[0] == (*lowest, "good", "worst")
     assert len(cards(page)) == 3
     page.choose("#by-label", "")
@@ -75,7 +75,7 @@ def test_the_slider_changes_the_masks(page, zoo):
     page.choose("#by-kind", "bump")
     shown = look_at(page, "ant", "bump", "best")
     row = zoo.best_bump("ant")
-    values, thresholds = zoo.upsampled("ant", row), zoo.kept("ant", 1).thresholds[zoo.SYSTEMS[0]]
+    values, thresholds = zoo.upsampled("ant", row), zoo.kept("ant", 1).thresholds[zoo.VARIANTS[0]]
     page.run("document.querySelector('#threshold').focus({preventScroll: true})")
     covered = []
     for key, code, rate in (("Home", 36, -1), ("End", 35, 0), ("ArrowLeft", 37, 1)):
@@ -86,7 +86,7 @@ def test_the_slider_changes_the_masks(page, zoo):
         covered.append(marked.sum())
         text = page.run("document.querySelector('#threshold-text').innerText")
         overlaps = [
-            np.mean([zoo.kept(name, 1).overlap[system][rate] for name in zoo.OBJECTS]) for system in zoo.SYSTEMS
+            np.mean([zoo.kept(name, 1).overlap[method][rate] for name in zoo.OBJECTS]) for method in zoo.VARIANTS
         ]
         assert text.split(":")[1].split() == [f"{overlap:.3f}" for overlap in overlaps]
         assert page.run("document.querySelector('#threshold').ariaValueText") in (None, text)
