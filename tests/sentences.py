@@ -130,7 +130,7 @@ UNKNOWN_RESIDENT = 'config.input.resident is "{found}"; use {known}.'
 BATCH_LARGER_THAN_STEP = (
     r"train\.batch_size is {size} but a step has only {count} training images; use {count} or less\."
 )
-ANOTHER_PROCESS_PREPARES = r"{}: another process prepares this; waiting for it\."
+ANOTHER_PROCESS_PREPARES = r".*{}: another process prepares this; waiting for it\.\n"
 PREPARED_AGAIN = "{lost} of {all} images are damaged and prepared again."
 PREPARING_WITHOUT_ROOM = r"cannot be prepared \({}\); make room .* is kept\."
 PREPARED_PLACE_UNUSABLE = r"cannot be prepared \({}\).* --config\.dataset\.prepared"
@@ -245,9 +245,7 @@ IN_UPDATE_OF_STEP = "{what} in update {update} of its step"
 IN_STEP = "{what} in step {step}, epoch {epoch}, update {update}, whose images are {images}"
 OF_STEP = " in step {step}, epoch {epoch}, update "
 WHOSE_IMAGES = ", whose images are "
-TRAINING_STOPPED = (
-    "; training stopped and the last snapshot is from before that: lower config.train.learning_rate"
-)
+TRAINING_STOPPED = "; training stopped and the last snapshot is from before that: lower config.train.learning_rate"
 STEP_BEGINS = "step {step}: learning {objects} from {images} images"
 STEP_BEGINS_SHORTLY = "step {}: learning"
 STEP_EVALUATED = "step {step}: mean I-AUROC {mean} over the objects seen"
@@ -360,9 +358,7 @@ SNAPSHOT_NOT_SAVED = (
     " same command again."
 )
 SNAPSHOT_NOT_SAVED_SHORTLY = "could not be saved"
-SNAPSHOT_PASSED_OVER = (
-    r"{snapshot} (is|was) .*damaged \(.*\); going on from {before}; it is kept as {aside}\."
-)
+SNAPSHOT_PASSED_OVER = r"{snapshot} (is|was) .*damaged \(.*\); going on from {before}; it is kept as {aside}\."
 SNAPSHOT_GOING_ON = "going on from"
 SNAPSHOT_FILE_DIFFERS = "({} is missing or not as it was written)"
 SNAPSHOT_DAMAGED = "{} is damaged ("
