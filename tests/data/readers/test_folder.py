@@ -175,7 +175,7 @@ def bmp_header(side: int) -> bytes:
 
 
 BAD = {
-    "an empty root": (".", "empty", sentences.ROOT_EMPTY.format("")),
+    "an empty root": (".", "empty", sentences.ROOT_EMPTY_SHORTLY),
     "no train": ("bolt/train", "rmtree", sentences.SPLIT_MISSING.format(path="bolt/train", object="bolt")),
     "no good images": (GOOD, ("rename_to", "fine"), sentences.DEFECT_OUTSIDE_TEST.format("train/fine")),
     "an empty train": ("bolt/train", "empty", sentences.GOOD_IMAGES_MISSING.format("train/good")),

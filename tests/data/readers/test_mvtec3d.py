@@ -253,7 +253,7 @@ BAD = {
     ),
     "a file elsewhere": (f"{GOOD}/xyz/000.tiff", "move_out", sentences.LEADS_OUT_OF_ROOT.format("000.tiff")),
     "a folder elsewhere": (f"{GOOD}/xyz", "move_out", sentences.LEADS_OUT_OF_ROOT.format("xyz")),
-    "an object elsewhere": ("bagel", "move_out", sentences.LEADS_OUT_OF_ROOT.format("bagel")),
+    "an object elsewhere": ("bagel", "move_out", sentences.LEADS_OUT_OF_ROOT.format("bagel/train")),
     "a truncated cloud": (f"{GOOD}/xyz/000.tiff", "truncate", sentences.FILE_UNREADABLE.format("000.tiff")),
     "a truncated image": (f"{GOOD}/rgb/000.png", "truncate", sentences.FILE_DAMAGED.format("000.png")),
     "no TIFF": (f"{GOOD}/xyz/000.tiff", ("write", "x, y, z"), sentences.FILE_UNREADABLE.format("000.tiff")),
