@@ -298,7 +298,6 @@ IMAGES_JUDGED = (
 PRIMITIVE_NOT_TRANSLATED = "the primitive {} is not translated to ONNX"
 NOT_TRANSLATED = r"is not translated to ONNX|only a take"
 EXPORT_PLACE_WRONG = "--output={}: give a file ending in .stablehlo, in a folder that there is."
-EXPORTED = "{}: "
 
 
 # report
