@@ -155,7 +155,7 @@ def test_a_full_disk_is_told_and_the_snapshot_before_is_intact(tmp_path, capfd, 
             with pytest.raises(UserError) as error:
                 snapshots.wait()
         folder = tmp_path / ("snapshots" if finished else "snapshots_within_step")
-        assert str(error.value) == (sentences.SNAPSHOT_NOT_SAVED.format(folder=folder, reason="File too large"))
+        assert str(error.value) == sentences.SNAPSHOT_NOT_SAVED.format(folder=folder, reason="File too large")
     with opened(tmp_path) as snapshots:
         assert_same(snapshots.latest(), before)
         snapshots.save(after)  # with room again
