@@ -72,8 +72,8 @@ def odd_images(images: PreparedSet, name: str, kind: str) -> Iterator[str]:
         content = hashlib.sha256(b"".join(pixels.tobytes() for pixels in image.values())).digest()
         if "rgb" in image and np.ptp(image["rgb"]) <= _GREY_LEVELS:
             darkest, brightest = image["rgb"].min(), image["rgb"].max()
-            bright = "saturated" if darkest >= 255 - _GREY_LEVELS else "of a single colour"
-            ids_by_oddity["black" if brightest <= _GREY_LEVELS else bright].append(id_)
+            colour = "saturated" if darkest >= 255 - _GREY_LEVELS else "of a single colour"
+            ids_by_oddity["black" if brightest <= _GREY_LEVELS else colour].append(id_)
         elif "depth" in image and not np.ptp(image["depth"], axis=(0, 1)).any():
             ids_by_oddity["constant in depth"].append(id_)
         elif content in seen:
