@@ -72,7 +72,7 @@ def fill_missing(
     """
     valid = np.isfinite(depth) & (depth > 0)
     if not valid.any():
-        raise UserError("the depth image has no valid pixel; replace or remove the image.")
+        raise UserError("the depth image has no valid pixel; replace the image.")
     return _from_nearest(depth, valid), valid
 
 
@@ -121,7 +121,7 @@ def fit_plane(points: Float[np.ndarray, "n 3"], trials: int = 256) -> Plane:
         candidates, anchors = candidates[usable] / lengths[usable, None], corners[usable, 0]
     if len(points) < 3 or not usable.any():
         raise UserError(
-            "the depth image has too few valid pixels to fit the background plane; replace or remove the image."
+            "the depth image has too few valid pixels to fit the background plane; replace the image."
         )
     tolerance = min(0.002, 0.01 * float(np.linalg.norm(np.ptp(points, axis=0))))
     offsets = points @ candidates.T - (candidates * anchors).sum(1)  # (n, trials)
@@ -176,7 +176,7 @@ def normals(depth: Float32[np.ndarray, "h w"], camera: Camera, window: int = 3) 
     fitted = determinant > 1e-3
     if not fitted.any():
         raise UserError(
-            "the depth image has too few valid pixels side by side to fit normals; replace or remove the image."
+            "the depth image has too few valid pixels side by side to fit normals; replace the image."
         )
     scale = 1 / np.where(fitted, determinant, 1)
     slope_u, slope_v = (uq * vv - vq * uv) * scale, (vq * uu - uq * uv) * scale
@@ -190,10 +190,10 @@ def normals(depth: Float32[np.ndarray, "h w"], camera: Camera, window: int = 3) 
 def window_for(depth: Float32[np.ndarray, "h w"], camera: Camera, largest: int = 15) -> int:
     """Return the smallest odd window of `normals` in which noise tilts 95 % of the normals by less than 3 degrees.
 
-    With noise of s metres and pixels p metres apart, the normal of a w x w window tilts along each axis by s/p over
-    the root of w^2 (w^2 - 1) / 12, the sum of the squared offsets; the root is 2.4 for 3, 7 for 5, 14 for 7, 35 for 11. s/p in
-    radians is estimated from the median of second differences along the rows, which are zero on planes, and from the
-    step of quantised depth. Use one window for a whole dataset, so that normals are equally smooth in all images.
+    With noise of s metres and pixels p metres apart, the normal of a w x w window tilts along each axis by s/p over the
+    root of w^2 (w^2 - 1) / 12, the sum of the squared offsets; the root is 2.4 for w = 3, 7 for 5, 14 for 7, 35 for 11.
+    s/p in radians is estimated from the median of second differences along the rows, which are zero on planes, and from
+    the step of quantised depth. Use one window for a whole dataset, so that normals are equally smooth in all images.
 
     Args:
         depth: Depth image of the dataset, NaN where depth is missing.

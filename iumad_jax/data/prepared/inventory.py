@@ -39,7 +39,7 @@ def read(workdir: Path) -> Inventory:
         return {}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{file} is not a dataset inventory ({error}); restore it from a backup, or choose another --workdir."
+            f"{file}: not a dataset inventory ({error}); restore it from a backup, or choose another --workdir."
         ) from error
 
 

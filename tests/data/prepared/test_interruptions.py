@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from iumad_jax.errors import UserError
+from tests import sentences
 from tests.data.prepared.sets import (
     RGB,
     SIZE,
@@ -75,9 +76,7 @@ def test_two_processes_prepare_at_once(root):
             time.sleep(0.01)
         with prepare_in_a_process(root, "wait") as second:
             message = second.stderr.readline()
-            assert re.fullmatch(
-                r".*Confetto-test-\w+: waiting for another process that prepares the same images\.\n", message
-            )
+            assert re.fullmatch(sentences.ANOTHER_PROCESS_PREPARES.format(r"Confetto-test-\w+"), message)
             (root / "go").touch()
             assert first.communicate() == (str(TEST_IMAGES), "")
             assert second.communicate() == ("0", "")
@@ -128,7 +127,7 @@ def test_damage_is_detected_and_repaired(root, capfd, name, damage, lost):
     assert_same(after, before)
     messages = capfd.readouterr().err
     if "json" not in name and folder.exists() and lost < 11:
-        assert f"{lost} of 11 images are damaged and will be prepared again." in messages
+        assert sentences.PREPARED_AGAIN.format(lost=lost, all=11) in messages
     assert prepare_counted(root, "test")[1] == 0
 
 
@@ -136,7 +135,7 @@ def test_a_bad_image_prevents_a_set_but_earlier_images_are_kept(root):
     file = root / "Confetto" / "test_public" / "data" / "09_depth.png"
     content = file.read_bytes()
     file.write_bytes(content[:-20])
-    with pytest.raises(UserError, match=r"09_depth\.png cannot be read"):
+    with pytest.raises(UserError, match=re.escape(sentences.FILE_UNREADABLE.format("09_depth.png"))):
         prepare_counted(root, "test")
     assert not list(root.parent.glob("prepared/*/manifest.json"))
     file.write_bytes(content)
@@ -149,10 +148,7 @@ def test_a_bad_image_prevents_a_set_but_earlier_images_are_kept(root):
 def test_a_full_disk_is_reported_and_nothing_is_lost(root, files_no_larger_than, size):
     with (
         files_no_larger_than(size),
-        pytest.raises(
-            UserError,
-            match=r"cannot be prepared \(File too large\); make room .* \(images prepared so far are kept\)\.",
-        ),
+        pytest.raises(UserError, match=sentences.PREPARING_WITHOUT_ROOM.format("File too large")),
     ):
         prepare_counted(root, "test")
     assert not list(root.parent.glob("prepared/*/manifest.json"))
