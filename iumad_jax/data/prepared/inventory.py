@@ -67,21 +67,23 @@ class Names(NamedTuple):
     new: tuple[str, ...]  # objects that the run does not have
 
     @classmethod
-    def of(cls, noted: Inventory, present: Sequence[str], open_reader: Callable[[Sequence[str]], Reader]) -> "Names":
+    def of(
+        cls, inventory: Inventory, present: Sequence[str], open_reader: Callable[[Sequence[str]], Reader]
+    ) -> "Names":
         """Compare names; an object counts as renamed if one of its training images is found under a new name.
 
         Args:
-            noted: Inventory of the run.
+            inventory: Inventory of the run.
             present: Objects that the dataset holds now.
             open_reader: Function that opens a reader for the named objects.
         """
-        new = [name for name in present if name not in noted]
+        new = [name for name in present if name not in inventory]
         renamed: dict[str, str] = {}
-        for name in noted:
-            digests = set() if name in present else _noted_digests(noted, name)
+        for name in inventory:
+            digests = set() if name in present else _inventory_digests(inventory, name)
             candidates = [other for other in new if digests & _read_digests(open_reader, other)] if digests else []
             renamed |= {name: candidates[0]} if candidates else {}
-        gone = tuple(name for name in noted if name not in present and name not in renamed)
+        gone = tuple(name for name in inventory if name not in present and name not in renamed)
         return cls(gone, renamed, tuple(name for name in new if name not in renamed.values()))
 
     def missing(self) -> list[str]:
@@ -107,33 +109,33 @@ class Names(NamedTuple):
         ]
 
 
-def exchanged(noted: Inventory, store: Store) -> list[str]:
+def exchanged(inventory: Inventory, store: Store) -> list[str]:
     """Describe each object that holds the images of another, for example after two names were exchanged."""
-    present = [name for name in noted if name in store.reader.objects]
+    present = [name for name in inventory if name in store.reader.objects]
     replaced = [
         name
         for name in present
-        if (digests := _noted_digests(noted, name)) and not digests & _present_digests(store, name)
+        if (digests := _inventory_digests(inventory, name)) and not digests & _present_digests(store, name)
     ]
     messages = []
     for name in present if replaced else []:
         digests = _present_digests(store, name)
-        if not _noted_digests(noted, name) & digests:
+        if not _inventory_digests(inventory, name) & digests:
             messages += [
                 f"{name} holds the images of {other}; rename both as they were when this run began."
                 for other in replaced
-                if other != name and _noted_digests(noted, other) & digests
+                if other != name and _inventory_digests(inventory, other) & digests
             ]
     return messages
 
 
-def changed_images(noted: Inventory, store: Store, object_: str, split: Split) -> str | None:
+def changed_images(inventory: Inventory, store: Store, object_: str, split: Split) -> str | None:
     """Describe how the images of an object and split differ from the inventory; None if they do not.
 
     Raises:
         UserError: If an image cannot be read.
     """
-    before = noted[object_].get(split, {})
+    before = inventory[object_].get(split, {})
     if any(before.values()):
         now: Images = {**store.digests(object_, split)}
     else:  # compare only the ids of images that the run has not used yet
@@ -147,9 +149,9 @@ def changed_images(noted: Inventory, store: Store, object_: str, split: Split) -
     return f"{object_}'s {SPLITS[split]} images: {', '.join(changes)}" if changes else None
 
 
-def _noted_digests(noted: Inventory, name: str) -> set[str]:
+def _inventory_digests(inventory: Inventory, name: str) -> set[str]:
     """Return the digests of an object's training images in the inventory."""
-    return {digest for digest in noted[name].get("train", {}).values() if digest}
+    return {digest for digest in inventory[name].get("train", {}).values() if digest}
 
 
 def _present_digests(store: Store, name: str) -> set[str]:
