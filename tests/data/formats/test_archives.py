@@ -1,5 +1,4 @@
-"""Archives as they should be, and as nobody should trust them: written by the standard library, byte by byte where it
-refuses to."""
+"""Unpacking of valid, damaged and hostile archives."""
 
 import gzip
 import hashlib
@@ -33,13 +32,13 @@ def member(name, content=b"", kind=tarfile.REGTYPE, **fields):
 
 
 def write_tar(path, members):
-    """A tar of (TarInfo, content), compressed as its name says."""
+    """Write a tar of (TarInfo, content), compressed according to its suffix."""
     plain = io.BytesIO()
     with tarfile.open(fileobj=plain, mode="w") as archive:
         for info, content in members:
             archive.addfile(info, io.BytesIO(content))
-    packed = {".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, bytes)
-    path.write_bytes(packed(plain.getvalue()))
+    compress = {".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, bytes)
+    path.write_bytes(compress(plain.getvalue()))
     return path
 
 
@@ -58,34 +57,34 @@ def write(path, files):
     return write_tar(path, [member("./", kind=tarfile.DIRTYPE), *(member(*file) for file in files)])
 
 
-def holds(root):
+def contents(root):
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file() and p.name[0] != "."}
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_what_went_in_comes_out(tmp_path, kind):
+def test_unpacked_files_equal_the_archived_files(tmp_path, kind):
     archive = write(tmp_path / f"a.{kind}", FILES.items())
     root = tmp_path / "data" / "root"
     expected = hashlib.sha256(archive.read_bytes()).hexdigest()
     assert unpack(archive, root, LIMITS) == expected
-    assert holds(root) == FILES
+    assert contents(root) == FILES
     assert {path.name for path in root.parent.iterdir()} == {"root", "root.lock"}
-    (root / "readme.txt").write_text("mine")
-    assert unpack(archive, root, LIMITS) == expected  # once is enough
-    assert (root / "readme.txt").read_text() == "mine"
+    (root / "readme.txt").write_text("edited")
+    assert unpack(archive, root, LIMITS) == expected  # not unpacked again
+    assert (root / "readme.txt").read_text() == "edited"
 
 
-@pytest.mark.parametrize("inside", ["another archive", "something else"])
-def test_a_folder_that_is_not_empty_is_left_alone(tmp_path, inside):
+@pytest.mark.parametrize("content", ["another archive", "another file"])
+def test_a_folder_that_is_not_empty_is_left_alone(tmp_path, content):
     root = tmp_path / "root"
-    if inside == "another archive":
+    if content == "another archive":
         unpack(write(tmp_path / "a.tar", [("a", b"")]), root, LIMITS)
     else:
         root.mkdir()
         (root / "a").touch()
     with pytest.raises(UserError, match=r"root, which was not unpacked from b\.tar but is not empty; leave"):
         unpack(write(tmp_path / "b.tar", [("b", b"")]), root, LIMITS)
-    assert holds(root) == {"a": b""}
+    assert contents(root) == {"a": b""}
 
 
 HOSTILE = {
@@ -148,7 +147,7 @@ def test_hostile_zips_are_refused(tmp_path, files, mode, told):
 
 
 @pytest.mark.parametrize("told", [1000, 3000])
-def test_a_zip_that_lies_about_a_size_is_refused(tmp_path, told):
+def test_a_zip_with_a_false_size_is_refused(tmp_path, told):
     archive = write_zip(tmp_path / "a.zip", [("a", bytes(2000))])
     archive.write_bytes(archive.read_bytes().replace((2000).to_bytes(4, "little"), told.to_bytes(4, "little")))
     refused(archive, tmp_path, "is truncated or damaged")
@@ -190,12 +189,12 @@ def test_other_formats_are_refused(tmp_path, name):
         unpack(tmp_path / name, tmp_path / "root", LIMITS)
 
 
-def test_no_archive(tmp_path):
+def test_a_missing_archive_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"a\.tar, which cannot be read \(No such file or directory\)"):
         unpack(tmp_path / "a.tar", tmp_path / "root", LIMITS)
 
 
-def test_a_full_disk(tmp_path, files_no_larger_than):
+def test_nothing_is_left_on_a_full_disk(tmp_path, files_no_larger_than):
     archive = write(tmp_path / "a.tar", FILES.items())
     with files_no_larger_than(1000):
         refused(archive, tmp_path, r"cannot be unpacked to .*root \(File too large\); nothing was kept")
@@ -217,5 +216,5 @@ def test_a_killed_unpacking_starts_again(tmp_path):
     assert (tmp_path / "root.unpacking").exists()
     assert not (tmp_path / "root").exists()
     unpack(archive, tmp_path / "root", limits)
-    assert len(holds(tmp_path / "root")) == 5_000
+    assert len(contents(tmp_path / "root")) == 5_000
     assert {path.name for path in tmp_path.iterdir()} == {"a.tar", "root", "root.lock"}
