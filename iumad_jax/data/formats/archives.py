@@ -53,8 +53,7 @@ class _Entry(NamedTuple):
 def unpack(archive: Path, root: Path, limits: Limits) -> str:
     """Unpack a .tar, .tar.gz, .tar.xz or .zip into a new folder, completely or not at all.
 
-    The remains of an interrupted call are removed by the next call. If the folder was already unpacked from this
-    archive, nothing is unpacked.
+    The next call removes what an interrupted call left. A folder unpacked from the same archive is kept as it is.
 
     Returns:
         The archive's SHA-256.
@@ -155,7 +154,6 @@ def _entries(archive: Path) -> Iterator[_Entry]:
 
 
 def _zip_entries(archive: Path, stream: Any) -> Iterator[_Entry]:
-    """Yield the entries of a .zip."""
     with zipfile.ZipFile(stream) as zip_file:
         for info in zip_file.infolist():
             kind = stat.S_IFMT(info.external_attr >> 16)
@@ -169,7 +167,6 @@ def _zip_entries(archive: Path, stream: Any) -> Iterator[_Entry]:
 
 
 def _tar_entries(archive: Path, stream: Any) -> Iterator[_Entry]:
-    """Yield the entries of an uncompressed .tar stream and check its end."""
     bounded: Any = _Bounded(stream)
     tar: Any
     with tarfile.open(fileobj=bounded, mode="r|") as tar:
@@ -187,7 +184,7 @@ def _tar_entries(archive: Path, stream: Any) -> Iterator[_Entry]:
 
 
 class _Bounded:
-    """A stream with a limit on what may be read: headers, too, can be decompression bombs."""
+    """A stream with limited reading, since headers can be decompression bombs, too."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -204,5 +201,4 @@ class _Bounded:
 
 
 def _wrong_type(archive: Path, name: str) -> UserError:
-    """Return the error for an entry that is neither a file nor a folder."""
     return UserError(f"{archive} has an entry {name!a}, which is neither a file nor a folder; do not trust it.")

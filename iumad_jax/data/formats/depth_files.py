@@ -149,7 +149,6 @@ def _decode(file: Path, size: tuple[int, int]) -> np.ndarray:
 
 
 def _read_tiff(file: Path) -> np.ndarray:
-    """Decode a TIFF of a single page, uncompressed or compressed by Deflate."""
     with tifffile.TiffFile(file) as tiff:
         page = tiff.pages.first
         if tiff.pages.is_multipage:

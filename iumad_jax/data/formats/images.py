@@ -110,7 +110,7 @@ def check_same_size(file: Path, image: np.ndarray, rgb_file: Path, rgb: np.ndarr
 
 
 def _kind(image: Any) -> str:
-    """Describe the pixel format; 16-bit RGB, which Pillow would read as 8-bit, is recognised by its raw mode."""
+    """Describe the pixel format; only the raw mode reveals 16-bit RGB, which Pillow would read as 8-bit."""
     arguments = image.tile[0].args
     raw_mode = arguments if isinstance(arguments, str) else arguments[0]
     if ";16" in raw_mode and not image.mode.startswith("I"):

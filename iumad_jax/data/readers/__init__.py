@@ -68,7 +68,6 @@ def open_reader(config: ConfigDict, chosen: Sequence[str] | None = None) -> Read
 
 
 def _readers(config: ConfigDict, chosen: str | Sequence[str]) -> dict[str, Callable[[], Reader]]:
-    """Return a function for each dataset name that opens its reader for the chosen objects."""
     root, light = Path(config.dataset.root), config.dataset.light
     depth = "depth" in config.modality
     normals = depth and config.input.depth_encoding == "normals_official"

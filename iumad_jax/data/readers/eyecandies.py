@@ -113,7 +113,6 @@ class Eyecandies:
         return Sample(object, id, defect, rgb, depth, mask, defect not in ("good", "unknown"), camera, normals)
 
     def _light(self, split: Split) -> str:
-        """Return the light of a split, or "all"."""
         return _LIGHT if self.light == "all" and split != "train" else self.light
 
     def _endings(self, split: Split, light: str) -> tuple[str, ...]:

@@ -91,7 +91,6 @@ class Folder:
         )
 
     def _index(self, name: str, needed: tuple[str, ...]) -> None:
-        """List and check the files of an object; kinds of files in `needed` must exist."""
         folder = self.root / name
         for split in folders(folder, self.root):
             if split not in _SPLITS:
@@ -156,7 +155,6 @@ def _check_settings(file: Path, content: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _check_number(file: Path, key: str, value: Any, above: float = 0) -> float:
-    """Return the value of a key; raise UserError unless it is a finite number above a bound."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not above < value < sys.float_info.max:
         expected = f"{', '.join(_UNITS)} or metres per level" if key == "unit" else f"a number above {above}"
         raise UserError(f"{file} has {abbreviate(value)} as {key}; use {expected}.")

@@ -138,7 +138,6 @@ def read_item(
 
 
 def _check_exists(split: Path) -> None:
-    """Raise UserError unless the folder of a split exists."""
     if not split.is_dir():
         raise UserError(f"{split} is missing; add it or remove {split.parent.name} from config.dataset.objects.")
 

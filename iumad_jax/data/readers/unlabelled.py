@@ -75,7 +75,6 @@ def _check_depth(place: Path | None, unit: float | None, root: Path) -> None:
 
 
 def _list_photographs(root: Path) -> list[Path]:
-    """List the photographs in a folder and its subfolders, sorted."""
     images = sorted(file for file in root.rglob("*") if file.suffix.lower() in PHOTOGRAPHS and file.is_file())
     for file in images:
         if not str(file).isprintable():
@@ -84,7 +83,6 @@ def _list_photographs(root: Path) -> list[Path]:
 
 
 def _find_depth_file(place: Path, name: str) -> Path:
-    """Return the depth file itself, or the single one of this name in a folder."""
     if place.is_file():
         return place
     files = [file for suffix in DEPTH_IMAGES if (file := place / f"{name}{suffix}").is_file()]

@@ -132,34 +132,34 @@ HOSTILE = {
         sentences.ARCHIVE_WITH_TOO_MANY_ENTRIES.format(100),
     ),
     "a bomb": (lambda p: write_tar(p, [member("a", bytes(10**6 + 1))]), sentences.ARCHIVE_TOO_LARGE.format(0.001)),
-    "a bomb of many": (
+    "a bomb of many files": (
         lambda p: write_tar(p, [member(str(i), bytes(10**5)) for i in range(11)]),
         sentences.ARCHIVE_TOO_LARGE.format(0.001),
     ),
-    "a bomb of a second header": (
+    "a bomb in the second header": (
         lambda p: write_tar(p, [member("a"), member("b", pax_headers={"comment": "x" * (3 << 20)})]),
         sentences.ARCHIVE_HEADER_TOO_LARGE.format(1048576),
     ),
-    "a bomb of a header": (
+    "a bomb in the first header": (
         lambda p: write_tar(p, [member("a", pax_headers={"comment": "x" * (3 << 20)})]),
         sentences.ARCHIVE_HEADER_TOO_LARGE.format(1048576),
     ),
 }
 
 
-def refused(archive, folder, told):
-    """Nothing is left, inside the folder or beside it."""
+def assert_refused(archive, folder, expected):
+    """Assert that an archive is refused and that nothing is left in or beside the target folder."""
     before = {path.name for path in folder.iterdir()}
-    with pytest.raises(UserError, match=told) as error:
+    with pytest.raises(UserError, match=expected) as error:
         unpack(archive, folder / "root", LIMITS)
     assert "\n" not in str(error.value)
     assert {path.name for path in folder.iterdir()} == before | {"root.lock"}
 
 
 @pytest.mark.parametrize("kind", ["tar", "tar.xz"])
-@pytest.mark.parametrize(("make", "told"), HOSTILE.values(), ids=HOSTILE)
-def test_hostile_tars_are_refused(tmp_path, kind, make, told):
-    refused(make(tmp_path / f"a.{kind}"), tmp_path, told)
+@pytest.mark.parametrize(("make", "expected"), HOSTILE.values(), ids=HOSTILE)
+def test_hostile_tars_are_refused(tmp_path, kind, make, expected):
+    assert_refused(make(tmp_path / f"a.{kind}"), tmp_path, expected)
 
 
 HOSTILE_ZIPS = {
@@ -172,23 +172,23 @@ HOSTILE_ZIPS = {
 }
 
 
-@pytest.mark.parametrize(("files", "mode", "told"), HOSTILE_ZIPS.values(), ids=HOSTILE_ZIPS)
-def test_hostile_zips_are_refused(tmp_path, files, mode, told):
-    refused(write_zip(tmp_path / "a.zip", files, mode), tmp_path, told)
+@pytest.mark.parametrize(("files", "mode", "expected"), HOSTILE_ZIPS.values(), ids=HOSTILE_ZIPS)
+def test_hostile_zips_are_refused(tmp_path, files, mode, expected):
+    assert_refused(write_zip(tmp_path / "a.zip", files, mode), tmp_path, expected)
 
 
-@pytest.mark.parametrize("told", [1000, 3000])
-def test_a_zip_with_a_false_size_is_refused(tmp_path, told):
+@pytest.mark.parametrize("false_size", [1000, 3000])
+def test_a_zip_with_a_false_size_is_refused(tmp_path, false_size):
     archive = write_zip(tmp_path / "a.zip", [("a", bytes(2000))])
-    archive.write_bytes(archive.read_bytes().replace((2000).to_bytes(4, "little"), told.to_bytes(4, "little")))
-    refused(archive, tmp_path, sentences.ARCHIVE_DAMAGED)
+    archive.write_bytes(archive.read_bytes().replace((2000).to_bytes(4, "little"), false_size.to_bytes(4, "little")))
+    assert_refused(archive, tmp_path, sentences.ARCHIVE_DAMAGED)
 
 
 def test_a_zip_with_an_entry_without_a_name_is_refused(tmp_path):
-    told = (
+    expected = (
         sentences.ARCHIVE_ENTRIES_COLLIDE.format("''") if sys.version_info >= (3, 13) else sentences.ARCHIVE_DAMAGED
     )  # by zipfile
-    refused(write_zip(tmp_path / "a.zip", [("", b"")]), tmp_path, told)
+    assert_refused(write_zip(tmp_path / "a.zip", [("", b"")]), tmp_path, expected)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -197,13 +197,13 @@ def test_truncated_archives_are_refused(tmp_path, kind, keep):
     noise = [(name, os.urandom(3000)) for name in FILES]
     archive = write(tmp_path / f"a.{kind}", noise)
     os.truncate(archive, int(archive.stat().st_size * keep))
-    refused(archive, tmp_path, sentences.ARCHIVE_DAMAGED_WITH_REASON)
+    assert_refused(archive, tmp_path, sentences.ARCHIVE_DAMAGED_WITH_REASON)
 
 
 def test_a_tar_cut_between_two_files_is_refused(tmp_path):
     archive = write_tar(tmp_path / "a.tar", [member("a", bytes(range(256)) * 2), member("b")])
     os.truncate(archive, 1024)
-    refused(archive, tmp_path, sentences.ARCHIVE_WITHOUT_END)
+    assert_refused(archive, tmp_path, sentences.ARCHIVE_WITHOUT_END)
 
 
 @pytest.mark.parametrize("kind", ["tar.gz", "tar.xz", "zip"])
@@ -212,7 +212,7 @@ def test_flipped_bits_are_noticed(tmp_path, kind):
     content = bytearray(archive.read_bytes())
     content[len(content) // 2] ^= 16
     archive.write_bytes(content)
-    refused(archive, tmp_path, sentences.ARCHIVE_DAMAGED)
+    assert_refused(archive, tmp_path, sentences.ARCHIVE_DAMAGED)
 
 
 @pytest.mark.parametrize("name", ["a.rar", "a.tar.bz2", "a"])
@@ -223,15 +223,15 @@ def test_other_formats_are_refused(tmp_path, name):
 
 
 def test_a_missing_archive_is_refused(tmp_path):
-    told = sentences.ARCHIVE_UNREADABLE.format(archive=tmp_path / "a.tar", reason="No such file or directory")
-    with pytest.raises(UserError, match=re.escape(told)):
+    expected = sentences.ARCHIVE_UNREADABLE.format(archive=tmp_path / "a.tar", reason="No such file or directory")
+    with pytest.raises(UserError, match=re.escape(expected)):
         unpack(tmp_path / "a.tar", tmp_path / "root", LIMITS)
 
 
 def test_nothing_is_left_on_a_full_disk(tmp_path, files_no_larger_than):
     archive = write(tmp_path / "a.tar", FILES.items())
     with files_no_larger_than(1000):
-        refused(archive, tmp_path, sentences.ARCHIVE_NOT_UNPACKED.format(root="root", reason="File too large"))
+        assert_refused(archive, tmp_path, sentences.ARCHIVE_NOT_UNPACKED.format(root="root", reason="File too large"))
 
 
 def test_a_killed_unpacking_starts_again(tmp_path):

@@ -426,18 +426,18 @@ def assert_one_sentence(message: str, file: str, expected: str) -> None:
     assert ". " not in message
 
 
-@pytest.mark.parametrize(("ending", "how", "expected"), AT_OPENING.values(), ids=AT_OPENING)
-def test_cheap_checks_are_made_at_opening(root: Path, spoil, ending: str, how, expected: str) -> None:
-    spoil.apply(how, root / f"Confetto/test_public/data/00_{ending}")
+@pytest.mark.parametrize(("ending", "damage", "expected"), AT_OPENING.values(), ids=AT_OPENING)
+def test_cheap_checks_are_made_at_opening(root: Path, spoil, ending: str, damage, expected: str) -> None:
+    spoil.apply(damage, root / f"Confetto/test_public/data/00_{ending}")
     with pytest.raises(UserError) as error:
         Eyecandies(root, "Confetto")
     assert_one_sentence(str(error.value), ending, expected)
 
 
-@pytest.mark.parametrize(("ending", "how", "expected"), AT_READING.values(), ids=AT_READING)
-def test_bad_file(root: Path, spoil, monkeypatch: pytest.MonkeyPatch, ending: str, how, expected: str) -> None:
+@pytest.mark.parametrize(("ending", "damage", "expected"), AT_READING.values(), ids=AT_READING)
+def test_bad_file(root: Path, spoil, monkeypatch: pytest.MonkeyPatch, ending: str, damage, expected: str) -> None:
     monkeypatch.chdir(root)
-    spoil.apply(how, root / f"Confetto/test_public/data/00_{ending}")
+    spoil.apply(damage, root / f"Confetto/test_public/data/00_{ending}")
     reader = Eyecandies(root, "Confetto")
     with pytest.raises(UserError) as error:
         reader.read("Confetto", "test", "00")

@@ -346,9 +346,9 @@ def add_second(file: Path) -> None:
         source.with_name("001.png").write_bytes(source.read_bytes())
 
 
-@pytest.mark.parametrize(("path", "how", "expected"), BAD.values(), ids=BAD)
-def test_bad_input(root: Path, refused, spoil, path: str, how, expected: str) -> None:
-    spoil.apply(how, root / path)
+@pytest.mark.parametrize(("path", "damage", "expected"), BAD.values(), ids=BAD)
+def test_bad_input(root: Path, refused, spoil, path: str, damage, expected: str) -> None:
+    spoil.apply(damage, root / path)
     refused(lambda: Folder(root, "all" if path == "." else "bolt,Zahnrad groß", needs_depth=True), str(root), expected)
 
 

@@ -337,10 +337,10 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("path", "how", "expected"), BAD.values(), ids=BAD)
-def test_bad_input(root: Path, refused, spoil, path: str, how, expected: str) -> None:
+@pytest.mark.parametrize(("path", "damage", "expected"), BAD.values(), ids=BAD)
+def test_bad_input(root: Path, refused, spoil, path: str, damage, expected: str) -> None:
     (root / "README").touch()
-    spoil.apply(how, root / path)
+    spoil.apply(damage, root / path)
     refused(lambda: MVTec3D(root, "bagel", needs_depth=True), str(root), expected)
 
 
