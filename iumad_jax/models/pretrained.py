@@ -380,6 +380,6 @@ def load(backbone: str, weights: str = "") -> Variables:
     if backbone == "efficientnet_lite0":
         return load_lite0()
     raise UserError(
-        f"no weights of {backbone} are shipped; set --config.backbone.weights to a .pth or .safetensors file with the "
-        "names of EfficientNet-PyTorch or timm."
+        f"no weights of {backbone} are shipped; set --config.backbone.weights=PATH to a .pth or .safetensors file with "
+        "the names of EfficientNet-PyTorch or timm."
     )
