@@ -49,7 +49,7 @@ def profile(points: Array, defects: Defects, slot: int) -> Array:
 
 
 def relief(points: Array, defects: Defects) -> Array:
-    """Compute by how many metres (n,) bumps raise, and dents lower, the surface at points (3, n)."""
+    """Compute the metres (n,) by which bumps raise and dents lower the surface at points (3, n)."""
     bump, dent = (defects.amount[slot] * profile(points, defects, slot) for slot in (0, 1))
     return bump - dent
 

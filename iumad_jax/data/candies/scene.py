@@ -32,10 +32,10 @@ POSE = np.array(
 
 TILES, TILE = 16, (0.135, 0.34)  # number of tiles across the belt; width and length of a tile
 BELT_HALF_WIDTH = TILES * TILE[0] / 2
-PLATE = -0.06  # height of the steel plates beside the belt
+PLATE = -0.06  # metres; height of the steel plates beside the belt
 
 # Positions of the four lamps, and brightness of each lamp (columns) in each of the six pictures (rows); the last column
-# is ambient light. Picture 0 is lit from the camera's side, 1 to 3 by one lamp each, 4 by one lamp and more
+# is ambient light. Picture 0 is lit from the camera's side, 1 to 3 by one lamp each, 4 by one lamp with some
 # ambient light, 5 by all.
 LAMPS = np.array([[-0.9, -2.2, 2.6], [0.5, 2.2, 2.4], [-2.4, 0.2, 2.0], [2.3, -0.3, 2.2]])
 BRIGHTNESS = np.array(
@@ -217,7 +217,7 @@ def camera_view(size: int) -> View:
 
 
 class Surface(NamedTuple):
-    """What each pixel shows, (n,) or (channels, n). Fields of the sweet are meaningless where a ray meets the floor."""
+    """Visible surface per pixel, (n,) or (channels, n); fields of the sweet are undefined where a ray meets the floor."""
 
     hit: Array  # whether the ray hits the sweet
     cover: Array  # share of the pixel that the sweet covers, for smooth outlines in the pictures
@@ -233,7 +233,7 @@ class Surface(NamedTuple):
 
 @cache
 def compile_geometry_pass(name: str, size: int) -> Callable[[Look, Defects], Surface]:
-    """Return the compiled geometry pass of a sweet: what each pixel shows, from an instance's look and its defects."""
+    """Return the compiled geometry pass of a sweet, which maps a look and defects to the visible surface."""
     sweet = sweets.SWEETS[name]
     view = camera_view(size)
     origin = POSE[:3, 3].astype(np.float32)
@@ -286,7 +286,7 @@ def lighting_pass(surface: Surface, material: Material, shift: Array, size: int)
     """Render the pictures and the normals from the result of the geometry pass.
 
     Args:
-        surface: What each pixel shows.
+        surface: Visible surface.
         material: Material of the sweet.
         shift: Distance in metres by which the belt has moved.
         size: Side of the pictures in pixels.
