@@ -72,7 +72,7 @@ def rotate_z(v: Array, angle: Array) -> Array:
     return jnp.stack([c * v[0] - s * v[1], s * v[0] + c * v[1], v[2]])
 
 
-# ---- geometry -------------------------------------------------------------------------------------------------------
+# ---- geometry ------------------------------------------------------------------------------------------------------
 
 
 def sphere_trace(
@@ -217,7 +217,7 @@ def camera_view(size: int) -> View:
 
 
 class Surface(NamedTuple):
-    """Visible surface per pixel, (n,) or (channels, n); fields of the sweet are undefined where a ray meets the floor."""
+    """Visible surface per pixel, (n,) or (channels, n); the sweet's fields are undefined where a ray hits the floor."""
 
     hit: Array  # whether the ray hits the sweet
     cover: Array  # share of the pixel that the sweet covers, for smooth outlines in the pictures
