@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from iumad_jax import config as configs
 from iumad_jax import protocol
 from iumad_jax.data import readers
-from iumad_jax.data.batches import images_of, training_input, updates_per_epoch
+from iumad_jax.data.batches import batch_indices, training_input, updates_per_epoch
 from iumad_jax.data.prepared import copies, inventory
 from iumad_jax.data.prepared.good_images import good_images, odd_images, quality_shifts
 from iumad_jax.data.prepared.store import PreparedSet
@@ -129,7 +129,7 @@ class Training(NamedTuple):
     def names(self, update: int) -> list[str]:
         """Return the names of an update's images."""
         ids = [f"{name}/train/{i}" for name, images in zip(self.objects, self.sets, strict=True) for i in images.ids]
-        return [ids[row] for row in images_of(update, self.images, self.batch_size, self.seed)]
+        return [ids[row] for row in batch_indices(update, self.images, self.batch_size, self.seed)]
 
 
 def learn(run: Run, step: protocol.Step, progress: Progress) -> Progress:

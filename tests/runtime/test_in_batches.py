@@ -20,7 +20,7 @@ def brightness(variables, batch):
 
 
 def images(folder, count):
-    """StrategyState-mapped arrays in the types that are stored."""
+    """Memory-mapped arrays in the types that are stored."""
     rng = np.random.default_rng(count)
     np.save(folder / "features.npy", rng.normal(size=(count, 4, 2)).astype(np.float32))
     np.save(folder / "images.npy", rng.integers(0, 256, (count, 5, 5, 3)).astype(np.uint8))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from iumad_jax.config import paper
-from iumad_jax.data.batches import images_of, training_batches, training_input
+from iumad_jax.data.batches import batch_indices, training_batches, training_input
 from iumad_jax.errors import UserError
 from iumad_jax.methods.ib_iumad import ib_iumad
 from iumad_jax.methods.method import Loss, Method
@@ -268,7 +268,9 @@ def test_the_operation_that_makes_nan_is_found(flaw, number, told):
     method, config = flawed(flaw), settings(learning_rate=1e-3, schedule="step")
     finding = make_update(method, make_optimizer(config), None, find_operations=True)
     passes = trained(method, config, data, update=finding, stream=training_input([data], BATCH, 7, 0, "always", 1))
-    epochs = explain(passes, 3, PER_EPOCH, lambda update: [f"x/{row}" for row in images_of(update, IMAGES, BATCH, 7)])
+    epochs = explain(
+        passes, 3, PER_EPOCH, lambda update: [f"x/{row}" for row in batch_indices(update, IMAGES, BATCH, 7)]
+    )
     assert np.isfinite(next(epochs).losses["loss"])
     with pytest.raises(UserError) as error:
         next(epochs)
