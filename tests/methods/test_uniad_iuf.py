@@ -8,7 +8,7 @@ from iumad_jax.config import paper
 from iumad_jax.inference.anomaly_map import predictor
 from iumad_jax.methods.iuf import iuf, merge_colours
 from iumad_jax.methods.uniad import uniad
-from iumad_jax.models.class_network import ClassNetwork, no_colours
+from iumad_jax.models.class_network import ClassNetwork, identity_statistics
 from iumad_jax.models.reconstruction import ReconstructionTransformer
 from iumad_jax.shapes import Batch
 from tests.methods.reference import prediction_of
@@ -173,5 +173,5 @@ def test_colours_are_those_of_all_images_of_the_base_step():
     np.testing.assert_allclose(found["mean"], pixels.mean(0), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(found["covariance"], np.cov(pixels.T, bias=True), rtol=1e-3, atol=1e-6)
     assert method.observe(variables, second, 1) is variables
-    half = merge_colours(no_colours(), images[:2], SIDE)
+    half = merge_colours(identity_statistics(), images[:2], SIDE)
     np.testing.assert_allclose(merge_colours(half, images[2:], SIDE)["mean"], pixels.mean(0), rtol=1e-4, atol=1e-6)
