@@ -72,7 +72,7 @@ def projection_matrix(moments: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d
 
 
 def compression_loss(rows: Float[Array, "n d"]) -> Float[Array, ""]:
-    """Normalise the singular values to sum to 1, and sum those below 0.1 / d.
+    """Sum those singular values, normalised to a total of 1, that are below 0.1 / d.
 
     Minimising this concentrates the rows in few directions and leaves the others free. Rows of zeros have no effect.
     """

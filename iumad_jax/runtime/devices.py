@@ -68,7 +68,7 @@ def split_indices(rows: np.ndarray) -> np.ndarray:
         rows: Indices of images, shape (..., batch).
 
     Returns:
-        Shape (devices, ..., places). All devices have the same number of places. If the batch does not divide, the last
+        Shape (devices, ..., places). All devices have the same number of places. If they outnumber the rows, the last
         places repeat the first row, and `sample_weight` gives them the weight 0.
     """
     fill = -rows.shape[-1] % jax.device_count()

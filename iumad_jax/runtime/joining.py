@@ -59,9 +59,8 @@ def joined(coordinator: str | None, number: int | None, process: int | None, clu
             coordinator,
             number,
             process,
-            cluster_detection_method="deactivate"
-            if coordinator
-            else None,  # otherwise SLURM's method would assign one GPU
+            # SLURM's detection would assign a single GPU
+            cluster_detection_method="deactivate" if coordinator else None,
             initialization_timeout=_START_TIMEOUT,
             heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
             shutdown_timeout_seconds=_HEARTBEAT_TIMEOUT,
@@ -152,7 +151,7 @@ def _wait_in_background(
 def _aborted(_: int) -> None:
     """Handle JAX's abort of this process after another one has ended, which no public option prevents."""
     _end()
-    time.sleep(_HEARTBEAT_TIMEOUT)  # if another thread is ending this process already, lets it finish
+    time.sleep(_HEARTBEAT_TIMEOUT)  # lets another thread finish that is ending this process already
 
 
 def _end(reason: str = "") -> None:

@@ -28,7 +28,7 @@ class NotFinite(UserError):
 
 
 def measure(gradients: Any, changes: Any) -> Scalars:
-    """Compute the scalars of an update that `check` needs, such as the norms of gradients and weight changes.
+    """Compute what `check` needs: norms of gradients and weight changes, and the first non-finite gradient's index.
 
     They cost next to nothing, since clipping sums the squares of the gradients anyway.
     """

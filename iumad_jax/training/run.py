@@ -59,7 +59,7 @@ class Run:
         return is_trained(self.config, self.method)
 
     def due(self) -> bool:
-        """Return whether a snapshot is due, because of its interval, a failed one, or a request to end the process."""
+        """Return whether to take a snapshot: its time has come, the last one failed, or the process was asked to end."""
         overdue = time.monotonic() - self.snapshots.last_save > 60 * self.config.snapshots.every_minutes
         return overdue or self.snapshots.failed or preemption.requested()
 
@@ -85,7 +85,7 @@ class Run:
 
 
 def is_trained(config: ConfigDict, method: Method) -> bool:
-    """Return whether a config trains a method."""
+    """Return whether the method has a training loss and the config any epochs."""
     return method.loss is not None and config.train.epochs > 0
 
 
