@@ -59,7 +59,7 @@ class Run:
         return is_trained(self.config, self.method)
 
     def due(self) -> bool:
-        """Return whether to take a snapshot: its time has come, the last one failed, or the process was asked to end."""
+        """Return whether to take a snapshot: one is due, the last one failed, or the process was asked to end."""
         overdue = time.monotonic() - self.snapshots.last_save > 60 * self.config.snapshots.every_minutes
         return overdue or self.snapshots.failed or preemption.requested()
 

@@ -18,6 +18,7 @@ from iumad_jax.training.epochs import train_epochs
 from iumad_jax.training.nonfinite import NotFinite, check, explain
 from iumad_jax.training.optimization import learning_rates, make_optimizer
 from iumad_jax.training.update import initial_state, make_update
+from tests import sentences
 
 pytestmark = pytest.mark.slow
 
@@ -165,7 +166,9 @@ def test_learning_rates(changes, expected):
 
 
 def test_unknown_schedule_is_refused():
-    with pytest.raises(UserError, match=r'config\.train\.schedule is "linear"; use one of step, cosine'):
+    with pytest.raises(
+        UserError, match=re.escape(sentences.UNKNOWN_SCHEDULE.format(found="linear", known="step, cosine"))
+    ):
         learning_rates(settings(schedule="linear"), PER_EPOCH)
 
 
@@ -248,9 +251,21 @@ def spoiled(number):
 @pytest.mark.parametrize(
     ("flaw", "number", "message"),
     [
-        (jnp.abs, np.nan, r"images/features/rgb was nan or inf before any operation"),
-        (logarithm, -1, r"the log in \S+/test_update\.py:\d+ \(return .*jnp\.log\(x\).*\) returned nan"),
-        (square_root, 0, r"the \w+ in \S+/test_update\.py:\d+ \(return jnp\.sqrt\(number\) .*\) returned inf"),
+        (jnp.abs, np.nan, sentences.INPUT_NOT_FINITE.format("images/features/rgb")),
+        (
+            logarithm,
+            -1,
+            sentences.OPERATION_NOT_FINITE.format(
+                place=r"\S+/test_update\.py:\d+", source=r"return .*jnp\.log\(x\).*", operation="log", value="nan"
+            ),
+        ),
+        (
+            square_root,
+            0,
+            sentences.OPERATION_NOT_FINITE.format(
+                place=r"\S+/test_update\.py:\d+", source=r"return jnp\.sqrt\(number\) .*", operation=r"\w+", value="inf"
+            ),
+        ),
     ],
 )
 def test_the_operation_that_produces_nan_is_found(flaw, number, message):
@@ -265,8 +280,8 @@ def test_the_operation_that_produces_nan_is_found(flaw, number, message):
     with pytest.raises(UserError) as error:
         next(epochs)
     image_names = ", ".join(f"x/{row}" for row in rows)
-    expected = rf"{message} in step 3, epoch 1, update {update - PER_EPOCH}, whose images are {image_names}; [^\n]*\."
-    assert re.fullmatch(expected, str(error.value))
+    expected = sentences.IN_STEP.format(what=message, step=3, epoch=1, update=update - PER_EPOCH, images=image_names)
+    assert re.fullmatch(rf"{expected}; [^\n]*\.", str(error.value))
 
 
 def test_the_most_specific_cause_in_the_earliest_update_is_reported():
@@ -278,10 +293,26 @@ def test_the_most_specific_cause_in_the_earliest_update_is_reported():
     check(good, params, 10)
     bad = {name: np.array([1, 1, np.nan, np.nan]) for name in good} | {"parameter": np.array([0, 0, 1, 1])}
     for broken, message in [
-        (bad, 'loss "pull" became nan in update 12 of its step'),
-        (bad | {"pull": np.array([1, 1, 1, np.inf])}, 'loss "loss" became nan in update 12'),
-        (bad | {"pull": good["pull"], "loss": good["loss"]}, "the gradient of b/c became nan in update 12"),
-        (good | {"update_norm": np.array([1, np.inf, 1, 1])}, "the change of the weights became inf in update 11"),
+        (
+            bad,
+            sentences.IN_UPDATE_OF_STEP.format(
+                what=sentences.LOSS_NOT_FINITE.format(term="pull", value="nan"), update=12
+            ),
+        ),
+        (
+            bad | {"pull": np.array([1, 1, 1, np.inf])},
+            sentences.IN_UPDATE.format(what=sentences.LOSS_NOT_FINITE.format(term="loss", value="nan"), update=12),
+        ),
+        (
+            bad | {"pull": good["pull"], "loss": good["loss"]},
+            sentences.IN_UPDATE.format(
+                what=sentences.GRADIENT_NOT_FINITE.format(parameter="b/c", value="nan"), update=12
+            ),
+        ),
+        (
+            good | {"update_norm": np.array([1, np.inf, 1, 1])},
+            sentences.IN_UPDATE.format(what=sentences.UPDATE_NOT_FINITE.format(value="inf"), update=11),
+        ),
     ]:
         with pytest.raises(NotFinite, match=message):
             check(broken, params, 10)
@@ -290,7 +321,10 @@ def test_the_most_specific_cause_in_the_earliest_update_is_reported():
 def test_non_finite_weights_are_never_kept():
     """They are detected even after an epoch's last update, before they affect any loss."""
     config = settings(learning_rate=1e38, schedule="step", clip_norm=1e9)
-    with pytest.raises(NotFinite, match=r"the change of the weights became inf in update 0 of its step"):
+    with pytest.raises(
+        NotFinite,
+        match=sentences.IN_UPDATE_OF_STEP.format(what=sentences.UPDATE_NOT_FINITE.format(value="inf"), update=0),
+    ):
         next(trained(pull(), config, images()))
 
 
