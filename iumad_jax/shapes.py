@@ -1,4 +1,4 @@
-"""Dimension letters of array annotations, and the data structures that packages share.
+"""Letters for array dimensions in annotations, and data structures that several packages share.
 
     b  images in a batch              n  images in a set
     h, w  pixels of an input image    g  tokens per side, p = g * g tokens
@@ -28,7 +28,9 @@ Keys = Key[Array, " b"]  # one per image, so that randomness does not depend on 
 Variables = dict[str, Any]  # "params" (trained by gradients), "statistics" (gathered), "frozen" (see `Method.frozen`)
 Scalars = dict[str, Float[Array, ""]]
 StrategyState = dict[str, Any]  # nested dictionary of arrays that a strategy keeps
-BY_OBJECT = "by_object"  # key of a tuple with one constant item per learned object; snapshots store each item once
+BY_OBJECT = (
+    "by_object"  # key of a tuple with one item per learned object; items never change, so snapshots store each once
+)
 
 
 class Batch(NamedTuple):

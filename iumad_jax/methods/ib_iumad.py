@@ -25,7 +25,7 @@ class Output(NamedTuple):
     """Network output for one image."""
 
     fused: Fused
-    logits: dict[Modality, Logits]  # of the object, from each Mamba decoder
+    logits: dict[Modality, Logits]  # object logits of each Mamba decoder
     auxiliary: dict[Modality, Tokens]  # features rebuilt by each branch alone; empty without an auxiliary loss
 
 

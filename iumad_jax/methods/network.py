@@ -40,7 +40,7 @@ def reconstruct(
 ) -> tuple[Float[Array, "p d"], ...]:
     """Run a modality's reconstruction transformer on (jittered) tokens, and return the outputs of its decoder layers.
 
-    Must be called within a compact network whose attribute `config` is `config.model`.
+    Must be called within `__call__` of a network whose attribute `config` is `config.model`.
     """
     config = network.config
     transformer = ReconstructionTransformer(

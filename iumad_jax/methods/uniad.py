@@ -17,7 +17,7 @@ from iumad_jax.shapes import Image, Logits, Modality, Scalars, Tokens
 
 
 def project_to_features(network: Any, modality: Modality, decoded: Float[Array, "p d"], channels: int) -> Tokens:
-    """Project the last decoder output to features. Must be called within a compact network.
+    """Project the last decoder output to features. Must be called within a network's `__call__`.
 
     The weights start at zero: with random ones, training first makes all tokens equal to suppress the random output,
     and never recovers.
@@ -31,7 +31,7 @@ def reconstruction_errors(rebuilt: dict[Modality, Tokens], features: dict[Modali
 
 
 def reconstruction_losses(rebuilt: dict[Modality, Tokens], features: dict[Modality, Tokens]) -> Scalars:
-    """Compute the mean squared error of each modality, one loss term each."""
+    """Compute the mean squared error of each modality, as one loss term each."""
     return {f"reconstruction_{m}": jnp.mean((rebuilt[m] - features[m]) ** 2) for m in rebuilt}
 
 

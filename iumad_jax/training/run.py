@@ -42,7 +42,7 @@ class Run:
     methods: dict[str, Method]  # by name: the config's method, then its baselines
     strategy: Strategy
     optimizers: dict[str, optax.GradientTransformation]  # by name: those of the base step and of later steps
-    updates: dict[str, Any]  # compiled updates by name of the optimiser
+    updates: dict[str, Any]  # by name of the optimiser; compiled once per structure of the strategy's state
     snapshots: Snapshots
     ledger: Ledger
     live: Live
