@@ -5,7 +5,7 @@ Facts are filled in by the tests. A value is a regular expression where a test s
 
 # config, protocol and command line
 PROTOCOL_DOES_NOT_FIT = "protocol {protocol} does not fit {objects} objects"
-PROTOCOL_MALFORMED = "form X-Y"
+PROTOCOL_MALFORMED = "use the form X-Y"
 UNKNOWN_KEY = "--config has no key '{key}'; did you mean \"{meant}\""
 NOT_A_FLAG = "argument {} is not a flag; see --help."
 SEE_HELP = "{}; see --help."
@@ -160,18 +160,20 @@ IMAGES_ADDED = "{object}'s {split} images: {count} added ({which})"
 IMAGES_REMOVED = "{object}'s {split} images: {count} removed ({which})"
 IMAGES_CHANGED = "{object}'s {split} images: {count} changed ({which})"
 AND_MORE = "{shown} and {count} more"
-SINCE_USED = "{} since it was used."
-LEARNED_AS_IT_WAS = "{}; the run has learned it as it was."
-GOES_ON_WITH_WHAT_IS_THERE = "{}; it goes on with what is there now."
+SINCE_USED = "{} since the run used them."
+LEARNED_AS_IT_WAS = "{}; the run has learned the earlier images."
+GOES_ON_WITH_WHAT_IS_THERE = "{}; the run continues with the current ones."
 STEP_HALF_DONE = (
-    "{changed} while step {step} is half done with them; undo that, or remove {folder} to begin this step again."
+    "{changed} in the middle of step {step}, which trains on them; undo the change, or remove {folder} to restart the"
+    " step."
 )
 THRESHOLDS_NEED_THEM = (
-    "{} since the run learned it, and its thresholds come from them; undo that, or start another --workdir."
+    "{} since the run learned this object, and its thresholds depend on these images; undo the change, or choose"
+    " another --workdir."
 )
-DATASET_GONE = "{} is not there any more, so nothing tells whether it has changed."
-DATASET_GONE_SHORTLY = "{} is not there any more"
-OBJECTS_CHOSEN_DIFFER = "this run learns {learned}, but {chosen} are chosen now"
+DATASET_GONE = "{} no longer exists, so changes of the dataset cannot be detected."
+DATASET_GONE_SHORTLY = "{} no longer exists"
+OBJECTS_CHOSEN_DIFFER = "this run learns {learned}, but {chosen} are selected now"
 INVENTORY_DAMAGED = "{} not a dataset inventory"
 IMAGES_BLACK = "{count} of {object}'s {all} training images are black ({which}); check them."
 IMAGES_SATURATED = "{count} of {object}'s {all} training images are saturated ({which}); check them."
@@ -184,7 +186,7 @@ UNKNOWN_METHOD = r'config\.method is "{found}"; use one of {known}'
 UNKNOWN_FUSION = r'config\.model\.fusion is "{found}"; use {known}'
 UNKNOWN_STRATEGY = 'config.continual.strategy is "{found}"; use one of {known}'
 UNKNOWN_OPTIMIZER = 'config.train.optimizer or config.continual.optimizer is "{found}"; use one of {known}'
-FROZEN_DIFFERS = "{}: its frozen arrays are not those that this run was trained with"
+FROZEN_DIFFERS = "the frozen arrays of {} are not those that this run was trained with"
 
 UNKNOWN_BACKBONE = "'{found}' is unknown; choose one of {known}"
 WEIGHTS_REFUSED = "weights file {} is refused: "
@@ -236,13 +238,13 @@ STRATEGY_JOINT_STORES = "({} per object). It is an upper bound"
 UNKNOWN_SCHEDULE = 'config.train.schedule is "{found}"; use one of {known}'
 LOSS_NOT_FINITE = 'loss "{term}" became {value}'
 GRADIENT_NOT_FINITE = "the gradient of {parameter} became {value}"
-UPDATE_NOT_FINITE = "what is added to the weights became {value}"
+UPDATE_NOT_FINITE = "the change of the weights became {value}"
 INPUT_NOT_FINITE = "{} was nan or inf before any operation"
-OPERATION_NOT_FINITE = r"{place} \({source}\), in its {operation}, became {value}"
+OPERATION_NOT_FINITE = r"the {operation} in {place} \({source}\) returned {value}"
 IN_UPDATE = "{what} in update {update}"
 IN_UPDATE_OF_STEP = "{what} in update {update} of its step"
 IN_STEP = "{what} in step {step}, epoch {epoch}, update {update}, whose images are {images}"
-TRAINING_STOPPED = "; training stopped and the last snapshot is from before that: lower config.train.learning_rate"
+TRAINING_STOPPED = "; training stopped, and the last snapshot was taken before: lower config.train.learning_rate"
 STEP_BEGINS = "step {step}: learning {objects} from {images} images"
 STEP_BEGINS_SHORTLY = "step {}: learning"
 STEP_EVALUATED = "step {step}: mean I-AUROC {mean} over the objects learned so far"
@@ -383,17 +385,17 @@ TENSORBOARD_MISSING = r"tensorboardX is not installed; run pip install tensorboa
 
 PROCESS_WAITS = r"process {process} of {processes} waits for the others at {address}, up to {limit} s"
 PROCESS_ENDED_SINCE_ANOTHER_DID = "another one ha"
-PROCESSES_START_AGAIN = "start all of them again to go on from the last snapshot."
-PROCESSES_DIFFER = "the processes differ in their {}; give all of them"
-PROCESSES_DIFFER_IN_COMMAND = "the processes differ in their {}; give all of them the same command"
+PROCESSES_START_AGAIN = "restart all processes to continue from the last snapshot."
+PROCESSES_DIFFER = "the processes differ in their {}; start all of them"
+PROCESSES_DIFFER_IN_COMMAND = "the processes differ in their {}; start all of them with the same command"
 NUMBER_OF_DEVICES = "number of devices"
 IMAGES_OF_PROCESSES = "images"
 PROCESS_PRINTS_RESULTS = "Process {} prints the results."
-COORDINATOR_PORT_TAKEN = "--coordinator={address}: {reason}; give all processes an"
-COORDINATOR_SILENT = r"--coordinator={address}: {reason} for {seconds} s; start process 0 there"
-COORDINATOR_WRONG = '--coordinator is "{}"; give the host'
-PROCESS_FLAGS_INCOMPLETE = "--coordinator, --processes and --process belong together"
-PROCESS_OUT_OF_RANGE = "--process is {process}; use 0 to {most}, as --processes is {processes}"
+COORDINATOR_PORT_TAKEN = "--coordinator={address}: {reason}; choose another port for all processes"
+COORDINATOR_SILENT = r"--coordinator={address}: {reason} for {seconds} s; start process 0 on this host"
+COORDINATOR_WRONG = '--coordinator is "{}"; use HOST:PORT'
+PROCESS_FLAGS_INCOMPLETE = "--coordinator, --processes and --process must be given together"
+PROCESS_OUT_OF_RANGE = "--process is {process}; choose 0 to {most}, since --processes is {processes}"
 
 
 # kernels and their benchmarks

@@ -1,4 +1,4 @@
-"""Runs a function of a batch on any number of images, jitted once, in batches of 8 of which the last is filled up."""
+"""Applies a function of a batch to any number of images, in padded batches of equal size."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,14 +10,14 @@ _BATCH = 8  # images
 
 
 def predict_in_batches(function: Callable[[Any, Any], Any], state: Any, images: Any) -> Any:
-    """Applies a function of a batch, such as `method.predict`, to all images.
+    """Apply a function of a batch, such as `method.predict`, to all images.
 
-    It is compiled once for all calls: every batch has the same size, the last one being filled up.
+    The function is compiled once for all calls, since every batch has the same size; the last one is padded.
 
     Args:
-        function: (state, batch) -> arrays with a leading axis b.
-        state: the function's first argument, such as a method's variables.
-        images: arrays with a leading axis n, at least 1; NumPy arrays, memory-mapped ones too.
+        function: Function (state, batch) -> arrays with a leading axis b.
+        state: First argument of the function, such as a method's variables.
+        images: (Memory-mapped) NumPy arrays with a leading axis n, at least 1.
 
     Returns:
         NumPy arrays with a leading axis n.
