@@ -90,10 +90,10 @@ def describe(calibrations: Mapping[str, Calibration], quantile: float) -> Record
         quantile: Share of good images that are to be decided good.
 
     Returns:
-        `quantile`; `rms_distance`, the root mean square distance of an image to its object; `unknown`, the shared
-        `threshold` of the distance, with the threshold of `good` images and the distance to `others` that it is the
-        geometric mean of; `objects`, by name the `image` and `pixel` thresholds (see `describe_threshold`), and an
-        `unknown` threshold if the object has too few images for the shared one. `false_alarm_bound` is None for
+        `quantile`; `rms_distance`, the root mean square distance of an image to its object; `unknown`, the distance
+        `threshold` shared by all objects, computed from `good` (the threshold of good images) and `others` (the
+        distance to other objects); `objects`, by name the `image` and `pixel` thresholds (see `describe_threshold`)
+        and, if the object has few images, an `unknown` threshold of its own. `false_alarm_bound` is None for
         thresholds from training images, which guarantee nothing.
     """
     single = len(calibrations) == 1
