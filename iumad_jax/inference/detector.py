@@ -240,7 +240,7 @@ class Detector:
             raise UserError("depth is missing; pass it, since this model was trained with depth.")
         elif not _is_array(depth) or depth.dtype.kind != "f" or depth.shape != rgb.shape[:-1]:
             raise UserError(
-                f"depth is {_kind(depth)}; pass a NumPy array of floats in metres, shape {rgb.shape[:-1]} like rgb."
+                f"depth is {_kind(depth)}; pass a NumPy array of metres, floats of shape {rgb.shape[:-1]} like rgb."
             )
         elif camera is None:
             assert self.camera is not None

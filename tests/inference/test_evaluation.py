@@ -52,25 +52,25 @@ def model():
     }
     recogniser = Recogniser(np.zeros(2, np.float32), np.eye(2, dtype=np.float32), np.float32([[0, 0], [10, 0]]))
     method = Method(init=lambda key, batch: {}, predict=object_number)
-    methods = {"own": method, "baseline": method}
-    return Model(methods, {"own": {}, "baseline": {}}, recogniser, thresholds.thresholds(calibration, 0.995))
+    methods = {"primary": method, "baseline": method}
+    return Model(methods, {"primary": {}, "baseline": {}}, recogniser, thresholds.thresholds(calibration, 0.995))
 
 
 def test_no_method_receives_the_true_object(model):
     """The last two images of A lie nearer to B."""
     prepared = images([(0, 0), (1, 0), (9, 0), (8, 0)], true_object=0)
-    own, baseline = evaluation.judge(model, {"A": lambda: prepared})
-    for judgement in (own, baseline):
+    primary, baseline = evaluation.judge(model, {"A": lambda: prepared})
+    for judgement in (primary, baseline):
         assert judgement.prediction.score.tolist() == [0, 0, 1, 1]
-    assert (own.method, baseline.method, baseline.decision) == ("own", "baseline", None)
-    assert own.decision.object_id.tolist() == [0, 0, 1, 1]
-    assert own.decision.anomalous.tolist() == [False, False, False, False]  # a score of 1 is below B's threshold 2
-    assert decisions.rates(own.decision, own.truth, 0)["recognised"] == 0.5
+    assert (primary.method, baseline.method, baseline.decision) == ("primary", "baseline", None)
+    assert primary.decision.object_id.tolist() == [0, 0, 1, 1]
+    assert primary.decision.anomalous.tolist() == [False, False, False, False]  # a score of 1 is below B's threshold 2
+    assert decisions.rates(primary.decision, primary.truth, 0)["recognised"] == 0.5
 
 
 def test_calibration_does_not_use_the_true_object(model):
     prediction, distance = evaluation.infer(
-        model.methods["own"], {}, model.recogniser, images([(0, 0), (9, 0)], true_object=0).batch
+        model.methods["primary"], {}, model.recogniser, images([(0, 0), (9, 0)], true_object=0).batch
     )
     assert prediction.score.tolist() == [0, 1]
     np.testing.assert_allclose(distance, np.array([[0, 10], [9, 1]]) / np.sqrt(2), rtol=1e-6)
@@ -96,11 +96,11 @@ def test_objects_without_test_images_are_skipped(model):
 def test_metrics_agree_with_hand_computation(model):
     prepared = images([(0, 0), (1, 0), (0.5, 0), (2, 0)], true_object=0)
     model = model._replace(methods=dict.fromkeys(model.methods, Method(init=lambda key, batch: {}, predict=position)))
-    own, _ = evaluation.judge(model, {"A": lambda: prepared})
-    assert own.metrics["i_auroc"] == 1
+    primary, _ = evaluation.judge(model, {"A": lambda: prepared})
+    assert primary.metrics["i_auroc"] == 1
     # Maps are 0, 1, 0.5 and 2 everywhere; negatives: 256, 255, 256 and 255 pixels; positives: one of 1 and one of 2.
-    assert own.metrics["p_auroc"] == pytest.approx((512 + 255 / 2 + 767 + 255 / 2) / (2 * 1022))
+    assert primary.metrics["p_auroc"] == pytest.approx((512 + 255 / 2 + 767 + 255 / 2) / (2 * 1022))
     unmarked = prepared._replace(truth=prepared.truth._replace(masked=np.array([True, True, True, False])))
-    own, _ = evaluation.judge(model, {"A": lambda: unmarked})
-    assert np.isnan(own.metrics["p_auroc"])
-    assert own.metrics["i_auroc"] == 1
+    primary, _ = evaluation.judge(model, {"A": lambda: unmarked})
+    assert np.isnan(primary.metrics["p_auroc"])
+    assert primary.metrics["i_auroc"] == 1
