@@ -1,4 +1,4 @@
-"""Writes a trained model as one file that runs without this package: python -m iumad_jax.export --workdir=FOLDER."""
+"""Export a trained model as one file that runs without this package: python -m iumad_jax.export --workdir=FOLDER."""
 
 import json
 import sys
@@ -13,16 +13,18 @@ from iumad_jax.runtime.storage import write_whole
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command and returns its exit code."""
+    """Run the command and return its exit code."""
     return cli.execute(str(__doc__), arguments, _define, _export)
 
 
 def _define(values: flags.FlagValues) -> None:
     cli.define_trained(values)
     names = ["stablehlo", "onnx"]
-    flags.DEFINE_enum("format", names[0], names, "Of the file: for JAX, or for ONNX runtimes.", flag_values=values)
-    flags.DEFINE_string("output", None, "The file; WORKDIR/detector.FORMAT if not given.", flag_values=values)
-    flags.DEFINE_integer("batch", 1, "Images per call.", lower_bound=1, flag_values=values)
+    format_help = "File format: stablehlo for JAX (the default), onnx for ONNX runtimes."
+    flags.DEFINE_enum("format", names[0], names, format_help, flag_values=values)
+    output_help = "Output file; the default is WORKDIR/detector.FORMAT."
+    flags.DEFINE_string("output", None, output_help, flag_values=values)
+    flags.DEFINE_integer("batch", 1, "Number of images per call.", lower_bound=1, flag_values=values)
 
 
 def _export(values: flags.FlagValues) -> str:
@@ -30,18 +32,19 @@ def _export(values: flags.FlagValues) -> str:
     workdirs.read(workdir)
     output = Path(values.output or workdir / f"detector.{format_}")
     if output.suffix != f".{format_}" or not output.parent.is_dir():
-        raise UserError(f"--output={output}: give a file ending in .{format_}, in a folder that there is.")
-    from iumad_jax.export import formats  # after the flags: a typo is told at once, before JAX is loaded
+        raise UserError(f"--output is {output}; choose a file name that ends in .{format_}, in an existing folder.")
+    from iumad_jax.export import formats  # after the flags are checked: loading JAX takes seconds
     from iumad_jax.inference.detector import Detector
 
     detector = Detector.load(workdir, values.step, **{"model.scan": formats.SCANS[format_]})
     content = formats.export(detector, format_, values.batch)
     difference = formats.check(detector, content, format_, values.batch)
     write_whole(output, content)
-    described = {"format": format_, **formats.describe(detector, values.batch)}
-    write_whole(output.with_name(f"{output.name}.json"), (json.dumps(described) + "\n").encode())
+    description = {"format": format_, **formats.describe(detector, values.batch)}
+    write_whole(output.with_name(f"{output.name}.json"), (json.dumps(description) + "\n").encode())
     return (
-        f"{output}: {len(content) / 1e6:.1f} MB; its maps differ from JAX's by at most {difference:.1e} of the largest."
+        f"{output}: {len(content) / 1e6:.1f} MB; its anomaly maps differ from JAX's by at most {difference:.1e}"
+        " of the largest value."
     )
 
 
