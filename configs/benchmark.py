@@ -2,7 +2,7 @@
 
 python -m iumad_jax.benchmark --config=configs/benchmark.py
 
-Every cell is a run of its own, which goes on where it stopped. Time and scores stand in README.md.
+Every cell is one run; the same command resumes an interrupted benchmark. README.md lists time and scores.
 """
 
 from ml_collections import ConfigDict
@@ -11,7 +11,7 @@ from iumad_jax import config as configs
 
 
 def get_config(protocol: str = "6-4") -> ConfigDict:
-    """What all cells share, small enough for 2 cores, and in `benchmark` what they differ in."""
+    """Return the config shared by all cells, small enough for 2 CPU cores; `benchmark` lists their differences."""
     config = configs.small(protocol)
     config.dataset.name = "candies"
     config.dataset.root = "runs/candies"
@@ -24,7 +24,7 @@ def get_config(protocol: str = "6-4") -> ConfigDict:
     config.report.pictures_per_object = 0
 
     config.benchmark = ConfigDict()
-    config.benchmark.variants = "uniad,iuf,ib_iumad"  # of iumad_jax.config.VARIANTS
+    config.benchmark.variants = "uniad,iuf,ib_iumad"  # names of iumad_jax.config.VARIANTS
     config.benchmark.modalities = "rgb,depth,rgb+depth"
     config.benchmark.protocols = "10-0,9-1,6-4,6-1"
     config.benchmark.seeds = 3

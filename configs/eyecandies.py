@@ -2,7 +2,7 @@
 
 python -m iumad_jax.main --config=configs/eyecandies.py:6-1 --config.dataset.root=FOLDER
 
-Time and scores at this size were not measured; an update of 2 images takes about 7 s on 2 CPU cores.
+Time and scores: not measured. An update with 2 images takes about 7 s on 2 CPU cores.
 """
 
 from ml_collections import ConfigDict
@@ -11,5 +11,5 @@ from iumad_jax import config as configs
 
 
 def get_config(protocol: str = "10-0") -> ConfigDict:
-    """The paper's setting."""
+    """Return the paper's config."""
     return configs.paper(protocol)

@@ -1,10 +1,9 @@
-"""One's own objects, learned one after the other: a smaller model and fewer epochs than the paper's.
+"""IB-IUMAD on your own objects, one new object per step: a smaller model and fewer epochs than the paper's.
 
 python -m iumad_jax.main --config=configs/folder.py --config.dataset.root=FOLDER
 
-FOLDER/OBJECT/train/good/rgb holds good images and .../depth their depth, FOLDER/OBJECT/test/{good,DEFECT}/{rgb,depth,
-mask} images to judge by; the README tells more. Without depth: --config.modality=rgb. Time and scores depend on the
-images and were not measured.
+FOLDER/OBJECT/train/good/{rgb,depth} contains good images, FOLDER/OBJECT/test/{good,DEFECT}/{rgb,depth,mask} test
+images; README.md describes the layout. Without depth, add --config.modality=rgb. Time and scores: not measured.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +12,7 @@ from iumad_jax import config as configs
 
 
 def get_config(protocol: str = "1-1") -> ConfigDict:
-    """The quickstart's sizes."""
+    """Return a config with the sizes of the quickstart."""
     config = configs.small(protocol)
     config.dataset.name = "folder"
     config.dataset.root = "data/objects"

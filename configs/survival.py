@@ -1,4 +1,4 @@
-"""The quickstart as small as it can be, with a snapshot after every update: what the kill test starts and stops.
+"""The smallest run, with a snapshot after every update, for the survival test.
 
 python -m tests.harness.survival --config=configs/survival.py
 """
@@ -9,7 +9,7 @@ from iumad_jax import config as configs
 
 
 def get_config(protocol: str = "1-1") -> ConfigDict:
-    """Two objects of few small images, and a strategy with memory of every kind: within a step, and between steps."""
+    """Return a config with two objects and a strategy that has state within and between steps."""
     config = configs.small(protocol)
     config.modality = "rgb"
     config.dataset.name = "candies"

@@ -1,21 +1,21 @@
 """Incremental unified RGB-D anomaly detection in JAX.
 
-    main prepare evaluate predict robustness benchmark latency   commands; `cli` is what they share
-    experiment   the whole story of a run
-    config protocol shapes errors   the legend
+    main prepare evaluate predict robustness benchmark latency   commands; `cli` holds their shared parts
+    experiment   a run from its first step to its results
+    config protocol shapes errors   shared definitions
 
-    training/    wires a run and trains a step
+    training/    opens a run and trains its steps
     continual/   strategies against forgetting, one file each
-    export/      a detector as one file that runs without this package
-    inference/   predicts, recognises, sets thresholds, evaluates; the detector
-    methods/     published systems, one file each
-    data/        readers of layouts, formats of files, depth, prepared images, the renderer
-    report/      from the ledger to tables, pictures and a page
+    export/      exports a detector as one file that runs without this package
+    inference/   prediction, recognition, thresholds, evaluation, the detector
+    methods/     methods, one file each
+    data/        dataset layouts, file formats, depth, prepared images, the renderer
+    report/      tables, pictures and a page from a run's ledger
     models/      Flax modules
-    metrics/     NumPy in, numbers out
+    metrics/     metrics of NumPy arrays
     runtime/     files, snapshots, devices, processes
 
-A package imports from those below it (pyproject.toml, checked in CI).
+A package imports only from packages below it (pyproject.toml, checked in CI). `python -m iumad_jax` lists the commands.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ __all__ = ["Camera", "Detector"]
 
 
 def __getattr__(name: str) -> Any:
-    """What loads JAX only when somebody asks for it."""
+    """Import the public classes, and with them JAX, on first use."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from iumad_jax.inference import detector

@@ -1,6 +1,8 @@
-"""Trains a grid of runs into one table: python -m iumad_jax.benchmark --config=configs/benchmark.py.
+"""Train and compare a grid of runs: method variants, modalities, protocols and seeds.
 
-Systems x modalities x protocols x seeds, one run per cell.
+    python -m iumad_jax.benchmark --config=configs/benchmark.py
+
+Tables and pictures are written to the workdir. The same command resumes an interrupted benchmark.
 """
 
 import sys
@@ -15,24 +17,25 @@ from iumad_jax.errors import UserError
 
 
 def benchmark(config: ConfigDict, workdir: Path) -> str:
-    """Runs every cell that is not finished yet and returns the table of all in the workdir, written after each.
-
-    Pictures are drawn at the end. A cell that cannot be trained is told and left out, which is an error in the end.
+    """Run every unfinished cell and return the table of all finished ones, which is written after each.
 
     Args:
-        config: a run's config, with `config.benchmark` (explained in configs/benchmark.py).
-        workdir: every cell is a run in a folder of its own in there, and may have come from another command.
+        config: Config of a run, with `config.benchmark` (explained in configs/benchmark.py).
+        workdir: Folder of the tables, and of one run per cell in `cells/`.
+
+    Raises:
+        UserError: If a cell cannot be trained; the others are run first.
     """
-    todo, table, stopped = list(configs.cells(config)), "", []
-    import jax  # after the config was looked at: a mistake is told at once
+    cells, table, stopped = list(configs.cells(config)), "", []
+    import jax  # after the config was checked: mistakes are reported before JAX is loaded
 
     from iumad_jax import experiment
     from iumad_jax.report import comparison
 
-    jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))  # most cells share their programs
-    for number, (cell, key) in enumerate(todo, 1):
+    jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))  # cells share compiled programs
+    for number, (cell, key) in enumerate(cells, 1):
         name = comparison.name(*key)
-        print(f"cell {number} of {len(todo)}: {name}", flush=True)
+        print(f"cell {number} of {len(cells)}: {name}", flush=True)
         cell.dataset.prepared = cell.dataset.prepared or str(workdir / "prepared")
         try:
             experiment.run(cell, workdir / "cells" / name)
@@ -44,26 +47,26 @@ def benchmark(config: ConfigDict, workdir: Path) -> str:
     comparison.draw(workdir)
     if stopped:
         print(table)
-        raise UserError(f"{len(stopped)} of {len(todo)} cells stopped: {', '.join(stopped)}; the reasons stand above.")
+        raise UserError(
+            f"{len(stopped)} of {len(cells)} cells stopped: {', '.join(stopped)}; correct the errors printed above."
+        )
     return table
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command and returns its exit code."""
+    """Run the command and return its exit code."""
     return cli.execute(str(__doc__), arguments, _define, _benchmark, resumable=True)
 
 
 def _define(values: flags.FlagValues) -> None:
     cli.define_config(values)
-    flags.DEFINE_string(
-        "workdir", "runs/benchmark", "Where the runs, tables and pictures are kept.", flag_values=values
-    )
+    flags.DEFINE_string("workdir", "runs/benchmark", "Folder of the runs, tables and pictures.", flag_values=values)
 
 
 def _benchmark(values: flags.FlagValues) -> str:
     config, _ = cli.given_config(values)
     if "benchmark" not in config:
-        raise UserError("--config has no benchmark key; start from configs/benchmark.py.")
+        raise UserError("--config has no key benchmark; start from configs/benchmark.py.")
     return benchmark(config, Path(values.workdir))
 
 

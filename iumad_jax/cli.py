@@ -1,4 +1,4 @@
-"""What all commands share: flags, help, and a user's mistake told in one sentence with exit code 2."""
+"""Shared parts of the commands: flags, --help, and errors as one sentence with an exit code."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -22,28 +22,20 @@ def execute(
     dataset: bool = False,
     resumable: bool = False,
 ) -> int:
-    """Runs a command and returns its exit code.
+    """Run a command and return its exit code.
 
     Args:
-        doc: what --help says first.
-        arguments: of the process, its own name first.
-        define: defines the command's flags.
-        act: does it and returns what to print. It imports what loads JAX, so that a typo is told at once.
-        dataset: whether --config.dataset.KEY=VALUE changes the config of the run in --workdir.
-        resumable: whether the command goes on where it stopped, so that SIGTERM and SIGINT may stop it anywhere.
+        doc: Docstring of the command: a summary, an example and a description, separated by empty lines.
+        arguments: Arguments of the process, beginning with its name.
+        define: Defines the command's flags.
+        act: Runs the command and returns what to print. It imports JAX, so that wrong flags are reported at once.
+        dataset: Whether --config.dataset.KEY=VALUE changes the config of the run in --workdir.
+        resumable: Whether SIGTERM and SIGINT may interrupt the command, which then resumes when started again.
     """
     values = flags.FlagValues()
     define(values)
     if "--help" in arguments:
-        lines = [f"{name}: {values[name].help}" for name in values]
-        if dataset or "config" in values:
-            lines.append(f"config.{'dataset.' if dataset else ''}KEY: every key is in iumad_jax/config.py")
-        if resumable:
-            doc += (
-                f"\nExit codes: 0 done; {USER_ERROR} a mistake, told in a sentence; {INTERRUPTED} stopped by SIGTERM or"
-                " SIGINT with all work saved:\nthe same command goes on from there.\n"
-            )
-        print("\n".join([doc, "", *(f"  --{line}" for line in lines)]))
+        print(_help(doc, values, dataset, resumable))
         return 0
     try:
         if dataset:
@@ -54,28 +46,54 @@ def execute(
     except UserError as error:
         print(f"iumad_jax: {error}", file=sys.stderr)
         return USER_ERROR
-    except preemption.Interrupted:  # which was told when the signal came
+    except preemption.Interrupted:  # reported when the signal arrived
         return INTERRUPTED
     return 0
 
 
+def summary_and_example(doc: str) -> tuple[str, str]:
+    """Return the summary and the example of a command's docstring."""
+    summary, example, *_ = doc.strip().split("\n\n")
+    return summary, example.strip()
+
+
+def _help(doc: str, values: flags.FlagValues, dataset: bool, resumable: bool) -> str:
+    summary, example = summary_and_example(doc)
+    description = doc.strip().split("\n\n")[2:]
+    lines = [f"  --{name}  {values[name].help}{_default(values[name])}" for name in values]
+    if dataset:
+        lines.append("  --config.dataset.KEY  Changes a key of the dataset's config, see iumad_jax/config.py.")
+    elif "config" in values:
+        lines.append("  --config.KEY  Changes a key of the config; iumad_jax/config.py explains all keys.")
+    if resumable:
+        description.append(
+            f"Exit codes: 0 done; {USER_ERROR} a mistake, reported in one sentence; {INTERRUPTED} interrupted by"
+            " SIGTERM or SIGINT with\nall work saved: the same command resumes."
+        )
+    return "\n\n".join([f"Example:\n  {example}", summary, *description, "\n".join(["Flags:", *lines])])
+
+
+def _default(flag: flags.Flag) -> str:
+    return "" if flag.default in (None, False) else f" Default: {flag.default}."
+
+
 def define_config(values: flags.FlagValues) -> None:
-    """Defines --config=FILE[:X-Y] and --config.KEY=VALUE."""
-    help_ = "A file of configs/, with :X-Y to choose the protocol."
+    """Define --config=FILE[:X-Y] and --config.KEY=VALUE."""
+    help_ = "Config file, such as configs/quickstart.py; append :X-Y to choose the protocol."
     config_flags.DEFINE_config_file("config", None, help_, flag_values=values)
 
 
 def define_workdir(values: flags.FlagValues) -> None:
-    """Defines --workdir, where a config's run is kept."""
-    help_ = "Where the run is kept; the default is named after the config."
+    """Define --workdir, the folder of a config's run."""
+    help_ = "Folder of the run. Default: runs/NAME, named after the config."
     flags.DEFINE_string("workdir", None, help_, flag_values=values)
 
 
 def given_config(values: flags.FlagValues) -> tuple[ConfigDict, Path]:
-    """The config that --config names, with its changed keys, and the workdir of its run.
+    """Return the config of --config with its changed keys, and the workdir of its run.
 
     Raises:
-        UserError: there is none.
+        UserError: If --config is missing.
     """
     config = values.config
     if config is None:
@@ -86,34 +104,32 @@ def given_config(values: flags.FlagValues) -> tuple[ConfigDict, Path]:
 
 
 def define_trained(values: flags.FlagValues) -> None:
-    """Defines --workdir and --step, which name a trained model."""
-    flags.DEFINE_string("workdir", None, "Where a trained run is kept.", flag_values=values)
-    flags.DEFINE_integer(
-        "step", None, "After which step, by number; the last one done if not given.", flag_values=values
-    )
+    """Define --workdir and --step, which choose a trained model."""
+    flags.DEFINE_string("workdir", None, "Folder of a trained run.", flag_values=values)
+    help_ = "Uses the model after this step, counted from 0. Default: the last finished step."
+    flags.DEFINE_integer("step", None, help_, flag_values=values)
 
 
 def path(values: flags.FlagValues, name: str) -> Path:
-    """The path that a flag gives.
+    """Return the path given by a flag.
 
     Raises:
-        UserError: it gives none.
+        UserError: If the flag is missing.
     """
-    given = values[name].value
-    if not given:
+    if not (value := values[name].value):
         raise UserError(f"--{name} is missing; write --{name}=PATH.")
-    return Path(given)
+    return Path(value)
 
 
 def _define_dataset(values: flags.FlagValues, arguments: list[str]) -> None:
-    """Defines --config.KEY=VALUE with the config of the run in --workdir, and refuses what is not of the dataset."""
+    """Define --config.dataset.KEY=VALUE for the config of the run in --workdir; refuse all other keys."""
     only_workdir = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "", flag_values=only_workdir)
     _parse(only_workdir, arguments, known_only=True)
     for argument in arguments:
         key = argument.lstrip("-").partition("=")[0]
         if key.startswith("config.") and not key.startswith("config.dataset."):
-            raise UserError(f"--{key} belongs to training; here only --config.dataset.KEY can be changed.")
+            raise UserError(f"--{key} is fixed by training; only --config.dataset.KEY can be changed here.")
     config = workdirs.read(path(only_workdir, "workdir"))
     with _config_errors():
         config_flags.DEFINE_config_dict("config", config, flag_values=values)
@@ -122,18 +138,18 @@ def _define_dataset(values: flags.FlagValues, arguments: list[str]) -> None:
 def _parse(values: flags.FlagValues, arguments: list[str], known_only: bool = False) -> None:
     try:
         with _config_errors():
-            rest = values(arguments, known_only=known_only)
+            positional = values(arguments, known_only=known_only)
             if "config" in values:
-                getattr(values.config, "seed", None)  # tells what was wrong with the file
+                getattr(values.config, "seed", None)  # raises the error of an unreadable file
     except flags.Error as error:
         raise UserError(f"{str(error).rstrip('.')}; see --help.") from error
-    if rest[1:] and not known_only:
-        raise UserError(f"argument {rest[1]} is not a flag; see --help.")
+    if positional[1:] and not known_only:
+        raise UserError(f"argument {positional[1]} is not a flag; see --help.")
 
 
 @contextmanager
 def _config_errors() -> Iterator[None]:
-    """Puts into a sentence what a wrong file or key leads to in ml_collections."""
+    """Turn ml_collections' errors about a wrong file or key into a UserError."""
     try:
         yield
     except (AttributeError, KeyError) as error:

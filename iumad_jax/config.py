@@ -1,4 +1,4 @@
-"""The values of the paper, each key explained, and a smaller setting: every file in configs/ starts from these."""
+"""Defines all config keys with the paper's values, and a small setting; every file in configs/ starts from one."""
 
 import functools
 import math
@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from iumad_jax.errors import UserError
 
 _LIMITS = {
-    "seed": (0, 4_000_000),  # grain takes 32 bits of 1000 times as much
+    "seed": (0, 4_000_000),  # grain takes 1000 times this value as a 32-bit number
     "input.size": (32, 4096),
     "backbone.grid": (1, 256),
     "model.width": (2, 8192),
@@ -40,9 +40,9 @@ _LIMITS = {
     "continual.replay.image_size": (1, 4096),
     "report.pictures_per_object": (0, 1000),
 }
+_BENCHMARK = {"variants", "modalities", "protocols", "seeds", "seeds_of_one_modality"}
 
-
-VARIANTS: dict[str, dict[str, Any]] = {  # what a variant changes in the config that all share
+VARIANTS: dict[str, dict[str, Any]] = {  # method variants of benchmarks: the keys that each one changes
     "uniad": {"method": "uniad", "continual.strategy": "finetune"},
     "iuf": {"method": "iuf", "continual.strategy": "iuf"},
     "ib_iumad": {"method": "ib_iumad", "continual.strategy": "iuf"},
@@ -55,51 +55,51 @@ VARIANTS: dict[str, dict[str, Any]] = {  # what a variant changes in the config 
 
 
 def paper(protocol: str) -> ConfigDict:
-    """IB-IUMAD as published, under a protocol such as "6-1" (see `iumad_jax.protocol`)."""
+    """Return the config of IB-IUMAD as published, under a protocol such as "6-1" (see `iumad_jax.protocol`)."""
     config = ConfigDict()
     config.protocol = protocol
-    config.method = "ib_iumad"  # or uniad, iuf; or one of the baselines in its place: feature_norm, nearest_neighbours
-    config.baselines = "feature_norm,nearest_neighbours"  # what runs beside it, without training; names and commas
-    config.modality = "rgb+depth"  # or rgb, depth
+    config.method = "ib_iumad"  # ib_iumad, uniad, iuf; or a baseline alone: feature_norm, nearest_neighbours
+    config.baselines = "feature_norm,nearest_neighbours"  # training-free baselines, evaluated on the same inputs
+    config.modality = "rgb+depth"  # rgb, depth, rgb+depth
     config.seed = 0
 
     config.dataset = ConfigDict()
-    config.dataset.name = "eyecandies"  # or mvtec3d, folder (one's own), candies: rendered where they are missing
+    config.dataset.name = "eyecandies"  # eyecandies, mvtec3d, folder (your images), candies (rendered)
     config.dataset.root = "data/eyecandies"
-    config.dataset.objects = "all"  # or names separated by commas, in the order in which they are learned
-    config.dataset.light = "4"  # eyecandies: which of the six, or all to train on; tests then have 4
-    config.dataset.validation = "train"  # mvtec3d: what its images are for; or calibration
+    config.dataset.objects = "all"  # all, or comma-separated names in the order of learning
+    config.dataset.light = "4"  # eyecandies: 0 to 5, or all for training (light 4 for tests)
+    config.dataset.validation = "train"  # mvtec3d: use validation images for train or calibration
     config.dataset.render = ConfigDict({"seed": 0, "train": 24, "val": 4, "test": 16, "size": 256})  # candies only
-    config.dataset.prepared = ""  # where prepared features are kept; "": in the workdir
+    config.dataset.prepared = ""  # folder of prepared images; "" is the workdir
 
     config.input = ConfigDict()
     config.input.size = 224  # pixels
-    config.input.depth_encoding = "normals"  # or height, height+normals, xyz_uint8, normals_official (eyecandies)
-    config.input.resident = "auto"  # training images in device memory if a quarter of it holds them; or always, never
+    config.input.depth_encoding = "normals"  # normals, height, height+normals, xyz_uint8, normals_official
+    config.input.resident = "auto"  # training images in device memory: auto (up to a quarter of it), always, never
 
     config.backbone = ConfigDict()
-    config.backbone.name = "efficientnet_lite0"  # or efficientnet_b4, which needs weights
-    config.backbone.weights = ""  # path of a .pth or .safetensors; "": those of the installed package
+    config.backbone.name = "efficientnet_lite0"  # efficientnet_lite0, or efficientnet_b4 with weights
+    config.backbone.weights = ""  # path of a .pth or .safetensors file; "" is the installed package
     config.backbone.grid = 14  # tokens per side
 
     config.model = ConfigDict()
     config.model.width = 256
     config.model.heads = 8
-    config.model.layers = 4  # of the Mamba decoder or class network, the encoder and the decoder
-    config.model.hidden = 1024  # of the feed-forward layers
+    config.model.layers = 4  # of the Mamba decoder or class network, of the encoder and of the decoder
+    config.model.hidden = 1024  # width of feed-forward layers
     config.model.dropout = 0.1
     config.model.patch_size = 8  # of the Mamba decoder's stem, pixels
-    config.model.states = 16  # of the selective scan, per channel
-    config.model.scan = ""  # how it is computed: reference, xla or mosaic; "": what the device does best
-    config.model.class_grid = 56  # side to which iuf's class network pools its image, pixels
-    config.model.mamba = True  # False: no Mamba decoder, so that nothing tells what object it is (an ablation)
-    config.model.detach_condition = True  # whether the reconstruction's loss stops short of what recognises objects
-    config.model.fusion = "attention"  # each modality attends to the other; or addition (an ablation)
-    config.model.bottleneck = True  # False: what is fused is the reconstruction (an ablation)
+    config.model.states = 16  # states per channel of the selective scan
+    config.model.scan = ""  # selective scan: reference, xla, mosaic; "" chooses for the device
+    config.model.class_grid = 56  # input side of iuf's class network, pixels
+    config.model.mamba = True  # False removes the Mamba decoder, which recognises the object (ablation)
+    config.model.detach_condition = True  # no gradient of the reconstruction to the Mamba decoder
+    config.model.fusion = "attention"  # attention between modalities, or addition (ablation)
+    config.model.bottleneck = True  # False uses the fused features as reconstruction (ablation)
     config.model.bottleneck_ratio = 2 / 3
-    config.model.kl = True  # False: the bottleneck has no loss but that of its heads (an ablation)
-    config.model.target = "both"  # what the discriminator compares with, given two modalities; or rgb (paper), depth
-    config.model.standardise = False  # z-score features by the base step's statistics
+    config.model.kl = True  # False leaves the bottleneck only the loss of its heads (ablation)
+    config.model.target = "both"  # features to reconstruct from two modalities: both, rgb (paper), depth
+    config.model.standardise = False  # True z-scores features by statistics of the base step
     config.model.jitter = ConfigDict({"scale": 20.0, "probability": 1.0})
     config.model.fusion_weight = 1.0
     config.model.object_weight = 1.0
@@ -111,67 +111,79 @@ def paper(protocol: str) -> ConfigDict:
 
     config.train = ConfigDict()
     config.train.epochs = 800  # per step
-    config.train.optimizer = "adamw"  # or sgd
+    config.train.optimizer = "adamw"  # adamw, sgd
     config.train.batch_size = 24
     config.train.learning_rate = 1e-4
     config.train.weight_decay = 1e-4
     config.train.clip_norm = 0.1
-    config.train.schedule = "step"  # or cosine: with warm-up, to zero over the step
-    config.train.drop_epoch = 800  # "step": after which the learning rate is a tenth
+    config.train.schedule = "step"  # step, or cosine with warm-up and decay to zero in each step
+    config.train.drop_epoch = 800  # schedule step: epoch after which the learning rate is divided by 10
 
     config.continual = ConfigDict()
-    config.continual.strategy = "iuf"  # or finetune, replay; or joint: all objects seen so far, not incremental
-    config.continual.optimizer = "adamw"  # of steps after the base step; or sgd, as in IUF's release
-    config.continual.sgd_learning_rate = 1.0  # of these steps, with sgd; adamw has that of train
-    config.continual.anchor = 0.05  # iuf: how far weights go back to those before the step, each update; 0: not at all
-    config.continual.projection = True  # iuf: whether updates are kept away from what old objects use
-    config.continual.compression = 10.0  # iuf: weight of the base step's loss that leaves room for new objects; 0: none
+    config.continual.strategy = "iuf"  # iuf, finetune, replay; joint is not incremental (upper bound)
+    config.continual.optimizer = "adamw"  # of steps after the base step: adamw, or sgd as in IUF's release
+    config.continual.sgd_learning_rate = 1.0  # of these steps with sgd; adamw uses train.learning_rate
+    config.continual.anchor = 0.05  # iuf: share by which every update pulls weights back to those before the step
+    config.continual.projection = True  # iuf: project updates away from directions that old objects use
+    config.continual.compression = 10.0  # iuf: weight of the base step's loss that frees directions for new objects
     config.continual.replay = ConfigDict()
-    config.continual.replay.rank = 8  # directions in which an object varies
-    config.continual.replay.image_size = 56  # side of the coarse images, pixels
-    config.decisions = ConfigDict({"quantile": 0.995})  # of good images that are to pass; see `inference.decisions`
-    config.snapshots = ConfigDict({"every_minutes": 5.0})  # within a step
-    config.debug = ConfigDict({"nans": False})  # find the operation that makes NaN or infinity in training: slow
-    config.report = ConfigDict({"pictures_per_object": 6, "tensorboard": False})  # which needs tensorboardX
+    config.continual.replay.rank = 8  # principal directions stored per object
+    config.continual.replay.image_size = 56  # side of the stored coarse images, pixels
+    config.decisions = ConfigDict({"quantile": 0.995})  # share of good images below the threshold
+    config.snapshots = ConfigDict({"every_minutes": 5.0})  # between snapshots within a step
+    config.debug = ConfigDict({"nans": False})  # True reports the operation that yields NaN or infinity (slow)
+    config.report = ConfigDict({"pictures_per_object": 6, "tensorboard": False})  # tensorboard needs tensorboardX
     return config
 
 
 def small(protocol: str) -> ConfigDict:
-    """The same, small enough for few images, 2 cores and a few minutes."""
+    """Return a small config, for few images, 2 CPU cores and a few minutes."""
     config = paper(protocol)
     config.model.width = 128
     config.model.hidden = 512
     config.model.heads = 4
     config.model.layers = 1
     config.model.patch_size = 16
-    config.model.dropout = 0.0  # so few updates need no regularisation but the jitter
+    config.model.dropout = 0.0  # with few updates, jitter regularises enough
     config.model.jitter.scale = 5.0
-    config.model.standardise = True  # else the strongest channels are all that is learned in so few updates
-    config.model.ib_weight = 0.001  # the loss of `fusion` is a mean over elements: with 1 the bottleneck drowns it
+    config.model.standardise = True  # or few updates learn only the strongest channels
+    config.model.ib_weight = 0.001  # 1 would dominate the loss `fusion`, a mean over elements
     config.train.epochs = 20
     config.train.batch_size = 8
     config.train.learning_rate = 2e-3
     config.train.schedule = "cosine"
     config.continual.strategy = "replay"  # forgets least (README, "Learning without forgetting")
-    config.continual.anchor = 0.01  # with 0.05 hardly anything new is learned at this learning rate
+    config.continual.anchor = 0.01  # 0.05 prevents learning new objects at this learning rate
     return config
 
 
-def cells(config: ConfigDict) -> Iterator[tuple[ConfigDict, tuple[str, str, str, int]]]:
-    """The config of every run of a benchmark, the first seed of all before the second of any.
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested dictionaries; keys are joined by dots."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return values
 
-    The baselines do not depend on the variant: only the first one's runs have them.
+
+def cells(config: ConfigDict) -> Iterator[tuple[ConfigDict, tuple[str, str, str, int]]]:
+    """Yield the config of every run of a benchmark, seed by seed.
+
+    Baselines do not depend on the variant, so only runs of the first variant include them.
 
     Yields:
-        The config; and its variant, modality, protocol and seed.
+        The config and its (variant, modality, protocol, seed).
 
     Raises:
-        UserError: there is no such variant.
+        UserError: If a key or a variant is unknown.
     """
     plan = config.benchmark
+    if set(plan) != _BENCHMARK:
+        raise UserError(f"config.benchmark has the keys {', '.join(plan)}; use {', '.join(sorted(_BENCHMARK))}.")
     variants, modalities, protocols = (plan[key].split(",") for key in ("variants", "modalities", "protocols"))
     if not set(variants) <= set(VARIANTS):
-        raise UserError(f'config.benchmark.variants is "{plan.variants}"; use names of {", ".join(VARIANTS)}.')
+        raise UserError(
+            f'config.benchmark.variants is "{plan.variants}"; use comma-separated names of {", ".join(VARIANTS)}.'
+        )
     most = max(plan.seeds, plan.seeds_of_one_modality)
     for seed, protocol, modality, variant in product(range(most), protocols, modalities, variants):
         if seed >= (plan.seeds if "+" in modality else plan.seeds_of_one_modality):
@@ -187,10 +199,18 @@ def cells(config: ConfigDict) -> Iterator[tuple[ConfigDict, tuple[str, str, str,
 
 
 def check(config: ConfigDict) -> None:
-    """Raises UserError for a value of the right type but out of range."""
+    """Check keys and ranges.
+
+    Raises:
+        UserError: If a key is unknown, or a value is out of range.
+    """
+    known = flat(paper("1-0").to_dict())
+    for key in flat(config.to_dict()):
+        if key not in known and not key.startswith("benchmark."):
+            raise UserError(f"config.{key} is not a key of this version; iumad_jax/config.py explains all keys.")
     for key, (low, high) in _LIMITS.items():
         value = functools.reduce(lambda group, name: group[name], key.split("."), config)
-        if not low <= value <= high:  # also NaN
+        if not low <= value <= high:  # includes NaN
             raise UserError(f"config.{key} is {value}; use {low} to {high}.")
     if config.input.resident not in ("auto", "always", "never"):
         raise UserError(f'config.input.resident is "{config.input.resident}"; use auto, always or never.')
@@ -203,8 +223,8 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"config.model.width is {model.width}; use a multiple of 4, the heads of iuf's class network.")
     if config.method == "uniad" and config.backbone.grid < 8:
         raise UserError(
-            f"config.backbone.grid is {config.backbone.grid}, where uniad's mask of 7 x 7 tokens hides all; use 8 or"
-            " more."
+            f"config.backbone.grid is {config.backbone.grid}, where uniad's mask of 7 x 7 tokens hides every token; use"
+            " 8 or more."
         )
     if model.patch_size > config.input.size:
         raise UserError(
@@ -214,10 +234,10 @@ def check(config: ConfigDict) -> None:
 
 
 def modalities(config: ConfigDict) -> tuple[str, ...]:
-    """The modalities that `config.modality` names.
+    """Return the modalities of `config.modality`.
 
     Raises:
-        UserError: it names none.
+        UserError: If the value is unknown.
     """
     if config.modality not in ("rgb", "depth", "rgb+depth"):
         raise UserError(f'config.modality is "{config.modality}"; use rgb, depth or rgb+depth.')

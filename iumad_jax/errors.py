@@ -1,17 +1,17 @@
-"""The one error that a user can cause, and the exit codes of commands, 0 aside."""
+"""The error for mistakes of users, and the exit codes of commands."""
 
-USER_ERROR = 2  # told in a sentence
-INTERRUPTED = 75  # stopped with all work saved: the same command goes on (EX_TEMPFAIL of sysexits.h)
-STOPPED_AT_ONCE = 130  # stopped at once, by a second SIGINT; what a shell says of a process that SIGINT ended
+USER_ERROR = 2  # a mistake of the user, reported in one sentence
+INTERRUPTED = 75  # stopped with all work saved; the same command resumes (EX_TEMPFAIL of sysexits.h)
+STOPPED_AT_ONCE = 130  # stopped at once by a second SIGINT, as shells report it
 
 _LONGEST = 4000  # characters
 
 
 class UserError(Exception):
-    """One sentence for the user: the file, key or flag; what was found; what to do. Commands exit with USER_ERROR.
+    """A mistake of the user, in one sentence: file, key or flag; what was found; what to do.
 
-    What cannot be printed is escaped, and the middle of too long a sentence left out: nothing that a file holds or is
-    called reaches the terminal as commands to it, or floods it.
+    Commands print it and exit with USER_ERROR. Unprintable characters are escaped and long sentences are shortened, so
+    that names and contents of files cannot control or flood the terminal.
     """
 
     def __init__(self, sentence: str) -> None:

@@ -1,4 +1,9 @@
-"""Evaluates a trained model on any dataset, without training: python -m iumad_jax.evaluate --workdir=FOLDER."""
+"""Evaluate a trained model on the test images of its dataset, or of another one.
+
+    python -m iumad_jax.evaluate --workdir=runs/quickstart_6-4_ib_iumad_rgb+depth_replay_seed0
+
+--config.dataset.KEY=VALUE changes the dataset. Objects that the model never learned are evaluated as unknown objects.
+"""
 
 import hashlib
 import sys
@@ -12,36 +17,38 @@ from iumad_jax.errors import UserError
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command and returns its exit code."""
+    """Run the command and return its exit code."""
     return cli.execute(str(__doc__), arguments, _define, _evaluate, dataset=True)
 
 
 def _define(values: flags.FlagValues) -> None:
     cli.define_trained(values)
-    help_ = "Where ledger and tables go, in place of earlier ones; by default a folder of WORKDIR/evaluations."
+    help_ = "Folder of the results, which are overwritten. Default: a folder in WORKDIR/evaluations."
     flags.DEFINE_string("output", None, help_, flag_values=values)
 
 
 def _evaluate(values: flags.FlagValues) -> str:
     workdir, config = cli.path(values, "workdir"), values.config
-    from iumad_jax.inference import assessment  # after the flags: a typo is told at once, before JAX is loaded
+    from iumad_jax.inference import assessment  # loads JAX; mistakes in flags are reported before
     from iumad_jax.report import tables
     from iumad_jax.runtime import snapshots
 
     progress = snapshots.read(workdir, values.step)
     output = Path(values.output or workdir / "evaluations" / _name(config, workdir, progress.position.step))
     if (output / "config.json").exists():
-        raise UserError(f"--output={output} is the folder of a run, which would lose its own results; choose another.")
+        raise UserError(
+            f"--output={output} is the workdir of a run, whose results would be overwritten; choose another folder."
+        )
     return tables.console(assessment.evaluate_snapshot(config, workdir, progress, output), output)
 
 
 def _name(config: ConfigDict, workdir: Path, step: int) -> str:
-    """The name of the folder for these results: one for each dataset."""
+    """Return the name of the folder for the results, one per dataset and step."""
     from iumad_jax.runtime import workdir as workdirs
 
-    own = config.dataset.to_dict() == workdirs.read(workdir).dataset.to_dict()
+    same_dataset = config.dataset.to_dict() == workdirs.read(workdir).dataset.to_dict()
     digest = hashlib.sha256(config.dataset.to_json().encode()).hexdigest()[:8]
-    return f"{config.dataset.name}{'' if own else f'_{digest}'}_step{step}"
+    return f"{config.dataset.name}{'' if same_dataset else f'_{digest}'}_step{step}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The whole story of a run: good objects go in, step by step; a ledger of what was learned and forgotten comes out."""
+"""A run from its first step to its results: learn the objects of each step, evaluate, and write the ledger."""
 
 import functools
 import itertools
@@ -42,15 +42,15 @@ _RESULTS = ("results.md", "results.tex", "results.csv", "report.html")
 
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
-    """Runs a config's protocol in a workdir, going on where an earlier run of it stopped.
+    """Run a config's protocol in a workdir, or resume it.
 
     Returns:
-        What results.json holds (see `report.tables`); None in processes other than the first.
+        Content of results.json (see `report.tables`); None in processes other than process 0.
 
     Raises:
-        UserError: the config, the dataset or the workdir is at fault.
-        DatasetChanged: the run is finished, and the dataset holds what it has not used.
-        Interrupted: the process was asked to end; see `preemption.handled`.
+        UserError: If the config, the dataset or the workdir has an error.
+        DatasetChanged: If the run is finished and the dataset has changed since.
+        Interrupted: If the process was asked to stop, see `preemption.handled`.
     """
     processes.check_same(lambda: {"config": config.to_dict(), "workdir": workdirs.content(workdir)})
     configs.check(config)
@@ -58,86 +58,86 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     finished = tables.read_results(workdir)
     nothing_to_do = finished is not None and all((workdir / name).exists() for name in _RESULTS)
     if not nothing_to_do:
-        with ExitStack() as held:
-            seconds = learned_within(config, workdir)  # where results were removed, they are written anew
+        with ExitStack() as resources:
+            seconds = finished_seconds(config, workdir)  # removed results are rewritten without training
             if seconds is None:
-                seconds = work(config, workdir, held)
+                seconds = run_steps(config, workdir, resources)
             elif processes.is_process_zero():
-                held.enter_context(workdirs.claimed(workdir, config))
-            finished = conclude(config, workdir, seconds)
-    if finished and (told := unused(config, workdir)):
-        raise DatasetChanged(f"{workdir}: the run is finished, but its dataset is another now. {told}", finished)
+                resources.enter_context(workdirs.claimed(workdir, config))
+            finished = write_results(config, workdir, seconds)
+    if finished and (changes := unused(config, workdir)):
+        raise DatasetChanged(f"{workdir}: the run is finished, but its dataset has changed since. {changes}", finished)
     if nothing_to_do:
         print(f"{workdir}: this run is finished.")
     return finished
 
 
-def learned_within(config: ConfigDict, workdir: Path) -> float | None:
-    """The seconds that a run took whose last step is learned and evaluated; None for any other."""
-    known = tuple(inventory.read(workdir))
+def finished_seconds(config: ConfigDict, workdir: Path) -> float | None:
+    """Return the run time of a run whose last step is finished, else None."""
+    objects = tuple(inventory.read(workdir))
     try:
-        progress = snapshots.read(workdir) if known else None
-    except UserError:  # which is told where the run goes on
+        progress = snapshots.read(workdir) if objects else None
+    except UserError:  # reported when the run resumes
         return None
-    last = protocol.steps(config.protocol, known)[-1].index if known else None
+    last = protocol.steps(config.protocol, objects)[-1].index if objects else None
     return progress.seconds if progress and progress.position.step == last else None
 
 
-def work(config: ConfigDict, workdir: Path, held: ExitStack) -> float:
-    """Does what is left of a run's steps, and returns the seconds that they took."""
+def run_steps(config: ConfigDict, workdir: Path, resources: ExitStack) -> float:
+    """Run the remaining steps and return the run time of the whole run, seconds."""
     steps = plan(config, workdir)
     with processes.process_zero_first():
         readers.render(config)
-        run, progress = start(config, workdir, steps, held)
+        run, progress = start(config, workdir, steps, resources)
     for step in run.steps[progress.position.step + progress.position.finished :]:
         prepare(run, step)
         progress = learn(run, step, progress)
-        progress = assess(run, step, progress) or progress  # none in processes other than the first
-    run.snapshots.wait()  # a run with results is not opened again
+        progress = assess(run, step, progress) or progress  # None in processes other than process 0
+    run.snapshots.wait()  # results are written after all snapshots
     return progress.seconds
 
 
 @processes.process_zero_only
 def prepare(run: Run, step: protocol.Step) -> None:
-    """Prepares what the step learns from, where it is not yet, and tells which images are of no use."""
+    """Prepare the images that the step learns from, and report odd ones."""
     splits: tuple[Split, ...] = ("train", "calibration")
     for name, prepared in itertools.product(step.learned, (*splits, *copies.ALTERED)):
         if copies.ids(run.store.reader, name, prepared):
             run.store.prepare(name, prepared)
     for name, split in itertools.product(step.learned, splits):
         if run.store.reader.ids(name, split):
-            for sentence in odd_images(run.store.get(name, split), name, inventory.SPLITS[split]):
-                live.log(sentence)
+            for message in odd_images(run.store.get(name, split), name, inventory.SPLITS[split]):
+                live.log(message)
     inventory.note(run.workdir, run.store, step.learned, splits)
 
 
 class Training(NamedTuple):
-    """What a step is trained on, and how."""
+    """Training input of a step."""
 
     step: protocol.Step
     objects: tuple[str, ...]
-    sets: list[PreparedSet]  # of the objects
+    sets: list[PreparedSet]  # prepared training images, by object
     images: int
     batch_size: int
-    seed: int  # of the images' order
+    seed: int  # of the order of images
 
     @property
     def per_epoch(self) -> int:
-        """Updates of an epoch."""
+        """Number of updates per epoch."""
         return updates_per_epoch(self.images, self.batch_size)
 
     def names(self, update: int) -> list[str]:
-        """The images of an update."""
-        ids = [f"{name}/train/{id_}" for name, one in zip(self.objects, self.sets, strict=True) for id_ in one.ids]
+        """Return the names of an update's images."""
+        ids = [f"{name}/train/{i}" for name, images in zip(self.objects, self.sets, strict=True) for i in images.ids]
         return [ids[row] for row in images_of(update, self.images, self.batch_size, self.seed)]
 
 
 def learn(run: Run, step: protocol.Step, progress: Progress) -> Progress:
-    """Trains on the good images of the objects that this step learns, from where the run stands."""
+    """Train on the good images of the objects that this step learns, from the current position."""
     objects = run.strategy.objects(step)
     processes.check_same(lambda: {"images": run.store.sources(objects), "weights": run.store.settings})
     sets = [run.store.get(name, "train") for name in objects]
-    images = sum(len(one.ids) for one in sets)
+    images = sum(len(prepared.ids) for prepared in sets)
     batch_size = min(run.config.train.batch_size, images)
     training = Training(step, objects, sets, images, batch_size, run.config.seed * 1000 + step.index)
     if progress.position.step < step.index:
@@ -146,7 +146,7 @@ def learn(run: Run, step: protocol.Step, progress: Progress) -> Progress:
     if not run.trained:
         return progress
     if batch_size < run.config.train.batch_size:
-        live.log(f"step {step.index}: batches of {batch_size}, as there are no more training images")
+        live.log(f"step {step.index}: batches of {batch_size}, because there are only {images} training images")
     for epoch in epochs(run, training, progress):
         progress = record(run, training, epoch, progress)
     for name in step.learned:
@@ -158,15 +158,15 @@ def learn(run: Run, step: protocol.Step, progress: Progress) -> Progress:
 
 
 def observe(run: Run, training: Training, progress: Progress) -> Progress:
-    """Begins a step: every method gathers its statistics, the recogniser its own, the strategy what it needs."""
-    step, variables, seen = training.step, dict(progress.variables), progress.recognition
+    """Begin a step: update the statistics of all methods and of the recogniser, and the state of the strategy."""
+    step, variables, statistics = training.step, dict(progress.variables), progress.recognition
     run.ledger.append("step", step=step.index, learned=step.learned, images=training.images)
     key = jax.random.fold_in(jax.random.key(run.config.seed + 1), step.index)
     for method_name, method in run.methods.items():
         variables[method_name] = method.grow(variables[method_name], len(step.seen), key)
     for name in step.learned:
         good = good_images(run.store, name)
-        seen = recognition.observe(seen, good.learned, quality_shifts(run.store, name))
+        statistics = recognition.observe(statistics, good.learned, quality_shifts(run.store, name))
         batch = run.store.get(name, "train").batch
         for method_name, method in run.methods.items():
             variables[method_name] = method.observe(variables[method_name], batch, step.index)
@@ -176,19 +176,19 @@ def observe(run: Run, training: Training, progress: Progress) -> Progress:
         strategy_state = run.strategy.begin(strategy_state, variables[run.config.method], example, step.index)
     position = Position(step.index, 0)
     return progress._replace(
-        position=position, variables=variables, recognition=seen, strategy_state=strategy_state, optimizer=[]
+        position=position, variables=variables, recognition=statistics, strategy_state=strategy_state, optimizer=[]
     )
 
 
 def epochs(run: Run, training: Training, progress: Progress) -> Iterator[Epoch]:
-    """Trains, epoch by epoch, yielding within one where a snapshot is due."""
+    """Train and yield every epoch, and a part of one when a snapshot is due."""
     config, index, done = run.config, training.step.index, progress.position.updates
-    own = step_config(config, index)
-    name = optimizer_name(run.method, own)
-    rates, optimizer = learning_rates(own, training.per_epoch), run.optimizers[name]
+    train_config = step_config(config, index)
+    name = optimizer_name(run.method, train_config)
+    rates, optimizer = learning_rates(train_config, training.per_epoch), run.optimizers[name]
     variables = progress.variables[config.method]
     state = initial_state(variables, optimizer, done, progress.optimizer, progress.strategy_state)
-    batches = [one.batch for one in training.sets]
+    batches = [prepared.batch for prepared in training.sets]
     stream = training_input(
         batches, training.batch_size, training.seed, done, config.input.resident, int(config.debug.nans)
     )
@@ -199,7 +199,7 @@ def epochs(run: Run, training: Training, progress: Progress) -> Iterator[Epoch]:
 
 
 def record(run: Run, training: Training, epoch: Epoch, progress: Progress) -> Progress:
-    """Tells what an epoch did, and takes a snapshot where one is due and after the last one."""
+    """Record an epoch, and take a snapshot if one is due or the epoch is the last."""
     index, total = training.step.index, run.config.train.epochs
     if epoch.whole:
         run.ledger.append("epoch", step=index, epoch=epoch.number, **epoch.losses)
@@ -211,14 +211,14 @@ def record(run: Run, training: Training, epoch: Epoch, progress: Progress) -> Pr
         strategy_state=epoch.state.strategy_state,
         losses={} if epoch.whole else epoch.history,
     )
-    if run.due() or epoch.updates == total * training.per_epoch:  # so that evaluation can be interrupted
+    if run.due() or epoch.updates == total * training.per_epoch:  # an interrupted evaluation need not train again
         progress = run.save(progress._replace(optimizer=jax.tree.leaves(epoch.state.optimizer)))
     return progress
 
 
 @processes.process_zero_only
 def assess(run: Run, step: protocol.Step, progress: Progress) -> Progress:
-    """Sets thresholds, evaluates every method on all objects seen so far, and takes the step's snapshot."""
+    """Set thresholds, evaluate every method on all objects learned so far, and take the step's snapshot."""
     recogniser = recognition.fit(progress.recognition)
     calibration = calibrate(run, step, progress, recogniser)
     quantile, scale = run.config.decisions.quantile, run.store.processing.height_scale
@@ -228,16 +228,15 @@ def assess(run: Run, step: protocol.Step, progress: Progress) -> Progress:
     numbers = {name: number for number, name in enumerate(step.seen)}
     for judgement in assessment.assess(model, tests, numbers, decided, step.index, run.ledger, run.workdir, scale):
         preemption.check()
-        tell(run, step, judgement)
+        show(run, step, judgement)
     for append in (run.ledger.append, run.live.event):
         append("decisions", step=step.index, **decided)
         append(
             "snapshot", step=step.index, bytes=sizes(run, progress), strategy_bytes=strategy_bytes(run, step, progress)
         )
-    told = history(ledgers.read(run.workdir / "ledger.jsonl"))
-    mean = final(told.matrices[run.config.method]["i_auroc"])
+    mean = final(history(ledgers.read(run.workdir / "ledger.jsonl")).matrices[run.config.method]["i_auroc"])
     if np.isfinite(mean):
-        live.log(f"step {step.index}: mean I-AUROC {mean:.3f} over the objects seen")
+        live.log(f"step {step.index}: mean I-AUROC {mean:.3f} over the objects learned so far")
     inventory.note(run.workdir, run.store, step.seen, ("calibration", "test"))
     position = Position(step.index, 0, finished=True)
     return run.save(progress._replace(position=position, calibration=calibration, optimizer=[]))
@@ -246,17 +245,17 @@ def assess(run: Run, step: protocol.Step, progress: Progress) -> Progress:
 def calibrate(
     run: Run, step: protocol.Step, progress: Progress, recogniser: recognition.Recogniser
 ) -> dict[str, Calibration]:
-    """What the good images score that set the thresholds of all objects seen so far."""
+    """Score the good images that set the thresholds of all objects learned so far."""
     calibration, variables = {}, progress.variables[run.config.method]
     good = functools.partial(good_images, run.store)
-    for name, found in assessment.calibrate(run.method, variables, recogniser, step.seen, good):
+    for name, scores in assessment.calibrate(run.method, variables, recogniser, step.seen, good):
         preemption.check()
-        calibration[name] = found
+        calibration[name] = scores
     return calibration
 
 
-def tell(run: Run, step: protocol.Step, judgement: Judgement) -> None:
-    """Shows the metrics of an object and a method, and draws heatmaps of the run's own one."""
+def show(run: Run, step: protocol.Step, judgement: Judgement) -> None:
+    """Show the metrics of an object and a method in the live view, and draw heatmaps of the run's method."""
     name, method = judgement.object, judgement.method
     run.live.evaluation(step.index, name, method, judgement.metrics)
     rows = figures.choose(judgement.images.defects, run.config.report.pictures_per_object)
@@ -278,26 +277,26 @@ def tell(run: Run, step: protocol.Step, judgement: Judgement) -> None:
 
 
 def sizes(run: Run, progress: Progress) -> dict[str, int]:
-    """The bytes that each method keeps."""
+    """Return the bytes that each method stores."""
     return {name: snapshots.size_of(snapshots.stored(progress.variables[name])) for name in run.methods}
 
 
 def strategy_bytes(run: Run, step: protocol.Step, progress: Progress) -> int:
-    """What the strategy keeps for later steps beside the weights: its own state, or all images if not incremental."""
+    """Return the bytes that the strategy stores for later steps: its state, or all images if not incremental."""
     if run.strategy.incremental:
         return snapshots.size_of(progress.strategy_state)
     return sum(snapshots.size_of(run.store.get(name, "train").batch) for name in step.seen)
 
 
 @processes.process_zero_only
-def conclude(config: ConfigDict, workdir: Path, seconds: float) -> dict[str, Any]:
-    """Writes the results and pictures of a finished run from what its workdir holds."""
-    told = history(ledgers.read(workdir / "ledger.jsonl"))
-    finished = results(config.to_dict(), told, seconds)
+def write_results(config: ConfigDict, workdir: Path, seconds: float) -> dict[str, Any]:
+    """Write the results and pictures of a finished run from the content of its workdir."""
+    measured = history(ledgers.read(workdir / "ledger.jsonl"))
+    finished = results(config.to_dict(), measured, seconds)
     for metric in tables.measured(finished):
-        matrix = told.matrices[config.method][metric]
+        matrix = measured.matrices[config.method][metric]
         path = workdir / "pictures" / f"matrix_{metric}.png"
-        figures.save_matrix(path, matrix, told.objects, [f"step {index}" for index in range(len(told.steps))], metric)
+        figures.save_matrix(path, matrix, measured.objects, [f"step {i}" for i in range(len(measured.steps))], metric)
     html.write(workdir, finished)
     tables.write_results(workdir, finished)
     return finished

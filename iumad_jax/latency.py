@@ -1,8 +1,9 @@
-"""How long a trained model takes to look at an image: python -m iumad_jax.latency --workdir=FOLDER.
+"""Measure the time of a prediction, by part, in JAX and in onnxruntime.
 
-In JAX, and in onnxruntime where the packages of iumad-jax[export] are installed. The image is the first test image of
-the run's dataset, or of the one that --config.dataset.KEY=VALUE names. Medians of repetitions after a first call, which
-compiles.
+    python -m iumad_jax.latency --workdir=runs/quickstart_6-4_ib_iumad_rgb+depth_replay_seed0
+
+Medians over repetitions, without the first call, which compiles. The image is the first test image of the run's
+dataset, or of the dataset that --config.dataset.KEY=VALUE names. onnxruntime needs the extra iumad-jax[export].
 """
 
 import sys
@@ -13,18 +14,18 @@ from iumad_jax import cli
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command and returns its exit code."""
+    """Run the command and return its exit code."""
     return cli.execute(str(__doc__), arguments, _define, _measure, dataset=True)
 
 
 def _define(values: flags.FlagValues) -> None:
     cli.define_trained(values)
-    flags.DEFINE_integer("repetitions", 20, "Of every measurement.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("repetitions", 20, "Number of timed calls per measurement.", lower_bound=1, flag_values=values)
 
 
 def _measure(values: flags.FlagValues) -> str:
     workdir = cli.path(values, "workdir")
-    from iumad_jax.export import timing  # after the flags: a typo is told at once, before JAX is loaded
+    from iumad_jax.export import timing  # loads JAX; mistakes in flags are reported before
 
     return timing.measure(values.config, workdir, values.step, values.repetitions)
 

@@ -1,8 +1,11 @@
-"""Trains and evaluates one method under one protocol: python -m iumad_jax.main --config=configs/quickstart.py.
+"""Train and evaluate a method: it learns the objects of a dataset step by step.
 
-It uses all devices of this process. On several hosts, the same command is started on each, with --cluster where JAX
-finds out by itself how they belong together (SLURM, Open MPI), or else with the last three flags, and with a --workdir
-and a dataset that all share.
+    python -m iumad_jax.main --config=configs/quickstart.py
+
+Results, tables, pictures and a report are written to the workdir. The same command resumes an interrupted run.
+
+All devices of the process are used. On several hosts, start the same command on each, with --cluster under SLURM or
+Open MPI, else with --coordinator, --processes and --process. The workdir and the dataset must be on a shared disk.
 """
 
 import sys
@@ -13,24 +16,26 @@ from iumad_jax import cli
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command and returns its exit code."""
+    """Run the command and return its exit code."""
     return cli.execute(str(__doc__), arguments, _define, _train, resumable=True)
 
 
 def _define(values: flags.FlagValues) -> None:
     cli.define_config(values)
     cli.define_workdir(values)
-    flags.DEFINE_bool("cluster", False, "Be one of the processes that SLURM or Open MPI started.", flag_values=values)
-    flags.DEFINE_string("coordinator", None, "HOST:PORT, any free port of process 0's host.", flag_values=values)
-    flags.DEFINE_integer("processes", None, "How many there are.", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("process", None, "Which this is, from 0.", lower_bound=0, flag_values=values)
+    flags.DEFINE_bool(
+        "cluster", False, "Detect coordinator, processes and rank from SLURM or Open MPI.", flag_values=values
+    )
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, with any free port.", flag_values=values)
+    flags.DEFINE_integer("processes", None, "Number of processes.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("process", None, "Rank of this process, from 0.", lower_bound=0, flag_values=values)
 
 
 def _train(values: flags.FlagValues) -> str:
     config, workdir = cli.given_config(values)
     from iumad_jax import experiment
     from iumad_jax.report import tables
-    from iumad_jax.runtime import joining  # after the flags: a typo is told at once, before JAX is loaded
+    from iumad_jax.runtime import joining  # loads JAX; mistakes in flags are reported before
     from iumad_jax.training.dataset_changes import DatasetChanged
 
     with joining.joined(values.coordinator, values.processes, values.process, values.cluster):
@@ -39,7 +44,7 @@ def _train(values: flags.FlagValues) -> str:
         except DatasetChanged as changed:
             print(tables.console(changed.results, workdir))
             raise
-    return tables.console(results, workdir) if results else "Process 0 tells the results."
+    return tables.console(results, workdir) if results else "Process 0 prints the results."
 
 
 if __name__ == "__main__":

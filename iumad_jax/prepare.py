@@ -1,7 +1,8 @@
-"""Prepares a dataset before its first run: python -m iumad_jax.prepare --config=configs/mvtec3d.py.
+"""Prepare a dataset: read, process and encode all images, print a summary and draw contact sheets.
 
-Every image of every object and split is read, processed and encoded once; a run does the same with what it needs and
-finds what is there. Prints what the dataset holds and draws a contact sheet of every object.
+    python -m iumad_jax.prepare --config=configs/quickstart.py
+
+Optional: a run prepares the images it needs and reuses those already prepared.
 """
 
 import sys
@@ -13,7 +14,7 @@ from iumad_jax import cli
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command and returns its exit code."""
+    """Run the command and return its exit code."""
     return cli.execute(str(__doc__), arguments, _define, _prepare, resumable=True)
 
 
@@ -21,15 +22,19 @@ def _define(values: flags.FlagValues) -> None:
     cli.define_config(values)
     cli.define_workdir(values)
     flags.DEFINE_string(
-        "archive", None, "A .tar, .tar.gz, .tar.xz or .zip to unpack into dataset.root first.", flag_values=values
+        "archive", None, "A .tar, .tar.gz, .tar.xz or .zip file to unpack into dataset.root first.", flag_values=values
     )
-    flags.DEFINE_float("archive_gb", 100, "How large it may become, GB.", lower_bound=0, flag_values=values)
-    flags.DEFINE_integer("archive_entries", 10**6, "How many files it may hold.", lower_bound=1, flag_values=values)
+    flags.DEFINE_float(
+        "archive_gb", 100, "Largest size of the unpacked archive, GB.", lower_bound=0, flag_values=values
+    )
+    flags.DEFINE_integer(
+        "archive_entries", 10**6, "Largest number of files in the archive.", lower_bound=1, flag_values=values
+    )
 
 
 def _prepare(values: flags.FlagValues) -> str:
     config, workdir = cli.given_config(values)
-    from iumad_jax import config as configs  # after the flags: a typo is told at once, before JAX is loaded
+    from iumad_jax import config as configs  # loads JAX; mistakes in flags are reported before
     from iumad_jax.data import readers
     from iumad_jax.data.formats import archives
     from iumad_jax.data.prepared.store import open_store

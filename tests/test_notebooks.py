@@ -7,6 +7,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests import sentences
+
 pytestmark = pytest.mark.slow
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
@@ -83,15 +85,15 @@ def test_quickstart(quickstart):
 def test_reading_a_run(quickstart, execute):
     _, outputs = execute("read_a_run")
     assert len(shown(outputs, "image/png")) == 4
-    assert "events, of which 2 are epochs" in said(outputs)
-    assert "objects: CandyCane GummyBear Marshmallow" in said(outputs)
+    assert sentences.NOTEBOOK_EVENTS.format(2) in said(outputs)
+    assert sentences.NOTEBOOK_OBJECTS.format("CandyCane GummyBear Marshmallow") in said(outputs)
 
 
 def test_reading_without_a_run_makes_the_smallest(execute):
     home, outputs = execute("read_a_run", workdir="runs/smallest")
     assert (home / "runs" / "smallest" / "results.json").exists()
     assert len(shown(outputs, "image/png")) == 3  # nothing was trained
-    assert "of which 0 are epochs" in said(outputs)
+    assert sentences.NOTEBOOK_EVENTS_SHORTLY.format(0) in said(outputs)
 
 
 def test_own_objects(execute):
@@ -105,6 +107,6 @@ def test_own_objects(execute):
 
 def test_kernels(execute):
     _, outputs = execute("kernels", batch=1, channels=16, states=4, lengths=[8, 16], turns=1)
-    assert said(outputs).count("differs by") == 3
-    assert "16 positions: selective_scan" in said(outputs)
+    assert said(outputs).count(sentences.NOTEBOOK_DIFFERENCE) == 3
+    assert sentences.NOTEBOOK_POSITIONS.format(positions=16, name="selective_scan") in said(outputs)
     assert len(shown(outputs, "image/png")) == 1

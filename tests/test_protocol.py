@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from iumad_jax.errors import UserError
 from iumad_jax.protocol import steps
+from tests import sentences
 
 OBJECTS = tuple("abcdefghij")
 
@@ -35,13 +36,13 @@ def test_one_object_is_one_step():
 
 @pytest.mark.parametrize("protocol", ["7-2", "6-0", "0-1", "0-0", "11-1", "3-8", "99-1"])
 def test_what_does_not_fit_is_refused(protocol):
-    with pytest.raises(UserError, match=f"protocol {protocol} does not fit 10 objects"):
+    with pytest.raises(UserError, match=sentences.PROTOCOL_DOES_NOT_FIT.format(protocol=protocol, objects=10)):
         steps(protocol, OBJECTS)
 
 
 @pytest.mark.parametrize("protocol", ["", "6", "6-", "-1", "6--1", "6-1-1", "6 - 1", "6-1\n", "six-one", "6.0-1"])
 def test_what_is_no_protocol_is_refused(protocol):
-    with pytest.raises(UserError, match="form X-Y"):
+    with pytest.raises(UserError, match=sentences.PROTOCOL_MALFORMED):
         steps(protocol, OBJECTS)
 
 

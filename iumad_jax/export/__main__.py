@@ -1,4 +1,9 @@
-"""Export a trained model as one file that runs without this package: python -m iumad_jax.export --workdir=FOLDER."""
+"""Export a trained model as one file that runs without this package.
+
+    python -m iumad_jax.export --workdir=runs/quickstart_6-4_ib_iumad_rgb+depth_replay_seed0
+
+--format=stablehlo is for JAX, --format=onnx for ONNX runtimes. The exported predictions are compared with JAX's.
+"""
 
 import json
 import sys
@@ -20,10 +25,8 @@ def main(arguments: list[str]) -> int:
 def _define(values: flags.FlagValues) -> None:
     cli.define_trained(values)
     names = ["stablehlo", "onnx"]
-    format_help = "File format: stablehlo for JAX (the default), onnx for ONNX runtimes."
-    flags.DEFINE_enum("format", names[0], names, format_help, flag_values=values)
-    output_help = "Output file; the default is WORKDIR/detector.FORMAT."
-    flags.DEFINE_string("output", None, output_help, flag_values=values)
+    flags.DEFINE_enum("format", names[0], names, "Format of the file.", flag_values=values)
+    flags.DEFINE_string("output", None, "File to write. Default: WORKDIR/detector.FORMAT.", flag_values=values)
     flags.DEFINE_integer("batch", 1, "Number of images per call.", lower_bound=1, flag_values=values)
 
 
@@ -32,8 +35,8 @@ def _export(values: flags.FlagValues) -> str:
     workdirs.read(workdir)
     output = Path(values.output or workdir / f"detector.{format_}")
     if output.suffix != f".{format_}" or not output.parent.is_dir():
-        raise UserError(f"--output is {output}; choose a file name that ends in .{format_}, in an existing folder.")
-    from iumad_jax.export import formats  # after the flags are checked: loading JAX takes seconds
+        raise UserError(f"--output={output}: choose a file ending in .{format_} in an existing folder.")
+    from iumad_jax.export import formats  # loads JAX; mistakes in flags are reported before
     from iumad_jax.inference.detector import Detector
 
     detector = Detector.load(workdir, values.step, **{"model.scan": formats.SCANS[format_]})
@@ -42,10 +45,8 @@ def _export(values: flags.FlagValues) -> str:
     write_whole(output, content)
     description = {"format": format_, **formats.describe(detector, values.batch)}
     write_whole(output.with_name(f"{output.name}.json"), (json.dumps(description) + "\n").encode())
-    return (
-        f"{output}: {len(content) / 1e6:.1f} MB; its anomaly maps differ from JAX's by at most {difference:.1e}"
-        " of the largest value."
-    )
+    size = f"{len(content) / 1e6:.1f} MB"
+    return f"{output}: {size}; anomaly maps differ from JAX's by at most {difference:.1e} of the maximum."
 
 
 if __name__ == "__main__":

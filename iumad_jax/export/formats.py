@@ -114,7 +114,7 @@ def check(detector: Detector, content: bytes, format_: str, batch: int) -> float
     difference = float(np.abs(exported_map - expected_map).max() / np.abs(expected_map).max())
     if not difference <= _TOLERANCE:
         raise UserError(
-            f"the exported model's anomaly maps differ from JAX's by {difference:.1e} of the largest value;"
+            f"the exported model's anomaly maps differ from JAX's by {difference:.1e} of the maximum;"
             " please report this."
         )
     return difference

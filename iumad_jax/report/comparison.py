@@ -1,6 +1,6 @@
-"""Finished runs side by side: tables in the form of the paper's, and how each variant forgets.
+"""Compares finished runs: tables in the paper's form, and the forgetting of each variant.
 
-Every run is a cell, whose folder is named after its variant, modality, protocol and seed.
+Every run has a folder named after its variant, modality, protocol and seed.
 """
 
 import csv
@@ -17,7 +17,7 @@ from iumad_jax.report import figures, published
 from iumad_jax.report.tables import METRICS, SUMMARY, read_results
 from iumad_jax.runtime.storage import write_whole
 
-_COLUMNS = {  # of a protocol's table: (figure, metric)
+_COLUMNS = {  # columns of a protocol's table: (figure, metric)
     **{METRICS[metric]: ("final", metric) for metric in ("i_auroc", "aupro", "p_auroc_object", "aupro_object")},
     **{f"FM {METRICS[metric]}": ("fm", metric) for metric in ("i_auroc", "aupro", "p_auroc_object")},
     **{f"aggregate FM {METRICS[metric]}": ("fm_aggregate", metric) for metric in ("i_auroc", "aupro")},
@@ -26,48 +26,48 @@ _COLUMNS = {  # of a protocol's table: (figure, metric)
 _OVERVIEW = [METRICS["i_auroc"], METRICS["aupro"], f"FM {METRICS['i_auroc']}"]
 _CURVES = ("i_auroc", "aupro", "p_auroc_object")
 _LEGEND = (
-    "Means over objects in percent, then over seeds, ± their standard deviation (n - 1). Without a prefix: after the\n"
-    "last step. FM: how far objects fell from their best earlier value, by Chaudhry et al.; aggregate FM: how far the\n"
-    "mean over objects seen fell from the base step's. new: at the step that learned the object. Baselines, not\n"
-    "trained: `feature_norm` and `nearest_neighbours`. `joint` trains again on all objects seen, so it is not\n"
-    "incremental."
+    "Percent; mean over objects, then mean over seeds ± standard deviation (n - 1). Without a prefix: after the last\n"
+    "step. FM: mean drop of objects from their best earlier value (Chaudhry et al.). aggregate FM: drop of the mean\n"
+    "over the objects learned so far since the base step. new: value right after an object was learned.\n"
+    "`feature_norm` and `nearest_neighbours` are training-free baselines. `joint` is not incremental: it trains on\n"
+    "all objects learned so far."
 )
 
 
 class Cell(NamedTuple):
-    """What has one run per seed."""
+    """A cell of the comparison; it has one run per seed."""
 
     protocol: str
     modality: str
     variant: str
 
 
-Runs = dict[Cell, list[dict[str, Any]]]  # what results.json holds of a variant, seed by seed
+Runs = dict[Cell, list[dict[str, Any]]]  # results of each cell, by seed
 
 
 def name(variant: str, modality: str, protocol: str, seed: int) -> str:
-    """The name of a run's folder."""
+    """Return the name of a run's folder."""
     return f"{variant}_{modality}_{protocol}_seed{seed}"
 
 
 def gather(workdir: Path) -> Runs:
-    """The finished runs in `workdir/cells`, with the baselines that ran in them."""
-    runs: dict[Cell, dict[str, Any]] = defaultdict(dict)  # by seed: baselines may have run beside several variants
+    """Read the finished runs in `workdir/cells`, with the baselines that ran in them."""
+    runs: dict[Cell, dict[str, Any]] = defaultdict(dict)  # by seed: several variants may have run the baselines
     for folder in sorted((workdir / "cells").glob("*")):
         results = read_results(folder)
         if results is not None:
             variant, modality, protocol, seed = folder.name.rsplit("_", 3)
             shared = {key: results[key] for key in ("config", "objects", "steps")}
-            for found, own in {variant: results, **results["baselines"]}.items():
-                runs[Cell(protocol, modality, found)][seed] = {**own, **shared}
+            for name, values in {variant: results, **results["baselines"]}.items():
+                runs[Cell(protocol, modality, name)][seed] = {**values, **shared}
     return {cell: list(by_seed.values()) for cell, by_seed in sorted(runs.items())}
 
 
 def write(workdir: Path) -> str:
-    """Writes comparison.md and comparison.csv of all finished runs; returns what comparison.md holds.
+    """Write comparison.md and comparison.csv of all finished runs; return the content of comparison.md.
 
     Raises:
-        UserError: the disk is full or the workdir not writable.
+        UserError: If the disk is full or the workdir is not writable.
     """
     runs = gather(workdir)
     text = markdown(runs)
@@ -77,43 +77,45 @@ def write(workdir: Path) -> str:
 
 
 def draw(workdir: Path) -> None:
-    """Draws every variant's matrix, and per protocol and modality how all of them forget."""
+    """Draw every variant's matrix, and the forgetting of all variants per protocol and modality."""
     runs = gather(workdir)
     for protocol, modality in {(cell.protocol, cell.modality) for cell in runs}:
-        variants = {cell.variant: found for cell, found in runs.items() if cell[:2] == (protocol, modality)}
+        variants = {cell.variant: seed_runs for cell, seed_runs in runs.items() if cell[:2] == (protocol, modality)}
         stem = f"{protocol}_{modality}"
-        for variant, found in variants.items():
-            matrix = np.mean([_matrix(run, "i_auroc") for run in found], axis=0)
+        for variant, seed_runs in variants.items():
+            matrix = np.mean([_matrix(run, "i_auroc") for run in seed_runs], axis=0)
             rows = [f"step {index}" for index in range(len(matrix))]
             path = workdir / f"matrix_{stem}_{variant}.png"
-            figures.save_matrix(path, matrix, found[0]["objects"], rows, f"I-AUROC, {variant}, {modality}, {protocol}")
-        curves = {METRICS[m]: {variant: retention(found, m) for variant, found in variants.items()} for m in _CURVES}
+            figures.save_matrix(
+                path, matrix, seed_runs[0]["objects"], rows, f"I-AUROC, {variant}, {modality}, {protocol}"
+            )
+        curves = {
+            METRICS[m]: {variant: retention(seed_runs, m) for variant, seed_runs in variants.items()} for m in _CURVES
+        }
         if len(next(iter(variants.values()))[0]["steps"]) > 1:
             title = f"Objects of the base step, {modality}, protocol {protocol}"
             figures.save_curves(workdir / f"forgetting_{stem}.png", curves, title)
 
 
-def retention(found: list[dict[str, Any]], metric: str) -> NDArray:
-    """(seeds, steps): the mean over the base step's objects after every step."""
-    base = [found[0]["objects"].index(name) for name in found[0]["steps"][0]]
-    return np.stack([np.nanmean(_matrix(run, metric)[:, base], axis=1) for run in found])
+def retention(seed_runs: list[dict[str, Any]], metric: str) -> NDArray:
+    """Return the mean over the base step's objects after every step, (seeds, steps)."""
+    base = [seed_runs[0]["objects"].index(name) for name in seed_runs[0]["steps"][0]]
+    return np.stack([np.nanmean(_matrix(run, metric)[:, base], axis=1) for run in seed_runs])
 
 
 def markdown(runs: Runs) -> str:
-    """All protocols in the paper's form, then one table of each, with the paper's printed numbers where the dataset is
-    the real one.
-    """
+    """Format an overview of all protocols, then one table each, with the paper's values for the paper's datasets."""
     protocols = sorted({cell.protocol for cell in runs}, key=lambda text: [-int(n) for n in text.split("-")])
     parts = ["# Comparison", "I-AUROC / AUPRO / FM of I-AUROC:", _overview(runs, protocols)]
     for protocol in protocols:
-        chosen = {cell: found for cell, found in runs.items() if cell.protocol == protocol}
-        single = all(len(found[0]["steps"]) == 1 for found in chosen.values())
+        chosen = {cell: seed_runs for cell, seed_runs in runs.items() if cell.protocol == protocol}
+        single = all(len(seed_runs[0]["steps"]) == 1 for seed_runs in chosen.values())
         columns = {title: key for title, key in _COLUMNS.items() if not (single and key[0] != "final")}
         rows = []
-        for cell, found in chosen.items():
-            printed = published.printed(found[0]["config"]["dataset"]["name"], *cell)
-            cells = [_cell(*_spread(found, *key)) for key in columns.values()]
-            rows.append([cell.modality, cell.variant, len(found), *cells, *printed.values()])
+        for cell, seed_runs in chosen.items():
+            printed = published.printed(seed_runs[0]["config"]["dataset"]["name"], *cell)
+            cells = [_cell(*_spread(seed_runs, *key)) for key in columns.values()]
+            rows.append([cell.modality, cell.variant, len(seed_runs), *cells, *printed.values()])
         headers = ["modality", "variant", "seeds", *columns]
         headers += [f"printed {title}" for title in printed]
         align = ["left", "left", *["right"] * (len(headers) - 2)]
@@ -122,7 +124,7 @@ def markdown(runs: Runs) -> str:
 
 
 def _overview(runs: Runs, protocols: list[str]) -> str:
-    """One line per modality and variant, one column per protocol."""
+    """Format a table with one row per modality and variant and one column per protocol."""
 
     def entry(cell: Cell) -> str:
         if cell not in runs:
@@ -135,21 +137,21 @@ def _overview(runs: Runs, protocols: list[str]) -> str:
 
 
 def as_csv(runs: Runs) -> str:
-    """Every figure of every metric, one line each; empty where undefined."""
+    """Format every figure of every metric, one per line; undefined ones are empty."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow([*Cell._fields, "metric", "figure", "seeds", "mean", "std"])
-    for cell, found in runs.items():
-        for metric in found[0]["matrix"]:
+    for cell, seed_runs in runs.items():
+        for metric in seed_runs[0]["matrix"]:
             for figure in SUMMARY:
-                values = ("" if np.isnan(value) else repr(float(value)) for value in _spread(found, figure, metric))
-                writer.writerow([*cell, metric, figure, len(found), *values])
+                values = ("" if np.isnan(value) else repr(float(value)) for value in _spread(seed_runs, figure, metric))
+                writer.writerow([*cell, metric, figure, len(seed_runs), *values])
     return file.getvalue()
 
 
-def _spread(found: list[dict[str, Any]], figure: str, metric: str) -> tuple[float, float]:
-    """Mean and standard deviation over seeds; NaN where undefined."""
-    values = np.array([run["summary"][metric][figure] for run in found], float)
+def _spread(seed_runs: list[dict[str, Any]], figure: str, metric: str) -> tuple[float, float]:
+    """Return mean and standard deviation over seeds; NaN where undefined."""
+    values = np.array([run["summary"][metric][figure] for run in seed_runs], float)
     return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else float("nan")
 
 

@@ -1,4 +1,4 @@
-"""What a dataset looks like to those who prepare it: some images of an object in one picture."""
+"""Draws a contact sheet: some images of an object in one picture."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -14,28 +14,28 @@ from scipy.ndimage import binary_dilation
 from iumad_jax.report.figures import HOLE, TRUTH
 from iumad_jax.runtime.storage import write_whole
 
-_SIDE = 160  # pixels of a panel in the picture
-_COLUMNS = 3  # images side by side
+_SIDE = 160  # side of a panel, pixels
+_COLUMNS = 3  # images per row
 _DPI = 100
 _HEAD, _LABEL = 0.5, 0.25  # inches
 
 
 class Panels:
-    """One image as four panels side by side: RGB, height, depth as it is encoded, and RGB with the defect outlined."""
+    """Four panels of one image: RGB, height, encoded depth, and RGB with the defect outlined."""
 
     def __init__(self, label: str, arrays: Mapping[str, np.ndarray], masked: bool) -> None:
-        """Draws them.
+        """Draw the panels; missing ones stay white.
 
         Args:
-            label: beside the picture.
-            arrays: of `data.prepared.processing`; what there is none of stays white.
-            masked: whether somebody marked where the defect is.
+            label: Title of the panels.
+            arrays: Arrays of `data.prepared.processing`.
+            masked: Whether the defect is annotated.
         """
         rgb, height = arrays["thumbnail"], arrays["height"]
         panels = [rgb, np.full_like(rgb, 255), np.full_like(rgb, 255), np.full_like(rgb, 255)]
         self.label, valid = label, np.isfinite(height)
         if valid.any():
-            workpiece = arrays["workpiece"] & valid  # without what the image cuts off, which may be higher
+            workpiece = arrays["workpiece"] & valid  # parts cut off by the image may be higher
             top = max(float(np.percentile(height[workpiece if workpiece.any() else valid], 99)), 1e-6)
             self.label += f", height to {1000 * top:.0f} mm"
             panels[1] = (colormaps["viridis"](np.where(valid, height, 0) / top)[..., :3] * 255).astype(np.uint8)
@@ -51,10 +51,10 @@ class Panels:
 
 
 def save(path: Path, title: str, images: Sequence[Panels]) -> None:
-    """Save a JPEG with all images.
+    """Save the panels of all images as one JPEG.
 
     Raises:
-        UserError: the disk is full or the folder not writable.
+        UserError: If the disk is full or the folder is not writable.
     """
     rows = -(-len(images) // _COLUMNS)
     width, height = _COLUMNS * 4 * _SIDE / _DPI, _HEAD + rows * (_SIDE / _DPI + _LABEL)

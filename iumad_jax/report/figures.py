@@ -1,4 +1,4 @@
-"""Pictures of a run: heatmaps beside what they should show, and the matrix of a metric."""
+"""Draws pictures of a run: heatmaps with ground truth, and the matrix of a metric."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -16,17 +16,17 @@ from scipy.ndimage import binary_erosion, gaussian_filter
 
 from iumad_jax.runtime.storage import write_whole
 
-TRUTH = "#00ffff"  # the outline of a defect
-HOLE = "#ff00c8"  # where depth is missing
-RELIEF = (-0.3, 1.15)  # from black to white
+TRUTH = "#00ffff"  # outline of a defect
+HOLE = "#ff00c8"  # missing depth
+RELIEF = (-0.3, 1.15)  # values drawn black and white
 _HEAT = "inferno"
 _DPI = 120
-_STEEPNESS = 0.05  # of slopes in the relief, scales per image width
+_STEEPNESS = 0.05  # weight of slopes in the relief, height scales per image width
 _PANEL, _LABEL, _BAR, _HEAD, _RIM = 1.93, 1.15, 0.75, 0.62, 0.06  # inches
 
 
 def choose(defects: Sequence[str], rows: int) -> list[int]:
-    """Which samples to show: each kind in turn, good first, until the rows are full; kinds then stand together."""
+    """Choose the samples to show: one of each kind in turn, good first, up to `rows`; then grouped by kind."""
     kinds = sorted(set(defects), key=lambda kind: (kind != "good", kind))
     seen = dict.fromkeys(kinds, 0)
     turns = []
@@ -37,7 +37,7 @@ def choose(defects: Sequence[str], rows: int) -> list[int]:
 
 
 def label(defect: str, id_: str) -> str:
-    """The lines beside a picture; an id that says the defect itself does not say it twice."""
+    """Return the lines beside a picture, without a defect name repeated in the id."""
     return "\n".join((defect, id_.removeprefix(f"{defect}/")))
 
 
@@ -53,21 +53,21 @@ def save_heatmaps(
     maps: ArrayLike,
     scores: ArrayLike,
 ) -> None:
-    """Save one picture with a row per sample: RGB, height as relief, the defects outlined, the map, and it over RGB.
+    """Save a picture with a row per sample: RGB, relief of heights, outlined defects, map, and map over RGB.
 
     Args:
-        path: a .jpg or .png in an existing folder; photographs are a third of the size as .jpg.
-        title: above the picture.
-        labels: (n,) one or more lines to stand beside each row, above the score.
-        rgb: (n, h, w, 3) uint8.
-        heights: (n, h, w) metres above the background plane, NaN where missing, or None.
-        height_scale: metres that are shown in middle grey.
-        masks: (n, h, w), above 0 where a pixel is defective.
-        maps: (n, m, m) anomaly maps, in one scale of colours.
-        scores: (n,).
+        path: A .jpg or .png in an existing folder; .jpg takes a third of the space.
+        title: Title of the picture.
+        labels: Lines beside each row, above the score, (n,).
+        rgb: Photographs, (n, h, w, 3) uint8.
+        heights: Metres above the background plane, (n, h, w), NaN where missing; or None.
+        height_scale: Height drawn in middle grey, metres.
+        masks: Above 0 for anomalous pixels, (n, h, w).
+        maps: Anomaly maps, (n, m, m); all share one colour scale.
+        scores: Image scores, (n,).
 
     Raises:
-        UserError: the disk is full or the folder not writable.
+        UserError: If the disk is full or the folder is not writable.
     """
     images, defective, heats, values = np.asarray(rgb), np.asarray(masks) > 0, np.asarray(maps), np.asarray(scores)
     names = ["RGB", "relief", "truth", "map", "map over RGB"]
@@ -97,7 +97,7 @@ def save_heatmaps(
             shaded, (dark, bright) = relief(np.asarray(heights)[row], height_scale), RELIEF
             panels["relief"].imshow(shaded, "gray", extent=extent, vmin=dark, vmax=bright, interpolation="nearest")
         heat = panels["map"].imshow(heats[row], _HEAT, norm, extent=extent)
-        strength = np.clip(1.6 * norm(heats[row]), 0, 0.85)  # what is normal stays clear
+        strength = np.clip(1.6 * norm(heats[row]), 0, 0.85)  # normal areas stay clear
         panels["map over RGB"].imshow(heats[row], _HEAT, norm, extent=extent, alpha=strength)
         _outline(panels["truth"], defective[row])
     bar = figure.add_axes((1 - (_BAR - 0.1) / width, box["bottom"], 0.13 / width, box["top"] - box["bottom"]))
@@ -106,9 +106,9 @@ def save_heatmaps(
 
 
 def overlay(rgb: NDArray, heat: NDArray, threshold: float) -> NDArray:
-    """An anomaly map over its image, in the image's size (h, w, 3) uint8.
+    """Draw an anomaly map over its image, (h, w, 3) uint8.
 
-    What is below half of the threshold stays clear; what is above it is outlined.
+    Values below half of the threshold stay clear; the region above the threshold is outlined.
     """
     height, width = rgb.shape[:2]
     full = np.asarray(Image.fromarray(heat.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR))
@@ -124,19 +124,19 @@ def save_matrix(path: Path, matrix: ArrayLike, objects: Sequence[str], steps: Se
     """Save the matrix of one metric as coloured cells with their values.
 
     Args:
-        path: a .png in an existing folder.
-        matrix: (steps, objects), 0 to 1, NaN where not learned or undefined: an empty cell.
-        objects: names of the columns.
-        steps: names of the rows.
-        title: above the picture.
+        path: A .png in an existing folder.
+        matrix: Values from 0 to 1, (steps, objects); NaN, not learned or undefined, leaves a cell empty.
+        objects: Names of the columns.
+        steps: Names of the rows.
+        title: Title of the picture.
 
     Raises:
-        UserError: the disk is full or the folder not writable.
+        UserError: If the disk is full or the folder is not writable.
     """
     values = np.asarray(matrix, float)
     figure = Figure((2.2 + 0.62 * len(objects), 1.9 + 0.42 * len(steps)), dpi=_DPI, layout="constrained")
     axes = figure.subplots()
-    lowest = values.min(initial=0.5, where=~np.isnan(values))  # chance, or what is worse
+    lowest = values.min(initial=0.5, where=~np.isnan(values))  # chance level, or a lower value
     cells = axes.imshow(values, "viridis", aspect="auto", vmin=lowest, vmax=1)
     for (row, column), value in np.ndenumerate(values):
         if not np.isnan(value):
@@ -151,15 +151,15 @@ def save_matrix(path: Path, matrix: ArrayLike, objects: Sequence[str], steps: Se
 
 
 def save_curves(path: Path, curves: Mapping[str, Mapping[str, ArrayLike]], title: str) -> None:
-    """Save how values change over the steps: one panel per metric, one line per method with a band over seeds.
+    """Save values over steps: one panel per metric, one line per method with a band over seeds.
 
     Args:
-        path: a .png in an existing folder.
-        curves: metric -> method -> (seeds, steps).
-        title: above the picture.
+        path: A .png in an existing folder.
+        curves: Metric -> method -> (seeds, steps).
+        title: Title of the picture.
 
     Raises:
-        UserError: the disk is full or the folder not writable.
+        UserError: If the disk is full or the folder is not writable.
     """
     figure = Figure((4.2 * len(curves) + 1.6, 3.6), dpi=_DPI, layout="constrained")
     for axes, (metric, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
@@ -178,19 +178,19 @@ def save_curves(path: Path, curves: Mapping[str, Mapping[str, ArrayLike]], title
 
 
 def relief(height: NDArray, scale: float) -> NDArray:
-    """A picture (h, w) of heights in metres: 0 on the plane, 0.5 at `scale`, below 1 everywhere; NaN where missing.
+    """Shade heights (h, w) in metres: 0 on the plane, 0.5 at `scale`, always below 1; NaN where missing.
 
-    What stands on the plane is lit from above on the left, so that its shape shows.
+    Objects on the plane are lit from the upper left, which shows their shape.
     """
     height = height / scale
-    bounded = height / (np.abs(height) + 1)  # walls of a box stand far above the object and must not hide its shape
-    smooth = gaussian_filter(np.nan_to_num(height), 1.5)  # or the edges of enlarged pixels would show
+    bounded = height / (np.abs(height) + 1)  # high walls of a box must not hide the shape of the object
+    smooth = gaussian_filter(np.nan_to_num(height), 1.5)  # hides the edges of enlarged pixels
     slope = (np.gradient(smooth, axis=0) + np.gradient(smooth, axis=1)) * height.shape[1]
     return bounded + np.where(bounded > 0.1, 0.25 * np.tanh(-_STEEPNESS * slope), 0)
 
 
 def _outline(axes: Axes, mask: NDArray) -> None:
-    """Draw a line along the sides of the pixels that bound the mask, also at the border of the image."""
+    """Draw a line along the pixel edges around the mask, including the border of the image."""
     if mask.any():
         sharp = np.pad(mask, 1).repeat(4, axis=0).repeat(4, axis=1)
         y, x = ((np.arange(size) + 0.5) / 4 - 1 for size in sharp.shape)
@@ -201,7 +201,7 @@ def _outline(axes: Axes, mask: NDArray) -> None:
 
 def _save(path: Path, figure: Figure) -> None:
     picture = io.BytesIO()
-    # Full colour resolution, or JPEG would wash out the thin outlines.
+    # Without chroma subsampling, which blurs thin outlines.
     options = {"quality": 75, "subsampling": 0} if path.suffix == ".jpg" else {}
     figure.savefig(picture, format=path.suffix[1:], pil_kwargs={"optimize": True, **options})
     write_whole(path, picture.getvalue())

@@ -1,7 +1,7 @@
-"""report.html: a whole run in one file that opens offline, on a phone too.
+"""Writes report.html, a run's results in one file that opens offline, on phones too.
 
-The page is page/report.html with its style and script set in; everything it shows is in one JSON object, and the script
-sets text as text, so that no name in a dataset can become markup.
+The page is page/report.html with style and scripts inlined. All data is in one JSON object, and scripts insert it as
+text, so that no name in a dataset can become markup.
 """
 
 import base64
@@ -21,9 +21,9 @@ from iumad_jax.report import samples, tables
 from iumad_jax.report.samples import Samples
 from iumad_jax.runtime import ledger, storage
 
-BUDGET = 7_500_000  # bytes of pictures in a page
-_PICKS = ("worst", "best", "median")  # in this order they are kept when not all fit
-_DIGITS = 5  # of points on curves
+BUDGET = 7_500_000  # bytes of pictures per page
+_PICKS = ("worst", "best", "median")  # in the order of preference where not all pictures fit
+_DIGITS = 5  # decimals of points on curves
 
 _PAGES = PackageLoader("iumad_jax.report", "page")
 _TEMPLATES = Environment(loader=_PAGES, autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
@@ -31,17 +31,17 @@ _TEMPLATES.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": ("
 
 
 def write(workdir: Path, results: dict[str, Any]) -> None:
-    """Writes report.html from the results, the ledger and the samples of a run.
+    """Write report.html from the results, the ledger and the samples of a run.
 
     Args:
-        workdir: where the ledger and the samples lie.
-        results: what results.json holds.
+        workdir: Folder with the ledger and the samples.
+        results: Content of results.json.
 
     Raises:
-        UserError: something is missing or damaged, or the page cannot be written.
+        UserError: If a file is missing or damaged, or the page cannot be written.
     """
     done = len(results["matrix"]["i_auroc"])
-    columns = tables.objects_of(results)
+    columns = tables.learned_objects(results)
     tested = [(step, name) for step, name, column in columns if _is_tested(workdir, results, name, column)]
     last = {name: samples.load(workdir, done - 1, name) for _, name in tested}
     as_learned = {name: last[name] if step == done - 1 else samples.load(workdir, step, name) for step, name in tested}
@@ -58,8 +58,8 @@ def write(workdir: Path, results: dict[str, Any]) -> None:
         "remarks": list(tables.remarks(results)),
         "losses": [event for event in ledger.read(workdir / "ledger.jsonl") if event["event"] == "epoch"],
         "rates": samples.RATES,
-        "curves": {name: _curves(of_object) for name, of_object in last.items()},
-        "thresholds": {name: [_own(as_learned[name].thresholds), _own(last[name].thresholds)] for name in last},
+        "curves": {name: _curves(kept) for name, kept in last.items()},
+        "thresholds": {name: [_first(as_learned[name].thresholds), _first(last[name].thresholds)] for name in last},
         "samples": shown,
         "left_out": left_out,
     }
@@ -67,85 +67,85 @@ def write(workdir: Path, results: dict[str, Any]) -> None:
 
 
 def _is_tested(workdir: Path, results: dict[str, Any], name: str, column: int) -> bool:
-    """Whether the object has test images: it was evaluated, or its samples are there though no metric is defined."""
+    """Return whether the object has test images: a metric is defined for it, or its samples exist."""
     last = [rows[-1][column] for rows in results["matrix"].values()]
     step = len(results["matrix"]["i_auroc"]) - 1
     return any(value is not None and not math.isnan(value) for value in last) or samples.exist(workdir, step, name)
 
 
-def pick(of_object: Samples) -> list[tuple[int, str, int, int]]:
-    """The best, the median and the worst test image of each kind by the score of the run's own method.
+def pick(kept: Samples) -> list[tuple[int, str, int, int]]:
+    """Pick the best, the median and the worst test image of each kind by the score of the run's method.
 
-    Good images are the better the lower they score, defective ones the higher.
+    The best good image has the lowest score, the best anomalous one the highest.
 
     Returns:
-        (number of the image, "best", "median" or "worst", its rank from 1, out of how many).
+        (index of the image, "best", "median" or "worst", rank from 1, number of images of the kind) of each pick.
     """
-    scores = _own(of_object.scores)
+    scores = _first(kept.scores)
     picked = []
-    for kind in sorted(set(of_object.defects), key=lambda kind: (kind != "good", kind)):
-        rows = [row for row, defect in enumerate(of_object.defects) if defect == kind]
-        rows.sort(key=lambda row: -scores[row] if of_object.anomalous[row] else scores[row])
-        places = {len(rows) // 2: "median", 0: "best", len(rows) - 1: "worst"}  # of fewer than three, the extremes
-        picked += [(rows[place], name, place + 1, len(rows)) for place, name in sorted(places.items())]
+    for kind in sorted(set(kept.defects), key=lambda kind: (kind != "good", kind)):
+        rows = [row for row, defect in enumerate(kept.defects) if defect == kind]
+        rows.sort(key=lambda row: -scores[row] if kept.anomalous[row] else scores[row])
+        ranks = {len(rows) // 2: "median", 0: "best", len(rows) - 1: "worst"}  # extremes win where they coincide
+        picked += [(rows[rank], name, rank + 1, len(rows)) for rank, name in sorted(ranks.items())]
     return picked
 
 
-def _own(by_method: dict[str, NDArray]) -> NDArray:
-    """The value of the run's own method, which comes first."""
+def _first(by_method: dict[str, NDArray]) -> NDArray:
+    """Return the value of the run's method, which comes first."""
     return next(iter(by_method.values()))
 
 
 def _pictures(
     workdir: Path, last: dict[str, Samples], as_learned: dict[str, Samples]
 ) -> tuple[list[dict[str, Any]], int]:
-    """What the page shows of the picked samples, and how many of them did not fit."""
-    found: list[dict[str, Any]] = []
-    for name, of_object in tqdm(last.items(), "report.html", unit="object", disable=None, leave=False):
+    """Return the picked samples as the page shows them, and how many of them did not fit."""
+    shown: list[dict[str, Any]] = []
+    for name, kept in tqdm(last.items(), "report.html", unit="object", disable=None, leave=False):
         pictures = samples.load_pictures(workdir, name)
-        for row, place, rank, count in pick(of_object):
+        for row, rank_name, rank, count in pick(kept):
             picture = pictures[row]
-            found.append(
+            shown.append(
                 {
                     "object": name,
-                    "id": of_object.ids[row],
-                    "defect": of_object.defects[row],
-                    "anomalous": of_object.anomalous[row],
-                    "pick": place,
+                    "id": kept.ids[row],
+                    "defect": kept.defects[row],
+                    "anomalous": kept.anomalous[row],
+                    "pick": rank_name,
                     "rank": [rank, count],
-                    "scores": {method: scores[row] for method, scores in of_object.scores.items()},
+                    "scores": {method: scores[row] for method, scores in kept.scores.items()},
                     "rgb": _webp(picture.rgb),
                     "relief": _webp(picture.relief) if picture.relief else None,
                     "size": picture.size,
                     "truth": picture.outline,
-                    "maps": [_quantised(of_step, row) for of_step in (as_learned[name], of_object)],
-                    "alarm": of_object.alarm[row],
-                    "pixel_thresholds": [of_step.pixel_threshold[row] for of_step in (as_learned[name], of_object)],
+                    "maps": [_quantised(state, row) for state in (as_learned[name], kept)],
+                    "alarm": kept.alarm[row],
+                    "pixel_thresholds": [state.pixel_threshold[row] for state in (as_learned[name], kept)],
                 }
             )
-    sizes = {id(one): len(json.dumps(storage.as_json(one))) for one in found}
-    room, kept = BUDGET, set()
-    for one in sorted(found, key=lambda one: _PICKS.index(one["pick"])):
-        room -= sizes[id(one)]
+    sizes = [len(json.dumps(storage.as_json(sample))) for sample in shown]
+    room, fitting = BUDGET, set()
+    for index in sorted(range(len(shown)), key=lambda index: _PICKS.index(shown[index]["pick"])):
+        room -= sizes[index]
         if room >= 0:
-            kept.add(id(one))
-    return [one for one in found if id(one) in kept], len(found) - len(kept)
+            fitting.add(index)
+    return [sample for index, sample in enumerate(shown) if index in fitting], len(shown) - len(fitting)
 
 
-def _quantised(of_step: Samples, row: int) -> dict[str, Any]:
-    pixels = base64.b64encode(of_step.maps[row].tobytes()).decode()
-    return {"pixels": pixels, "side": of_step.maps.shape[1], "low": of_step.low, "high": of_step.high}
+def _quantised(kept: Samples, row: int) -> dict[str, Any]:
+    pixels = base64.b64encode(kept.maps[row].tobytes()).decode()
+    return {"pixels": pixels, "side": kept.maps.shape[1], "low": kept.low, "high": kept.high}
 
 
-def _curves(of_object: Samples) -> dict[str, Any]:
-    """By method: the corners of the ROC curve of images, and the overlaps of the PRO curve."""
+def _curves(kept: Samples) -> dict[str, Any]:
+    """Return, by method, the corners of the ROC curve of images and the overlaps of the PRO curve."""
     curves = {}
-    for method, scores in of_object.scores.items():
-        both = 0 < np.count_nonzero(of_object.anomalous) < len(of_object.anomalous)
-        roc = roc_curve(of_object.anomalous, scores)[:2] if both else ([], [])
+    for method, scores in kept.scores.items():
+        both = 0 < np.count_nonzero(kept.anomalous) < len(kept.anomalous)
+        roc = roc_curve(kept.anomalous, scores)[:2] if both else ([], [])
         curves[method] = {
             "roc": np.round(roc, _DIGITS),
-            "overlap": np.round(of_object.overlap[method], _DIGITS),
+            "overlap": np.round(kept.overlap[method], _DIGITS),
         }
     return curves
 
@@ -155,7 +155,7 @@ def _webp(content: bytes) -> str:
 
 
 def _fill(page: dict[str, Any], title: str) -> str:
-    """The template with its parts; no script but this one may run, and nothing is fetched from anywhere."""
+    """Fill the template; its content security policy allows this script alone and no network access."""
     script = '"use strict";\n' + "\n".join(map(_part, ("chart.js", "tables.js", "samples.js", "report.js")))
     return _TEMPLATES.get_template("report.html").render(
         title=title,

@@ -1,10 +1,10 @@
-"""What the paper prints (Long et al., CVPR 2026; its tables of the incremental protocols), in percent."""
+"""Results printed in the paper (Long et al., CVPR 2026, tables of the incremental protocols), in percent."""
 
 TITLES = ("I-AUROC", "AUPRO", "FM I-AUROC", "FM AUPRO")
 
 
 def printed(dataset: str, protocol: str, modality: str, variant: str) -> dict[str, str]:
-    """The paper's values by title, "-" where it has none; nothing for a dataset that is not in it."""
+    """Return the paper's values by title, "-" where it has none; empty for a dataset that is not in the paper."""
     if dataset not in {key[0] for key in _PRINTED}:
         return {}
     values = _PRINTED.get((dataset, protocol, modality, variant), (None,) * len(TITLES))

@@ -1,7 +1,7 @@
-"""What a run keeps of every test image for its report, in `samples/`, a few kB per image.
+"""Stores what a report shows of every test image, in `samples/`: a few kB per image.
 
-`step<l>_<object>.npz` holds scores and curves, which are exact, and maps at a quarter of their size in 8 bits, for
-looking; `pictures_<object>.npz` holds small pictures of the images that were evaluated last.
+`step<l>_<object>.npz` holds exact scores and curves, and maps at a quarter of their size in 8 bits for display;
+`pictures_<object>.npz` holds small pictures of the test images last evaluated.
 """
 
 import io
@@ -20,33 +20,35 @@ from iumad_jax.metrics import pro_curve
 from iumad_jax.report.figures import HOLE, RELIEF, relief
 from iumad_jax.runtime import storage
 
-RATES = np.concatenate([np.geomspace(1e-4, 0.01, 21)[:-1], np.linspace(0.01, 0.3, 30)])  # where PRO curves are kept
-_SHRINK = 4  # maps are interpolated from tokens larger than this
+RATES = np.concatenate(
+    [np.geomspace(1e-4, 0.01, 21)[:-1], np.linspace(0.01, 0.3, 30)]
+)  # false positive rates of PRO curves
+_SHRINK = 4  # maps are interpolated from tokens larger than this, pixels
 
 
 class Samples(NamedTuple):
-    """The test images of one object after one step."""
+    """Scores, curves and maps of the test images of one object after one step."""
 
     ids: tuple[str, ...]
     defects: tuple[str, ...]
     anomalous: NDArray  # (n,) bool
     scores: dict[str, NDArray]  # by method: (n,)
-    overlap: dict[str, NDArray]  # by method: (r,) at RATES, NaN where undefined
-    thresholds: dict[str, NDArray]  # by method: (r,), of the maps
-    alarm: NDArray  # (n,) bool: whether the run's own method calls the image anomalous
-    pixel_threshold: NDArray  # (n,): above which it marks pixels
-    maps: NDArray  # (n, s, s) uint8 of the run's own method: 0 stands for low, 255 for high
+    overlap: dict[str, NDArray]  # by method: (r,) PRO at RATES, NaN where undefined
+    thresholds: dict[str, NDArray]  # by method: (r,) map thresholds at RATES
+    alarm: NDArray  # (n,) bool: the decision of the run's method
+    pixel_threshold: NDArray  # (n,): threshold of the map for pixels
+    maps: NDArray  # (n, s, s) uint8: maps of the run's method from `low` (0) to `high` (255)
     low: float
     high: float
 
 
 class Picture(NamedTuple):
-    """A test image to look at."""
+    """A small picture of a test image."""
 
     rgb: bytes  # a WebP image
-    relief: bytes  # the same, of its heights; empty without depth
-    outline: str  # of the defect: the path of an SVG, a unit being a pixel
-    size: tuple[int, int]  # pixels, rows and columns
+    relief: bytes  # a WebP image of the heights; empty without depth
+    outline: str  # SVG path around the defect, in pixels
+    size: tuple[int, int]  # (rows, columns) in pixels
 
 
 def summarise(
@@ -59,27 +61,26 @@ def summarise(
     alarm: ArrayLike,
     pixel_threshold: ArrayLike,
 ) -> Samples:
-    """What is kept of an object's predictions.
+    """Summarise the predictions for an object's test images.
 
     Args:
-        ids: (n,) names of the images.
-        defects: (n,) their kinds.
-        anomalous: (n,), above 0 where the image has a defect.
-        masks: (n, m, m), above 0 where a pixel is defective; None where nobody marked them: then thresholds are taken
-            from good images alone.
-        scores: by method: (n,); the run's own method comes first.
-        maps: by method: (n, m, m).
-        alarm: (n,), whether the run's own method calls the image anomalous.
-        pixel_threshold: (n,), of its maps, by the object that it recognised.
+        ids: Names of the images, (n,).
+        defects: Kinds of defects or "good", (n,).
+        anomalous: Above 0 for anomalous images, (n,).
+        masks: Above 0 for anomalous pixels, (n, m, m). None without annotations; thresholds then come from good images.
+        scores: Image scores (n,) by method; the run's method comes first.
+        maps: Anomaly maps (n, m, m) by method.
+        alarm: Decisions of the run's method, (n,).
+        pixel_threshold: Pixel thresholds of the recognised objects, (n,).
     """
     curves = {}
     for name, values in maps.items():
-        suspect = np.broadcast_to(np.reshape(anomalous, (-1, 1, 1)), np.shape(values))  # every pixel of these images
+        suspect = np.broadcast_to(np.reshape(anomalous, (-1, 1, 1)), np.shape(values))  # all pixels of anomalous images
         overlap, thresholds = pro_curve(suspect if masks is None else masks, values, RATES)
         curves[name] = (np.full_like(overlap, np.nan) if masks is None else overlap), thresholds
-    own = np.asarray(next(iter(maps.values())), np.float32)
-    count, side = len(own), own.shape[1] // _SHRINK
-    small = own.reshape(count, side, _SHRINK, side, _SHRINK).mean(axis=(2, 4))
+    first = np.asarray(next(iter(maps.values())), np.float32)
+    count, side = len(first), first.shape[1] // _SHRINK
+    small = first.reshape(count, side, _SHRINK, side, _SHRINK).mean(axis=(2, 4))
     low, high = float(small.min()), float(small.max())
     return Samples(
         tuple(ids),
@@ -97,10 +98,10 @@ def summarise(
 
 
 def save(workdir: Path, step: int, object_: str, samples: Samples) -> None:
-    """Writes the file, whole or not at all.
+    """Write the samples of an object after a step atomically.
 
     Raises:
-        UserError: the disk is full or the folder not writable.
+        UserError: If the disk is full or the folder is not writable.
     """
     names = list(samples.scores)
     by_method = {f: np.stack([getattr(samples, f)[n] for n in names]) for f in ("scores", "overlap", "thresholds")}
@@ -108,40 +109,40 @@ def save(workdir: Path, step: int, object_: str, samples: Samples) -> None:
 
 
 def exist(workdir: Path, step: int, object_: str) -> bool:
-    """Whether the file was written."""
+    """Return whether samples of the object were saved after the step."""
     return _path(workdir, step, object_).exists()
 
 
 def load(workdir: Path, step: int, object_: str) -> Samples:
-    """Reads what `save` wrote.
+    """Read the samples of an object after a step.
 
     Raises:
-        UserError: the file is missing or damaged.
+        UserError: If the file is missing or damaged.
     """
-    with _reading(_path(workdir, step, object_)) as found:
-        names = found.pop("methods").tolist()
+    with _reading(_path(workdir, step, object_)) as arrays:
+        names = arrays.pop("methods").tolist()
         for field in ("scores", "overlap", "thresholds"):
-            found[field] = dict(zip(names, found[field], strict=True))
+            arrays[field] = dict(zip(names, arrays[field], strict=True))
         for field in ("ids", "defects"):
-            found[field] = tuple(found[field].tolist())
-        return Samples(**found | {"low": float(found["low"]), "high": float(found["high"])})
+            arrays[field] = tuple(arrays[field].tolist())
+        return Samples(**arrays | {"low": float(arrays["low"]), "high": float(arrays["high"])})
 
 
 def save_pictures(
     workdir: Path, object_: str, rgb: NDArray, heights: NDArray, masks: NDArray, height_scale: float
 ) -> None:
-    """Writes small pictures of an object's test images, whole or not at all.
+    """Write small pictures of an object's test images atomically.
 
     Args:
-        workdir: where samples are kept.
-        object_: its name.
-        rgb: (n, h, w, 3) uint8.
-        heights: (n, h, w) metres above the background plane, NaN where depth is missing.
-        masks: (n, h, w), above 0 where a pixel is defective.
-        height_scale: metres that are shown in middle grey.
+        workdir: Folder that holds `samples/`.
+        object_: Name of the object.
+        rgb: Photographs, (n, h, w, 3) uint8.
+        heights: Metres above the background plane, (n, h, w); NaN where depth is missing.
+        masks: Above 0 for anomalous pixels, (n, h, w).
+        height_scale: Height drawn in middle grey, metres.
 
     Raises:
-        UserError: the disk is full or the folder not writable.
+        UserError: If the disk is full or the folder is not writable.
     """
     pictures = [
         (
@@ -157,17 +158,17 @@ def save_pictures(
 
 
 def load_pictures(workdir: Path, object_: str) -> list[Picture]:
-    """Reads what `save_pictures` wrote.
+    """Read the pictures of an object's test images.
 
     Raises:
-        UserError: the file is missing or damaged.
+        UserError: If the file is missing or damaged.
     """
-    with _reading(_pictures_path(workdir, object_)) as found:
-        content, ends = found["content"].tobytes(), np.cumsum(found["lengths"]).tolist()
+    with _reading(_pictures_path(workdir, object_)) as arrays:
+        content, ends = arrays["content"].tobytes(), np.cumsum(arrays["lengths"]).tolist()
         if len(content) != ends[-1]:
             raise ValueError("pictures are missing")
         parts = [content[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-        rows, columns = found["size"].tolist()
+        rows, columns = arrays["size"].tolist()
         images = zip(parts[::3], parts[1::3], parts[2::3], strict=True)
         return [Picture(rgb, relief, path.decode(), (rows, columns)) for rgb, relief, path in images]
 
@@ -192,17 +193,17 @@ def _write(path: Path, **arrays: Any) -> None:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[dict[str, Any]]:
-    """The arrays of a file; whatever they turn out not to be within, is told."""
+    """Yield the arrays of a file; any error while they are used means damage and becomes a UserError."""
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-            found = dict(file)
-        yield found
-    except Exception as error:  # NumPy and zipfile raise whatever damage leads to
-        raise UserError(f"{path} cannot be read ({error}); restore it") from error
+            arrays = dict(file)
+        yield arrays
+    except Exception as error:  # damage makes NumPy and zipfile raise many kinds
+        raise UserError(f"{path} cannot be read ({error}); restore the file") from error
 
 
 def outline(mask: ArrayLike) -> str:
-    """The path of an SVG around what is above 0 in a mask (h, w), a unit being a pixel; "" around nothing."""
+    """Return the SVG path around a mask (h, w), in pixels; "" for an empty mask."""
     padded = np.pad(np.asarray(mask) > 0, 1).astype(float)
     paths = []
     for line in contour_generator(z=padded).lines(0.5):

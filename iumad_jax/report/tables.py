@@ -1,4 +1,4 @@
-"""A run's results as tables on the console, and as results.md, .tex, .csv and .json.
+"""A run's results as tables: on the console and in results.md, .tex, .csv and .json.
 
 `results` is the content of results.json, a dictionary with these entries:
 
@@ -8,8 +8,8 @@
     matrix             metric -> (steps done, objects); NaN or None where an object is not yet learned or undefined
     summary            metric -> figure -> value, see `summarise`
     baselines          name -> `matrix`, `summary` and `bytes` of each training-free method on the same inputs
-    bytes              bytes the method stores
-    strategy_bytes     bytes the continual-learning strategy stores in addition
+    bytes              bytes that the method stores
+    strategy_bytes     bytes that the strategy against forgetting stores in addition
     decisions          one record per step, see `inference.thresholds.describe`; `test` holds the rates on test images
     seconds, versions  of the run
     unknown            evaluations only: see `inference.decisions.unknown_rates`
@@ -22,6 +22,7 @@ import io
 import itertools
 import json
 import math
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,14 +52,26 @@ SUMMARY = {
     "new": plasticity,
 }
 FIGURES = {
-    "final": "mean over objects after the last step",
-    "acc": "mean over steps of the mean over objects seen",
-    "fm": "mean fall from an object's best earlier value",
-    "fm_aggregate": "mean fall of the mean from the base step's",
-    "new": "mean at the step that learned the object",
+    "final": "mean over all objects after the last step",
+    "acc": "mean over the steps of the mean over the objects learned so far",
+    "fm": "forgetting: mean drop of each object from its best earlier value",
+    "fm_aggregate": "drop of the mean over objects since the base step, mean over later steps",
+    "new": "mean of each object's value right after it was learned",
 }
-_PIXELS = "no defective pixel or no normal one"
-_OBJECT = f"no depth, {_PIXELS} on the object"
+RATES = {
+    "false_alarms": "false alarms",
+    "misses": "misses",
+    "recognised": "recognised",
+    "taken_as_unknown": "taken as unknown",
+}
+_SHORT = ("i_auroc", "aupro", "p_auroc_object")  # metrics whose forgetting the console shows
+_METRICS_EXPLAINED = (
+    "I-AUROC: how well scores rank anomalous above good images (0.5 is chance, 1 perfect); P-AUROC: the same for the\n"
+    "pixels of anomaly maps. AUPRO: mean share of a defect that is found, for up to 30 % of normal pixels marked.\n"
+    "object: normal pixels are those of the object alone; workpiece: without parts cut off by the image."
+)
+_PIXELS = "no anomalous pixel or no normal one"
+_OBJECT = f"no depth, or {_PIXELS} on the object"
 _UNDEFINED = {
     "i_auroc": "test images all good or all anomalous",
     "p_auroc": _PIXELS,
@@ -72,29 +85,50 @@ _UNDEFINED = {
 
 
 def summarise(matrix: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The figures of `SUMMARY` for every metric; NaN where undefined."""
+    """Compute the figures of `SUMMARY` for every metric; NaN where undefined."""
     return {metric: {name: figure(rows) for name, figure in SUMMARY.items()} for metric, rows in matrix.items()}
 
 
 def title(results: dict[str, Any]) -> str:
-    """What was run, in a line."""
+    """Describe in one line what was run."""
     config, evaluated = results["config"], results.get("evaluated")
-    how = (
+    model = (
         f"after step {evaluated['step']} of {evaluated['workdir']}" if evaluated else f"protocol {results['protocol']}"
     )
-    return f"{config['method']} on {config['dataset']['name']}, {config['modality']}, {how}"
+    return f"{config['method']} on {config['dataset']['name']}, {config['modality']}, {model}"
 
 
 def console(results: dict[str, Any], workdir: Path) -> str:
-    """Every object after the last step, what was learned and forgotten, and where the rest lies."""
-    kinds = "Report, tables and ledger" if "evaluated" in results else "Report, tables, ledger and heatmap pictures"
-    return "\n\n".join([*_overview(results, "simple"), *_unknown(results, "simple"), f"{kinds} are in {workdir}."])
+    """Format the results for the console: decisions and pictures first, then metrics and forgetting.
+
+    Args:
+        results: Content of results.json.
+        workdir: Folder of the run or evaluation, for paths and commands.
+    """
+    return "\n\n".join(
+        [
+            title(results),
+            *_decisions_on_test_images(results, "simple"),
+            *_unknown_objects(results, "simple"),
+            _next_steps(results, workdir),
+            *_metrics_of_objects(results, "simple"),
+            *_learning_and_forgetting(results, "simple", [m for m in measured(results) if m in _SHORT]),
+            *_stored(results),
+            f"All metrics, tables and the ledger are in {workdir}.",
+        ]
+    )
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Every object after the last step, what was learned and forgotten, and the whole matrix of every metric."""
-    learned = objects_of(results)
-    parts = [f"# {title(results)}", *_overview(results, "github")]
+    """Format results.md: the console's tables for every metric, then metrics and decisions after every step."""
+    learned = learned_objects(results)
+    parts = [
+        f"# {title(results)}",
+        *_decisions_on_test_images(results, "github"),
+        *_metrics_of_objects(results, "github"),
+        *_learning_and_forgetting(results, "github", measured(results)),
+        *_stored(results),
+    ]
     for metric in measured(results):
         rows = [
             [name, step, *(_cell(row[c]) if first <= step else "" for first, _, c in learned), _cell(final([row]))]
@@ -103,22 +137,23 @@ def markdown(results: dict[str, Any]) -> str:
         ]
         headers = ["method", "after step", *(name for _, name, _ in learned), "mean"]
         parts += [f"## {METRICS[metric]} after every step", _table(rows, headers, "github")]
-    return "\n\n".join([*parts, *_decisions(results)]) + "\n"
+    return "\n\n".join([*parts, *_decisions_after_every_step(results)]) + "\n"
 
 
 def latex(results: dict[str, Any]) -> str:
-    """The paper's table: I-AUROC, AUPRO and how far both fell, in percent, the best of a row in bold.
+    """Format results.tex, a table like the paper's.
 
-    It needs the packages booktabs and graphicx, and is never wider than the line it stands in.
+    It holds I-AUROC, AUPRO and the forgetting of both in percent, the best value of a row in bold. It needs the
+    packages booktabs and graphicx and is never wider than the line.
     """
-    methods, learned = methods_of(results), objects_of(results)
+    methods, learned = methods_of(results), learned_objects(results)
     heads = ["I-AUROC", "AUPRO", "FM (I)", "FM (A)"]
     rows: dict[str, list[list[Any]]] = {name: [] for name in (*(name for _, name, _ in learned), "mean")}
     for method in methods.values():
         matrices = [method["matrix"][metric] for metric in ("i_auroc", "aupro")]
-        last, lost = [matrix[-1] for matrix in matrices], [falls(matrix) for matrix in matrices]
+        last, drops = [matrix[-1] for matrix in matrices], [falls(matrix) for matrix in matrices]
         for _, name, column in learned:
-            rows[name].append([of_metric[column] for of_metric in (*last, *lost)])
+            rows[name].append([values[column] for values in (*last, *drops)])
         rows["mean"].append([final(matrix) for matrix in matrices] + [forgetting(matrix) for matrix in matrices])
     groups = " & ".join(rf"\multicolumn{{{len(heads)}}}{{c}}{{{_tex(name)}}}" for name in methods)
     starts = range(2, 2 + len(methods) * len(heads), len(heads))
@@ -154,13 +189,13 @@ def _tex_row(name: str, by_method: list[list[Any]]) -> str:
 
 
 def _tex(text: str) -> str:
-    """Text without meaning to TeX."""
+    """Escape TeX's special characters."""
     words = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     return "".join(words.get(c, "\\" + c if c in "&%$#_{}" else c) for c in text)
 
 
 def comma_separated(results: dict[str, Any]) -> str:
-    """Every metric of every object after the last step, and how far it fell, by method; the means come last."""
+    """Format results.csv: every metric of every object after the last step and its drop, by method; means come last."""
     metrics, file = metrics_of(results), io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["method", "object", "step", *metrics, *(f"fm_{metric}" for metric in metrics)])
@@ -168,27 +203,27 @@ def comma_separated(results: dict[str, Any]) -> str:
         matrices = [method["matrix"][metric] for metric in metrics]
         columns = [*(matrix[-1] for matrix in matrices), *(falls(matrix) for matrix in matrices)]
         means = [*map(final, matrices), *map(forgetting, matrices)]
-        for step, object_, column in objects_of(results):
+        for step, object_, column in learned_objects(results):
             writer.writerow([name, spreadsheet_text(object_), step, *(_number(values[column]) for values in columns)])
         writer.writerow([name, "mean", "", *map(_number, means)])
     return file.getvalue()
 
 
 def spreadsheet_text(value: Any) -> Any:
-    """A name as a spreadsheet shows it, where it would take it for a formula and compute it; numbers as they are."""
+    """Prefix text that a spreadsheet would run as a formula with an apostrophe; return other values unchanged."""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
 
 
 def _number(value: float | None) -> str:
-    """All digits of a number, nothing where it is undefined."""
+    """Format a number with all its digits; undefined ones are empty."""
     return "" if value is None or math.isnan(value) else repr(float(value))
 
 
 def write_results(workdir: Path, results: dict[str, Any]) -> None:
-    """Write results.md, results.tex, results.csv and then results.json, each whole or not at all.
+    """Write results.md, results.tex, results.csv and then results.json, each atomically.
 
     Raises:
-        UserError: the disk is full or the workdir not writable.
+        UserError: If the disk is full or the workdir is not writable.
     """
     write_whole(workdir / "results.md", markdown(results).encode())
     write_whole(workdir / "results.tex", latex(results).encode())
@@ -197,162 +232,213 @@ def write_results(workdir: Path, results: dict[str, Any]) -> None:
 
 
 def read_results(workdir: Path) -> dict[str, Any] | None:
-    """The results of a finished run, or None.
+    """Read results.json; None if the run is not finished.
 
     Raises:
-        UserError: results.json cannot be read.
+        UserError: If the file is damaged, or written by a version with other keys.
     """
     path = workdir / "results.json"
     if not path.exists():
         return None
     try:
         results = json.loads(path.read_bytes())
-        markdown(results)  # what cannot be shown is damaged
+        if "floors" in results:
+            raise UserError(f"{path} was written by an older version of iumad_jax; run again in another folder.")
+        markdown(results)  # results that cannot be shown are damaged
         return results
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {error}; remove it to have the run write it again") from error
+        raise UserError(f"{path} cannot be read ({error}); remove it and run the command again.") from error
 
 
-def _overview(results: dict[str, Any], style: str) -> Iterator[str]:
-    learned, methods, metrics = objects_of(results), methods_of(results), measured(results)
+def _decisions_on_test_images(results: dict[str, Any], style: str) -> Iterator[str]:
+    """Yield the error rates of the last step's decisions on test images, by object."""
+    if not results.get("decisions"):
+        return
+    decided = results["decisions"][-1]["objects"]
+    rates = {key: [decided[name].get("test", {}).get(key) for _, name, _ in learned_objects(results)] for key in RATES}
+    shown = [key for key, values in rates.items() if not all(map(_undefined, values))]
+    rows = []
+    for row, (step, name, _) in enumerate(learned_objects(results)):
+        image = decided[name]["image"]
+        rows.append([name, step, image["images"], _bound(image), *(_percent(rates[key][row]) for key in shown)])
+    if shown:
+        rows.append(["mean", "", "", "", *(_percent(_mean(rates[key])) for key in shown)])
+    yield _table(
+        rows, ["object", "step", "calibration images", "false-alarm bound", *(RATES[key] for key in shown)], style
+    )
+    yield (
+        "Decisions on test images, at thresholds set by good calibration images. False alarm: a good image called\n"
+        "anomalous, expected at a rate of at most the bound, which more calibration images lower. Miss: an anomalous\n"
+        "image called good. Recognised: taken for the right object. step: the step that learned the object."
+    )
+    if any(decided[name]["image"]["false_alarm_bound"] is None for _, name, _ in learned_objects(results)):
+        yield "No bound (none) holds where thresholds come from training images: add good images for calibration."
+
+
+def _next_steps(results: dict[str, Any], workdir: Path) -> str:
+    """Describe how to look at pictures of test images, and how to predict new images."""
+    lines = [f"Test images with their anomaly maps: open {workdir / 'report.html'} in a browser."]
+    if "evaluated" not in results:
+        depth = " --depth=DEPTH" if "depth" in results["config"]["modality"] else ""
+        command = f"python -m iumad_jax.predict --workdir={shlex.quote(str(workdir))}"
+        lines.append(f"New images: {command} --input=IMAGES{depth} --output=FOLDER")
+    return "\n".join(lines)
+
+
+def _metrics_of_objects(results: dict[str, Any], style: str) -> Iterator[str]:
+    """Yield the metrics of every object after the last step, with the means of all methods, and remarks on them."""
+    if not (metrics := measured(results)):
+        yield from remarks(results)
+        return
     columns = [metric for metric in metrics if metric != "aupro_exact"]
     last = {metric: results["matrix"][metric][-1] for metric in columns}
-
     rows: list[list[Any]] = [
-        [name, step, *(_cell(last[metric][column]) for metric in columns)] for step, name, column in learned
+        [name, step, *(_cell(last[metric][column]) for metric in columns)]
+        for step, name, column in learned_objects(results)
     ]
-    if metrics:
-        for name, method in methods.items():
-            mean = "mean" if method is results else f"mean of {name}"
-            rows.append([mean, "", *(_cell(method["summary"][metric]["final"]) for metric in columns)])
+    for name, method in methods_of(results).items():
+        mean = "mean" if method is results else f"mean of {name}"
+        rows.append([mean, "", *(_cell(method["summary"][metric]["final"]) for metric in columns)])
     yield _table(rows, ["object", "step", *(METRICS[metric] for metric in columns)], style)
-
+    yield _METRICS_EXPLAINED
     yield from remarks(results)
-
-    if metrics:
-        rows = [
-            [METRICS[metric], name, *(_cell(method["summary"][metric][figure]) for figure in SUMMARY)]
-            for metric in metrics
-            for name, method in methods.items()
-        ]
-        yield _table(rows, ["metric", "method", *SUMMARY], style)
-        explained = [f"{figure}: {meaning}" for figure, meaning in FIGURES.items()]
-        yield "; ".join(explained[:2]) + ";\n" + "; ".join(explained[2:4]) + ";\n" + explained[4] + "."
-        if len(results["matrix"]["i_auroc"]) == 1:
-            yield "fm and fm_aggregate are undefined (-): with a single step there is nothing earlier to forget."
-    if "bytes" in results:
-        kept = ", ".join(f"{name} {method['bytes'] / 1e6:.1f} MB" for name, method in methods.items())
-        yield f"Kept for later steps: {kept}."
-    if "strategy_bytes" in results:
-        yield _strategy(results)
 
 
 def remarks(results: dict[str, Any]) -> Iterator[str]:
-    """What must be said beside the numbers after the last step: which are undefined and why, and which show nothing."""
+    """Yield what must be said beside the metrics after the last step: undefined values, and baselines not beaten."""
     if not measured(results):
         yield (
-            "Nothing is measured: no object has both good and defective test images. Good images have set the"
-            " thresholds, so that python -m iumad_jax.predict can judge new ones."
+            "No metric is defined: no object has both good and anomalous test images. Thresholds are set by good"
+            " images, so python -m iumad_jax.predict can judge new ones."
         )
         return
-    learned = objects_of(results)
+    learned = learned_objects(results)
     columns = [metric for metric in metrics_of(results) if metric != "aupro_exact"]
     last = {metric: results["matrix"][metric][-1] for metric in columns}
-    gaps = {metric: sum(_undefined(last[metric][column]) for _, _, column in learned) for metric in columns}
-    if any(gaps.values()):
-        reasons = (f"{gaps[metric]} of {METRICS[metric]} ({_UNDEFINED[metric]})" for metric in columns if gaps[metric])
-        yield f"Undefined (-) and left out of the means: {'; '.join(reasons)}."
-
-    unbeaten = [
-        f"{METRICS[metric]} ({name} {_cell(baseline['summary'][metric]['final'])})"
-        for metric in columns
-        for name, baseline in results.get("baselines", {}).items()
-        if not _undefined(ours := results["summary"][metric]["final"]) and ours <= baseline["summary"][metric]["final"]
-    ]
-    if unbeaten:
-        yield f"Not above a training-free baseline, so nothing is shown, in: {', '.join(unbeaten)}."
-
-
-def _strategy(results: dict[str, Any]) -> str:
-    """What the strategy against forgetting keeps, and whether it may be compared with others."""
-    learned = results.get("evaluated", {}).get("learned", len(results["objects"]))
-    name, each = results["config"]["continual"]["strategy"], results["strategy_bytes"] / learned
-    if name == "joint":
-        return (
-            "Strategy joint is not incremental: every step trains on the images of all objects seen so far"
-            f" ({each / 1e3:.1f} kB per object are kept). It is an upper bound for the others."
+    gaps: dict[tuple[int, str], list[str]] = {}
+    for metric in columns:
+        if count := sum(_undefined(last[metric][column]) for _, _, column in learned):
+            gaps.setdefault((count, _UNDEFINED[metric]), []).append(METRICS[metric])
+    if gaps:
+        reasons = (
+            f"{', '.join(names)} of {count} {'object' if count == 1 else 'objects'} ({reason})"
+            for (count, reason), names in gaps.items()
         )
-    return f"Strategy {name} keeps {each / 1e3:.1f} kB per object beside the weights."
+        yield f"Undefined and left out of the means: {'; '.join(reasons)}."
+
+    for name, baseline in results.get("baselines", {}).items():
+        pairs = [(results["summary"][m]["final"], baseline["summary"][m]["final"], METRICS[m]) for m in columns]
+        unbeaten = [
+            f"{metric} ({_cell(own)} against {_cell(other)})"
+            for own, other, metric in pairs
+            if not _undefined(own) and own <= other
+        ]
+        if unbeaten:
+            yield f"No better than the training-free baseline {name} in {', '.join(unbeaten)}."
 
 
-def _decisions(results: dict[str, Any]) -> Iterator[str]:
-    """What the thresholds of `inference.decisions` make of the test images, after every step."""
+def _learning_and_forgetting(results: dict[str, Any], style: str, metrics: list[str]) -> Iterator[str]:
+    """Yield the figures of `SUMMARY` by metric and method; with a single step they all equal the means above."""
+    if not metrics:
+        return
+    if len(results["matrix"][metrics[0]]) == 1:
+        yield "With a single step nothing can be forgotten."
+        return
+    rows = [
+        [METRICS[metric], name, *(_cell(method["summary"][metric][figure]) for figure in SUMMARY)]
+        for metric in metrics
+        for name, method in methods_of(results).items()
+    ]
+    yield _table(rows, ["metric", "method", *SUMMARY], style)
+    yield "\n".join(f"{figure}: {meaning}" for figure, meaning in FIGURES.items())
+
+
+def _stored(results: dict[str, Any]) -> Iterator[str]:
+    """Yield how many bytes the methods and the strategy store."""
+    if "bytes" in results:
+        sizes = ", ".join(f"{name} {method['bytes'] / 1e6:.1f} MB" for name, method in methods_of(results).items())
+        yield f"Stored: {sizes}."
+    if "strategy_bytes" not in results:
+        return
+    learned = results.get("evaluated", {}).get("learned", len(results["objects"]))
+    name, kilobytes = results["config"]["continual"]["strategy"], results["strategy_bytes"] / learned / 1e3
+    if name == "joint":
+        yield (
+            "Strategy joint is not incremental: every step trains on the images of all objects learned so far"
+            f" ({kilobytes:.1f} kB per object). It is an upper bound for the other strategies."
+        )
+    else:
+        yield f"Strategy {name} stores {kilobytes:.1f} kB per object in addition to the weights."
+
+
+def _decisions_after_every_step(results: dict[str, Any]) -> Iterator[str]:
+    """Yield thresholds and error rates of all objects after every step."""
     if not results.get("decisions"):
         return
     yield "## Decisions after every step"
     yield (
-        "Thresholds are set by good calibration images, never by test images: of the scores of n, the smallest that at"
-        " most 1 - quantile of further good images exceed on average, or, where n is too small to promise that, the"
-        " largest. Beside each is its bootstrapped 95 % interval, whose upper end means nothing where it is the"
-        " threshold itself."
+        "Thresholds are conformal: of the scores of n good calibration images, the smallest one that a further good"
+        " image exceeds with a probability of at most 1 - quantile; or, where n is too small for that, the largest."
+        " Each has a bootstrapped 95 % interval, whose upper end means nothing where it equals the threshold."
     )
     rows = []
     for step, decided in enumerate(results["decisions"]):
-        for name, of_object in decided["objects"].items():
-            image, test = of_object["image"], of_object.get("test", {})
+        for name, thresholds in decided["objects"].items():
+            image, test = thresholds["image"], thresholds.get("test", {})
             interval = " to ".join(f"{end:.4g}" for end in image["interval"])
-            promise = (
-                "none: training images"
-                if image["false_alarm_bound"] is None
-                else f"at most {image['false_alarm_bound']:.1%}"
-            )
-            cells = (_percent(test.get(key)) for key in ("false_alarms", "misses", "recognised", "taken_as_unknown"))
-            rows.append([name, step, image["images"], f"{image['threshold']:.4g} ({interval})", promise, *cells])
-    headers = ["object", "after step", "calibration images", "threshold of the score", "false alarms promised"]
-    headers += ["false alarms", "misses", "recognised", "taken as unknown"]
+            cells = (_percent(test.get(key)) for key in RATES)
+            rows.append([name, step, image["images"], f"{image['threshold']:.4g} ({interval})", _bound(image), *cells])
+    headers = ["object", "after step", "calibration images", "score threshold", "false-alarm bound", *RATES.values()]
     yield _table(rows, headers, "github")
-    if unknown := list(_unknown(results, "github")):
+    if unknown := list(_unknown_objects(results, "github")):
         yield "## Objects that were never learned"
         yield from unknown
 
 
-def _unknown(results: dict[str, Any], style: str) -> Iterator[str]:
-    """Whether images of objects that were never learned are found to be of none."""
+def _unknown_objects(results: dict[str, Any], style: str) -> Iterator[str]:
+    """Yield how well images of objects that were never learned are flagged as unknown."""
     unknown = results.get("unknown", {"objects": {}})
     if unknown["objects"]:
+        shares = [[name, _percent(share)] for name, share in unknown["objects"].items()]
+        yield _table(shares, ["object never learned", "taken as unknown"], style)
         yield (
-            f"Of the images of learned objects {_percent(unknown['taken_as_unknown'])} are taken as unknown."
-            f" Images of objects never learned are ranked above them with an AUROC of"
-            f" {_cell(unknown['auroc_distance'])} by their distance from what was learned, and of"
-            f" {_cell(unknown['auroc_logits'])} by the lack of confidence of the method's own object logits."
+            f"Of the images of learned objects, {_percent(unknown['taken_as_unknown'])} are taken as unknown. AUROC of"
+            f" objects never learned against learned ones: {_cell(unknown['auroc_distance'])} by the distance to the"
+            f" nearest learned object, {_cell(unknown['auroc_logits'])} by the method's own object logits."
         )
-        never = [[name, _percent(share)] for name, share in unknown["objects"].items()]
-        yield _table(never, ["object never learned", "flagged as unknown"], style)
+
+
+def _bound(image: dict[str, Any]) -> str:
+    return "none" if image["false_alarm_bound"] is None else f"{image['false_alarm_bound']:.1%}"
 
 
 def _percent(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.1%}"
+    return "-" if _undefined(value) else f"{value:.1%}"
+
+
+def _mean(values: list[float | None]) -> float:
+    return float(np.mean([value for value in values if not _undefined(value)]))
 
 
 def methods_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The run's own method, then the baselines."""
+    """Return the results of the run's method, then of its baselines, by name."""
     return {results["config"]["method"]: results, **results.get("baselines", {})}
 
 
 def metrics_of(results: dict[str, Any]) -> list[str]:
-    """The metrics it has, in the order of `METRICS`."""
+    """Return the metrics in the results, in the order of `METRICS`."""
     return [metric for metric in METRICS if metric in results["matrix"]]
 
 
 def measured(results: dict[str, Any]) -> list[str]:
-    """The metrics that are defined for some object after some step, in the order of `METRICS`."""
+    """Return the metrics that are defined for any object after any step, in the order of `METRICS`."""
     matrices = [method["matrix"] for method in methods_of(results).values()]
     defined = {m for matrix in matrices for m in matrix if not all(map(_undefined, itertools.chain(*matrix[m])))}
     return [metric for metric in METRICS if metric in defined]
 
 
-def objects_of(results: dict[str, Any]) -> list[tuple[int, str, int]]:
-    """The (step, object, column) learned so far, in the protocol's order."""
+def learned_objects(results: dict[str, Any]) -> list[tuple[int, str, int]]:
+    """Return the (step, object, column) of the objects learned so far, in the order of learning."""
     done = len(results["matrix"]["i_auroc"])
     steps = enumerate(results["steps"][:done])
     return [(step, name, results["objects"].index(name)) for step, names in steps for name in names]
@@ -363,11 +449,11 @@ def _undefined(value: float | None) -> bool:
 
 
 def _cell(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:z.3f}"
+    return "-" if _undefined(value) else f"{value:z.3f}"
 
 
 def _table(rows: list[list[Any]], headers: list[str], style: str) -> str:
-    if style == "github":  # Markdown, where names could be markup
+    if style == "github":  # names could be markup in Markdown
         rows = [[html.escape(str(cell), quote=False).replace("|", "\\|") for cell in row] for row in rows]
         headers = [html.escape(header, quote=False).replace("|", "\\|") for header in headers]
     return tabulate(rows, headers, style, disable_numparse=True, colalign=["left", *["right"] * (len(headers) - 1)])

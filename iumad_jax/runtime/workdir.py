@@ -5,7 +5,6 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -25,7 +24,7 @@ def check(workdir: Path, config: ConfigDict) -> None:
     """
     if not (workdir / _NAME).exists():
         return
-    before, now = _flat(read(workdir).to_dict()), _flat(json.loads(config.to_json()))
+    before, now = configs.flat(read(workdir).to_dict()), configs.flat(json.loads(config.to_json()))
     differing = [key for key in before | now if before.get(key) != now.get(key) and not key.startswith("debug.")]
     if differing:
         changes = ", ".join(f"config.{key} ({before.get(key)} there, {now.get(key)} now)" for key in differing)
@@ -60,8 +59,8 @@ def read(workdir: Path) -> ConfigDict:
             f"{file}: this run was made by {which} version of iumad_jax (run format {format_}; this version reads"
             f" {FORMAT}); use that version, or start again in another --workdir."
         )
-    found = _flat(config.to_dict())
-    for key, value in _flat(configs.paper("1-0").to_dict()).items():
+    found = configs.flat(config.to_dict())
+    for key, value in configs.flat(configs.paper("1-0").to_dict()).items():
         if type(found.get(key)) is not type(value):
             raise UserError(f"{file}: has no config.{key} of type {type(value).__name__}; choose another --workdir.")
     configs.check(config)
@@ -89,10 +88,3 @@ def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
         content = {"format": FORMAT} | json.loads(config.to_json())
         write_whole(workdir / _NAME, (json.dumps(content, indent=2) + "\n").encode())
         yield
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from iumad_jax.data.batches import fit_on_device, training_batches, training_input, updates_per_epoch
 from iumad_jax.errors import UserError
 from iumad_jax.shapes import Batch
+from tests import sentences
 
 
 def images(*counts):
@@ -105,7 +106,7 @@ def test_memory_mapped_images_are_read_as_they_are(tmp_path):
 
 @pytest.mark.parametrize(("count", "size"), [(3, 4), (1, 24)])
 def test_fewer_images_than_a_batch_are_refused(count, size):
-    sentence = rf"train\.batch_size is {size} but a step has only {count} training images; use {count} or less\."
+    sentence = sentences.BATCH_LARGER_THAN_STEP.format(size=size, count=count)
     with pytest.raises(UserError, match=sentence):
         updates_per_epoch(count, size)
     with pytest.raises(UserError, match=sentence):

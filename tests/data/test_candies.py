@@ -17,6 +17,7 @@ from iumad_jax.data.candies.scene import FOCAL, PLATE, POSE, photograph, surveyo
 from iumad_jax.data.candies.sweets import SWEETS
 from iumad_jax.data.readers.eyecandies import Eyecandies
 from iumad_jax.errors import UserError
+from tests import sentences
 
 pytestmark = pytest.mark.slow
 
@@ -164,7 +165,7 @@ def test_an_interrupted_rendering_goes_on_and_is_no_dataset_before(root, tmp_pat
     obstacle = data / "09_depth.png"
     obstacle.unlink()
     obstacle.mkdir()  # as a full disk would, this stops the run
-    with pytest.raises(UserError, match=r"09_depth\.png: cannot write"):
+    with pytest.raises(UserError, match=sentences.CANDIES_NOT_WRITTEN.format(r"09_depth\.png")):
         render(tmp_path / "root", **SMALL)
     assert not (tmp_path / "root").exists()
     obstacle.rmdir()
@@ -183,10 +184,10 @@ def test_a_finished_dataset_is_used_as_it_is(root):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"seed": 4}, r"other settings \(seed\)"),
-        ({"train": 3, "objects": "all"}, r"other settings \(train, objects\)"),
-        ({"objects": "CandyCane,Gummibear"}, "no 'Gummibear'"),
-        ({"size": 32}, "size=32: give a whole number from 64 to 1024"),
+        ({"seed": 4}, sentences.CANDIES_OF_OTHER_SETTINGS.format("seed")),
+        ({"train": 3, "objects": "all"}, sentences.CANDIES_OF_OTHER_SETTINGS.format("train, objects")),
+        ({"objects": "CandyCane,Gummibear"}, sentences.CANDIES_UNKNOWN_OBJECT.format("Gummibear")),
+        ({"size": 32}, sentences.CANDIES_NUMBER_OUT_OF_RANGE.format(found="size=32", least=64, most=1024)),
         ({"test": 0}, "test=0"),
         ({"seed": -1}, "seed=-1"),
     ],
@@ -200,16 +201,16 @@ def test_bad_settings_are_refused_and_nothing_is_touched(root, change, sentence)
 
 def test_a_directory_with_other_files_is_refused(tmp_path):
     (tmp_path / "holiday.jpg").touch()
-    with pytest.raises(UserError, match="no candies dataset"):
+    with pytest.raises(UserError, match=sentences.CANDIES_NOT_THERE):
         render(tmp_path, **SMALL)
 
 
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ([], "the following arguments are required: --root; see --help."),
-        (["--root=a", "--size=big"], "argument --size: invalid int value: 'big'; see --help."),
-        (["--root=a", "--objects=Toffee"], "--objects: candies has no 'Toffee'; choose from "),
+        ([], sentences.SEE_HELP.format("the following arguments are required: --root")),
+        (["--root=a", "--size=big"], sentences.SEE_HELP.format("argument --size: invalid int value: 'big'")),
+        (["--root=a", "--objects=Toffee"], sentences.CANDIES_UNKNOWN_OBJECT.format("Toffee")),
     ],
 )
 def test_the_command_answers_a_mistake_with_one_sentence(flags, sentence, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Geometry from depth against scenes whose rays are intersected exactly, and against the real renderer's normals."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from iumad_jax.data.readers.eyecandies import Eyecandies
 from iumad_jax.data.sample import Camera
 from iumad_jax.data.transforms import region, resize_mask
 from iumad_jax.errors import UserError
+from tests import sentences
 
 CAMERA = Camera(300.0, 310.0, 118.0, 97.0)
 SHAPE = (200, 240)
@@ -298,7 +300,7 @@ def test_backprojection_by_hand() -> None:
 def test_missing_depth_is_the_nearest_valid(image: np.ndarray) -> None:
     places = [(row, column) for row, column in np.ndindex(image.shape) if 0 < image[row, column] < np.inf]
     if not places:
-        with pytest.raises(UserError, match="no valid pixel"):
+        with pytest.raises(UserError, match=sentences.NO_VALID_PIXEL):
             depth.fill_missing(image)
         return
     filled, valid = depth.fill_missing(image)
@@ -314,7 +316,7 @@ def test_too_little_depth_is_refused(valid: list[tuple[int, int]]) -> None:
     image = np.full((10, 10), np.nan, np.float32)
     for place in valid:
         image[place] = 1
-    with pytest.raises(UserError, match=r"no valid pixel|too few valid pixels"):
+    with pytest.raises(UserError, match=f"{sentences.NO_VALID_PIXEL}|{sentences.TOO_FEW_VALID_PIXELS}"):
         depth.measure(image, CAMERA)
 
 
@@ -353,7 +355,9 @@ def test_encodings_by_hand() -> None:
         encoded = depth.encode(surface, encoding, height_range=0.5)
         assert encoded.dtype == np.float32
         np.testing.assert_allclose(encoded[0], image, atol=1e-4, err_msg=encoding)
-    with pytest.raises(UserError, match=r'config\.input\.depth_encoding is "heights"; use one of normals, height'):
+    with pytest.raises(
+        UserError, match=re.escape(sentences.UNKNOWN_ENCODING.format(found="heights", known="normals, height"))
+    ):
         depth.encode(surface, "heights", 0.5)
 
 

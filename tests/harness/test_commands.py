@@ -9,6 +9,7 @@ from iumad_jax import experiment, latency
 from iumad_jax.config import small
 from iumad_jax.data import candies
 from iumad_jax.export import timing
+from tests import sentences
 from tests.harness import growth, input_pipeline, metrics, saving, scaling
 
 pytestmark = [
@@ -58,8 +59,8 @@ def run(monkeypatch, capfd):
 
 def test_growth(flags, run):
     out = run(growth.main, *flags, "--objects=1,2")
-    assert "2 objects |" in out
-    assert re.search(r"^\| weights of uniad +\| +[\d.]+ kB \|", out, re.MULTILINE)
+    assert sentences.GROWTH_OF_OBJECTS.format(2) in out
+    assert re.search(sentences.GROWTH_OF_WEIGHTS.format(system="uniad", number=r"[\d.]+"), out, re.MULTILINE)
 
 
 def test_devices(flags, run):
@@ -69,14 +70,14 @@ def test_devices(flags, run):
 
 def test_saving(flags, run):
     out = run(saving.main, *flags, "--updates=1", "--rounds=1")
-    assert re.search(r"^a save: copying, while training waits +[\d.]+ +ms$", out, re.MULTILINE)
+    assert re.search(sentences.SAVING_COPIES.format(number=r"[\d.]+"), out, re.MULTILINE)
 
 
 def test_metrics(monkeypatch, run):
     monkeypatch.setattr(metrics, "_IMAGES", (5,))
     out = run(metrics.main)
-    assert out.startswith("evaluation of 5 maps: ")
-    (difference,) = re.findall(r"from scikit-learn and loops: (\S+)$", out, re.MULTILINE)
+    assert out.startswith(sentences.EVALUATION_OF_MAPS.format(5))
+    (difference,) = re.findall(sentences.DIFFERENCE_FROM_OTHERS.format(r"(\S+)"), out, re.MULTILINE)
     assert float(difference) < 1e-6
 
 
@@ -84,8 +85,8 @@ def test_input(flags, monkeypatch, run):
     for name, value in {"_SECONDS": 0.0, "_ROUNDS": 1, "_EPOCH": 20, "_BATCH": 2}.items():
         monkeypatch.setattr(input_pipeline, name, value)
     out = run(input_pipeline.main, *flags, "--epochs=1")
-    assert out.startswith("5 images of CandyCane, rgb, ")
-    assert "opening with all checksums" in out
+    assert out.startswith(sentences.INPUT_OF_IMAGES.format(count=5, object="CandyCane", modality="rgb"))
+    assert sentences.INPUT_OPENED in out
 
 
 def test_latency(flags, tmp_path, monkeypatch, run):
@@ -94,4 +95,4 @@ def test_latency(flags, tmp_path, monkeypatch, run):
     config.update_from_flattened_dict(KEYS | {"dataset.root": flags[-1].partition("=")[2]})
     experiment.run(config, tmp_path)
     out = run(latency.main, f"--workdir={tmp_path}", "--repetitions=1")
-    assert re.search(r"^\| JAX on cpu +\| +[\d.]+ +\|$", out, re.MULTILINE)
+    assert re.search(sentences.LATENCY_ON.format(device="cpu", number=r"[\d.]+"), out, re.MULTILINE)

@@ -13,6 +13,7 @@ import pytest
 
 from iumad_jax.runtime.ledger import read
 from iumad_jax.runtime.snapshots import read as snapshot
+from tests import sentences
 from tests.integration.conftest import SMALL, as_flags
 
 pytestmark = pytest.mark.slow
@@ -125,7 +126,7 @@ def test_the_readmes_method_dataset_and_strategy(home):
     ]
     assert epochs[2]["error"] < epochs[0]["error"]
     assert epochs[5]["pull"] > 0
-    assert "Strategy l2 keeps 0.0 kB per object" in done.stdout
+    assert sentences.STRATEGY_STORES.format(strategy="l2", size="0.0 kB") in done.stdout
     assert re.search(r"I-AUROC +autoencoder +[01]\.\d+", done.stdout)
 
 
@@ -151,4 +152,4 @@ def test_everything_that_a_method_may_have(home):
     np.save(home / "offset.npy", offset + 1)
     refused = run(home, "evaluate", "--workdir=all", "--output=other")
     assert refused.returncode == 2
-    assert "everything: its frozen arrays are not those that this run was trained with" in refused.stderr
+    assert sentences.FROZEN_DIFFERS.format("everything") in refused.stderr

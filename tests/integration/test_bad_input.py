@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import sentences
+
 pytestmark = pytest.mark.slow
 
 CONFIG = Path(__file__).parents[2] / "configs" / "eyecandies.py"
@@ -62,8 +64,8 @@ def good(root):
 
 
 WRONG_FLAGS = {
-    "an unknown key": (["--config.train.epoch=3"], "--config has no key 'epoch'; did you mean \"epochs\""),
-    "an unknown group": (["--config.trian.epochs=3"], "--config has no key 'trian'; did you mean \"train\""),
+    "an unknown key": (["--config.train.epoch=3"], sentences.UNKNOWN_KEY.format(key="epoch", meant="epochs")),
+    "an unknown group": (["--config.trian.epochs=3"], sentences.UNKNOWN_KEY.format(key="trian", meant="train")),
     "words for a number": (
         ["--config.train.epochs=many"],
         "flag --config.train.epochs=many: invalid literal for int()",
@@ -72,9 +74,15 @@ WRONG_FLAGS = {
     "words for yes or no": (["--config.model.detach_condition=maybe"], "flag --config.model.detach_condition=maybe:"),
     "a number for a group": (["--config.train=3"], "flag --config.train=3: Failed to parse '3'"),
     "an unknown flag": (["--confg=x"], "Unknown command line flag 'confg'"),
-    "something that is no flag": (["more"], "argument more is not a flag; see --help."),
-    "no such config": (["--config=configs/nowhere.py"], "--config cannot be read: [Errno 2] No such file or directory"),
-    "no Python": ([f"--config={CONFIG.parents[1] / 'LICENSE'}"], "--config cannot be read: unexpected indent"),
+    "something that is no flag": (["more"], sentences.NOT_A_FLAG.format("more")),
+    "no such config": (
+        ["--config=configs/nowhere.py"],
+        sentences.CONFIG_UNREADABLE.format("[Errno 2] No such file or directory"),
+    ),
+    "no Python": (
+        [f"--config={CONFIG.parents[1] / 'LICENSE'}"],
+        sentences.CONFIG_UNREADABLE.format("unexpected indent"),
+    ),
 }
 
 
@@ -85,34 +93,49 @@ def test_wrong_flags(tmp_path, flags, told):
 
 
 WRONG_VALUES = {
-    "no such root": (keys(dataset__root="nowhere"), "config.dataset.root is nowhere, which is not a folder"),
-    "an empty root": (keys(dataset__root="."), "config.dataset.root is ., which is empty"),
+    "no such root": (keys(dataset__root="nowhere"), sentences.ROOT_NOT_A_FOLDER.format("nowhere")),
+    "an empty root": (keys(dataset__root="."), sentences.ROOT_EMPTY.format(".")),
     "no such object": (
         keys(dataset__objects="Candycane"),
-        'config.dataset.objects names "Candycane"; known are all and',
+        sentences.UNKNOWN_OBJECT.format(name="Candycane", known=""),
     ),
-    "a protocol that does not fit": (keys(protocol="7-2"), "protocol 7-2 does not fit 2 objects"),
-    "an unknown schedule": (keys(train__schedule="linear"), 'config.train.schedule is "linear"'),
-    "a negative seed": (keys(seed=-1), "config.seed is -1; use 0 to 4000000"),
-    "heads that do not divide the width": (keys(model__heads=3), "config.model.width is"),
-    "a patch larger than the image": (keys(model__patch_size=4000), "config.model.patch_size is 4000; use at most"),
+    "a protocol that does not fit": (
+        keys(protocol="7-2"),
+        sentences.PROTOCOL_DOES_NOT_FIT.format(protocol="7-2", objects=2),
+    ),
+    "an unknown schedule": (
+        keys(train__schedule="linear"),
+        sentences.UNKNOWN_SCHEDULE.format(found="linear", known="step, cosine"),
+    ),
+    "a negative seed": (keys(seed=-1), sentences.SEED_OUT_OF_RANGE.format(found=-1, most=4000000)),
+    "heads that do not divide the width": (
+        keys(model__heads=3),
+        sentences.WIDTH_NOT_DIVISIBLE.format(width=128, heads=3),
+    ),
+    "a patch larger than the image": (keys(model__patch_size=4000), sentences.PATCH_TOO_LARGE.format(4000)),
     "a baseline that is none": (
         keys(baselines="ib_iumad"),
-        'config.baselines is "ib_iumad"; use "feature_norm,nearest_neighbours"',
+        sentences.UNKNOWN_BASELINE.format(found="ib_iumad", known="feature_norm,nearest_neighbours"),
     ),
     "heads of iuf that do not divide the width": (
         keys(method="iuf", model__heads=1, model__width=6),
-        "config.model.width is 6; use a multiple of 4",
+        sentences.WIDTH_NOT_DIVISIBLE_BY_HEADS_OF_IUF.format(6),
     ),
     "a grid that uniad's mask hides": (
         keys(method="uniad", backbone__grid=7),
-        "config.backbone.grid is 7, where uniad's",
+        sentences.GRID_ALL_MASKED.format(7),
     ),
-    "an unknown encoding": (keys(input__depth_encoding="foo"), 'config.input.depth_encoding is "foo"; use one of'),
-    "an unknown strategy": (keys(continual__strategy="ewc"), 'config.continual.strategy is "ewc"; use one of finetune'),
+    "an unknown encoding": (
+        keys(input__depth_encoding="foo"),
+        sentences.UNKNOWN_ENCODING.format(found="foo", known="normals, height"),
+    ),
+    "an unknown strategy": (
+        keys(continual__strategy="ewc"),
+        sentences.UNKNOWN_STRATEGY.format(found="ewc", known="finetune"),
+    ),
     "an unknown optimiser": (
         keys(continual__optimizer="lion"),
-        "config.train.optimizer or config.continual.optimizer is",
+        sentences.UNKNOWN_OPTIMIZER.format(found="lion", known="adamw, sgd"),
     ),
 }
 
@@ -133,24 +156,24 @@ class Evil:
 def test_weights_that_are_a_program(root, tmp_path):
     (tmp_path / "evil.pth").write_bytes(pickle.dumps(Evil()))
     sentence = refused(tmp_path, *good(root), *keys(backbone__weights="evil.pth"))
-    assert sentence.startswith("weights file evil.pth is refused: ")
+    assert sentence.startswith(sentences.WEIGHTS_REFUSED.format("evil.pth"))
     assert [path.name for path in tmp_path.iterdir()] == ["evil.pth"]
 
 
 def test_a_workdir_that_cannot_be_written(root, tmp_path):
     (tmp_path / "file").touch()
     sentence = refused(tmp_path, *good(root), workdir="file/run")
-    assert sentence == "file/run: not a writable folder (Not a directory); choose another --workdir."
+    assert sentence == sentences.WORKDIR_NOT_WRITABLE.format(folder="file/run", reason="Not a directory")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("mask.png", None, "is missing; every sample needs"),
-        ("depth.png", b"", "is empty; restore it"),
-        ("image_4.png", 60, "cannot be read (it is truncated or damaged); restore it"),
-        ("info_depth.yaml", b"!!python/object/apply:os.mkdir ['hacked']", "is not plain YAML"),
+        ("mask.png", None, sentences.SAMPLE_FILE_MISSING),
+        ("depth.png", b"", sentences.FILE_EMPTY),
+        ("image_4.png", 60, sentences.FILE_DAMAGED),
+        ("info_depth.yaml", b"!!python/object/apply:os.mkdir ['hacked']", sentences.YAML_REFUSED),
     ],
 )
 def test_a_bad_file_of_the_dataset(root, tmp_path, name, content, told):
@@ -164,7 +187,7 @@ def test_a_bad_file_of_the_dataset(root, tmp_path, name, content, told):
         sentence = refused(tmp_path, *good(root))
     finally:
         file.write_bytes(before)
-    assert sentence.startswith(f"{file} {told}")
+    assert sentence.startswith(told.format(file))
     assert not (tmp_path / "hacked").exists()
     assert not list((tmp_path / "run").glob("prepared/*/manifest.json"))
     for kept in ("results.json", "snapshots/0"):

@@ -14,6 +14,7 @@ from iumad_jax.config import cells, small
 from iumad_jax.data.candies import render
 from iumad_jax.errors import UserError
 from iumad_jax.report import comparison
+from tests import sentences
 from tests.integration.conftest import SMALL, as_flags
 
 pytestmark = pytest.mark.slow
@@ -55,7 +56,7 @@ def test_cells():
 
 
 def test_an_unknown_system_is_refused():
-    with pytest.raises(UserError, match=r'config\.benchmark\.variants is "uniad,cdad"; use names of uniad, iuf'):
+    with pytest.raises(UserError, match=sentences.UNKNOWN_VARIANTS.format(found="uniad,cdad", known="uniad, iuf")):
         list(cells(plan(variants="uniad,cdad")))
 
 
@@ -69,8 +70,11 @@ def test_cells_that_stop_are_an_error_in_the_end(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     *told, last = done.stderr.splitlines()
-    assert [line.split(" stopped: ")[0] for line in told] == ["uniad_rgb_1-1_seed0", "iuf_rgb_1-1_seed0"]
-    assert last.startswith("iumad_jax: 2 of 2 cells stopped: uniad_rgb_1-1_seed0, iuf_rgb_1-1_seed0;")
+    for line, name in zip(told, ("uniad_rgb_1-1_seed0", "iuf_rgb_1-1_seed0"), strict=True):
+        assert line.startswith(sentences.CELL_STOPPED.format(name))
+    assert last.startswith(
+        f"iumad_jax: {sentences.CELLS_STOPPED.format(count=2, all=2, cells='uniad_rgb_1-1_seed0, iuf_rgb_1-1_seed0')}"
+    )
 
 
 def test_a_benchmark_goes_on_where_it_stopped(tmp_path):
@@ -90,8 +94,8 @@ def test_a_benchmark_goes_on_where_it_stopped(tmp_path):
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate()
     assert process.returncode == 75, err
-    assert "stopping on SIGTERM; the same command goes on from here" in err
-    assert "stopped:" not in err  # which is said of a cell that cannot be trained
+    assert sentences.STOPPING.format("SIGTERM") in err
+    assert sentences.CELL_STOPPED_SHORTLY not in err  # which is said of a cell that cannot be trained
     table = (tmp_path / "runs" / "comparison.md").read_text()
     assert "| uniad " in table
     assert "| iuf " not in table
@@ -100,7 +104,7 @@ def test_a_benchmark_goes_on_where_it_stopped(tmp_path):
     with start() as process:
         out, err = process.communicate()
     assert process.returncode == 0, err
-    assert "uniad_rgb_1-1_seed0: this run is finished." in out
+    assert sentences.RUN_FINISHED.format("uniad_rgb_1-1_seed0") in out
     table = (tmp_path / "runs" / "comparison.md").read_text()
     assert out.endswith(table + "\n")
     for variant in ("uniad", "iuf", "feature_norm"):

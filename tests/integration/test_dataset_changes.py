@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from iumad_jax.config import small
 from iumad_jax.errors import UserError
 from iumad_jax.report.history import history
 from iumad_jax.runtime.ledger import read
+from tests import sentences
 from tests.integration.conftest import SMALL
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
@@ -96,10 +98,7 @@ def test_a_finished_run_tells_of_an_object_that_it_did_not_learn(home):
     add_object(home / "objects", "washer", 2)
     with pytest.raises(experiment.DatasetChanged) as error:
         run()
-    assert str(error.value) == (
-        "run: the run is finished, but its dataset is another now. The dataset also holds washer, which this run does"
-        " not learn, as it was not there when the run began; start another --workdir to learn all."
-    )
+    assert str(error.value) == (f"{sentences.DATASET_CHANGED.format('run')} {sentences.OBJECTS_NEW.format('washer')}")
     assert error.value.results == json.loads(before[home / "run/results.json"])
     assert files(home / "run") == before
 
@@ -112,13 +111,15 @@ def test_a_finished_run_tells_of_images_that_it_has_not_used(home):
     (home / "objects/nut/train/good/rgb/003.png").unlink()
     with pytest.raises(experiment.DatasetChanged) as error:
         run()
-    assert str(error.value) == (
-        "run: the run is finished, but its dataset is another now."
-        " bolt's training images: 7 added (050, 051, 052, 053, 054 and 2 more) since it was used."
-        " nut's training images: 1 removed (003) since it was used."
-        " nut's validation images: 1 added (070) since it was used."
-        " nut's test images: 1 changed (hole/200) since it was used."
-    )
+    seven = sentences.AND_MORE.format(shown="050, 051, 052, 053, 054", count=2)
+    changed = [
+        sentences.IMAGES_ADDED.format(object="bolt", split="training", count=7, which=seven),
+        sentences.IMAGES_REMOVED.format(object="nut", split="training", count=1, which="003"),
+        sentences.IMAGES_ADDED.format(object="nut", split="validation", count=1, which="070"),
+        sentences.IMAGES_CHANGED.format(object="nut", split="test", count=1, which="hole/200"),
+    ]
+    told = [sentences.DATASET_CHANGED.format("run"), *map(sentences.SINCE_USED.format, changed)]
+    assert str(error.value) == " ".join(told)
     assert files(home / "run") == before
 
 
@@ -126,22 +127,22 @@ def test_a_copy_with_other_times_is_the_same_dataset(home, capsys):
     for path in (home / "objects").rglob("*.png"):
         os.utime(path, (1, 1))
     run()
-    assert capsys.readouterr().out == "run: this run is finished.\n"
+    assert capsys.readouterr().out == f"{sentences.RUN_FINISHED.format('run')}\n"
 
 
 def test_a_finished_run_without_its_dataset_is_still_finished(home, capsys):
     (home / "objects").rename(home / "elsewhere")
     assert run() == json.loads((home / "run/results.json").read_text())
     out, err = capsys.readouterr()
-    assert out == "run: this run is finished.\n"
-    assert err == "run: objects is not there any more, so nothing tells whether it has changed.\n"
+    assert out == f"{sentences.RUN_FINISHED.format('run')}\n"
+    assert err == f"run: {sentences.DATASET_GONE.format('objects')}\n"
 
 
 def test_a_run_goes_on_with_the_objects_that_it_began_with(home, learned, capsys):
     """Though one that would be learned first has arrived."""
     stop_after_step(0)
     add_object(home / "objects", "anchor", 2)
-    with pytest.raises(experiment.DatasetChanged, match="The dataset also holds anchor"):
+    with pytest.raises(experiment.DatasetChanged, match=sentences.OBJECTS_NEW_SHORTLY.format("anchor")):
         run()
     assert (home / "run/ledger.jsonl").read_bytes() == (learned / "run/ledger.jsonl").read_bytes()
     assert (home / "run/results.md").read_bytes() == (learned / "run/results.md").read_bytes()
@@ -151,10 +152,16 @@ def test_a_run_goes_on_with_the_objects_that_it_began_with(home, learned, capsys
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda root: (root / "bolt").rename(root / "screw"), "bolt is called screw now; name it bolt again"),
-        (lambda root: shutil.rmtree(root / "bolt"), "bolt is gone, which belongs to this run; put it back, or start"),
-        (lambda root: exchange(root / "bolt", root / "nut"), "nut holds the images of bolt; give both the names that"),
-        (lambda root: shutil.rmtree(root / "nut"), "nut is gone, which belongs to this run"),
+        (
+            lambda root: (root / "bolt").rename(root / "screw"),
+            sentences.OBJECT_RENAMED.format(known="bolt", found="screw"),
+        ),
+        (lambda root: shutil.rmtree(root / "bolt"), sentences.OBJECT_GONE.format("bolt")),
+        (
+            lambda root: exchange(root / "bolt", root / "nut"),
+            sentences.OBJECT_NAMES_EXCHANGED.format(object="nut", other="bolt"),
+        ),
+        (lambda root: shutil.rmtree(root / "nut"), sentences.OBJECT_GONE.format("nut")),
     ],
 )
 def test_a_run_whose_object_is_renamed_or_gone_does_not_go_on(home, change, told):
@@ -174,8 +181,11 @@ def test_a_step_that_is_half_done_does_not_go_on_with_other_images(home):
     with pytest.raises(UserError) as error:
         run()
     assert str(error.value) == (
-        "nut's training images: 2 removed (001, 004) while step 1 is half done with them; undo that, or remove"
-        " run/snapshots_within_step to begin this step again."
+        sentences.STEP_HALF_DONE.format(
+            changed=sentences.IMAGES_REMOVED.format(object="nut", split="training", count=2, which="001, 004"),
+            step=1,
+            folder="run/snapshots_within_step",
+        )
     )
     assert files(home / "run") == before
     shutil.rmtree(home / "run/snapshots_within_step")
@@ -188,13 +198,23 @@ def test_other_images_of_a_learned_object_are_told(home, capsys):
     photographs(home / "objects/bolt/train/good/rgb", 1, seed=0, first=50)
     photographs(home / "objects/bolt/val/good/rgb", 2, seed=0, first=70)
     with pytest.raises(
-        experiment.DatasetChanged, match=r"bolt's training images: 1 added \(050\) since it was used\.$"
+        experiment.DatasetChanged,
+        match=re.escape(
+            sentences.SINCE_USED.format(
+                sentences.IMAGES_ADDED.format(object="bolt", split="training", count=1, which="050")
+            )
+        )
+        + "$",
     ):
         run()
     told = capsys.readouterr().err.splitlines()
     assert told[:2] == [
-        "bolt's training images: 1 added (050); the run has learned it as it was.",
-        "bolt's validation images: 2 added (070, 071); it goes on with what is there now.",
+        sentences.LEARNED_AS_IT_WAS.format(
+            sentences.IMAGES_ADDED.format(object="bolt", split="training", count=1, which="050")
+        ),
+        sentences.GOES_ON_WITH_WHAT_IS_THERE.format(
+            sentences.IMAGES_ADDED.format(object="bolt", split="validation", count=2, which="070, 071")
+        ),
     ]
     decided = history(read(home / "run/ledger.jsonl")).decisions
     assert [step["objects"]["bolt"]["image"]["images"] for step in decided] == [6 + 20, 2]  # with copies; validation
@@ -208,8 +228,9 @@ def test_a_learned_object_s_images_that_are_still_needed_may_not_change(home):
     with pytest.raises(UserError) as error:
         run()
     assert str(error.value) == (
-        "bolt's training images: 1 added (050) since the run learned it, and its thresholds come from them; undo that,"
-        " or start another --workdir."
+        sentences.THRESHOLDS_NEED_THEM.format(
+            sentences.IMAGES_ADDED.format(object="bolt", split="training", count=1, which="050")
+        )
     )
     assert files(home / "run") == before
 
@@ -220,18 +241,21 @@ def test_a_finished_run_tells_of_names(home):
     (home / "objects/half").mkdir()
     with pytest.raises(experiment.DatasetChanged) as error:
         run()
-    assert "now. bolt is called screw now; name it bolt again, as this run knows it. The dataset also holds half," in (
-        str(error.value)
+    renamed = sentences.OBJECT_RENAMED.format(known="bolt", found="screw")
+    assert str(error.value) == " ".join(
+        [sentences.DATASET_CHANGED.format("run"), renamed, sentences.OBJECTS_NEW.format("half")]
     )
     (home / "objects/half").rmdir()
     (home / "objects/nut").rename(home / "objects/mother")
-    with pytest.raises(experiment.DatasetChanged, match=r"bolt is called screw now; .* nut is called mother now; "):
+    names = {"bolt": "screw", "nut": "mother"}
+    told = (sentences.OBJECT_RENAMED_SHORTLY.format(known=known, found=found) for known, found in names.items())
+    with pytest.raises(experiment.DatasetChanged, match=".* ".join(told)):
         run()
     (home / "objects/screw").rename(home / "objects/nut")
     (home / "objects/mother").rename(home / "objects/bolt")
-    with pytest.raises(
-        experiment.DatasetChanged, match=r"bolt holds the images of nut; .* nut holds the images of bolt"
-    ):
+    exchanged = (("bolt", "nut"), ("nut", "bolt"))
+    told = (sentences.OBJECT_HOLDS_IMAGES_OF_ANOTHER.format(object=one, other=other) for one, other in exchanged)
+    with pytest.raises(experiment.DatasetChanged, match="; .* ".join(told)):
         run()
 
 
@@ -240,7 +264,9 @@ def test_objects_are_those_of_the_snapshot_also_without_an_inventory(home):
     (home / "run/dataset.json").unlink()
     add_object(home / "objects", "anchor", 2)
     ledger = (home / "run/ledger.jsonl").read_bytes()
-    with pytest.raises(UserError, match=r"this run learns bolt, nut, but anchor, bolt, nut are chosen now"):
+    with pytest.raises(
+        UserError, match=sentences.OBJECTS_CHOSEN_DIFFER.format(learned="bolt, nut", chosen="anchor, bolt, nut")
+    ):
         run()
     assert (home / "run/ledger.jsonl").read_bytes() == ledger
 
@@ -248,5 +274,5 @@ def test_objects_are_those_of_the_snapshot_also_without_an_inventory(home):
 def test_a_damaged_inventory_is_told(home):
     for content in (b"", b"[]", b'{"bolt": 3}', b"\xff", b'{"bolt": {"train": {"000": [1]}}}'):
         (home / "run/dataset.json").write_bytes(content)
-        with pytest.raises(UserError, match=r"run/dataset\.json: not the inventory of a dataset"):
+        with pytest.raises(UserError, match=sentences.INVENTORY_DAMAGED.format(r"run/dataset\.json:")):
             run()

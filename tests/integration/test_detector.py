@@ -9,6 +9,7 @@ from PIL import Image
 from iumad_jax import Camera, Detector
 from iumad_jax.data.degradation import degrade
 from iumad_jax.errors import UserError
+from tests import sentences
 from tests.integration.trained import LEARNED, NEVER, results_of, samples, stacked
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
@@ -111,22 +112,49 @@ def test_the_workdir_alone_is_enough(home, tmp_path):
 
 
 WRONG = {
-    "floats": (lambda rgb, depth: (rgb / 255, depth), "rgb is float64 of shape (64, 64, 3)"),
-    "no depth": (lambda rgb, depth: (rgb, None), "depth is missing; this model was trained with it."),
-    "whole numbers": (lambda rgb, depth: (rgb, rgb[..., 0]), "depth is uint8 of shape"),
-    "another size": (lambda rgb, depth: (rgb, depth[1:]), "depth is float32 of shape"),
-    "nothing measured": (lambda rgb, depth: (rgb, depth * np.nan), "the image given: a depth image has no valid"),
-    "no array": (lambda rgb, depth: ("cane.png", depth), "rgb is a str; give a NumPy array of uint8"),
-    "a list": (lambda rgb, depth: (rgb.tolist(), depth), "rgb is a list; give a NumPy array of uint8"),
-    "a picture": (lambda rgb, depth: (Image.fromarray(rgb), depth), "rgb is a Image; give a NumPy array of uint8"),
-    "a list of depths": (lambda rgb, depth: (rgb, depth.tolist()), "depth is a list; give a NumPy array of metres"),
-    "hidden pixels": (lambda rgb, depth: (rgb, np.ma.array(depth)), "depth is a MaskedArray; give a NumPy array"),
-    "no camera": (lambda rgb, depth: (rgb, depth, (1, 1, 0, 0)), "camera is a tuple; give a Camera(fx, fy, cx, cy)"),
+    "floats": (
+        lambda rgb, depth: (rgb / 255, depth),
+        sentences.ARRAY_WRONG.format(name="rgb", dtype="float64", shape="(64, 64, 3)"),
+    ),
+    "no depth": (lambda rgb, depth: (rgb, None), sentences.DEPTH_NOT_GIVEN),
+    "whole numbers": (
+        lambda rgb, depth: (rgb, rgb[..., 0]),
+        sentences.ARRAY_WRONG.format(name="depth", dtype="uint8", shape="(64, 64)"),
+    ),
+    "another size": (
+        lambda rgb, depth: (rgb, depth[1:]),
+        sentences.ARRAY_WRONG.format(name="depth", dtype="float32", shape="(63, 64)"),
+    ),
+    "nothing measured": (lambda rgb, depth: (rgb, depth * np.nan), sentences.GIVEN_DEPTH_ALL_MISSING),
+    "no array": (
+        lambda rgb, depth: ("cane.png", depth),
+        sentences.ARRAY_NOT_GIVEN.format(name="rgb", type="str", of="uint8"),
+    ),
+    "a list": (
+        lambda rgb, depth: (rgb.tolist(), depth),
+        sentences.ARRAY_NOT_GIVEN.format(name="rgb", type="list", of="uint8"),
+    ),
+    "a picture": (
+        lambda rgb, depth: (Image.fromarray(rgb), depth),
+        sentences.ARRAY_NOT_GIVEN.format(name="rgb", type="Image", of="uint8"),
+    ),
+    "a list of depths": (
+        lambda rgb, depth: (rgb, depth.tolist()),
+        sentences.ARRAY_NOT_GIVEN.format(name="depth", type="list", of="metres"),
+    ),
+    "hidden pixels": (
+        lambda rgb, depth: (rgb, np.ma.array(depth)),
+        sentences.ARRAY_NOT_GIVEN.format(name="depth", type="MaskedArray", of="metres"),
+    ),
+    "no camera": (lambda rgb, depth: (rgb, depth, (1, 1, 0, 0)), sentences.CAMERA_NOT_GIVEN.format("tuple")),
     "a camera of text": (
         lambda rgb, depth: (rgb, depth, Camera("1", 1, 0, 0)),
-        "the camera's fx, fy, cx and cy are ('1', 1, 0, 0); give",
+        sentences.CAMERA_NOT_NUMBERS.format("('1', 1, 0, 0)"),
     ),
-    "no image": (lambda rgb, depth: (rgb[None][:0], depth[None][:0]), "rgb has the shape (0, 64, 64, 3)"),
+    "no image": (
+        lambda rgb, depth: (rgb[None][:0], depth[None][:0]),
+        sentences.NO_IMAGE_GIVEN.format("(0, 64, 64, 3)"),
+    ),
 }
 
 
@@ -148,10 +176,13 @@ def test_a_single_image_is_made_ready_as_a_batch_of_one(detector, reader):
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"foo": 9}, "foo cannot be changed; only backbone.weights and model.scan can."),
-        ({"model.width": 9}, "model.width cannot be changed"),
-        ({"step": "0"}, "step a str; give a path and a number"),
-        ({"workdir": None}, "workdir is a NoneType"),
+        ({"foo": 9}, sentences.KEY_CANNOT_BE_CHANGED.format(key="foo", known="backbone.weights and model.scan")),
+        (
+            {"model.width": 9},
+            sentences.KEY_CANNOT_BE_CHANGED.format(key="model.width", known="backbone.weights and model.scan"),
+        ),
+        ({"step": "0"}, sentences.STEP_NOT_A_NUMBER.format("str")),
+        ({"workdir": None}, sentences.WORKDIR_NOT_A_PATH.format("NoneType")),
     ],
 )
 def test_a_detector_is_loaded_by_what_there_is(home, given, told):

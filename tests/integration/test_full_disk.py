@@ -6,6 +6,7 @@ from iumad_jax import config as configs
 from iumad_jax import experiment
 from iumad_jax.data.candies import render
 from iumad_jax.errors import UserError
+from tests import sentences
 
 OBJECTS = "CandyCane,GummyBear"
 
@@ -87,7 +88,7 @@ def test_once_it_can_be_written_nothing_is_missing(home, stopped):
 def test_a_full_disk_is_told_whatever_does_not_fit(home, tmp_path, capfd, files_no_larger_than):
     assert max(path.stat().st_size for path in (home / "run").glob("*.*")) > 100_000
     for room in (0, 1_000, 5_000, 30_000, 100_000):
-        with files_no_larger_than(room), pytest.raises(UserError, match="make room"):
+        with files_no_larger_than(room), pytest.raises(UserError, match=sentences.MAKE_ROOM):
             experiment.run(config(home), tmp_path / "run")
     ends_well(home, tmp_path / "run")
     assert "Traceback" not in capfd.readouterr().err

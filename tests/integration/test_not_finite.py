@@ -1,6 +1,7 @@
 """A run whose second object has a broken prepared image: it says which, and keeps what it had."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from iumad_jax.data.prepared import records
 from iumad_jax.data.prepared.store import open_store
 from iumad_jax.errors import UserError
 from iumad_jax.runtime import snapshots
+from tests import sentences
 from tests.integration.conftest import SMALL
 
 pytestmark = pytest.mark.slow
@@ -61,15 +63,15 @@ def test_a_broken_image_stops_the_run_and_is_named(tmp_path):
         config.debug.nans = nans
         with pytest.raises(UserError) as error:
             experiment.run(config, workdir)
-        told[nans], _, rest = str(error.value).partition(" in step 1, epoch 0, update ")
-        _, _, rest = rest.partition(", whose images are ")
-        assert "bolt/train/5" in rest.partition(";")[0].split(", ")
-        assert len(rest.partition(";")[0].split(", ")) == 4
+        expected = sentences.IN_STEP.format(what="(.*?)", step=1, epoch=0, update=r"\d+", images="([^;]*)")
+        told[nans], named = re.match(expected, str(error.value)).groups()
+        assert "bolt/train/5" in named.split(", ")
+        assert len(named.split(", ")) == 4
         assert snapshots.read(workdir).position.step == 0
         events = [json.loads(line) for line in (workdir / "ledger.jsonl").read_text().splitlines()]
         assert [event["step"] for event in events if event["event"] == "epoch"] == [0]
         assert not (workdir / "results.json").exists()
     assert told == {
-        False: 'loss "reconstruction_rgb" became nan',
-        True: "images/features/rgb was nan or inf before any operation",
+        False: sentences.LOSS_NOT_FINITE.format(term="reconstruction_rgb", value="nan"),
+        True: sentences.INPUT_NOT_FINITE.format("images/features/rgb"),
     }

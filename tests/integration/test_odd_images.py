@@ -8,6 +8,7 @@ from PIL import Image
 from iumad_jax import Detector, experiment
 from iumad_jax.config import small
 from iumad_jax.runtime import snapshots
+from tests import sentences
 from tests.integration.conftest import SMALL
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
@@ -58,7 +59,7 @@ def test_a_second_object_of_few_images(tmp_path, monkeypatch, capsys, count, met
     add_object(tmp_path / "objects", "bolt", 0, [photograph(0, number) for number in range(20)])
     add_object(tmp_path / "objects", "nut", 1, [photograph(1, number) for number in range(count)])
     results = experiment.run(config(method=method), tmp_path / "run")
-    told = "step 1: batches of 1, as there are no more training images\n"
+    told = sentences.BATCHES_OF_ONE.format(1) + "\n"
     assert (told in capsys.readouterr().err) == (method == "ib_iumad")
     first, last = (step["objects"] for step in results["decisions"])
     assert last["nut"]["image"]["false_alarm_bound"] is None
@@ -85,10 +86,19 @@ def test_a_single_image_and_nothing_else(tmp_path, monkeypatch):
 
 BLACK, WHITE, GREY = (np.full((64, 64, 3), value, np.uint8) for value in (0, 255, 90))
 ODD = {
-    "black": ([photograph(0, 0), BLACK], "1 of bolt's 8 training images are black (001); look at them."),
-    "saturated": ([WHITE, photograph(0, 0)], "1 of bolt's 8 training images are saturated (000); look at them."),
-    "constant": ([GREY, GREY + 1], "2 of bolt's 8 training images are of a single colour (000, 001); look at them."),
-    "identical": ([photograph(0, 1)] * 2, "1 of bolt's 8 training images are like another (001); look at them."),
+    "black": ([photograph(0, 0), BLACK], sentences.IMAGES_BLACK.format(count=1, object="bolt", all=8, which="001")),
+    "saturated": (
+        [WHITE, photograph(0, 0)],
+        sentences.IMAGES_SATURATED.format(count=1, object="bolt", all=8, which="000"),
+    ),
+    "constant": (
+        [GREY, GREY + 1],
+        sentences.IMAGES_OF_ONE_COLOUR.format(count=2, object="bolt", all=8, which="000, 001"),
+    ),
+    "identical": (
+        [photograph(0, 1)] * 2,
+        sentences.IMAGES_IDENTICAL.format(count=1, object="bolt", all=8, which="001"),
+    ),
 }
 
 

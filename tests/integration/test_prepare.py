@@ -13,6 +13,7 @@ from PIL import Image
 
 from iumad_jax import prepare
 from iumad_jax.data.candies import render
+from tests import sentences
 from tests.integration.conftest import SMALL, as_flags
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections reads a config
@@ -67,7 +68,9 @@ def test_an_archive_becomes_a_store_with_a_table_and_contact_sheets(home, run):
     code, out, err = run("--archive=sweets.tar.gz", dataset__root="unpacked")
     assert code == 0, err
     digest = hashlib.sha256((home / "sweets.tar.gz").read_bytes()).hexdigest()
-    assert out.startswith(f"sweets.tar.gz: SHA-256 {digest}, unpacked to unpacked\n")
+    assert out.startswith(
+        f"{sentences.ARCHIVE_UNPACKED.format(archive='sweets.tar.gz', digest=digest, root='unpacked')}\n"
+    )
     cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if "64x64" in line]
     assert [row[:3] for row in cells] == [
         [name, split, count]
@@ -98,16 +101,28 @@ def test_an_archive_becomes_a_store_with_a_table_and_contact_sheets(home, run):
 
 def test_mistakes_are_told_in_a_sentence(home, run):
     for flags, changes, told in [
-        (["--archive=none.tar"], {}, "--archive is none.tar, which cannot be read"),
+        (
+            ["--archive=none.tar"],
+            {},
+            sentences.ARCHIVE_UNREADABLE.format(archive="none.tar", reason="No such file or directory"),
+        ),
         (
             ["--archive=sweets.tar.gz", "--archive_gb=0.0001"],
             {"dataset__root": "new"},
-            "unpacks to more than 0.0001 GB",
+            sentences.ARCHIVE_TOO_LARGE.format(0.0001),
         ),
-        (["--archive=sweets.tar.gz"], {"dataset__root": "sweets"}, "was not unpacked from sweets.tar.gz but is not"),
+        (
+            ["--archive=sweets.tar.gz"],
+            {"dataset__root": "sweets"},
+            sentences.ARCHIVE_ROOT_NOT_EMPTY.format(root="sweets", archive="sweets.tar.gz"),
+        ),
         (["--archive_gb=lots"], {}, "flag --archive_gb=lots"),
-        ([], {"dataset__root": "nowhere"}, "config.dataset.root is nowhere, which is not a folder"),
-        ([], {"input__resident": "maybe"}, 'config.input.resident is "maybe"; use auto, always or never.'),
+        ([], {"dataset__root": "nowhere"}, sentences.ROOT_NOT_A_FOLDER.format("nowhere")),
+        (
+            [],
+            {"input__resident": "maybe"},
+            sentences.UNKNOWN_RESIDENT.format(found="maybe", known="auto, always or never"),
+        ),
     ]:
         code, out, err = run(*flags, **changes)
         assert (code, out) == (2, "")

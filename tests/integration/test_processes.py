@@ -14,6 +14,7 @@ import pytest
 
 from iumad_jax.data.candies import render
 from iumad_jax.runtime.ledger import read
+from tests import sentences
 from tests.integration.conftest import SMALL, as_flags
 
 pytestmark = pytest.mark.slow
@@ -88,8 +89,8 @@ def assert_ends_since_another_did(process, limit):
     assert process.returncode == 75
     *_, last = err.splitlines()
     assert last.startswith("iumad_jax: ")
-    assert "another one ha" in last
-    assert last.endswith("start all of them again to go on from the last snapshot.")
+    assert sentences.PROCESS_ENDED_SINCE_ANOTHER_DID in last
+    assert last.endswith(sentences.PROCESSES_START_AGAIN)
 
 
 def kill(process, ledger, place):
@@ -133,9 +134,14 @@ def test_two_processes_train_as_one_does_whatever_happens_to_them(start, start_t
     (code, out, err), (other_code, other_out, other_err) = ends(first), ends(second)
     assert (code, other_code) == (0, 0), (err, other_err)
     assert_same(read(two / "ledger.jsonl"), expected)
-    assert f"heatmap pictures are in {two}." in out
-    assert "Process 0 tells the results." in other_out
-    assert re.fullmatch(r"iumad_jax: process 1 of 2 waits for the others at localhost:\d+, up to 300 s\n", other_err)
+    assert sentences.PICTURES_ARE_IN.format(two) in out
+    assert sentences.PROCESS_PRINTS_RESULTS.format(0) in other_out
+    assert re.fullmatch(
+        "iumad_jax: "
+        + sentences.PROCESS_WAITS.format(process=1, processes=2, address=r"localhost:\d+", limit=300)
+        + r"\n",
+        other_err,
+    )
     assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}  # and nothing else is written
 
 
@@ -145,7 +151,7 @@ def test_two_processes_train_as_one_does_whatever_happens_to_them(start, start_t
         ({"of_second": ["--config.seed=1"]}, "config"),
         ({"of_second": ["--workdir=elsewhere"]}, "workdir"),
         ({"of_second": ["--config.debug.nans=True"]}, "config"),
-        ({"devices": 1}, "number of devices"),
+        ({"devices": 1}, sentences.NUMBER_OF_DEVICES),
     ],
     ids=["seed", "workdir", "debug", "devices"],
 )
@@ -157,7 +163,7 @@ def test_processes_that_are_not_alike_do_not_train(start_two, tmp_path, unlike, 
         code, _, err = ends(process)
         assert code == 2, err
         *_, last = err.splitlines()
-        assert last.startswith(f"iumad_jax: the processes differ in their {told}; give all of them the same command")
+        assert last.startswith(f"iumad_jax: {sentences.PROCESSES_DIFFER_IN_COMMAND.format(told)}")
     assert [path.name for path in run.iterdir()] == ["results.json"]
 
 
@@ -169,7 +175,7 @@ def test_processes_with_other_images_do_not_train(start_two, tmp_path):
     for process in start_two(tmp_path / "run", home=tmp_path):
         code, _, err = ends(process)
         assert code == 2, err
-        assert "iumad_jax: the processes differ in their images; give all of them" in err
+        assert f"iumad_jax: {sentences.PROCESSES_DIFFER.format(sentences.IMAGES_OF_PROCESSES)}" in err
 
 
 def test_a_process_that_is_asked_to_end_has_the_first_one_save(start_two, tmp_path):
@@ -183,11 +189,11 @@ def test_a_process_that_is_asked_to_end_has_the_first_one_save(start_two, tmp_pa
     code, _, err = ends(first)
     assert time.monotonic() - asked < 10
     assert code == 75, err
-    assert err.splitlines()[-1].startswith("iumad_jax: stopping on SIGTERM; the same command goes on from here")
+    assert err.splitlines()[-1].startswith(f"iumad_jax: {sentences.STOPPING.format('SIGTERM')}")
     assert len(list((run / "snapshots_within_step").iterdir())) == 1
     code, _, err = ends(second)
     assert code == 75, err
-    assert err.splitlines()[-1].startswith("iumad_jax: stopping on SIGTERM; the same command goes on from here")
+    assert err.splitlines()[-1].startswith(f"iumad_jax: {sentences.STOPPING.format('SIGTERM')}")
 
 
 def test_a_port_that_is_taken_is_told(start, tmp_path):
@@ -196,21 +202,22 @@ def test_a_port_that_is_taken_is_told(start, tmp_path):
         code, _, err = ends(start(tmp_path, 1, f"--coordinator=localhost:{port}", "--processes=2", "--process=0"))
     assert code == 2
     *_, last = err.splitlines()
-    assert last.startswith(f"iumad_jax: --coordinator=localhost:{port}: Address already in use; give all processes an")
+    told = sentences.COORDINATOR_PORT_TAKEN.format(address=f"localhost:{port}", reason="Address already in use")
+    assert last.startswith(f"iumad_jax: {told}")
 
 
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--coordinator=localhost", "--processes=2", "--process=0"], '--coordinator is "localhost"; give the host'),
+        (["--coordinator=localhost", "--processes=2", "--process=0"], sentences.COORDINATOR_WRONG.format("localhost")),
         (
             ["--coordinator=localhost:x", "--processes=2", "--process=0"],
-            '--coordinator is "localhost:x"; give the host',
+            sentences.COORDINATOR_WRONG.format("localhost:x"),
         ),
-        (["--processes=2", "--process=0"], "--coordinator, --processes and --process belong together"),
+        (["--processes=2", "--process=0"], sentences.PROCESS_FLAGS_INCOMPLETE),
         (
             ["--coordinator=localhost:1", "--processes=2", "--process=2"],
-            "--process is 2; use 0 to 1, as --processes is 2",
+            sentences.PROCESS_OUT_OF_RANGE.format(process=2, most=1, processes=2),
         ),
     ],
 )

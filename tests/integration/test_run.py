@@ -20,6 +20,7 @@ from PIL import Image
 
 from iumad_jax.data.candies import render
 from iumad_jax.runtime.ledger import read
+from tests import sentences
 from tests.integration.conftest import SMALL
 
 pytestmark = pytest.mark.slow
@@ -162,7 +163,7 @@ def test_tables_and_pictures_are_there(whole):
             value = f"{results['matrix'][metric][1][column]:.3f}"
             for text in (out, tables):
                 assert value in next(line for line in text.splitlines() if line.lstrip("| ").startswith(name))
-    assert out.endswith(f"heatmap pictures are in {workdir}.\n")
+    assert out.endswith(f"{sentences.PICTURES_ARE_IN.format(workdir)}\n")
     pictures = {path.name for path in (workdir / "pictures").iterdir()}
     assert {"step0_CandyCane.jpg", "step1_CandyCane.jpg", "step1_GummyBear.jpg"} == {
         name for name in pictures if name.startswith("step")
@@ -179,11 +180,11 @@ def test_where_there_is_no_terminal_a_few_plain_lines_tell_how_far_it_is(whole):
     workdir, _ = whole
     of_step = [np.nanmean(np.array(row, float)) for row in results_of(workdir)["matrix"]["i_auroc"]]
     lines = workdir.with_name("stderr").read_text().split("\n")
-    assert [line for line in lines if ": epoch " not in line] == [  # which comes every half a minute
-        "step 0: learning CandyCane from 5 images",
-        f"step 0: mean I-AUROC {of_step[0]:.3f} over the objects seen",
-        "step 1: learning GummyBear from 5 images",
-        f"step 1: mean I-AUROC {of_step[1]:.3f} over the objects seen",
+    assert [line for line in lines if sentences.EPOCH_SHORTLY not in line] == [  # which comes every half a minute
+        sentences.STEP_BEGINS.format(step=0, objects="CandyCane", images=5),
+        sentences.STEP_EVALUATED.format(step=0, mean=f"{of_step[0]:.3f}"),
+        sentences.STEP_BEGINS.format(step=1, objects="GummyBear", images=5),
+        sentences.STEP_EVALUATED.format(step=1, mean=f"{of_step[1]:.3f}"),
         "",
     ]
 
@@ -205,9 +206,12 @@ def test_on_a_terminal_bars_tell_how_much_time_is_left(start, whole, tmp_path):
     os.close(ours)
     assert process.returncode == 0
     text = shown.decode()
-    for bar, unit in (("preparing CandyCane train", "image"), ("training", "update"), ("evaluating", "object")):
+    for name, unit in sentences.BARS:
+        bar = name.format(object="CandyCane", split="train")
         assert re.search(rf"\r{bar}: .*<\d\d:\d\d, .*{unit}", text) or re.search(rf"\r{bar}: +0%\|", text)
-    assert re.search(r"\rtraining: .*\[\d\d:\d\d<\d\d:\d\d, .*loss=", text)  # time left, and the loss
+    assert re.search(
+        rf"\r{sentences.BAR_OF_TRAINING}: .*\[\d\d:\d\d<\d\d:\d\d, .*loss=", text
+    )  # time left, and the loss
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 
@@ -249,13 +253,11 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_nothing_had_been(st
     with start(workdir, **rarely) as process:
         wait_until(process, prepared.exists)
         *_, last = asked_to_stop(process, signal.SIGTERM)
-    assert last == (
-        "iumad_jax: stopping on SIGTERM; the same command goes on from here (SIGINT, Ctrl-C, now ends it at once)."
-    )
+    assert last == (f"iumad_jax: {sentences.STOPPING_AND_AGAIN.format('SIGTERM')}")
     assert not updates()
     with start(workdir, **rarely) as process:
         wait_until(process, lambda: ledger.exists() and '"epoch": 1' in ledger.read_text())
-        assert any("stopping on SIGINT; the same command" in line for line in asked_to_stop(process, signal.SIGINT))
+        assert any(sentences.STOPPING.format("SIGINT") in line for line in asked_to_stop(process, signal.SIGINT))
     assert len(updates()) == 1  # where it was: losses are told of whole epochs, and all updates are kept
     assert updates()[0] // 2 + 1 == len(read(ledger))
     with start(workdir, **rarely) as process:
@@ -269,9 +271,11 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_nothing_had_been(st
 
 def test_a_second_sigint_ends_a_run_at_once(start, tmp_path):
     with start(tmp_path / "run") as process:
-        assert process.stderr.readline().startswith("step 0: learning")  # compiles next, and does not look up
+        assert process.stderr.readline().startswith(
+            sentences.STEP_BEGINS_SHORTLY.format(0)
+        )  # compiles next, and does not look up
         process.send_signal(signal.SIGINT)
-        assert "stopping on SIGINT" in process.stderr.readline()
+        assert sentences.STOPPING_SHORTLY.format("SIGINT") in process.stderr.readline()
         asked = time.monotonic()
         process.send_signal(signal.SIGINT)
         assert process.wait() == 130
@@ -283,7 +287,7 @@ def test_a_finished_run_says_so_and_prints_its_result_again(run, whole):
     before = files(workdir)
     code, again, err = run(workdir)
     assert code == 0, err
-    assert again == f"{workdir}: this run is finished.\n{out}"
+    assert again == f"{sentences.RUN_FINISHED.format(workdir)}\n{out}"
     assert files(workdir) == before
 
 
@@ -301,8 +305,8 @@ def test_what_was_removed_of_a_finished_run_is_written_anew(run, home, whole, tm
     for folder in () if there else ("candies", "prepared"):
         (home / f"{folder} elsewhere").rename(home / folder)
     assert code == 0, err
-    assert "is finished" not in out
-    assert ("candies is not there any more" in err) != there
+    assert sentences.RUN_FINISHED_SHORTLY not in out
+    assert (sentences.DATASET_GONE_SHORTLY.format("candies") in err) != there
     assert {name: (workdir / name).read_bytes() for name in kept} == kept
     assert (workdir / "report.html").stat().st_size == pytest.approx((whole[0] / "report.html").stat().st_size, abs=50)
 
@@ -312,9 +316,9 @@ def test_another_config_in_the_same_workdir_is_refused(run, whole):
     before = files(workdir)
     code, out, err = run(workdir, seed=1, **{"train.epochs": 7})
     assert (code, out) == (2, "")
-    assert err.startswith(f"iumad_jax: {workdir}: holds a run of another config, differing in config.")
-    assert "config.seed (0 there, 1 now)" in err
-    assert "config.train.epochs (6 there, 7 now)" in err
+    assert err.startswith(f"iumad_jax: {sentences.WORKDIR_OF_ANOTHER_CONFIG.format(workdir)}")
+    assert sentences.KEY_DIFFERS.format(key="config.seed", there=0, now=1) in err
+    assert sentences.KEY_DIFFERS.format(key="config.train.epochs", there=6, now=7) in err
     assert err.count("\n") == 1
     assert files(workdir) == before
 
@@ -328,8 +332,7 @@ def test_a_full_disk_stops_the_run(start, whole, tmp_path):
     assert (process.returncode, out) == (2, "")
     folder = workdir / "snapshots_within_step"
     assert err.splitlines(keepends=True)[-1] == (
-        f"iumad_jax: {folder}: the snapshot could not be saved (File too large); what was saved before is intact,"
-        " so make room and run the same command again.\n"
+        f"iumad_jax: {sentences.SNAPSHOT_NOT_SAVED.format(folder=folder, reason='File too large')}\n"
     )
     assert not any(path.name.isdigit() for path in folder.iterdir())
 
@@ -364,7 +367,7 @@ def test_joint_trains_on_all_objects_seen_so_far_and_says_that_it_is_not_increme
     assert [event["images"] for event in events if event["event"] == "step"] == [5, 10]
     assert [event["learned"] for event in events if event["event"] == "step"] == [["CandyCane"], ["GummyBear"]]
     for text in (out, (workdir / "results.md").read_text()):
-        assert "Strategy joint is not incremental: every step trains on the images of all objects seen so far" in text
+        assert sentences.STRATEGY_JOINT in text
     image = 64 * 64 * 3 * 4 + 4 * 4 * 192 * 4 + 4  # as prepared: pixels, features and the object's number
     assert 0 < results_of(workdir)["strategy_bytes"] <= 10 * image
     command = [sys.executable, "-m", "iumad_jax.evaluate", f"--workdir={workdir}"]  # tells the same of what was kept
@@ -380,9 +383,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, whole, tmp_path):
     code, out, err = run(tmp_path / "run", **{"train.learning_rate": 1e30, "train.schedule": "step"})
     assert (code, out) == (2, "")
     *_, last = err.splitlines()
-    told = (
-        "iumad_jax: what is added to the weights became inf in step 0, epoch 0, update 0, whose images are CandyCane/"
-    )
-    assert last.startswith(told)
-    assert "; training stopped and the last snapshot is from before that: lower config.train.learning_rate" in last
+    what = sentences.UPDATE_NOT_FINITE.format(value="inf")
+    told = sentences.IN_STEP.format(what=what, step=0, epoch=0, update=0, images="CandyCane/")
+    assert last.startswith(f"iumad_jax: {told}")
+    assert sentences.TRAINING_STOPPED in last
     assert [event["event"] for event in read(tmp_path / "run" / "ledger.jsonl")] == ["step"]

@@ -18,6 +18,7 @@ from iumad_jax.errors import UserError
 from iumad_jax.export import __main__ as export
 from iumad_jax.inference import predictions
 from iumad_jax.runtime import snapshots
+from tests import sentences
 from tests.integration.trained import LEARNED, NEVER, in_process, results_of, samples, stacked
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
@@ -51,8 +52,8 @@ def test_predict_writes_what_the_detector_says(home, command, detector, reader):
     code, out, err = in_process(home, "predict", "--workdir=run", *flags)
     assert (code, out) == (2, "")
     bad, summary = err.splitlines()
-    assert bad == "iumad_jax: in/rgb/bad.png cannot be read (it is truncated or damaged); restore it."
-    assert summary == "iumad_jax: 1 of 3 images could not be used; the others are in out."
+    assert bad == f"iumad_jax: {sentences.FILE_DAMAGED.format('in/rgb/bad.png')}."
+    assert summary == f"iumad_jax: {sentences.IMAGES_NOT_USED.format(bad=1, all=3, output='out')}"
     written = json.loads((home / "out" / "predictions.json").read_text())
     assert [one["image"] for one in written["damaged"]] == ["bad"]
     assert written["step"] == 1
@@ -77,7 +78,7 @@ def test_predict_writes_what_the_detector_says(home, command, detector, reader):
     assert not list((home / "out").rglob("*.unfinished"))
     before = {path: path.stat().st_mtime_ns for path in (home / "out").rglob("*")}
     code, _, err = command("predict", "--workdir=run", *flags)
-    assert (code, err) == (2, "iumad_jax: --output=out holds something already; choose a new folder, or empty it.\n")
+    assert (code, err) == (2, f"iumad_jax: {sentences.OUTPUT_NOT_EMPTY.format('out')}\n")
     assert {path: path.stat().st_mtime_ns for path in (home / "out").rglob("*")} == before
 
 
@@ -91,8 +92,7 @@ def test_a_unit_that_is_missing_is_told_once_and_leaves_nothing(home, command, r
     code, out, err = command("predict", *flags)
     assert (code, out) == (2, "")
     assert err == (
-        "iumad_jax: counts/depth/0.png holds whole numbers of an unknown unit; give --depth_unit=METRES, such as 0.001"
-        " for millimetres.\n"
+        f"iumad_jax: counts/depth/0.png {sentences.UNIT_UNKNOWN.format(remedy=sentences.UNIT_GIVEN_BY_FLAG)}\n"
     )
     assert command("predict", *flags, "--depth_unit=0.001")[0] == 0
     assert len(json.loads((home / "counted" / "predictions.json").read_text())["images"]) == 2
@@ -122,14 +122,14 @@ def test_what_was_predicted_before_the_disk_was_full_is_listed(home, command, fi
     monkeypatch.setattr(predictions, "_write_image", write_three)
     code, out, err = command("predict", *flags)
     assert (code, out) == (2, "")
-    assert err.startswith("iumad_jax: cannot write cut/heatmaps/Lollipop/")
+    assert err.startswith(f"iumad_jax: {sentences.CANNOT_WRITE.format('cut/heatmaps/Lollipop/')}")
     assert len(json.loads((home / "cut" / "predictions.json").read_text())["images"]) == 1
 
 
 def test_predict_looks_at_a_dataset(home, command):
     code, out, err = command("predict", "--workdir=run", "--output=all", f"--config.dataset.objects={NEVER}")
     assert code == 0, err
-    assert out == "4 images: 0 good, 0 anomalous, 4 unknown. Scores, masks and heatmaps are in all.\n"
+    assert out == sentences.IMAGES_JUDGED.format(images=4, good=0, anomalous=0, unknown=4, output="all") + "\n"
     assert len(list((home / "all" / "masks" / NEVER).glob("*.png"))) == 4
 
 
@@ -141,12 +141,21 @@ def test_evaluate_repeats_what_training_found(home, command):
     for name, baseline in before["baselines"].items():
         assert again["baselines"][name]["matrix"] == {metric: [rows[-1]] for metric, rows in baseline["matrix"].items()}
     assert again["decisions"] == before["decisions"][-1:]
-    assert command("evaluate", "--workdir=run")[1].endswith("are in run/evaluations/eyecandies_step1.\n")
+    assert command("evaluate", "--workdir=run")[1].endswith(
+        sentences.RESULTS_ARE_IN.format("run/evaluations/eyecandies_step1") + "\n"
+    )
     assert again["evaluated"] == {"workdir": "run", "step": 1, "learned": 2}
     out_of_one = command("evaluate", "--workdir=run", "--output=one", "--config.dataset.objects=CandyCane")[1]
-    assert f"keeps {before['strategy_bytes'] / 2 / 1e3:.1f} kB per object" in out_of_one  # of both
-    assert "ib_iumad on eyecandies, rgb+depth, after step 1 of run" in (home / "again" / "results.md").read_text()
-    assert out.endswith("Report, tables and ledger are in again.\n")
+    assert (
+        sentences.STRATEGY_STORES_SHORTLY.format(f"{before['strategy_bytes'] / 2 / 1e3:.1f} kB") in out_of_one
+    )  # of both
+    assert (
+        sentences.OF_EVALUATION.format(
+            method="ib_iumad", dataset="eyecandies", modality="rgb+depth", step=1, workdir="run"
+        )
+        in (home / "again" / "results.md").read_text()
+    )
+    assert out.endswith(sentences.EVALUATION_IS_IN.format("again") + "\n")
     assert (home / "again" / "report.html").exists()
 
 
@@ -188,19 +197,20 @@ def test_evaluate_neither_takes_the_place_of_a_run_nor_judges_what_nothing_learn
     before = (home / "run" / "ledger.jsonl").read_bytes(), (home / "run" / "results.json").read_bytes()
     code, out, err = command("evaluate", "--workdir=run", "--output=run")
     assert (code, out) == (2, "")
-    assert err == (
-        "iumad_jax: --output=run is the folder of a run, which would lose its own results; choose another.\n"
-    )
+    assert err == (f"iumad_jax: {sentences.OUTPUT_IS_A_RUN.format('run')}\n")
     assert before == ((home / "run" / "ledger.jsonl").read_bytes(), (home / "run" / "results.json").read_bytes())
     code, out, err = command("export", "--workdir=run", "--output=run/config")
     assert (code, err) == (
         2,
-        "iumad_jax: --output=run/config: give a file ending in .stablehlo, in a folder that there is.\n",
+        f"iumad_jax: {sentences.EXPORT_PLACE_WRONG.format('run/config')}\n",
     )
     flags = ("--step=0", "--config.dataset.objects=GummyBear", "--output=unlearned")
     code, out, err = command("evaluate", "--workdir=run", *flags)
     assert (code, out) == (2, "")
-    assert err.splitlines()[-1] == "iumad_jax: none of GummyBear was learned; name one of CandyCane too."
+    assert (
+        err.splitlines()[-1]
+        == f"iumad_jax: {sentences.NONE_WAS_LEARNED.format(objects='GummyBear', learned='CandyCane')}"
+    )
     assert not (home / "unlearned").exists()
 
 
@@ -254,33 +264,63 @@ def test_an_exported_file_runs_alone(home, command, detector, eyecandies_root, f
 
 
 BAD_COMMANDS = {
-    "no workdir": ("predict", ["--output=x"], "--workdir is missing; write --workdir=PATH."),
-    "no run there": ("evaluate", ["--workdir=candies"], "candies holds no run; give the --workdir of one."),
-    "no such step": ("evaluate", ["--workdir=run", "--step=7"], "holds no snapshot of step 7; finished are 0, 1."),
-    "no such key": ("evaluate", ["--workdir=run", "--config.dataset.rot=x"], "--config has no key 'rot'; did you mean"),
-    "a key of training": ("evaluate", ["--workdir=run", "--config.seed=1"], "--config.seed belongs to training"),
-    "no output": ("predict", ["--workdir=run"], "--output is missing"),
-    "no depth": ("predict", ["--workdir=run", "--output=x", "--input=candies"], "--depth is missing; this model"),
-    "no input": ("predict", ["--workdir=run", "--output=x", "--input=nix"], "--input is nix, which does not exist"),
+    "no workdir": ("predict", ["--output=x"], sentences.FLAG_MISSING.format(flag="--workdir")),
+    "no run there": ("evaluate", ["--workdir=candies"], sentences.NO_RUN_THERE.format("candies")),
+    "no such step": (
+        "evaluate",
+        ["--workdir=run", "--step=7"],
+        sentences.NO_SNAPSHOT_OF_STEP.format(step=7, known="0, 1"),
+    ),
+    "no such key": (
+        "evaluate",
+        ["--workdir=run", "--config.dataset.rot=x"],
+        sentences.UNKNOWN_KEY.format(key="rot", meant="root"),
+    ),
+    "a key of training": (
+        "evaluate",
+        ["--workdir=run", "--config.seed=1"],
+        sentences.TRAINING_KEY.format("--config.seed"),
+    ),
+    "no output": ("predict", ["--workdir=run"], sentences.OUTPUT_MISSING),
+    "no depth": ("predict", ["--workdir=run", "--output=x", "--input=candies"], sentences.DEPTH_FLAG_MISSING),
+    "no input": ("predict", ["--workdir=run", "--output=x", "--input=nix"], sentences.INPUT_NOT_THERE.format("nix")),
     "no such depth": (
-        "predict", ["--workdir=run", "--output=x", "--input=candies", "--depth=nix"], "--depth is nix, which does not"),
+        "predict",
+        ["--workdir=run", "--output=x", "--input=candies", "--depth=nix"],
+        sentences.DEPTH_NOT_THERE.format("nix"),
+    ),
     "one depth for all": (
-        "predict", ["--workdir=run", "--output=x", "--input=candies", "--depth=run/config.json"],
-        "--depth is run/config.json, one file for all of candies; name a folder"),
+        "predict",
+        ["--workdir=run", "--output=x", "--input=candies", "--depth=run/config.json"],
+        sentences.DEPTH_OF_ONE_FILE.format(file="run/config.json", root="candies"),
+    ),
     "no unit": (
-        "predict", ["--workdir=run", "--output=x", "--input=candies", "--depth=candies", "--depth_unit=0"],
-        "--depth_unit is 0; give metres per unit"),
+        "predict",
+        ["--workdir=run", "--output=x", "--input=candies", "--depth=candies", "--depth_unit=0"],
+        sentences.DEPTH_UNIT_WRONG.format(0),
+    ),
     "no camera": (
-        "predict", ["--workdir=run", "--output=x", "--input=candies", "--depth=candies", "--camera=0,0,0,0"],
-        "--camera is 0,0,0,0; give fx,fy,cx,cy in pixels, fx and fy above 0."),
+        "predict",
+        ["--workdir=run", "--output=x", "--input=candies", "--depth=candies", "--camera=0,0,0,0"],
+        sentences.CAMERA_FLAG_WRONG.format("0,0,0,0"),
+    ),
     "output within input": (
-        "predict", ["--workdir=run", "--output=candies/x", "--input=candies"], "--output=candies/x lies within"),
+        "predict",
+        ["--workdir=run", "--output=candies/x", "--input=candies"],
+        sentences.OUTPUT_WITHIN_INPUT.format("candies/x"),
+    ),
     "nothing there": (
-        "evaluate", ["--workdir=run", "--config.dataset.name=candies", "--config.dataset.root=x"],
-        "config.dataset.root is x, which is not a folder"),
+        "evaluate",
+        ["--workdir=run", "--config.dataset.name=candies", "--config.dataset.root=x"],
+        sentences.ROOT_NOT_A_FOLDER.format("x"),
+    ),
     "no such format": ("export", ["--workdir=run", "--format=pb"], "flag --format=pb: value should be one of"),
-    "no object": ("predict", ["--workdir=run", "--output=x", "--object=Bear"], '"Bear" is no object of this model'),
-}  # fmt: skip
+    "no object": (
+        "predict",
+        ["--workdir=run", "--output=x", "--object=Bear"],
+        sentences.NO_OBJECT_OF_MODEL.format("Bear"),
+    ),
+}
 
 
 @pytest.mark.parametrize(("name", "flags", "told"), BAD_COMMANDS.values(), ids=BAD_COMMANDS)
@@ -294,5 +334,5 @@ def test_mistakes_are_told_in_a_sentence(home, command, name, flags, told):
 
 def test_a_run_without_a_finished_step(home, tmp_path):
     shutil.copy(home / "run" / "config.json", tmp_path)
-    with pytest.raises(UserError, match="holds no snapshot of any step; none is finished"):
+    with pytest.raises(UserError, match=sentences.NO_SNAPSHOT_OF_ANY_STEP):
         snapshots.read(tmp_path)

@@ -11,6 +11,7 @@ from iumad_jax.inference.anomaly_map import predictor
 from iumad_jax.methods.ib_iumad import ib_iumad
 from iumad_jax.models.reconstruction import ReconstructionTransformer
 from iumad_jax.shapes import Batch
+from tests import sentences
 
 pytestmark = pytest.mark.slow
 
@@ -148,7 +149,7 @@ def test_fusion_by_addition():
 
 
 def test_unknown_fusion_is_refused():
-    with pytest.raises(UserError, match=r'config\.model\.fusion is "sum"; use attention or addition'):
+    with pytest.raises(UserError, match=sentences.UNKNOWN_FUSION.format(found="sum", known="attention or addition")):
         built(fusion="sum")
 
 

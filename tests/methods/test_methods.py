@@ -5,6 +5,7 @@ import pytest
 from iumad_jax.config import modalities, paper
 from iumad_jax.errors import UserError
 from iumad_jax.methods import build
+from tests import sentences
 
 
 def test_modalities():
@@ -23,7 +24,9 @@ def test_unknown_modality_is_refused(modality):
 
 
 def test_unknown_method_is_refused():
-    with pytest.raises(UserError, match=r'config\.method is "patchcore"; use one of ib_iumad, uniad, iuf, feature'):
+    with pytest.raises(
+        UserError, match=sentences.UNKNOWN_METHOD.format(found="patchcore", known="ib_iumad, uniad, iuf, feature")
+    ):
         build("patchcore", paper("10-0"), 10)
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iumad_jax.metrics import aggregate_forgetting, average_accuracy, falls, final, forgetting, plasticity
+from tests import sentences
 
 ALL = (final, average_accuracy, forgetting, aggregate_forgetting, plasticity)
 nan = math.nan
@@ -100,7 +101,7 @@ def test_null_of_json_is_undefined():
 @pytest.mark.parametrize("bad", [[], 0.5, [0.5, 0.6], [[[0.5]]], [[0.5, math.inf]]])
 def test_bad_matrices(bad):
     for function in ALL:
-        with pytest.raises(ValueError, match="matrix"):
+        with pytest.raises(ValueError, match=sentences.NOT_A_MATRIX):
             function(bad)
 
 

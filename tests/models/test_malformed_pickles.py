@@ -10,6 +10,7 @@ import pytest
 from iumad_jax.errors import UserError
 from iumad_jax.models import pretrained
 from iumad_jax.models.pretrained import parse
+from tests import sentences
 from tests.models.pth import (
     BOMB,
     DEEP,
@@ -35,50 +36,65 @@ ORDERED = b"ccollections\nOrderedDict\n"
 REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
 MANY = several(b"N" * 300_000) + b"q\0"
 MALFORMED = {
-    "no dictionary": (number(7) + b".", "no dictionary"),
-    "a number as a key": (b"}" + number(1) + b"Ns.", "no string"),
-    "a deep key": (b"}" + DEEP + b"Ns.", "no string"),
-    "a deep key of an ordered dict": (ORDERED + b")R(" + DEEP + b"Nu.", "no string"),
-    "a bomb as a key": (b"}" + BOMB + b"Ns.", "no string"),
+    sentences.NO_DICTIONARY: (number(7) + b".", sentences.NO_DICTIONARY),
+    "a number as a key": (b"}" + number(1) + b"Ns.", sentences.NO_STRING),
+    "a deep key": (b"}" + DEEP + b"Ns.", sentences.NO_STRING),
+    "a deep key of an ordered dict": (ORDERED + b")R(" + DEEP + b"Nu.", sentences.NO_STRING),
+    "a bomb as a key": (b"}" + BOMB + b"Ns.", sentences.NO_STRING),
     "a bomb as an ordered dict's item": (ORDERED + b"](" + BOMB + b"N\x86e\x85R.", "TypeError"),
     "a bomb as a storage's type": (
         several(text("storage"), BOMB, text("0"), text("cpu"), number(1)) + b"Q.",
-        "unknown",
+        sentences.STORAGE_UNKNOWN,
     ),
-    "a bomb as a storage's key": (WHOLE.replace(text("0"), BOMB) + b".", "unknown"),
-    "a bomb as a size": (tensor(WHOLE, 0, (3,), (1,)).replace(numbers((3,)), BOMB + b"\x85") + b".", "makes a tensor"),
-    "a bomb that is called": (BOMB + b"NR.", "wants to call"),
-    "a bomb that is called with a bomb": (BOMB + BOMB + b"R.", "wants to call"),
+    "a bomb as a storage's key": (WHOLE.replace(text("0"), BOMB) + b".", sentences.STORAGE_UNKNOWN),
+    "a bomb as a size": (
+        tensor(WHOLE, 0, (3,), (1,)).replace(numbers((3,)), BOMB + b"\x85") + b".",
+        sentences.MAKES_A_TENSOR,
+    ),
+    "a bomb that is called": (BOMB + b"NR.", sentences.WANTS_TO_CALL),
+    "a bomb that is called with a bomb": (BOMB + BOMB + b"R.", sentences.WANTS_TO_CALL),
     "a bomb as arguments": (ORDERED + BOMB + b"R.", "TypeError"),
-    "a bomb as attributes": (ORDERED + BOMB + b"b.", "no dictionary"),
-    "a deep value": (DEEP + b".", "no dictionary"),
-    "deep dictionaries": (b"}" + text("x") + b"q\0" + b"}h\0" * 100_000 + b"N" + b"s" * 100_001 + b".", "no tensor"),
-    "deep lists": (b"]" * 250_000 + b"a" * 249_999 + b".", "no dictionary"),
-    "a list of itself": (b"]q\0h\0a.", "no dictionary"),
-    "many marks": (b"(" * 500_000 + b".", "damaged"),
-    "many dictionaries": (b"}" * 500_000 + b"N.", "no dictionary"),
-    "many sizes, many times": (MANY + (REBUILD + several(WHOLE, number(0), b"h\0h\0", b"NN") + b"R") * 5_000, "makes"),
-    "many arguments, many times": (MANY + (REBUILD + b"h\0R") * 15_000, "wants to call"),
-    "a long description": (WHOLE[:-2] + b"N" * 500_000 + b"tq\0" + b"Qh\0" * 1_000 + b".", "unknown way"),
-    "a list as arguments": (ORDERED + b"]R.", "wants to call"),
-    "a storage that is called": (WHOLE + b")R.", "wants to call"),
-    "a number type that is called": (b"ctorch\nFloatStorage\n)R.", "wants to call"),
-    "a name too many": (b"ctorch\nload\n.", r"asks for 'torch\.load'"),
-    "a dotted name": (b"ccollections\nOrderedDict.fromkeys\n.", r"asks for 'collections\.OrderedDict\.fromkeys'"),
-    "a name of a name": (b"ccollections.OrderedDict\nfromkeys\n.", "asks for"),
-    "an endless name": (b"c" + b"x" * 500_000 + b"\ny\n.", "asks for 'x{80}'"),
-    "a name to hide": (b"c\x1b[2J\ny\n.", r"asks for '\\x1b\[2J\.y'"),
-    "a large place in the memo": (b"Nr\xff\xff\xff\xff.", "no dictionary"),
-    "nothing for the memo": (b"r\xff\xff\xff\xff.", "damaged"),
-    "nothing in the memo": (b"h\x07.", "damaged"),
-    "a string that is not there": (b"X\xff\xff\xff\xffx", "(does not end|damaged)"),
-    "a number that is not there": (b"\x8a\xff\1", "does not end"),
-    "more than the bound": (b"N" * pretrained.MAX_PICKLE + b".", "more than 524288 bytes"),
-    "no end": (b"}", "(does not end|operation)"),
-    "nothing": (b"", "(does not end|operation)"),
-    "nothing to return": (b".", "damaged"),
-    "no mark": (b"t.", "damaged"),
-    "half an item": (b"}(" + text("x") + b"u.", "damaged"),
+    "a bomb as attributes": (ORDERED + BOMB + b"b.", sentences.NO_DICTIONARY),
+    "a deep value": (DEEP + b".", sentences.NO_DICTIONARY),
+    "deep dictionaries": (
+        b"}" + text("x") + b"q\0" + b"}h\0" * 100_000 + b"N" + b"s" * 100_001 + b".",
+        sentences.NO_TENSOR,
+    ),
+    "deep lists": (b"]" * 250_000 + b"a" * 249_999 + b".", sentences.NO_DICTIONARY),
+    "a list of itself": (b"]q\0h\0a.", sentences.NO_DICTIONARY),
+    "many marks": (b"(" * 500_000 + b".", sentences.PICKLE_DAMAGED),
+    "many dictionaries": (b"}" * 500_000 + b"N.", sentences.NO_DICTIONARY),
+    "many sizes, many times": (
+        MANY + (REBUILD + several(WHOLE, number(0), b"h\0h\0", b"NN") + b"R") * 5_000,
+        sentences.MAKES_A_TENSOR,
+    ),
+    "many arguments, many times": (MANY + (REBUILD + b"h\0R") * 15_000, sentences.WANTS_TO_CALL),
+    "a long description": (
+        WHOLE[:-2] + b"N" * 500_000 + b"tq\0" + b"Qh\0" * 1_000 + b".",
+        sentences.STORAGE_OF_UNKNOWN_WAY,
+    ),
+    "a list as arguments": (ORDERED + b"]R.", sentences.WANTS_TO_CALL),
+    "a storage that is called": (WHOLE + b")R.", sentences.WANTS_TO_CALL),
+    "a number type that is called": (b"ctorch\nFloatStorage\n)R.", sentences.WANTS_TO_CALL),
+    "a name too many": (b"ctorch\nload\n.", sentences.ASKS_FOR.format(r"torch\.load")),
+    "a dotted name": (
+        b"ccollections\nOrderedDict.fromkeys\n.",
+        sentences.ASKS_FOR.format(r"collections\.OrderedDict\.fromkeys"),
+    ),
+    "a name of a name": (b"ccollections.OrderedDict\nfromkeys\n.", sentences.ASKS_FOR_A_NAME),
+    "an endless name": (b"c" + b"x" * 500_000 + b"\ny\n.", sentences.ASKS_FOR.format("x{80}")),
+    "a name to hide": (b"c\x1b[2J\ny\n.", sentences.ASKS_FOR.format(r"\\x1b\[2J\.y")),
+    "a large place in the memo": (b"Nr\xff\xff\xff\xff.", sentences.NO_DICTIONARY),
+    "nothing for the memo": (b"r\xff\xff\xff\xff.", sentences.PICKLE_DAMAGED),
+    "nothing in the memo": (b"h\x07.", sentences.PICKLE_DAMAGED),
+    "a string that is not there": (b"X\xff\xff\xff\xffx", sentences.PICKLE_WITHOUT_END_OR_DAMAGED),
+    "a number that is not there": (b"\x8a\xff\1", sentences.PICKLE_WITHOUT_END),
+    "more than the bound": (b"N" * pretrained.MAX_PICKLE + b".", sentences.PICKLE_TOO_LARGE.format(524288)),
+    "no end": (b"}", sentences.PICKLE_WITHOUT_END_OR_OPERATION),
+    "nothing": (b"", sentences.PICKLE_WITHOUT_END_OR_OPERATION),
+    "nothing to return": (b".", sentences.PICKLE_DAMAGED),
+    "no mark": (b"t.", sentences.PICKLE_DAMAGED),
+    "half an item": (b"}(" + text("x") + b"u.", sentences.PICKLE_DAMAGED),
 }
 
 
@@ -86,7 +102,7 @@ MALFORMED = {
 @FORMATS
 def test_malformed_pickles_are_refused(write, name):
     content, reason = MALFORMED[name]
-    with pytest.raises(UserError, match=rf"weights\.pth is refused: .*{reason}"):
+    with pytest.raises(UserError, match=sentences.WEIGHTS_REFUSED_SINCE.format(file=r"weights\.pth", reason=reason)):
         parse(write(HEAD + content, STORED), PTH)
 
 
@@ -99,13 +115,13 @@ def test_operations_that_no_state_dict_needs_are_refused():
     codes = b"".join(getattr(pickle, name) for name in refused.split())
     unknown = set(range(256)) - {ord(operation.code) for operation in pickletools.opcodes}
     for code in {*codes, *unknown}:
-        with pytest.raises(UserError, match="a pickle operation that no state dict needs"):
+        with pytest.raises(UserError, match=sentences.PICKLE_OPERATION_REFUSED):
             parse(zipped(HEAD + b"(" + ORDERED + b")" + bytes([code]) + b"\xff" * 8, STORED), PTH)
 
 
 def test_attributes_are_set_on_nothing():
     for name in (ORDERED, REBUILD):
-        with pytest.raises(UserError, match="no dictionary"):
+        with pytest.raises(UserError, match=sentences.NO_DICTIONARY):
             parse(zipped(HEAD + name + b"N}" + text("marked") + b"Ns\x86b.", STORED), PTH)
     assert not any(hasattr(value, "marked") for value in pretrained._ALLOWED.values())
 
@@ -122,15 +138,15 @@ def test_odd_archives_are_refused():
     bomb = zipped(good, STORED | {"bomb": bytes(10**6)}, compression=zipfile.ZIP_DEFLATED)
     flipped = zipped(good, STORED).replace(STORED["0"], bytes(len(STORED["0"])))
     for data, reason in [
-        (two.getvalue(), "2 data.pkl"),
-        (big_endian.getvalue(), "big-endian"),
-        (bomb, "compressed"),
+        (two.getvalue(), sentences.ARCHIVE_OF_SEVERAL_PICKLES.format(2)),
+        (big_endian.getvalue(), sentences.BIG_ENDIAN),
+        (bomb, sentences.COMPRESSED),
         (flipped, "CRC"),
         (b"PK\x03\x04", "zip file"),
-        (LEGACY_HEAD.replace(b"\x88", b"\x89") + good + pickle.dumps(["0"], 2), "byte order"),
-        (LEGACY_HEAD + good + HEAD + several(BOMB) + b".", "a storage has a key that is no string"),
-        (b"<!DOCTYPE html>", "refused"),
-        (b"version https://git-lfs.github.com/spec/v1", "refused"),
+        (LEGACY_HEAD.replace(b"\x88", b"\x89") + good + pickle.dumps(["0"], 2), sentences.BYTE_ORDER_WRONG),
+        (LEGACY_HEAD + good + HEAD + several(BOMB) + b".", sentences.STORAGE_KEY_NO_STRING),
+        (b"<!DOCTYPE html>", sentences.REFUSED),
+        (b"version https://git-lfs.github.com/spec/v1", sentences.REFUSED),
     ]:
         with pytest.raises(UserError, match=reason):
             parse(data, PTH)

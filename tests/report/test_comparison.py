@@ -10,6 +10,7 @@ import pytest
 from iumad_jax.report import comparison, published
 from iumad_jax.report.comparison import Cell
 from iumad_jax.report.tables import METRICS, summarise
+from tests import sentences
 
 OBJECTS = ["bagel", "rope", "tire"]
 
@@ -89,7 +90,7 @@ def test_overview_in_the_form_of_the_paper(workdir):
     assert list(rows["rgb", "iuf"])[2:] == ["3-0", "2-1"]
     assert rows["rgb", "iuf"]["3-0"] == "80.0 / 80.0 / -"
     assert rows["rgb", "iuf"]["2-1"] == "65.0 ± 7.1 / 65.0 ± 7.1 / 20.0 ± 14.1"
-    assert rows["rgb", "feature_norm"]["3-0"] == "not measured"
+    assert rows["rgb", "feature_norm"]["3-0"] == sentences.NOT_MEASURED
 
 
 def test_where_no_run_is_finished_there_is_no_row(tmp_path):

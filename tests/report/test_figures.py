@@ -11,6 +11,7 @@ from iumad_jax.data.readers.eyecandies import Eyecandies
 from iumad_jax.data.transforms import resize_image, resize_mask, resize_nearest
 from iumad_jax.errors import UserError
 from iumad_jax.report.figures import choose, save_heatmaps, save_matrix
+from tests import sentences
 
 SIZE = 64
 RED, CYAN, MAGENTA = (200, 40, 40), (0, 255, 255), (255, 0, 200)
@@ -230,9 +231,9 @@ def test_choice_without_good_or_without_samples():
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match=sentences.CANNOT_WRITE.format("")):
         save_heatmaps(tmp_path / "nowhere" / "a.png", **scene())
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match=sentences.CANNOT_WRITE.format("")):
         save_matrix(tmp_path / "nowhere" / "a.png", [[0.5]], ["a"], ["0"], "t")
 
 

@@ -1,6 +1,7 @@
 """What is kept of test images: read back as it was, and close enough to the maps it stands for."""
 
 import io
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from iumad_jax.errors import UserError
 from iumad_jax.metrics import pro_curve
 from iumad_jax.report import samples
 from iumad_jax.report.samples import RATES
+from tests import sentences
 
 SIZE, COUNT = 64, 6
 IDS, DEFECTS = ["0", "1", "2", "3", "4", "ü/5"], ["good", "good", "bump", "bump", "dent", "good"]
@@ -87,23 +89,23 @@ def test_without_masks_thresholds_come_from_good_images(maps):
 
 
 def test_files_that_are_missing_damaged_or_not_ours(tmp_path, masks, maps):
-    with pytest.raises(UserError, match=r"step0_ant\.npz cannot be read"):
+    with pytest.raises(UserError, match=re.escape(sentences.FILE_UNREADABLE.format("step0_ant.npz"))):
         samples.load(tmp_path, 0, "ant")
     samples.save(tmp_path, 0, "ant", summary(masks, maps))
     path = tmp_path / "samples" / "step0_ant.npz"
     whole = path.read_bytes()
     for damaged in (b"", whole[: len(whole) // 2], whole[:300] + bytes(200) + whole[500:]):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"step0_ant\.npz cannot be read"):
+        with pytest.raises(UserError, match=re.escape(sentences.FILE_UNREADABLE.format("step0_ant.npz"))):
             samples.load(tmp_path, 0, "ant")
     np.savez(path, ids=[1])
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=re.escape(sentences.FILE_UNREADABLE.format("step0_ant.npz"))):
         samples.load(tmp_path, 0, "ant")
 
 
 def test_a_place_that_cannot_be_written(tmp_path, masks, maps):
     (tmp_path / "samples").write_text("a file")
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match=sentences.CANNOT_WRITE.format("")):
         samples.save(tmp_path, 0, "ant", summary(masks, maps))
 
 
@@ -128,13 +130,13 @@ def test_pictures_are_read_back(tmp_path, masks):
 
 def test_pictures_that_are_missing_or_damaged(tmp_path, masks):
     rgb, heights = np.zeros((COUNT, SIZE, SIZE, 3), np.uint8), np.zeros((COUNT, SIZE, SIZE), np.float32)
-    with pytest.raises(UserError, match=r"pictures_ant\.npz cannot be read"):
+    with pytest.raises(UserError, match=re.escape(sentences.FILE_UNREADABLE.format("pictures_ant.npz"))):
         samples.load_pictures(tmp_path, "ant")
     samples.save_pictures(tmp_path, "ant", rgb, heights, masks, height_scale=1)
     path = tmp_path / "samples" / "pictures_ant.npz"
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(UserError, match=r"pictures_ant\.npz cannot be read"):
+    with pytest.raises(UserError, match=re.escape(sentences.FILE_UNREADABLE.format("pictures_ant.npz"))):
         samples.load_pictures(tmp_path, "ant")
     np.savez(path, content=np.zeros(3, np.uint8), lengths=[1, 1, 5], size=[SIZE, SIZE])
-    with pytest.raises(UserError, match="pictures are missing"):
+    with pytest.raises(UserError, match=sentences.PICTURES_MISSING):
         samples.load_pictures(tmp_path, "ant")

@@ -13,6 +13,7 @@ import pytest
 
 from iumad_jax.errors import UserError
 from iumad_jax.report import tables
+from tests import sentences
 
 nan = math.nan
 
@@ -94,22 +95,22 @@ def test_objects_stand_in_the_order_they_were_learned(console):
 
 def test_undefined_cells_are_counted_with_their_reason(console):
     text = console(run())
-    (line,) = [line for line in text.splitlines() if line.startswith("Undefined")]
-    assert "1 of P-AUROC (no defective pixel or no normal one)" in line
-    assert "3 of object P-AUROC (no depth" in line
-    assert "3 of object AUPRO (no depth" in line
+    (line,) = [line for line in text.splitlines() if line.startswith(sentences.UNDEFINED)]
+    assert sentences.UNDEFINED_WITHOUT_DEFECT.format(count=1, metric="P-AUROC") in line
+    assert sentences.UNDEFINED_WITHOUT_DEPTH.format(count=3, metric="object P-AUROC") in line
+    assert sentences.UNDEFINED_WITHOUT_DEPTH.format(count=3, metric="object AUPRO") in line
     assert "I-AUROC" not in line
     defined = {metric: [[0.9, nan, 0.9], [0.9] * 3] for metric in MATRIX}  # what is not yet learned is not undefined
-    assert "Undefined" not in console(run(defined))
+    assert sentences.UNDEFINED not in console(run(defined))
 
 
 def test_without_test_images_no_table_is_full_of_dashes(console):
     matrix = {metric: [[nan] * 3] * 2 for metric in MATRIX}
     baselines = {"feature_norm": {"matrix": matrix, "summary": tables.summarise(matrix)}}
     for text in (console(run(matrix, baselines=baselines)), tables.markdown(run(matrix, baselines=baselines))):
-        assert "Nothing is measured: no object has both good and defective test images." in text
+        assert sentences.NOTHING_MEASURED in text
         assert cells(text, "zebra") == [["0"]]
-        assert not any(word in text for word in ("AUROC", "AUPRO", "mean", "Undefined"))
+        assert not any(word in text for word in ("AUROC", "AUPRO", "mean", sentences.UNDEFINED))
 
 
 def test_what_was_learned_and_forgotten(console):
@@ -125,8 +126,8 @@ def test_a_single_step_has_nothing_to_forget(console):
     matrix = {metric: [[0.9, 0.8, 0.7]] for metric in MATRIX}
     text = console(run(matrix, [OBJECTS]))
     assert cells(text, "I-AUROC", "ib_iumad") == [["0.800", "0.800", "-", "-", "0.800"]]
-    assert "with a single step" in text
-    assert "with a single step" not in console(run())
+    assert sentences.SINGLE_STEP in text
+    assert sentences.SINGLE_STEP not in console(run())
 
 
 def test_a_run_half_way_shows_what_it_has_learned(console):
@@ -142,36 +143,37 @@ def test_floors_stand_beside_the_method(console):
     assert cells(text, "mean")[0] == ["0.717", "0.780", "0.433"]
     assert cells(text, "mean of feature_norm") == [["0.650", "0.650", "0.650"]]
     assert cells(text, "AUPRO", "feature_norm") == [["0.650", "0.650", "0.000", "0.000", "0.650"]]
-    (line,) = [line for line in text.splitlines() if line.startswith("Not above")]
+    (line,) = [line for line in text.splitlines() if line.startswith(sentences.NO_BETTER_THAN_BASELINE)]
     assert line.endswith(": AUPRO (feature_norm 0.650).")  # it is above in the others
-    assert "Kept for later steps: ib_iumad 12.3 MB, feature_norm 2.0 MB." in text
-    assert "Not above" not in console(run())
+    assert sentences.STORED.format("ib_iumad 12.3 MB, feature_norm 2.0 MB") in text
+    assert sentences.NO_BETTER_THAN_BASELINE not in console(run())
 
 
 def test_what_the_strategy_keeps_is_told_per_object(console):
     def told(strategy):
         config = run()["config"] | {"continual": {"strategy": strategy}}
         text = console(run(config=config, strategy_bytes=6_000))
-        (line,) = [line for line in text.splitlines() if line.startswith("Strategy")]
+        (line,) = [line for line in text.splitlines() if line.startswith(sentences.STRATEGY)]
         return line
 
-    assert told("replay") == "Strategy replay keeps 2.0 kB per object beside the weights."
-    assert told("joint").startswith("Strategy joint is not incremental: every step trains on the images of all objects")
-    assert "(2.0 kB per object are kept). It is an upper bound" in told("joint")
-    assert "\nStrategy" not in console(run())
+    assert told("replay") == sentences.STRATEGY_STORES.format(strategy="replay", size="2.0 kB")
+    assert told("joint").startswith(sentences.STRATEGY_JOINT)
+    assert sentences.STRATEGY_JOINT_STORES.format("2.0 kB") in told("joint")
+    assert f"\n{sentences.STRATEGY}" not in console(run())
 
 
 def test_the_console_says_where_the_rest_lies(console, tmp_path):
-    assert console(run()).endswith(f"are in {tmp_path}.")
+    assert console(run()).endswith(sentences.RESULTS_ARE_IN.format(tmp_path))
 
 
 def test_markdown_holds_every_matrix():
     baseline = {"matrix": BASELINE, "summary": tables.summarise(BASELINE)}
     text = tables.markdown(run(baselines={"feature_norm": baseline}))
-    assert text.startswith("# ib_iumad on zoo, rgb+depth, protocol 2-1\n")
-    parts = dict(part.split(" after every step\n", 1) for part in text.split("## ")[1:])
+    of_protocol = sentences.OF_PROTOCOL.format(method="ib_iumad", dataset="zoo", modality="rgb+depth", protocol="2-1")
+    assert text.startswith(f"# {of_protocol}\n")
+    parts = dict(part.split(f"{sentences.AFTER_EVERY_STEP}\n", 1) for part in text.split("## ")[1:])
     assert list(parts) == ["I-AUROC", "P-AUROC", "AUPRO", "AUPRO exact"]
-    assert cells(parts["I-AUROC"], "method", "after step") == [["zebra", "ant", "cat", "mean"]]
+    assert cells(parts["I-AUROC"], "method", sentences.AFTER_STEP) == [["zebra", "ant", "cat", "mean"]]
     assert cells(parts["I-AUROC"], "ib_iumad") == [
         ["0", "0.800", "0.900", "", "0.850"],  # cat is not yet learned: an empty cell
         ["1", "0.700", "0.850", "0.600", "0.717"],
@@ -208,10 +210,10 @@ def test_writing_changes_nothing_in_the_results(tmp_path):
 
 
 def test_results_that_cannot_be_read_or_written(tmp_path):
-    with pytest.raises(UserError, match=r"cannot write .*results"):
+    with pytest.raises(UserError, match=sentences.CANNOT_WRITE.format(".*results")):
         tables.write_results(tmp_path / "nowhere", run())
     (tmp_path / "results.json").write_text('{"config": ')
-    with pytest.raises(UserError, match=r"cannot read .*results\.json"):
+    with pytest.raises(UserError, match=sentences.CANNOT_READ.format(r".*results\.json")):
         tables.read_results(tmp_path)
 
 

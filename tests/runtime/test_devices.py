@@ -25,6 +25,7 @@ from iumad_jax.shapes import Batch
 from iumad_jax.training.epochs import train_epochs
 from iumad_jax.training.optimization import make_optimizer
 from iumad_jax.training.update import initial_state, make_update
+from tests import sentences
 
 pytestmark = pytest.mark.slow
 
@@ -202,7 +203,10 @@ def test_a_coordinator_that_does_not_answer_is_told(monkeypatch):
     with socket.create_server(("localhost", 0)) as taken:
         address = f"localhost:{taken.getsockname()[1]}"
     with (
-        pytest.raises(UserError, match=rf"--coordinator={address}: Connection refused for 1 s; start process 0 there"),
+        pytest.raises(
+            UserError,
+            match=sentences.COORDINATOR_SILENT.format(address=address, reason="Connection refused", seconds=1),
+        ),
         joining.joined(address, 2, 1, cluster=False),
     ):
         pass

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from iumad_jax.errors import UserError
 from iumad_jax.runtime.ledger import SHA256_OF_NOTHING, Ledger, read
 from iumad_jax.runtime.storage import write_whole
+from tests import sentences
 
 
 @pytest.fixture
@@ -114,11 +115,13 @@ def test_a_ledger_that_is_not_what_its_snapshot_had_seen_is_refused(path):
         ledger.append("a", number=number)
     sha256, whole = ledger.sha256, path.read_bytes()
     for lines, found in {
-        b'{"event": "a"}\n': "1 of them are there",
-        whole.replace(b"1", b"3"): "they are not as they were written",
+        b'{"event": "a"}\n': sentences.LEDGER_LINES_THERE.format(1),
+        whole.replace(b"1", b"3"): sentences.LEDGER_LINES_DIFFER,
     }.items():
         path.write_bytes(lines)
-        with pytest.raises(UserError, match=rf"ledger\.jsonl: the snapshot had seen 3 lines, but {found}; restore"):
+        with pytest.raises(
+            UserError, match=sentences.LEDGER_SHORTER.format(ledger=r"ledger\.jsonl", lines=3, found=found)
+        ):
             Ledger(path).truncate(3, sha256)
         assert path.read_bytes() == lines
 
@@ -127,7 +130,7 @@ def test_a_ledger_that_is_not_what_its_snapshot_had_seen_is_refused(path):
 def test_a_damaged_line_is_named(path, damage):
     content = b'{"event": "a"}\n' + damage + b'\n{"event": "c"}\n'
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"ledger\.jsonl line 2 is damaged"):
+    with pytest.raises(UserError, match=sentences.LEDGER_LINE_DAMAGED.format(ledger=r"ledger\.jsonl", line=2)):
         read(path)
     assert path.read_bytes() == content
 
@@ -136,7 +139,12 @@ def test_a_full_disk_is_told_and_leaves_whole_lines(path, files_no_larger_than):
     ledger = Ledger(path)
     ledger.append("a", text="x" * 100)
     whole = path.read_bytes()
-    with files_no_larger_than(150), pytest.raises(UserError, match=r"cannot write .*ledger\.jsonl: File too large"):
+    with (
+        files_no_larger_than(150),
+        pytest.raises(
+            UserError, match=sentences.FILE_NOT_WRITTEN.format(file=r"ledger\.jsonl", reason="File too large")
+        ),
+    ):
         ledger.append("b", text="y" * 100)
     assert path.read_bytes() != whole  # half of it reached the disk
     assert len(Ledger(path)) == 1
@@ -144,19 +152,19 @@ def test_a_full_disk_is_told_and_leaves_whole_lines(path, files_no_larger_than):
 
 
 def test_places_that_cannot_be_written(tmp_path):
-    with pytest.raises(UserError, match=r"cannot write .*No such file or directory"):
+    with pytest.raises(UserError, match=sentences.CANNOT_WRITE.format(".*No such file or directory")):
         Ledger(tmp_path / "nowhere" / "ledger.jsonl")
     for opening in (read, Ledger):
-        with pytest.raises(UserError, match=r"cannot read .*Is a directory"):
+        with pytest.raises(UserError, match=sentences.CANNOT_READ.format(".*Is a directory")):
             opening(tmp_path)
-    with pytest.raises(UserError, match=r"cannot write .*No such file or directory"):
+    with pytest.raises(UserError, match=sentences.CANNOT_WRITE.format(".*No such file or directory")):
         write_whole(tmp_path / "nowhere" / "file", b"")
 
 
 def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, files_no_larger_than):
     path = tmp_path / "results.json"
     write_whole(path, b"old")
-    with files_no_larger_than(1000), pytest.raises(UserError, match=r"cannot write"):
+    with files_no_larger_than(1000), pytest.raises(UserError, match=sentences.CANNOT_WRITE.format("")):
         write_whole(path, b"new" * 1000)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]

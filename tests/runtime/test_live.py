@@ -11,6 +11,7 @@ from PIL import Image
 from iumad_jax.errors import UserError
 from iumad_jax.runtime import ledger, live
 from iumad_jax.runtime.live import Live
+from tests import sentences
 
 LOSSES = {"loss": 0.75, "fusion": 0.5}
 
@@ -91,7 +92,7 @@ def test_tensorboard_does_not_bring_tensorflow(tmp_path):
 def test_a_writer_that_is_not_installed_is_asked_for(monkeypatch):
     monkeypatch.setattr(live, "find_spec", lambda name: None)
     live.check(tensorboard=False)
-    with pytest.raises(UserError, match=r"tensorboardX is not installed; run pip install tensorboardX"):
+    with pytest.raises(UserError, match=sentences.TENSORBOARD_MISSING):
         live.check(tensorboard=True)
 
 
@@ -104,9 +105,9 @@ def test_without_a_terminal_a_line_now_and_then(tmp_path, capsys, clock):
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
-        "step 0: learning ant from 24 images",
-        "step 0: epoch 3 of 60, loss 0.75, 2.18 images/s, 10.4 min left",  # 57 of 11 s
-        "step 0: epoch 6 of 60, loss 0.75, 2.18 images/s, 9.9 min left",
+        sentences.STEP_BEGINS.format(step=0, objects="ant", images=24),
+        sentences.EPOCH_DONE.format(step=0, epoch=3, epochs=60, loss=0.75, rate=2.18, minutes=10.4),  # 57 of 11 s
+        sentences.EPOCH_DONE.format(step=0, epoch=6, epochs=60, loss=0.75, rate=2.18, minutes=9.9),
     ]
 
 

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from iumad_jax.runtime import preemption
+from tests import sentences
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -26,7 +27,7 @@ def test_a_signal_asks_and_handlers_are_there_only_within(number, capfd):
         assert signal.getsignal(number) is before
         assert signal.set_wakeup_fd(-1) == -1
     told = capfd.readouterr().err
-    assert told.startswith(f"iumad_jax: stopping on {signal.Signals(number).name}; the same command goes on from here")
+    assert told.startswith(f"iumad_jax: {sentences.STOPPING.format(signal.Signals(number).name)}")
     assert told.count("\n") == 1
 
 

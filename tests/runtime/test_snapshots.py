@@ -21,6 +21,7 @@ from iumad_jax.errors import UserError
 from iumad_jax.runtime.progress import LedgerMark, Position, Progress
 from iumad_jax.runtime.snapshots import Snapshots, read
 from iumad_jax.shapes import Calibration
+from tests import sentences
 
 
 def variables(seed=0, size=3):
@@ -154,10 +155,7 @@ def test_a_full_disk_is_told_and_the_snapshot_before_is_intact(tmp_path, capfd, 
             with pytest.raises(UserError) as error:
                 snapshots.wait()
         folder = tmp_path / ("snapshots" if finished else "snapshots_within_step")
-        assert str(error.value) == (
-            f"{folder}: the snapshot could not be saved (File too large); what was saved before is intact,"
-            " so make room and run the same command again."
-        )
+        assert str(error.value) == sentences.SNAPSHOT_NOT_SAVED.format(folder=folder, reason="File too large")
     with opened(tmp_path) as snapshots:
         assert_same(snapshots.latest(), before)
         snapshots.save(after)  # with room again
@@ -215,7 +213,7 @@ def test_an_error_of_the_background_is_told_once_by_the_next_save(tmp_path, file
             snapshots.save(snapshot(0, 1))
             while not snapshots.failed:
                 time.sleep(0.01)
-        with pytest.raises(UserError, match="could not be saved"):
+        with pytest.raises(UserError, match=sentences.SNAPSHOT_NOT_SAVED_SHORTLY):
             snapshots.save(snapshot(0, 2))
         assert not snapshots.failed
 
@@ -251,7 +249,7 @@ def test_of_a_damaged_snapshot_nothing_is_used_but_the_one_before(tmp_path, capf
             assert_same(snapshots.latest(), snapshot(1, 3, seed=1))
         (told,) = capfd.readouterr().err.splitlines()
         assert re.fullmatch(
-            rf"iumad_jax: {newest} (is|was) .*damaged \(.*\); going on from {before}; it is kept as {aside.name}\.",
+            "iumad_jax: " + sentences.SNAPSHOT_PASSED_OVER.format(snapshot=newest, before=before, aside=aside.name),
             told,
         )
         assert not newest.exists()
@@ -281,10 +279,10 @@ def test_if_no_snapshot_is_good_that_is_told_and_nothing_is_touched(tmp_path):
         with opened(tmp_path) as snapshots, pytest.raises(UserError) as error:
             snapshots.latest()
         told = str(error.value)
-        assert told.startswith("no snapshot can be used: ")
+        assert told.startswith(sentences.NO_SNAPSHOT_USABLE)
         assert all(f"{folder} " in told for folder in folders)
-        assert told.endswith("; restore one, or start again in another --workdir.")
-        assert f"({file.relative_to(folders[0])} is missing or not as it was written)" in told
+        assert told.endswith(sentences.NO_SNAPSHOT_USABLE_REMEDY)
+        assert sentences.SNAPSHOT_FILE_DIFFERS.format(file.relative_to(folders[0])) in told
     assert content == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
@@ -297,16 +295,16 @@ def test_reading_passes_over_a_damaged_snapshot_unless_it_is_asked_for(tmp_path,
     for name, spoiled in (("1", "_CHECKPOINT_METADATA"), ("0", "arrays/_METADATA")):
         file = tmp_path / "snapshots" / name / spoiled
         file.write_bytes(file.read_bytes().replace(b"kernel", b"kernfl").replace(b"_timestamp", b"_timestanp"))
-        with pytest.raises(UserError, match=rf"snapshots/{name} is damaged \({spoiled} .*: restore it, or choose"):
+        with pytest.raises(
+            UserError, match=sentences.SNAPSHOT_DAMAGED_AND_NO_OTHER.format(snapshot=f"snapshots/{name}", file=spoiled)
+        ):
             read(tmp_path, step=int(name))
         if name == "1":
             assert_same(read(tmp_path), snapshot(0, 0, finished=True))
             told = capfd.readouterr().err
-            assert told.startswith(f"iumad_jax: {tmp_path}/snapshots/1 is damaged (")
-            assert told.endswith(f"; using {tmp_path}/snapshots/0\n")
-    with pytest.raises(
-        UserError, match=r"snapshots/1 is damaged .*; .*snapshots/0 is damaged .* restore it, or choose"
-    ):
+            assert told.startswith(f"iumad_jax: {sentences.SNAPSHOT_DAMAGED.format(tmp_path / 'snapshots/1')}")
+            assert told.endswith(sentences.SNAPSHOT_USED_INSTEAD.format(tmp_path / "snapshots/0") + "\n")
+    with pytest.raises(UserError, match=sentences.SNAPSHOTS_ALL_DAMAGED.format(one="snapshots/1", other="snapshots/0")):
         read(tmp_path)
     assert sorted(path.name for path in (tmp_path / "snapshots").iterdir()) == ["0", "1", "by_object"]
 
@@ -364,11 +362,14 @@ def test_a_damaged_shared_array_spoils_only_snapshots_that_have_it_and_is_writte
     content = newest.read_bytes()
     for spoiled in (None, content[:-1], content[:-1] + bytes([content[-1] ^ 1])):
         newest.unlink() if spoiled is None else newest.write_bytes(spoiled)
-        with pytest.raises(UserError, match=rf"snapshots/2 is damaged \(by_object/{newest.name} is missing or not"):
+        with pytest.raises(
+            UserError,
+            match=sentences.SNAPSHOT_ARRAY_DAMAGED.format(snapshot="snapshots/2", file=f"by_object/{newest.name}"),
+        ):
             read(tmp_path, 2)
         with opened(tmp_path) as snapshots:
             assert_same(snapshots.latest(), learned(1, 2))
-            assert "going on from" in capfd.readouterr().err
+            assert sentences.SNAPSHOT_GOING_ON in capfd.readouterr().err
             snapshots.save(learned(2, 3))
             assert_same(snapshots.latest(), learned(2, 3))
         assert newest.read_bytes() == content
@@ -379,6 +380,8 @@ def test_what_is_not_finite_is_not_saved(tmp_path):
     broken.recognition["mean"][1, 2] = np.nan
     with opened(tmp_path) as snapshots:
         snapshots.save(snapshot(0, 0, finished=True))
-        with pytest.raises(UserError, match=r"snapshots/1: no snapshot is saved, because recognition/mean is not"):
+        with pytest.raises(
+            UserError, match=sentences.SNAPSHOT_NOT_FINITE.format(snapshot="snapshots/1", array="recognition/mean")
+        ):
             snapshots.save(broken)
         assert_same(snapshots.latest(), snapshot(0, 0, finished=True))

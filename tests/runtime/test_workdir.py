@@ -1,6 +1,7 @@
 """A workdir belongs to one config."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from iumad_jax.config import paper
 from iumad_jax.errors import UserError
 from iumad_jax.runtime import workdir as workdirs
+from tests import sentences
 
 
 def changed(**changes):
@@ -53,11 +55,11 @@ def test_two_processes_do_not_share_a_workdir_and_a_killed_one_leaves_it(tmp_pat
         assert process.stdout.readline() == b"claimed\n"
         with pytest.raises(UserError) as error:
             claim(tmp_path, paper("6-1"))
-        assert str(error.value) == f"{tmp_path}: another process runs here; wait for it, or choose another --workdir."
+        assert str(error.value) == sentences.WORKDIR_IN_USE.format(tmp_path)
         process.send_signal(signal.SIGKILL)
     claim(tmp_path, paper("6-1"))
     (tmp_path / "config.json.unfinished").mkdir()
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match=sentences.CANNOT_WRITE.format("")):
         claim(tmp_path, paper("6-1"))
     (tmp_path / "config.json.unfinished").rmdir()
     claim(tmp_path, paper("6-1"))  # an error gives it up as well
@@ -66,13 +68,13 @@ def test_two_processes_do_not_share_a_workdir_and_a_killed_one_leaves_it(tmp_pat
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"seed": 3}, ["config.seed (0 there, 3 now)"]),
+        ({"seed": 3}, [sentences.KEY_DIFFERS.format(key="config.seed", there=0, now=3)]),
         (
             {"train.epochs": 5, "dataset.render.size": 64, "modality": "rgb"},
             [
-                "config.train.epochs (800 there, 5 now)",
-                "config.dataset.render.size (256 there, 64 now)",
-                "config.modality (rgb+depth there, rgb now)",
+                sentences.KEY_DIFFERS.format(key="config.train.epochs", there=800, now=5),
+                sentences.KEY_DIFFERS.format(key="config.dataset.render.size", there=256, now=64),
+                sentences.KEY_DIFFERS.format(key="config.modality", there="rgb+depth", now="rgb"),
             ],
         ),
     ],
@@ -83,10 +85,10 @@ def test_another_config_is_refused_naming_every_key_that_differs(tmp_path, chang
     with pytest.raises(UserError) as error:
         workdirs.check(tmp_path, changed(**changes))
     message = str(error.value)
-    assert message.startswith(f"{tmp_path}: holds a run of another config, differing in config.")
-    assert message.endswith("; choose another --workdir.")
+    assert message.startswith(sentences.WORKDIR_OF_ANOTHER_CONFIG.format(tmp_path))
+    assert message.endswith(sentences.WORKDIR_REMEDY)
     assert all(part in message for part in told)
-    assert message.count("there") == len(told)
+    assert message.count(sentences.KEY_DIFFERS_SHORTLY) == len(told)
     assert (tmp_path / "config.json").read_bytes() == before
 
 
@@ -98,25 +100,32 @@ def test_a_key_that_only_one_of_them_has_differs(tmp_path):
     config.train.momentum = 0.9
     with pytest.raises(UserError) as error:
         workdirs.check(tmp_path, config)
-    assert "config.report.pictures_per_object (6 there, None now)" in str(error.value)
-    assert "config.train.momentum (None there, 0.9 now)" in str(error.value)
+    assert sentences.KEY_DIFFERS.format(key="config.report.pictures_per_object", there=6, now=None) in str(error.value)
+    assert sentences.KEY_DIFFERS.format(key="config.train.momentum", there=None, now=0.9) in str(error.value)
 
 
 @pytest.mark.parametrize("content", ["", "{", "\xff", '{"seed": 0', "5", "[]", '"config"'])
 def test_a_damaged_note_is_told(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content.encode("latin1"))
-    with pytest.raises(UserError, match=r"config\.json: not the config of a run .*; choose another --workdir\."):
+    with pytest.raises(UserError, match=sentences.WORKDIR_CONFIG_DAMAGED.format(r"config\.json")):
         workdirs.check(tmp_path, paper("6-1"))
 
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file/run: not a writable folder \(Not a directory\); choose another"):
+    with pytest.raises(
+        UserError, match=re.escape(sentences.WORKDIR_NOT_WRITABLE.format(folder="file/run", reason="Not a directory"))
+    ):
         claim(tmp_path / "file" / "run", paper("6-1"))
 
 
 def test_a_full_disk_leaves_the_workdir_unclaimed(tmp_path, files_no_larger_than):
-    with files_no_larger_than(100), pytest.raises(UserError, match=r"cannot write .*config\.json: File too large"):
+    with (
+        files_no_larger_than(100),
+        pytest.raises(
+            UserError, match=sentences.FILE_NOT_WRITTEN.format(file=r"config\.json", reason="File too large")
+        ),
+    ):
         claim(tmp_path, paper("6-1"))
     assert not (tmp_path / "config.json").exists()
     workdirs.check(tmp_path, changed(seed=1))
@@ -125,10 +134,10 @@ def test_a_full_disk_leaves_the_workdir_unclaimed(tmp_path, files_no_larger_than
 @pytest.mark.parametrize(
     ("format_", "told"),
     [
-        (None, "an older version of iumad_jax (run format 0; this version reads 3)"),
-        (1, "an older version of iumad_jax (run format 1; this version reads 3)"),
-        (4, "another version of iumad_jax (run format 4; this version reads 3)"),
-        ("x", "another version of iumad_jax (run format x; this version reads 3)"),
+        (None, sentences.RUN_BY_OLDER_VERSION),
+        (1, sentences.RUN_BY_OLDER_VERSION),
+        (3, sentences.RUN_BY_ANOTHER_VERSION),
+        ("x", sentences.RUN_BY_ANOTHER_VERSION),
     ],
 )
 def test_a_run_of_another_format_is_refused(tmp_path, format_, told):
@@ -139,6 +148,4 @@ def test_a_run_of_another_format_is_refused(tmp_path, format_, told):
     file.write_text(json.dumps(content if format_ is None else content | {"format": format_}))
     with pytest.raises(UserError) as error:
         workdirs.check(tmp_path, paper("6-1"))
-    assert str(error.value) == (
-        f"{file}: this run was made by {told}; use that version, or start again in another --workdir."
-    )
+    assert str(error.value) == told.format(file=file, found=format_ or 0, read=2)

@@ -18,6 +18,7 @@ from iumad_jax.training.epochs import train_epochs
 from iumad_jax.training.nonfinite import NotFinite, check, explain
 from iumad_jax.training.optimization import learning_rates, make_optimizer
 from iumad_jax.training.update import initial_state, make_update
+from tests import sentences
 
 pytestmark = pytest.mark.slow
 
@@ -165,7 +166,9 @@ def test_learning_rates(changes, expected):
 
 
 def test_unknown_schedule_is_refused():
-    with pytest.raises(UserError, match=r'config\.train\.schedule is "linear"; use one of step, cosine'):
+    with pytest.raises(
+        UserError, match=re.escape(sentences.UNKNOWN_SCHEDULE.format(found="linear", known="step, cosine"))
+    ):
         learning_rates(settings(schedule="linear"), PER_EPOCH)
 
 
@@ -242,9 +245,21 @@ def spoiled(number):
 @pytest.mark.parametrize(
     ("flaw", "number", "told"),
     [
-        (jnp.abs, np.nan, r"images/features/rgb was nan or inf before any operation"),
-        (logarithm, -1, r"\S+/test_update\.py:\d+ \(return .*jnp\.log\(x\).*\), in its log, became nan"),
-        (square_root, 0, r"\S+/test_update\.py:\d+ \(return jnp\.sqrt\(number\) .*\), in its \w+, became inf"),
+        (jnp.abs, np.nan, sentences.INPUT_NOT_FINITE.format("images/features/rgb")),
+        (
+            logarithm,
+            -1,
+            sentences.OPERATION_NOT_FINITE.format(
+                place=r"\S+/test_update\.py:\d+", source=r"return .*jnp\.log\(x\).*", operation="log", value="nan"
+            ),
+        ),
+        (
+            square_root,
+            0,
+            sentences.OPERATION_NOT_FINITE.format(
+                place=r"\S+/test_update\.py:\d+", source=r"return jnp\.sqrt\(number\) .*", operation=r"\w+", value="inf"
+            ),
+        ),
     ],
 )
 def test_the_operation_that_makes_nan_is_found(flaw, number, told):
@@ -258,8 +273,8 @@ def test_the_operation_that_makes_nan_is_found(flaw, number, told):
     with pytest.raises(UserError) as error:
         next(epochs)
     named = ", ".join(f"x/{row}" for row in rows)
-    expected = rf"{told} in step 3, epoch 1, update {update - PER_EPOCH}, whose images are {named}; [^\n]*\."
-    assert re.fullmatch(expected, str(error.value))
+    expected = sentences.IN_STEP.format(what=told, step=3, epoch=1, update=update - PER_EPOCH, images=named)
+    assert re.fullmatch(rf"{expected}; [^\n]*\.", str(error.value))
 
 
 def test_what_is_not_finite_is_told_by_its_first_part():
@@ -271,10 +286,26 @@ def test_what_is_not_finite_is_told_by_its_first_part():
     check(good, params, 10)
     bad = {name: np.array([1, 1, np.nan, np.nan]) for name in good} | {"parameter": np.array([0, 0, 1, 1])}
     for broken, told in [
-        (bad, 'loss "pull" became nan in update 12 of its step'),
-        (bad | {"pull": np.array([1, 1, 1, np.inf])}, 'loss "loss" became nan in update 12'),
-        (bad | {"pull": good["pull"], "loss": good["loss"]}, "the gradient of b/c became nan in update 12"),
-        (good | {"update_norm": np.array([1, np.inf, 1, 1])}, "what is added to the weights became inf in update 11"),
+        (
+            bad,
+            sentences.IN_UPDATE_OF_STEP.format(
+                what=sentences.LOSS_NOT_FINITE.format(term="pull", value="nan"), update=12
+            ),
+        ),
+        (
+            bad | {"pull": np.array([1, 1, 1, np.inf])},
+            sentences.IN_UPDATE.format(what=sentences.LOSS_NOT_FINITE.format(term="loss", value="nan"), update=12),
+        ),
+        (
+            bad | {"pull": good["pull"], "loss": good["loss"]},
+            sentences.IN_UPDATE.format(
+                what=sentences.GRADIENT_NOT_FINITE.format(parameter="b/c", value="nan"), update=12
+            ),
+        ),
+        (
+            good | {"update_norm": np.array([1, np.inf, 1, 1])},
+            sentences.IN_UPDATE.format(what=sentences.UPDATE_NOT_FINITE.format(value="inf"), update=11),
+        ),
     ]:
         with pytest.raises(NotFinite, match=told):
             check(broken, params, 10)
@@ -283,7 +314,10 @@ def test_what_is_not_finite_is_told_by_its_first_part():
 def test_weights_that_are_not_finite_are_never_kept():
     """Not even those of an epoch's last update, before any loss could tell."""
     config = settings(learning_rate=1e38, schedule="step", clip_norm=1e9)
-    with pytest.raises(NotFinite, match=r"what is added to the weights became inf in update 0 of its step"):
+    with pytest.raises(
+        NotFinite,
+        match=sentences.IN_UPDATE_OF_STEP.format(what=sentences.UPDATE_NOT_FINITE.format(value="inf"), update=0),
+    ):
         next(trained(pull(), config, images()))
 
 

@@ -1,4 +1,4 @@
-// ---- making elements; text is always set as text ----
+// ---- elements; text is always inserted as text ----
 
 function make(namespace, tag, attributes, children) {
   const element = document.createElementNS(namespace, tag);
@@ -32,7 +32,7 @@ function ticks(low, high, count) {
   return Array.from({ length: Math.floor(high / size + 1e-6) - first + 1 }, (_, i) => (first + i) * size);
 }
 
-/** Draws lines [{name, points, style, kind, label}] into a box, again whenever its width changes. */
+/** Draws lines [{name, points, style, kind, label}] into a box, and redraws them when its width changes. */
 function chart(box, { lines: all, x, y, height, label, extras = [], end = 12 }) {
   box.classList.add("chart");
   const readout = h("output");

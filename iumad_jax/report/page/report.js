@@ -1,6 +1,6 @@
 const page = JSON.parse(document.getElementById("data").textContent);
 const { results, methods, metrics, columns, rates } = page;
-const names = Object.keys(methods); // the run's own method, then the baselines
+const names = Object.keys(methods); // the run's method, then its baselines
 const own = names[0];
 const baselines = names.slice(1);
 const objects = columns.map(([, name]) => name);
@@ -20,9 +20,12 @@ function overview() {
   const count = (number, name) => `${number} ${name}${number === 1 ? "" : "s"}`;
   $("subtitle").textContent =
     `${count(objects.length, "object")} in ${count(steps, "step")} · seed ${config.seed} · ${time}`;
-  const baseline = `${baselines.join(" and ")} are not trained: what does not beat these baselines has not shown anything.`;
-  $("key").hidden = !Object.keys(metrics).length;
-  $("key").textContent = `Means over objects after the last step.${baselines.length ? ` ${baseline}` : ""}`;
+  const trivial = `${baselines.join(" and ")}: training-free ${baselines.length > 1 ? "baselines" : "baseline"}.`;
+  $("key").hidden = $("ranking").hidden = !Object.keys(metrics).length;
+  $("key").textContent =
+    "Means over objects after the last step; 1 is perfect. I-AUROC: anomalous above good images (0.5 is chance)." +
+    " P-AUROC: the same for pixels. AUPRO: mean share of a defect found, for up to 30 % of normal pixels marked." +
+    ` object: normal pixels of the object alone.${baselines.length ? ` ${trivial}` : ""}`;
   for (const metric of ["i_auroc", "aupro", "p_auroc_object", "aupro_object"].filter((key) => metrics[key])) {
     const figures = methods[own].summary[metric];
     $("tiles").append(
@@ -40,7 +43,9 @@ function overview() {
             return [h("span", {}, name), bar, h("span", {}, show(final))];
           }),
         ),
-        h("p", { class: "quiet" }, `forgotten (fm) ${show(figures.fm)} · when learned (new) ${show(figures.new)}`),
+        h("p", { class: "quiet" }, known(figures.fm)
+          ? `forgetting (fm) ${show(figures.fm)} · right after learning (new) ${show(figures.new)}`
+          : "a single step: nothing to forget"),
       ),
     );
   }
@@ -48,16 +53,16 @@ function overview() {
   for (const legend of document.querySelectorAll(".legend.methods")) {
     legend.append(...names.map((name) => h("span", { style: colour(name) + dashed(name) }, name)));
   }
-  const facts = { commands: null, "Version of": versions, "Kept for later steps": {} };
+  const facts = { Experiment: null, Versions: versions, Stored: {} };
   for (const [name, method] of [[own, results], ...Object.entries(results.baselines ?? {})]) {
-    if (known(method.bytes)) facts["Kept for later steps"][name] = `${(method.bytes / 1e6).toFixed(1)} MB`;
+    if (known(method.bytes)) facts.Stored[name] = `${(method.bytes / 1e6).toFixed(1)} MB`;
   }
-  facts.commands = {
+  facts.Experiment = {
     method: own,
     dataset: config.dataset.name,
     modality: config.modality,
     protocol: results.protocol,
-    "learned at each step": results.steps
+    "objects by step": results.steps
       .slice(0, steps)
       .map((step) => step.join(", "))
       .join(" | "),
@@ -69,7 +74,7 @@ function overview() {
       h(
         "div",
         {},
-        h("h3", {}, title === "commands" ? "Experiment" : title),
+        h("h3", {}, title),
         h(
           "dl",
           { class: "quiet" },
@@ -130,8 +135,8 @@ function curves() {
           of[name].roc[0].map((x, i) => [x, of[name].roc[1][i]]),
         ),
       ),
-      x: { from: 0, to: 1, name: "good images raised" },
-      y: { from: 0, to: 1, name: "found" },
+      x: { from: 0, to: 1, name: "false alarms" },
+      y: { from: 0, to: 1, name: "anomalous images found" },
       extras: [(x, y) => s("line", { class: "chance", x1: x(0), y1: y(0), x2: x(1), y2: y(1) })],
     });
     const pro = side("AUPRO", "aupro", {
@@ -141,8 +146,8 @@ function curves() {
           of[name].overlap.flatMap((y, i) => (known(y) ? [[rates[i], y]] : [])),
         ),
       ),
-      x: { from: 0, to: rates.at(-1), name: "normal pixels raised" },
-      y: { from: 0, to: 1, name: "of defects found" },
+      x: { from: 0, to: rates.at(-1), name: "normal pixels marked" },
+      y: { from: 0, to: 1, name: "share of defects found" },
       extras: [
         (x, y, frame) => {
           const mark = s("line", { class: "marker", y1: frame.top, y2: frame.bottom });
@@ -170,8 +175,8 @@ function training() {
   const terms = [...new Set(events.flatMap(Object.keys))].filter((key) => !others.includes(key));
   terms.sort((a, b) => (b === "loss") - (a === "loss"));
   $("training-note").textContent = events.length
-    ? "Means of the losses over each epoch, one step after the other."
-    : "Nothing was trained by gradients.";
+    ? "Mean losses of every epoch, step by step."
+    : "This method is not trained by gradients.";
   if (!events.length) {
     for (const element of $("training").querySelectorAll("figure, details")) element.hidden = true;
     return;
@@ -193,7 +198,7 @@ function training() {
   chart($("loss-chart"), {
     lines,
     height: 280,
-    label: "Losses over epochs; the same numbers stand in the table below",
+    label: "Losses over epochs; the table below holds the same numbers",
     x: { from: 1, to: Math.max(events.length, 2), name: "epochs of all steps" },
     y: {
       from: 10 ** powers[0],
@@ -212,7 +217,7 @@ function training() {
         ),
     ),
   });
-  const drawn = terms.filter((name) => events.some((event) => event[name] > 0)); // those left out would show no line
+  const drawn = terms.filter((name) => events.some((event) => event[name] > 0)); // zero losses have no line
   $("loss-legend").append(...drawn.map((name) => h("span", { style: style(name) }, name)));
   $("losses").append(
     h("thead", {}, h("tr", {}, ...["step", "epoch", ...terms].map((name) => h("th", { scope: "col" }, name)))),
@@ -250,9 +255,9 @@ function theme() {
 
 const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
 
-/** Hides a section that has nothing to show. */
-function needs(section, found) {
-  $(section).hidden = links.get(section).hidden = !found.length;
+/** Hides a section without content. */
+function needs(section, content) {
+  $(section).hidden = links.get(section).hidden = !content.length;
 }
 
 theme();

@@ -16,23 +16,23 @@ const HEAT = Uint8Array.from({ length: 256 * 3 }, (_, i) => {
   const [low, high] = [INFERNO[Math.floor(at)], INFERNO[Math.ceil(at)]];
   return low[i % 3] + (high[i % 3] - low[i % 3]) * (at % 1);
 });
-const SHOWN = 12; // samples at first
-const chosen = () => rates.length - 1 - Number($("threshold").value); // to the right the threshold rises
+const SHOWN = 12; // cards shown at first
+const chosen = () => rates.length - 1 - Number($("threshold").value); // the threshold rises to the right
 const state = () => Number($("state").value);
 
-/** Above which a pixel of a sample is marked, after the last step (1) or the one that learned the object (0). */
+/** Pixel threshold of a sample after the last step (1) or the step that learned its object (0). */
 function pixelThreshold({ object, pixel_thresholds }, which) {
   return ($("decided").checked ? pixel_thresholds[which] : page.thresholds[object][which][chosen()]) ?? null;
 }
 
-/** Whether a sample's image raises an alarm after the last step, where that was decided. */
+/** A chip with the decision about a sample after the last step; null without decisions. */
 function verdict({ anomalous, alarm }) {
   if (!results.decisions?.length) return null;
-  const text = alarm ? (anomalous ? "alarm" : "false alarm") : anomalous ? "missed" : "passed";
+  const text = alarm ? (anomalous ? "defect found" : "false alarm") : anomalous ? "missed" : "passed";
   return h("span", { class: `chip ${alarm === anomalous ? "" : "wrong"}` }, text);
 }
 
-/** The values of a map at every pixel, in its own unit. */
+/** Values of a map at every pixel, in units of the score. */
 function upsampled({ pixels, side, low, high }, [height, width]) {
   const values = Uint8Array.from(atob(pixels), (byte) => byte.charCodeAt(0));
   const all = new Float32Array(height * width);
@@ -61,8 +61,8 @@ function makeCard(sample) {
     s("svg", { viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" }, s("path", { d: sample.truth }));
   const panel = (name, ...layers) =>
     h("figure", {}, h("div", { class: "picture" }, ...layers), h("figcaption", {}, name));
-  const label = sample.anomalous ? "defective" : "good";
-  const found = h("dd");
+  const label = sample.anomalous ? "anomalous" : "good";
+  const coverage = h("dd");
   const element = h(
     "article",
     { class: "card" },
@@ -90,9 +90,9 @@ function makeCard(sample) {
       "div",
       { class: "panels" },
       panel("RGB", image(sample.rgb, `${sample.object}, ${sample.defect}`)),
-      sample.relief ? panel("depth relief", image(sample.relief, `depth of ${sample.object}, ${sample.defect}`)) : null,
-      panel(sample.truth ? "truth and mask" : "mask", image(sample.rgb, ""), mask, truth()),
-      panel("map", map, truth()),
+      sample.relief ? panel("relief of depth", image(sample.relief, `depth of ${sample.object}, ${sample.defect}`)) : null,
+      panel(sample.truth ? "ground truth and mask" : "mask", image(sample.rgb, ""), mask, truth()),
+      panel("anomaly map", map, truth()),
     ),
     h(
       "dl",
@@ -109,7 +109,7 @@ function makeCard(sample) {
         ]),
       ),
       h("dt", {}, "mask"),
-      found,
+      coverage,
     ),
   );
 
@@ -149,9 +149,9 @@ function makeCard(sample) {
       all += is;
       both += is && truthPixels[i];
     });
-    const rest = `${percent((all - both) / (width * height - defect))} of the rest`;
-    found.textContent = defect ? `${percent(both / defect)} of the defect, ${rest}` : rest;
-    if (!known(threshold)) found.textContent = "no threshold is known";
+    const rest = `${percent((all - both) / (width * height - defect))} of normal pixels`;
+    coverage.textContent = defect ? `${percent(both / defect)} of the defect, ${rest}` : rest;
+    if (!known(threshold)) coverage.textContent = "no threshold";
   };
   return card;
 }
@@ -174,7 +174,7 @@ function samples() {
 
   let waiting = false;
   const refresh = () => {
-    if (waiting) return; // only what is in view is drawn, once per frame
+    if (waiting) return; // draws visible cards only, once per frame
     waiting = true;
     requestAnimationFrame(() => {
       waiting = false;
@@ -194,17 +194,17 @@ function samples() {
   const redrawn = () => {
     for (const card of cards) card.dirty = true;
     const overlap = (name) => mean(objects.map((object) => page.curves[object]?.[name].overlap[chosen()]));
-    const found = names.flatMap((name) => [" ", h("b", { style: colour(name), title: name }, show(overlap(name)))]);
-    if ($("decided").checked) $("threshold-text").textContent = "every object's own, set by good calibration images";
+    const overlaps = names.flatMap((name) => [" ", h("b", { style: colour(name), title: name }, show(overlap(name)))]);
+    if ($("decided").checked) $("threshold-text").textContent = "calibrated on good images, per object";
     else
       $("threshold-text").replaceChildren(
-        `${percent(rates[chosen()])} of normal pixels raised; found of defects:`,
-        ...found,
+        `${percent(rates[chosen()])} of normal pixels marked; share of defects found:`,
+        ...overlaps,
       );
     $("threshold").setAttribute("aria-valuetext", $("threshold-text").textContent);
     for (const marker of document.querySelectorAll(".marker")) {
       marker.move(chosen());
-      marker.style.visibility = $("decided").checked ? "hidden" : "visible"; // every object has another
+      marker.style.visibility = $("decided").checked ? "hidden" : "visible"; // calibrated thresholds differ by object
     }
     refresh();
   };
@@ -229,8 +229,8 @@ function samples() {
     const shown = new Set(matching.slice(0, most));
     for (const card of cards) card.element.hidden = !shown.has(card);
     $("cards").append(...sorted.map(({ element }) => element));
-    const rest = page.left_out ? ` (${page.left_out} more did not fit into this file)` : "";
-    $("count").textContent = `${shown.size} of ${cards.length} samples${rest}`;
+    const rest = page.left_out ? ` (${page.left_out} more would make this file too large)` : "";
+    $("count").textContent = `${shown.size} of ${cards.length} pictures${rest}`;
     $("more").hidden = matching.length <= most;
     $("more").textContent = `Show all ${matching.length}`;
   };

@@ -1,4 +1,4 @@
-// ---- the matrix of a metric, and what was forgotten ----
+// ---- matrix of a metric, summary of forgetting ----
 
 function forgetting(metric) {
   const all = names.flatMap((name) => methods[name].matrix[metric].flat()).filter(known);
@@ -16,7 +16,7 @@ function forgetting(metric) {
         h("th", { scope: "row" }, `step ${step}`),
         ...columns.map(([first, object], i) =>
           first > step
-            ? h("td", { class: "unseen", title: `${object} is learned at step ${first}` })
+            ? h("td", { class: "unseen", title: `${object} is learned in step ${first}` })
             : cell(values[i], first === step ? "first" : "", `${name}, ${object}, after step ${step}`),
         ),
         cell(mean(values), "mean", `${name}, mean after step ${step}`),
@@ -94,7 +94,7 @@ function forgetting(metric) {
     lines,
     height: Math.max(300, 60 + 14 * objects.length),
     end: 128,
-    label: `${metrics[metric]} of every object after every step; the same numbers stand in the table above`,
+    label: `${metrics[metric]} of every object after every step; the table above holds the same numbers`,
     x: { from: 0, to: Math.max(steps - 1, 1), name: "step", ticks: Array.from({ length: steps }, (_, i) => i) },
     y: { from: low, to: 1, name: metrics[metric] },
   });
@@ -114,7 +114,7 @@ function sortable(table, headers, rows) {
           type: "button",
           onclick: () => {
             const up = heads[i].getAttribute("aria-sort") === (i ? "descending" : "ascending") ? -1 : 1;
-            const direction = i ? -up : up; // numbers: the highest first
+            const direction = i ? -up : up; // numbers start with the highest
             for (const head of heads) head.removeAttribute("aria-sort");
             heads[i].setAttribute("aria-sort", direction > 0 ? "ascending" : "descending");
             const order = [...rows].sort(({ keys: { [i]: a } }, { keys: { [i]: b } }) =>
@@ -155,10 +155,10 @@ function objectTable() {
   sortable($("object-table"), ["object", "step", ...shown.map((metric) => metrics[metric])], rows);
   if (!shown.length) return;
   $("objects-note").replaceChildren(
-    "In every cell: ",
+    "Every cell: ",
     h("b", { style: colour(own) }, own),
     ...baselines.flatMap((name) => [", ", h("b", { style: `color: var(--color); ${colour(name)}` }, name)]),
-    baselines.length ? "; ✓ where the first is above every baseline." : ".",
+    baselines.length ? "; ✓ where the method is better than every baseline." : ".",
   );
   $("object-table").append(
     h(
@@ -175,66 +175,67 @@ function objectTable() {
   );
 }
 
-/** What an evaluation found of objects that were never learned. */
+/** Shares of images taken as unknown, for an evaluation with objects that were never learned. */
 function neverLearned(share) {
   const flagged = Object.entries(results.unknown?.objects ?? {});
   if (!flagged.length) return "";
   const shares = flagged.map(([name, value]) => `${name} ${share(value)}`).join(", ");
   return (
-    ` Flagged as unknown, of objects never learned: ${shares};` +
-    ` of learned ones ${share(results.unknown.taken_as_unknown)}.`
+    ` Taken as unknown: of objects never learned ${shares};` +
+    ` of learned objects ${share(results.unknown.taken_as_unknown)}.`
   );
 }
 
-/** The thresholds that calibration images set, and how often the decisions err on test images. */
+/** Thresholds from calibration images, and error rates of the decisions on test images. */
 function decisions() {
   const last = results.decisions?.at(-1);
   if (!last) return;
-  const told = {
+  const rateNames = {
     false_alarms: "false alarms",
     misses: "misses",
     taken_as_unknown: "unknown",
     recognised: "recognised",
   };
+  const measured = (key) => objects.some((name) => known(last.objects[name]?.test?.[key]));
+  const shownRates = Object.keys(rateNames).filter(measured);
   const share = (value) => (known(value) ? `${(100 * value).toFixed(1)} %` : "–");
   const limit = ({ threshold, interval, images }) =>
     h(
       "td",
-      { title: `95 % interval ${interval.map((end) => end.toPrecision(4)).join(" to ")}, set by ${images} images` },
+      { title: `95 % interval ${interval.map((end) => end.toPrecision(4)).join(" to ")}, from ${images} images` },
       threshold.toPrecision(4),
     );
   const rows = objects
     .filter((name) => last.objects[name])
     .map((name) => {
       const { image, pixel, test = {} } = last.objects[name];
-      const shares = Object.keys(told).map((key) => test[key]);
+      const shares = shownRates.map((key) => test[key]);
       return {
         keys: [name, ...shares, image.false_alarm_bound, image.threshold, pixel.threshold, image.images],
         element: h(
           "tr",
           {},
           h("th", { scope: "row" }, name),
-          ...[...shares, image.false_alarm_bound].map((value) => h("td", {}, share(value))),
+          ...shares.map((value) => h("td", {}, share(value))),
+          h("td", {}, known(image.false_alarm_bound) ? share(image.false_alarm_bound) : "none"),
           limit(image),
           limit(pixel),
           h("td", {}, String(image.images)),
         ),
       };
     });
-  const headers = ["object", ...Object.values(told), "promised", "image threshold", "pixel threshold", "from images"];
+  const rateHeaders = shownRates.map((key) => rateNames[key]);
+  const thresholdHeaders = ["false-alarm bound", "image threshold", "pixel threshold", "calibration images"];
   $("decisions-note").textContent =
-    `After the last step. Good calibration images alone set the thresholds, ${share(last.quantile)} of them are to` +
-    " pass; false alarms, misses, and which object an image is taken for are counted on test images. So many images" +
-    " promise at most so many false alarms; nothing is promised where the model was trained on them." +
+    "After the last step, at thresholds set by good calibration images for a false-alarm rate of" +
+    ` ${share(1 - last.quantile)}. False alarm: a good image called anomalous; expected at a rate of at most the bound,` +
+    " which more calibration images lower; none where thresholds come from training images." +
+    " Miss: an anomalous image called good. Recognised: taken for the right object." +
     neverLearned(share);
-  sortable($("decision-table"), headers, rows);
-  const means = Object.keys(told).map((_, i) => mean(rows.map(({ keys }) => keys[i + 1])));
-  $("decision-table").append(
-    h(
-      "tfoot",
-      {},
-      h("tr", {}, h("th", { scope: "row" }, "mean"), ...means.map((value) => h("td", {}, share(value))), h("td", { colspan: 4 })),
-    ),
-  );
+  sortable($("decision-table"), ["object", ...rateHeaders, ...thresholdHeaders], rows);
   $("decisions").hidden = false;
+  if (!shownRates.length) return;
+  const means = shownRates.map((_, i) => h("td", {}, share(mean(rows.map(({ keys }) => keys[i + 1])))));
+  const footer = h("tr", {}, h("th", { scope: "row" }, "mean"), ...means, h("td", { colspan: thresholdHeaders.length }));
+  $("decision-table").append(h("tfoot", {}, footer));
 }

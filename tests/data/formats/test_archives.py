@@ -6,6 +6,7 @@ import hashlib
 import io
 import lzma
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 
 from iumad_jax.data.formats.archives import Limits, unpack
 from iumad_jax.errors import UserError
+from tests import sentences
 
 LIMITS = Limits(bytes=10**6, entries=100)
 FILES = {"bagel/train/good/rgb/000.png": b"pixels" * 1000, "readme.txt": b"", "peach Ω/a b.txt": b"text"}
@@ -83,36 +85,65 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path, inside):
     else:
         root.mkdir()
         (root / "a").touch()
-    with pytest.raises(UserError, match=r"root, which was not unpacked from b\.tar but is not empty; leave"):
+    with pytest.raises(
+        UserError, match=re.escape(sentences.ARCHIVE_ROOT_NOT_EMPTY.format(root="root", archive="b.tar"))
+    ):
         unpack(write(tmp_path / "b.tar", [("b", b"")]), root, LIMITS)
     assert holds(root) == {"a": b""}
 
 
 HOSTILE = {
-    "a way out": (lambda p: write_tar(p, [member("../out")]), "'../out', which leads elsewhere"),
-    "a way out within": (lambda p: write_tar(p, [member("a/../../out")]), "leads elsewhere"),
-    "an absolute path": (lambda p: write_tar(p, [member("/tmp/out")]), "'/tmp/out', which leads elsewhere"),
-    "a deep path": (lambda p: write_tar(p, [member("a/" * 40 + "out")]), "leads elsewhere"),
+    "a way out": (lambda p: write_tar(p, [member("../out")]), sentences.ARCHIVE_LEADS_ELSEWHERE.format("'../out'")),
+    "a way out within": (lambda p: write_tar(p, [member("a/../../out")]), sentences.ARCHIVE_LEADS_ELSEWHERE.format("")),
+    "an absolute path": (
+        lambda p: write_tar(p, [member("/tmp/out")]),
+        sentences.ARCHIVE_LEADS_ELSEWHERE.format("'/tmp/out'"),
+    ),
+    "a deep path": (lambda p: write_tar(p, [member("a/" * 40 + "out")]), sentences.ARCHIVE_LEADS_ELSEWHERE.format("")),
     "a symbolic link": (
         lambda p: write_tar(p, [member("link", kind=tarfile.SYMTYPE, linkname="/tmp"), member("link/out")]),
-        "'link', which is neither a file nor a folder",
+        sentences.ARCHIVE_HOLDS_NO_FILE.format("'link'"),
     ),
-    "a hard link": (lambda p: write_tar(p, [member("l", kind=tarfile.LNKTYPE, linkname="../x")]), "neither a file"),
-    "a device": (lambda p: write_tar(p, [member("null", kind=tarfile.CHRTYPE, devmajor=1, devminor=3)]), "neither"),
-    "a pipe": (lambda p: write_tar(p, [member("pipe", kind=tarfile.FIFOTYPE)]), "neither a file nor a folder"),
-    "a file twice": (lambda p: write_tar(p, [member("a", b"1"), member("a", b"2")]), "'a' in the place of another"),
-    "a file as a folder": (lambda p: write_tar(p, [member("a"), member("a/b")]), "'a/b' in the place of another"),
-    "a file in the folder's place": (lambda p: write_tar(p, [member(".")]), "'.' in the place of another"),
-    "too many entries": (lambda p: write_tar(p, [member(str(i)) for i in range(101)]), "more than 100 entries"),
-    "a bomb": (lambda p: write_tar(p, [member("a", bytes(10**6 + 1))]), "unpacks to more than 0.001 GB"),
-    "a bomb of many": (lambda p: write_tar(p, [member(str(i), bytes(10**5)) for i in range(11)]), "more than 0.001 GB"),
+    "a hard link": (
+        lambda p: write_tar(p, [member("l", kind=tarfile.LNKTYPE, linkname="../x")]),
+        sentences.ARCHIVE_HOLDS_NO_FILE.format(""),
+    ),
+    "a device": (
+        lambda p: write_tar(p, [member("null", kind=tarfile.CHRTYPE, devmajor=1, devminor=3)]),
+        sentences.ARCHIVE_HOLDS_NO_FILE.format(""),
+    ),
+    "a pipe": (
+        lambda p: write_tar(p, [member("pipe", kind=tarfile.FIFOTYPE)]),
+        sentences.ARCHIVE_HOLDS_NO_FILE.format(""),
+    ),
+    "a file twice": (
+        lambda p: write_tar(p, [member("a", b"1"), member("a", b"2")]),
+        sentences.ARCHIVE_HOLDS_IT_TWICE.format("'a'"),
+    ),
+    "a file as a folder": (
+        lambda p: write_tar(p, [member("a"), member("a/b")]),
+        sentences.ARCHIVE_HOLDS_IT_TWICE.format("'a/b'"),
+    ),
+    "a file in the folder's place": (
+        lambda p: write_tar(p, [member(".")]),
+        sentences.ARCHIVE_HOLDS_IT_TWICE.format("'.'"),
+    ),
+    "too many entries": (
+        lambda p: write_tar(p, [member(str(i)) for i in range(101)]),
+        sentences.ARCHIVE_OF_TOO_MANY.format(100),
+    ),
+    "a bomb": (lambda p: write_tar(p, [member("a", bytes(10**6 + 1))]), sentences.ARCHIVE_TOO_LARGE.format(0.001)),
+    "a bomb of many": (
+        lambda p: write_tar(p, [member(str(i), bytes(10**5)) for i in range(11)]),
+        sentences.ARCHIVE_TOO_LARGE.format(0.001),
+    ),
     "a bomb of a second header": (
         lambda p: write_tar(p, [member("a"), member("b", pax_headers={"comment": "x" * (3 << 20)})]),
-        r"more than 1048576 bytes between two files",
+        sentences.ARCHIVE_HEADER_TOO_LARGE.format(1048576),
     ),
     "a bomb of a header": (
         lambda p: write_tar(p, [member("a", pax_headers={"comment": "x" * (3 << 20)})]),
-        r"more than 1048576 bytes between two files",
+        sentences.ARCHIVE_HEADER_TOO_LARGE.format(1048576),
     ),
 }
 
@@ -133,12 +164,12 @@ def test_hostile_tars_are_refused(tmp_path, kind, make, told):
 
 
 HOSTILE_ZIPS = {
-    "a way out": ([("../out", b"")], 0, "leads elsewhere"),
-    "an absolute path": ([("/tmp/out", b"")], 0, "leads elsewhere"),
-    "a symbolic link": ([("link", b"/tmp")], stat.S_IFLNK | 0o777, "neither a file nor a folder"),
-    "a device": ([("null", b"")], stat.S_IFCHR, "neither a file nor a folder"),
-    "a bomb": ([("a", bytes(10**6 + 1))], 0, "unpacks to more than 0.001 GB"),
-    "too many entries": ([(str(i), b"") for i in range(101)], 0, "more than 100 entries"),
+    "a way out": ([("../out", b"")], 0, sentences.ARCHIVE_LEADS_ELSEWHERE.format("")),
+    "an absolute path": ([("/tmp/out", b"")], 0, sentences.ARCHIVE_LEADS_ELSEWHERE.format("")),
+    "a symbolic link": ([("link", b"/tmp")], stat.S_IFLNK | 0o777, sentences.ARCHIVE_HOLDS_NO_FILE.format("")),
+    "a device": ([("null", b"")], stat.S_IFCHR, sentences.ARCHIVE_HOLDS_NO_FILE.format("")),
+    "a bomb": ([("a", bytes(10**6 + 1))], 0, sentences.ARCHIVE_TOO_LARGE.format(0.001)),
+    "too many entries": ([(str(i), b"") for i in range(101)], 0, sentences.ARCHIVE_OF_TOO_MANY.format(100)),
 }
 
 
@@ -151,11 +182,13 @@ def test_hostile_zips_are_refused(tmp_path, files, mode, told):
 def test_a_zip_that_lies_about_a_size_is_refused(tmp_path, told):
     archive = write_zip(tmp_path / "a.zip", [("a", bytes(2000))])
     archive.write_bytes(archive.read_bytes().replace((2000).to_bytes(4, "little"), told.to_bytes(4, "little")))
-    refused(archive, tmp_path, "is truncated or damaged")
+    refused(archive, tmp_path, sentences.ARCHIVE_DAMAGED)
 
 
 def test_a_zip_with_an_entry_without_a_name_is_refused(tmp_path):
-    told = "'' in the place of another" if sys.version_info >= (3, 13) else "is truncated or damaged"  # by zipfile
+    told = (
+        sentences.ARCHIVE_HOLDS_IT_TWICE.format("''") if sys.version_info >= (3, 13) else sentences.ARCHIVE_DAMAGED
+    )  # by zipfile
     refused(write_zip(tmp_path / "a.zip", [("", b"")]), tmp_path, told)
 
 
@@ -165,13 +198,13 @@ def test_truncated_archives_are_refused(tmp_path, kind, keep):
     noise = [(name, os.urandom(3000)) for name in FILES]
     archive = write(tmp_path / f"a.{kind}", noise)
     os.truncate(archive, int(archive.stat().st_size * keep))
-    refused(archive, tmp_path, r"is truncated or damaged \(.*\); fetch it again\.")
+    refused(archive, tmp_path, sentences.ARCHIVE_DAMAGED_SINCE)
 
 
 def test_a_tar_cut_between_two_files_is_refused(tmp_path):
     archive = write_tar(tmp_path / "a.tar", [member("a", bytes(range(256)) * 2), member("b")])
     os.truncate(archive, 1024)
-    refused(archive, tmp_path, r"is truncated or damaged \(it has no end\)")
+    refused(archive, tmp_path, sentences.ARCHIVE_WITHOUT_END)
 
 
 @pytest.mark.parametrize("kind", ["tar.gz", "tar.xz", "zip"])
@@ -180,25 +213,26 @@ def test_flipped_bits_are_noticed(tmp_path, kind):
     content = bytearray(archive.read_bytes())
     content[len(content) // 2] ^= 16
     archive.write_bytes(content)
-    refused(archive, tmp_path, "is truncated or damaged")
+    refused(archive, tmp_path, sentences.ARCHIVE_DAMAGED)
 
 
 @pytest.mark.parametrize("name", ["a.rar", "a.tar.bz2", "a"])
 def test_other_formats_are_refused(tmp_path, name):
     (tmp_path / name).touch()
-    with pytest.raises(UserError, match=r"name one that ends in \.tar, \.tar\.gz, \.tar\.xz, \.zip"):
+    with pytest.raises(UserError, match=sentences.UNKNOWN_ARCHIVE_FORMAT.format(r"\.tar, \.tar\.gz, \.tar\.xz, \.zip")):
         unpack(tmp_path / name, tmp_path / "root", LIMITS)
 
 
 def test_no_archive(tmp_path):
-    with pytest.raises(UserError, match=r"a\.tar, which cannot be read \(No such file or directory\)"):
+    told = sentences.ARCHIVE_UNREADABLE.format(archive=tmp_path / "a.tar", reason="No such file or directory")
+    with pytest.raises(UserError, match=re.escape(told)):
         unpack(tmp_path / "a.tar", tmp_path / "root", LIMITS)
 
 
 def test_a_full_disk(tmp_path, files_no_larger_than):
     archive = write(tmp_path / "a.tar", FILES.items())
     with files_no_larger_than(1000):
-        refused(archive, tmp_path, r"cannot be unpacked to .*root \(File too large\); nothing was kept")
+        refused(archive, tmp_path, sentences.ARCHIVE_NOT_UNPACKED.format(root="root", reason="File too large"))
 
 
 def test_a_killed_unpacking_starts_again(tmp_path):

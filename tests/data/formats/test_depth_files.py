@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import io
+import re
 import struct
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from iumad_jax.data import depth
 from iumad_jax.data.formats.clouds import read_ply
 from iumad_jax.data.formats.depth_files import read_depth
 from iumad_jax.errors import UserError
+from tests import sentences
 
 
 def ply(cloud: np.ndarray, kind: str = "ascii", size: bool = True, extra: bool = True) -> bytes:
@@ -158,55 +160,71 @@ def npy_header(shape: str, descr: str = "'<f4'") -> bytes:
 
 CLOUD = np.ones((48, 64, 3), np.float32)
 BAD = {
-    "a huge npy": ("npy", npy_header("(10**9, 10**9)".replace("10**9", "1000000000")), "cannot be"),
-    "a large npy": ("npy", npy_header("(9000, 1)") + bytes(36_000), "1x9000 pixels; use at most"),
-    "a program": ("npy", npy_header("(1,)", "'|O'") + b"cos\nsystem\n", "000.npy cannot be read"),
-    "words": ("npy", npy(np.full((48, 64), "far")), "holds <U3; give numbers"),
-    "a row": ("npy", npy(np.ones(9, np.float32)), "has the shape (9,); give (rows, columns)"),
-    "a truncated npy": ("npy", npy(CLOUD)[:-9], "000.npy cannot be read"),
+    "a huge npy": (
+        "npy",
+        npy_header("(10**9, 10**9)".replace("10**9", "1000000000")),
+        sentences.FILE_UNREADABLE.format("000.npy"),
+    ),
+    "a large npy": (
+        "npy",
+        npy_header("(9000, 1)") + bytes(36_000),
+        sentences.TOO_MANY_PIXELS.format(size="1x9000", most="8192x8192"),
+    ),
+    "a program": ("npy", npy_header("(1,)", "'|O'") + b"cos\nsystem\n", sentences.FILE_UNREADABLE.format("000.npy")),
+    "words": ("npy", npy(np.full((48, 64), "far")), sentences.NOT_NUMBERS.format("<U3")),
+    "a row": ("npy", npy(np.ones(9, np.float32)), sentences.ARRAY_OF_WRONG_SHAPE.format("(9,)")),
+    "a truncated npy": ("npy", npy(CLOUD)[:-9], sentences.FILE_UNREADABLE.format("000.npy")),
     "a turned cloud": (
         "npy",
         npy(np.random.default_rng(0).uniform(0.3, 0.5, (48, 64, 3))),
-        "beside the rays of the best pinhole or orthographic camera",
+        sentences.NO_CAMERA_FITS,
     ),
-    "no PLY": ("ply", b"mesh", "000.ply is not a PLY file"),
-    "a PLY without format": ("ply", b"ply\nend_header\n", "header without a known format"),
-    "a PLY of few points": ("ply", ply(CLOUD[:9], size=False), "has 576 points; an organised"),
-    "a PLY without z": ("ply", ply(CLOUD).replace(b" z\n", b" w\n"), "give x, y and z, each once"),
+    "no PLY": ("ply", b"mesh", sentences.NOT_A_CLOUD_OF_ITS_FORMAT.format(file="000.ply", format="PLY")),
+    "a PLY without format": ("ply", b"ply\nend_header\n", sentences.PLY_OF_UNKNOWN_FORMAT),
+    "a PLY of few points": ("ply", ply(CLOUD[:9], size=False), sentences.PLY_NOT_ORGANISED.format(576)),
+    "a PLY without z": ("ply", ply(CLOUD).replace(b" z\n", b" w\n"), sentences.PLY_WITHOUT_COORDINATES),
     "a PLY of lists": (
         "ply",
         ply(CLOUD).replace(b"property uchar red", b"property list uchar int red"),
-        "has vertices with lists or unknown types",
+        sentences.PLY_OF_UNKNOWN_TYPES,
     ),
-    "a truncated PLY": ("ply", ply(CLOUD, "binary_little_endian")[:-99], "000.ply cannot be read"),
-    "a PLY in words that ends early": ("ply", ply(CLOUD)[:-999], "000.ply cannot be read"),
+    "a truncated PLY": ("ply", ply(CLOUD, "binary_little_endian")[:-99], sentences.FILE_UNREADABLE.format("000.ply")),
+    "a PLY in words that ends early": ("ply", ply(CLOUD)[:-999], sentences.FILE_UNREADABLE.format("000.ply")),
     "a PLY without points": (
         "ply",
         ply(CLOUD).partition(b"end_header\n")[0] + b"end_header\n",
-        "has no points after its header",
+        sentences.PLY_WITHOUT_POINTS,
     ),
     "a huge PLY": (
         "ply",
         ply(CLOUD).replace(b"num_cols 64", b"num_cols 99999"),
-        "99999x48 pixels; use at most",
+        sentences.TOO_MANY_PIXELS.format(size="99999x48", most="8192x8192"),
     ),
-    "no PCD": ("pcd", b"cloud", "000.pcd is not a PCD file"),
-    "a PCD without height": ("pcd", pcd(CLOUD).replace(b"HEIGHT", b"H"), "incomplete PCD header"),
+    "no PCD": ("pcd", b"cloud", sentences.NOT_A_CLOUD_OF_ITS_FORMAT.format(file="000.pcd", format="PCD")),
+    "a PCD without height": ("pcd", pcd(CLOUD).replace(b"HEIGHT", b"H"), sentences.PCD_HEADER_INCOMPLETE),
     "a compressed PCD": (
         "pcd",
         pcd(CLOUD, "binary_compressed"),
-        "has the data binary_compressed; save it as ascii or binary",
+        sentences.PCD_OF_UNKNOWN_DATA.format("binary_compressed"),
     ),
-    "a PCD in no order": ("pcd", pcd(CLOUD, WIDTH=3072, HEIGHT=1), "is not organised"),
-    "a PCD of unknown types": ("pcd", pcd(CLOUD, "binary", SIZE="3 3 3 1 4 1"), "cannot be read"),
+    "a PCD in no order": ("pcd", pcd(CLOUD, WIDTH=3072, HEIGHT=1), sentences.PCD_NOT_ORGANISED),
+    "a PCD of unknown types": (
+        "pcd",
+        pcd(CLOUD, "binary", SIZE="3 3 3 1 4 1"),
+        sentences.FILE_UNREADABLE.format("000.pcd"),
+    ),
     "metres called millimetres": (
         "npy",
         npy(np.full((48, 64), 0.0004)),
-        "as if metres were called millimetres; give the unit",
+        sentences.UNIT_WRONG.format(true="metres", called="millimetres") + "; give the unit",
     ),
-    "behind the sensor": ("npy", npy(np.full((48, 64), -0.4)), "depth is the distance from"),
-    "millimetres": ("npy", npy(np.full((48, 64), 412.0)), "has a median depth of 412 m, as if millimetres were called"),
-    "no unit": ("npy", npy(np.full((48, 64), 412)), "holds whole numbers of an unknown unit; give the unit"),
+    "behind the sensor": ("npy", npy(np.full((48, 64), -0.4)), sentences.DEPTH_NEGATIVE),
+    "millimetres": (
+        "npy",
+        npy(np.full((48, 64), 412.0)),
+        sentences.UNIT_WRONG_BY_MEDIAN.format(median=412, true="millimetres", called="metres"),
+    ),
+    "no unit": ("npy", npy(np.full((48, 64), 412)), sentences.UNIT_UNKNOWN.format(remedy="give the unit")),
 }
 
 
@@ -227,7 +245,7 @@ def test_bad_file(tmp_path: Path, ending: str, content: bytes, expected: str) ->
 def test_a_damaged_tiff_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "000.tiff"
     file.write_bytes(tiff(CLOUD).replace(struct.pack("<HH", 273, 4), struct.pack("<HH", 273, 99)))  # where its rows are
-    with pytest.raises(UserError, match=r"000\.tiff cannot be read"):
+    with pytest.raises(UserError, match=re.escape(sentences.FILE_UNREADABLE.format("000.tiff"))):
         read_depth(file, 1.0, (48, 64), "")
     assert not caplog.records
 
@@ -251,6 +269,6 @@ def test_a_damaged_file_is_read_or_refused(tmp_path: Path, scan, ending: str, en
 def test_an_archive_by_the_name_of_an_array_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "000.npy"
     file.write_bytes(b"PK\3\4 and no more")
-    with pytest.raises(UserError, match=r"000\.npy cannot be read \(it is truncated or damaged\); restore it\."):
+    with pytest.raises(UserError, match=re.escape(sentences.FILE_DAMAGED.format("000.npy") + ".")):
         read_depth(file, 1.0, (4, 4), "")
     gc.collect()  # an open file would warn here

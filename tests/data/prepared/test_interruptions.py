@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from iumad_jax.errors import UserError
+from tests import sentences
 from tests.data.prepared.sets import (
     RGB,
     SIZE,
@@ -75,7 +76,7 @@ def test_two_processes_prepare_at_once(root):
             time.sleep(0.01)
         with prepare_in_a_process(root, "wait") as second:
             told = second.stderr.readline()
-            assert re.fullmatch(r".*Confetto-test-\w+: another process prepares this; waiting for it\.\n", told)
+            assert re.fullmatch(sentences.ANOTHER_PROCESS_PREPARES.format(r"Confetto-test-\w+"), told)
             (root / "go").touch()
             assert first.communicate() == (str(TEST_IMAGES), "")
             assert second.communicate() == ("0", "")
@@ -126,7 +127,7 @@ def test_damage_is_noticed_and_repaired(root, capfd, name, harm, lost):
     assert_same(after, before)
     told = capfd.readouterr().err
     if "json" not in name and folder.exists() and lost < 11:
-        assert f"{lost} of 11 images are damaged and prepared again." in told
+        assert sentences.PREPARED_AGAIN.format(lost=lost, all=11) in told
     assert counted(root, "test")[1] == 0
 
 
@@ -134,7 +135,7 @@ def test_a_bad_image_leaves_no_set_but_those_before_it(root):
     file = root / "Confetto" / "test_public" / "data" / "09_depth.png"
     content = file.read_bytes()
     file.write_bytes(content[:-20])
-    with pytest.raises(UserError, match=r"09_depth\.png cannot be read"):
+    with pytest.raises(UserError, match=re.escape(sentences.FILE_UNREADABLE.format("09_depth.png"))):
         counted(root, "test")
     assert not list(root.parent.glob("prepared/*/manifest.json"))
     file.write_bytes(content)
@@ -147,7 +148,7 @@ def test_a_bad_image_leaves_no_set_but_those_before_it(root):
 def test_a_full_disk_is_told_and_nothing_lost(root, files_no_larger_than, size):
     with (
         files_no_larger_than(size),
-        pytest.raises(UserError, match=r"cannot be prepared \(File too large\); make room .* is kept\."),
+        pytest.raises(UserError, match=sentences.PREPARING_WITHOUT_ROOM.format("File too large")),
     ):
         counted(root, "test")
     assert not list(root.parent.glob("prepared/*/manifest.json"))

@@ -8,6 +8,7 @@ import pytest
 from iumad_jax.data.prepared.processing import Processing
 from iumad_jax.data.sample import Sample
 from iumad_jax.errors import UserError
+from tests import sentences
 
 
 def processing(encoding: str, window: int = 3) -> Processing:
@@ -32,7 +33,7 @@ def test_official_normals_take_the_place_of_those_from_depth(sample: Sample) -> 
     assert np.abs(noisy[corner] - up).max() > 10
     tilt = np.degrees(np.arccos(official[16, 16, 2] / 127.5 - 1))
     assert tilt == pytest.approx(20, abs=2)
-    with pytest.raises(UserError, match=r"bolt 7 has no official normals; use another depth encoding\."):
+    with pytest.raises(UserError, match=sentences.NORMALS_MISSING.format("bolt 7")):
         processing("normals_official")(dataclasses.replace(sample, normals=None))
 
 

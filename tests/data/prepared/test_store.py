@@ -11,6 +11,7 @@ import pytest
 
 from iumad_jax.data.readers.eyecandies import Eyecandies
 from iumad_jax.errors import UserError
+from tests import sentences
 from tests.data.prepared.sets import (
     BELT,
     PROCESSING,
@@ -218,7 +219,7 @@ def test_a_changed_setting_is_noticed(root, change):
 
 
 def test_features_too_large_for_their_type_are_refused(root):
-    with pytest.raises(UserError, match="features do not fit float16"):
+    with pytest.raises(UserError, match=sentences.FEATURES_TOO_LARGE.format("float16")):
         store(root, lambda images: quarters(images) * 1e4).get("Confetto", "train")
 
 
@@ -227,11 +228,11 @@ def test_a_split_without_images_is_refused(root):
         def ids(self, object, split):
             return ()
 
-    with pytest.raises(UserError, match="Confetto has no calibration images; add some"):
+    with pytest.raises(UserError, match=sentences.SPLIT_WITHOUT_IMAGES.format(object="Confetto", split="calibration")):
         store(root, reader=Empty(root, "Confetto")).get("Confetto", "calibration")
 
 
 def test_a_place_that_cannot_be_written(root, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot be prepared \(Not a directory\).* --config\.dataset\.prepared"):
+    with pytest.raises(UserError, match=sentences.PREPARED_PLACE_UNUSABLE.format("Not a directory")):
         store(root, folder=tmp_path / "file" / "prepared").get("Confetto", "train")

@@ -1,5 +1,6 @@
 """One's own objects: what the README shows, every format of depth against the scene it was written from, bad input."""
 
+import re
 import struct
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from iumad_jax.data import readers
 from iumad_jax.data.prepared.processing import Processing
 from iumad_jax.data.readers.folder import Folder
 from iumad_jax.errors import UserError
+from tests import sentences
 
 
 def levels(scene) -> np.ndarray:
@@ -78,10 +80,12 @@ def test_the_config_finds_the_objects(root: Path) -> None:
     config.dataset.objects = "bolt"
     assert readers.objects(config) == readers.open_reader(config).objects == ("bolt",)
     config.dataset.objects = "nut"
-    with pytest.raises(UserError, match=r'names "nut"; known are all and Zahnrad groß, bolt\.'):
+    with pytest.raises(
+        UserError, match=re.escape(sentences.UNKNOWN_OBJECT.format(name="nut", known="Zahnrad groß, bolt."))
+    ):
         readers.objects(config)
     config.dataset.objects, config.input.depth_encoding = "all", "normals_official"
-    with pytest.raises(UserError, match="which folder lacks; use normals"):
+    with pytest.raises(UserError, match=sentences.ENCODING_NOT_THERE.format(reader="folder", known="normals")):
         readers.open_reader(config)
 
 
@@ -106,7 +110,7 @@ def test_photographs_alone(tmp_path: Path, scan, read_all) -> None:
     assert (samples["dent/000"].mask, samples["dent/000"].anomalous) == (None, True)
     arrays = Processing(("rgb",), 32, "normals", 0.1, 0.005)(samples["dent/000"])
     assert not arrays["masked"]
-    with pytest.raises(UserError, match=r"good/depth/JPEG image\.png is missing; every image in"):
+    with pytest.raises(UserError, match=re.escape(sentences.FILE_OF_IMAGE_MISSING.format("good/depth/JPEG image.png"))):
         Folder(tmp_path, needs_depth=True)
 
 
@@ -171,83 +175,163 @@ def bmp_header(side: int) -> bytes:
 
 
 BAD = {
-    "an empty root": (".", "empty", "which is empty"),
-    "no train": ("bolt/train", "rmtree", "bolt/train is missing; put it there or leave bolt out"),
-    "no good images": (GOOD, ("rename_to", "fine"), "train/fine is not good; only test images may have defects"),
-    "an empty train": ("bolt/train", "empty", "train/good is missing; put the good images there"),
-    "an empty good": (GOOD, "empty", "good/rgb holds no images; put files such as 000.png there"),
-    "an empty rgb": (f"{GOOD}/rgb", "empty", "good/rgb holds no images"),
-    "an empty depth": (f"{GOOD}/depth", "empty", "depth/000.png is missing; every image in"),
-    "an empty test": ("Zahnrad groß/test", "empty", "test holds no folder good and none named after a defect"),
-    "an empty defect": (BROKEN, "empty", "broken tooth/rgb holds no images"),
-    "an unknown split": ("bolt/unlabelled", ("rename_to", "Test"), "bolt/Test is not one of train, val, test"),
-    "a name with a command to the terminal": (RGB, ("rename_to", "\x1b[2J.png"), r"\x1b[2J.png has a name that cannot"),
+    "an empty root": (".", "empty", sentences.ROOT_EMPTY_SHORTLY),
+    "no train": ("bolt/train", "rmtree", sentences.SPLIT_MISSING.format(path="bolt/train", object="bolt")),
+    "no good images": (GOOD, ("rename_to", "fine"), sentences.DEFECT_OUTSIDE_TEST.format("train/fine")),
+    "an empty train": ("bolt/train", "empty", sentences.GOOD_IMAGES_MISSING.format("train/good")),
+    "an empty good": (GOOD, "empty", sentences.FOLDER_WITHOUT_IMAGES.format(folder="good/rgb", example="000.png")),
+    "an empty rgb": (
+        f"{GOOD}/rgb",
+        "empty",
+        sentences.FOLDER_WITHOUT_IMAGES.format(folder="good/rgb", example="000.png"),
+    ),
+    "an empty depth": (f"{GOOD}/depth", "empty", sentences.FILE_OF_IMAGE_MISSING.format("depth/000.png")),
+    "an empty test": ("Zahnrad groß/test", "empty", sentences.TEST_WITHOUT_FOLDERS.format("test")),
+    "an empty defect": (
+        BROKEN,
+        "empty",
+        sentences.FOLDER_WITHOUT_IMAGES.format(folder="broken tooth/rgb", example="000.png"),
+    ),
+    "an unknown split": (
+        "bolt/unlabelled",
+        ("rename_to", "Test"),
+        sentences.UNKNOWN_NAME.format(path="bolt/Test", known="train, val, test"),
+    ),
+    "a name with a command to the terminal": (
+        RGB,
+        ("rename_to", "\x1b[2J.png"),
+        sentences.NAME_UNPRINTABLE.format(r"\x1b[2J.png"),
+    ),
     "a name in no encoding": (
         RGB,
         ("rename_to", "\udcff.png"),
-        r"\udcff.png has a name that cannot be printed; rename",
+        sentences.NAME_UNPRINTABLE.format(r"\udcff.png"),
     ),
-    "an unknown kind": (f"{BROKEN}/mask", ("rename_to", "masks"), "masks is not one of rgb, depth, mask"),
-    "an unknown ending": (RGB, ("copy_to", "001.webp"), "001.webp is not one of .png .jpg"),
-    "one name twice": (RGB, ("copy_to", "000.jpg"), "000.png and 000.jpg have one name; rename or remove either"),
-    "depth without an image": (DEPTH, ("copy_to", "001.png"), "001.png has no image of its name"),
+    "an unknown kind": (
+        f"{BROKEN}/mask",
+        ("rename_to", "masks"),
+        sentences.UNKNOWN_NAME.format(path="masks", known="rgb, depth, mask"),
+    ),
+    "an unknown ending": (
+        RGB,
+        ("copy_to", "001.webp"),
+        sentences.UNKNOWN_NAME.format(path="001.webp", known=".png .jpg"),
+    ),
+    "one name twice": (RGB, ("copy_to", "000.jpg"), sentences.NAME_TAKEN_TWICE.format(one="000.png", other="000.jpg")),
+    "depth without an image": (DEPTH, ("copy_to", "001.png"), sentences.FILE_WITHOUT_IMAGE.format("001.png")),
     "some masks missing": (
         f"{BROKEN}/rgb/000.png",
         lambda file: add_second(file),
-        "mask/001.png is missing; every image in",
+        sentences.FILE_OF_IMAGE_MISSING.format("mask/001.png"),
     ),
-    "a mask that marks nothing": (MASK, save(GREY), "marks nothing but its image has the defect broken tooth"),
-    "a mask of three values": (MASK, save(np.tile(np.uint8([0, 7, 255, 0]), (48, 16))), "has the values [7, 255]"),
-    "a mask of another size": (MASK, save(GREY[:, :9]), "000.png has 9x48 pixels but"),
-    "a colour mask": (MASK, save(np.stack([GREY] * 3, -1)), "is 8-bit RGB; it must be 8-bit grey or 1-bit grey"),
-    "an empty file": (DEPTH, ("write", b""), "depth/000.png is empty"),
-    "a folder for a file": (DEPTH, "fold", "depth/000.png is not a file"),
-    "a link to itself": (RGB, "loop", "cannot be read (Too many levels of symbolic links)"),
-    "an object elsewhere": ("bolt", "move_out", "bolt leads out of config.dataset.root"),
-    "settings elsewhere": ("dataset.yaml", "move_out", "dataset.yaml leads out of config.dataset.root"),
+    "a mask that marks nothing": (
+        MASK,
+        save(GREY),
+        sentences.MASK_MARKS_NOTHING.format(file="", defect="broken tooth"),
+    ),
+    "a mask of three values": (
+        MASK,
+        save(np.tile(np.uint8([0, 7, 255, 0]), (48, 16))),
+        sentences.MASK_OF_SEVERAL_VALUES.format([7, 255]),
+    ),
+    "a mask of another size": (MASK, save(GREY[:, :9]), sentences.SIZES_DIFFER.format(file="000.png", size="9x48")),
+    "a colour mask": (
+        MASK,
+        save(np.stack([GREY] * 3, -1)),
+        sentences.WRONG_PIXELS.format(file="", found="8-bit RGB", needed="8-bit grey or 1-bit grey"),
+    ),
+    "an empty file": (DEPTH, ("write", b""), sentences.FILE_EMPTY.format("depth/000.png")),
+    "a folder for a file": (DEPTH, "fold", sentences.NOT_A_FILE.format("depth/000.png")),
+    "a link to itself": (
+        RGB,
+        "loop",
+        sentences.FILE_UNREADABLE_SINCE.format(file="", reason="Too many levels of symbolic links"),
+    ),
+    "an object elsewhere": ("bolt", "move_out", sentences.LEADS_OUT_OF_ROOT.format("bolt")),
+    "settings elsewhere": ("dataset.yaml", "move_out", sentences.LEADS_OUT_OF_ROOT.format("dataset.yaml")),
     "16-bit RGB": (
         RGB,
         tiff_of_16_bits,
-        "000.tiff is 16-bit RGB; it must be 8-bit RGB or 8-bit grey",
+        sentences.WRONG_PIXELS.format(file="000.tiff", found="16-bit RGB", needed="8-bit RGB or 8-bit grey"),
     ),
-    "16-bit grey": (RGB, save(GREY.astype(np.uint16)), "is 16-bit grey; it must be 8-bit RGB or 8-bit grey"),
-    "RGB that is transparent": (RGB, save(np.full((48, 64, 4), 254, np.uint8)), "is transparent in places; save it"),
-    "a palette": (RGB, lambda file: Image.fromarray(GREY).convert("P").save(file), "is of Pillow's mode P"),
+    "16-bit grey": (
+        RGB,
+        save(GREY.astype(np.uint16)),
+        sentences.WRONG_PIXELS.format(file="", found="16-bit grey", needed="8-bit RGB or 8-bit grey"),
+    ),
+    "RGB that is transparent": (RGB, save(np.full((48, 64, 4), 254, np.uint8)), sentences.IMAGE_TRANSPARENT),
+    "a palette": (
+        RGB,
+        lambda file: Image.fromarray(GREY).convert("P").save(file),
+        sentences.UNKNOWN_PIXELS.format("P"),
+    ),
     "a turned photograph": (
         RGB,
         lambda file: Image.fromarray(GREY).save(file.with_suffix(".jpg"), exif=exif(6)) or file.unlink(),
-        "000.jpg is shown turned, by its EXIF orientation",
+        sentences.IMAGE_TURNED.format("000.jpg"),
     ),
-    "a PNG called JPEG": (RGB, ("rename_to", "000.jpg"), "000.jpg is not a JPEG image"),
-    "a truncated PNG": (RGB, "truncate", "000.png cannot be read (it is truncated or damaged)"),
-    "a huge JPEG": (RGB, ("replace", "000.jpg", jpeg_header(65_000)), "65000x65000 pixels; use at most 8192x8192"),
+    "a PNG called JPEG": (
+        RGB,
+        ("rename_to", "000.jpg"),
+        sentences.NOT_AN_IMAGE_OF_ITS_FORMAT.format(file="000.jpg", format="JPEG"),
+    ),
+    "a truncated PNG": (RGB, "truncate", sentences.FILE_DAMAGED.format("000.png")),
+    "a huge JPEG": (
+        RGB,
+        ("replace", "000.jpg", jpeg_header(65_000)),
+        sentences.TOO_MANY_PIXELS.format(size="65000x65000", most="8192x8192"),
+    ),
     "a huge BMP": (
         RGB,
         ("replace", "000.bmp", bmp_header(2**30)),
-        "1073741824x1073741824 pixels; use at most",
+        sentences.TOO_MANY_PIXELS.format(size="1073741824x1073741824", most="8192x8192"),
     ),
-    "8-bit depth": (DEPTH, save(GREY), "is 8-bit grey; it must be 16-bit grey"),
-    "depth of another size": (DEPTH, save(np.full((24, 64), 5000, np.uint16)), "000.png has 64x24 pixels but"),
-    "nothing valid": (DEPTH, save(GREY.astype(np.uint16)), "depth/000.png has no valid depth"),
-    "no unit": ("dataset.yaml", Path.unlink, "holds whole numbers of an unknown unit; give the unit in"),
-    "millimetres called metres": ("dataset.yaml", ("write", "unit: m"), "as if millimetres were called metres"),
-    "broken YAML": ("dataset.yaml", ("write", "unit: [mm"), "dataset.yaml is not plain YAML"),
-    "YAML that runs": ("dataset.yaml", ("write", "unit: !!python/name:os.getcwd"), "dataset.yaml is not plain YAML"),
-    "YAML without keys": ("dataset.yaml", ("write", "mm"), "dataset.yaml holds no keys"),
-    "an unknown key": ("dataset.yaml", ("write", "units: mm"), "has the key 'units'; known are unit, camera"),
-    "an unknown unit": ("dataset.yaml", ("write", "unit: inch"), "'inch' as unit; give m, cm, mm or metres per level"),
-    "a unit of 0": ("dataset.yaml", ("write", "unit: 0"), "has 0 as unit"),
-    "yes for a unit": ("dataset.yaml", ("write", "unit: yes"), "has True as unit"),
-    "half a camera": ("dataset.yaml", ("write", "camera: {fx: 9}"), "as camera; give fx, fy, cx, cy in pixels"),
-    "a camera in words": ("dataset.yaml", ("write", "camera: D435"), "'D435' as camera; give fx, fy, cx, cy"),
+    "8-bit depth": (
+        DEPTH,
+        save(GREY),
+        sentences.WRONG_PIXELS.format(file="", found="8-bit grey", needed="16-bit grey"),
+    ),
+    "depth of another size": (
+        DEPTH,
+        save(np.full((24, 64), 5000, np.uint16)),
+        sentences.SIZES_DIFFER.format(file="000.png", size="64x24"),
+    ),
+    "nothing valid": (DEPTH, save(GREY.astype(np.uint16)), sentences.DEPTH_ALL_MISSING.format("depth/000.png")),
+    "no unit": ("dataset.yaml", Path.unlink, sentences.UNIT_UNKNOWN.format(remedy=sentences.UNIT_GIVEN_IN_SETTINGS)),
+    "millimetres called metres": (
+        "dataset.yaml",
+        ("write", "unit: m"),
+        sentences.UNIT_WRONG.format(true="millimetres", called="metres"),
+    ),
+    "broken YAML": ("dataset.yaml", ("write", "unit: [mm"), sentences.YAML_REFUSED.format("dataset.yaml")),
+    "YAML that runs": (
+        "dataset.yaml",
+        ("write", "unit: !!python/name:os.getcwd"),
+        sentences.YAML_REFUSED.format("dataset.yaml"),
+    ),
+    "YAML without keys": ("dataset.yaml", ("write", "mm"), sentences.YAML_WITHOUT_KEYS.format("dataset.yaml")),
+    "an unknown key": (
+        "dataset.yaml",
+        ("write", "units: mm"),
+        sentences.UNKNOWN_SETTING.format(key="units", known="unit, camera"),
+    ),
+    "an unknown unit": ("dataset.yaml", ("write", "unit: inch"), sentences.UNKNOWN_UNIT.format("'inch'")),
+    "a unit of 0": ("dataset.yaml", ("write", "unit: 0"), sentences.SETTING_WRONG.format(found=0, key="unit")),
+    "yes for a unit": ("dataset.yaml", ("write", "unit: yes"), sentences.SETTING_WRONG.format(found=True, key="unit")),
+    "half a camera": ("dataset.yaml", ("write", "camera: {fx: 9}"), sentences.CAMERA_INCOMPLETE.format("{'fx': 9}")),
+    "a camera in words": ("dataset.yaml", ("write", "camera: D435"), sentences.CAMERA_INCOMPLETE.format("'D435'")),
     "a negative focal length": (
         "dataset.yaml",
         ("write", "camera: {fx: -9, fy: 9, cx: 1, cy: 1}"),
-        "has -9 as camera: fx; give a number above 0",
+        sentences.SETTING_NOT_POSITIVE.format(found=-9, key="camera: fx"),
     ),
-    "a height that is none": ("dataset.yaml", ("write", "object_height: .nan"), "has nan as object_height"),
-    "an even window": ("dataset.yaml", ("write", "normals_window: 4"), "has 4 as normals_window; give 3, 5, 7"),
-    "a window in a list": ("dataset.yaml", ("write", "normals_window: [3]"), "has [3] as normals_window"),
+    "a height that is none": (
+        "dataset.yaml",
+        ("write", "object_height: .nan"),
+        sentences.SETTING_WRONG.format(found="nan", key="object_height"),
+    ),
+    "an even window": ("dataset.yaml", ("write", "normals_window: 4"), sentences.WINDOW_WRONG.format(4)),
+    "a window in a list": ("dataset.yaml", ("write", "normals_window: [3]"), sentences.WINDOW_WRONG.format([3])),
 }
 
 
@@ -266,7 +350,7 @@ def test_bad_input(root: Path, refused, spoil, path: str, how, expected: str) ->
 
 def test_a_root_without_objects(tmp_path: Path) -> None:
     (tmp_path / "dataset.yaml").write_text("unit: mm")
-    with pytest.raises(UserError, match="holds no folder; give every object a folder there"):
+    with pytest.raises(UserError, match=sentences.ROOT_WITHOUT_OBJECTS):
         Folder(tmp_path)
-    with pytest.raises(UserError, match="nowhere, which is not a folder"):
+    with pytest.raises(UserError, match=re.escape(sentences.ROOT_NOT_A_FOLDER.format(tmp_path / "nowhere"))):
         Folder(tmp_path / "nowhere")

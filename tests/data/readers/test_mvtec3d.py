@@ -1,5 +1,6 @@
 """The reader against trees in the official format with the geometry of a scanner, and all that can be wrong in them."""
 
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from PIL import Image
 from iumad_jax.data import depth
 from iumad_jax.data.readers.mvtec3d import OBJECTS, MVTec3D
 from iumad_jax.errors import UserError
+from tests import sentences
 
 
 def save(file: Path, cloud: np.ndarray, **settings) -> None:
@@ -79,7 +81,9 @@ def test_validation_images_kept_for_calibration(root: Path) -> None:
     assert reader.ids("bagel", "train") == ("000", "001")
     assert reader.ids("bagel", "calibration") == ("000",)
     assert reader.files("bagel", "calibration", "000")[0] == root / "bagel/validation/good/rgb/000.png"
-    with pytest.raises(UserError, match=r'config\.dataset\.validation is "test"; use train or calibration\.'):
+    with pytest.raises(
+        UserError, match=sentences.UNKNOWN_VALIDATION.format(found="test", known="train or calibration")
+    ):
         MVTec3D(root, "bagel", validation="test")
 
 
@@ -89,7 +93,7 @@ def test_without_xyz_there_is_no_depth(root: Path, read_all) -> None:
     samples = read_all(MVTec3D(root, "bagel"))
     assert len(samples) == 6
     assert all(sample.depth is None and sample.camera is None for sample in samples)
-    with pytest.raises(UserError, match=r"good/xyz/000\.tiff is missing"):
+    with pytest.raises(UserError, match=re.escape(sentences.FILE_OF_IMAGE_MISSING.format("good/xyz/000.tiff"))):
         MVTec3D(root, "bagel", needs_depth=True)
 
 
@@ -182,93 +186,153 @@ def header_of(width: int, height: int) -> bytes:
 
 GOOD, HOLE = "bagel/train/good", "bagel/test/hole"
 BAD = {
-    "no object": ("bagel", shutil.rmtree, "bagel/train is missing; put it there or leave bagel out"),
-    "no train": ("bagel/train", shutil.rmtree, "bagel/train is missing"),
-    "no validation": ("bagel/validation", shutil.rmtree, "bagel/validation is missing"),
-    "no test": ("bagel/test", shutil.rmtree, "bagel/test is missing"),
-    "no good images": (GOOD, shutil.rmtree, "train/good is missing; put the good images there"),
-    "no images": (f"{GOOD}/rgb", "empty", "train/good/rgb holds no images"),
-    "no rgb": (f"{GOOD}/rgb", shutil.rmtree, "train/good/rgb holds no images"),
-    "an empty test set": ("bagel/test", "empty", "test holds no folder good and none named after a defect"),
-    "a defect in train": (GOOD, ("rename_to", "crack"), "train/crack is not good; only test images may have defects"),
-    "a missing cloud": (f"{GOOD}/xyz/001.tiff", Path.unlink, "001.tiff is missing; every image in"),
-    "a cloud without an image": (f"{GOOD}/xyz/001.tiff", ("copy_to", "002.tiff"), "002.tiff has no image of its name"),
-    "a defect without gt": (f"{HOLE}/gt", shutil.rmtree, "hole/gt/000.png is missing; every image in"),
-    "a gt without an image": (f"{HOLE}/gt/000.png", ("copy_to", "007.png"), "007.png has no image of its name"),
+    "no object": ("bagel", shutil.rmtree, sentences.SPLIT_MISSING.format(path="bagel/train", object="bagel")),
+    "no train": ("bagel/train", shutil.rmtree, sentences.SPLIT_MISSING.format(path="bagel/train", object="bagel")),
+    "no validation": (
+        "bagel/validation",
+        shutil.rmtree,
+        sentences.SPLIT_MISSING.format(path="bagel/validation", object="bagel"),
+    ),
+    "no test": ("bagel/test", shutil.rmtree, sentences.SPLIT_MISSING.format(path="bagel/test", object="bagel")),
+    "no good images": (GOOD, shutil.rmtree, sentences.GOOD_IMAGES_MISSING.format("train/good")),
+    "no images": (
+        f"{GOOD}/rgb",
+        "empty",
+        sentences.FOLDER_WITHOUT_IMAGES.format(folder="train/good/rgb", example="000.png"),
+    ),
+    "no rgb": (
+        f"{GOOD}/rgb",
+        shutil.rmtree,
+        sentences.FOLDER_WITHOUT_IMAGES.format(folder="train/good/rgb", example="000.png"),
+    ),
+    "an empty test set": ("bagel/test", "empty", sentences.TEST_WITHOUT_FOLDERS.format("test")),
+    "a defect in train": (GOOD, ("rename_to", "crack"), sentences.DEFECT_OUTSIDE_TEST.format("train/crack")),
+    "a missing cloud": (f"{GOOD}/xyz/001.tiff", Path.unlink, sentences.FILE_OF_IMAGE_MISSING.format("001.tiff")),
+    "a cloud without an image": (
+        f"{GOOD}/xyz/001.tiff",
+        ("copy_to", "002.tiff"),
+        sentences.FILE_WITHOUT_IMAGE.format("002.tiff"),
+    ),
+    "a defect without gt": (f"{HOLE}/gt", shutil.rmtree, sentences.FILE_OF_IMAGE_MISSING.format("hole/gt/000.png")),
+    "a gt without an image": (
+        f"{HOLE}/gt/000.png",
+        ("copy_to", "007.png"),
+        sentences.FILE_WITHOUT_IMAGE.format("007.png"),
+    ),
     "a gt without a defect": (
         "bagel/test/good/gt/000.png",
         lambda file: shutil.copy(file.parents[2] / "hole/gt/000.png", file) and None,
-        "000.png marks a defect but its image is good",
+        sentences.MASK_MARKS_GOOD_IMAGE.format("000.png"),
     ),
     "a gt that marks nothing": (
         f"{HOLE}/gt/000.png",
         lambda file: shutil.copy(file.parents[2] / "good/gt/000.png", file) and None,
-        "000.png marks nothing but its image has the defect hole",
+        sentences.MASK_MARKS_NOTHING.format(file="000.png", defect="hole"),
     ),
-    "an unknown kind": (f"{GOOD}/xyz", ("rename_to", "depth"), "good/depth is not one of rgb, xyz, gt"),
-    "an unknown ending": (f"{GOOD}/xyz/000.tiff", ("copy_to", "000.mat"), "000.mat is not one of .tiff"),
-    "an empty file": (f"{GOOD}/xyz/000.tiff", ("write", b""), "000.tiff is empty"),
-    "a folder for a file": (f"{GOOD}/xyz/000.tiff", "fold", "000.tiff is not a file"),
-    "a link to itself": (f"{GOOD}/xyz/000.tiff", "loop", "cannot be read (Too many levels of symbolic links)"),
-    "a folder that is a link to itself": (f"{GOOD}/xyz", "loop", "cannot be read (Too many levels of symbolic links)"),
-    "a file elsewhere": (f"{GOOD}/xyz/000.tiff", "move_out", "000.tiff leads out of config.dataset.root"),
-    "a folder elsewhere": (f"{GOOD}/xyz", "move_out", "xyz leads out of config.dataset.root"),
-    "an object elsewhere": ("bagel", "move_out", "leads out of config.dataset.root"),
-    "a truncated cloud": (f"{GOOD}/xyz/000.tiff", "truncate", "000.tiff cannot be read"),
-    "a truncated image": (f"{GOOD}/rgb/000.png", "truncate", "000.png cannot be read (it is truncated or damaged)"),
-    "no TIFF": (f"{GOOD}/xyz/000.tiff", ("write", "x, y, z"), "000.tiff cannot be read"),
-    "a huge cloud": (f"{GOOD}/xyz/000.tiff", ("write", header_of(10**9, 10**9)), "use at most 8192x8192"),
+    "an unknown kind": (
+        f"{GOOD}/xyz",
+        ("rename_to", "depth"),
+        sentences.UNKNOWN_NAME.format(path="good/depth", known="rgb, xyz, gt"),
+    ),
+    "an unknown ending": (
+        f"{GOOD}/xyz/000.tiff",
+        ("copy_to", "000.mat"),
+        sentences.UNKNOWN_NAME.format(path="000.mat", known=".tiff"),
+    ),
+    "an empty file": (f"{GOOD}/xyz/000.tiff", ("write", b""), sentences.FILE_EMPTY.format("000.tiff")),
+    "a folder for a file": (f"{GOOD}/xyz/000.tiff", "fold", sentences.NOT_A_FILE.format("000.tiff")),
+    "a link to itself": (
+        f"{GOOD}/xyz/000.tiff",
+        "loop",
+        sentences.FILE_UNREADABLE_SINCE.format(file="", reason="Too many levels of symbolic links"),
+    ),
+    "a folder that is a link to itself": (
+        f"{GOOD}/xyz",
+        "loop",
+        sentences.FILE_UNREADABLE_SINCE.format(file="", reason="Too many levels of symbolic links"),
+    ),
+    "a file elsewhere": (f"{GOOD}/xyz/000.tiff", "move_out", sentences.LEADS_OUT_OF_ROOT.format("000.tiff")),
+    "a folder elsewhere": (f"{GOOD}/xyz", "move_out", sentences.LEADS_OUT_OF_ROOT.format("xyz")),
+    "an object elsewhere": ("bagel", "move_out", sentences.LEADS_OUT_OF_ROOT.format("bagel/train")),
+    "a truncated cloud": (f"{GOOD}/xyz/000.tiff", "truncate", sentences.FILE_UNREADABLE.format("000.tiff")),
+    "a truncated image": (f"{GOOD}/rgb/000.png", "truncate", sentences.FILE_DAMAGED.format("000.png")),
+    "no TIFF": (f"{GOOD}/xyz/000.tiff", ("write", "x, y, z"), sentences.FILE_UNREADABLE.format("000.tiff")),
+    "a huge cloud": (
+        f"{GOOD}/xyz/000.tiff",
+        ("write", header_of(10**9, 10**9)),
+        sentences.TOO_MANY_PIXELS.format(size="1000000000x1000000000", most="8192x8192"),
+    ),
     "a cloud of another size": (
         f"{GOOD}/xyz/000.tiff",
         change(to=lambda cloud: cloud[:, ::2]),
-        "000.tiff has 32x48 pixels but",
+        sentences.SIZES_DIFFER.format(file="000.tiff", size="32x48"),
     ),
-    "complex numbers": (f"{GOOD}/xyz/000.tiff", change(to=lambda cloud: cloud.astype(np.complex64)), "holds complex64"),
+    "complex numbers": (
+        f"{GOOD}/xyz/000.tiff",
+        change(to=lambda cloud: cloud.astype(np.complex64)),
+        sentences.NOT_NUMBERS.format("complex64"),
+    ),
     "one channel too many": (
         f"{GOOD}/xyz/000.tiff",
         change(to=lambda cloud: np.concatenate([cloud, cloud[..., :1]], -1), extrasamples=["unspecified"]),
-        "has the shape (48, 64, 4); give",
+        sentences.ARRAY_OF_WRONG_SHAPE.format("(48, 64, 4)"),
     ),
     "channels first": (
         f"{GOOD}/xyz/000.tiff",
         change(to=lambda cloud: np.moveaxis(cloud, -1, 0), planarconfig="separate"),
-        "has the shape (3, 48, 64); give",
+        sentences.ARRAY_OF_WRONG_SHAPE.format("(3, 48, 64)"),
     ),
     "depth alone": (
         f"{GOOD}/xyz/000.tiff",
         change(to=lambda cloud: cloud[..., 2], photometric="minisblack", planarconfig=None),
-        "has depth alone; give x, y and z",
+        sentences.TIFF_OF_DEPTH_ALONE,
     ),
     "several pages": (
         f"{GOOD}/xyz/000.tiff",
         change(to=lambda cloud: np.moveaxis(cloud, -1, 0), photometric="minisblack", planarconfig=None),
-        "has several pages; give one",
+        sentences.TIFF_OF_SEVERAL_PAGES,
     ),
-    "millimetres": (f"{GOOD}/xyz/000.tiff", change(to=lambda cloud: cloud * 1000), "as if millimetres were called"),
-    "kilometres": (f"{GOOD}/xyz/000.tiff", change(to=lambda cloud: cloud / 1000), "as if metres were called"),
-    "nothing valid": (f"{GOOD}/xyz/000.tiff", change(to=np.zeros_like), "has no valid depth"),
-    "all NaN": (f"{GOOD}/xyz/000.tiff", change(to=lambda cloud: cloud * np.nan), "has no valid depth"),
-    "all infinite": (f"{GOOD}/xyz/000.tiff", change(to=lambda cloud: np.full_like(cloud, np.inf)), "no valid depth"),
-    "behind the sensor": (f"{GOOD}/xyz/000.tiff", change(to=lambda cloud: -cloud), "depth is the distance from"),
+    "millimetres": (
+        f"{GOOD}/xyz/000.tiff",
+        change(to=lambda cloud: cloud * 1000),
+        sentences.UNIT_WRONG.format(true="millimetres", called="metres"),
+    ),
+    "kilometres": (
+        f"{GOOD}/xyz/000.tiff",
+        change(to=lambda cloud: cloud / 1000),
+        sentences.UNIT_WRONG.format(true="metres", called="millimetres"),
+    ),
+    "nothing valid": (f"{GOOD}/xyz/000.tiff", change(to=np.zeros_like), sentences.DEPTH_ALL_MISSING.format("000.tiff")),
+    "all NaN": (
+        f"{GOOD}/xyz/000.tiff",
+        change(to=lambda cloud: cloud * np.nan),
+        sentences.DEPTH_ALL_MISSING.format("000.tiff"),
+    ),
+    "all infinite": (
+        f"{GOOD}/xyz/000.tiff",
+        change(to=lambda cloud: np.full_like(cloud, np.inf)),
+        sentences.DEPTH_ALL_MISSING.format("000.tiff"),
+    ),
+    "behind the sensor": (f"{GOOD}/xyz/000.tiff", change(to=lambda cloud: -cloud), sentences.DEPTH_NEGATIVE),
     "a turned cloud": (
         f"{GOOD}/xyz/000.tiff",
         change(to=lambda cloud: cloud[..., [1, 0, 2]]),
-        "pixels beside the rays of the best pinhole or orthographic camera",
+        sentences.NO_CAMERA_FITS,
     ),
     "a cloud in no order": (
         f"{GOOD}/xyz/000.tiff",
         change(to=lambda cloud: np.random.default_rng(0).permuted(cloud, axis=1)),
-        "pixels beside the rays of the best pinhole or orthographic camera",
+        sentences.NO_CAMERA_FITS,
     ),
     "a single column": (
         f"{GOOD}/xyz/000.tiff",
         change(to=lambda cloud: cloud * (np.arange(64) == 30)[:, None].astype(np.float32)),
-        "too few valid points to tell how the sensor sees",
+        sentences.TOO_FEW_POINTS_FOR_CAMERA,
     ),
     "a grey gt of 16 bits": (
         f"{HOLE}/gt/000.png",
         lambda file: Image.fromarray(np.zeros((48, 64), np.uint16)).save(file),
-        "000.png is 16-bit grey; it must be 8-bit grey or 1-bit grey",
+        sentences.WRONG_PIXELS.format(file="000.png", found="16-bit grey", needed="8-bit grey or 1-bit grey"),
     ),
 }
 
@@ -299,7 +363,9 @@ def test_compressed_clouds(root: Path, scan) -> None:
     tag = content.index(struct.pack("<HHI", 259, 3, 1))  # compression: says LZW
     content[tag + 8 : tag + 10] = struct.pack("<H", 5)
     file.write_bytes(content)
-    with pytest.raises(UserError, match=r"000\.tiff is compressed by LZW; save it without compression"):
+    with pytest.raises(
+        UserError, match=re.escape(sentences.TIFF_COMPRESSION_UNKNOWN.format(file="000.tiff", name="LZW"))
+    ):
         MVTec3D(root, "bagel").read("bagel", "test", "hole/000")
 
 
@@ -311,5 +377,5 @@ def test_a_compressed_bomb_is_refused_before_it_grows(root: Path) -> None:
         start = content.index(struct.pack("<H", tag))
         content[start + 2 : start + 12] = struct.pack("<HII", 4, 1, 64)
     file.write_bytes(content)
-    with pytest.raises(UserError, match=r"000\.tiff inflates to more than its size"):
+    with pytest.raises(UserError, match=re.escape(sentences.TIFF_INFLATES.format("000.tiff"))):
         MVTec3D(root, "bagel").read("bagel", "test", "hole/000")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kernels.benchmarks import tables
+from tests import sentences
 
 pytestmark = pytest.mark.slow
 
@@ -25,10 +26,7 @@ def run(command, *arguments):
 def test_training_step():
     process = run("training_step", "--small", "--seconds=0")
     assert process.returncode == 0, process.stderr
-    expected = (
-        rf"quickstart, batch size 2: {NUMBER} s per update, {NUMBER} s with lax.scan, {NUMBER} times as long"
-        rf" \(medians of 3 turns\); compiled in {NUMBER} and {NUMBER} s\n"
-    )
+    expected = sentences.TRAINING_STEP_TIMED.format(system="quickstart", batch=2, number=NUMBER) + r"\n"
     assert re.fullmatch(expected, process.stdout), process.stdout
 
 
@@ -36,11 +34,11 @@ def test_compile_selective_scan():
     if importlib.util.find_spec("jax_cuda13_plugin") or importlib.util.find_spec("jax_cuda12_plugin"):
         process = run("compile_selective_scan", "1,8,32,4,1", "float32")
         assert process.returncode == 0, process.stderr
-        assert re.search(r"^memory: [\d.]+ \([\d.]+\)$", process.stdout, re.MULTILINE)
+        assert re.search(sentences.MEMORY_COMPILED.format(number=r"[\d.]+"), process.stdout, re.MULTILINE)
     else:
         process = run("compile_selective_scan")
         assert process.returncode == 2
-        assert process.stderr.startswith("the CUDA plugin is not installed; run pip install jax-cuda13-plugin")
+        assert process.stderr.startswith(sentences.CUDA_PLUGIN_MISSING.format("jax-cuda13-plugin"))
 
 
 @pytest.mark.parametrize("file", ["cpu_quiet", "cpu"])
@@ -55,8 +53,8 @@ def test_tables_of_parts(capsys):
     table = tables.part_table({"mosaic": row, "xla": {"error": "ValueError: no"}})
     expected = ["|  | ms | peak | error |", "| mosaic | 1.25 |  |  |", "| xla |  |  | ValueError: no |"]
     assert [line for line in table.splitlines() if line in expected] == expected
-    assert "mosaic, hottest:\n\n| kernel | ms an update |\n| --- | --- |\n| k | 1 |" in table
-    assert table.endswith("mosaic, results:\n\ntwo\nlines")
+    assert sentences.HOTTEST.format("mosaic") + "\n\n| kernel | ms an update |\n| --- | --- |\n| k | 1 |" in table
+    assert table.endswith(sentences.RESULTS_OF_PART.format("mosaic") + "\n\ntwo\nlines")
 
 
 def test_share_of_the_floor():
@@ -75,6 +73,5 @@ def test_a_file_without_results_is_refused(tmp_path, capsys):
     file.write_text("{}")
     assert tables.main([str(file)]) == 2
     assert (
-        capsys.readouterr().err
-        == f"{file} contains no benchmark results (KeyError('rows')); choose a file that a benchmark has written.\n"
+        capsys.readouterr().err == sentences.NO_RESULTS_OF_BENCHMARK.format(file=file, reason="KeyError('rows')") + "\n"
     )

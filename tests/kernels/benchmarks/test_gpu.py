@@ -16,6 +16,7 @@ from kernels.benchmarks import selective_scan
 from kernels.benchmarks.gpu import scan
 from kernels.benchmarks.gpu.__main__ import PARTS, main
 from kernels.benchmarks.gpu.scheduler import Part
+from tests import sentences
 
 pytestmark = pytest.mark.slow
 
@@ -67,8 +68,10 @@ def test_other_rows_survive_a_row_that_raises_which_is_tried_again(call, monkeyp
     assert files["first"]["rows"]["works"]["value"] == 1
     assert [files[name]["state"] for name in parts] == ["incomplete", "done"]
     error_output = capsys.readouterr().err
-    assert "first: incomplete after " in error_output
-    assert error_output.endswith(" s; rows done: 1, failed: 1; first failure: raises: ValueError: boom.\n")
+    assert sentences.PART_INCOMPLETE.format("first") in error_output
+    assert error_output.endswith(
+        sentences.PART_OF_FAILED_ROWS.format(done=1, failed=1, row="raises", error="ValueError: boom") + "\n"
+    )
 
     monkeypatch.setenv("MENDED", "1")
     code, files, measured = call(**parts)
@@ -80,7 +83,7 @@ def test_other_rows_survive_a_row_that_raises_which_is_tried_again(call, monkeyp
 def test_other_rows_and_parts_survive_a_killed_process(call):
     code, files, measured = call(first=(1, ["works", "dies", "after"]), second=(1, ["other"]))
     assert (code, measured) == (1, ["works", "dies", "after", "other"])
-    assert files["first"]["rows"]["dies"]["error"] == "was not finished"
+    assert files["first"]["rows"]["dies"]["error"] == sentences.ROW_NOT_FINISHED
     assert files["first"]["rows"]["after"]["value"] == 1
     assert files["first"]["state"] == "incomplete"
     assert files["second"]["state"] == "done"
@@ -91,7 +94,7 @@ def test_a_part_out_of_time_is_killed_with_its_children(call, tmp_path):
     assert (code, measured) == (1, ["works", "hangs", "other"])
     assert files["first"]["state"] == "out of time"
     assert files["first"]["rows"]["works"]["value"] == 1
-    assert files["first"]["rows"]["hangs"]["error"] == "was not finished"
+    assert files["first"]["rows"]["hangs"]["error"] == sentences.ROW_NOT_FINISHED
     assert files["second"]["state"] == "done"
     end = time.monotonic() + 10
     child = int((tmp_path / "child").read_text())
@@ -113,22 +116,22 @@ def test_other_parts_survive_a_module_that_cannot_be_loaded(call, capfd):
     assert (code, measured) == (1, ["other"])
     assert list(files) == ["second"]
     error_output = capfd.readouterr().err
-    assert "first: ended with exit code 1 after" in error_output
+    assert sentences.PART_ENDED.format(part="first", code=1) in error_output
     assert "SyntaxError" in error_output
 
 
 def test_invalid_calls_are_explained(tmp_path, capfd):
     out = tmp_path / "out"
     assert main([f"--out={out}", "--parts=a"]) == 2
-    assert capfd.readouterr().err == "JAX finds no GPU; run this command on a machine with a GPU, or add --rehearse.\n"
+    assert capfd.readouterr().err == sentences.NO_GPU + "\n"
     assert not out.exists()
     for arguments, message in {
-        "--parts=g": "'g' is not a part; choose a to f, or correctness, scan, update, profile, training, prediction",
-        "--minutes=0": "'0' is not a time; choose a number of minutes above 0",
-        "--minutes=abc": "'abc' is not a time; choose a number of minutes above 0",
-        f"--data={tmp_path}": (
-            f"'{tmp_path}' contains no object of Eyecandies; choose a folder that contains CandyCane, for example"
+        "--parts=g": sentences.UNKNOWN_PART.format(
+            found="g", range="a to f", known="correctness, scan, update, profile, training, prediction"
         ),
+        "--minutes=0": sentences.MINUTES_WRONG.format(0),
+        "--minutes=abc": sentences.MINUTES_WRONG.format("abc"),
+        f"--data={tmp_path}": sentences.EYECANDIES_MISSING.format(folder=tmp_path, example="CandyCane"),
     }.items():
         with pytest.raises(SystemExit) as exit_:
             main([f"--out={out}", arguments])
@@ -136,15 +139,17 @@ def test_invalid_calls_are_explained(tmp_path, capfd):
         assert message in capfd.readouterr().err
     (tmp_path / "file").touch()
     assert main([f"--out={tmp_path / 'file' / 'out'}", "--rehearse", "--parts=a"]) == 2
-    assert capfd.readouterr().err.endswith("out cannot be written (Not a directory); choose another folder.\n")
+    assert capfd.readouterr().err.endswith(
+        sentences.OUT_NOT_WRITTEN.format(folder="out", reason="Not a directory") + "\n"
+    )
 
 
 def test_a_folder_of_other_results_is_refused(tmp_path, capsys):
     file = tmp_path / "scan.json"
     for content, message in {
-        "[]": f"{file} contains no results of this command",
+        "[]": sentences.NO_RESULTS_OF_COMMAND.format(file),
         '{"part": "scan", "rehearsal": false, "state": "", "tried": [], "machines": [], "rows": {}}': (
-            f"{file} was written without --rehearse; choose another --out."
+            sentences.RESULTS_WITHOUT_REHEARSAL.format(file)
         ),
     }.items():
         file.write_text(content)
@@ -176,11 +181,11 @@ def test_rehearsal(tmp_path):
     for content in files.values():
         (machine,) = content["machines"]
         assert machine["versions"]["jax"] == jax.__version__
-        assert "CPU cores" in machine["device"]
+        assert sentences.CPU_CORES in machine["device"]
     rows = {name: content["rows"] for name, content in files.items()}
     kernel = "mosaic" if hasattr(mosaic_gpu, "InterpretGPUParams") else "xla"
     assert all(row["implementation"] == kernel and row["bit-equal"] for row in rows["correctness"].values())
-    assert rows["scan"]["mamba-ssm"]["left_out"] == "it needs a GPU"
+    assert rows["scan"]["mamba-ssm"]["left_out"] == sentences.NEEDS_GPU
     assert all(len(timed_row["seconds"]) == 3 for row in rows["scan"].values() for timed_row in row.get("timed", []))
     assert f"1x5x4x2x1 {kernel}" in rows["scan"]
     assert rows["update"][f"{kernel}, TF32"]["compile_seconds"] > 0

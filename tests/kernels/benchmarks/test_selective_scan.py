@@ -8,6 +8,7 @@ import pytest
 from iumad_kernels import selective_scan
 
 from kernels.benchmarks import selective_scan as command
+from tests import sentences
 
 pytestmark = pytest.mark.slow
 
@@ -41,8 +42,11 @@ def test_implementations_are_checked_and_timed(benchmark, names, request, tmp_pa
 
 def test_peers_that_are_left_out_are_reported(benchmark, capsys, tmp_path):
     run(benchmark, tmp_path)
-    expected = "jax-linear-attention is left out: it needs a GPU\nmamba-ssm is left out: it needs a GPU\n"
-    assert capsys.readouterr().out.startswith(expected)
+    expected = [
+        sentences.PEER_LEFT_OUT.format(peer=peer, reason=sentences.NEEDS_GPU)
+        for peer in ("jax-linear-attention", "mamba-ssm")
+    ]
+    assert capsys.readouterr().out.splitlines()[:2] == expected
 
 
 def test_peers_that_are_not_installed_are_left_out(benchmark, monkeypatch):
@@ -53,8 +57,8 @@ def test_peers_that_are_not_installed_are_left_out(benchmark, monkeypatch):
 
 
 WRONG = {
-    "its gradient of D differs from the definition's by 1, more than 1e-04": lambda D: 2 * D - jax.lax.stop_gradient(D),
-    "its gradient of x differs from the definition's by nan, more than 1e-04": lambda D: D + jnp.nan,
+    sentences.GRADIENT_DIFFERS.format(name="D", found=1, most="1e-04"): lambda D: 2 * D - jax.lax.stop_gradient(D),
+    sentences.GRADIENT_DIFFERS.format(name="x", found="nan", most="1e-04"): lambda D: D + jnp.nan,
 }
 
 
@@ -70,7 +74,7 @@ def test_a_wrong_kernel_is_not_timed(benchmark, message, monkeypatch, tmp_path, 
     assert result["rows"] == []
     assert len(result["errors"]["xla"]["1x3x4x2x2"]) == 11
     error_output = capsys.readouterr().err
-    assert error_output == f'"xla" is wrong on this machine, so nothing was timed: at 1x3x4x2x2, {message}.\n'
+    assert error_output == sentences.KERNEL_WRONG.format(kernel="xla", shape="1x3x4x2x2", why=message) + "\n"
 
 
 @pytest.mark.parametrize("shape", ["ed2s", "4x196x512x16", "4x196x512x16x-1", "0x1x1x1x1"])
@@ -78,4 +82,7 @@ def test_an_invalid_shape_is_explained(benchmark, shape, capsys):
     with pytest.raises(SystemExit) as exit_:
         benchmark.main([f"--shapes={shape}"])
     assert exit_.value.code == 2
-    assert f"'{shape}' is neither one of target, es2d, long, wide nor a shape like 24x196x" in capsys.readouterr().err
+    assert (
+        sentences.SHAPE_UNKNOWN.format(found=shape, known="target, es2d, long, wide", example="24x196x")
+        in capsys.readouterr().err
+    )

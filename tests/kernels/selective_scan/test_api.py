@@ -7,6 +7,8 @@ import pytest
 from iumad_kernels.selective_scan import selective_scan
 from jax.sharding import Mesh, PartitionSpec
 
+from tests import sentences
+
 SEQUENCES = ("x", "delta", "B", "C", "z", "initial_state")
 
 
@@ -114,7 +116,7 @@ def test_second_derivatives(exact, args):
 
 
 def test_forward_mode_raises_an_error(args):
-    with pytest.raises(TypeError, match="forward-mode autodiff"):
+    with pytest.raises(TypeError, match=sentences.NO_FORWARD_MODE):
         jax.jvp(lambda x: selective_scan(**args | {"x": x}), (args["x"],), (args["x"],))
     jax.jvp(lambda x: selective_scan(**args | {"x": x}, implementation="reference"), (args["x"],), (args["x"],))
 
@@ -163,19 +165,38 @@ def test_a_sequence_of_65536_positions_takes_bounded_memory():
 
 
 WRONG = {
-    "x must have the shape (batch, length, channels); got (2, 5)": {"x": np.zeros((2, 5))},
-    "x must be floating-point; got int32": {"x": np.zeros((2, 5, 4), np.int32)},
-    "x must have at least one position; got shape (2, 0, 4)": {"x": np.zeros((2, 0, 4))},
-    "A must have the shape (4, states) with 1 to 256 states; got (4, 257)": {"A": np.zeros((4, 257))},
-    "B must have the shape (2, 5, groups, 3) or (2, 5, 3); got (2, 5, 7)": {"B": np.zeros((2, 5, 7))},
-    "B's groups must divide the 4 channels evenly; got 3": {"B": np.zeros((2, 5, 3, 3)), "C": np.zeros((2, 5, 3, 3))},
-    "C must have the shape (2, 5, 1, 3); got (2, 5, 3)": {"C": np.zeros((2, 5, 3))},
-    "D must have the shape (4,); got (3,)": {"D": np.zeros(3)},
-    "z must have the shape (2, 5, 4); got (2, 5, 3)": {"z": np.zeros((2, 5, 3))},
-    "delta must have the shape (2, 5, 4); got (2, 1, 4)": {"delta": np.zeros((2, 1, 4))},
-    "delta_bias must have the shape (4,); got (1, 4)": {"delta_bias": np.zeros((1, 4))},
-    "initial_state must have the shape (2, 4, 3); got (2, 3, 4)": {"initial_state": np.zeros((2, 3, 4))},
-    "implementation must be one of ['mosaic', 'reference', 'xla']; got 'cuda'": {"implementation": "cuda"},
+    sentences.SCAN_OF_WRONG_SHAPE.format(name="x", expected="(batch, length, channels)", found="(2, 5)"): {
+        "x": np.zeros((2, 5))
+    },
+    sentences.SCAN_NOT_FLOATING_POINT.format(name="x", found="int32"): {"x": np.zeros((2, 5, 4), np.int32)},
+    sentences.SCAN_WITHOUT_POSITIONS.format(name="x", found="(2, 0, 4)"): {"x": np.zeros((2, 0, 4))},
+    sentences.SCAN_OF_WRONG_STATES.format(expected="(4, states)", most=256, found="(4, 257)"): {
+        "A": np.zeros((4, 257))
+    },
+    sentences.SCAN_OF_WRONG_GROUPS_SHAPE.format(expected="(2, 5, groups, 3)", other="(2, 5, 3)", found="(2, 5, 7)"): {
+        "B": np.zeros((2, 5, 7))
+    },
+    sentences.SCAN_GROUPS_DO_NOT_DIVIDE.format(channels=4, found=3): {
+        "B": np.zeros((2, 5, 3, 3)),
+        "C": np.zeros((2, 5, 3, 3)),
+    },
+    sentences.SCAN_OF_WRONG_SHAPE.format(name="C", expected="(2, 5, 1, 3)", found="(2, 5, 3)"): {
+        "C": np.zeros((2, 5, 3))
+    },
+    sentences.SCAN_OF_WRONG_SHAPE.format(name="D", expected="(4,)", found="(3,)"): {"D": np.zeros(3)},
+    sentences.SCAN_OF_WRONG_SHAPE.format(name="z", expected="(2, 5, 4)", found="(2, 5, 3)"): {"z": np.zeros((2, 5, 3))},
+    sentences.SCAN_OF_WRONG_SHAPE.format(name="delta", expected="(2, 5, 4)", found="(2, 1, 4)"): {
+        "delta": np.zeros((2, 1, 4))
+    },
+    sentences.SCAN_OF_WRONG_SHAPE.format(name="delta_bias", expected="(4,)", found="(1, 4)"): {
+        "delta_bias": np.zeros((1, 4))
+    },
+    sentences.SCAN_OF_WRONG_SHAPE.format(name="initial_state", expected="(2, 4, 3)", found="(2, 3, 4)"): {
+        "initial_state": np.zeros((2, 3, 4))
+    },
+    sentences.SCAN_UNKNOWN_IMPLEMENTATION.format(known=["mosaic", "reference", "xla"], found="cuda"): {
+        "implementation": "cuda"
+    },
 }
 
 

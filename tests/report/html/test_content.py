@@ -10,6 +10,7 @@ from sklearn.metrics import roc_auc_score
 from iumad_jax.errors import UserError
 from iumad_jax.metrics import pro_curve
 from iumad_jax.report import html, samples
+from tests import sentences
 
 
 def embedded(path):
@@ -63,7 +64,7 @@ def test_pictures_that_do_not_fit_are_left_out_median_first(workdir, tmp_path, m
 
 
 def test_a_run_without_its_samples_is_told_of(workdir, tmp_path, zoo):
-    with pytest.raises(UserError, match=r"step1_cat\.npz cannot be read"):
+    with pytest.raises(UserError, match=re.escape(sentences.FILE_UNREADABLE.format("step1_cat.npz"))):
         html.write(tmp_path, zoo.run())
 
 

@@ -8,6 +8,7 @@ from sklearn.metrics import roc_auc_score
 
 from iumad_jax.report import html, samples, tables
 from iumad_jax.runtime.ledger import Ledger
+from tests import sentences
 
 
 def background(page):
@@ -210,7 +211,7 @@ def test_a_run_without_any_test_images(browser, tmp_path, zoo):
     assert browser.run(shown) == ["overview", "objects", "training", "run"]
     linked = "[...document.querySelectorAll('nav a')].filter(e => !e.hidden).map(e => e.hash.slice(1))"
     assert browser.run(linked) == browser.run(shown)
-    assert "Nothing is measured" in browser.run("document.querySelector('#remarks').innerText")
+    assert sentences.NOTHING_MEASURED_SHORTLY in browser.run("document.querySelector('#remarks').innerText")
     assert browser.rows("#object-table") == [["object", "step"], ["cat", "0"]]
     assert "–" not in browser.run("document.querySelector('#overview').innerText")
     browser.settle()
@@ -222,5 +223,5 @@ def test_a_run_without_any_test_images(browser, tmp_path, zoo):
         "10",
         "15",
         "20",
-        "epochs of all steps",
+        sentences.EPOCHS_OF_ALL_STEPS,
     ]  # the first epoch is 1: no 0 beside the axis

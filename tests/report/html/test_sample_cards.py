@@ -5,6 +5,7 @@ import pytest
 from matplotlib import colormaps
 
 from iumad_jax.report import html
+from tests import sentences
 
 
 def cards(page):
@@ -45,7 +46,7 @@ def pixels(page, kind, index=0):
 def test_samples_are_filtered_and_sorted(page, zoo):
     first = cards(page)
     assert len(first) == 12
-    assert page.run("document.querySelector('#more').innerText") == "Show all 24"
+    assert page.run("document.querySelector('#more').innerText") == sentences.SHOW_ALL.format(24)
     page.click("#more")
     everything = cards(page)
     assert everything[:12] == first
@@ -54,7 +55,7 @@ def test_samples_are_filtered_and_sorted(page, zoo):
     page.choose("#by-object", "ant")
     page.choose("#by-kind", "bump")
     assert cards(page) == [("ant", "bump", pick) for pick in ("best", "median", "worst")]
-    assert page.run("document.querySelector('#count').innerText") == "3 of 24 samples"
+    assert page.run("document.querySelector('#count').innerText") == sentences.SAMPLES_SHOWN.format(shown=3, all=24)
     page.choose("#by-label", "good")
     assert cards(page) == []
     page.choose("#by-kind", "")
@@ -120,14 +121,14 @@ def test_the_masks_as_they_were_decided(page, zoo):
     alarms = [float(row[0].removesuffix(" %")) for row in found.values()]
     assert float(mean[1].removesuffix(" %")) == pytest.approx(np.mean(alarms), abs=0.06)
     note = page.run("document.querySelector('#decisions-note').textContent")
-    assert note.endswith("of objects never learned: yak 75.0 %; of learned ones 25.0 %.")
+    assert note.endswith(sentences.NEVER_LEARNED.format(never="yak 75.0 %", learned="25.0 %"))
 
 
 def test_verdicts_are_what_was_decided(page, zoo):
     for name in zoo.OBJECTS:
         alarm = zoo.kept(name, 1).alarm
         expected = [
-            ("false alarm" if zoo.KINDS[row] == "good" else "alarm") if alarm[row] else
+            (sentences.FALSE_ALARM if zoo.KINDS[row] == "good" else sentences.DEFECT_FOUND) if alarm[row] else
             ("passed" if zoo.KINDS[row] == "good" else "missed")
             for row, *_ in html.pick(zoo.kept(name, 1))
         ]  # fmt: skip

