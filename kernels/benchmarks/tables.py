@@ -1,6 +1,8 @@
 """Print results of the benchmarks as Markdown tables.
 
-python -m kernels.benchmarks.tables kernels/benchmarks/results/cpu.json
+    python -m kernels.benchmarks.tables kernels/benchmarks/results/cpu.json
+
+Each table follows the date, device, driver and package versions of its file.
 """
 
 import argparse

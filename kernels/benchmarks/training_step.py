@@ -1,6 +1,8 @@
 """Measure the time of a training update of IB-IUMAD with `selective_scan` and with `jax.lax.scan`, in turns.
 
-python -m kernels.benchmarks.training_step --config=quickstart --batch_size=8 --seconds=120
+    python -m kernels.benchmarks.training_step --config=quickstart --batch_size=8 --seconds=120
+
+Prints median times, their ratio and compile times. The losses of the two updates must agree in every turn.
 """
 
 import argparse

@@ -1,4 +1,6 @@
-"""Measure everything that needs a GPU: python -m kernels.benchmarks.gpu --minutes=9 --out=FOLDER.
+"""Measure correctness, speed and memory of the kernels, of training and of prediction on a GPU, in one command.
+
+    python -m kernels.benchmarks.gpu --minutes=9 --out=gpu_results
 
 The parts run in order of importance, each in a separate process with its share of the time:
 
