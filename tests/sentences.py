@@ -297,7 +297,7 @@ IMAGES_JUDGED = (
 
 # export
 PRIMITIVE_NOT_TRANSLATED = "the primitive {} is not translated to ONNX"
-NOT_TRANSLATED = r"is not translated to ONNX|only a take"
+NOT_TRANSLATED = r"is not translated to ONNX|only a take with constant indices"
 EXPORT_PLACE_WRONG = "--output={}: choose a file ending in .stablehlo in an existing folder."
 
 
@@ -410,28 +410,28 @@ SCAN_GROUPS_DO_NOT_DIVIDE = "B's groups must divide the {channels} channels even
 SCAN_UNKNOWN_IMPLEMENTATION = "implementation must be one of {known}; got {found!r}"
 
 TRAINING_STEP_TIMED = (
-    r"{system}, batch of {batch}: {number} s an update, {number} s with lax.scan, {number} times as long"
+    r"{system}, batch size {batch}: {number} s per update, {number} s with lax.scan, {number} times as long"
     r" \(medians of 3 turns\); compiled in {number} and {number} s"
 )
 MEMORY_COMPILED = r"^memory: {number} \({number}\)$"
-CUDA_PLUGIN_MISSING = "the CUDA plugin is not installed: pip install {}"
-NO_RESULTS_OF_BENCHMARK = "{file} holds no results of a benchmark ({reason}); give one that does."
+CUDA_PLUGIN_MISSING = "the CUDA plugin is not installed; run pip install {}"
+NO_RESULTS_OF_BENCHMARK = "{file} contains no benchmark results ({reason}); choose a file that a benchmark has written."
 PEER_LEFT_OUT = "{peer} is left out: {reason}"
 NEEDS_GPU = "it needs a GPU"
 GRADIENT_DIFFERS = "its gradient of {name} differs from the definition's by {found}, more than {most}"
-KERNEL_WRONG = '"{kernel}" is wrong here, so that nothing was timed: at {shape} {why}'
+KERNEL_WRONG = '"{kernel}" is wrong on this machine, so nothing was timed: at {shape}, {why}.'
 SHAPE_UNKNOWN = "'{found}' is neither one of {known} nor a shape like {example}"
 PART_INCOMPLETE = "{}: incomplete after "
-PART_OF_FAILED_ROWS = " s, {done} rows done, {failed} failed, the first of them {row}: {error}."
+PART_OF_FAILED_ROWS = " s; rows done: {done}, failed: {failed}; first failure: {row}: {error}."
 ROW_NOT_FINISHED = "was not finished"
 PART_ENDED = "{part}: ended with exit code {code} after"
-NO_GPU = "JAX finds no GPU here; run this where it does, or add --rehearse."
-UNKNOWN_PART = "'{found}' is no part; use {range}, or {known}"
-MINUTES_WRONG = "'{}' is no time; give minutes above 0"
-EYECANDIES_MISSING = "'{folder}' holds no object of Eyecandies; give a folder with {example}"
+NO_GPU = "JAX finds no GPU; run this command on a machine with a GPU, or add --rehearse."
+UNKNOWN_PART = "'{found}' is not a part; choose {range}, or {known}"
+MINUTES_WRONG = "'{}' is not a time; choose a number of minutes above 0"
+EYECANDIES_MISSING = "'{folder}' contains no object of Eyecandies; choose a folder that contains {example}, for example"
 OUT_NOT_WRITTEN = "{folder} cannot be written ({reason}); choose another folder."
-NO_RESULTS_OF_COMMAND = "{} holds no results of this command"
-RESULTS_WITHOUT_REHEARSAL = "{} is of a call without --rehearse; give another --out."
+NO_RESULTS_OF_COMMAND = "{} contains no results of this command"
+RESULTS_WITHOUT_REHEARSAL = "{} was written without --rehearse; choose another --out."
 CPU_CORES = "CPU cores"
 HOTTEST = "{}, hottest:"
 RESULTS_OF_PART = "{}, results:"
