@@ -275,7 +275,9 @@ def test_the_operation_that_produces_nan_is_found(flaw, number, message):
     update_with_debugging = make_update(method, make_optimizer(config), None, debug_nans=True)
     stream = training_input([data], BATCH, 7, 0, "always", 1)
     epochs = trained(method, config, data, update=update_with_debugging, stream=stream)
-    epochs = explain(epochs, 3, PER_EPOCH, lambda update: [f"x/{row}" for row in batch_indices(update, IMAGES, BATCH, 7)])
+    epochs = explain(
+        epochs, 3, PER_EPOCH, lambda update: [f"x/{row}" for row in batch_indices(update, IMAGES, BATCH, 7)]
+    )
     assert np.isfinite(next(epochs).losses["loss"])
     with pytest.raises(UserError) as error:
         next(epochs)
