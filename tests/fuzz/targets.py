@@ -19,6 +19,7 @@ from iumad_jax import cli, continual, methods, protocol
 from iumad_jax import config as configs
 from iumad_jax.data import readers
 from iumad_jax.data.prepared import inventory
+from iumad_jax.inference import thresholds
 from iumad_jax.models import pretrained
 from iumad_jax.report import history, samples, tables
 from iumad_jax.report.history import History
@@ -157,7 +158,9 @@ def workdir(folder: Path) -> Target:
     with workdirs.claimed(folder, config):
         pass
     matrix = {metric: [[0.9, float("nan")], [0.8, 0.7]] for metric in tables.METRICS}
-    decisions = {"objects": {}, "unknown": {"threshold": 1.0}, "rms_distance": 1.0}
+    scores = np.float32([0.5, 0.25])
+    calibration = Calibration(scores, scores, np.float32([[1, 1, 2]] * 2))
+    decisions = thresholds.describe({"a": calibration, "b": calibration}, 0.95)
     matrices = dict.fromkeys(("ib_iumad", "feature_norm"), matrix)
     record = History((("a",), ("b",)), matrices, [decisions] * 2, dict.fromkeys(matrices, 8), 0)
     results = history.results(config.to_dict(), record, 1.0)

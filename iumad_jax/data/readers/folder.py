@@ -105,7 +105,7 @@ class Folder:
             self._items[name, "unlabelled"] = items
 
     def _window(self, name: str) -> int:
-        """Choose the window of normals for the first training image; which reveals mistakes common to all images."""
+        """Choose the window of normals for the first training image. This reveals mistakes common to all images."""
         sample = self.read(name, "train", self.ids(name, "train")[0])
         if sample.depth is None or sample.camera is None:
             return 3
