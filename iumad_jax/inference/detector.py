@@ -41,7 +41,7 @@ class Detection(NamedTuple):
         probability: Probability that the image shows this object, assuming that it shows a learned one.
         distance: Distance of the image to this object, see `recognition.distances`.
         unknown: Whether `distance` exceeds `unknown_threshold`. If so, the image probably shows no learned object, and
-            the other fields are meaningless.
+            its score, map and object are meaningless.
         image_threshold: Threshold of the object for `score`.
         pixel_threshold: Threshold of the object for `map`.
         unknown_threshold: Threshold of the object for `distance`.
