@@ -1,4 +1,4 @@
-"""Application of a function of a batch to any number of images."""
+"""Applies a function of a batch to any number of images, in padded batches of equal size."""
 
 from collections.abc import Callable
 from typing import Any
