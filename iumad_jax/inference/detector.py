@@ -119,7 +119,6 @@ def detect(
 class Detector:
     """Anomaly detector: a trained model that detects and localises defects in images.
 
-    Example:
         detector = Detector.load("runs/my_run")
         detection = detector(rgb, depth)  # NumPy arrays: uint8 (h, w, 3), metres (h, w)
         print(detection.decision, detection.object, detection.score)
