@@ -41,7 +41,7 @@ class Detection(NamedTuple):
         probability: Probability that the image shows this object, assuming that it shows a learned one.
         distance: Distance of the image to this object, see `recognition.distances`.
         unknown: Whether `distance` exceeds `unknown_threshold`. If so, the image probably shows no learned object, and
-            the other fields are meaningless.
+            its score, map and object are meaningless.
         image_threshold: Threshold of the object for `score`.
         pixel_threshold: Threshold of the object for `map`.
         unknown_threshold: Threshold of the object for `distance`.
@@ -119,7 +119,6 @@ def detect(
 class Detector:
     """Anomaly detector: a trained model that detects and localises defects in images.
 
-    Example:
         detector = Detector.load("runs/my_run")
         detection = detector(rgb, depth)  # NumPy arrays: uint8 (h, w, 3), metres (h, w)
         print(detection.decision, detection.object, detection.score)

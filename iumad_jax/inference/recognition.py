@@ -19,7 +19,7 @@ from scipy.linalg import block_diag
 from iumad_jax.data.prepared.store import mean_tokens
 from iumad_jax.shapes import Batch, Modality, Variables
 
-RECOGNISE = -1  # in place of an object's number: recognise the object
+RECOGNISE = -1  # used in place of an object's number if the object is to be recognised
 
 
 class Recogniser(NamedTuple):
@@ -72,7 +72,7 @@ def fit(statistics: Variables) -> Recogniser:
 def oas(covariance: Float[np.ndarray, "f f"], samples: float) -> Float[np.ndarray, "f f"]:
     """Shrink a covariance towards a multiple of the identity (oracle approximating shrinkage; Chen et al., 2010).
 
-    The multiple is at least 1e-6, so that features without variance remain invertible.
+    The multiple is at least 1e-6, so that the result is invertible even if features do not vary.
     """
     size = len(covariance)
     scale = np.trace(covariance) / size
