@@ -165,9 +165,7 @@ def _with_full_inputs(function: Callable[..., Operand | list[str]]) -> Rule:
 
 def _custom_vjp_call(graph: _Graph, equation: Any, *inputs: Value) -> list[Value]:
     inner_jaxpr = equation.params["call_jaxpr"]
-    if inner_jaxpr.jaxpr.debug_info.func_name == "depthwise_conv" and _depends_on_inputs(
-        inputs
-    ):  # becomes one operator
+    if inner_jaxpr.jaxpr.debug_info.func_name == "depthwise_conv" and _depends_on_inputs(inputs):
         return _depthwise_conv(graph, equation, *inputs)
     return _translate(graph, inner_jaxpr, inputs)
 
