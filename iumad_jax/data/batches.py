@@ -1,4 +1,4 @@
-"""From prepared images to batches in a reproducible order, with grain: streamed, or from device memory."""
+"""Batches of prepared images in a reproducible order, streamed by grain or resident in device memory."""
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -13,48 +13,48 @@ from iumad_jax.errors import UserError
 from iumad_jax.runtime import devices, processes
 from iumad_jax.shapes import Batch
 
-_SHARE = 1 / 4  # of a device's memory that resident images may take
+_RESIDENT_FRACTION = 1 / 4  # largest fraction of a device's memory that resident images occupy
 
 
 class DeviceBatches(NamedTuple):
-    """The input of one or more updates, for every device of this process."""
+    """Input of one or more updates for every device of this process."""
 
     images: Batch  # leaves (devices, images, ...)
-    indices: Int[Array | np.ndarray, "devices updates per_device"]  # into images: the batch of each update
+    indices: Int[Array | np.ndarray, "devices updates per_device"]  # indices into `images`, per update
     sample_weight: Float[Array | np.ndarray, "devices per_device"] | None  # see `devices.sample_weight`
-    progress: Float[Array | np.ndarray, "devices updates"] | None = None  # share of the step's updates done before each
+    progress: Float[Array | np.ndarray, "devices updates"] | None = None  # fraction of the step's updates before each
 
 
-class _Images:
-    """The images of several objects, one after the other, as a grain data source."""
+class _ConcatenatedSets:
+    """Images of several objects, concatenated, as a grain data source."""
 
     def __init__(self, sets: Sequence[Batch]) -> None:
         self._sets = sets
-        self._ends = np.cumsum([len(one.object_id) for one in sets])
+        self._ends = np.cumsum([len(batch.object_id) for batch in sets])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Batch:
-        which = int(np.searchsorted(self._ends, index, side="right"))
-        within = int(index) - (int(self._ends[which - 1]) if which else 0)
-        return jax.tree.map(lambda array: np.asarray(array[within]), self._sets[which])
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        row = int(index) - (int(self._ends[number - 1]) if number else 0)
+        return jax.tree.map(lambda array: np.asarray(array[row]), self._sets[number])
 
     def device_batches(self, rows: Int[np.ndarray, " batch"]) -> DeviceBatches:
-        """One update's, with these images."""
-        share = devices.split_indices(rows)
-        count, places = share.shape
-        images = [self[row] for row in share.ravel()]
-        stacked = jax.tree.map(lambda *one: np.stack(one).reshape(*share.shape, *one[0].shape), *images)
-        taken = np.broadcast_to(np.arange(places, dtype=np.int32), (count, 1, places))
-        return DeviceBatches(stacked, taken, devices.sample_weight(len(rows)))
+        """Load the images of one update, split over the devices."""
+        by_device = devices.split_indices(rows)
+        device_count, per_device = by_device.shape
+        images = [self[row] for row in by_device.ravel()]
+        stacked = jax.tree.map(lambda *arrays: np.stack(arrays).reshape(*by_device.shape, *arrays[0].shape), *images)
+        indices = np.broadcast_to(np.arange(per_device, dtype=np.int32), (device_count, 1, per_device))
+        return DeviceBatches(stacked, indices, devices.sample_weight(len(rows)))
 
 
 def updates_per_epoch(images: int, batch_size: int) -> int:
-    """Whole batches in one pass.
+    """Return the number of full batches per epoch.
 
     Raises:
-        UserError: there is none.
+        UserError: If there are fewer images than in a batch.
     """
     if images < batch_size:
         raise UserError(
@@ -67,65 +67,75 @@ def updates_per_epoch(images: int, batch_size: int) -> int:
 def training_input(
     sets: Sequence[Batch], batch_size: int, seed: int, first: int, resident: str = "auto", updates_per_loop: int = 0
 ) -> Generator[DeviceBatches, None, None]:
-    """Endless shuffled batches, each epoch in another order; the last partial batch of an epoch is dropped.
+    """Yield shuffled batches without end, each epoch in another order and without the last partial batch.
 
-    The order is a function of the seed and the epoch, so that training resumes exactly at any update, and is
-    the same whether images are resident (all placed in device memory now) or streamed from disk (one batch at a time).
+    The order depends only on the seed and the epoch, so that training can resume at any update. It is the same for
+    resident images (all placed in device memory at the start) and streamed ones (read batch by batch from disk).
 
     Args:
-        sets: the images, object by object.
-        batch_size: images of an update.
-        seed: of the order.
-        first: the update to begin with, the first of all being 0.
-        resident: "always", "never", or "auto": if they take at most a quarter of every device's memory.
-        updates_per_loop: updates per item for resident images, fewer at the end of an epoch; 0 chooses for the device.
+        sets: Images of each object.
+        batch_size: Number of images per update.
+        seed: Seed of the order.
+        first: Index of the first update to yield, counted from 0.
+        resident: Whether images are resident: "always", "never", or "auto", which requires that they occupy at most a
+            quarter of every device's memory.
+        updates_per_loop: Number of updates per item for resident images, fewer at the end of an epoch; 0 selects a
+            number that suits the device.
 
     Raises:
-        UserError: there are fewer images than in a batch.
+        UserError: If there are fewer images than in a batch.
     """
     if resident == "always" or (resident == "auto" and fit_on_device(sets)):
         return _resident(sets, batch_size, seed, first, updates_per_loop)
     return streamed(training_batches(sets, batch_size, seed, first))
 
 
-def images_of(update: int, images: int, batch_size: int, seed: int) -> np.ndarray:
-    """Which of a step's images an update takes, counted from the step's first."""
-    return _in_order(images, batch_size, seed)[update]
+def batch_indices(update: int, images: int, batch_size: int, seed: int) -> np.ndarray:
+    """Return the indices of an update's images among all images of its step.
+
+    Args:
+        update: Index of the update within the step.
+        images: Number of images of the step.
+        batch_size: Number of images per update.
+        seed: Seed of the order.
+    """
+    return _shuffled_batches(images, batch_size, seed)[update]
 
 
 def fit_on_device(sets: Sequence[Batch]) -> bool:
-    """Whether every device may hold all of these images."""
+    """Return whether the images fit in the memory allowed for resident images on every device of all processes."""
     size = sum(array.nbytes for array in jax.tree.leaves(list(sets)))
-    return processes.all_processes(size <= _SHARE * devices.memory_per_device())
+    return processes.all_processes(size <= _RESIDENT_FRACTION * devices.memory_per_device())
 
 
 def training_batches(sets: Sequence[Batch], batch_size: int, seed: int, first: int) -> grain.IterDataset:
-    """Reads this process's share of the batches of `training_input`, with a bounded number in advance."""
-    images = _Images(sets)
-    batches = _in_order(len(images), batch_size, seed)
-    updates_per_epoch(len(images), batch_size)  # raises
+    """Read this process's part of the batches of `training_input`, with a bounded number in advance."""
+    images = _ConcatenatedSets(sets)
+    batches = _shuffled_batches(len(images), batch_size, seed)
+    updates_per_epoch(len(images), batch_size)  # raises if there are too few images
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     return batches[first:].map(images.device_batches).to_iter_dataset(options)
 
 
 def streamed(batches: grain.IterDataset) -> Generator[DeviceBatches, None, None]:
-    """Yields the batches until the generator is closed."""
+    """Yield the batches until the generator is closed."""
     with closing(iter(batches)) as stream:
         yield from stream
 
 
 def single_update(batch: Batch) -> DeviceBatches:
-    """A batch for one update."""
-    return _Images([batch]).device_batches(np.arange(len(batch.object_id)))
+    """Split a batch over the devices as the input of one update."""
+    return _ConcatenatedSets([batch]).device_batches(np.arange(len(batch.object_id)))
 
 
 def _resident(
     sets: Sequence[Batch], batch_size: int, seed: int, first: int, updates_per_loop: int
 ) -> Generator[DeviceBatches, None, None]:
-    count = sum(len(one.object_id) for one in sets)
-    per_epoch = updates_per_epoch(count, batch_size)
+    """Yield batches of images that are copied to every device at the start."""
+    image_count = sum(len(batch.object_id) for batch in sets)
+    per_epoch = updates_per_epoch(image_count, batch_size)
     updates_per_loop = updates_per_loop or devices.updates_per_loop(per_epoch)
-    batches = _in_order(count, batch_size, seed)
+    batches = _shuffled_batches(image_count, batch_size, seed)
     images = devices.replicate(jax.tree.map(lambda *arrays: np.concatenate(arrays), *sets))
     while True:
         count = min(updates_per_loop, per_epoch - first % per_epoch)
@@ -134,6 +144,6 @@ def _resident(
         yield DeviceBatches(images, devices.split_indices(rows), devices.sample_weight(batch_size))
 
 
-def _in_order(images: int, batch_size: int, seed: int) -> grain.MapDataset:
-    """Which images every update takes."""
+def _shuffled_batches(images: int, batch_size: int, seed: int) -> grain.MapDataset:
+    """Return the image indices of every update as an endless dataset."""
     return grain.MapDataset.range(images).shuffle(seed=seed).batch(batch_size, drop_remainder=True).repeat()

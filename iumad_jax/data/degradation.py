@@ -1,4 +1,4 @@
-"""Samples as they would be from a worse camera or sensor, under another lamp, or out of a compressed file."""
+"""Image faults: worse cameras and depth sensors, other lighting, and lossy compression."""
 
 import dataclasses
 import io
@@ -16,10 +16,10 @@ _Pixels = UInt8[np.ndarray, "h w 3"]
 
 
 class Fault(NamedTuple):
-    """One way in which photographs get worse."""
+    """Fault of a photograph."""
 
-    apply: Callable[[_Pixels, float, np.random.Generator], _Pixels]  # of this strength
-    mild: tuple[float, float]  # between which strengths a model should stand it
+    apply: Callable[[_Pixels, float, np.random.Generator], _Pixels]  # arguments: image, strength, rng
+    mild: tuple[float, float]  # range of strengths that a model should tolerate
 
 
 def _compress(rgb: _Pixels, quality: float, _: np.random.Generator) -> _Pixels:
@@ -30,37 +30,37 @@ def _compress(rgb: _Pixels, quality: float, _: np.random.Generator) -> _Pixels:
 
 
 def _add_noise(rgb: _Pixels, deviation: float, rng: np.random.Generator) -> _Pixels:
-    return _rounded(rgb + rng.normal(0, deviation, rgb.shape))
+    return _to_uint8(rgb + rng.normal(0, deviation, rgb.shape))
 
 
 def _blur(rgb: _Pixels, pixels: float, _: np.random.Generator) -> _Pixels:
-    return _rounded(ndimage.gaussian_filter(rgb.astype(np.float32), (pixels, pixels, 0)))
+    return _to_uint8(ndimage.gaussian_filter(rgb.astype(np.float32), (pixels, pixels, 0)))
 
 
 def _expose(rgb: _Pixels, factor: float, _: np.random.Generator) -> _Pixels:
-    return _rounded(factor * rgb)
+    return _to_uint8(factor * rgb)
 
 
-def _rounded(pixels: np.ndarray) -> _Pixels:
+def _to_uint8(pixels: np.ndarray) -> _Pixels:
     return np.rint(pixels).clip(0, 255).astype(np.uint8)
 
 
 FAULTS = {
     "JPEG, quality": Fault(_compress, (50, 90)),
-    "noise, grey levels": Fault(_add_noise, (1, 5)),  # standard deviations
+    "noise, grey levels": Fault(_add_noise, (1, 5)),  # standard deviation
     "blur, pixels": Fault(_blur, (0.5, 1)),
     "brightness, times": Fault(_expose, (0.8, 1.2)),
 }
-MILD_DEPTH_NOISE = 1 / 40  # of the height from which a pixel is the object's; standard deviation
+MILD_DEPTH_NOISE = 1 / 40  # largest standard deviation as a fraction of `object_height`
 
 
 def degrade(sample: Sample, number: int, object_height: float) -> Sample:
-    """The sample with one mild fault in its photograph, chosen by its number, and mild noise in its depth.
+    """Apply one mild fault to a sample's photograph and mild noise to its depth.
 
     Args:
-        sample: as its dataset has it.
-        number: of the sample, from 0; strengths and noise depend on it as well.
-        object_height: metres above the background plane from which a pixel is the object's.
+        sample: Unaltered sample.
+        number: Number of the copy, from 0; it determines the fault, its strength and the noise.
+        object_height: Height above the background plane from which a pixel belongs to the object, in metres.
     """
     rng = np.random.default_rng(number)
     fault = list(FAULTS.values())[number % len(FAULTS)]
@@ -69,27 +69,27 @@ def degrade(sample: Sample, number: int, object_height: float) -> Sample:
 
 
 def vary(sample: Sample, number: int, object_height: float) -> Sample:
-    """The sample with one mild fault, see `degrade`, and moved by up to 3 % of its size, its edges being repeated."""
+    """Degrade a sample as `degrade` does, and shift it by up to 3 % of its size with edge pixels repeated."""
     worse, rng = degrade(sample, number, object_height), np.random.default_rng([number, 1])
     rows, columns = (round(rng.uniform(-0.03, 0.03) * size) for size in sample.rgb.shape[:2])
 
-    def moved(array: np.ndarray | None) -> np.ndarray | None:
+    def shifted(array: np.ndarray | None) -> np.ndarray | None:
         if array is None:
             return None
-        at = (np.arange(size) - by for size, by in zip(array.shape[:2], (rows, columns), strict=True))
-        return array[np.ix_(*(one.clip(0, size - 1) for one, size in zip(at, array.shape[:2], strict=True)))]
+        shifts = zip(array.shape[:2], (rows, columns), strict=True)
+        return array[np.ix_(*((np.arange(size) - shift).clip(0, size - 1) for size, shift in shifts))]
 
     camera = worse.camera
     if camera is not None:
         camera = dataclasses.replace(camera, cx=camera.cx + columns, cy=camera.cy + rows)
-    kept: dict[str, Any] = {name: moved(getattr(worse, name)) for name in ("rgb", "depth", "mask", "normals")}
-    return dataclasses.replace(worse, camera=camera, **kept)
+    arrays: dict[str, Any] = {name: shifted(getattr(worse, name)) for name in ("rgb", "depth", "mask", "normals")}
+    return dataclasses.replace(worse, camera=camera, **arrays)
 
 
 def with_depth_noise(sample: Sample, deviation: float, rng: np.random.Generator) -> Sample:
-    """The sample with noise of a standard deviation in metres in its depth, if it has one."""
+    """Add noise with a standard deviation in metres to a sample's depth, if it has any."""
     if sample.depth is None:
         return sample
-    measured = np.isfinite(sample.depth) & (sample.depth > 0)
-    depth = np.where(measured, sample.depth + rng.normal(0, deviation, sample.depth.shape), np.nan)
+    valid = np.isfinite(sample.depth) & (sample.depth > 0)
+    depth = np.where(valid, sample.depth + rng.normal(0, deviation, sample.depth.shape), np.nan)
     return dataclasses.replace(sample, depth=depth.astype(np.float32))

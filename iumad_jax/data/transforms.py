@@ -1,4 +1,4 @@
-"""Sizes: images, masks and regions as the networks and the metrics see them."""
+"""Resizing of images, masks and regions to the sizes that networks and metrics use."""
 
 import numpy as np
 from jaxtyping import Bool, Shaped
@@ -7,33 +7,33 @@ from scipy import ndimage
 
 
 def resize_image(image: Shaped[np.ndarray, "h w c"], size: int) -> Shaped[np.ndarray, "s s c"]:
-    """An image at `size` x `size` pixels, uint8 or float32 as it was: Pillow's bilinear filter, antialiased."""
+    """Resize a uint8 or float32 image to `size` x `size` pixels with Pillow's antialiased bilinear filter."""
     channels = [Image.fromarray(np.ascontiguousarray(channel)) for channel in np.moveaxis(image, -1, 0)]
     resized = [np.asarray(channel.resize((size, size), Image.Resampling.BILINEAR)) for channel in channels]
     return np.stack(resized, axis=-1)
 
 
 def resize_nearest(image: Shaped[np.ndarray, "h w"], size: int) -> Shaped[np.ndarray, "s s"]:
-    """The nearest pixel's value at `size` x `size` pixels.
+    """Resize an image to `size` x `size` pixels without interpolation.
 
-    Pixel i of the result takes the pixel in which its centre lies, floor((i + 1/2) h / size).
+    Pixel i of the result is the source pixel that contains its centre, floor((i + 1/2) h / size).
     """
     rows, columns = ((2 * np.arange(size) + 1) * side // (2 * size) for side in image.shape)
     return image[rows[:, None], columns]
 
 
 def resize_mask(mask: Shaped[np.ndarray, "h w"], size: int) -> Bool[np.ndarray, "s s"]:
-    """A mask at `size` x `size` pixels by `resize_nearest`, positive if > 0."""
+    """Resize a mask to `size` x `size` pixels by `resize_nearest`; values above 0 are positive."""
     return resize_nearest(mask, size) > 0
 
 
 def dilate(mask: Bool[np.ndarray, "h w"], pixels: int = 3) -> Bool[np.ndarray, "h w"]:
-    """All pixels within a distance of `pixels` of the mask."""
+    """Extend a mask to all pixels at a distance of at most `pixels`."""
     if not mask.any():
         return mask
     return ndimage.distance_transform_edt(~mask) <= pixels
 
 
 def region(mask: Bool[np.ndarray, "h w"], size: int) -> Bool[np.ndarray, "s s"]:
-    """Where object-only metrics take their negatives: a mask at `size` x `size` pixels and a rim of 3 pixels."""
+    """Resize an object mask to `size` x `size` pixels and dilate it by 3: the region of the object-only metrics."""
     return dilate(resize_mask(mask, size))

@@ -16,7 +16,7 @@ from iumad_jax.export import formats
 from iumad_jax.inference.anomaly_map import combine
 from iumad_jax.inference.detector import Detector
 from iumad_jax.inference.recognition import RECOGNISE
-from iumad_jax.methods.error_maps import maps_of
+from iumad_jax.methods.error_maps import upsample_errors
 from iumad_jax.models.efficientnet import FeatureExtractor
 
 _BATCHES = (1, 16)
@@ -56,7 +56,7 @@ def measure(config: ConfigDict, workdir: Path, step: int | None, repetitions: in
 
     extractor = FeatureExtractor(config.backbone.name, config.backbone.grid)
     encode = jax.jit(lambda weights, images: [extractor.apply(weights, x) for x in images.values()])
-    make_map = jax.jit(lambda errors: combine(maps_of({"all": errors})))
+    make_map = jax.jit(lambda errors: combine(upsample_errors({"all": errors})))
     errors = np.zeros((1, config.backbone.grid**2), np.float32)
     device_ms = milliseconds(lambda: detector.function(detector.state, prepared, np.array([RECOGNISE])))
     backbone_ms = milliseconds(lambda: encode(detector.state.backbone, prepared))

@@ -1,4 +1,4 @@
-"""Metrics of detection, of localisation and of forgetting: numpy in, Python floats out, NaN where undefined."""
+"""Metrics of detection, localisation and forgetting, from NumPy arrays to Python floats; NaN where undefined."""
 
 from iumad_jax.metrics.aupro import aupro, aupro_exact, pixel_metrics, pro_curve
 from iumad_jax.metrics.auroc import image_auroc, pixel_auroc

@@ -1,8 +1,10 @@
-"""What was learned and what was forgotten over incremental steps.
+"""Metrics of learning and forgetting over incremental steps.
 
-Every function reads the matrix of one metric, (steps, objects): `matrix[l, c]` is the metric on object c after step l,
-NaN before the step that learned c. Whether a metric is defined for an object depends on its test images alone, so a
-column starts at the step that learned the object, or is NaN throughout and left out of every mean.
+Every function takes the matrix of one metric, shape (steps, objects): `matrix[l, c]` is the metric on object c after
+step l, NaN before the step that learned c. Whether a metric is defined for an object depends only on its test images.
+A column is therefore defined from the step that learned the object, or is NaN throughout and left out of every mean.
+
+All functions raise a ValueError if the matrix does not have shape (steps, objects), has no step, or holds infinity.
 """
 
 import math
@@ -13,57 +15,56 @@ from numpy.typing import ArrayLike, NDArray
 
 
 def final(matrix: ArrayLike) -> float:
-    """Mean over objects after the last step; NaN when undefined for all.
-
-    Raises:
-        ValueError: the matrix is not (steps, objects), has no step, or holds infinity. So do all functions here.
-    """
-    return _mean(_checked(matrix)[-1])
+    """Compute the mean over objects after the last step; NaN if undefined for all objects."""
+    return _mean(_validated(matrix)[-1])
 
 
 def average_accuracy(matrix: ArrayLike) -> float:
-    """Mean over steps of the mean over the objects seen by then: ACC of IUF (Tang et al., ECCV 2024)."""
-    return _mean(_step_means(_checked(matrix)))
+    """Compute the mean over steps of the mean over the objects seen by then: ACC of IUF (Tang et al., ECCV 2024)."""
+    return _mean(_step_means(_validated(matrix)))
 
 
 def falls(matrix: ArrayLike) -> NDArray:
-    """Of each object (objects,), its best earlier value minus its last; NaN where the last step learned it."""
-    values = _checked(matrix)
-    best = reduce(np.fmax, values[:-1], np.full_like(values[-1], np.nan))  # fmax ignores NaN unless both are
+    """Compute the best earlier value minus the last value of each object, shape (objects,).
+
+    The result is NaN for objects that the last step learned.
+    """
+    values = _validated(matrix)
+    best = reduce(np.fmax, values[:-1], np.full_like(values[-1], np.nan))  # fmax ignores NaN unless both values are NaN
     return best - values[-1]
 
 
 def forgetting(matrix: ArrayLike) -> float:
-    """Mean over objects learned before the last step of their best earlier value minus their last.
+    """Compute the mean of `falls`, over objects learned before the last step.
 
-    The forgetting measure of Chaudhry et al., ECCV 2018; negative where later steps helped. NaN when no object was
-    learned before the last step, so always with a single step.
+    This is the forgetting measure of Chaudhry et al., ECCV 2018. It is negative if later steps improve earlier objects,
+    and NaN if no object was learned before the last step, as with a single step.
     """
     return _mean(falls(matrix))
 
 
 def aggregate_forgetting(matrix: ArrayLike) -> float:
-    """Mean over incremental steps of how far the mean over objects seen lies below that of the base step.
+    """Compute the drop of the mean over objects seen from the base step, averaged over incremental steps.
 
-    It also counts how hard the new objects are, not only what was forgotten. NaN with a single step.
+    The drop includes the difficulty of new objects, not only forgetting. It is NaN with a single step.
     """
-    base, *later = _step_means(_checked(matrix))
+    base, *later = _step_means(_validated(matrix))
     return _mean(base - np.asarray(later))
 
 
 def plasticity(matrix: ArrayLike) -> float:
-    """Mean over objects of their value at the step that learned them."""
-    values = _checked(matrix)
+    """Compute the mean over objects of the value at the step that learned the object."""
+    values = _validated(matrix)
     learned = np.argmin(np.isnan(values), axis=0)  # the first row that is not NaN
     return _mean(np.take_along_axis(values, learned[None], axis=0))
 
 
-def _checked(matrix: ArrayLike) -> NDArray:
+def _validated(matrix: ArrayLike) -> NDArray:
     values = np.asarray(matrix, float)
     if values.ndim != 2 or not len(values):
-        raise ValueError(f"the matrix must be (steps, objects) with at least one step, found {values.shape}")
+        raise ValueError(f"the matrix must have shape (steps, objects) with at least one step, got {values.shape}")
     if np.isinf(values).any():
-        raise ValueError("the matrix must hold finite numbers and NaN, found infinity")
+        raise ValueError("the matrix must hold finite numbers and NaN, got infinity")
     return values
 
 
@@ -72,7 +73,7 @@ def _step_means(values: NDArray) -> list[float]:
 
 
 def _mean(values: ArrayLike) -> float:
-    """Mean of what is defined."""
+    """Average the values that are not NaN; NaN if there are none."""
     defined = np.asarray(values, float)
     defined = defined[~np.isnan(defined)]
     return float(defined.mean()) if defined.size else math.nan

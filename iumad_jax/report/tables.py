@@ -247,7 +247,7 @@ def read_results(workdir: Path) -> dict[str, Any] | None:
         markdown(results)  # results that cannot be shown are damaged
         return results
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}); remove it and run the command again.") from error
+        raise UserError(f"{path} cannot be read ({error}); remove the file and run the command again.") from error
 
 
 def _decisions_on_test_images(results: dict[str, Any], style: str) -> Iterator[str]:
@@ -255,17 +255,16 @@ def _decisions_on_test_images(results: dict[str, Any], style: str) -> Iterator[s
     if not results.get("decisions"):
         return
     decided = results["decisions"][-1]["objects"]
-    rates = {key: [decided[name].get("test", {}).get(key) for _, name, _ in learned_objects(results)] for key in RATES}
-    shown = [key for key, values in rates.items() if not all(map(_undefined, values))]
-    rows = []
-    for row, (step, name, _) in enumerate(learned_objects(results)):
-        image = decided[name]["image"]
-        rows.append([name, step, image["images"], _bound(image), *(_percent(rates[key][row]) for key in shown)])
-    if shown:
-        rows.append(["mean", "", "", "", *(_percent(_mean(rates[key])) for key in shown)])
-    yield _table(
-        rows, ["object", "step", "calibration images", "false-alarm bound", *(RATES[key] for key in shown)], style
-    )
+    rates = _defined_rates([results["decisions"][-1]])
+    rows: list[list[Any]] = []
+    for step, name, _ in learned_objects(results):
+        image, test = decided[name]["image"], decided[name].get("test", {})
+        rows.append([name, step, image["images"], _bound(image), *(_percent(test.get(rate)) for rate in rates)])
+    if rates:
+        values = [[record.get("test", {}).get(rate) for record in decided.values()] for rate in rates]
+        rows.append(["mean", "", "", "", *(_percent(_mean(column)) for column in values)])
+    headers = ["object", "step", "calibration images", "false-alarm bound", *(RATES[rate] for rate in rates)]
+    yield _table(rows, headers, style)
     yield (
         "Decisions on test images, at thresholds set by good calibration images. False alarm: a good image called\n"
         "anomalous, expected at a rate of at most the bound, which more calibration images lower. Miss: an anomalous\n"
@@ -379,16 +378,18 @@ def _decisions_after_every_step(results: dict[str, Any]) -> Iterator[str]:
     yield (
         "Thresholds are conformal: of the scores of n good calibration images, the smallest one that a further good"
         " image exceeds with a probability of at most 1 - quantile; or, where n is too small for that, the largest."
-        " Each has a bootstrapped 95 % interval, whose upper end means nothing where it equals the threshold."
+        " Each has a bootstrapped 95 % interval, whose upper end is too low where it equals the threshold."
     )
-    rows = []
+    rates, rows = _defined_rates(results["decisions"]), []
     for step, decided in enumerate(results["decisions"]):
-        for name, thresholds in decided["objects"].items():
-            image, test = thresholds["image"], thresholds.get("test", {})
+        for name, record in decided["objects"].items():
+            image, test = record["image"], record.get("test", {})
             interval = " to ".join(f"{end:.4g}" for end in image["interval"])
-            cells = (_percent(test.get(key)) for key in RATES)
-            rows.append([name, step, image["images"], f"{image['threshold']:.4g} ({interval})", _bound(image), *cells])
-    headers = ["object", "after step", "calibration images", "score threshold", "false-alarm bound", *RATES.values()]
+            threshold = f"{image['threshold']:.4g} ({interval})"
+            cells = (_percent(test.get(rate)) for rate in rates)
+            rows.append([name, step, image["images"], threshold, _bound(image), *cells])
+    headers = ["object", "after step", "calibration images", "score threshold", "false-alarm bound"]
+    headers += [RATES[rate] for rate in rates]
     yield _table(rows, headers, "github")
     if unknown := list(_unknown_objects(results, "github")):
         yield "## Objects that were never learned"
@@ -406,6 +407,12 @@ def _unknown_objects(results: dict[str, Any], style: str) -> Iterator[str]:
             f" objects never learned against learned ones: {_cell(unknown['auroc_distance'])} by the distance to the"
             f" nearest learned object, {_cell(unknown['auroc_logits'])} by the method's own object logits."
         )
+
+
+def _defined_rates(decisions: list[dict[str, Any]]) -> list[str]:
+    """Return the rates that are defined for any object after any step."""
+    tests = [record.get("test", {}) for decided in decisions for record in decided["objects"].values()]
+    return [rate for rate in RATES if not all(_undefined(test.get(rate)) for test in tests)]
 
 
 def _bound(image: dict[str, Any]) -> str:

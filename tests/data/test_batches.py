@@ -1,4 +1,4 @@
-"""The order of training images: complete, reproducible, and the same wherever training begins."""
+"""Order of training images: complete, reproducible, and independent of the update at which training starts."""
 
 from itertools import islice
 
@@ -17,7 +17,7 @@ from tests import sentences
 
 
 def images(*counts):
-    """One set per object; every array of image i of object k says 100 k + i."""
+    """Make one set per object; every array of image i of object k has the value 100 k + i."""
     sets = []
     for k, count in enumerate(counts):
         names = 100 * k + np.arange(count)
@@ -27,20 +27,17 @@ def images(*counts):
     return sets
 
 
-def counted(device_batches, name_of_place):
-    """What counts of what is at the places of all devices, in order."""
-    return (
-        name_of_place[... if device_batches.sample_weight is None else device_batches.sample_weight > 0]
-        .ravel()
-        .astype(int)
-    )
+def without_padding(device_batches, names_by_device):
+    """Return the names of the images of all devices in order, without those that only fill a batch."""
+    weight = device_batches.sample_weight
+    return names_by_device[... if weight is None else weight > 0].ravel().astype(int)
 
 
 def names(stream, count):
-    """The images in the first batches, by name: (count, batch)."""
+    """Return the names of the images in the first batches, shape (count, batch)."""
     return np.array(
         [
-            counted(device_batches, device_batches.images.features["rgb"][:, :, 0, 0])
+            without_padding(device_batches, device_batches.images.features["rgb"][:, :, 0, 0])
             for device_batches in islice(stream, count)
         ]
     )
@@ -48,7 +45,7 @@ def names(stream, count):
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(1, 5), st.integers(0, 2**31 - 1))
-def test_an_epoch_sees_every_image_once_but_for_a_partial_batch(counts, size, seed):
+def test_an_epoch_has_every_image_once_except_a_partial_batch(counts, size, seed):
     everything = {100 * k + i for k, count in enumerate(counts) for i in range(count)}
     per_epoch = len(everything) // size
     if not per_epoch:
@@ -57,21 +54,21 @@ def test_an_epoch_sees_every_image_once_but_for_a_partial_batch(counts, size, se
     seen = names(training_batches(images(*counts), size, seed, 0), 3 * per_epoch)
     assert seen.shape == (3 * per_epoch, size)
     for epoch in seen.reshape(3, -1):
-        assert len(set(epoch)) == per_epoch * size  # none twice
+        assert len(set(epoch)) == per_epoch * size  # no image twice
         assert set(epoch) <= everything
 
 
-def test_a_batch_keeps_what_belongs_together():
-    ((spread, rows, weights, _),) = islice(training_batches(images(5, 7), 12, 0, 0), 1)
-    assert (spread.object_id.shape, weights) == ((4, 3), None)
-    np.testing.assert_array_equal(rows, np.broadcast_to(np.arange(3), (4, 1, 3)))
-    batch = jax.tree.map(lambda a: a.reshape(12, *a.shape[2:]), spread)
+def test_all_arrays_of_a_batch_are_in_one_order():
+    ((by_device, indices, weights, _),) = islice(training_batches(images(5, 7), 12, 0, 0), 1)
+    assert (by_device.object_id.shape, weights) == ((4, 3), None)
+    np.testing.assert_array_equal(indices, np.broadcast_to(np.arange(3), (4, 1, 3)))
+    batch = jax.tree.map(lambda a: a.reshape(12, *a.shape[2:]), by_device)
     image = batch.features["rgb"][:, 0, 0]
     assert len(set(image)) == 12
     np.testing.assert_array_equal(batch.features["rgb"], np.broadcast_to(image[:, None, None], (12, 2, 3)))
     np.testing.assert_array_equal(batch.images["depth"], np.broadcast_to(image[:, None, None, None], (12, 2, 2, 3)))
     np.testing.assert_array_equal(batch.object_id, image // 100)
-    assert (batch.features["rgb"].dtype, batch.images["depth"].dtype) == (np.float32, np.float16)  # as they are stored
+    assert (batch.features["rgb"].dtype, batch.images["depth"].dtype) == (np.float32, np.float16)  # the stored types
     assert batch.object_id.dtype == np.int32
 
 
@@ -82,25 +79,25 @@ def test_the_order_is_a_function_of_seed_and_update():
     epochs = order.reshape(4, -1)
     other = names(training_batches(sets, 4, 500, 0), 10).ravel()
     everything = [*epochs, other, np.sort(other)]
-    for i, one in enumerate(everything):
-        assert not any(np.array_equal(one, another) for another in everything[:i])
-    mixed = (epochs[0] < 100)[:10].sum()  # both objects from the start
+    for i, epoch in enumerate(everything):
+        assert not any(np.array_equal(epoch, earlier) for earlier in everything[:i])
+    mixed = (epochs[0] < 100)[:10].sum()  # the first batches hold both objects
     assert 0 < mixed < 10
 
 
 @pytest.mark.parametrize("first", [1, 2, 7])
-def test_beginning_at_an_update_is_skipping_those_before(first):
+def test_starting_at_an_update_skips_earlier_ones(first):
     sets = images(6, 5)
     whole = names(training_batches(sets, 3, 1, 0), first + 6)
     np.testing.assert_array_equal(names(training_batches(sets, 3, 1, first), 6), whole[first:])
 
 
-def test_memory_mapped_images_are_read_as_they_are(tmp_path):
-    (one,) = images(6)
-    np.save(tmp_path / "features.npy", one.features["rgb"])
-    mapped = one._replace(features={"rgb": np.load(tmp_path / "features.npy", mmap_mode="r")})
+def test_memory_mapped_images_give_equal_batches(tmp_path):
+    (in_memory,) = images(6)
+    np.save(tmp_path / "features.npy", in_memory.features["rgb"])
+    mapped = in_memory._replace(features={"rgb": np.load(tmp_path / "features.npy", mmap_mode="r")})
     np.testing.assert_array_equal(
-        names(training_batches([mapped], 2, 0, 0), 6), names(training_batches([one], 2, 0, 0), 6)
+        names(training_batches([mapped], 2, 0, 0), 6), names(training_batches([in_memory], 2, 0, 0), 6)
     )
 
 
@@ -113,47 +110,47 @@ def test_fewer_images_than_a_batch_are_refused(count, size):
         training_batches(images(count), size, 0, 0)
 
 
-def taken(stream, updates):
-    """The batches that the devices of some stream see, put together again: (updates, batch) names, and the stream."""
-    seen, used = [], []
+def joined(stream, updates):
+    """Join the batches of all devices; return the image names, shape (updates, batch), and the items of the stream."""
+    seen, items = [], []
     while len(seen) < updates:
-        (batch, rows, *_) = device_batches = next(stream)
-        used.append(device_batches)
-        for update in range(rows.shape[1]):
-            shares = zip(np.asarray(batch.features["rgb"]), rows[:, update], strict=True)
-            seen.append(counted(device_batches, np.stack([share[own][:, 0, 0] for share, own in shares])))
+        (batch, indices, *_) = device_batches = next(stream)
+        items.append(device_batches)
+        for update in range(indices.shape[1]):
+            by_device = zip(np.asarray(batch.features["rgb"]), indices[:, update], strict=True)
+            seen.append(without_padding(device_batches, np.stack([rgb[i][:, 0, 0] for rgb, i in by_device])))
     stream.close()
-    return np.array(seen), used
+    return np.array(seen), items
 
 
 @pytest.mark.parametrize("size", [8, 7])
 @pytest.mark.parametrize("updates_per_loop", [1, 2, 3, 4])
 @pytest.mark.parametrize("first", [0, 6, 12])
 def test_resident_images_come_in_the_order_of_streamed_ones(first, updates_per_loop, size):
-    """To four devices, each with all of the images, from memory that nothing has to be read into again."""
+    """Each of four devices holds all images, which are copied to it only once."""
     sets = images(20, 15)
-    everything = np.concatenate([one.object_id * 100 + np.arange(len(one.object_id)) for one in sets])
+    everything = np.concatenate([batch.object_id * 100 + np.arange(len(batch.object_id)) for batch in sets])
     order = grain.MapDataset.source(everything).shuffle(seed=5).batch(size, drop_remainder=True).repeat()
     expected, per_epoch = np.stack([order[first + update] for update in range(12)]), 35 // size
-    streamed, _ = taken(training_input(sets, size, 5, first, "never"), 12)
-    found, stream = taken(training_input(sets, size, 5, first, "always", updates_per_loop), 12)
+    streamed, _ = joined(training_input(sets, size, 5, first, "never"), 12)
+    resident, items = joined(training_input(sets, size, 5, first, "always", updates_per_loop), 12)
     np.testing.assert_array_equal(streamed, expected)
-    np.testing.assert_array_equal(found[:12], expected)
-    ends = np.cumsum([rows.shape[1] for _, rows, *_ in stream]) + first
+    np.testing.assert_array_equal(resident[:12], expected)
+    ends = np.cumsum([indices.shape[1] for _, indices, *_ in items]) + first
     epochs = range((first // per_epoch + 1) * per_epoch, first + 13, per_epoch)
-    assert set(epochs) <= set(ends)  # no device_batches is of two
-    assert len(stream) <= -(-per_epoch // updates_per_loop) * (len(epochs) + 1)
-    assert all(device_batches.images is stream[0].images for device_batches in stream)
-    assert {array.dtype for array in jax.tree.leaves(stream[0][0])} == {np.dtype(t) for t in ("f4", "f2", "i4")}
+    assert set(epochs) <= set(ends)  # no item spans two epochs
+    assert len(items) <= -(-per_epoch // updates_per_loop) * (len(epochs) + 1)
+    assert all(device_batches.images is items[0].images for device_batches in items)
+    assert {array.dtype for array in jax.tree.leaves(items[0][0])} == {np.dtype(t) for t in ("f4", "f2", "i4")}
 
 
-def test_images_are_resident_where_a_quarter_of_the_memory_holds_them():
-    share = psutil.virtual_memory().available / jax.local_device_count() / 4
-    (one,) = images(1)
-    per_image = sum(array.nbytes for array in jax.tree.leaves(one))
-    for factor, expected in [(1.2, False), (0.8, True)]:  # RAM comes and goes meanwhile
-        count = int(share / per_image * factor / 2)
-        half = jax.tree.map(lambda array, n=count: np.broadcast_to(array, (n, *array.shape[1:])), one)
+def test_images_are_resident_if_they_fit_in_a_quarter_of_the_memory():
+    allowed = psutil.virtual_memory().available / jax.local_device_count() / 4
+    (image,) = images(1)
+    per_image = sum(array.nbytes for array in jax.tree.leaves(image))
+    for factor, expected in [(1.2, False), (0.8, True)]:  # available RAM varies during the test
+        count = int(allowed / per_image * factor / 2)
+        half = jax.tree.map(lambda array, n=count: np.broadcast_to(array, (n, *array.shape[1:])), image)
         assert fit_on_device([half, half]) == expected
     batch, *_ = next(stream := training_input(images(40), 8, 0, 0))
     assert isinstance(batch.object_id, jax.Array)

@@ -1,4 +1,4 @@
-"""Worse copies of samples."""
+"""Degraded and varied copies of samples."""
 
 import dataclasses
 
@@ -8,12 +8,12 @@ import pytest
 from iumad_jax.data.degradation import FAULTS, degrade, vary
 from iumad_jax.data.sample import Camera, Sample
 
-HEIGHT = 0.008  # metres
+HEIGHT = 0.008  # object height in metres
 
 
 @pytest.fixture
 def sample():
-    """A photograph of fine stripes with a grey half, and a plane with a hole."""
+    """Make a photograph, half grey and half fine stripes, and the depth of a plane with a hole."""
     rgb = np.full((64, 96, 3), 120, np.uint8)
     rgb[:, 48::2] = (180, 60, 30)
     depth = np.full((64, 96), 1.5, np.float32)
@@ -22,12 +22,12 @@ def sample():
     return Sample("bolt", "1", "good", rgb, depth, None, False, None)
 
 
-def test_every_fault_is_a_different_one(sample):
+def test_the_first_copies_have_different_faults(sample):
     compressed, noisy, blurred, exposed = (degrade(sample, number, HEIGHT).rgb.astype(float) for number in range(4))
     assert len(FAULTS) == 4
     before = sample.rgb.astype(float)
     grey = np.s_[4:-4, 4:40]
-    assert np.abs(compressed[grey] - 120).max() <= 2  # JPEG leaves an even area as it is, and smears colours elsewhere
+    assert np.abs(compressed[grey] - 120).max() <= 2  # JPEG keeps an even area and smears colours elsewhere
     assert np.abs(compressed - before)[:, 56:].mean() > 3
     assert 1 <= noisy[grey].std() <= 5.1
     assert abs(noisy[grey].mean() - 120) < 0.5
@@ -46,27 +46,27 @@ def test_depth_gets_noise_and_keeps_its_holes(sample, number):
     assert abs(np.nanmean(noise)) < HEIGHT / 400
 
 
-def test_a_number_means_the_same_copy(sample):
-    once, again, other = (degrade(sample, number, HEIGHT) for number in (3, 3, 7))
-    np.testing.assert_array_equal(once.rgb, again.rgb)
-    np.testing.assert_array_equal(once.depth, again.depth)
-    assert (once.rgb != other.rgb).any()  # the same fault of another strength
+def test_a_copy_depends_only_on_its_number(sample):
+    first, again, other = (degrade(sample, number, HEIGHT) for number in (3, 3, 7))
+    np.testing.assert_array_equal(first.rgb, again.rgb)
+    np.testing.assert_array_equal(first.depth, again.depth)
+    assert (first.rgb != other.rgb).any()  # the same fault with another strength
 
 
-def test_a_photograph_alone_needs_no_depth(sample):
+def test_a_photograph_without_depth(sample):
     worse = degrade(Sample("bolt", "1", "good", sample.rgb, None, None, False, None), 1, HEIGHT)
     assert worse.depth is None
     assert (worse.rgb != sample.rgb).any()
 
 
 @pytest.mark.parametrize("number", range(6))
-def test_a_varied_sample_is_moved_and_its_camera_with_it(sample, number):
-    """A point of the scene is seen elsewhere, and found in the same place by the camera."""
+def test_a_varied_sample_and_its_camera_are_shifted(sample, number):
+    """A point of the scene falls on another pixel, but on the same ray of the shifted camera."""
     ramp = np.add.outer(np.arange(64.0), 100 * np.arange(96.0)).astype(np.float32) + 1
     sample = dataclasses.replace(sample, depth=ramp, mask=ramp > 5000, camera=Camera(100, 100, 47.5, 31.5))
     moved = vary(sample, number, HEIGHT)
-    inner = ramp[20, 30]
-    row, column = np.unravel_index(np.abs(moved.depth - inner).argmin(), ramp.shape)
+    value = ramp[20, 30]
+    row, column = np.unravel_index(np.abs(moved.depth - value).argmin(), ramp.shape)
     assert (column - moved.camera.cx, row - moved.camera.cy) == (30 - 47.5, 20 - 31.5)
     assert abs(row - 20) <= 2
     assert abs(column - 30) <= 3

@@ -1,4 +1,4 @@
-"""Geometry from depth against scenes whose rays are intersected exactly, and against the real renderer's normals."""
+"""Geometry from depth against exactly intersected scenes, and against the normals of the Eyecandies renderer."""
 
 import re
 from pathlib import Path
@@ -21,41 +21,41 @@ from tests import sentences
 
 CAMERA = Camera(300.0, 310.0, 118.0, 97.0)
 SHAPE = (200, 240)
-DISTANCE = 0.5  # metres from the plane: pixels are 1.7 mm apart
-NOISE = 1e-4  # metres, as of a structured-light scanner
+DISTANCE = 0.5  # metres from the plane, where pixels are 1.7 mm apart
+NOISE = 1e-4  # metres, as for a structured-light scanner
 TILTS = [0, 10, 20, 30, 40, 50]
 
-SCANNER = Camera(1350.0, 1350.0, 118.0, 97.0)  # as of MVTec 3D-AD: pixels are 0.37 mm apart
+SCANNER = Camera(1350.0, 1350.0, 118.0, 97.0)  # as for MVTec 3D-AD, with pixels 0.37 mm apart
 SCANNERS_NOISE = 2.5e-4
 
 
 def rays(camera: Camera = CAMERA) -> np.ndarray:
-    """Every pixel's ray (h w 3) with z = 1."""
+    """Return every pixel's ray (h w 3) with z = 1."""
     columns, rows = np.meshgrid(np.arange(SHAPE[1]), np.arange(SHAPE[0]))
     x, y = (columns - camera.cx) / camera.fx, (rows - camera.cy) / camera.fy
     return np.stack([x, y, np.ones(SHAPE)], axis=-1)
 
 
 def normal_of(tilt: float) -> np.ndarray:
-    """Of a plane seen by a camera that looks down at it, `tilt` degrees off the perpendicular, somewhat sideways."""
+    """Return the normal of a plane seen `tilt` degrees off the perpendicular, slightly sideways."""
     down, sideways = np.radians(tilt), np.radians(25)
     return np.array([np.sin(down) * np.sin(sideways), -np.sin(down) * np.cos(sideways), -np.cos(down)])
 
 
 def plane_depth(normal: np.ndarray, distance: float = DISTANCE, camera: Camera = CAMERA) -> np.ndarray:
-    """Depth at which every ray meets the plane normal . p + distance = 0."""
+    """Return the depth at which every ray meets the plane normal . p + distance = 0."""
     return -distance / (rays(camera) @ normal)
 
 
 def sphere_depth(centre: np.ndarray, radius: float, camera: Camera = CAMERA) -> np.ndarray:
-    """Depth at which every ray first meets the sphere, infinite where it does not."""
+    """Return the depth at which every ray first meets the sphere, infinite if it misses."""
     ray = rays(camera)
     a, b, c = (ray * ray).sum(-1), ray @ centre, centre @ centre - radius**2
     return np.where(b * b > a * c, (b - np.sqrt(np.maximum(b * b - a * c, 0))) / a, np.inf)
 
 
 def spoiled(z: np.ndarray, seed: int = 0, noise: float = NOISE, holes: float = 0.05) -> np.ndarray:
-    """With a scanner's noise, scattered missing pixels and a hole."""
+    """Add scanner noise, scattered missing pixels and a hole to a depth image."""
     rng = np.random.default_rng(seed)
     z = z + noise * rng.standard_normal(z.shape)
     z[rng.random(z.shape) < holes] = np.nan
@@ -84,8 +84,8 @@ def test_tilted_plane(tilt: float) -> None:
 def test_normals_of_a_plane_are_exact_without_noise(tilt: float) -> None:
     normal = normal_of(tilt)
     for window in (3, 7):
-        found = depth.normals(plane_depth(normal).astype(np.float32), CAMERA, window)
-        assert degrees_between(found, normal).max() < 0.1
+        estimated = depth.normals(plane_depth(normal).astype(np.float32), CAMERA, window)
+        assert degrees_between(estimated, normal).max() < 0.1
 
 
 @pytest.mark.parametrize("tilt", [0, 45])
@@ -108,13 +108,13 @@ def test_sphere_on_a_plane(tilt: float) -> None:
     assert inside.sum() > 1000
     assert np.sqrt((off[inside & seen] ** 2).mean()) < 1.5
     assert np.quantile(off[inside & seen], 0.98) < 3
-    # Above the threshold by more than the noise, the mask is exactly the ball's cap.
+    # Where the height differs from the threshold by more than the noise, the mask is exactly the ball's cap.
     clear = surface.valid & (np.abs(height - 0.005) > 5 * NOISE)
     np.testing.assert_array_equal(depth.object_mask(surface.height, 0.005)[clear], (height > 0.005)[clear])
 
 
 def test_step() -> None:
-    """A block 20 mm high: heights are right up to the edge, normals up to the window's reach from it."""
+    """For a block 20 mm high, heights are correct up to its edge, and normals beyond half a window from it."""
     normal = normal_of(0)
     block = np.zeros(SHAPE, bool)
     block[70:140, 80:170] = True
@@ -128,11 +128,11 @@ def test_step() -> None:
     assert np.median(off[~flat]) > 45
 
 
-# At the noise of MVTec 3D-AD: plane within 0.5 degrees, heights within 0.5 mm, normals within 3 degrees
+# With the noise of MVTec 3D-AD: plane within 0.5 degrees, heights within 0.5 mm, normals within 3 degrees
 
 
-def whole(window: int) -> np.ndarray:
-    """Where a window lies within the image."""
+def window_inside(window: int) -> np.ndarray:
+    """Mask the pixels whose window lies within the image."""
     inside = np.zeros(SHAPE, bool)
     inside[window // 2 : -(window // 2), window // 2 : -(window // 2)] = True
     return inside
@@ -148,9 +148,9 @@ def test_tilted_plane_of_a_scanner(tilt: float, holes: float) -> None:
     assert degrees_between(surface.plane.normal, normal) < 0.1
     true_points = rays(SCANNER) * exact[..., None]
     assert np.abs(depth.height_above(true_points, surface.plane)).max() < 1e-4
-    assert np.quantile(np.abs(surface.height), 0.95) < 5e-4  # with the noise of the pixel itself
+    assert np.quantile(np.abs(surface.height), 0.95) < 5e-4  # including the noise of the pixel itself
     off = degrees_between(surface.normals, np.array([0, 0, 1]))
-    assert np.quantile(off[surface.valid & whole(window)], 0.95) < 3
+    assert np.quantile(off[surface.valid & window_inside(window)], 0.95) < 3
     assert np.quantile(off, 0.95) < 3.3
 
 
@@ -174,7 +174,7 @@ def test_sphere_of_a_scanner(tilt: float) -> None:
 
 
 def test_step_of_a_scanner() -> None:
-    """A block 10 mm high; beyond the window's reach from its edge all normals point up."""
+    """For a block 10 mm high, normals beyond half a window from its edge point up."""
     normal = normal_of(0)
     block = np.zeros(SHAPE, bool)
     block[70:140, 80:170] = True
@@ -185,14 +185,14 @@ def test_step_of_a_scanner() -> None:
     error = np.abs(surface.height - np.where(block, 0.01, 0))[surface.valid]
     assert np.quantile(error, 0.95) < 5e-4
     assert error.max() < 5 * SCANNERS_NOISE
-    flat = whole(window) & ~(ndimage.maximum_filter(block, window) & ndimage.maximum_filter(~block, window))
+    flat = window_inside(window) & ~(ndimage.maximum_filter(block, window) & ndimage.maximum_filter(~block, window))
     assert np.quantile(degrees_between(surface.normals, np.array([0, 0, 1]))[flat & surface.valid], 0.95) < 3
 
 
 @pytest.mark.parametrize("tilt", TILTS)
 @pytest.mark.parametrize("slope", [0, 30])
 def test_an_object_on_nearly_half_the_border_does_not_move_the_plane(tilt: float, slope: float) -> None:
-    """It is 20 mm high, flat on top or sloped, and lies along the left and lower edges."""
+    """The object is 20 mm high, flat or sloped on top, and lies along the left and lower edges."""
     normal = normal_of(tilt)
     block = np.zeros(SHAPE, bool)
     block[:, :30] = block[188:, :150] = True
@@ -216,8 +216,8 @@ def test_the_window_is_the_smallest_that_keeps_normals_within_3_degrees(noise: f
     normal = normal_of(tilt)
     image = spoiled(plane_depth(normal, camera=SCANNER), noise=noise)
     window = depth.window_for(image, SCANNER)
-    known = np.isfinite(image) & (image > 0)
-    off = [degrees_between(depth.normals(image, SCANNER, size), normal)[known] for size in (window, window - 2)]
+    valid = np.isfinite(image) & (image > 0)
+    off = [degrees_between(depth.normals(image, SCANNER, size), normal)[valid] for size in (window, window - 2)]
     assert np.quantile(off[0], 0.95) < 3.3
     if window > 3:
         assert np.quantile(off[1], 0.95) > 2.5
@@ -225,7 +225,7 @@ def test_the_window_is_the_smallest_that_keeps_normals_within_3_degrees(noise: f
 
 @pytest.mark.parametrize(("step", "expected"), [(1e-3, {13, 15}), (2e-4, {5, 7})])
 def test_the_window_follows_from_the_step_of_quantised_depth(step: float, expected: set[int]) -> None:
-    """Where a plane's steps are wider than a window, as for whole millimetres, no window makes its normals right."""
+    """If the steps of a plane are wider than a window, as with whole millimetres, no window gives correct normals."""
     exact = plane_depth(normal_of(10), camera=SCANNER)
     image = (np.round(exact / step) * step).astype(np.float32)
     assert depth.window_for(image, SCANNER) in expected
@@ -234,23 +234,23 @@ def test_the_window_follows_from_the_step_of_quantised_depth(step: float, expect
     assert depth.window_for(exact.astype(np.float32), SCANNER) == 3
 
 
-def test_an_orthographic_camera_measures_the_same() -> None:
-    """Pixels of 0.4 mm over a ball on a tilted plane, by closed form; far away a pinhole camera sees nearly that."""
+def test_orthographic_camera() -> None:
+    """A ball on a tilted plane, seen with pixels of 0.4 mm, against its closed form."""
     camera = Camera(2500, 2500, 118, 97, orthographic=True)
     columns, rows = np.meshgrid(np.arange(SHAPE[1]), np.arange(SHAPE[0]))
     x, y = (columns - 118) / 2500, (rows - 97) / 2500
     normal = normal_of(30)
     z = (-DISTANCE - x * normal[0] - y * normal[1]) / normal[2]
     centre, radius = np.array([0.0, 0.0, -DISTANCE / normal[2]]), 0.015
-    under = radius**2 - x**2 - y**2
-    ball = np.where(under > 0, centre[2] - np.sqrt(np.maximum(under, 0)), np.inf)
+    squared = radius**2 - x**2 - y**2
+    ball = np.where(squared > 0, centre[2] - np.sqrt(np.maximum(squared, 0)), np.inf)
     exact = np.minimum(z, ball)
     points = np.stack([x, y, exact], axis=-1)
     surface = depth.measure(spoiled(exact, noise=2e-5), camera, window=5)
     assert degrees_between(surface.plane.normal, normal) < 0.1
     np.testing.assert_allclose(surface.points[surface.valid], points[surface.valid], atol=1.5e-4)
     np.testing.assert_allclose((surface.height - points @ normal)[surface.valid], DISTANCE, atol=1.5e-4)
-    inside = ndimage.binary_erosion(ball < z, iterations=4) & (under > 0.4 * radius**2) & surface.valid
+    inside = ndimage.binary_erosion(ball < z, iterations=4) & (squared > 0.4 * radius**2) & surface.valid
     off = degrees_between(surface.normals @ surface.plane.axes, (points - centre) / radius)[inside]
     assert np.quantile(off, 0.95) < 2
 
@@ -271,8 +271,8 @@ def test_plane_is_found_where_walls_fill_two_fifths_of_the_border() -> None:
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 1000), st.floats(0, 50), st.floats(0.3, 3))
-def test_heights_do_not_depend_on_where_the_camera_is(seed: int, tilt: float, distance: float) -> None:
-    """Points at known heights over a plane keep them however the camera looks at it."""
+def test_heights_do_not_depend_on_the_camera_position(seed: int, tilt: float, distance: float) -> None:
+    """Points at known heights above a plane keep their heights for every camera position."""
     rng = np.random.default_rng(seed)
     right, away, up = depth.Plane(normal_of(tilt), distance).axes
     height = np.append(np.zeros(300), rng.uniform(0.01, 0.2, 100))
@@ -283,7 +283,7 @@ def test_heights_do_not_depend_on_where_the_camera_is(seed: int, tilt: float, di
 
 
 def test_axes_of_the_plane() -> None:
-    """Camera at 45 degrees: x stays, the second axis leads away from the camera, the third up."""
+    """For a camera at 45 degrees, the axes are the camera's x, away from the camera, and up."""
     half = np.sqrt(0.5)
     axes = depth.Plane(np.array([0, -half, -half]), 2.0).axes
     np.testing.assert_allclose(axes, [[1, 0, 0], [0, -half, half], [0, -half, -half]], atol=1e-12)
@@ -298,24 +298,24 @@ def test_backprojection_by_hand() -> None:
 @settings(deadline=None, max_examples=25)
 @given(arrays(np.float32, (7, 8), elements=st.sampled_from([0, -1, 1, 2, 3, 4, np.nan, np.inf])))
 def test_missing_depth_is_the_nearest_valid(image: np.ndarray) -> None:
-    places = [(row, column) for row, column in np.ndindex(image.shape) if 0 < image[row, column] < np.inf]
-    if not places:
+    pixels = [(row, column) for row, column in np.ndindex(image.shape) if 0 < image[row, column] < np.inf]
+    if not pixels:
         with pytest.raises(UserError, match=sentences.NO_VALID_PIXEL):
             depth.fill_missing(image)
         return
     filled, valid = depth.fill_missing(image)
-    assert valid.sum() == len(places)
+    assert valid.sum() == len(pixels)
     for row, column in np.ndindex(image.shape):
-        distances = {place: np.hypot(place[0] - row, place[1] - column) for place in places}
-        nearest = [image[place] for place in places if distances[place] == min(distances.values())]
+        distances = {pixel: np.hypot(pixel[0] - row, pixel[1] - column) for pixel in pixels}
+        nearest = [image[pixel] for pixel in pixels if distances[pixel] == min(distances.values())]
         assert filled[row, column] in nearest
 
 
 @pytest.mark.parametrize("valid", [[], [(5, 5), (5, 6)], [(5, 5), (5, 6), (5, 7), (5, 8)], [(0, 0), (9, 0), (0, 9)]])
 def test_too_little_depth_is_refused(valid: list[tuple[int, int]]) -> None:
     image = np.full((10, 10), np.nan, np.float32)
-    for place in valid:
-        image[place] = 1
+    for pixel in valid:
+        image[pixel] = 1
     with pytest.raises(UserError, match=f"{sentences.NO_VALID_PIXEL}|{sentences.TOO_FEW_VALID_PIXELS}"):
         depth.measure(image, CAMERA)
 
@@ -335,7 +335,7 @@ def test_border_is_a_thinned_frame() -> None:
 
 
 def test_encodings_by_hand() -> None:
-    """Pixels 0.25 m above the plane with a normal along (0.6, 0, 0.8), below the plane, and beyond the range."""
+    """Three pixels: 0.25 m above the plane with normal (0.6, 0, 0.8), below the plane, and above the height range."""
     surface = depth.Surface(
         valid=np.ones((1, 3), bool),
         points=np.array([[[0.5, -0.1, 1.2], [0, 0, 1], [0, 0, 1]]], np.float32),
@@ -371,7 +371,7 @@ def candy_canes(eyecandies_root: Path) -> Eyecandies:
 
 @pytest.mark.parametrize(("split", "id_"), [("train", "000"), ("train", "001"), ("test", "13")])
 def test_real_normals(candy_canes: Eyecandies, split: str, id_: str) -> None:
-    """The renderer's own normals, in axes with y up and z backwards; the belt's grooves are in its shading alone."""
+    """The renderer's normals have y up and z backwards; the belt's grooves exist only in its shading."""
     sample = candy_canes.read("CandyCane", split, id_)
     file = candy_canes.files("CandyCane", split, id_)[0].with_name(f"{id_}_normals.png")
     official = np.asarray(Image.open(file)) / 127.5 - 1
@@ -384,7 +384,7 @@ def test_real_normals(candy_canes: Eyecandies, split: str, id_: str) -> None:
     assert np.quantile(off[inside], 0.99) < 3
 
 
-def test_what_the_image_cuts_off_is_not_free_standing() -> None:
+def test_components_at_the_edge_are_not_free_standing() -> None:
     mask = np.zeros((8, 8), bool)
     mask[2:4, 2:4] = mask[:6, 7] = mask[5, 4:7] = True  # a square; a wall with a bar attached
     mask[6, 5] = True  # touches the bar by a corner
@@ -393,7 +393,7 @@ def test_what_the_image_cuts_off_is_not_free_standing() -> None:
     np.testing.assert_array_equal(depth.free_standing(mask), expected)
 
 
-def test_real_object_is_one_piece_apart_from_what_the_image_cuts_off(candy_canes: Eyecandies) -> None:
+def test_real_object_is_the_only_free_standing_component(candy_canes: Eyecandies) -> None:
     for id_ in candy_canes.ids("CandyCane", "test")[::3]:
         sample = candy_canes.read("CandyCane", "test", id_)
         height = depth.measure(sample.depth, sample.camera).height

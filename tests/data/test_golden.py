@@ -1,7 +1,7 @@
-"""What is rendered and prepared now is what it was when the formats got their numbers.
+"""Rendered and prepared images against a golden file.
 
-Whoever changes it on purpose raises `candies.dataset.RENDERER` or `prepared.store.FORMAT`, so that nobody mixes old and
-new, and writes the golden file anew: python -m tests.data.test_golden
+After an intended change, raise `candies.dataset.RENDERER` or `prepared.store.FORMAT`, so that old and new images are
+not mixed, and rewrite the golden file: python -m tests.data.test_golden
 """
 
 import dataclasses
@@ -19,31 +19,31 @@ from iumad_jax.data.prepared.store import FORMAT, open_store
 from iumad_jax.data.readers.eyecandies import Eyecandies
 
 GOLDEN = Path(__file__).with_name("golden.npz")
-NAMES = ("rgb", "depth", "mask")  # of the sample; the others are of what is prepared
+NAMES = ("rgb", "depth", "mask")  # arrays of the sample; all others are prepared arrays
 
 
 def rendered(folder):
-    """A reader of one rendered object, and its last test image, which has a defect."""
+    """Render an object; return its reader and its last test image, which has a defect."""
     root = render(folder / "candies", train=1, val=1, test=4, size=96, objects="LicoriceSandwich", progress=False)
     reader = Eyecandies(root, "LicoriceSandwich")
     return reader, reader.read("LicoriceSandwich", "test", reader.ids("LicoriceSandwich", "test")[-1])
 
 
 def prepared(reader, sample, folder):
-    """What a store makes of the image and of altered copies of it."""
+    """Prepare the image and altered copies of it."""
     config = small("1-0")
-    config.input.size, config.backbone.grid = 64, 4  # smaller than the image, or nothing would be resized
+    config.input.size, config.backbone.grid = 64, 4  # smaller than the image, so that it is resized
     store = open_store(config, reader, folder)
     altered = [alter(sample, number, reader.object_height) for alter in (degrade, vary) for number in range(2)]
-    found = store.encode([sample, *altered])
-    features = {f"features_{m}": array for m, array in found.batch.features.items()}
-    images = {f"images_{m}": array[:1, ::2, ::2] for m, array in found.batch.images.items()}
-    truth = {name: getattr(found.truth, name)[:1, ::4, ::4] for name in ("height", "object", "workpiece", "mask")}
+    encoded = store.encode([sample, *altered])
+    features = {f"features_{m}": array for m, array in encoded.batch.features.items()}
+    images = {f"images_{m}": array[:1, ::2, ::2] for m, array in encoded.batch.images.items()}
+    truth = {name: getattr(encoded.truth, name)[:1, ::4, ::4] for name in ("height", "object", "workpiece", "mask")}
     return features | images | truth
 
 
 @pytest.fixture(scope="module")
-def now(tmp_path_factory):
+def rendering(tmp_path_factory):
     folder = tmp_path_factory.mktemp("golden")
     return folder, *rendered(folder)
 
@@ -54,8 +54,8 @@ def golden():
         return dict(file)
 
 
-def test_candies_look_as_they_did(now, golden):
-    _, _, sample = now
+def test_rendered_candies_are_unchanged(rendering, golden):
+    _, _, sample = rendering
     assert golden["renderer"] == RENDERER
     difference = np.abs(sample.rgb.astype(int) - golden["sample_rgb"])
     assert difference.mean() < 0.1
@@ -64,9 +64,9 @@ def test_candies_look_as_they_did(now, golden):
     assert (sample.mask != golden["sample_mask"]).mean() < 0.001
 
 
-def test_images_are_prepared_as_they_were(now, golden):
-    """Of the golden sample, so that this does not depend on the renderer; other processors add in another order."""
-    folder, reader, sample = now
+def test_prepared_images_are_unchanged(rendering, golden):
+    """The golden sample is prepared, so that the renderer has no influence; sums may differ between processors."""
+    folder, reader, sample = rendering
     assert golden["format"] == FORMAT
     sample = dataclasses.replace(sample, **{name: golden[f"sample_{name}"] for name in NAMES})
     for name, array in prepared(reader, sample, folder).items():

@@ -1,4 +1,4 @@
-"""Resizing against another implementation and worked examples; dilation against its definition."""
+"""Resizing against another implementation and examples by hand; dilation against its definition."""
 
 import jax
 import numpy as np
@@ -33,14 +33,14 @@ def test_nearest_pixel_by_hand() -> None:
 
 def test_mask_by_hand() -> None:
     mask = np.zeros((8, 8), np.uint8)
-    mask[1, 3] = 1  # 8 to 4: pixels 1, 3, 5, 7 of rows and columns are taken
+    mask[1, 3] = 1  # 8 to 4: rows and columns 1, 3, 5, 7 are sampled
     mask[4, 4] = 255
     assert np.argwhere(resize_mask(mask, 4)).tolist() == [[0, 1]]
     assert resize_mask(mask, 8).sum() == 2
 
 
 def test_no_component_larger_than_the_step_is_lost() -> None:
-    """From 512 to 224 pixels the step is 2.29: every square of 3 pixels leaves a trace."""
+    """From 512 to 224 pixels the step is 2.29, so that every 3 x 3 square remains visible."""
     for corner in range(0, 509, 7):
         mask = np.zeros((512, 512), bool)
         mask[corner : corner + 3, corner : corner + 3] = True
@@ -49,7 +49,7 @@ def test_no_component_larger_than_the_step_is_lost() -> None:
 
 @settings(deadline=None, max_examples=25)
 @given(arrays(bool, (12, 9)), st.integers(0, 4))
-def test_dilation_reaches_what_is_near(mask: np.ndarray, pixels: int) -> None:
+def test_dilation_by_its_definition(mask: np.ndarray, pixels: int) -> None:
     near = np.zeros_like(mask)
     for row, column in np.ndindex(mask.shape):
         distances = [np.hypot(row - r, column - c) for r, c in np.argwhere(mask)]
@@ -60,8 +60,8 @@ def test_dilation_reaches_what_is_near(mask: np.ndarray, pixels: int) -> None:
 def test_region_is_the_object_and_its_rim() -> None:
     mask = np.zeros((64, 64), bool)
     mask[20:40, 20:40] = True  # rows 10 to 19 at half the size
-    found = region(mask, 32)
-    assert found.shape == (32, 32)
-    assert found[15].nonzero()[0].tolist() == list(range(7, 23))
-    assert found[:, 15].nonzero()[0].tolist() == list(range(7, 23))
-    assert not found[7, 7]  # 3 x 3 pixels off the corner is farther than 3
+    resized = region(mask, 32)
+    assert resized.shape == (32, 32)
+    assert resized[15].nonzero()[0].tolist() == list(range(7, 23))
+    assert resized[:, 15].nonzero()[0].tolist() == list(range(7, 23))
+    assert not resized[7, 7]  # diagonally 3 pixels off the corner is farther than 3

@@ -188,7 +188,7 @@ def test_robustness_finds_what_the_run_did_where_nothing_is_wrong(home, command)
     untouched = found["none", ""]
     assert {rate: untouched[rate.replace("_", " ")] for rate in expected} == expected
     assert untouched["I-AUROC"] == f"{np.mean(results['matrix']['i_auroc'][-1]):.1%}"
-    assert untouched["unknown, of never learned"] == "100.0%"
+    assert untouched["unknown (never learned)"] == "100.0%"
     assert float(found["noise, grey levels", "10"]["unknown"][:-1]) >= float(untouched["unknown"][:-1])
     assert {fault for fault, _ in found} == {"none", *FAULTS, "depth noise, mm"}
 

@@ -1,4 +1,4 @@
-"""The incremental metrics on matrices worked by hand."""
+"""Incremental metrics against examples by hand and plain loops."""
 
 import math
 
@@ -26,7 +26,10 @@ THREE_STEPS = [
     [
         (final, (0.75 + 0.50 + 0.40 + 0.95) / 4),
         (average_accuracy, (0.85 + (0.70 + 0.85 + 0.60) / 3 + 0.65) / 3),
-        (forgetting, ((0.90 - 0.75) + (0.85 - 0.50) + (0.60 - 0.40)) / 3),  # b was best after the second step
+        (
+            forgetting,
+            ((0.90 - 0.75) + (0.85 - 0.50) + (0.60 - 0.40)) / 3,
+        ),  # object b has its best value after the second step
         (aggregate_forgetting, ((0.85 - (0.70 + 0.85 + 0.60) / 3) + (0.85 - 0.65)) / 2),
         (plasticity, (0.90 + 0.80 + 0.60 + 0.95) / 4),
     ],
@@ -37,7 +40,7 @@ def test_three_steps(function, expected):
     assert value == pytest.approx(expected, abs=1e-15)
 
 
-def test_the_fall_of_each_object():
+def test_forgetting_of_each_object():
     np.testing.assert_allclose(falls(THREE_STEPS), [0.15, 0.35, 0.20, nan], atol=1e-15)
 
 
@@ -62,25 +65,25 @@ def test_one_step_has_nothing_to_forget():
     assert math.isnan(aggregate_forgetting(matrix))
 
 
-def test_later_steps_that_help_forget_less_than_nothing():
+def test_improvement_is_negative_forgetting():
     assert forgetting([[0.5, nan], [0.9, 0.1]]) == pytest.approx(-0.4)
 
 
 def test_an_undefined_object_is_left_out():
-    """Wherever it was learned, an object whose metric is undefined changes nothing."""
+    """An object whose metric is undefined changes no result, whatever its position."""
     matrix = np.asarray(THREE_STEPS)
-    for place in range(5):
-        wider = np.insert(matrix, place, nan, axis=1)
+    for column in range(5):
+        wider = np.insert(matrix, column, nan, axis=1)
         assert [function(wider) for function in ALL] == [function(matrix) for function in ALL]
 
 
-def test_all_undefined():
+def test_all_objects_undefined():
     for steps in (1, 2, 3):
         assert all(math.isnan(function(np.full((steps, 2), nan))) for function in ALL)
 
 
-def test_base_undefined():
-    """With no base object defined there is no base mean to fall from, and the first step counts in no mean."""
+def test_base_objects_undefined():
+    """Without a defined base object there is no base mean, and the first step is left out of every mean."""
     matrix = [[nan, nan, nan], [nan, 0.8, nan], [nan, 0.6, 0.4]]
     assert math.isnan(aggregate_forgetting(matrix))
     assert average_accuracy(matrix) == pytest.approx((0.8 + 0.5) / 2)
@@ -94,7 +97,7 @@ def test_only_the_newest_object_defined():
     assert math.isnan(forgetting(matrix))
 
 
-def test_null_of_json_is_undefined():
+def test_json_null_is_undefined():
     assert forgetting([[0.9, None], [0.6, 0.8]]) == pytest.approx(0.3)
 
 

@@ -1,4 +1,4 @@
-"""AUROC and AUPRO against sklearn, against plain loops written from the definition, and by hand."""
+"""AUROC and AUPRO against sklearn, plain loops and examples by hand."""
 
 import math
 from itertools import pairwise
@@ -17,7 +17,7 @@ PIXEL_FUNCTIONS = (pixel_auroc, aupro, aupro_exact)
 
 
 def blobs(seed, n=6, size=24, levels=None, dtype=np.float32):
-    """Masks with touching, diagonal and border components, two good images, and noisy maps that often miss them."""
+    """Make masks with touching, diagonal and border components, two good images, and noisy maps."""
     rng = np.random.default_rng(seed)
     masks = np.zeros((n, size, size), bool)
     for mask in masks[:-2]:
@@ -32,24 +32,24 @@ def blobs(seed, n=6, size=24, levels=None, dtype=np.float32):
 
 
 def components(mask):
-    """Flood fill through the 8 neighbours."""
-    left = {(y, x) for y in range(mask.shape[0]) for x in range(mask.shape[1]) if mask[y, x]}
-    found = []
-    while left:
-        front, component = [left.pop()], []
+    """Find the 8-connected components by flood fill."""
+    remaining = {(y, x) for y in range(mask.shape[0]) for x in range(mask.shape[1]) if mask[y, x]}
+    all_components = []
+    while remaining:
+        front, component = [remaining.pop()], []
         while front:
             y, x = front.pop()
             component.append((y, x))
             for neighbour in [(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]:
-                if neighbour in left:
-                    left.remove(neighbour)
+                if neighbour in remaining:
+                    remaining.remove(neighbour)
                     front.append(neighbour)
-        found.append(component)
-    return found
+        all_components.append(component)
+    return all_components
 
 
 def brute_force_aupro(masks, maps, limit, thresholds, region):
-    """The definition, sentence by sentence."""
+    """Compute AUPRO by plain loops over its definition."""
     defects, negatives = [], []
     for i in range(len(masks)):
         defects += [[float(maps[i][pixel]) for pixel in component] for component in components(masks[i])]
@@ -74,17 +74,17 @@ def brute_force_aupro(masks, maps, limit, thresholds, region):
 
 
 def brute_force_exact(masks, maps, limit, region):
-    """The mean over defects of the area under the whole ROC curve of sklearn, of each defect alone."""
+    """Compute the mean over defects of the area under sklearn's ROC curve of each defect alone."""
     areas = []
     for i in range(len(masks)):
         for component in components(masks[i]):
             positives = [maps[i][pixel] for pixel in component]
             negatives = maps[~masks & (True if region is None else region)]
-            rate, found, _ = roc_curve(
+            rate, detected, _ = roc_curve(
                 np.repeat([1, 0], [len(positives), len(negatives)]), [*positives, *negatives], drop_intermediate=False
             )
             inside = rate <= limit
-            x, y = [*rate[inside], limit], [*found[inside], np.interp(limit, rate, found)]
+            x, y = [*rate[inside], limit], [*detected[inside], np.interp(limit, rate, detected)]
             areas.append(auc(x, y) / limit)
     return np.mean(areas)
 
@@ -103,7 +103,7 @@ def test_auroc_is_not_flipped_below_one_half():
     assert image_auroc([1, 0, 0], [5, 5, 1]) == 0.75  # one tie, one win
 
 
-def test_auroc_of_neighbouring_floats_is_told_apart():
+def test_auroc_distinguishes_neighbouring_floats():
     low = np.float32(0.1)
     assert image_auroc([0, 1], np.array([low, np.nextafter(low, np.float32(1))])) == 1
     assert image_auroc([0, 1], np.array([0.1, np.nextafter(0.1, 1)])) == 1  # float64 is not rounded to float32
@@ -115,17 +115,17 @@ def test_auroc_of_neighbouring_floats_is_told_apart():
 def test_aupro_equals_the_definition_in_plain_loops(levels, with_region, limit, thresholds):
     masks, maps = blobs(1, levels=levels)
     region = np.random.default_rng(2).random(masks.shape) < 0.3 if with_region else None
-    found = aupro(masks, maps, limit, thresholds, region)
-    assert found == pytest.approx(brute_force_aupro(masks, maps, limit, thresholds, region), abs=1e-12)
-    found = aupro_exact(masks, maps, limit, region)
-    assert found == pytest.approx(brute_force_exact(masks, maps, limit, region), abs=1e-12)
+    area = aupro(masks, maps, limit, thresholds, region)
+    assert area == pytest.approx(brute_force_aupro(masks, maps, limit, thresholds, region), abs=1e-12)
+    area = aupro_exact(masks, maps, limit, region)
+    assert area == pytest.approx(brute_force_exact(masks, maps, limit, region), abs=1e-12)
 
 
 def test_aupro_by_hand():
     """Two defects of 1 and 3 pixels, four negatives 1 2 3 4.
 
-    Thresholds 1 2 3 4 have rates 3/4 2/4 1/4 0. The small defect (3.5) is found below 3.5; the large one (2.5 4 9)
-    has 1/3 above 4 (its own 4 is not), 2/3 above 3, all above 2. So the overlap is 1/6 at rate 0,
+    Thresholds 1 2 3 4 have rates 3/4 2/4 1/4 0. The small defect (3.5) is detected below 3.5; of the large one (2.5 4
+    9), 1/3 lies above 4 (4 itself does not), 2/3 above 3, all above 2. So the overlap is 1/6 at rate 0,
     (1 + 2/3) / 2 = 5/6 at 1/4, and 1 from there on.
     """
     masks = np.array([[[1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 1]]], bool)
@@ -135,13 +135,13 @@ def test_aupro_by_hand():
     at_limit = 5 / 6 + (1 - 5 / 6) * 0.2  # a fifth of the way from 0.25 to 0.5
     area = 0.25 * (1 / 6 + 5 / 6) / 2 + 0.05 * (5 / 6 + at_limit) / 2
     assert aupro(masks, maps, 0.3, 4, region) == pytest.approx(area / 0.3)
-    # Every score a threshold: 9 alone until the tie at 4 ends at rate 1/4, then 3.5 at once; 2.5 waits for rate 2/4.
+    # With every score as a threshold: only 9 until the tie at 4 ends at rate 1/4, then 3.5 at once; 2.5 at rate 2/4.
     assert aupro_exact(masks, maps, 0.25, region) == pytest.approx((1 / 6 + 2 / 6) / 2)
     assert aupro_exact(masks, maps, 0.5, region) == pytest.approx(((1 / 6 + 2 / 6) / 2 + 5 / 6) / 2)
 
 
-def test_every_defect_weighs_the_same():
-    """A found speck and a missed slab: half the overlap, however large the slab."""
+def test_every_defect_has_equal_weight():
+    """A detected small defect and a missed large one give half the overlap, whatever their sizes."""
     masks, maps = np.zeros((2, 20, 20), bool), np.full((2, 20, 20), 0.5)
     masks[0, 0, 0], maps[0, 0, 0] = True, 1
     masks[1, 5:15, 5:15], maps[1, 5:15, 5:15] = True, 0
@@ -150,11 +150,11 @@ def test_every_defect_weighs_the_same():
 
 
 def test_corners_connect_and_images_do_not():
-    """Diagonal pixels are one defect; the same pixel in the next image is another."""
+    """Diagonal pixels are one defect; the pixel at the same position in the next image is another defect."""
     masks = np.zeros((2, 3, 3), bool)
     masks[0, 0, 0] = masks[0, 1, 1] = masks[1, 1, 1] = True
     maps = np.where(masks, 0.0, 1.0)
-    maps[0, 0, 0] = maps[0, 1, 1] = 2.0  # the first defect whole, the second missed
+    maps[0, 0, 0] = maps[0, 1, 1] = 2.0  # the first defect is detected completely, the second is missed
     assert aupro_exact(masks, maps) == pytest.approx(0.5)
     assert aupro(masks, maps) == pytest.approx(0.5)
 
@@ -167,11 +167,11 @@ def test_region_limits_negatives_only():
     assert pixel_auroc(masks, maps, region) == pytest.approx(roc_auc_score(masks[kept], maps[kept]), abs=1e-12)
     for function in PIXEL_FUNCTIONS:
         assert function(masks, maps, region=np.ones_like(masks)) == function(masks, maps)
-        outside = np.where(kept, maps, 9 * maps)  # what lies outside both does not count
+        outside = np.where(kept, maps, 9 * maps)  # pixels outside both have no influence
         assert function(masks, outside, region=region) == function(masks, maps, region=region)
 
 
-def test_pixel_metrics_are_the_single_functions():
+def test_pixel_metrics_equal_the_single_functions():
     masks, maps = blobs(4, levels=30)
     left, right = (np.broadcast_to(half, masks.shape) for half in (np.arange(24) < 12, np.arange(24) >= 12))
     assert pixel_metrics(masks, maps, {"left": left, "right": right}, limit=0.2) == pytest.approx(
@@ -259,7 +259,7 @@ def test_only_the_order_of_scores_counts(masks, maps):
 @settings(max_examples=40, deadline=None)
 @given(small_masks, small_maps, st.permutations(range(3)))
 def test_symmetries(masks, maps, order):
-    """Images in any order and pictures mirrored give the same; swapped labels give the complement."""
+    """Reordered or mirrored images give equal values; swapped labels give the complement."""
     for function in PIXEL_FUNCTIONS:
         value = function(masks, maps)
         assert function(masks[order], maps[order]) == pytest.approx(value, abs=1e-12, nan_ok=True)
@@ -270,44 +270,44 @@ def test_symmetries(masks, maps, order):
 @settings(max_examples=40, deadline=None)
 @given(small_maps, st.integers(1, 9), st.sampled_from([0.05, 0.3, 1.0]))
 def test_exact_aupro_of_one_defect_is_the_partial_auroc(maps, width, limit):
-    """With one defect the overlap is the true positive rate, so the whole area is the AUROC."""
+    """With one defect the overlap is the true positive rate, so the area up to rate 1 is the AUROC."""
     masks = np.zeros(SMALL, bool)
     masks[1, 0:2, : min(width, 6)] = True
-    rate, found, _ = roc_curve(masks.ravel(), maps.ravel(), drop_intermediate=False)
+    rate, detected, _ = roc_curve(masks.ravel(), maps.ravel(), drop_intermediate=False)
     inside = rate <= limit
-    area = auc([*rate[inside], limit], [*found[inside], np.interp(limit, rate, found)]) / limit
+    area = auc([*rate[inside], limit], [*detected[inside], np.interp(limit, rate, detected)]) / limit
     assert aupro_exact(masks, maps, limit) == pytest.approx(area, abs=1e-12)
     assert aupro_exact(masks, maps, 1) == pytest.approx(pixel_auroc(masks, maps), abs=1e-12)
 
 
 @pytest.mark.parametrize("levels", [None, 5])
-def test_the_curve_at_given_rates(levels):
+def test_pro_curve_at_given_rates(levels):
     masks, maps = blobs(3, levels=levels)
     rates = [0, 0.001, 0.1, 0.3, 0.999, 1]
     overlap, thresholds = pro_curve(masks, maps, rates)
     normal = np.sort(maps[~masks])
     defects = [[maps[i][pixel] for pixel in component] for i in range(len(masks)) for component in components(masks[i])]
-    for rate, found, threshold in zip(rates, overlap, thresholds, strict=True):
+    for rate, value, threshold in zip(rates, overlap, thresholds, strict=True):
         lowest = next(score for score in normal if (normal > score).mean() <= rate)
         assert threshold == lowest
-        assert found == pytest.approx(np.mean([np.mean(np.array(defect) > lowest) for defect in defects]))
+        assert value == pytest.approx(np.mean([np.mean(np.array(defect) > lowest) for defect in defects]))
     assert (overlap[0], thresholds[-1]) == (pytest.approx(overlap.min()), normal[0])
 
 
-def test_the_area_under_the_curve_is_the_exact_one():
+def test_the_area_under_pro_curve_is_aupro_exact():
     masks, maps = blobs(4)
     rates = np.linspace(0, 0.3, 2000)
     overlap, _ = pro_curve(masks, maps, rates)
     assert np.trapezoid(overlap, rates) / 0.3 == pytest.approx(aupro_exact(masks, maps), abs=1e-3)
 
 
-def test_a_share_of_the_negatives_is_not_lost_to_rounding():
+def test_rates_are_not_lost_to_rounding():
     maps = np.arange(100.0).reshape(1, 1, 100)
     _, thresholds = pro_curve(np.zeros((1, 1, 100)), maps, [0.29, 0.57, 0.295])  # 0.29 * 100 is 28.999999999999996
-    np.testing.assert_array_equal(thresholds, [70, 42, 70])  # 29, 57 and 29 of a hundred lie above
+    np.testing.assert_array_equal(thresholds, [70, 42, 70])  # 29, 57 and 29 of 100 lie above
 
 
-def test_the_curve_where_it_is_undefined():
+def test_pro_curve_is_nan_if_undefined():
     maps = np.arange(4.0).reshape(1, 2, 2)
     overlap, thresholds = pro_curve(np.zeros((1, 2, 2)), maps, [0.5])
     assert np.isnan(overlap)

@@ -73,17 +73,18 @@ def test_summary_figures():
     }
 
 
-def test_objects_stand_in_the_order_they_were_learned(console):
+def test_objects_are_in_the_order_of_learning(console):
     text = console(run())
-    header, rule, *rows = text.splitlines()[:6]
-    assert header.split("  ")[0] == "object"
+    lines = text.splitlines()
+    assert lines[0] == tables.title(run())
+    header, rule, *rows = lines[[line.split("  ")[0] for line in lines].index("object") :][:6]
     assert re.split(r"\s{2,}", header) == [
         "object",
         "step",
         "I-AUROC",
         "P-AUROC",
         "AUPRO",
-    ]  # what nothing has is not there
+    ]  # metrics that are undefined everywhere have no column
     assert set(rule) == {"-", " "}
     assert [re.split(r"\s{2,}", row) for row in rows] == [
         ["zebra", "0", "0.700", "-", "0.600"],
@@ -96,9 +97,10 @@ def test_objects_stand_in_the_order_they_were_learned(console):
 def test_undefined_cells_are_counted_with_their_reason(console):
     text = console(run())
     (line,) = [line for line in text.splitlines() if line.startswith(sentences.UNDEFINED)]
-    assert sentences.UNDEFINED_WITHOUT_DEFECT.format(count=1, metric="P-AUROC") in line
-    assert sentences.UNDEFINED_WITHOUT_DEPTH.format(count=3, metric="object P-AUROC") in line
-    assert sentences.UNDEFINED_WITHOUT_DEPTH.format(count=3, metric="object AUPRO") in line
+    assert re.search(sentences.UNDEFINED_WITHOUT_DEFECT.format(count=1, metric="P-AUROC"), line)
+    assert re.search(sentences.UNDEFINED_WITHOUT_DEPTH.format(count=3, metric="object P-AUROC"), line)
+    assert re.search(sentences.UNDEFINED_WITHOUT_DEPTH.format(count=3, metric="object AUPRO"), line)
+    assert line.count("(no depth") == 1  # a reason that metrics share is given once
     assert "I-AUROC" not in line
     defined = {metric: [[0.9, nan, 0.9], [0.9] * 3] for metric in MATRIX}  # what is not yet learned is not undefined
     assert sentences.UNDEFINED not in console(run(defined))
@@ -107,15 +109,47 @@ def test_undefined_cells_are_counted_with_their_reason(console):
 def test_without_test_images_no_table_is_full_of_dashes(console):
     matrix = {metric: [[nan] * 3] * 2 for metric in MATRIX}
     baselines = {"feature_norm": {"matrix": matrix, "summary": tables.summarise(matrix)}}
-    for text in (console(run(matrix, baselines=baselines)), tables.markdown(run(matrix, baselines=baselines))):
+    results = run(matrix, baselines=baselines, decisions=[{"objects": {name: decided() for name in OBJECTS}}])
+    for text in (console(results), tables.markdown(results)):
         assert sentences.NOTHING_MEASURED in text
-        assert cells(text, "zebra") == [["0"]]
+        assert cells(text, "zebra")[0] == ["0", "7", "12.5%"]
         assert not any(word in text for word in ("AUROC", "AUPRO", "mean", sentences.UNDEFINED))
+        assert not any("-" in row for name in OBJECTS for row in cells(text, name))
 
 
-def test_what_was_learned_and_forgotten(console):
+def decided(bound=0.125, **test):
+    """Thresholds of an object and error rates on its test images."""
+    image = {"threshold": 2.0, "interval": [1.5, 2.0], "images": 7, "false_alarm_bound": bound}
+    return {"image": image, "pixel": image} | ({"test": test} if test else {})
+
+
+def test_decisions_come_before_metrics(console):
+    """Error rates by object in the order of learning, with their means; undefined rates have no column."""
+    rates = {"false_alarms": [0.25, 0.0, nan], "misses": [nan] * 3, "recognised": [1.0, 0.5, 1.0]}
+    test = {name: {rate: values[i] for rate, values in rates.items()} for i, name in enumerate(OBJECTS)}
+    objects = {name: decided(None if name == "cat" else 0.125, **test[name]) for name in OBJECTS}
+    text = console(run(decisions=[{"objects": {}}, {"objects": objects}]))
+    header = ["step", "calibration images", "false-alarm bound", "false alarms", "recognised"]
+    assert cells(text, "object")[0] == header
+    assert [cells(text, name)[0] for name in ("zebra", "ant", "cat")] == [
+        ["0", "7", "12.5%", "-", "100.0%"],
+        ["0", "7", "12.5%", "25.0%", "100.0%"],
+        ["1", "7", "none", "0.0%", "50.0%"],
+    ]
+    assert cells(text, "mean")[0] == ["12.5%", "83.3%"]
+    assert text.index("false alarms") < text.index("report.html") < text.index("I-AUROC")
+    assert sentences.NO_BOUND in text
+    objects["cat"] = decided(**test["cat"])
+    assert sentences.NO_BOUND not in console(run(decisions=[{"objects": {}}, {"objects": objects}]))
+
+
+def test_figures_of_learning_and_forgetting(console):
     text = console(run())
     assert cells(text, "metric", "method") == [["final", "acc", "fm", "fm_aggregate", "new"]]
+    assert cells(text, "I-AUROC", "ib_iumad") == [["0.717", "0.783", "0.075", "0.133", "0.767"]]
+    assert cells(text, "AUPRO", "ib_iumad") == [["0.433", "0.517", "0.100", "0.167", "0.500"]]
+    assert cells(text, "P-AUROC", "ib_iumad") == []  # the console shows the main metrics, results.md all
+    text = tables.markdown(run())
     assert cells(text, "I-AUROC", "ib_iumad") == [["0.717", "0.783", "0.075", "0.133", "0.767"]]
     assert cells(text, "P-AUROC", "ib_iumad") == [["0.780", "0.840", "-0.060", "0.120", "0.750"]]
     assert cells(text, "AUPRO exact", "ib_iumad") == [["0.443", "0.527", "0.100", "0.167", "0.510"]]
@@ -125,7 +159,8 @@ def test_what_was_learned_and_forgotten(console):
 def test_a_single_step_has_nothing_to_forget(console):
     matrix = {metric: [[0.9, 0.8, 0.7]] for metric in MATRIX}
     text = console(run(matrix, [OBJECTS]))
-    assert cells(text, "I-AUROC", "ib_iumad") == [["0.800", "0.800", "-", "-", "0.800"]]
+    assert cells(text, "mean") == [["0.800", "0.800", "0.800", "0.800", "0.800"]]
+    assert "fm" not in text
     assert sentences.SINGLE_STEP in text
     assert sentences.SINGLE_STEP not in console(run())
 
@@ -137,19 +172,20 @@ def test_a_run_half_way_shows_what_it_has_learned(console):
     assert "cat" not in text
 
 
-def test_floors_stand_beside_the_method(console):
+def test_baselines_are_in_every_table(console):
     baseline = {"matrix": BASELINE, "summary": tables.summarise(BASELINE), "bytes": 2_000_000}
     text = console(run(baselines={"feature_norm": baseline}, bytes=12_345_678))
     assert cells(text, "mean")[0] == ["0.717", "0.780", "0.433"]
     assert cells(text, "mean of feature_norm") == [["0.650", "0.650", "0.650"]]
     assert cells(text, "AUPRO", "feature_norm") == [["0.650", "0.650", "0.000", "0.000", "0.650"]]
-    (line,) = [line for line in text.splitlines() if line.startswith(sentences.NO_BETTER_THAN_BASELINE)]
-    assert line.endswith(": AUPRO (feature_norm 0.650).")  # it is above in the others
+    start = sentences.NO_BETTER_THAN_BASELINE.format("feature_norm")
+    (line,) = [line for line in text.splitlines() if line.startswith(start)]
+    assert line == f"{start} in AUPRO (0.433 against 0.650)."  # the method is better in the other metrics
     assert sentences.STORED.format("ib_iumad 12.3 MB, feature_norm 2.0 MB") in text
-    assert sentences.NO_BETTER_THAN_BASELINE not in console(run())
+    assert sentences.NO_BETTER_THAN_BASELINE.format("") not in console(run())
 
 
-def test_what_the_strategy_keeps_is_told_per_object(console):
+def test_what_the_strategy_stores_per_object(console):
     def told(strategy):
         config = run()["config"] | {"continual": {"strategy": strategy}}
         text = console(run(config=config, strategy_bytes=6_000))
@@ -162,7 +198,7 @@ def test_what_the_strategy_keeps_is_told_per_object(console):
     assert f"\n{sentences.STRATEGY}" not in console(run())
 
 
-def test_the_console_says_where_the_rest_lies(console, tmp_path):
+def test_the_console_ends_with_the_folder_of_the_results(console, tmp_path):
     assert console(run()).endswith(sentences.RESULTS_ARE_IN.format(tmp_path))
 
 
@@ -202,6 +238,12 @@ def test_results_read_back_with_null_for_undefined(tmp_path, console):
     assert (tmp_path / "results.csv").read_text() == tables.comma_separated(found) == tables.comma_separated(results)
 
 
+def test_results_of_an_older_version_are_refused(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({"floors": {}}))
+    with pytest.raises(UserError, match=sentences.RESULTS_BY_OLDER_VERSION.format(r"results\.json")):
+        tables.read_results(tmp_path)
+
+
 def test_writing_changes_nothing_in_the_results(tmp_path):
     results = run()
     before = copy.deepcopy(results)
@@ -213,7 +255,7 @@ def test_results_that_cannot_be_read_or_written(tmp_path):
     with pytest.raises(UserError, match=sentences.CANNOT_WRITE.format(".*results")):
         tables.write_results(tmp_path / "nowhere", run())
     (tmp_path / "results.json").write_text('{"config": ')
-    with pytest.raises(UserError, match=sentences.CANNOT_READ.format(r".*results\.json")):
+    with pytest.raises(UserError, match=sentences.FILE_UNREADABLE.format(r"results\.json")):
         tables.read_results(tmp_path)
 
 

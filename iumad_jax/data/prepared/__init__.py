@@ -1,1 +1,1 @@
-"""Images that are read, processed and encoded once: what a run, a detector and a picture read."""
+"""Prepared sets: images that are read, processed and encoded once, for training, calibration and evaluation."""

@@ -1,7 +1,8 @@
 """Altered copies of training images, prepared as two further splits.
 
-`degraded`: each of some images with a mild fault, of which only mean tokens are kept: how features move where a camera
-does somewhat worse. `varied`: of an object with few images and none to set thresholds, copies that stand in for others.
+`degraded`: training images with one mild fault each. Only their mean tokens are kept; they show how features move when
+the camera is slightly worse. `varied`: copies that supplement the few training images of an object without calibration
+images when its thresholds are set.
 """
 
 import dataclasses
@@ -16,46 +17,46 @@ from iumad_jax.data.sample import Reader, Sample, Split
 PreparedSplit = Split | Literal["degraded", "varied"]
 ALTERED: tuple[PreparedSplit, ...] = ("degraded", "varied")
 
-FEW = 20  # training images below which none is kept back to set thresholds
-_COPIES = 20  # of few images
-_DEGRADED = 50  # training images of an object, at most, that are degraded
+FEW = 20  # with fewer training images, none is held out to set thresholds
+_COPIES = 20  # number of copies when originals are repeated
+_DEGRADED = 50  # largest number of degraded training images per object
 _ALTER = {"degraded": degrade, "varied": vary}
 
 
 def ids(reader: Reader, object: str, split: PreparedSplit) -> tuple[str, ...]:
-    """The images of an object and split; a copy is named after its number and its original."""
+    """Return the image ids of an object and split; the id of a copy is its number and the id of its original."""
     if split != "degraded" and split != "varied":
         return reader.ids(object, split)
     originals = reader.ids(object, "train")
     count = len(originals)
     repeated = np.arange(_COPIES) % count
     if split == "degraded":
-        spread = np.unique(np.linspace(0, count - 1, _DEGRADED).round().astype(int))
-        rows = spread if len(spread) >= 5 else repeated  # each of very few images several times
+        evenly_spaced = np.unique(np.linspace(0, count - 1, _DEGRADED).round().astype(int))
+        rows = evenly_spaced if len(evenly_spaced) >= 5 else repeated  # fewer than 5 images are copied several times
     else:
         rows = repeated[:0] if count >= FEW or reader.ids(object, "calibration") else repeated
     return tuple(f"{number} {originals[row]}" for number, row in enumerate(rows))
 
 
 def files(reader: Reader, object: str, split: PreparedSplit, id: str) -> tuple[Path, ...]:
-    """The files that an image, or a copy's original, is read from."""
+    """Return the source files of an image or of a copy's original."""
     if split != "degraded" and split != "varied":
         return reader.files(object, split, id)
-    return reader.files(object, "train", original(id))
+    return reader.files(object, "train", original_id(id))
 
 
 def read(reader: Reader, object: str, split: PreparedSplit, id: str) -> Sample:
-    """One image or copy.
+    """Read an image, or read a copy's original and alter it.
 
     Raises:
-        UserError: one of its files is missing or unusable.
+        UserError: If a source file is missing or unusable.
     """
     if split != "degraded" and split != "varied":
         return reader.read(object, split, id)
-    sample = reader.read(object, "train", original(id))
+    sample = reader.read(object, "train", original_id(id))
     return dataclasses.replace(_ALTER[split](sample, int(id.partition(" ")[0]), reader.object_height), id=id)
 
 
-def original(id: str) -> str:
-    """The training image of which this is a copy."""
+def original_id(id: str) -> str:
+    """Return the id of the training image that a copy was made from."""
     return id.partition(" ")[2]

@@ -1,4 +1,4 @@
-"""An object's good images: those that tell what it looks like, those that set its thresholds, and odd ones."""
+"""Good images of an object: images to learn from, calibration images, and unusable images."""
 
 import hashlib
 from collections.abc import Iterator
@@ -11,23 +11,24 @@ from iumad_jax.data.prepared import copies
 from iumad_jax.data.prepared.store import PreparedSet, Store, mean_tokens
 from iumad_jax.shapes import Batch, Modality
 
-_DARK = 3  # grey levels
+_GREY_LEVELS = 3  # an image that spans no more is constant
 
 
 class GoodImages(NamedTuple):
-    """An object's good images by what they are for."""
+    """Good images of an object, divided by their use."""
 
-    learned: Batch  # tell what the object looks like
-    calibrating: Batch  # set its thresholds
-    from_training_images: bool  # whether the method is trained on those that set thresholds
-    few: bool  # whether there are too few to keep any back: those that set thresholds are then mostly altered copies
+    learned: Batch  # images that recognition of the object is learned from
+    calibrating: Batch  # calibration images, which set the thresholds
+    from_training_images: bool  # whether the method is also trained on the calibration images
+    few: bool  # whether there are too few images to hold any out; most calibration images are then altered copies
 
 
 def good_images(store: Store, name: str) -> GoodImages:
-    """An object's good images.
+    """Divide an object's good images into images to learn from and calibration images.
 
-    Without calibration images, every fifth of the training images sets thresholds. Of fewer than 20 all do, together
-    with altered copies, since a threshold that a handful of images set would be exceeded by most others.
+    If the dataset has no calibration images, every fifth training image is used for calibration. With fewer than 20
+    training images, all of them and their `varied` copies are used, because most other good images would exceed a
+    threshold set by a handful of images.
     """
     training = store.get(name, "train").batch
     if store.reader.ids(name, "calibration"):
@@ -35,44 +36,50 @@ def good_images(store: Store, name: str) -> GoodImages:
     count = len(training.object_id)
     if count < copies.FEW:
         varied = store.get(name, "varied").batch
-        together = jax.tree.map(lambda *arrays: np.concatenate(arrays), training, varied)
-        return GoodImages(training, together, True, True)
+        with_copies = jax.tree.map(lambda *arrays: np.concatenate(arrays), training, varied)
+        return GoodImages(training, with_copies, True, True)
     fifth = (np.arange(count) + 1) % 5 == 0
     learned, calibrating = (jax.tree.map(lambda array, rows=rows: array[rows], training) for rows in (~fifth, fifth))
     return GoodImages(learned, calibrating, True, False)
 
 
 def quality_shifts(store: Store, name: str) -> dict[Modality, np.ndarray]:
-    """How far the mean tokens (n, f) of some of an object's training images move where a camera does somewhat worse."""
+    """Compute how mean tokens move when the camera is slightly worse.
+
+    Returns:
+        Differences between the mean tokens of an object's degraded copies and of their originals, (n, f) by modality.
+    """
     features = store.get(name, "train").batch.features
     degraded, ids = store.mean_tokens(name), store.reader.ids(name, "train")
-    rows = [ids.index(copies.original(copy)) for copy in copies.ids(store.reader, name, "degraded")]
+    rows = [ids.index(copies.original_id(copy)) for copy in copies.ids(store.reader, name, "degraded")]
     return {m: tokens - mean_tokens(features[m][rows]) for m, tokens in degraded.items()}
 
 
 def odd_images(images: PreparedSet, name: str, kind: str) -> Iterator[str]:
-    """One sentence for each way in which images tell nothing: black, saturated, of one value, or like another one.
+    """Yield one warning per kind of unusable image: black, saturated, constant or duplicate.
 
     Args:
-        images: good images of an object.
-        name: of the object.
-        kind: of the images, such as "training".
+        images: Good images of an object.
+        name: Name of the object.
+        kind: Kind of the images for the message, such as "training".
     """
-    odd: dict[str, list[str]] = {"black": [], "saturated": [], "of a single colour": [], "flat": [], "like another": []}
+    oddities = ("black", "saturated", "of a single colour", "constant in depth", "duplicates")
+    ids_by_oddity: dict[str, list[str]] = {oddity: [] for oddity in oddities}
     seen = set()
     arrays: dict[Modality, Any] = images.batch.images
     for row, id_ in enumerate(images.ids):
         image = {modality: np.asarray(array[row], np.float32) for modality, array in arrays.items()}
         content = hashlib.sha256(b"".join(pixels.tobytes() for pixels in image.values())).digest()
-        if "rgb" in image and np.ptp(image["rgb"]) <= _DARK:
-            low, high = image["rgb"].min(), image["rgb"].max()
-            odd["black" if high <= _DARK else "saturated" if low >= 255 - _DARK else "of a single colour"].append(id_)
+        if "rgb" in image and np.ptp(image["rgb"]) <= _GREY_LEVELS:
+            darkest, brightest = image["rgb"].min(), image["rgb"].max()
+            colour = "saturated" if darkest >= 255 - _GREY_LEVELS else "of a single colour"
+            ids_by_oddity["black" if brightest <= _GREY_LEVELS else colour].append(id_)
         elif "depth" in image and not np.ptp(image["depth"], axis=(0, 1)).any():
-            odd["flat"].append(id_)
+            ids_by_oddity["constant in depth"].append(id_)
         elif content in seen:
-            odd["like another"].append(id_)
+            ids_by_oddity["duplicates"].append(id_)
         seen.add(content)
-    for how, ids in odd.items():
+    for oddity, ids in ids_by_oddity.items():
         if ids:
             shown = ", ".join(ids[:5]) + (" and others" if len(ids) > 5 else "")
-            yield f"{len(ids)} of {name}'s {len(images.ids)} {kind} images are {how} ({shown}); look at them."
+            yield f"{len(ids)} of {name}'s {len(images.ids)} {kind} images are {oddity} ({shown}); check them."

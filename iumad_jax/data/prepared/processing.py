@@ -1,4 +1,4 @@
-"""From one sample, as its dataset has it, to what the backbone, the metrics and the pictures read."""
+"""Conversion of a dataset sample into the arrays that the backbone, the metrics and the figures use."""
 
 from dataclasses import dataclass
 
@@ -12,15 +12,15 @@ from iumad_jax.shapes import MAP_SIZE, Modality
 
 @dataclass(frozen=True)
 class Processing:
-    """The settings of a run's inputs.
+    """Callable that prepares samples, with the settings of a run's inputs.
 
     Attributes:
-        modalities: what the backbone reads.
-        size: pixels of its input.
-        depth_encoding: one of `depth.ENCODINGS`.
-        height_range: metres above the background plane that the `height` encoding spans.
-        object_height: metres above the background plane from which a pixel is the object's.
-        normals_window: pixels of the window in which normals are fitted.
+        modalities: Modalities that the backbone encodes.
+        size: Side of the backbone's input in pixels.
+        depth_encoding: One of `depth.ENCODINGS`.
+        height_range: Height above the background plane that the `height` encoding spans, in metres.
+        object_height: Height above the background plane from which a pixel belongs to the object, in metres.
+        normals_window: Side of the window in which normals are fitted, in pixels.
     """
 
     modalities: tuple[Modality, ...]
@@ -35,14 +35,17 @@ class Processing:
 
     @property
     def height_scale(self) -> float:
-        """Metres above the background plane that pictures show in middle grey."""
+        """Height above the background plane that figures show in middle grey, in metres."""
         return 5 * self.object_height
 
     def __call__(self, sample: Sample) -> dict[str, np.ndarray]:
-        """Arrays by name: `images_<modality>` (h w 3) for the backbone, and the fields of `GroundTruth`.
+        """Convert a sample.
+
+        Returns:
+            Arrays by name: `images_<modality>` (h w 3) for the backbone, and the fields of `GroundTruth`.
 
         Raises:
-            UserError: its depth is of no use.
+            UserError: If the sample's depth or official normals are needed but missing or unusable.
         """
         shape = sample.rgb.shape[:2]
         masked = sample.mask is not None or sample.defect == "good"
@@ -65,15 +68,17 @@ class Processing:
             surface = depth.measure(sample.depth, sample.camera, self.normals_window)
         except UserError as error:
             raise UserError(f"{sample.object} {sample.id}: {error}") from error
-        above = depth.object_mask(surface.height, self.object_height)
+        object_mask = depth.object_mask(surface.height, self.object_height)
         height = np.where(surface.valid, surface.height, np.nan).astype(np.float32)
         arrays["height"] = transforms.resize_nearest(height, MAP_SIZE)
-        arrays["object"] = transforms.region(above, MAP_SIZE)
-        arrays["workpiece"] = transforms.region(depth.free_standing(above), MAP_SIZE)
+        arrays["object"] = transforms.region(object_mask, MAP_SIZE)
+        arrays["workpiece"] = transforms.region(depth.free_standing(object_mask), MAP_SIZE)
         if "depth" in self.modalities:
             if self.depth_encoding == "normals_official":
                 if sample.normals is None:
-                    raise UserError(f"{sample.object} {sample.id} has no official normals; use another depth encoding.")
+                    raise UserError(
+                        f"{sample.object} {sample.id} has no official normals; choose another depth encoding."
+                    )
                 surface = depth.with_normals(surface, sample.normals)
             encoded = depth.encode(surface, self.depth_encoding, self.height_range)
             arrays["images_depth"] = transforms.resize_image(encoded, self.size).astype(np.float16)

@@ -1,4 +1,7 @@
-"""Prepared images on disk: .npy files with one row per image, a journal while they grow, and a manifest when whole."""
+"""Files of a prepared set: .npy arrays with one row per image, and a manifest that describes the images.
+
+While a set is incomplete, a journal beside the arrays lists the rows that have been written.
+"""
 
 import hashlib
 import io
@@ -15,59 +18,59 @@ import numpy as np
 from iumad_jax.errors import UserError
 from iumad_jax.runtime.storage import write_whole
 
-Values = dict[str, np.ndarray]  # one image's arrays by name
+Values = dict[str, np.ndarray]  # arrays of one image by name
 _JOURNAL, MANIFEST = "journal", "manifest.json"
 
 
 class Source(TypedDict):
-    """A file as it was when it was hashed."""
+    """State of a source file when it was hashed."""
 
     sha256: str
-    stamp: list[int]  # bytes; nanoseconds of the last change of the content, and of its entry in the file system
+    stamp: list[int]  # size in bytes, mtime and ctime in nanoseconds
 
 
 class Image(TypedDict, total=False):
-    """What is known of a prepared image; the first two keys say what it is made from."""
+    """Description of a prepared image; `id` and `sources` identify what it was made from."""
 
     id: str
-    sources: dict[str, Source]  # by path
+    sources: dict[str, Source]  # state of each source file by path
     defect: str
-    size: list[int]  # pixels of the source, rows and columns
-    invalid_depth: float | None  # share of its pixels; None without depth
-    mask_area: float | None  # the same; None where nobody marked the defect
-    crc32: int
+    size: list[int]  # rows and columns of the source image
+    invalid_depth: float | None  # fraction of pixels without valid depth; None without depth
+    mask_area: float | None  # fraction of pixels in the mask; None without a mask
+    crc32: int  # see `checksum`
 
 
 class Manifest(TypedDict):
-    """What a prepared set is made from and holds; images in the order of the rows."""
+    """Description of a prepared set; images are listed in the order of the rows."""
 
-    format: int  # of the store that prepared it
-    settings: Any
-    rows: str  # the folder of its arrays
+    format: int  # `store.FORMAT` when the set was prepared
+    settings: Any  # settings that the arrays depend on, as JSON
+    rows: str  # name of the folder that holds the arrays
     images: list[Image]
 
 
 def digest(content: Any) -> str:
-    """The SHA-256 of a value's JSON."""
+    """Return the SHA-256 of a value's JSON."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def key(image: Image) -> str:
-    """A prepared image may be used wherever this is the same."""
+def content_key(image: Image) -> str:
+    """Hash the id and source files of an image; arrays prepared for an image with an equal key may be reused."""
     return digest([image["id"], [[file, source["sha256"]] for file, source in image["sources"].items()]])
 
 
-def hashed(file: Path, known: Source | None) -> Source:
-    """A source file's hash, which is taken anew only if its size or one of its times has changed.
+def hash_file(file: Path, previous: Source | None) -> Source:
+    """Hash a source file; the previous hash is reused while size, mtime and ctime are unchanged.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: If the file cannot be read.
     """
     try:
         stat = file.stat()
         stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-        if known is not None and known["stamp"] == stamp:
-            return known
+        if previous is not None and previous["stamp"] == stamp:
+            return previous
         with file.open("rb") as stream:
             return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "stamp": stamp}
     except OSError as error:
@@ -75,7 +78,7 @@ def hashed(file: Path, known: Source | None) -> Source:
 
 
 def checksum(values: Values) -> int:
-    """The CRC-32 of an image's arrays, their names, types and shapes."""
+    """Return the CRC-32 of an image's arrays with their names, types and shapes."""
     crc = 0
     for name, value in sorted(values.items()):
         crc = zlib.crc32(f"{name} {value.dtype.str} {value.shape}".encode(), crc)
@@ -84,37 +87,37 @@ def checksum(values: Values) -> int:
 
 
 def load(folder: Path, names: Sequence[str], count: int) -> Values:
-    """StrategyState-mapped arrays (count, ...); of a file that is missing or damaged, no rows at all."""
+    """Memory-map the named arrays, (count, ...) each; a missing or damaged file yields an array without rows."""
     return {name: _load(folder / f"{name}.npy", count) for name in names}
 
 
 def _load(file: Path, count: int) -> np.ndarray:
-    with suppress(Exception):  # NumPy raises whatever a damaged header leads to
+    with suppress(Exception):  # a damaged header can make NumPy raise any exception
         array = np.load(file, mmap_mode="r")
         if len(array) == count and _starts_with(file, _header(array.shape, array.dtype)):
-            return array  # else `Writer` would begin the file anew, and rows that seem unharmed be lost
+            return array  # `Writer` overwrites files with any other header, and their rows with them
     return np.zeros((0,))
 
 
 def row(arrays: Values, index: int) -> Values | None:
-    """One image's arrays, None if one of them is missing."""
+    """Return the arrays of one image; None if one of them is missing."""
     if any(index >= len(array) for array in arrays.values()):
         return None
     return {name: np.asarray(array[index]) for name, array in arrays.items()}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """From here on the set is what the manifest says.
+    """Write the manifest, which makes the set it describes valid.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: If it cannot be written.
     """
     content = {"sha256": digest(manifest), "manifest": manifest}
     write_whole(folder / MANIFEST, json.dumps(content, indent=1).encode())
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a set, None if it has none or a damaged one."""
+    """Read the manifest of a set; None if it is missing or damaged."""
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         content = json.loads((folder / MANIFEST).read_bytes())
         if content["sha256"] == digest(content["manifest"]):
@@ -123,10 +126,10 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 class Writer:
-    """Writes rows in any order. What is noted stays, whenever the process is killed.
+    """Context manager that writes rows in any order. Rows in the journal survive even if the process is killed.
 
-    The files have their full length from the start and are written as files: a memory-mapped one would kill us on a
-    full disk.
+    The files have their full length from the start. They are not memory-mapped, because on a full disk writing to a
+    mapped file kills the process.
     """
 
     def __init__(self, folder: Path, count: int) -> None:
@@ -137,14 +140,14 @@ class Writer:
     def __enter__(self) -> "Writer":
         self._folder.mkdir(parents=True, exist_ok=True)
         self._journal = self._stack.enter_context((self._folder / _JOURNAL).open("ab"))
-        self._journal.write(b"\n")  # behind a line that a crash left unfinished
+        self._journal.write(b"\n")  # ends a line that a crash left incomplete
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def write(self, index: int, values: Values) -> None:
-        """Writes one image's arrays."""
+        """Write the arrays of one image."""
         for name, value in values.items():
             if name not in self._files:
                 self._files[name] = self._open(self._folder / f"{name}.npy", value)
@@ -152,42 +155,46 @@ class Writer:
             file.seek(start + index * value.nbytes)
             file.write(value.tobytes())
 
-    def note(self, images: dict[int, Image]) -> None:
-        """Notes rows that have been written, so that they are found again."""
+    def record(self, images: dict[int, Image]) -> None:
+        """Record written rows in the journal, so that an interrupted preparation can be resumed."""
         for file, _ in self._files.values():
             file.flush()
         lines = (json.dumps([index, self._count, image]) for index, image in images.items())
         self._journal.write("".join(f"{zlib.crc32(line.encode()):08x} {line}\n" for line in lines).encode())
         self._journal.flush()
 
-    def finish(self) -> None:
-        """Gives up the journal, when a manifest has taken its place."""
+    def remove_journal(self) -> None:
+        """Remove the journal once the manifest has replaced it."""
         (self._folder / _JOURNAL).unlink()
 
     def _open(self, file: Path, value: np.ndarray) -> tuple[BinaryIO, int]:
-        start = _header((self._count, *value.shape), value.dtype)
-        if not file.exists() or not _starts_with(file, start):
-            file.unlink(missing_ok=True)  # not emptied: another process may have it mapped
-            file.write_bytes(start)
-        os.truncate(file, len(start) + self._count * value.nbytes)
-        return self._stack.enter_context(file.open("r+b")), len(start)
+        header = _header((self._count, *value.shape), value.dtype)
+        if not file.exists() or not _starts_with(file, header):
+            file.unlink(missing_ok=True)  # not truncated: another process may have it mapped
+            file.write_bytes(header)
+        os.truncate(file, len(header) + self._count * value.nbytes)
+        return self._stack.enter_context(file.open("r+b")), len(header)
 
 
 def _header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
-    """With which a file of rows begins."""
+    """Return the .npy header of an array."""
     header = io.BytesIO()
-    what = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(header, what)
+    fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, fields)
     return header.getvalue()
 
 
-def _starts_with(file: Path, start: bytes) -> bool:
+def _starts_with(file: Path, prefix: bytes) -> bool:
     with file.open("rb") as stream:
-        return stream.read(len(start)) == start
+        return stream.read(len(prefix)) == prefix
 
 
 def read_journal(folder: Path) -> tuple[dict[int, Image], int]:
-    """The rows that an unfinished folder has, less what a crash left unfinished, and how many it will have."""
+    """Read the journal of an incomplete set, skipping lines that a crash left incomplete.
+
+    Returns:
+        The images whose rows have been written, by row, and the number of rows of the complete set.
+    """
     rows: dict[int, Image] = {}
     count = 0
     with suppress(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""A survey of a dataset: everything is prepared, counted, and drawn on contact sheets."""
+"""Survey of a dataset: a table of its images, and a contact sheet per object."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -16,22 +16,26 @@ from iumad_jax.data.sample import Split
 from iumad_jax.errors import UserError
 from iumad_jax.report import contact_sheet, figures
 
-_ON_SHEET: dict[Split, int] = {"train": 4, "calibration": 1, "test": 10}  # images of a contact sheet, at most
+_ON_SHEET: dict[Split, int] = {"train": 4, "calibration": 1, "test": 10}  # largest number of images per contact sheet
 
 
 def survey(store: Store, sheets: Path) -> str:
-    """Prepares every image of every object and split, and draws a contact sheet of each object.
+    """Prepare every image of every object and split, and draw one contact sheet per object.
+
+    Args:
+        store: Store that prepares the images.
+        sheets: Folder for the contact sheets.
 
     Returns:
-        A table of what the dataset holds.
+        A table with one row per object and split.
 
     Raises:
-        UserError: an image is unusable, or something cannot be written.
+        UserError: If an image is unusable, or a file cannot be written.
     """
     try:
         sheets.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{sheets} cannot be made ({error.strerror}); choose another --workdir.") from error
+        raise UserError(f"{sheets} cannot be created ({error.strerror}); choose another --workdir.") from error
     rows = []
     for object_ in store.reader.objects:
         manifests = {
@@ -40,7 +44,9 @@ def survey(store: Store, sheets: Path) -> str:
             if copies.ids(store.reader, object_, split)
         }
         rows += [
-            [object_, split, *_summary(found)] for split, found in manifests.items() if split not in copies.ALTERED
+            [object_, split, *_summary(manifest)]
+            for split, manifest in manifests.items()
+            if split not in copies.ALTERED
         ]
         title = f"{object_}: RGB, height, depth as encoded, defect"
         contact_sheet.save(sheets / f"{object_}.jpg", title, _panels(store, object_, manifests))
@@ -49,7 +55,7 @@ def survey(store: Store, sheets: Path) -> str:
 
 
 def _summary(manifest: Manifest) -> list[str]:
-    """The cells of a row, for one object and split."""
+    """Format the table cells of one object and split."""
     images = manifest["images"]
     defects = Counter(image["defect"] for image in images)
     sizes = Counter("x".join(map(str, reversed(image["size"]))) for image in images)
@@ -68,11 +74,11 @@ def _summary(manifest: Manifest) -> list[str]:
 
 
 def _panels(store: Store, object_: str, manifests: Mapping[PreparedSplit, Manifest]) -> list[contact_sheet.Panels]:
-    """Some images of each kind and split, as they are processed."""
+    """Process a few images of each defect and split for the contact sheet."""
     panels = []
-    for split, most in _ON_SHEET.items():
+    for split, count in _ON_SHEET.items():
         images = manifests[split]["images"] if split in manifests else []
-        for row in figures.choose([image["defect"] for image in images], most):
+        for row in figures.choose([image["defect"] for image in images], count):
             sample = store.reader.read(object_, split, images[row]["id"])
             label = f"{split} {sample.id}: {sample.defect}"
             panels.append(contact_sheet.Panels(label, store.processing(sample), sample.mask is not None))

@@ -1,4 +1,4 @@
-"""Small datasets whose prepared sets are known, and a store that counts what it encodes."""
+"""Small datasets for tests of prepared sets, and an encoder that counts the images it encodes."""
 
 import dataclasses
 import shutil
@@ -14,11 +14,11 @@ from iumad_jax.data.readers.eyecandies import Eyecandies
 
 HEIGHT, WIDTH, SIZE, TEST_IMAGES = 32, 48, 20, 11
 SPLITS = {"train": 3, "val": 1, "test_public": TEST_IMAGES}
-BELT = 2.0  # metres from the camera, which looks straight down on it
+BELT = 2.0  # distance from the camera in metres; the camera looks straight down at the belt
 
 
 def scene(seed):
-    """Raw arrays: a box on the belt, 3 to 20 cm high, and a wall at the left edge of the image."""
+    """Make RGB, depth and mask of a box on the belt, 3 to 20 cm high, and a wall at the left edge of the image."""
     rng = np.random.default_rng(seed)
     depth = np.full((HEIGHT, WIDTH), BELT)
     top, left = rng.integers(8, 14), rng.integers(12, 24)
@@ -30,6 +30,7 @@ def scene(seed):
 
 
 def make_root(tmp_path):
+    """Write the scenes in the Eyecandies format."""
     for split, count in SPLITS.items():
         data = tmp_path / "raw" / "Confetto" / split / "data"
         data.mkdir(parents=True)
@@ -49,7 +50,7 @@ def make_root(tmp_path):
 
 
 def quarters(images):
-    """The encoder of these tests: the mean colour of each quarter."""
+    """Encode images as the mean colour of each quarter."""
     b, s, _, c = images.shape
     return images.reshape(b, 2, s // 2, 2, s // 2, c).mean((2, 4))
 
@@ -69,7 +70,7 @@ def store(root, encoder=quarters, **changes):
 
 
 def nearest(array):
-    """At 224 x 224, each pixel's centre looked up by itself."""
+    """Resize to 224 x 224 by looking up the source pixel at each pixel's centre."""
     result = np.empty((224, 224), array.dtype)
     for row in range(224):
         for column in range(224):
@@ -78,7 +79,7 @@ def nearest(array):
 
 
 def with_rim(mask):
-    """Every pixel no more than 3 from one of the mask, by shifting the mask to all of these places."""
+    """Dilate a mask by 3 pixels, by shifting it by every offset within this distance."""
     padded, result = np.pad(mask, 3), np.zeros_like(mask)
     for y in range(-3, 4):
         for x in range(-3, 4):
@@ -92,7 +93,7 @@ def resized(channel, size):
 
 
 class Counting:
-    """An encoder that knows how many images it has encoded; `stop` is called before the second chunk."""
+    """Encoder that counts the images it has encoded; `stop` is called before the second chunk."""
 
     def __init__(self, stop=None):
         self.images, self.shapes, self._stop = 0, [], stop
@@ -108,22 +109,22 @@ class Counting:
 RGB = dataclasses.replace(PROCESSING, modalities=("rgb",))
 
 
-def counted(root, split, stop=None):
-    """A prepared set as arrays in memory, and how many images had to be encoded for it."""
+def prepare_counted(root, split, stop=None):
+    """Get a prepared set as arrays in memory, and the number of images encoded for it."""
     encoder = Counting(stop)
-    return copied(store(root, processing=RGB, encoder=encoder).get("Confetto", split)), encoder.images
+    return in_memory(store(root, processing=RGB, encoder=encoder).get("Confetto", split)), encoder.images
 
 
-def copied(prepared):
+def in_memory(prepared):
     return jax.tree.map(np.array, (prepared.batch, prepared.truth)), prepared.defects, prepared.ids
 
 
-def assert_same(one, other):
-    jax.tree.map(np.testing.assert_array_equal, one, other)
+def assert_same(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-def afresh(root, split):
-    """The same set, prepared in an empty folder."""
-    one = store(root, processing=RGB, encoder=Counting(), folder=root.parent / "afresh")
-    shutil.rmtree(one.folder, ignore_errors=True)
-    return copied(one.get("Confetto", split))
+def prepare_afresh(root, split):
+    """Prepare a set in an empty folder."""
+    fresh_store = store(root, processing=RGB, encoder=Counting(), folder=root.parent / "afresh")
+    shutil.rmtree(fresh_store.folder, ignore_errors=True)
+    return in_memory(fresh_store.get("Confetto", split))

@@ -1,4 +1,4 @@
-"""From one sample to arrays: what depends on what the dataset gives."""
+"""Processing of samples with official normals, and with or without masks."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ def processing(encoding: str, window: int = 3) -> Processing:
 
 @pytest.fixture
 def sample(scan) -> Sample:
-    """A ball on a plane with its exact normals on the plane, and all to the camera on the ball."""
+    """Make a ball on a plane; the official normals are exact on the plane and point to the camera on the ball."""
     scene = scan(96, 128, noise=1e-3)
     z = scene.cloud[..., 2]
     normals = np.where(scene.mask[..., None] > 0, [0, 0, -1], scene.normal).astype(np.float32)
@@ -25,11 +25,11 @@ def sample(scan) -> Sample:
     return Sample("bolt", "7", "good", scene.rgb, depth, scene.mask > 0, False, scene.camera, normals)
 
 
-def test_official_normals_take_the_place_of_those_from_depth(sample: Sample) -> None:
+def test_official_normals_replace_those_from_depth(sample: Sample) -> None:
     noisy, official = (processing(name)(sample)["images_depth"] for name in ("normals", "normals_official"))
     corner = np.s_[:6, :6]
     up = [127.5, 127.5, 255]
-    assert np.abs(official[corner] - up).max() < 4  # the plane is found from noisy depth
+    assert np.abs(official[corner] - up).max() < 4  # the plane is fitted to noisy depth
     assert np.abs(noisy[corner] - up).max() > 10
     tilt = np.degrees(np.arccos(official[16, 16, 2] / 127.5 - 1))
     assert tilt == pytest.approx(20, abs=2)
@@ -37,9 +37,9 @@ def test_official_normals_take_the_place_of_those_from_depth(sample: Sample) -> 
         processing("normals_official")(dataclasses.replace(sample, normals=None))
 
 
-def test_a_larger_window_gives_calmer_normals(sample: Sample) -> None:
-    calm, noisy = (processing("normals", window)(sample)["images_depth"].astype(float) for window in (11, 3))
-    assert calm[:6, :6].std(axis=(0, 1)).max() < 0.3 * noisy[:6, :6].std(axis=(0, 1)).max()
+def test_a_larger_window_gives_smoother_normals(sample: Sample) -> None:
+    smooth, noisy = (processing("normals", window)(sample)["images_depth"].astype(float) for window in (11, 3))
+    assert smooth[:6, :6].std(axis=(0, 1)).max() < 0.3 * noisy[:6, :6].std(axis=(0, 1)).max()
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_a_larger_window_gives_calmer_normals(sample: Sample) -> None:
         ("unknown", False, False),
     ],
 )
-def test_whether_a_mask_tells_where_the_defect_is(sample: Sample, defect: str, marked: bool, expected: bool) -> None:
+def test_masked_is_true_if_the_mask_shows_the_defect(sample: Sample, defect: str, marked: bool, expected: bool) -> None:
     mask = sample.mask if marked else None
     arrays = processing("height")(dataclasses.replace(sample, defect=defect, mask=mask, anomalous=defect == "dent"))
     assert arrays["masked"] == expected

@@ -1,4 +1,4 @@
-"""Prepared images against the raw files, computed another way; and when they are prepared anew."""
+"""Prepared images against an independent computation from the raw files; and when they are prepared again."""
 
 import dataclasses
 import json
@@ -21,12 +21,12 @@ from tests.data.prepared.sets import (
     TEST_IMAGES,
     WIDTH,
     Counting,
-    afresh,
     assert_same,
-    copied,
-    counted,
+    in_memory,
     make_root,
     nearest,
+    prepare_afresh,
+    prepare_counted,
     quarters,
     resized,
     scene,
@@ -40,7 +40,7 @@ def root(tmp_path):
     return make_root(tmp_path)
 
 
-def test_prepared_arrays_are_those_of_the_raw_files(root):
+def test_prepared_arrays_match_the_raw_files(root):
     test = store(root).get("Confetto", "test")
     assert test.ids == tuple(f"{i:02d}" for i in range(TEST_IMAGES))
     assert test.defects == tuple("dents" if i % 2 else "good" for i in range(TEST_IMAGES))
@@ -68,29 +68,29 @@ def test_prepared_arrays_are_those_of_the_raw_files(root):
 
 
 def test_training_images_have_no_truth_and_arrays_stay_on_disk(root):
-    one = store(root)
-    train = one.get("Confetto", "train")
+    opened = store(root)
+    train = opened.get("Confetto", "train")
     assert train.truth is None
     for array in [*train.batch.features.values(), *train.batch.images.values()]:
         assert isinstance(array, np.memmap)
         assert not array.flags.writeable
         assert len(array) == 3
-    assert {p.stem for p in one.folder.glob("*/*/*.npy")} == {
+    assert {p.stem for p in opened.folder.glob("*/*/*.npy")} == {
         f"{kind}_{m}" for kind in ("features", "images") for m in ("rgb", "depth")
     }
 
 
-def test_samples_that_are_not_kept_are_prepared_as_those_that_are(root):
+def test_samples_in_memory_are_prepared_like_those_on_disk(root):
     opened = store(root)
-    kept = opened.get("Confetto", "test")
-    read = [opened.reader.read("Confetto", "test", id_) for id_ in opened.reader.ids("Confetto", "test")]
-    found = opened.encode(iter(read))
-    assert (found.ids, found.defects) == (kept.ids, kept.defects)
-    for one, other in zip(*map(jax.tree.leaves, (found, kept)), strict=True):
-        np.testing.assert_array_equal(one, other)
+    stored = opened.get("Confetto", "test")
+    samples = [opened.reader.read("Confetto", "test", id_) for id_ in opened.reader.ids("Confetto", "test")]
+    encoded = opened.encode(iter(samples))
+    assert (encoded.ids, encoded.defects) == (stored.ids, stored.defects)
+    for actual, expected in zip(*map(jax.tree.leaves, (encoded, stored)), strict=True):
+        np.testing.assert_array_equal(actual, expected)
 
 
-def test_digests_follow_the_content_of_files_alone(root):
+def test_digests_depend_only_on_file_contents(root):
     before = store(root).digests("Confetto", "train")
     opened = store(root)
     opened.prepare("Confetto", "train")
@@ -103,7 +103,7 @@ def test_digests_follow_the_content_of_files_alone(root):
     assert opened.digests("Confetto", "unlabelled") == {}
 
 
-def test_an_object_is_known_by_its_place(root):
+def test_object_id_is_the_index_of_the_object(root):
     for split in SPLITS:
         (root / "GummyBear" / split).mkdir(parents=True)
         (root / "GummyBear" / split / "data").symlink_to(root / "Confetto" / split / "data")
@@ -112,7 +112,7 @@ def test_an_object_is_known_by_its_place(root):
 
 
 class Unlabelled(Eyecandies):
-    """The test images, as somebody has them who does not know their defects."""
+    """Reader that offers the test images without labels as the unlabelled split."""
 
     def ids(self, object, split):
         return super().ids(object, "test" if split == "unlabelled" else split)
@@ -124,82 +124,82 @@ class Unlabelled(Eyecandies):
         return dataclasses.replace(super().read(object, "test", id), defect="unknown", mask=None, anomalous=False)
 
 
-def test_of_unlabelled_images_there_is_what_pictures_show(root):
+def test_unlabelled_images_have_the_arrays_for_figures(root):
     test = store(root).get("Confetto", "test")
-    found = store(root, reader=Unlabelled(root, "Confetto")).get("Confetto", "unlabelled")
-    assert not found.truth.masked.any()
+    unlabelled = store(root, reader=Unlabelled(root, "Confetto")).get("Confetto", "unlabelled")
+    assert not unlabelled.truth.masked.any()
     for name in ("thumbnail", "height", "object", "workpiece"):
-        np.testing.assert_array_equal(getattr(found.truth, name), getattr(test.truth, name))
-    jax.tree.map(np.testing.assert_array_equal, found.batch, test.batch)
+        np.testing.assert_array_equal(getattr(unlabelled.truth, name), getattr(test.truth, name))
+    jax.tree.map(np.testing.assert_array_equal, unlabelled.batch, test.batch)
 
 
 def test_images_are_encoded_once_in_batches_of_one_size(root):
-    """The second time, and another store of the same settings, find what is there."""
+    """A second call, and another store with the same settings, reuse the images."""
     encoder = Counting()
-    one = store(root, processing=RGB, encoder=encoder)
-    first = one.get("Confetto", "test")
-    assert encoder.shapes == [(2, SIZE, SIZE, 3)] * 6  # of 11 images
-    one.get("Confetto", "test")
+    opened = store(root, processing=RGB, encoder=encoder)
+    first = opened.get("Confetto", "test")
+    assert encoder.shapes == [(2, SIZE, SIZE, 3)] * 6  # 11 images, padded
+    opened.get("Confetto", "test")
     assert encoder.images == TEST_IMAGES
-    again, encoded = counted(root, "test")
+    again, encoded = prepare_counted(root, "test")
     assert encoded == 0
-    assert_same(again, copied(first))
+    assert_same(again, in_memory(first))
 
 
 NAMES = ["image_4.png", "depth.png", "info_depth.yaml", "mask.png", "metadata.yaml"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_only_the_image_of_a_changed_file_is_prepared_anew(root, name):
-    """Noticed even if its size and the time of its last change stay what they were."""
-    before, _ = counted(root, "test")
+def test_only_the_image_of_a_changed_file_is_prepared_again(root, name):
+    """The change is detected even if the file's size and mtime stay the same."""
+    before, _ = prepare_counted(root, "test")
     file = root / "Confetto" / "test_public" / "data" / f"02_{name}"
     stat, content = file.stat(), file.read_bytes()
     other = file.with_name(f"03_{name}").read_bytes().replace(b"min: 1.5", b"min: 1.4")
     file.write_bytes(other)
     assert content != other
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    after, encoded = counted(root, "test")
+    after, encoded = prepare_counted(root, "test")
     assert encoded == 1
-    assert_same(after, afresh(root, "test"))
+    assert_same(after, prepare_afresh(root, "test"))
     assert (after[1] != before[1]) == ("meta" in name)
     (home,) = (root.parent / "prepared").iterdir()
-    assert len(list(home.glob("rows-*"))) == 1  # what it took the place of is gone
+    assert len(list(home.glob("rows-*"))) == 1  # the outdated rows are removed
 
 
-def test_a_file_that_is_merely_newer_changes_nothing(root):
-    counted(root, "train")
+def test_a_newer_file_with_the_same_content_changes_nothing(root):
+    prepare_counted(root, "train")
     (manifest,) = (root.parent / "prepared").glob("*/manifest.json")
     arrays = {file: file.stat().st_mtime_ns for file in root.parent.glob("prepared/*/*/*.npy")}
     file = root / "Confetto" / "train" / "data" / "01_image_4.png"
     os.utime(file, ns=(0, 12345))
-    _, encoded = counted(root, "train")
+    _, encoded = prepare_counted(root, "train")
     assert encoded == 0
     assert {file: file.stat().st_mtime_ns for file in root.parent.glob("prepared/*/*/*.npy")} == arrays
-    noted = json.loads(manifest.read_text())["manifest"]["images"][1]["sources"][str(file)]
-    assert noted["stamp"][1] == 12345  # its hash need not be taken again
+    source = json.loads(manifest.read_text())["manifest"]["images"][1]["sources"][str(file)]
+    assert source["stamp"][1] == 12345  # so that the file is not hashed again
 
 
-def test_a_set_is_read_where_nothing_can_be_written(root, files_no_larger_than):
-    counted(root, "train")
+def test_a_set_is_readable_without_write_access(root, files_no_larger_than):
+    prepare_counted(root, "train")
     os.utime(root / "Confetto" / "train" / "data" / "01_image_4.png", ns=(0, 12345))
     with files_no_larger_than(0):
-        _, encoded = counted(root, "train")
+        _, encoded = prepare_counted(root, "train")
     assert encoded == 0
 
 
-def test_images_come_and_go(root):
-    """Only those that come are prepared, wherever they stand among the others."""
-    counted(root, "test")
+def test_images_are_added_and_removed(root):
+    """Only added images are prepared, whatever their position."""
+    prepare_counted(root, "test")
     data = root / "Confetto" / "test_public" / "data"
     for file in data.glob("05_*"):
         file.rename(file.with_name(file.name.replace("05_", "5000_")))
     for file in data.glob("03_*"):
         file.unlink()
-    after, encoded = counted(root, "test")
-    assert encoded == 1  # of another name
+    after, encoded = prepare_counted(root, "test")
+    assert encoded == 1  # the renamed image
     assert after[2] == ("00", "01", "02", "04", "06", "07", "08", "09", "10", "5000")
-    assert_same(after, afresh(root, "test"))
+    assert_same(after, prepare_afresh(root, "test"))
 
 
 @pytest.mark.parametrize(
@@ -207,15 +207,15 @@ def test_images_come_and_go(root):
     [{"size": 10}, {"depth_encoding": "normals"}, {"modalities": ("rgb",)}, {"object_height": 0.1}, {}],
     ids=lambda change: next(iter(change), "backbone"),
 )
-def test_a_changed_setting_is_noticed(root, change):
-    one, other = store(root), store(root, processing=dataclasses.replace(PROCESSING, **change))
+def test_a_changed_setting_is_detected(root, change):
+    opened, other = store(root), store(root, processing=dataclasses.replace(PROCESSING, **change))
     if not change:
         other = store(root, settings={"backbone": "halves"})
-    one.get("Confetto", "train")
-    found = other.get("Confetto", "train")
-    assert len(list(one.folder.iterdir())) == 2
+    opened.get("Confetto", "train")
+    changed = other.get("Confetto", "train")
+    assert len(list(opened.folder.iterdir())) == 2
     alone = dataclasses.replace(other, folder=root.parent / "alone").get("Confetto", "train")
-    jax.tree.map(np.testing.assert_array_equal, found.batch, alone.batch)
+    jax.tree.map(np.testing.assert_array_equal, changed.batch, alone.batch)
 
 
 def test_features_too_large_for_their_type_are_refused(root):
@@ -232,7 +232,7 @@ def test_a_split_without_images_is_refused(root):
         store(root, reader=Empty(root, "Confetto")).get("Confetto", "calibration")
 
 
-def test_a_place_that_cannot_be_written(root, tmp_path):
+def test_an_unwritable_folder_is_refused(root, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=sentences.PREPARED_PLACE_UNUSABLE.format("Not a directory")):
         store(root, folder=tmp_path / "file" / "prepared").get("Confetto", "train")

@@ -154,7 +154,7 @@ def test_nothing_sticks_out_of_a_window_of_any_width(page, width):
 
 def test_everything_can_be_reached_by_keyboard(page):
     reached = []
-    for _ in range(45):
+    for _ in range(60):
         page.call("Input.dispatchKeyEvent", type="keyDown", key="Tab", code="Tab", windowsVirtualKeyCode=9)
         page.call("Input.dispatchKeyEvent", type="keyUp", key="Tab", code="Tab", windowsVirtualKeyCode=9)
         reached.append(page.run("document.activeElement.id || document.activeElement.className"))
