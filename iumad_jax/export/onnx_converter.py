@@ -121,7 +121,7 @@ def _depends_on_inputs(inputs: Sequence[Value]) -> bool:
 
 
 def _evaluate(graph: _Graph, equation: Any, *inputs: Value) -> list[Value]:
-    """Evaluate an equation of constants. This is the only way to support a primitive without a rule."""
+    """Evaluate an equation whose inputs are all constants. This is the rule of primitives that `RULES` lacks."""
     if _depends_on_inputs(inputs):
         raise NotImplementedError(f"the primitive {equation.primitive.name} is not translated to ONNX: {equation}")
     return [np.asarray(array) for array in jax.tree.leaves(equation.primitive.bind(*inputs, **equation.params))]
@@ -165,16 +165,14 @@ def _with_full_inputs(function: Callable[..., Operand | list[str]]) -> Rule:
 
 def _custom_vjp_call(graph: _Graph, equation: Any, *inputs: Value) -> list[Value]:
     inner_jaxpr = equation.params["call_jaxpr"]
-    if inner_jaxpr.jaxpr.debug_info.func_name == "depthwise_conv" and _depends_on_inputs(
-        inputs
-    ):  # ONNX has an operator
+    if inner_jaxpr.jaxpr.debug_info.func_name == "depthwise_conv" and _depends_on_inputs(inputs):
         return _depthwise_conv(graph, equation, *inputs)
     return _translate(graph, inner_jaxpr, inputs)
 
 
 @_with_full_inputs
 def _depthwise_conv(graph: _Graph, equation: Any, x: Value, kernel: Value) -> str:
-    """Translate `models.layers.depthwise_conv` to Conv. Its sum of shifted images is slow in ONNX runtimes."""
+    """Translate `models.layers.depthwise_conv` to Conv, as sums of shifted images are slow in ONNX runtimes."""
     (size, _, channels), body = kernel.shape, equation.params["call_jaxpr"].jaxpr
     image_slices = [e for e in body.eqns if e.primitive.name == "slice" and e.invars[0] is body.invars[0]]
     slice_strides = image_slices[0].params["strides"]
@@ -239,7 +237,7 @@ def _scan(graph: _Graph, equation: Any, *inputs: Value) -> list[str]:
 
 @_with_full_inputs
 def _dot_general(graph: _Graph, equation: Any, left: Value, right: Value) -> str:
-    """Translate to a matrix product of (batch, free, contracted) and (batch, contracted, free)."""
+    """Translate a contraction to a matrix product of (batch, free, contracted) and (batch, contracted, free)."""
     contracted, batch = equation.params["dimension_numbers"]
     free = [
         [i for i in range(len(x.shape)) if i not in (*contracted[side], *batch[side])]

@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 
-# These must be set before jax is imported, so that the CUDA plugin does not search for a GPU and ptxas reports.
+# Set before jax is imported, so that the CUDA plugin does not search for a GPU and ptxas prints its report.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
 

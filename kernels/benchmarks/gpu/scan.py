@@ -16,7 +16,7 @@ from kernels.benchmarks.gpu.results import Row
 from kernels.benchmarks.gpu.worker import Cases, Options
 
 Shape = tuple[int, ...]
-# One sequence takes 16 blocks of threads, so these shapes take 16, 32 or 64. By default, the first two are cut into 4.
+# These shapes take 16 blocks of threads per sequence. By default, the first two are cut into 4 segments.
 CUT_SHAPES = ["1x256x2048x16x1", "2x1024x2048x16x1", "4x256x2048x16x1", "4x1024x2048x16x1", "4x4096x2048x16x1"]
 SEGMENTS = (1, 4)
 MEMORY = 8  # largest temporary memory of a contestant, in GiB

@@ -67,7 +67,7 @@ def _open(name: str, options: Options) -> Results:
 
 
 def _run_part(name: str, module: str, options: Options) -> str:
-    """Run a part and return its state. A failed process is restarted as long as each one tries a new row."""
+    """Run a part and return its state. Restart failed processes as long as each tries a new row."""
     end, tried_rows = time.monotonic() + options.seconds, -1
     results = _open(name, options)
     results.content["tried"] = []
@@ -91,7 +91,7 @@ def _run_part(name: str, module: str, options: Options) -> str:
 
 
 def _run_process(name: str, module: str, options: Options) -> int | None:
-    """Run the process of a part and return its exit code. After its time, kill it with its children and return None."""
+    """Run a process and return its exit code, or None if it ran out of time and was killed with its children."""
     command = [sys.executable, "-m", "kernels.benchmarks.gpu.worker", module, name, json.dumps(options._asdict())]
     compiled = f"{options.scratch}/compiled"  # shared by all parts
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": compiled}

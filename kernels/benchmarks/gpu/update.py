@@ -15,7 +15,7 @@ from kernels.benchmarks.gpu.results import Row
 from kernels.benchmarks.gpu.worker import Cases, Options
 
 PRECISIONS = {"TF32": "default", "float32": "highest"}  # JAX's names of the precisions on a GPU with TF32
-MVTEC3D_IMAGES, EPOCHS = 2_950, 800  # numbers of training images and epochs of MVTec 3D-AD
+MVTEC3D_IMAGES, EPOCHS = 2_950, 800  # training images of MVTec 3D-AD, and epochs of a step
 SECONDS, MIN_UPDATES = 5.0, 5  # time of a measurement, and smallest number of updates
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from kernels.benchmarks.gpu.results import Results, Row
 
-NO_GPU = 3  # exit code
+NO_GPU = 3  # exit code of a worker that finds no GPU
 Cases = Iterator[tuple[str, Callable[[], Row]]]
 
 

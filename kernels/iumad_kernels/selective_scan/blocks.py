@@ -74,7 +74,7 @@ class Blocks(NamedTuple):
         return self.merge_channels(array.swapaxes(-2, -3), channels).swapaxes(-1, -2)
 
     def block(self, number: Array, first: int) -> "Block":
-        """Return the block with this number, where block 0 starts at the sequence `first`."""
+        """Return the block with this number. Block 0 starts at the sequence with index `first`."""
         per_sequence = self.all_groups * self.parts // self.groups
         return Block(self, first, number // per_sequence * self.batch, number % per_sequence * self.groups)
 
@@ -84,7 +84,10 @@ class Blocks(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Place of one block in arrays to read, with all sequences, and arrays to write, with those from `first` on."""
+    """Place of one block in the arrays.
+
+    Arrays to read contain all sequences, arrays to write only the sequences from `first` on.
+    """
 
     blocks: Blocks
     first: int  # index of the first sequence that the arrays to write contain
@@ -97,12 +100,12 @@ class Block(NamedTuple):
         return dynamic_slice(array, self._chunk_start(array, c, self.first), sizes)[:, 0].swapaxes(0, 1)
 
     def write(self, array: Array, values: dict[int, Array], c: Array) -> Array:
-        """Return the array with chunk c replaced by the values of its positions."""
+        """Return the array with chunk c replaced by values, one for each of its positions."""
         stacked = jnp.stack([values[t] for t in range(self.blocks.positions)], axis=1)[:, None]
         return dynamic_update_slice(array, stacked, self._chunk_start(array, c))
 
     def add(self, array: Array, values: dict[int, Array], c: Array) -> Array:
-        """Return the array with the values of the positions of chunk c added."""
+        """Return the array with values added to chunk c, one for each of its positions."""
         old = self._replace(first=0).read(array, c)
         return self.write(array, {t: old[t] + value for t, value in values.items()}, c)
 

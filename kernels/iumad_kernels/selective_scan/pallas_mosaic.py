@@ -383,7 +383,7 @@ def _tile_parameter(tiling: Tiling, parameter: Array | None) -> Array | None:
 
 
 def _ordered(index: Array, number: int, reverse: bool) -> Array:
-    """Return an index below `number`, counted from the end if reverse."""
+    """Return index, or number - 1 - index if reverse."""
     return number - 1 - index if reverse else index
 
 

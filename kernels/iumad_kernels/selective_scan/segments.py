@@ -51,7 +51,7 @@ def segmented_passes(
         cut, dy = _cut((sequences._replace(initial_state=None), dy), segments)
         decays = _decays(cut, parameters, options)
         zeros = jnp.zeros_like(decays)
-        cut = cut._replace(initial_state=zeros)  # so that the state has a gradient
+        cut = cut._replace(initial_state=zeros)  # an initial state whose gradient is needed
         added = backward(cut, parameters, residuals, (dy, zeros))[0].initial_state
         ends, first = _chain(dh, added, decays, not options.reverse)
         dsegments, dparameters = backward(cut, parameters, residuals, (dy, ends))

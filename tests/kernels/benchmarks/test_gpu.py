@@ -165,7 +165,7 @@ def test_the_requested_number_of_segments_is_used(monkeypatch):
     monkeypatch.setattr(
         pallas_mosaic, "_number_of_segments", lambda x, B: numbers.append(segments(x, B)) or numbers[-1]
     )
-    args = selective_scan.inputs((2, 256, 8, 1, 1), jnp.float32)
+    args = selective_scan.random_inputs((2, 256, 8, 1, 1), jnp.float32)
     for number in scan.SEGMENTS:
         jax.eval_shape(lambda args: jax.vjp(lambda args: scan.scan_in_segments(number, **args), args)[0], args)  # noqa: B023
     assert numbers == [1, 4]
