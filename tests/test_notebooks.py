@@ -106,7 +106,7 @@ def test_own_objects(execute):
 
 
 def test_kernels(execute):
-    _, outputs = execute("kernels", batch=1, channels=16, states=4, lengths=[8, 16], turns=1)
+    _, outputs = execute("kernels", batch=1, channels=16, states=4, lengths=[8, 16], rounds=1)
     assert said(outputs).count(sentences.NOTEBOOK_DIFFERENCE) == 3
     assert sentences.NOTEBOOK_POSITIONS.format(positions=16, name="selective_scan") in said(outputs)
     assert len(shown(outputs, "image/png")) == 1
