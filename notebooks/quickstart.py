@@ -71,7 +71,8 @@ results = experiment.run(config, Path(workdir))
 # %% [markdown]
 # ## Learning and forgetting
 #
-# The baselines `feature_norm` and `nearest_neighbours` are not trained; a trained method is of use only if it beats them.
+# The baselines `feature_norm` and `nearest_neighbours` are not trained. A trained method is of use only if it beats
+# them.
 
 # %%
 from IPython.display import HTML, Image, Markdown, display
