@@ -141,7 +141,9 @@ def test_killed_and_resumed_processes_train_like_a_single_one(start, start_two, 
         + r"\n",
         other_err,
     )
-    assert {path.name for path in two.iterdir()} == {path.name for path in single.iterdir()}  # no other files are written
+    assert {path.name for path in two.iterdir()} == {
+        path.name for path in single.iterdir()
+    }  # no other files are written
 
 
 @pytest.mark.parametrize(
