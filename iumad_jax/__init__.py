@@ -21,15 +21,13 @@ A package imports only from packages below it (pyproject.toml, checked in CI). `
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from iumad_jax.data.sample import Camera
-    from iumad_jax.inference.detector import Detector
-
-__all__ = ["Camera", "Detector"]
+    from iumad_jax.data.sample import Camera as Camera
+    from iumad_jax.inference.detector import Detector as Detector
 
 
 def __getattr__(name: str) -> Any:
-    """Import the public classes, and with them JAX, on first use."""
-    if name not in __all__:
+    """Import the public classes Camera and Detector, and with them JAX, on first use."""
+    if name not in ("Camera", "Detector"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from iumad_jax.inference import detector
 

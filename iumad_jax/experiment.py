@@ -32,7 +32,7 @@ from iumad_jax.runtime import workdir as workdirs
 from iumad_jax.runtime.progress import Position, Progress
 from iumad_jax.shapes import Calibration
 from iumad_jax.training import nonfinite
-from iumad_jax.training.dataset_changes import DatasetChanged, unused
+from iumad_jax.training.dataset_changes import DatasetChanged, describe_changes
 from iumad_jax.training.epochs import Epoch, train_epochs
 from iumad_jax.training.optimization import learning_rates, optimizer_name, step_config
 from iumad_jax.training.run import Run, plan, start
@@ -65,7 +65,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
             elif processes.is_process_zero():
                 resources.enter_context(workdirs.claimed(workdir, config))
             finished = write_results(config, workdir, seconds)
-    if finished and (changes := unused(config, workdir)):
+    if finished and (changes := describe_changes(config, workdir)):
         raise DatasetChanged(f"{workdir}: the run is finished, but its dataset has changed since. {changes}", finished)
     if nothing_to_do:
         print(f"{workdir}: this run is finished.")
@@ -201,7 +201,7 @@ def epochs(run: Run, training: Training, progress: Progress) -> Iterator[Epoch]:
 def record(run: Run, training: Training, epoch: Epoch, progress: Progress) -> Progress:
     """Record an epoch, and take a snapshot if one is due or the epoch is the last."""
     index, total = training.step.index, run.config.train.epochs
-    if epoch.whole:
+    if epoch.complete:
         run.ledger.append("epoch", step=index, epoch=epoch.number, **epoch.losses)
         seen = training.per_epoch * training.batch_size
         run.live.epoch(index, epoch.number, total, epoch.losses, epoch.learning_rate, seen, epoch.seconds)
@@ -209,7 +209,7 @@ def record(run: Run, training: Training, epoch: Epoch, progress: Progress) -> Pr
         position=Position(index, epoch.updates),
         variables=progress.variables | {run.config.method: epoch.state.variables},
         strategy_state=epoch.state.strategy_state,
-        losses={} if epoch.whole else epoch.history,
+        losses={} if epoch.complete else epoch.history,
     )
     if run.due() or epoch.updates == total * training.per_epoch:  # an interrupted evaluation need not train again
         progress = run.save(progress._replace(optimizer=jax.tree.leaves(epoch.state.optimizer)))

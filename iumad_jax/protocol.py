@@ -1,4 +1,4 @@
-"""Which objects are learned when."""
+"""Protocols: the order in which a run learns its objects."""
 
 import re
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from iumad_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Step:
-    """One incremental step: training sees only the objects it learns, evaluation all seen so far."""
+    """An incremental step. Training sees only the objects that it learns, evaluation all objects seen so far."""
 
     index: int
     learned: tuple[str, ...]
@@ -16,22 +16,24 @@ class Step:
 
 
 def steps(protocol: str, objects: tuple[str, ...]) -> tuple[Step, ...]:
-    """The steps of "X-Y": X base objects, then Y new ones per step until all are learned; "X-0" is one step.
+    """Split the objects into the steps of a protocol "X-Y".
+
+    The base step learns X objects and each later step Y new ones until all are learned; "X-0" has only the base step.
 
     Raises:
-        UserError: the text is not two numbers, or they do not divide the objects.
+        UserError: If the protocol is not two numbers, or the objects cannot be split accordingly.
     """
     match = re.fullmatch(r"(\d+)-(\d+)", protocol)
     if not match:
         raise UserError(
-            f'protocol "{protocol}" is not of the form X-Y (base objects, new objects per step), such as 6-1.'
+            f'the protocol is "{protocol}"; use the form X-Y (base objects, new objects per step), such as 6-1.'
         )
     base, new = map(int, match.groups())
-    rest = len(objects) - base
-    if base < 1 or rest < 0 or (rest % new if new else rest):
+    remaining = len(objects) - base
+    if base < 1 or remaining < 0 or (remaining % new if new else remaining):
         raise UserError(
             f"protocol {protocol} does not fit {len(objects)} objects: X must be 1 to {len(objects)} and Y must divide"
-            f" the objects that remain after X (or be 0 when none remain); {len(objects)}-0 always fits."
+            f" the number of remaining objects (or be 0 if none remain); {len(objects)}-0 always fits."
         )
     ends = [base, *range(base + new, len(objects) + 1, new)] if new else [base]
     starts = [0, *ends[:-1]]

@@ -1,10 +1,11 @@
-"""The legend of array dimensions, and the values that pass between packages.
+"""Letters for array dimensions in annotations, and data structures that several packages share.
 
     b  images in a batch              n  images in a set
-    h, w  pixels of an input image    g  side of the token grid, p = g * g tokens
-    f  feature channels               d  width of the models
-    k  objects (classes) known        l  positions of a sequence, e channels of a scan
-    m  side of the anomaly map (224)
+    h, w  pixels of an input image    g  tokens per side, p = g * g tokens
+    f  feature channels               d  model width
+    k  objects (classes)              l  positions of a sequence, e channels of a scan
+    m  pixels per side of an anomaly map (224)
+
 Arrays are channels-last everywhere.
 """
 
@@ -14,46 +15,55 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
-MAP_SIZE = 224  # every map and mask is compared at this size, whatever the input size
+MAP_SIZE = 224  # pixels per side of every anomaly map and mask, whatever the input size
 
 Modality = str  # "rgb" or "depth"
-Image = Float[Array, "h w 3"]  # a network's input, 0..255
-Grid = Float[Array, "g g f"]  # a feature extractor's output
-Tokens = Float[Array, "p f"]  # the same, as a sequence
-Condition = tuple[Float[Array, "p d"], ...]  # one per encoder layer: what object the Mamba decoder sees
+Image = Float[Array, "h w 3"]  # network input, 0..255
+Grid = Float[Array, "g g f"]  # output of a feature extractor
+Tokens = Float[Array, "p f"]  # a grid as a sequence
+Condition = tuple[Float[Array, "p d"], ...]  # object-dependent factor of the query, one array per encoder layer
 Logits = Float[Array, " k"]
 AnomalyMap = Float[Array, "m m"]
-Keys = Key[Array, " b"]  # one key per image: randomness does not depend on how a batch is spread over devices
-# {"params": trained by gradients, "statistics": gathered, never trained, "frozen": neither, nor stored in snapshots}
-Variables = dict[str, Any]
+Keys = Key[Array, " b"]  # one per image, so that randomness does not depend on how devices share a batch
+Variables = dict[str, Any]  # "params" (trained by gradients), "statistics" (gathered), "frozen" (see `Method.frozen`)
 Scalars = dict[str, Float[Array, ""]]
-StrategyState = dict[str, Any]  # what a strategy against forgetting keeps: nested, of arrays
-BY_OBJECT = "by_object"  # key of a tuple with the arrays of each object learned, which never change: stored only once
+StrategyState = dict[str, Any]  # nested dictionary of arrays that a strategy keeps
+BY_OBJECT = (
+    "by_object"  # key of a tuple with one item per learned object; items never change, so snapshots store each once
+)
 
 
 class Batch(NamedTuple):
-    """Images as a method sees them; arrays of jax, or of numpy (also memory-mapped)."""
+    """Images as a method receives them, in JAX or (memory-mapped) NumPy arrays.
+
+    Attributes:
+        features: Backbone features of the images, by modality.
+        images: The images themselves, 0..255, by modality.
+        object_id: Number of the object in each image: the true one in training, the recognised one in `predict`.
+        sample_weight: Weight of each image in a mean, on average 1 over all devices. None weights all images equally.
+        progress: In training, the share of the step's updates that are done.
+    """
 
     features: dict[Modality, Float[Array, "b p f"]]
     images: dict[Modality, Float[Array, "b h w 3"]]
-    object_id: Int[Array, " b"]  # in training the object of each image; for `predict` the one that was recognised
-    sample_weight: Float[Array, " b"] | None = None  # of each image in a mean over them; None: all the same
-    progress: Float[Array, ""] | None = None  # in training, the share of the step's updates that are done
+    object_id: Int[Array, " b"]
+    sample_weight: Float[Array, " b"] | None = None
+    progress: Float[Array, ""] | None = None
 
     def mean(self, values: Float[Array, " b"]) -> Float[Array, ""]:
-        """Of one value per image, with their weights, which are on average 1 over all devices."""
+        """Average one value per image, weighted by `sample_weight`."""
         return jnp.mean(values if self.sample_weight is None else self.sample_weight * values)
 
 
 class ErrorMaps(NamedTuple):
-    """What a method says about a batch."""
+    """Output of a method for a batch."""
 
-    maps: dict[str, Float[Array, "b m m"]]  # by modality, or by a group of them that it judges together: "rgb+depth"
-    object_logits: Float[Array, "b k"] | None
+    maps: dict[str, Float[Array, "b m m"]]  # by modality or by jointly judged group of modalities, such as "rgb+depth"
+    object_logits: Float[Array, "b k"] | None  # None if the method does not recognise objects
 
 
 class Prediction(NamedTuple):
-    """What is made of it."""
+    """Anomaly map and score of each image of a batch."""
 
     map: Float[Array, "b m m"]
     score: Float[Array, " b"]
@@ -61,22 +71,22 @@ class Prediction(NamedTuple):
 
 
 class GroundTruth(NamedTuple):
-    """What evaluation knows about a set of images; numpy arrays."""
+    """Labels and geometry of a set of images, in NumPy arrays."""
 
-    mask: Bool[Array, "n m m"]
-    masked: Bool[Array, " n"]  # whether the mask says where the defect is; False: the image has one that nobody marked
-    object: Bool[Array, "n m m"]  # what rises above the plane, with a rim: where object-only metrics take negatives
-    workpiece: Bool[Array, "n m m"]  # the same without what the image cuts off, such as walls
+    mask: Bool[Array, "n m m"]  # pixels of a defect
+    masked: Bool[Array, " n"]  # False if the image has a defect that nobody marked in the mask
+    object: Bool[Array, "n m m"]  # pixels above the background plane, with a rim: negatives of object-only metrics
+    workpiece: Bool[Array, "n m m"]  # `object` without parts that the image border cuts off, such as walls
     anomalous: Bool[Array, " n"]
     thumbnail: UInt8[Array, "n m m 3"]
     height: Float[Array, "n m m"]  # metres above the background plane, NaN where depth is missing
 
 
 class Calibration(NamedTuple):
-    """What an object's n good calibration images scored."""
+    """Scores of the n good calibration images of an object."""
 
-    score: Float[np.ndarray, " n"]  # of the image
-    peak: Float[np.ndarray, " n"]  # the largest value of its map
-    distance: Float[np.ndarray, "n 3"]  # of `recognition.distances`: to its own object, the nearest, the second nearest
-    from_training_images: bool = False  # for want of others: their scores are too low and promise nothing
-    few: bool = False  # too few images to say how far others of this object may be
+    score: Float[np.ndarray, " n"]  # image score
+    peak: Float[np.ndarray, " n"]  # largest value of the anomaly map
+    distance: Float[np.ndarray, "n 3"]  # `recognition.distances` to the true, nearest and second nearest object
+    from_training_images: bool = False  # for lack of other images; the scores are too low to guarantee anything
+    few: bool = False  # too few images to estimate how distant other images of this object may be

@@ -1,4 +1,4 @@
-"""Which objects are learned when, by hand and by its properties."""
+"""Steps of protocols, by hand and by their properties."""
 
 import pytest
 from hypothesis import given
@@ -23,10 +23,10 @@ OBJECTS = tuple("abcdefghij")
     ],
 )
 def test_steps_learn_the_objects_in_order(protocol, learned):
-    found = steps(protocol, OBJECTS)
-    assert ["".join(step.learned) for step in found] == learned
-    assert ["".join(step.seen) for step in found] == ["".join(learned[: i + 1]) for i in range(len(learned))]
-    assert [step.index for step in found] == list(range(len(learned)))
+    actual = steps(protocol, OBJECTS)
+    assert ["".join(step.learned) for step in actual] == learned
+    assert ["".join(step.seen) for step in actual] == ["".join(learned[: i + 1]) for i in range(len(learned))]
+    assert [step.index for step in actual] == list(range(len(learned)))
 
 
 def test_one_object_is_one_step():
@@ -35,13 +35,13 @@ def test_one_object_is_one_step():
 
 
 @pytest.mark.parametrize("protocol", ["7-2", "6-0", "0-1", "0-0", "11-1", "3-8", "99-1"])
-def test_what_does_not_fit_is_refused(protocol):
+def test_a_protocol_that_does_not_fit_is_refused(protocol):
     with pytest.raises(UserError, match=sentences.PROTOCOL_DOES_NOT_FIT.format(protocol=protocol, objects=10)):
         steps(protocol, OBJECTS)
 
 
 @pytest.mark.parametrize("protocol", ["", "6", "6-", "-1", "6--1", "6-1-1", "6 - 1", "6-1\n", "six-one", "6.0-1"])
-def test_what_is_no_protocol_is_refused(protocol):
+def test_an_invalid_protocol_is_refused(protocol):
     with pytest.raises(UserError, match=sentences.PROTOCOL_MALFORMED):
         steps(protocol, OBJECTS)
 

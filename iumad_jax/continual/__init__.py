@@ -1,4 +1,4 @@
-"""One file per way of learning without forgetting; `build` makes the one that a config names."""
+"""Strategies against forgetting, one file each; `build` creates the one that a config selects."""
 
 from ml_collections import ConfigDict
 
@@ -12,10 +12,10 @@ from iumad_jax.methods.method import Method
 
 
 def build(config: ConfigDict, method: Method, objects: int) -> Strategy:
-    """The strategy of `config.continual` for a method over a dataset of that many objects.
+    """Build the strategy that `config.continual` selects, for a dataset with `objects` objects.
 
     Raises:
-        UserError: there is no such strategy.
+        UserError: If the strategy does not exist.
     """
     strategies = {
         "finetune": lambda: finetune(method),

@@ -1,4 +1,4 @@
-"""Nothing is done against forgetting: each step goes on training on its own objects."""
+"""Plain fine-tuning: each step trains on its own objects, without any protection against forgetting."""
 
 from iumad_jax.continual.strategy import Strategy, StrategyState
 from iumad_jax.methods.method import Loss, Method
@@ -6,7 +6,7 @@ from iumad_jax.shapes import Batch, Keys, Variables
 
 
 def finetune(method: Method) -> Strategy:
-    """The method's own loss."""
+    """Build the strategy that trains with the method's loss alone."""
 
     def loss(
         strategy_state: StrategyState, variables: Variables, batch: Batch, keys: Keys

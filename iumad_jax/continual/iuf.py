@@ -1,5 +1,7 @@
-"""IUF's strategy (Tang et al., ECCV 2024), used by IB-IUMAD too: weights anchored, updates projected away from what old
-objects use, and a base step that leaves room for new ones.
+"""IUF's strategy (Tang et al., ECCV 2024), also used by IB-IUMAD.
+
+It anchors the weights, projects updates away from directions that old objects use, and compresses the features of the
+base step to leave room for new objects.
 """
 
 from typing import Any
@@ -18,13 +20,14 @@ from iumad_jax.runtime import devices
 from iumad_jax.runtime.in_batches import predict_in_batches
 from iumad_jax.shapes import Batch, Keys, Variables
 
-ROWS = 768  # of a queue
+QUEUE_ROWS = 768
 
 
 def anchor(beta: float) -> optax.GradientTransformationExtraArgs:
-    """Before each update, W <- (1 - beta) W + beta W0, W0 being `strategy_state["old"]`, the weights before the step.
+    """Move the weights towards those before the step in each update: W <- (1 - beta) W + beta W0.
 
-    The gradient is that at W. If updates are at most u, weights stay within u / beta of W0.
+    W0 is `strategy_state["old"]`. The gradient is taken at W. If updates are at most u, the weights stay within
+    u / beta of W0.
     """
 
     def update(updates: Any, state: Any, params: Any, *, strategy_state: StrategyState, **_: Any) -> tuple[Any, Any]:
@@ -36,10 +39,10 @@ def anchor(beta: float) -> optax.GradientTransformationExtraArgs:
 
 
 def project() -> optax.GradientTransformationExtraArgs:
-    """Multiplies the update of each layer in `strategy_state["projections"]`, kernel and bias, by the layer's matrix.
+    """Multiply the update of kernel and bias by the layer's matrix, for each layer in `strategy_state["projections"]`.
 
-    It is the update and not the gradient that is projected: AdamW divides each element of a gradient by its usual size,
-    and weight decay is added, both of which bring removed directions back. For SGD it is the same.
+    The update is projected instead of the gradient, since AdamW's element-wise scaling and weight decay would restore
+    removed directions. For SGD, both are equivalent.
     """
 
     def update(
@@ -54,22 +57,24 @@ def project() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
-def projection(moments: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d d"]:
-    """V diag(w) V^T with w_k = ln(k + 1) / ln(d), k = 0 .. d - 1: the stronger a direction is in use, the less is left.
+def projection_matrix(moments: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d d"]:
+    """Compute V diag(w) V^T with w_k = ln(k + 1) / ln(d), k = 0 .. d - 1.
+
+    The more strongly a direction is used, the less of it remains.
 
     Args:
-        moments: the sum of r r^T over rows r. Its eigenvectors V, strongest first, are the right singular vectors of
-            the matrix of these rows, completed to a basis where there are fewer rows than columns.
+        moments: Sum of r r^T over rows r. Its eigenvectors V, strongest first, are the right singular vectors of the
+            matrix of these rows, completed to a basis if it has fewer rows than columns.
     """
     basis = np.linalg.eigh(np.asarray(moments, np.float64))[1][:, ::-1]
     weights = np.log(np.arange(1, len(basis) + 1)) / np.log(len(basis))
     return ((basis * weights) @ basis.T).astype(np.float32)
 
 
-def compression(rows: Float[Array, "n d"]) -> Float[Array, ""]:
-    """The sum of those singular values, normalised to sum to 1, that are below 0.1 / d.
+def compression_loss(rows: Float[Array, "n d"]) -> Float[Array, ""]:
+    """Sum those singular values, normalised to a total of 1, that are below 0.1 / d.
 
-    Small, it concentrates rows in few directions, so that others stay free. Rows of zeros change nothing.
+    Minimising this concentrates the rows in few directions and leaves the others free. Rows of zeros have no effect.
     """
     values = jnp.linalg.svd(rows, compute_uv=False)
     shares = values / jnp.maximum(values.sum(), 1e-12)
@@ -77,45 +82,49 @@ def compression(rows: Float[Array, "n d"]) -> Float[Array, ""]:
 
 
 def iuf(config: ConfigDict, method: Method) -> Strategy:
-    """The strategy for `config.continual`, whose keys switch each part off.
+    """Build the strategy for `config.continual`, whose keys can switch off each part.
 
-    Between steps it keeps a d x d matrix per layer that the method names as its `activations`, however many images or
-    objects there were; within a later step, the weights before it too.
+    Between steps the state holds one d x d matrix for each layer in the method's `activations`, whatever the number of
+    images and objects. Within later steps it also holds the weights before the step.
     """
 
     def begin(strategy_state: StrategyState, variables: Variables, batch: Batch, step: int) -> StrategyState:
         if step > 0:
             old = {"old": variables["params"]} if config.anchor else {}
-            projections = jax.tree.map(projection, strategy_state.get("moments", {}))
+            projections = jax.tree.map(projection_matrix, strategy_state.get("moments", {}))
             return strategy_state | old | ({"projections": projections} if projections else {})
         assert method.loss is not None
         keys = jax.random.split(jax.random.key(0), len(batch.object_id))
         outputs = jax.eval_shape(method.loss, variables, batch, keys).outputs if config.compression else {}
-        return {"queues": {name: np.zeros((ROWS, rows.shape[1]), np.float32) for name, rows in outputs.items()}}
+        return {"queues": {name: np.zeros((QUEUE_ROWS, rows.shape[1]), np.float32) for name, rows in outputs.items()}}
 
     def loss(
         strategy_state: StrategyState, variables: Variables, batch: Batch, keys: Keys
     ) -> tuple[Loss, StrategyState]:
         assert method.loss is not None
-        own = method.loss(variables, batch, keys)
+        method_loss = method.loss(variables, batch, keys)
         queues = strategy_state.get("queues", {})
         if not queues:
-            return own, strategy_state
-        # All devices' rows, or a matrix would depend on the number of devices. Only they have a gradient.
-        live = {name: devices.gather(own.outputs[name], batch.sample_weight) for name in queues}
-        matrices = {name: jnp.concatenate([queues[name], rows]) for name, (rows, _) in live.items()}
-        shares = [compression(rows) for rows in matrices.values()]
-        compressed = config.compression * sum(shares) / len(shares)
-        kept = {name: jax.lax.dynamic_slice_in_dim(matrices[name], count, ROWS) for name, (_, count) in live.items()}
-        strategy_state = strategy_state | {"queues": jax.lax.stop_gradient(kept)}
-        return own._replace(total=own.total + compressed, terms=own.terms | {"compression": compressed}), strategy_state
+            return method_loss, strategy_state
+        # Rows are gathered so that the result does not depend on the number of devices. Only they have a gradient.
+        new_rows = {name: devices.gather(method_loss.outputs[name], batch.sample_weight) for name in queues}
+        matrices = {name: jnp.concatenate([queues[name], rows]) for name, (rows, _) in new_rows.items()}
+        losses = [compression_loss(rows) for rows in matrices.values()]
+        compression = config.compression * sum(losses) / len(losses)
+        queues = {
+            name: jax.lax.dynamic_slice_in_dim(matrices[name], count, QUEUE_ROWS)
+            for name, (_, count) in new_rows.items()
+        }
+        strategy_state = strategy_state | {"queues": jax.lax.stop_gradient(queues)}
+        terms = method_loss.terms | {"compression": compression}
+        return method_loss._replace(total=method_loss.total + compression, terms=terms), strategy_state
 
     def finish(strategy_state: StrategyState, variables: Variables, batch: Batch, _: int) -> StrategyState:
         if not config.projection:
             return {}
         rows = predict_in_batches(method.activations, variables, batch)
         moments = jax.tree.map(lambda r: np.asarray(r.T @ r, np.float32), rows)
-        seen = strategy_state.get("moments")
-        return {"moments": jax.tree.map(np.add, seen, moments) if seen else moments}
+        old_moments = strategy_state.get("moments")
+        return {"moments": jax.tree.map(np.add, old_moments, moments) if old_moments else moments}
 
     return Strategy(loss, optax.chain(project(), anchor(config.anchor)), begin, finish)

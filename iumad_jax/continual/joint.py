@@ -1,4 +1,4 @@
-"""Not incremental: the upper bound that others are measured by."""
+"""Joint training, which is not incremental: the upper bound for all other strategies."""
 
 import dataclasses
 
@@ -8,5 +8,5 @@ from iumad_jax.methods.method import Method
 
 
 def joint(method: Method) -> Strategy:
-    """Each step trains on the images of all objects seen so far."""
+    """Build the strategy that trains each step on the images of all objects seen so far."""
     return dataclasses.replace(finetune(method), incremental=False)

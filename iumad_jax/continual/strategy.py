@@ -1,4 +1,4 @@
-"""What a way of learning without forgetting must be able to do."""
+"""The interface of a strategy against forgetting."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,18 +16,18 @@ _UNCHANGED = optax.with_extra_args_support(optax.identity())
 class Strategy:
     """A strategy against forgetting, as pure functions of an explicit state.
 
-    The base step begins with an empty state, `{}`. Updates are compiled for the shapes of the state, so what a step
-    does may depend on which entries the state has.
+    The first step of a run, the base step, begins with an empty state, `{}`. Updates are compiled for the structure of
+    the state, so what a step does may depend on which entries the state has.
 
     Attributes:
         loss: (state, variables, batch, keys) -> (loss, state). Computes the loss of an update and the state after it.
             Called within `devices.data_parallel` and differentiated with respect to `variables["params"]`. The
-            returned state must be the same on every device.
-        constrain: Transforms an update right before it is added to the weights, learning rate included. Stateless; it
-            is called with the strategy's state as the extra argument `strategy_state`.
-        begin: (state, variables, batch, step) -> state. Called before the first update of a step. Only the shapes of
-            the batch may be used.
-        finish: (state, variables, batch, object) -> state. Called after the last update of a step, once per object
+            returned state must be identical on every device.
+        constrain: Transforms an update, learning rate included, right before it is added to the weights. Stateless;
+            receives the strategy's state as the extra argument `strategy_state`.
+        begin: (state, variables, batch, step) -> state. Called before the first update of a step. The batch is an
+            example of the shapes.
+        finish: (state, variables, batch, object id) -> state. Called after the last update of a step, once per object
             that the step learned, with all training images of that object as one (memory-mapped) batch. The result is
             what the strategy keeps between steps. Entries that belong to one object and never change go under the key
             BY_OBJECT, as a tuple with one item per object; snapshots store each item once.
@@ -41,5 +41,5 @@ class Strategy:
     incremental: bool = True
 
     def objects(self, step: Step) -> tuple[str, ...]:
-        """Those whose images a step is trained on."""
+        """Return the objects whose images a step is trained on."""
         return step.learned if self.incremental else step.seen

@@ -1,1 +1,1 @@
-"""From files to batches: readers, formats, depth, prepared images and batches of them."""
+"""Data pipeline from files to batches: readers, file formats, depth processing, prepared images."""

@@ -120,9 +120,7 @@ def fit_plane(points: Float[np.ndarray, "n 3"], trials: int = 256) -> Plane:
         usable = lengths > 1e-12
         candidates, anchors = candidates[usable] / lengths[usable, None], corners[usable, 0]
     if len(points) < 3 or not usable.any():
-        raise UserError(
-            "the depth image has too few valid pixels to fit the background plane; replace the image."
-        )
+        raise UserError("the depth image has too few valid pixels to fit the background plane; replace the image.")
     tolerance = min(0.002, 0.01 * float(np.linalg.norm(np.ptp(points, axis=0))))
     offsets = points @ candidates.T - (candidates * anchors).sum(1)  # (n, trials)
     cost = np.minimum(offsets**2, tolerance**2).sum(0)
@@ -175,9 +173,7 @@ def normals(depth: Float32[np.ndarray, "h w"], camera: Camera, window: int = 3) 
     determinant = uu * vv - uv * uv
     fitted = determinant > 1e-3
     if not fitted.any():
-        raise UserError(
-            "the depth image has too few valid pixels side by side to fit normals; replace the image."
-        )
+        raise UserError("the depth image has too few valid pixels side by side to fit normals; replace the image.")
     scale = 1 / np.where(fitted, determinant, 1)
     slope_u, slope_v = (uq * vv - vq * uv) * scale, (vq * uu - uq * uv) * scale
     x, y = _rays(depth.shape, camera)

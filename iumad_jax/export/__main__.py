@@ -43,8 +43,8 @@ def _export(values: flags.FlagValues) -> str:
     content = formats.export(detector, format_, values.batch)
     difference = formats.check(detector, content, format_, values.batch)
     write_whole(output, content)
-    described = {"format": format_, **formats.describe(detector, values.batch)}
-    write_whole(output.with_name(f"{output.name}.json"), (json.dumps(described) + "\n").encode())
+    description = {"format": format_, **formats.describe(detector, values.batch)}
+    write_whole(output.with_name(f"{output.name}.json"), (json.dumps(description) + "\n").encode())
     size = f"{len(content) / 1e6:.1f} MB"
     return f"{output}: {size}; anomaly maps differ from JAX's by at most {difference:.1e} of the maximum."
 

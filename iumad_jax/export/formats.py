@@ -1,8 +1,8 @@
-"""A detector in formats that other programs read.
+"""Export of a detector to StableHLO and ONNX.
 
-The exported function takes images as `Detector.prepare` makes them, for each modality in turn: float32 values 0 to 255
-of shape (batch, size, size, 3). It returns the fields of `detector.Outputs`, by name. Thresholds and weights are part
-of it; the batch size is fixed.
+The exported function takes one batch of images per modality as `Detector.prepare` returns them: float32 values from 0
+to 255, shape (batch, size, size, 3). It returns the fields of `detector.Outputs` by name. Weights and thresholds are
+part of the file; the batch size is fixed.
 """
 
 import json
@@ -17,23 +17,26 @@ from iumad_jax.errors import UserError
 from iumad_jax.inference.detector import Detector, Outputs
 from iumad_jax.inference.recognition import RECOGNISE
 
-SCANS = {"stablehlo": "xla", "onnx": "reference"}  # how the selective scan is best told, by format
-_TOLERANCE = 1e-4  # of the largest value
+SCANS = {"stablehlo": "xla", "onnx": "reference"}  # best implementation of the selective scan for each format
+_TOLERANCE = 1e-4  # largest accepted difference of anomaly maps, relative to the largest value
 _PLATFORMS = ("cpu", "cuda")
 
 
 def export(detector: Detector, format_: str, batch: int) -> bytes:
-    """The file's content.
+    """Serialize a detector.
 
     Args:
-        detector: loaded with the format's way of scanning (`SCANS`) as config key model.scan.
-        format_: stablehlo (for `jax.export.deserialize`) or onnx.
-        batch: images per call.
+        detector: Detector that was loaded with `SCANS[format_]` as the config key model.scan.
+        format_: "stablehlo" (for `jax.export.deserialize`) or "onnx".
+        batch: Number of images per call.
+
+    Returns:
+        Content of the file.
 
     Raises:
-        UserError: a package is missing (`pip install iumad-jax[export]`).
+        UserError: If a package is missing (`pip install iumad-jax[export]`).
     """
-    function, inputs = flat(detector, batch), input_specs(detector, batch)
+    function, inputs = positional_function(detector, batch), input_specs(detector, batch)
     try:
         if format_ == "stablehlo":
             by_name = jax.jit(lambda *images: function(*images)._asdict())
@@ -41,7 +44,7 @@ def export(detector: Detector, format_: str, batch: int) -> bytes:
         from iumad_jax.export import onnx_converter
     except ImportError as error:
         raise UserError(
-            f"--format={format_} needs the package {error.name}; pip install 'iumad-jax[export]'."
+            f"--format={format_} needs the package {error.name}; run pip install 'iumad-jax[export]'."
         ) from error
     model = onnx_converter.convert(function, inputs, Outputs._fields)
     for key, value in describe(detector, batch).items():
@@ -51,7 +54,7 @@ def export(detector: Detector, format_: str, batch: int) -> bytes:
 
 
 def describe(detector: Detector, batch: int) -> dict[str, Any]:
-    """What a program must know to use the file, as JSON."""
+    """Describe an exported file, in JSON types, for the programs that use it."""
     return {
         "version": version("iumad-jax"),
         "step": detector.step,
@@ -62,24 +65,27 @@ def describe(detector: Detector, batch: int) -> dict[str, Any]:
     }
 
 
-def flat(detector: Detector, batch: int) -> Callable[..., Outputs]:
-    """The detector's function of one array per modality; objects are recognised."""
-    modalities, given = detector.processing.modalities, np.full(batch, RECOGNISE, np.int32)
+def positional_function(detector: Detector, batch: int) -> Callable[..., Outputs]:
+    """Return the detector's function with one positional argument per modality. Objects are recognised."""
+    modalities, objects = detector.processing.modalities, np.full(batch, RECOGNISE, np.int32)
 
     def function(*images: Any) -> Outputs:
-        return detector.function(detector.state, dict(zip(modalities, images, strict=True)), given)
+        return detector.function(detector.state, dict(zip(modalities, images, strict=True)), objects)
 
     return function
 
 
 def input_specs(detector: Detector, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and types of the inputs, by modality."""
-    side = detector.processing.size
-    return {m: jax.ShapeDtypeStruct((batch, side, side, 3), np.float32) for m in detector.processing.modalities}
+    """Return the shape and dtype of each input, by modality."""
+    size = detector.processing.size
+    return {
+        modality: jax.ShapeDtypeStruct((batch, size, size, 3), np.float32)
+        for modality in detector.processing.modalities
+    }
 
 
-def runner(content: bytes, format_: str) -> Callable[..., Outputs]:
-    """A function that runs an exported file, as a program without this package would."""
+def load_function(content: bytes, format_: str) -> Callable[..., Outputs]:
+    """Load an exported file as a function, like a program without this package would."""
     if format_ == "stablehlo":
         exported = jax.export.deserialize(bytearray(content))
         call = jax.jit(exported.call)
@@ -87,22 +93,28 @@ def runner(content: bytes, format_: str) -> Callable[..., Outputs]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    names = [one.name for one in session.get_inputs()]
+    names = [node.name for node in session.get_inputs()]
     return lambda *images: Outputs(*session.run(None, dict(zip(names, images, strict=True))))
 
 
 def check(detector: Detector, content: bytes, format_: str, batch: int) -> float:
-    """The largest difference of maps of noise from those of the detector itself, as a share of the largest value.
+    """Compare the anomaly maps of an exported file and of its detector on images of random noise.
+
+    Returns:
+        Largest difference, relative to the largest value of the detector's maps.
 
     Raises:
-        UserError: it is more than it may be.
+        UserError: If the difference exceeds the tolerance.
     """
     rng = np.random.default_rng(0)
     specs = input_specs(detector, batch).values()
     images = [rng.integers(0, 256, spec.shape).astype(np.float32) for spec in specs]
-    found = runner(content, format_)(*images).map
-    expected = np.asarray(flat(detector, batch)(*images).map)
-    difference = float(np.abs(found - expected).max() / np.abs(expected).max())
+    exported_map = load_function(content, format_)(*images).map
+    expected_map = np.asarray(positional_function(detector, batch)(*images).map)
+    difference = float(np.abs(exported_map - expected_map).max() / np.abs(expected_map).max())
     if not difference <= _TOLERANCE:
-        raise UserError(f"the exported model's maps differ by {difference:.1e} from JAX's; please report this.")
+        raise UserError(
+            f"the exported model's anomaly maps differ from JAX's by {difference:.1e} of the maximum;"
+            " please report this."
+        )
     return difference

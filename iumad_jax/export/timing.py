@@ -1,4 +1,4 @@
-"""How long a prediction takes, part by part and engine by engine."""
+"""Prediction time by part and by engine."""
 
 import time
 from collections.abc import Callable
@@ -16,86 +16,91 @@ from iumad_jax.export import formats
 from iumad_jax.inference.anomaly_map import combine
 from iumad_jax.inference.detector import Detector
 from iumad_jax.inference.recognition import RECOGNISE
-from iumad_jax.methods.error_maps import maps_of
+from iumad_jax.methods.error_maps import upsample_errors
 from iumad_jax.models.efficientnet import FeatureExtractor
 
 _BATCHES = (1, 16)
 
 
 def measure(config: ConfigDict, workdir: Path, step: int | None, repetitions: int) -> str:
-    """Tables of the parts of a prediction and of engines, for the first test image of the dataset.
+    """Measure the prediction time for the first test image of the dataset.
 
     Args:
-        config: of the run, or with another dataset.
-        workdir: of the run.
-        step: after which; the last one done if None.
-        repetitions: of every measurement, after a first call.
+        config: Config of the run, possibly with another dataset.
+        workdir: Workdir of the run.
+        step: Step whose snapshot is loaded; the last finished step if None.
+        repetitions: Number of timed runs per measurement, after a first untimed run.
+
+    Returns:
+        Two Markdown tables: median time of each part of a prediction, and median time per image of each engine.
 
     Raises:
-        UserError: the dataset or the workdir is at fault.
+        UserError: If the dataset or the workdir is faulty.
     """
     reader = readers.open_reader(config)
-    name = reader.objects[0]
-    id_ = reader.ids(name, "test")[0]
-    sample = reader.read(name, "test", id_)
+    object_name = reader.objects[0]
+    image_id = reader.ids(object_name, "test")[0]
+    sample = reader.read(object_name, "test", image_id)
     depth = None if sample.depth is None else sample.depth[None]
     detector = Detector.load(workdir, step)
     prepared = detector.prepare(sample.rgb[None], depth, sample.camera)
 
     def milliseconds(function: Callable[[], Any]) -> float:
         function()
-        taken = []
+        seconds = []
         for _ in range(repetitions):
-            began = time.perf_counter()
+            start = time.perf_counter()
             jax.block_until_ready(function())
-            taken.append(time.perf_counter() - began)
-        return float(np.median(taken)) * 1e3
+            seconds.append(time.perf_counter() - start)
+        return float(np.median(seconds)) * 1e3
 
     extractor = FeatureExtractor(config.backbone.name, config.backbone.grid)
     encode = jax.jit(lambda weights, images: [extractor.apply(weights, x) for x in images.values()])
-    draw = jax.jit(lambda errors: combine(maps_of({"all": errors})))
+    make_map = jax.jit(lambda errors: combine(upsample_errors({"all": errors})))
     errors = np.zeros((1, config.backbone.grid**2), np.float32)
-    device = milliseconds(lambda: detector.function(detector.state, prepared, np.array([RECOGNISE])))
-    features = milliseconds(lambda: encode(detector.state.backbone, prepared))
-    maps = milliseconds(lambda: draw(errors))
-    read = milliseconds(lambda: reader.read(name, "test", id_))
-    process = milliseconds(lambda: detector.prepare(sample.rgb[None], depth, sample.camera))
+    device_ms = milliseconds(lambda: detector.function(detector.state, prepared, np.array([RECOGNISE])))
+    backbone_ms = milliseconds(lambda: encode(detector.state.backbone, prepared))
+    map_ms = milliseconds(lambda: make_map(errors))
+    decoding_ms = milliseconds(lambda: reader.read(object_name, "test", image_id))
+    processing_ms = milliseconds(lambda: detector.prepare(sample.rgb[None], depth, sample.camera))
     parts = {
-        "decoding the files": read,
-        "processing": process,
-        "backbone": features,
-        "model and decisions": device - features - maps,
-        "map and score": maps,
+        "decoding the files": decoding_ms,
+        "processing": processing_ms,
+        "backbone": backbone_ms,
+        "model and decisions": device_ms - backbone_ms - map_ms,
+        "map and score": map_ms,
     }
     total = sum(parts.values())
-    shares = [[part, f"{taken:.1f}", f"{taken / total:.0%}"] for part, taken in parts.items()]
-    engines = [
-        [engine, *(f"{milliseconds(call(batch)) / batch:.1f}" for batch in _BATCHES)]
-        for engine, call in _engines(workdir, step, prepared).items()
+    part_rows = [[part, f"{part_ms:.1f}", f"{part_ms / total:.0%}"] for part, part_ms in parts.items()]
+    engine_rows = [
+        [engine, *(f"{milliseconds(make_call(batch)) / batch:.1f}" for batch in _BATCHES)]
+        for engine, make_call in _engines(workdir, step, prepared).items()
     ]
     return "\n\n".join(
         [
-            tabulate([*shares, ["all", f"{total:.1f}", ""]], ["one image", "ms", "share"], "github"),
+            tabulate([*part_rows, ["all", f"{total:.1f}", ""]], ["one image", "ms", "share"], "github"),
             "From prepared images to decisions, ms per image:",
-            tabulate(engines, ["", *(f"batch {batch}" for batch in _BATCHES)], "github"),
+            tabulate(engine_rows, ["", *(f"batch {batch}" for batch in _BATCHES)], "github"),
         ]
     )
 
 
-def _engines(workdir: Path, step: int | None, prepared: dict[str, np.ndarray]) -> dict[str, Callable[[int], Any]]:
-    """What can run the model: from the batch size to a function that runs it once."""
+def _engines(
+    workdir: Path, step: int | None, prepared: dict[str, np.ndarray]
+) -> dict[str, Callable[[int], Callable[[], Any]]]:
+    """Return the available engines by name, each as a function from a batch size to a call of the model."""
 
-    def loaded(batch: int, format_: str) -> Callable[[], Any]:
+    def load_call(batch: int, format_: str) -> Callable[[], Any]:
         images = [np.repeat(array, batch, axis=0) for array in prepared.values()]
         detector = Detector.load(workdir, step, **{"model.scan": formats.SCANS[format_]})
         run: Callable[..., Any]
         if format_ == "stablehlo":
-            run = jax.jit(formats.flat(detector, batch))
+            run = jax.jit(formats.positional_function(detector, batch))
         else:
-            run = formats.runner(formats.export(detector, format_, batch), format_)
+            run = formats.load_function(formats.export(detector, format_, batch), format_)
         return lambda: run(*images)
 
-    engines = {f"JAX on {jax.devices()[0].device_kind}": lambda batch: loaded(batch, "stablehlo")}
+    engines = {f"JAX on {jax.devices()[0].device_kind}": lambda batch: load_call(batch, "stablehlo")}
     if find_spec("onnx") and find_spec("onnxruntime"):
-        engines["onnxruntime on CPU"] = lambda batch: loaded(batch, "onnx")
+        engines["onnxruntime on CPU"] = lambda batch: load_call(batch, "onnx")
     return engines

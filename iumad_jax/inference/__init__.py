@@ -1,1 +1,1 @@
-"""From a trained model to decisions: prediction in batches, recognition, thresholds, evaluation, the detector."""
+"""From a trained model to decisions: anomaly maps, object recognition, thresholds, evaluation and the detector."""

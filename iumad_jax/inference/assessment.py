@@ -1,4 +1,4 @@
-"""Calibrates on good images and judges test images, into a ledger and samples; also of a run that was saved."""
+"""Calibration on good images, and evaluation on test images, of a run in progress or of a saved snapshot."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from iumad_jax.data.prepared.good_images import GoodImages
 from iumad_jax.data.prepared.store import open_store
 from iumad_jax.errors import UserError
 from iumad_jax.inference import decisions, evaluation
-from iumad_jax.inference.evaluation import Judgement, Model, Tests
+from iumad_jax.inference.evaluation import Judgement, Model, TestSets
 from iumad_jax.inference.recognition import Recogniser
 from iumad_jax.inference.thresholds import Record, calibration_of, describe
 from iumad_jax.methods.method import Method
@@ -34,7 +34,7 @@ def calibrate(
     objects: Sequence[str],
     good_images: Callable[[str], GoodImages],
 ) -> Iterator[tuple[str, Calibration]]:
-    """What the good images of each learned object score, which sets its thresholds."""
+    """Yield the name and the calibration of each learned object, measured on its good images."""
     for number, name in enumerate(objects):
         good = good_images(name)
         prediction, distance = evaluation.infer(method, variables, recogniser, good.calibrating)
@@ -44,71 +44,77 @@ def calibrate(
 
 def assess(
     model: Model,
-    tests: Tests,
-    numbers: Mapping[str, int],
-    decided: Record,
+    test_sets: TestSets,
+    object_numbers: Mapping[str, int],
+    threshold_record: Record,
     step: int,
     ledger: Ledger,
     folder: Path,
     height_scale: float,
 ) -> Iterator[Judgement]:
-    """Judges all test images, and yields every judgement when it is written.
+    """Evaluate all methods on all test images and yield each judgement after its results are written.
 
     Args:
-        model: of all methods.
-        tests: the images of every object that is judged.
-        numbers: of the objects that were learned, whose metrics go to the ledger and whose samples to the folder.
-        decided: the thresholds, of `thresholds.describe`; test rates are added to it.
-        step: after which this is.
-        ledger: of the run or evaluation.
-        folder: where samples are kept.
-        height_scale: metres that pictures of depth show in middle grey.
+        model: Methods, recogniser and thresholds.
+        test_sets: Test images by object, which may include objects that were never learned.
+        object_numbers: Numbers of the learned objects. Only their metrics and samples are written.
+        threshold_record: Result of `thresholds.describe`; the error rates on test images are added to it.
+        step: Step number for the ledger and the samples.
+        ledger: Ledger of the run or evaluation, which receives the metrics.
+        folder: Folder for the samples.
+        height_scale: Height in metres that depth pictures show as middle grey.
     """
-    judged: list[Judgement] = []
-    for judgement in evaluation.judge(model, tests):
+    judgements: list[Judgement] = []
+    for judgement in evaluation.judge(model, test_sets):
         name = judgement.object
-        if name in numbers:
+        if name in object_numbers:
             ledger.append("evaluation", step=step, object=name, method=judgement.method, **judgement.metrics)
             if judgement.decision is not None:
-                rates = decisions.rates(judgement.decision, judgement.truth, numbers[name])
-                decided["objects"][name]["test"] = rates
-            judged.append(judgement)
-            if len(judged) == len(model.methods):
-                _keep_samples(folder, step, judged, height_scale)
-                judged = []
+                rates = decisions.rates(judgement.decision, judgement.truth, object_numbers[name])
+                threshold_record["objects"][name]["test"] = rates
+            judgements.append(judgement)
+            if len(judgements) == len(model.methods):
+                _save_samples(folder, step, judgements, height_scale)
+                judgements = []
         yield judgement
 
 
-def _keep_samples(folder: Path, step: int, judgements: Sequence[Judgement], height_scale: float) -> None:
-    """Keeps what a report shows of an object's test images, judged by all methods, the run's own one first."""
+def _save_samples(folder: Path, step: int, judgements: Sequence[Judgement], height_scale: float) -> None:
+    """Save the report's data on one object's test images, given the judgements of all methods, baselines last."""
     first = judgements[0]
     assert first.decision is not None
-    kept = samples.summarise(
+    summary = samples.summarise(
         first.images.ids,
         first.images.defects,
         first.truth.anomalous,
         first.truth.mask if first.truth.masked.all() else None,
-        {one.method: one.prediction.score for one in judgements},
-        {one.method: one.prediction.map for one in judgements},
+        {judgement.method: judgement.prediction.score for judgement in judgements},
+        {judgement.method: judgement.prediction.map for judgement in judgements},
         first.decision.anomalous,
         first.decision.pixel_threshold,
     )
-    samples.save(folder, step, first.object, kept)
+    samples.save(folder, step, first.object, summary)
     truth: Any = first.truth
     samples.save_pictures(folder, first.object, truth.thumbnail, truth.height, truth.mask, height_scale)
 
 
 def evaluate_snapshot(config: ConfigDict, workdir: Path, progress: Progress, output: Path) -> dict[str, Any]:
-    """Evaluates what a run had learned by a step on the test images of `config.dataset`.
+    """Evaluate a snapshot on the test images of `config.dataset`.
 
-    Writes ledger, samples, tables and report to a folder.
+    Writes ledger, samples, tables and report to the output folder.
+
+    Args:
+        config: Config of the run, possibly with another dataset.
+        workdir: Workdir of the run.
+        progress: The snapshot.
+        output: Folder for the results, created if missing.
 
     Returns:
-        What results.json holds: those objects of the dataset that were learned, as if in one step, and under
-        `unknown` whether the images of the others are found to be of none of them (`decisions.unknown_rates`).
+        Content of results.json. It covers the learned objects of the dataset as if they had been learned in one step;
+        `unknown` holds the rates of `decisions.unknown_rates`, which use the objects never learned.
 
     Raises:
-        UserError: the dataset is at fault, or something cannot be written.
+        UserError: If the dataset cannot be used or a file cannot be written.
     """
     began, step = time.monotonic(), progress.position.step
     reader = readers.open_reader(config)
@@ -116,52 +122,53 @@ def evaluate_snapshot(config: ConfigDict, workdir: Path, progress: Progress, out
     learned = [name for name in reader.objects if name in progress.calibration]
     if not learned:
         raise UserError(
-            f"none of {', '.join(reader.objects)} was learned; name one of {', '.join(progress.calibration)} too."
+            f"none of {', '.join(reader.objects)} was learned; include one of {', '.join(progress.calibration)}."
         )
-    tests = evaluation.test_sets(reader, reader.objects, lambda name: store.get(name, "test"))
-    if not tests:
-        raise UserError(f"there are no test images of {', '.join(reader.objects)}; add some.")
-    for name in tests:  # what is at fault is told before anything is written
+    test_sets = evaluation.test_sets(reader, reader.objects, lambda name: store.get(name, "test"))
+    if not test_sets:
+        raise UserError(f"the dataset has no test images of {', '.join(reader.objects)}; add some.")
+    for name in test_sets:  # before anything is written, so that unusable images leave earlier results intact
         store.prepare(name, "test")
     before = history(ledgers.read(workdir / "ledger.jsonl"), step)
     ledger = _new_ledger(output)
     ledger.append("step", step=0, learned=learned)
-    unknown = _assess_with_unknown(config, progress, tests, learned, ledger, store.processing.height_scale)
+    unknown = _assess_with_unknown(config, progress, test_sets, learned, ledger, store.processing.height_scale)
     ledger.append("snapshot", step=0, bytes=before.bytes, strategy_bytes=before.strategy_bytes)
 
     as_one_step = config.to_dict() | {"protocol": f"{len(learned)}-0"}
-    found = results(as_one_step, history(ledgers.read(ledger.path)), time.monotonic() - began)
-    found["unknown"] = unknown
-    found["evaluated"] = {"workdir": str(workdir), "step": step, "learned": len(progress.calibration)}
-    html.write(output, found)
-    tables.write_results(output, found)
-    return found
+    content = results(as_one_step, history(ledgers.read(ledger.path)), time.monotonic() - began)
+    content["unknown"] = unknown
+    content["evaluated"] = {"workdir": str(workdir), "step": step, "learned": len(progress.calibration)}
+    html.write(output, content)
+    tables.write_results(output, content)
+    return content
 
 
 def _assess_with_unknown(
-    config: ConfigDict, progress: Progress, tests: Tests, learned: list[str], ledger: Ledger, height_scale: float
+    config: ConfigDict, progress: Progress, test_sets: TestSets, learned: list[str], ledger: Ledger, height_scale: float
 ) -> Record:
-    """Assesses a model, writes what is decided, and returns how well objects that were never learned are told."""
-    decided = describe(progress.calibration, config.decisions.quantile)
-    decided["objects"] = {name: decided["objects"][name] for name in learned}
+    """Assess a model, write its decisions to the ledger, and return the rates of `decisions.unknown_rates`."""
+    record = describe(progress.calibration, config.decisions.quantile)
+    record["objects"] = {name: record["objects"][name] for name in learned}
     numbers = {name: number for number, name in enumerate(progress.calibration) if name in learned}
-    model, decision_of, confidence_of = evaluation.load(config, progress), {}, {}
-    for judgement in assess(model, tests, numbers, decided, 0, ledger, ledger.path.parent, height_scale):
+    model, decision_by_object, confidence_by_object = evaluation.load(config, progress), {}, {}
+    for judgement in assess(model, test_sets, numbers, record, 0, ledger, ledger.path.parent, height_scale):
         if judgement.decision is not None:
-            decision_of[judgement.object] = judgement.decision
+            decision_by_object[judgement.object] = judgement.decision
             if judgement.prediction.object_logits is not None:
                 logits = judgement.prediction.object_logits
-                confidence_of[judgement.object] = np.asarray(jax.nn.softmax(logits).max(-1))
-    unknown = decisions.unknown_rates(learned, decision_of, confidence_of)
-    ledger.append("decisions", step=0, **decided)
+                confidence_by_object[judgement.object] = np.asarray(jax.nn.softmax(logits).max(-1))
+    unknown = decisions.unknown_rates(learned, decision_by_object, confidence_by_object)
+    ledger.append("decisions", step=0, **record)
     ledger.append("unknown", **unknown)
     return unknown
 
 
 def _new_ledger(output: Path) -> Ledger:
+    """Create the output folder with an empty ledger, replacing the ledger of an earlier evaluation."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{output}: not a writable folder ({error.strerror}); choose another --output.") from error
+        raise UserError(f"{output} cannot be created ({error.strerror}); choose another --output.") from error
     storage.write_whole(output / "ledger.jsonl", b"")
     return Ledger(output / "ledger.jsonl")

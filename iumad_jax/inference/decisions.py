@@ -1,4 +1,4 @@
-"""What is decided about images by the thresholds, and how often decisions err on test images."""
+"""Decisions about images by thresholds, and the error rates of decisions on test images."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -15,14 +15,26 @@ from iumad_jax.shapes import GroundTruth, Prediction
 
 
 class Decision(NamedTuple):
-    """What is decided about a batch."""
+    """Decisions about a batch of images.
 
-    object_id: Int[Array, " b"]  # the object that was recognised or given, in the order of learning
-    probability: Float[Array, " b"]  # that it is this object, given that it is one of those learned
-    distance: Float[Array, " b"]  # of the image to the object
-    unknown: Bool[Array, " b"]  # whether the distance is above its threshold
-    anomalous: Bool[Array, " b"]  # whether the score is above the object's threshold
-    mask: Bool[Array, "b m m"]  # where the map is above the object's threshold for pixels
+    Attributes:
+        object_id: Number of the recognised or specified object, in the order of learning.
+        probability: Probability that the image shows this object, assuming that it shows a learned one.
+        distance: Distance of the image to this object, see `recognition.distances`.
+        unknown: Whether `distance` exceeds `unknown_threshold`: the image probably shows no learned object.
+        anomalous: Whether the anomaly score exceeds `image_threshold`.
+        mask: Pixels whose anomaly map value exceeds `pixel_threshold`, shape (b, 224, 224).
+        image_threshold: Threshold of the object for anomaly scores.
+        pixel_threshold: Threshold of the object for anomaly map values.
+        unknown_threshold: Threshold of the object for distances.
+    """
+
+    object_id: Int[Array, " b"]
+    probability: Float[Array, " b"]
+    distance: Float[Array, " b"]
+    unknown: Bool[Array, " b"]
+    anomalous: Bool[Array, " b"]
+    mask: Bool[Array, "b m m"]
     image_threshold: Float[Array, " b"]
     pixel_threshold: Float[Array, " b"]
     unknown_threshold: Float[Array, " b"]
@@ -35,27 +47,29 @@ def decide(
     object_id: Int[Array, " b"],
     channels: int,
 ) -> Decision:
-    """Decides about a batch, by the thresholds of the object that each image was recognised or said to show.
+    """Decide about a batch by the thresholds of each image's object.
 
     Args:
-        thresholds: of all objects learned.
-        prediction: of a method.
-        distance: of each image to each object, of `recognition.distances`.
-        object_id: the object of each image; see `recognition.recognise`.
-        channels: of the recogniser's features.
+        thresholds: Thresholds of all learned objects.
+        prediction: Anomaly maps and scores of a method.
+        distance: Distance of each image to each learned object, see `recognition.distances`.
+        object_id: Number of each image's object, see `recognition.recognise`.
+        channels: Number of feature channels of the recogniser.
     """
-    chosen = object_id[:, None] == jnp.arange(distance.shape[-1])[None]
+    is_object = object_id[:, None] == jnp.arange(distance.shape[-1])[None]
 
-    def of_object(values: Float[Array, "#b k"]) -> Float[Array, " b"]:
-        return jnp.where(chosen, values, 0).sum(-1)
+    def select(values: Float[Array, "#b k"]) -> Float[Array, " b"]:
+        return jnp.where(is_object, values, 0).sum(-1)
 
-    own = of_object(distance)
-    image, pixel, unknown = (of_object(one[None]) for one in (thresholds.image, thresholds.pixel, thresholds.unknown))
+    object_distance = select(distance)
+    image, pixel, unknown = (
+        select(limits[None]) for limits in (thresholds.image, thresholds.pixel, thresholds.unknown)
+    )
     return Decision(
         object_id,
-        of_object(probabilities(distance, channels, thresholds.rms_distance)),
-        own,
-        own > unknown,
+        select(probabilities(distance, channels, thresholds.rms_distance)),
+        object_distance,
+        object_distance > unknown,
         prediction.score > image,
         prediction.map > pixel[:, None, None],
         image,
@@ -65,11 +79,17 @@ def decide(
 
 
 def rates(decision: Decision, truth: GroundTruth, number: int) -> dict[str, float]:
-    """How often decisions err on the test images of the object of that number; NaN where undefined.
+    """Compute the rates at which decisions err on the test images of one object.
+
+    Args:
+        decision: Decisions about the test images.
+        truth: Ground truth of the same images.
+        number: Number of the object.
 
     Returns:
-        `false_alarms`, the share of good images above the threshold; `misses`, of anomalous ones not above it;
-        `recognised`, of all images, those taken for this object; `taken_as_unknown`, those too far from all.
+        `false_alarms`, the share of good images above the threshold; `misses`, the share of anomalous images not above
+        it; `recognised`, the share of images recognised as this object; `taken_as_unknown`, the share of images decided
+        to be unknown. NaN where undefined.
     """
     alarm, anomalous = np.asarray(decision.anomalous), np.asarray(truth.anomalous)
     return {
@@ -85,32 +105,32 @@ def unknown_rates(
     decisions: Mapping[str, Decision],
     confidences: Mapping[str, Float[np.ndarray, " n"]],
 ) -> Record:
-    """How well images of objects that were never learned are told from those of learned ones.
+    """Measure how well images of objects that were never learned are separated from images of learned objects.
 
     Args:
-        learned: names of the objects that were learned.
-        decisions: by object, about its test images; none of them were told which object it is.
-        confidences: by object, the largest probability that the method's own object logits give; may be empty.
+        learned: Names of the learned objects.
+        decisions: Decisions about the test images by object, made without knowing which object they show.
+        confidences: Largest probability of the method's object logits per image, by object; may be empty.
 
     Returns:
-        `objects`: the share of images flagged as unknown by object never learned; `taken_as_unknown`: the same of all
-        images of learned objects together; `auroc_distance` and `auroc_logits`: how well the distance, and the lack of
-        confidence, rank the former above the latter. NaN where undefined.
+        `objects`: share of images decided to be unknown, by object that was never learned; `taken_as_unknown`: that
+        share among all images of learned objects; `auroc_distance` and `auroc_logits`: AUROC of the distance, and of
+        the negated confidence, for detecting images of objects that were never learned. NaN where undefined.
     """
     learned = set(learned)
-    flagged = {name: np.asarray(decision.unknown) for name, decision in decisions.items()}
-    never = np.concatenate([np.full(len(flags), name not in learned) for name, flags in flagged.items()])
+    unknown = {name: np.asarray(decision.unknown) for name, decision in decisions.items()}
+    unlearned = np.concatenate([np.full(len(flags), name not in learned) for name, flags in unknown.items()])
 
     def auroc(scores: list[np.ndarray]) -> float:
-        return image_auroc(never, np.concatenate(scores)) if scores else math.nan
+        return image_auroc(unlearned, np.concatenate(scores)) if scores else math.nan
 
     return {
-        "objects": {name: _share(flags) for name, flags in flagged.items() if name not in learned},
-        "taken_as_unknown": _share(np.concatenate(list(flagged.values()))[~never]),
+        "objects": {name: _share(flags) for name, flags in unknown.items() if name not in learned},
+        "taken_as_unknown": _share(np.concatenate(list(unknown.values()))[~unlearned]),
         "auroc_distance": auroc([np.asarray(decision.distance) for decision in decisions.values()]),
         "auroc_logits": auroc([-confidence for confidence in confidences.values()]),
     }
 
 
-def _share(chosen: np.ndarray) -> float:
-    return float(chosen.mean()) if chosen.size else math.nan
+def _share(flags: np.ndarray) -> float:
+    return float(flags.mean()) if flags.size else math.nan

@@ -1,4 +1,4 @@
-"""A trained model as a function of images: numpy in, numpy out."""
+"""A trained model as a function from NumPy images to NumPy results."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,23 +30,38 @@ from iumad_jax.shapes import Batch, Modality, Variables
 
 
 class Detection(NamedTuple):
-    """What a detector says about one image; about a batch, every field has a leading axis b."""
+    """Result of a detector for one image. For a batch, every field has a leading axis b.
+
+    Attributes:
+        score: Anomaly score.
+        map: Anomaly map of 224 x 224 pixels.
+        mask: Defective pixels: where `map` exceeds `pixel_threshold`.
+        anomalous: Whether `score` exceeds `image_threshold`.
+        object: Name of the recognised or specified object, a str; an array of names for a batch.
+        probability: Probability that the image shows this object, assuming that it shows a learned one.
+        distance: Distance of the image to this object, see `recognition.distances`.
+        unknown: Whether `distance` exceeds `unknown_threshold`. If so, the image probably shows no learned object, and
+            the other fields are meaningless.
+        image_threshold: Threshold of the object for `score`.
+        pixel_threshold: Threshold of the object for `map`.
+        unknown_threshold: Threshold of the object for `distance`.
+    """
 
     score: Float32[np.ndarray, "*b"]
-    map: Float32[np.ndarray, "*b m m"]  # anomaly map of 224 x 224 pixels
-    mask: Bool[np.ndarray, "*b m m"]  # where the map is above the object's threshold for pixels
-    anomalous: Bool[np.ndarray, "*b"]  # whether the score is above the object's threshold
-    object: Any  # its name, a str or an array of them
-    probability: Float32[np.ndarray, "*b"]  # that it is this object, given that it is one of those learned
-    distance: Float32[np.ndarray, "*b"]  # of the image to the object, of `recognition.distances`
-    unknown: Bool[np.ndarray, "*b"]  # whether the distance is above its threshold
-    image_threshold: Float32[np.ndarray, "*b"]  # of the score
-    pixel_threshold: Float32[np.ndarray, "*b"]  # of the map
-    unknown_threshold: Float32[np.ndarray, "*b"]  # of the distance
+    map: Float32[np.ndarray, "*b m m"]
+    mask: Bool[np.ndarray, "*b m m"]
+    anomalous: Bool[np.ndarray, "*b"]
+    object: Any
+    probability: Float32[np.ndarray, "*b"]
+    distance: Float32[np.ndarray, "*b"]
+    unknown: Bool[np.ndarray, "*b"]
+    image_threshold: Float32[np.ndarray, "*b"]
+    pixel_threshold: Float32[np.ndarray, "*b"]
+    unknown_threshold: Float32[np.ndarray, "*b"]
 
     @property
     def decision(self) -> Any:
-        """`good`, `anomalous`, or `unknown`, when the image may show anything and the rest means nothing."""
+        """The decision about the image: "unknown", "anomalous" or "good"."""
         return np.where(self.unknown, "unknown", np.where(self.anomalous, "anomalous", "good"))[()]
 
 
@@ -60,7 +75,7 @@ class State(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """The same as `Detection`, with objects by number in the order of learning."""
+    """Fields of `Detection` as device arrays, with object numbers (in the order of learning) in place of names."""
 
     score: Float[Array, " b"]
     map: Float[Array, "b m m"]
@@ -80,21 +95,21 @@ def detect(
     extractor: FeatureExtractor,
     state: State,
     images: dict[Modality, Float[Array, "b h w 3"]],
-    given: Int[Array, " b"],
+    specified_id: Int[Array, " b"],
 ) -> Outputs:
-    """All that happens on the device.
+    """Compute a detector's outputs for a batch, on the device.
 
     Args:
-        method: of the run.
-        extractor: the backbone.
-        state: of a trained model.
-        images: as `Processing` makes them, 0..255.
-        given: each image's object, or RECOGNISE.
+        method: Method of the run.
+        extractor: Backbone.
+        state: Arrays of the trained model.
+        images: Images from `Detector.prepare`, with values 0 to 255.
+        specified_id: Number of each image's object; RECOGNISE where the model is to recognise it.
     """
     grids: dict[Modality, Any] = {m: extractor.apply(state.backbone, x) for m, x in images.items()}
     features = {m: grid.reshape(len(grid), -1, grid.shape[-1]) for m, grid in grids.items()}
     distance = recognition.distances(state.recogniser, features)
-    object_id = recognition.recognise(distance, given)
+    object_id = recognition.recognise(distance, specified_id)
     prediction = anomaly_map.predictor(method)(state.variables, Batch(features, images, object_id))
     decision = decide(state.thresholds, prediction, distance, object_id, len(state.recogniser.centre))
     return Outputs(score=prediction.score, map=prediction.map, **decision._asdict())
@@ -102,18 +117,22 @@ def detect(
 
 @dataclass(frozen=True)
 class Detector:
-    """Finds and localises defects with a trained model.
+    """Anomaly detector: a trained model that detects and localises defects in images.
 
-        detector = Detector.load(workdir)
-        result = detector(rgb, depth)
+    Example:
+        detector = Detector.load("runs/my_run")
+        detection = detector(rgb, depth)  # NumPy arrays: uint8 (h, w, 3), metres (h, w)
+        print(detection.decision, detection.object, detection.score)
 
     Attributes:
-        objects: names of the learned objects, in the order of learning.
-        step: after which step of the run this is the model.
-        processing: how images are made ready.
-        camera: of the training images' depth, at `camera_width` pixels; None without depth.
-        function: (state, images, given) -> Outputs, see `detect`; compiled once for every number of images.
-        state: its first argument.
+        objects: Names of the learned objects, in the order of learning.
+        step: Number of the run's step after which the model was saved.
+        processing: Preprocessing of images.
+        camera: Camera of the training images' depth, for images `camera_width` pixels wide; None without depth.
+        camera_width: Image width in pixels that `camera` refers to; None without depth.
+        function: Jitted function (state, images, specified_id) -> Outputs, see `detect`. It is compiled once per number
+            of images.
+        state: First argument of `function`: weights, recogniser and thresholds.
     """
 
     objects: tuple[str, ...]
@@ -122,26 +141,27 @@ class Detector:
     camera: Camera | None
     camera_width: int | None
     function: Callable[[State, dict[Modality, Any], Any], Outputs] = field(repr=False)
-    state: State = field(repr=False)  # all weights
+    state: State = field(repr=False)
 
     @classmethod
     def load(cls, workdir: str | Path, step: int | None = None, **changes: Any) -> "Detector":
-        """The model of a run as it was after a step, by default the last one finished.
+        """Load the model that a run had after a step. The dataset of the run is not needed.
 
         Args:
-            workdir: of the run; its dataset is not needed.
-            step: number of the step.
-            changes: to keys of the run's config: `{"backbone.weights": PATH}` where they lie elsewhere now, or
-                `{"model.scan": NAME}`.
+            workdir: Workdir of the run.
+            step: Number of a finished step; the last one by default.
+            changes: Replaced values of the run's config, for two keys only: `**{"backbone.weights": PATH}` if the
+                backbone's weights were moved, and `**{"model.scan": NAME}` to choose the implementation of the
+                selective scan.
 
         Raises:
-            UserError: there is no such snapshot, it is damaged, the backbone's weights are not to be found, or another
-                key is changed, by which a model was trained.
+            UserError: If the snapshot is missing or damaged, if the backbone's weights cannot be found, or if `changes`
+                has another key.
         """
         if not isinstance(workdir, str | Path) or not isinstance(step, Integral | None):
-            raise UserError(f"workdir is {_kind(workdir)} and step {_kind(step)}; give a path and a number.")
-        if others := set(changes) - {"backbone.weights", "model.scan"}:
-            raise UserError(f"{', '.join(sorted(others))} cannot be changed; only backbone.weights and model.scan can.")
+            raise UserError(f"workdir is {_kind(workdir)} and step is {_kind(step)}; pass a path and an integer.")
+        if fixed := set(changes) - {"backbone.weights", "model.scan"}:
+            raise UserError(f"{', '.join(sorted(fixed))} cannot be changed; only backbone.weights and model.scan can.")
         config = workdirs.read(Path(workdir))
         config.update_from_flattened_dict(changes)
         progress = snapshots.read(Path(workdir), step)
@@ -162,7 +182,7 @@ class Detector:
             Processing(**inputs["processing"] | {"modalities": configs.modalities(config)}),
             Camera(**inputs["camera"]) if inputs["camera"] else None,
             inputs["camera_width"],
-            jax.jit(lambda state, images, given: detect(method, extractor, state, images, given)),
+            jax.jit(lambda state, images, specified_id: detect(method, extractor, state, images, specified_id)),
             state,
         )
 
@@ -173,24 +193,28 @@ class Detector:
         camera: Camera | None = None,
         object: str | None = None,
     ) -> Detection:
-        """Looks at one image or at a batch.
+        """Detect anomalies in one image or in a batch of images.
 
         Args:
-            rgb: 0..255.
-            depth: metres along the optical axis, not finite or 0 where missing; needed unless the model is of RGB
-                alone, and pixel by pixel where `rgb` is.
-            camera: of the depth image; by default the one that took the training images, at this image's width.
-            object: which it is, if known; by default it is recognised.
+            rgb: Image of shape (h, w, 3) or batch of shape (b, h, w, 3), uint8 from 0 to 255.
+            depth: Depth in metres along the optical axis, floats of shape (h, w) or (b, h, w), aligned with `rgb` pixel
+                by pixel; 0 or not finite where missing. Required unless the model was trained on RGB alone.
+            camera: Camera of the depth image; by default that of the training images, scaled to this image's width.
+            object: Name of the object that all images show; recognised per image by default.
+
+        Returns:
+            The detection, without batch axis for a single image.
 
         Raises:
-            UserError: an argument is of a wrong type, shape or name, or the depth is of no use.
+            UserError: If an argument has a wrong type or shape, if the object was not learned, or if the depth cannot
+                be used.
         """
-        given, images = self.number(object), self.prepare(rgb, depth, camera)
+        specified_id, images = self.number(object), self.prepare(rgb, depth, camera)
         count = len(images[self.processing.modalities[0]])
-        outputs = self.function(self.state, images, np.full(count, given, np.int32))
-        found = jax.tree.map(np.asarray, outputs)._asdict()
-        names = np.array(self.objects)[found.pop("object_id")]
-        detection = Detection(**found, object=names)
+        outputs = self.function(self.state, images, np.full(count, specified_id, np.int32))
+        fields = jax.tree.map(np.asarray, outputs)._asdict()
+        names = np.array(self.objects)[fields.pop("object_id")]
+        detection = Detection(**fields, object=names)
         return Detection(*(field[0] for field in detection)) if rgb.ndim == 3 else detection
 
     def prepare(
@@ -199,54 +223,58 @@ class Detector:
         depth: Float[np.ndarray, "*b h w"] | None = None,
         camera: Camera | None = None,
     ) -> dict[Modality, Float32[np.ndarray, "b s s 3"]]:
-        """A batch of images as the backbone reads them, of one if one is given; arguments and errors as of a call."""
+        """Preprocess images for the backbone. Takes the same arguments and raises the same errors as a call.
+
+        Returns:
+            Images by modality, shape (b, s, s, 3) with values 0 to 255; b is 1 for a single image.
+        """
         if not _is_array(rgb) or rgb.dtype != np.uint8 or rgb.ndim not in (3, 4) or rgb.shape[-1] != 3:
             raise UserError(
-                f"rgb is {_kind(rgb)}; give a NumPy array of uint8 of shape (rows, columns, 3), or a batch of them."
+                f"rgb is {_kind(rgb)}; pass a NumPy array of uint8, shape (rows, columns, 3) or (b, rows, columns, 3)."
             )
         if not rgb.size:
-            raise UserError(f"rgb has the shape {rgb.shape}; give at least one image with pixels.")
+            raise UserError(f"rgb has the shape {rgb.shape}; pass at least one image with at least one pixel.")
         if "depth" not in self.processing.modalities:
             depth = None
         elif depth is None:
-            raise UserError("depth is missing; this model was trained with it.")
+            raise UserError("depth is missing; pass it, since this model was trained with depth.")
         elif not _is_array(depth) or depth.dtype.kind != "f" or depth.shape != rgb.shape[:-1]:
             raise UserError(
-                f"depth is {_kind(depth)}; give a NumPy array of metres, floats of shape {rgb.shape[:-1]} as of rgb."
+                f"depth is {_kind(depth)}; pass a NumPy array of metres, floats of shape {rgb.shape[:-1]} like rgb."
             )
         elif camera is None:
             assert self.camera is not None
             assert self.camera_width is not None
             camera = self.camera.scaled(rgb.shape[-2] / self.camera_width)
         elif not isinstance(camera, Camera):
-            raise UserError(f"camera is {_kind(camera)}; give a Camera(fx, fy, cx, cy), in pixels.")
+            raise UserError(f"camera is {_kind(camera)}; pass a Camera(fx, fy, cx, cy) in pixels.")
         if rgb.ndim == 3:
             rgb, depth = rgb[None], None if depth is None else depth[None]
 
-        def of_one(index: int) -> dict[str, np.ndarray]:
+        def process(index: int) -> dict[str, np.ndarray]:
             metres = None if depth is None else depth[index].astype(np.float32)
-            name = "the image" if len(rgb) == 1 else f"image {index}"
-            return self.processing(Sample(name, "given", "good", rgb[index], metres, None, False, camera))
+            return self.processing(Sample("image", str(index), "good", rgb[index], metres, None, False, camera))
 
-        if len(rgb) == 1:  # a thread would only take its time to start
-            arrays = [of_one(0)]
+        if len(rgb) == 1:  # starting a thread would only add delay
+            processed = [process(0)]
         else:
             with ThreadPoolExecutor() as pool:
-                arrays = list(pool.map(of_one, range(len(rgb))))
+                processed = list(pool.map(process, range(len(rgb))))
         return {
-            m: np.stack([one[f"images_{m}"] for one in arrays]).astype(np.float32) for m in self.processing.modalities
+            modality: np.stack([arrays[f"images_{modality}"] for arrays in processed]).astype(np.float32)
+            for modality in self.processing.modalities
         }
 
     def number(self, name: str | None) -> int:
-        """An object's place in the order of learning, RECOGNISE for none.
+        """Return an object's number in the order of learning, or RECOGNISE if the name is None.
 
         Raises:
-            UserError: it was not learned.
+            UserError: If the object was not learned.
         """
         if name is None:
             return RECOGNISE
         if name not in self.objects:
-            raise UserError(f'"{name}" is no object of this model; it learned {", ".join(self.objects)}.')
+            raise UserError(f'"{name}" is not an object of this model; choose one of {", ".join(self.objects)}.')
         return self.objects.index(name)
 
 
@@ -255,4 +283,5 @@ def _is_array(value: Any) -> bool:
 
 
 def _kind(value: Any) -> str:
+    """Describe a value for an error message: its dtype and shape if it is an array, else its type."""
     return f"{value.dtype} of shape {value.shape}" if _is_array(value) else f"a {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""Evaluation: a model judges the test images of one object after the other, told of none which object it shows."""
+"""Evaluation of a model on the test images of one object after the other, without revealing which object they show."""
 
 import dataclasses
 import functools
@@ -28,16 +28,16 @@ from iumad_jax.shapes import Batch, GroundTruth, Prediction, Variables
 
 
 class Model(NamedTuple):
-    """What judges images: methods as they were after a step, and the thresholds of the run's own one."""
+    """Methods as they were after a step, with the recogniser, and the thresholds of the config's method."""
 
-    methods: dict[str, Method]  # the run's own method first, then its baselines
-    variables: dict[str, Variables]  # by method
+    methods: dict[str, Method]  # by name: the config's method first, then its baselines
+    variables: dict[str, Variables]  # by method name
     recogniser: Recogniser
     thresholds: Thresholds
 
 
 def load(config: ConfigDict, progress: Progress) -> Model:
-    """The model of a run's config as it was when a snapshot was taken."""
+    """Build the model of a run's config from a snapshot."""
     built = methods.with_baselines(config, len(progress.objects))
     return Model(
         built,
@@ -55,31 +55,31 @@ class Judgement:
     method: str
     images: PreparedSet
     prediction: Prediction
-    decision: Decision | None  # of the run's own method, None of baselines
+    decision: Decision | None  # None for baselines, which have no thresholds
 
     @property
     def truth(self) -> GroundTruth:
-        """What is known about the images."""
+        """The ground truth of the images."""
         assert self.images.truth is not None
         return self.images.truth
 
     @functools.cached_property
     def metrics(self) -> dict[str, float]:
-        """Every metric of `metrics_of`."""
+        """The metrics of `metrics_of`."""
         return metrics_of(self.prediction, self.truth)
 
 
-Tests = Mapping[str, Callable[[], PreparedSet]]
+TestSets = Mapping[str, Callable[[], PreparedSet]]  # by object: a function that reads its test images
 
 
-def test_sets(reader: Reader, objects: tuple[str, ...], read: Callable[[str], PreparedSet]) -> Tests:
-    """The objects that have test images, each with a function that reads them."""
+def test_sets(reader: Reader, objects: tuple[str, ...], read: Callable[[str], PreparedSet]) -> TestSets:
+    """Map each object that has test images to a function that reads them with `read`."""
     return {name: functools.partial(read, name) for name in objects if reader.ids(name, "test")}
 
 
-def judge(model: Model, tests: Tests) -> Iterator[Judgement]:
-    """Judges the images of every object with every method, the run's own one first."""
-    for name, read in tqdm(tests.items(), "evaluating", unit="object", disable=None, leave=False):
+def judge(model: Model, test_sets: TestSets) -> Iterator[Judgement]:
+    """Yield the judgement of every method about every object's images, baselines after the config's method."""
+    for name, read in tqdm(test_sets.items(), "evaluating", unit="object", disable=None, leave=False):
         images = read()
         for number, (method_name, method) in enumerate(model.methods.items()):
             prediction, distance = infer(method, model.variables[method_name], model.recogniser, images.batch)
@@ -90,9 +90,7 @@ def judge(model: Model, tests: Tests) -> Iterator[Judgement]:
 def infer(
     method: Method, variables: Variables, recogniser: Recogniser, images: Batch
 ) -> tuple[Prediction, Float[np.ndarray, "n k"]]:
-    """Predicts for images of which nobody says what object they show.
-
-    The method is given the object that was recognised, as a detector gives it.
+    """Predict images of unspecified objects: as in a detector, the method receives the recognised object.
 
     Returns:
         The predictions, and the distance of each image to each learned object.
@@ -104,23 +102,25 @@ def infer(
 
 
 def decide_all(model: Model, prediction: Prediction, distance: Float[np.ndarray, "n k"]) -> Decision:
-    """Decides about images by the object that is recognised in each."""
+    """Decide about images by the thresholds of the object recognised in each, in batches."""
     object_id = np.asarray(recognition.recognise(jnp.asarray(distance)))
     state = model.thresholds, np.int32(len(model.recogniser.centre))
     return predict_in_batches(_decide, state, (prediction._replace(object_logits=None), distance, object_id))
 
 
 def _decide(state: tuple, batch: tuple) -> Decision:
+    """Unpack the arguments of `decide` for `predict_in_batches`."""
     limits, channels = state
     prediction, distance, object_id = batch
     return decide(limits, prediction, distance, object_id, channels)
 
 
 def metrics_of(prediction: Prediction, truth: GroundTruth) -> dict[str, float]:
-    """Every metric for the test images of one object, 0 to 1, NaN where undefined.
+    """Compute all metrics for the test images of one object, each from 0 to 1, or NaN where undefined.
 
-    Pixel metrics need to know where every defect is. Object-only metrics take their negatives where something rises
-    above the belt; the stricter `workpiece` ones leave out what the image cuts off, such as the belt's side walls.
+    Pixel metrics are undefined unless every defect is masked. Object-only metrics take their negatives where something
+    rises above the belt; the stricter `workpiece` metrics exclude regions cut off by the image border, such as the
+    belt's side walls.
     """
     regions = {"object": truth.object, "workpiece": truth.workpiece}
     pixels = pixel_metrics(truth.mask, prediction.map, regions)

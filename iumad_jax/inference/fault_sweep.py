@@ -1,4 +1,4 @@
-"""What a trained model makes of worse photographs and depth."""
+"""Robustness of a trained model to corrupted photographs and depth."""
 
 import dataclasses
 import functools
@@ -30,53 +30,53 @@ _RATES = ("I-AUROC", "false alarms", "misses", "recognised", "unknown")
 
 
 def measure(config: ConfigDict, workdir: Path, progress: Progress) -> str:
-    """A table of how decisions about the test images of `config.dataset` err, by fault and strength.
+    """Tabulate the error rates of decisions on the test images of `config.dataset`, by corruption and strength.
 
     Raises:
-        UserError: the dataset is at fault, or holds no test images of an object that was learned.
+        UserError: If the dataset cannot be used or has no test images of a learned object.
     """
     reader = readers.open_reader(config)
     store = open_store(config, reader, workdir)
     learned = tuple(progress.calibration)
     tested = tuple(name for name in reader.objects if reader.ids(name, "test"))
     if not set(tested) & set(learned):
-        raise UserError(f"there are no test images of {', '.join(learned)}, which were learned; add some.")
-    config.baselines = ""  # baselines decide nothing
+        raise UserError(f"the dataset has no test images of the learned objects {', '.join(learned)}; add some.")
+    config.baselines = ""  # baselines make no decisions
     model = evaluation.load(config, progress)
     rows = []
-    for fault, strength in tqdm(_faults(store), unit="fault", disable=None, leave=False):
-        read = functools.partial(_spoiled_images, store, fault=fault, strength=strength)
-        by_object = {
-            one.object: _rates(one, learned)
-            for one in evaluation.judge(model, evaluation.test_sets(reader, tested, read))
+    for corruption, strength in tqdm(_corruptions(store), unit="corruption", disable=None, leave=False):
+        read = functools.partial(_corrupted_images, store, corruption=corruption, strength=strength)
+        rates_by_object = {
+            judgement.object: _rates(judgement, learned)
+            for judgement in evaluation.judge(model, evaluation.test_sets(reader, tested, read))
         }
-        known = [rates for name, rates in by_object.items() if name in learned]
-        never = [rates["unknown"] for name, rates in by_object.items() if name not in learned]
-        cells = [_percent([rates[rate] for rates in known]) for rate in _RATES]
-        rows.append([fault, f"{strength:.2g}" if strength else "", *cells, _percent(never)])
-    headers = ["fault", "strength", *_RATES, "unknown, of never learned"]
+        rates_of_learned = [rates for name, rates in rates_by_object.items() if name in learned]
+        unknown_of_unlearned = [rates["unknown"] for name, rates in rates_by_object.items() if name not in learned]
+        cells = [_percent([rates[rate] for rates in rates_of_learned]) for rate in _RATES]
+        rows.append([corruption, f"{strength:.2g}" if strength else "", *cells, _percent(unknown_of_unlearned)])
+    headers = ["corruption", "strength", *_RATES, "unknown (never learned)"]
     return tabulate(rows, headers, "github", disable_numparse=True, colalign=["left", *["right"] * (len(headers) - 1)])
 
 
-def _faults(store: Store) -> list[tuple[str, float]]:
-    """What can go wrong with the images that the model sees, at several strengths, beginning with nothing."""
-    faults: list[tuple[str, float]] = [("none", 0)]
+def _corruptions(store: Store) -> list[tuple[str, float]]:
+    """List the corruptions of the model's modalities with their strengths, after an entry for no corruption."""
+    corruptions: list[tuple[str, float]] = [("none", 0)]
     if "rgb" in store.processing.modalities:
-        faults += [(fault, strength) for fault, strengths in _STRENGTHS.items() for strength in strengths]
+        corruptions += [(name, strength) for name, strengths in _STRENGTHS.items() for strength in strengths]
     if "depth" in store.processing.modalities and store.processing.depth_encoding != "normals_official":
         mild = 1e3 * MILD_DEPTH_NOISE * store.reader.object_height
-        faults += [(_DEPTH_NOISE, share * mild) for share in (0.25, 0.5, 1, 2.5)]
-    return faults
+        corruptions += [(_DEPTH_NOISE, factor * mild) for factor in (0.25, 0.5, 1, 2.5)]
+    return corruptions
 
 
-def _spoiled_images(store: Store, name: str, fault: str, strength: float) -> PreparedSet:
-    """An object's test images, each with the fault."""
+def _corrupted_images(store: Store, name: str, corruption: str, strength: float) -> PreparedSet:
+    """Corrupt and encode the test images of an object."""
     ids = store.reader.ids(name, "test")
-    return store.encode(spoiled(store.reader.read(name, "test", id_), fault, strength) for id_ in ids)
+    return store.encode(corrupt(store.reader.read(name, "test", id_), corruption, strength) for id_ in ids)
 
 
 def _rates(judgement: Judgement, learned: tuple[str, ...]) -> dict[str, float]:
-    """How decisions err on an object's test images; NaN where undefined."""
+    """Compute the error rates of decisions on an object's test images; NaN where undefined."""
     assert judgement.decision is not None
     number = learned.index(judgement.object) if judgement.object in learned else recognition.RECOGNISE
     rates = decisions.rates(judgement.decision, judgement.truth, number)
@@ -84,13 +84,14 @@ def _rates(judgement: Judgement, learned: tuple[str, ...]) -> dict[str, float]:
     return dict(zip(_RATES, (i_auroc, *rates.values()), strict=True))
 
 
-def spoiled(sample: Sample, fault: str, strength: float) -> Sample:
-    """The sample with the fault; the same whenever it is asked for."""
+def corrupt(sample: Sample, corruption: str, strength: float) -> Sample:
+    """Return the corrupted sample. Its noise is reproducible: the seed is the name of its object and its id."""
     rng = np.random.default_rng(list(f"{sample.object}/{sample.id}".encode()))
-    if fault == _DEPTH_NOISE:
+    if corruption == _DEPTH_NOISE:
         return with_depth_noise(sample, strength / 1e3, rng)
-    return dataclasses.replace(sample, rgb=FAULTS[fault].apply(sample.rgb, strength, rng)) if strength else sample
+    return dataclasses.replace(sample, rgb=FAULTS[corruption].apply(sample.rgb, strength, rng)) if strength else sample
 
 
 def _percent(values: list[float]) -> str:
+    """Format the mean of the values that are not NaN."""
     return "-" if np.isnan(values).all() else f"{np.nanmean(values):.1%}"

@@ -1,4 +1,4 @@
-"""What a detector says about many images, written as predictions.csv, predictions.json, masks and heatmaps."""
+"""Detections for many images, written as predictions.csv, predictions.json, masks and heatmaps."""
 
 import csv
 import io
@@ -21,25 +21,25 @@ from iumad_jax.report import figures, tables
 from iumad_jax.runtime.storage import as_json, write_whole
 
 
-class Predicted(NamedTuple):
-    """What was found."""
+class Predictions(NamedTuple):
+    """Results of `predict`."""
 
-    rows: list[dict[str, Any]]  # of predictions.csv
-    damaged: list[dict[str, str]]  # images that could not be used, and why
+    rows: list[dict[str, Any]]  # rows of predictions.csv
+    damaged: list[dict[str, str]]  # name of each unusable image and the reason
 
 
-def predict(detector: Detector, workdir: str, shots: Sequence[Shot], object_: str | None, output: Path) -> Predicted:
-    """Looks at images and writes what is found; images that cannot be used are told and left out.
+def predict(detector: Detector, workdir: str, shots: Sequence[Shot], object_: str | None, output: Path) -> Predictions:
+    """Detect anomalies in images and write the results. Unusable images are reported and left out.
 
     Args:
-        detector: a trained model.
-        workdir: where it is kept, for the record.
-        shots: the images.
-        object_: which all of them show; recognised if None.
-        output: a new folder, or an empty one.
+        detector: Trained model.
+        workdir: Workdir of the model, noted in predictions.json.
+        shots: Images.
+        object_: Name of the object that all images show; None to recognise it per image.
+        output: New or empty folder for the results.
 
     Raises:
-        UserError: no image's depth is in the unit that was given, or something cannot be written.
+        UserError: If the depth unit is wrong and no image was predicted yet, or if a file cannot be written.
     """
     make_folder(output)
     rows: list[dict[str, Any]] = []
@@ -50,7 +50,7 @@ def predict(detector: Detector, workdir: str, shots: Sequence[Shot], object_: st
                 rgb, depth, camera = shot.read()
                 detection = detector(rgb, depth, camera, object_)
             except UserError as error:
-                if isinstance(error, WrongUnit) and not rows:  # which is that of all images
+                if isinstance(error, WrongUnit) and not rows:  # all images share one unit
                     raise
                 tqdm.write(f"iumad_jax: {error}", file=sys.stderr)
                 damaged.append({"image": shot.name, "reason": str(error)})
@@ -60,20 +60,24 @@ def predict(detector: Detector, workdir: str, shots: Sequence[Shot], object_: st
             _write_image(output / "heatmaps" / f"{shot.name}.png", heatmap)
             rows.append(_row(shot.name, detection))
     finally:
-        if rows:  # also of what was done before the disk was full
+        if rows:  # also lists the images predicted before an error such as a full disk
             content = {"workdir": workdir, "step": detector.step, "images": rows, "damaged": damaged}
             write_whole(output / "predictions.csv", _csv(rows).encode())
             write_whole(output / "predictions.json", (json.dumps(as_json(content), indent=1) + "\n").encode())
-    return Predicted(rows, damaged)
+    return Predictions(rows, damaged)
 
 
-def check_output(output: Path, given: str | None) -> None:
-    """Raises UserError unless results go to a place of their own."""
-    if given and output.resolve().is_relative_to(Path(given).resolve()):
-        raise UserError(f"--output={output} lies within --input={given}; choose a folder outside of it.")
-    with suppress(OSError):  # which is told when it is made
+def check_output(output: Path, input_: str | None) -> None:
+    """Check that the output folder is new or empty and outside of the input.
+
+    Raises:
+        UserError: If it is not.
+    """
+    if input_ and output.resolve().is_relative_to(Path(input_).resolve()):
+        raise UserError(f"--output={output} lies within --input={input_}; choose a folder outside of it.")
+    with suppress(OSError):  # `make_folder` reports it
         if any(output.iterdir()):
-            raise UserError(f"--output={output} holds something already; choose a new folder, or empty it.")
+            raise UserError(f"--output={output} is not empty; empty it or choose a new folder.")
 
 
 def _row(name: str, detection: Detection) -> dict[str, Any]:
@@ -113,12 +117,12 @@ def _write_image(path: Path, pixels: np.ndarray) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes the folder of the results.
+    """Create a folder for results, with its parents, unless it exists.
 
     Raises:
-        UserError: it is not writable.
+        UserError: If it cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder}: not a writable folder ({error.strerror}); choose another --output.") from error
+        raise UserError(f"{folder} cannot be created ({error.strerror}); choose another --output.") from error

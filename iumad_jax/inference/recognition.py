@@ -1,11 +1,11 @@
-"""Which object an image shows, and whether it is one that was never learned.
+"""Recognition of the object in an image, and its distances to all learned objects, which reveal unknown objects.
 
-Each learned object is a normal distribution of an image's mean token (over all modalities, concatenated), with a mean
-of its own and one covariance for all (linear discriminant analysis), as in the detection of unknown classes by
-Mahalanobis distance (Lee et al., NeurIPS 2018). The backbone is frozen, so nothing of it is forgotten in later steps.
+Each learned object is modelled as a normal distribution of the mean tokens of its images (modalities concatenated). The
+objects differ in their means and share one covariance (linear discriminant analysis), as in the detection of unknown
+classes by Mahalanobis distance (Lee et al., NeurIPS 2018). The backbone is frozen, so later steps forget nothing of it.
 
-The covariance also holds how images move where a camera does somewhat worse. Training images of one camera hardly vary
-in these directions, so that without it a photograph that was saved as JPEG is farther away than another object.
+The covariance also includes the shifts that a slightly worse camera causes. Training images of one camera hardly vary
+in these directions; without the shifts, a JPEG copy of an image would be farther away than another object.
 """
 
 from typing import Any, NamedTuple
@@ -19,48 +19,49 @@ from scipy.linalg import block_diag
 from iumad_jax.data.prepared.store import mean_tokens
 from iumad_jax.shapes import Batch, Modality, Variables
 
-RECOGNISE = -1  # in place of an object's number
+RECOGNISE = -1  # in place of an object's number: recognise the object
 
 
 class Recogniser(NamedTuple):
-    """Distances to the learned objects, after all that is slow was computed."""
+    """Precomputed arrays for distances to the learned objects."""
 
-    centre: Float[Array, " f"]
-    whiten: Float[Array, "f f"]
-    means: Float[Array, "k f"]  # whitened, in the order of learning
+    centre: Float[Array, " f"]  # mean of the objects' means
+    whiten: Float[Array, "f f"]  # whitening matrix of the shared covariance
+    means: Float[Array, "k f"]  # centred and whitened mean of each object, in the order of learning
 
 
 def no_statistics(batch: Batch) -> Variables:
-    """The statistics of nothing, for features such as the batch's."""
+    """Return the statistics of zero objects, for features with the channels of the batch."""
     channels = sum(array.shape[-1] for array in batch.features.values())
     return {
-        "count": np.zeros(0, np.float32),  # images of each object
-        "mean": np.zeros((0, channels), np.float32),
-        "scatter": np.zeros((channels, channels), np.float32),  # see `observe`; summed over all images
+        "count": np.zeros(0, np.float32),  # (k,) number of images per object
+        "mean": np.zeros((0, channels), np.float32),  # (k, f) mean token per object
+        "scatter": np.zeros((channels, channels), np.float32),  # (f, f) scatter about the objects' means, summed
     }
 
 
 def observe(statistics: Variables, batch: Batch, shifts: dict[Modality, Float[np.ndarray, "s f"]]) -> Variables:
-    """The statistics with one more object.
+    """Add one object to the statistics.
 
     Args:
-        statistics: of the objects before.
-        batch: all its training images.
-        shifts: by how much the mean tokens of some of them move where they are worse. Every image counts as if it
-            moved by these, about the object's mean, and in each modality by itself.
+        statistics: Statistics of the objects learned so far.
+        batch: All training images of the new object.
+        shifts: Differences between the mean tokens of s degraded images and of their originals, by modality. They add
+            to the scatter as if every image had been shifted by each of them, weighted 1 / s, in one modality at a
+            time.
     """
     x = np.concatenate([mean_tokens(tokens) for tokens in _sorted(batch.features)], axis=-1)
     mean = x.mean(0)
-    moved = block_diag(*(shift.T @ shift * (len(x) / len(shift)) for shift in _sorted(shifts)))
+    shift_scatter = block_diag(*(shift.T @ shift * (len(x) / len(shift)) for shift in _sorted(shifts)))
     return {
         "count": np.append(statistics["count"], np.float32(len(x))),
         "mean": np.append(statistics["mean"], mean[None].astype(np.float32), axis=0),
-        "scatter": statistics["scatter"] + ((x - mean).T @ (x - mean) + moved).astype(np.float32),
+        "scatter": statistics["scatter"] + ((x - mean).T @ (x - mean) + shift_scatter).astype(np.float32),
     }
 
 
 def fit(statistics: Variables) -> Recogniser:
-    """The recogniser of the objects observed so far, with the covariance shrunk by `oas`."""
+    """Fit the recogniser of the objects observed so far, with the covariance shrunk by `oas`."""
     means, count = np.asarray(statistics["mean"], np.float64), float(np.sum(statistics["count"]))
     covariance = oas(np.asarray(statistics["scatter"], np.float64) / count, count)
     whiten = np.linalg.cholesky(np.linalg.inv(covariance))
@@ -69,9 +70,9 @@ def fit(statistics: Variables) -> Recogniser:
 
 
 def oas(covariance: Float[np.ndarray, "f f"], samples: float) -> Float[np.ndarray, "f f"]:
-    """A covariance shrunk towards a multiple of the identity (oracle approximating; Chen et al., 2010).
+    """Shrink a covariance towards a multiple of the identity (oracle approximating shrinkage; Chen et al., 2010).
 
-    The multiple is at least 1e-6, for features that do not vary.
+    The multiple is at least 1e-6, so that features without variance remain invertible.
     """
     size = len(covariance)
     scale = np.trace(covariance) / size
@@ -82,28 +83,28 @@ def oas(covariance: Float[np.ndarray, "f f"], samples: float) -> Float[np.ndarra
 
 
 def distances(recogniser: Recogniser, features: dict[Modality, Float[Array, "b p f"]]) -> Float[Array, "b k"]:
-    """Of each image to each learned object: root mean square over whitened channels."""
+    """Compute the distance of each image to each learned object: the root mean square over whitened channels."""
     x = jnp.concatenate([jnp.asarray(tokens, jnp.float32).mean(1) for tokens in _sorted(features)], axis=-1)
     with jax.default_matmul_precision("float32"):
         x = (x - recogniser.centre[None]) @ recogniser.whiten
     return jnp.sqrt(jnp.square(x[:, None] - recogniser.means[None]).mean(-1))
 
 
-def recognise(distance: Float[Array, "b k"], given: Int[Array, " b"] | None = None) -> Int[Array, " b"]:
-    """The number of the object that each image shows: the nearest one, or the one that is given and not RECOGNISE."""
+def recognise(distance: Float[Array, "b k"], specified_id: Int[Array, " b"] | None = None) -> Int[Array, " b"]:
+    """Return the number of each image's object: the specified one, or the nearest one instead of RECOGNISE."""
     nearest = jnp.argmin(distance, axis=-1).astype(jnp.int32)
-    return nearest if given is None else jnp.where(given == RECOGNISE, nearest, given)
+    return nearest if specified_id is None else jnp.where(specified_id == RECOGNISE, nearest, specified_id)
 
 
 def probabilities(distance: Float[Array, "b k"], channels: int, rms_distance: Float[Array, ""]) -> Float[Array, "b k"]:
-    """Probability of each learned object, given that the image shows one of them.
+    """Compute the probability of each learned object, assuming that the image shows one of them.
 
-    The normal distributions are widened to `rms_distance`, the distance of held-out images to their own object: few
-    training images make them too narrow.
+    The normal distributions are widened to `rms_distance`, the distance of held-out images to their object, because
+    fits to few training images are too narrow.
     """
     return jax.nn.softmax(-channels / 2 * jnp.square(distance / rms_distance), axis=-1)
 
 
 def _sorted(features: dict[Modality, Any]) -> list[Any]:
-    """By modality, as inside of jit: a dictionary comes out of it in another order than it went in."""
+    """Return the values sorted by modality. jit sorts dictionary keys, so unsorted values would differ within it."""
     return [features[modality] for modality in sorted(features)]

@@ -1,9 +1,9 @@
-"""Thresholds that good calibration images set.
+"""Conformal thresholds from good calibration images.
 
-Of n calibration scores the k-th smallest, k = ceil(quantile (n + 1)), is exceeded by a further good image with a
-probability of at most 1 - k / (n + 1), averaged over calibration sets, whatever the distribution (split conformal
-prediction; Vovk et al., 2005). Fewer images than quantile / (1 - quantile), 199 for 0.995, cannot promise that much:
-their maximum is taken, and what it promises, 1 / (n + 1), is told.
+The threshold is the k-th smallest of n calibration scores, k = ceil(quantile (n + 1)). The probability that a further
+good image exceeds it is at most 1 - k / (n + 1), averaged over calibration sets and for any distribution (split
+conformal prediction; Vovk et al., 2005). With fewer than quantile / (1 - quantile) images (199 for 0.995), k would be
+larger than n: the threshold is then the maximum, which guarantees only 1 / (n + 1).
 """
 
 import math
@@ -23,20 +23,33 @@ Record = dict[str, Any]  # JSON
 
 
 class Thresholds(NamedTuple):
-    """What decides, after a step in which k objects are known."""
+    """Thresholds of the k learned objects, in the order of learning.
 
-    image: Float[Array, " k"]  # of scores
-    pixel: Float[Array, " k"]  # of maps
-    unknown: Float[Array, " k"]  # of the distance to the object
-    rms_distance: Float[Array, ""]  # of calibration images to their own object
+    Attributes:
+        image: Threshold of anomaly scores: an image with a higher score is anomalous.
+        pixel: Threshold of anomaly maps: a pixel with a higher value is defective.
+        unknown: Threshold of the distance to the object: an image farther away shows an unknown object.
+        rms_distance: Root mean square distance of calibration images to their object, see
+            `recognition.probabilities`.
+    """
+
+    image: Float[Array, " k"]
+    pixel: Float[Array, " k"]
+    unknown: Float[Array, " k"]
+    rms_distance: Float[Array, ""]
 
 
 def calibration_of(
     prediction: Prediction, distance: Float[np.ndarray, "n k"], number: int, **flags: bool
 ) -> Calibration:
-    """The calibration of the object of that number, by predictions for its images and their distances.
+    """Build an object's calibration from the predictions and distances of its good images.
 
-    The second nearest object is infinitely far away where only one was learned.
+    Args:
+        prediction: Anomaly maps and scores of the images.
+        distance: Distance of each image to each learned object. The second nearest object is infinitely far if only
+            one was learned.
+        number: Number of the object.
+        flags: Values for `from_training_images` and `few` of `Calibration`.
     """
     nearest = np.sort(np.pad(distance, ((0, 0), (0, 1)), constant_values=np.inf), axis=1)[:, :2]
     return Calibration(
@@ -47,60 +60,69 @@ def calibration_of(
     )
 
 
-def thresholds(calibration: Mapping[str, Calibration], quantile: float) -> Thresholds:
-    """The thresholds of all objects.
+def thresholds(calibrations: Mapping[str, Calibration], quantile: float) -> Thresholds:
+    """Compute the thresholds of all objects.
 
-    A pixel is defective above what the largest pixel of few good images exceeds: neighbouring pixels of a map are not
-    independent, images are, and so a mask is as rarely there on a good image as an alarm is. Were the quantile one of
-    all pixels, every good image would have some of them marked.
+    The pixel threshold is a quantile of each image's largest pixel, not of all pixels. Neighbouring pixels are not
+    independent but images are, so a good image has a defective pixel as rarely as it raises a false alarm. With a
+    quantile of all pixels, every good image would have defective pixels.
 
     Args:
-        calibration: by object, in the order of learning.
-        quantile: of good images that are to pass.
+        calibrations: Calibration by object, in the order of learning.
+        quantile: Share of good images that are to be decided good.
     """
-    common = _Unknown.of(_telling(calibration), quantile)
-    unknown = [_Unknown.of([one], quantile) if one.few else common for one in calibration.values()]
+    objects = calibrations.values()
+    shared = _UnknownThreshold.fit(_with_enough_images(calibrations), quantile)
+    unknown = [_UnknownThreshold.fit([calibration], quantile) if calibration.few else shared for calibration in objects]
     return Thresholds(
-        jnp.array([_conformal(one.score, quantile)[0] for one in calibration.values()], jnp.float32),
-        jnp.array([_conformal(one.peak, quantile)[0] for one in calibration.values()], jnp.float32),
-        jnp.array([one.threshold for one in unknown], jnp.float32),
-        jnp.float32(_rms_distance(calibration)),
+        jnp.array([_conformal(calibration.score, quantile)[0] for calibration in objects], jnp.float32),
+        jnp.array([_conformal(calibration.peak, quantile)[0] for calibration in objects], jnp.float32),
+        jnp.array([limit.threshold for limit in unknown], jnp.float32),
+        jnp.float32(_rms_distance(calibrations)),
     )
 
 
-def describe(calibration: Mapping[str, Calibration], quantile: float) -> Record:
-    """The thresholds of all objects and what they are worth, for the ledger and the report.
+def describe(calibrations: Mapping[str, Calibration], quantile: float) -> Record:
+    """Describe the thresholds of all objects and their guarantees, for the ledger and the report.
+
+    Args:
+        calibrations: Calibration by object, in the order of learning.
+        quantile: Share of good images that are to be decided good.
 
     Returns:
-        `quantile`; `objects`: by name, `image` and `pixel` thresholds (see `describe_threshold`), which promise nothing
-        (`false_alarm_bound` is None) where they come from training images; `unknown`, the `threshold` of the distance,
-        what few `good` images exceed, and the distance to `others` that few fall below; an object of few
-        images has its own;
-        `rms_distance`, the root mean square of an image's distance to its own object.
+        `quantile`; `rms_distance`, the root mean square distance of an image to its object; `unknown`, the distance
+        `threshold` shared by all objects, computed from `good` (the threshold of good images) and `others` (the
+        distance to other objects); `objects`, by name the `image` and `pixel` thresholds (see `describe_threshold`)
+        and, if the object has few images, an `unknown` threshold of its own. `false_alarm_bound` is None for
+        thresholds from training images, which guarantee nothing.
     """
-    single = len(calibration) == 1
+    single = len(calibrations) == 1
 
-    def described(one: Calibration) -> Record:
-        promise = {"false_alarm_bound": None} if one.from_training_images else {}
-        image, pixel = (describe_threshold(scores, quantile) | promise for scores in (one.score, one.peak))
-        own = {"unknown": _Unknown.of([one], quantile).describe(quantile, single)} if one.few else {}
-        return {"image": image, "pixel": pixel, **own}
+    def describe_object(calibration: Calibration) -> Record:
+        no_bound = {"false_alarm_bound": None} if calibration.from_training_images else {}
+        record = {
+            "image": describe_threshold(calibration.score, quantile) | no_bound,
+            "pixel": describe_threshold(calibration.peak, quantile) | no_bound,
+        }
+        if calibration.few:
+            record["unknown"] = _UnknownThreshold.fit([calibration], quantile).describe(quantile, single)
+        return record
 
     return {
         "quantile": quantile,
-        "rms_distance": _rms_distance(calibration),
-        "unknown": _Unknown.of(_telling(calibration), quantile).describe(quantile, single),
-        "objects": {name: described(one) for name, one in calibration.items()},
+        "rms_distance": _rms_distance(calibrations),
+        "unknown": _UnknownThreshold.fit(_with_enough_images(calibrations), quantile).describe(quantile, single),
+        "objects": {name: describe_object(calibration) for name, calibration in calibrations.items()},
     }
 
 
 def describe_threshold(scores: ArrayLike, quantile: float) -> Record:
-    """The conformal threshold of the scores (n,) of good images.
+    """Describe the conformal threshold of the scores (n,) of good images.
 
     Returns:
-        `threshold`; its bootstrapped 95 % `interval` (percentiles, fixed seed), whose upper end is too low where the
-        threshold is the maximum, as no resample holds more; how many `images` set it; `false_alarm_bound`, the largest
-        expected         share of further good images above it.
+        `threshold`; `interval`, its bootstrapped 95 % interval (percentiles, fixed seed), whose upper end is too low
+        if the threshold is the maximum, since no resample exceeds that; `images`, the number of images;
+        `false_alarm_bound`, the largest expected share of further good images above the threshold.
     """
     value, rank = _conformal(scores, quantile)
     values = np.sort(np.asarray(scores, np.float64))
@@ -112,43 +134,44 @@ def describe_threshold(scores: ArrayLike, quantile: float) -> Record:
 
 
 def _conformal(scores: ArrayLike, quantile: float) -> tuple[float, int]:
-    """The threshold of the scores (n,), and its rank among them from 1."""
+    """Compute the conformal threshold of the scores (n,) and its rank among them, from 1."""
     values = np.sort(np.asarray(scores, np.float64))
-    rank = min(math.ceil(quantile * (len(values) + 1) - 1e-9), len(values))  # less what rounding adds
+    rank = min(math.ceil(quantile * (len(values) + 1) - 1e-9), len(values))  # 1e-9 absorbs rounding errors
     return float(values[rank - 1]), rank
 
 
-class _Unknown(NamedTuple):
-    """From which distance to the nearest object an image shows none of them, and what that comes from."""
+class _UnknownThreshold(NamedTuple):
+    """Distance to the nearest object beyond which an image shows an unknown object, and its derivation."""
 
     threshold: float
-    distance: Float[np.ndarray, " n"]  # of good images to the nearest object
-    good: float  # what few of these exceed
-    others: float  # the distance to the nearest other object that few fall below; 4 `good` where there is no other
+    distance: Float[np.ndarray, " n"]  # distance of each good image to the nearest object
+    good: float  # distance to the nearest object that few good images exceed
+    others: float  # distance to the second nearest object that few good images fall below; 4 `good` if it is infinite
 
     @classmethod
-    def of(cls, telling: Iterable[Calibration], quantile: float) -> "_Unknown":
-        """The threshold by the images of some objects.
+    def fit(cls, calibrations: Iterable[Calibration], quantile: float) -> "_UnknownThreshold":
+        """Fit the threshold to calibration images: the geometric mean of `good` and `others`, but at least `good`.
 
-        Images with defects are farther away than good ones, too, and are not to be taken for something unknown: the
-        threshold is the geometric mean of `good` and `others`, and at least the former.
+        It lies above `good` because anomalous images of a learned object are farther away than good ones and must not
+        be taken for an unknown object.
         """
-        distance = np.concatenate([one.distance for one in telling])
+        distance = np.concatenate([calibration.distance for calibration in calibrations])
         good, others = _conformal(distance[:, 1], quantile)[0], -_conformal(-distance[:, 2], quantile)[0]
         others = others if math.isfinite(others) else 4 * good
         return cls(math.sqrt(good * max(others, good)), distance[:, 1], good, others)
 
     def describe(self, quantile: float, single: bool) -> Record:
-        """For the ledger; `others` is None where a single object was learned."""
+        """Describe the threshold for the ledger; `others` is None if a single object was learned."""
         good = describe_threshold(self.distance, quantile)
         return {"threshold": self.threshold, "good": good, "others": None if single else self.others}
 
 
-def _telling(calibration: Mapping[str, Calibration]) -> list[Calibration]:
-    """Those objects whose images tell how far others are: all that have enough images, or all where none has."""
-    return [one for one in calibration.values() if not one.few] or list(calibration.values())
+def _with_enough_images(calibrations: Mapping[str, Calibration]) -> list[Calibration]:
+    """Select the objects with enough images to estimate the spread of further images; all objects if none has."""
+    return [calibration for calibration in calibrations.values() if not calibration.few] or list(calibrations.values())
 
 
-def _rms_distance(calibration: Mapping[str, Calibration]) -> float:
-    own = np.concatenate([one.distance[:, 0] for one in _telling(calibration)])
-    return max(float(np.sqrt(np.mean(own**2))), 1e-6)  # of images that are all the same, too
+def _rms_distance(calibrations: Mapping[str, Calibration]) -> float:
+    """Compute the root mean square distance of calibration images to their object."""
+    distance = np.concatenate([calibration.distance[:, 0] for calibration in _with_enough_images(calibrations)])
+    return max(float(np.sqrt(np.mean(distance**2))), 1e-6)  # positive even if all images are identical

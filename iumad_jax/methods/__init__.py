@@ -1,4 +1,4 @@
-"""One file per published system; `build` assembles the one that a config names."""
+"""Methods, one file per published system; `build` creates the one that a config selects."""
 
 from ml_collections import ConfigDict
 
@@ -11,14 +11,14 @@ from iumad_jax.methods.method import Method
 from iumad_jax.methods.nearest_neighbours import nearest_neighbours
 from iumad_jax.methods.uniad import uniad
 
-BASELINES = ("feature_norm", "nearest_neighbours")  # training-free; what does not beat them has not shown anything
+BASELINES = ("feature_norm", "nearest_neighbours")  # training-free; a useful method must beat them
 
 
 def with_baselines(config: ConfigDict, objects: int) -> dict[str, Method]:
-    """The config's method and then its baselines, by name, over a dataset of that many objects.
+    """Build the config's method and then its baselines, by name, for a dataset with `objects` objects.
 
     Raises:
-        UserError: there is no such method or baseline.
+        UserError: If the method or a baseline does not exist.
     """
     baselines = [name for name in config.baselines.split(",") if name]
     if not set(baselines) <= set(BASELINES):
@@ -27,10 +27,10 @@ def with_baselines(config: ConfigDict, objects: int) -> dict[str, Method]:
 
 
 def build(name: str, config: ConfigDict, objects: int) -> Method:
-    """The method of that name, by the config of a run over a dataset of that many objects.
+    """Build a method by its name for a dataset with `objects` objects.
 
     Raises:
-        UserError: there is no such method.
+        UserError: If the method does not exist.
     """
     methods = {
         "ib_iumad": lambda: ib_iumad(config.model, configs.modalities(config), objects),

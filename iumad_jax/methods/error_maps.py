@@ -1,4 +1,4 @@
-"""Enlarges the errors at tokens to maps, one per modality or group; `inference.anomaly_map` combines them."""
+"""Upsamples the errors at tokens to error maps, one per modality or group; `inference.anomaly_map` combines them."""
 
 from collections.abc import Iterable
 
@@ -10,27 +10,29 @@ from iumad_jax.models.layers import resize_aligned
 from iumad_jax.shapes import MAP_SIZE, ErrorMaps, Modality
 
 
-def maps_of(errors: dict[str, Float[Array, "b p"]], object_logits: Float[Array, "b k"] | None = None) -> ErrorMaps:
-    """Maps of the errors at tokens, by bilinear interpolation with aligned corners.
+def upsample_errors(
+    errors: dict[str, Float[Array, "b p"]], object_logits: Float[Array, "b k"] | None = None
+) -> ErrorMaps:
+    """Upsample errors at tokens to maps by bilinear interpolation with aligned corners.
 
     Args:
-        errors: by modality or group of modalities.
-        object_logits: as in `ErrorMaps`.
+        errors: Errors at the tokens, by modality or group of modalities.
+        object_logits: Logits of the object in each image, or None if the method does not recognise objects.
     """
 
-    def enlarge(error: Float[Array, "b p"]) -> Float[Array, "b m m"]:
+    def upsample(error: Float[Array, "b p"]) -> Float[Array, "b m m"]:
         side = round(error.shape[1] ** 0.5)
         return resize_aligned(error.reshape(-1, side, side, 1), MAP_SIZE)[..., 0]
 
-    return ErrorMaps({group: enlarge(error) for group, error in errors.items()}, object_logits)
+    return ErrorMaps({name: upsample(error) for name, error in errors.items()}, object_logits)
 
 
-def group(modalities: Iterable[Modality]) -> str:
-    """The name of modalities that a method judges together, such as "rgb+depth"."""
+def group_name(modalities: Iterable[Modality]) -> str:
+    """Return the name of a group of jointly judged modalities, such as "rgb+depth"."""
     return "+".join(sorted(modalities, reverse=True))
 
 
 def norm(error: Float[Array, "*n f"]) -> Float[Array, "*n"]:
-    """The Euclidean norm over channels, with a gradient of zero at zero."""
+    """Compute the Euclidean norm over channels. Its gradient at zero is zero."""
     square = jnp.sum(jax.lax.square(error), axis=-1)
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)

@@ -1,5 +1,6 @@
-"""IB-IUMAD (Long et al., CVPR 2026): one Mamba decoder and one reconstruction transformer per modality, fused under an
-information bottleneck.
+"""IB-IUMAD (Long et al., CVPR 2026).
+
+One Mamba decoder and one reconstruction transformer per modality, fused under an information bottleneck.
 """
 
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from iumad_jax.errors import UserError
-from iumad_jax.methods.error_maps import group, norm
+from iumad_jax.methods.error_maps import group_name, norm
 from iumad_jax.methods.method import Method
 from iumad_jax.methods.network import Errors, from_network, reconstruct
 from iumad_jax.models.fusion import Fused, InformationBottleneckFusion
@@ -21,15 +22,15 @@ from iumad_jax.shapes import Image, Logits, Modality, Scalars, Tokens
 
 
 class Output(NamedTuple):
-    """What the network makes of one image."""
+    """Network output for one image."""
 
     fused: Fused
-    logits: dict[Modality, Logits]  # the object, as each Mamba decoder sees it
-    own: dict[Modality, Tokens]  # each branch's own features, if asked for
+    logits: dict[Modality, Logits]  # object logits of each Mamba decoder
+    auxiliary: dict[Modality, Tokens]  # features rebuilt by each branch alone; empty without an auxiliary loss
 
 
 class Network(nn.Module):
-    """Everything that is trained, for one image."""
+    """The trained network, for one image."""
 
     config: Any  # config.model, frozen
     modalities: tuple[Modality, ...]
@@ -39,10 +40,10 @@ class Network(nn.Module):
     def __call__(
         self, tokens: dict[Modality, Tokens], images: dict[Modality, Image], *, deterministic: bool
     ) -> tuple[Output, dict[Modality, tuple[Float[Array, "p d"], ...]]]:
-        """The output and the outputs of each modality's decoder layers."""
+        """Return the output and, by modality, the outputs of the decoder layers of its transformer."""
         config = self.config
         channels = tokens[self.modalities[0]].shape[-1]
-        decoder, logits, own = {}, {}, {}
+        decoder, logits, auxiliary = {}, {}, {}
         for m in self.modalities:
             condition = None
             if config.mamba:
@@ -62,7 +63,7 @@ class Network(nn.Module):
             decoder[m] = reconstruct(self, m, tokens[m], condition, deterministic=deterministic)
             if config.aux_reconstruction_weight:
                 project = nn.Dense(channels, kernel_init=nn.initializers.zeros, name=f"project_{m}")
-                own[m] = project(decoder[m][-1])
+                auxiliary[m] = project(decoder[m][-1])
         fusion = InformationBottleneckFusion(
             channels * len(_target_modalities(config.target, self.modalities)),
             self.objects,
@@ -74,7 +75,7 @@ class Network(nn.Module):
             name="fusion",
         )
         fused = fusion(*(outputs[-1] for outputs in decoder.values()), deterministic=deterministic)
-        return Output(fused, logits, own), decoder
+        return Output(fused, logits, auxiliary), decoder
 
 
 def _target_modalities(target: str, modalities: tuple[Modality, ...]) -> tuple[Modality, ...]:
@@ -84,25 +85,27 @@ def _target_modalities(target: str, modalities: tuple[Modality, ...]) -> tuple[M
 
 
 def bottleneck_loss(fused: Fused, object_id: Array, head_weight: float) -> Scalars:
-    """What the bottleneck of one image must keep (variational self-distillation): the object that F_fu tells."""
+    """Compute the bottleneck loss of one image by variational self-distillation.
+
+    The compressed representation must keep what the fused one, F_fu, contains about the object.
+    """
     assert fused.fused_logits is not None
     assert fused.compressed_logits is not None
-    told = jax.lax.stop_gradient(nn.softmax(fused.fused_logits))
-    kl = jnp.sum(
-        told * (jax.lax.stop_gradient(nn.log_softmax(fused.fused_logits)) - nn.log_softmax(fused.compressed_logits))
-    )
-    heads = [
+    teacher = jax.lax.stop_gradient(nn.softmax(fused.fused_logits))
+    log_teacher = jax.lax.stop_gradient(nn.log_softmax(fused.fused_logits))
+    kl = jnp.sum(teacher * (log_teacher - nn.log_softmax(fused.compressed_logits)))
+    head_losses = [
         optax.softmax_cross_entropy_with_integer_labels(logits, object_id)
         for logits in (fused.fused_logits, fused.compressed_logits)
     ]
-    return {"kl": kl, "ib_heads": head_weight * (heads[0] + heads[1])}
+    return {"kl": kl, "ib_heads": head_weight * (head_losses[0] + head_losses[1])}
 
 
 def ib_iumad(config: ConfigDict, modalities: tuple[Modality, ...], objects: int) -> Method:
-    """The method for `config.model` (every key explained in `iumad_jax.config`).
+    """Build the method for `config.model`, whose keys `iumad_jax.config` explains.
 
     Raises:
-        UserError: `config.target` is no modality, or there is no such `config.fusion`.
+        UserError: If `config.target` or `config.fusion` is unknown.
     """
     if config.fusion not in ("attention", "addition"):
         raise UserError(f'config.model.fusion is "{config.fusion}"; use attention or addition.')
@@ -117,13 +120,13 @@ def ib_iumad(config: ConfigDict, modalities: tuple[Modality, ...], objects: int)
             ce = optax.softmax_cross_entropy_with_integer_labels(logits, object_id)
             terms[f"object_{m}"] = config.object_weight * ce
         if config.bottleneck:
-            ib = bottleneck_loss(output.fused, object_id, config.ib_head_weight)
-            terms |= {name: config.ib_weight * value for name, value in ib.items() if config.kl or name != "kl"}
-        for m, reconstruction in output.own.items():
+            ib_terms = bottleneck_loss(output.fused, object_id, config.ib_head_weight)
+            terms |= {name: config.ib_weight * value for name, value in ib_terms.items() if config.kl or name != "kl"}
+        for m, reconstruction in output.auxiliary.items():
             terms[f"aux_{m}"] = config.aux_reconstruction_weight * jnp.mean((reconstruction - features[m]) ** 2)
         return terms
 
-    def explain(output: Output, features: dict[Modality, Tokens]) -> tuple[Errors, dict[Modality, Logits]]:
-        return {group(target_modalities): norm(error(output, features))}, output.logits
+    def errors_and_logits(output: Output, features: dict[Modality, Tokens]) -> tuple[Errors, dict[Modality, Logits]]:
+        return {group_name(target_modalities): norm(error(output, features))}, output.logits
 
-    return from_network(Network(config, modalities, objects), config, modalities, losses, explain)
+    return from_network(Network(config, modalities, objects), config, modalities, losses, errors_and_logits)

@@ -1,4 +1,4 @@
-"""The one interface that matters: what a published system must be able to do."""
+"""The interface of a method, which every published system implements."""
 
 import hashlib
 from collections.abc import Callable
@@ -16,39 +16,51 @@ from iumad_jax.shapes import Batch, ErrorMaps, Keys, Scalars, Variables
 
 
 class Loss(NamedTuple):
-    """The training loss of a batch."""
+    """The training loss of a batch.
 
-    total: Float[Array, ""]  # differentiated with respect to `variables["params"]`
-    terms: Scalars  # what it is made of, each a mean over images (`Batch.mean`)
-    outputs: dict[str, Float[Array, "b d"]] = {}  # noqa: RUF012  what a strategy may shape: token means, by name
-    statistics: Any = None  # new values of `variables["statistics"]`, the same on every device; None: unchanged
+    Attributes:
+        total: Scalar to minimise. It is differentiated with respect to `variables["params"]`.
+        terms: Parts of the total by name, each a mean over images (`Batch.mean`). They are logged.
+        outputs: Token means of layer outputs by name, to which a strategy may apply a loss of its own.
+        statistics: New value of `variables["statistics"]`, identical on every device. None leaves it unchanged.
+    """
+
+    total: Float[Array, ""]
+    terms: Scalars
+    outputs: dict[str, Float[Array, "b d"]] = {}  # noqa: RUF012
+    statistics: Any = None
 
 
 @dataclass(frozen=True)
 class Method:
-    """Pure functions over explicit state; nothing is held. All but the first two are optional.
+    """A method, as pure functions of explicit variables. Only `init` and `predict` are required.
 
     Attributes:
-        init: from a key and a batch of the right shapes to the first variables, `frozen` ones aside. Jitted by the
-            caller.
-        predict: the maps of errors of a batch, whose objects are those that were recognised, right or wrong. Jitted by
+        init: (key, batch) -> variables. Creates all variables except the frozen ones; the batch is an example of the
+            shapes. Jitted by the caller.
+        predict: (variables, batch) -> error maps. The batch contains the recognised objects, right or wrong. Jitted by
             the caller.
-        loss: the training loss of a batch, with one key per image. None for a method without training.
-        grow: (variables, objects, key) -> variables, at the beginning of every step, before `observe`: what the method
-            adds for the objects that it is about to learn, `objects` being how many are then known. Not jitted.
-        observe: called once per object and step, before the step's training, with all of the object's training
-            images as one (memory-mapped) batch and the number of the step; returns the variables with updated
-            statistics. What belongs to that object alone and never changes again goes under the key BY_OBJECT, as one
-            more entry of a tuple: snapshots store it once. Not jitted.
-        optimizer: makes, from `config.train`, the method's own optimiser, used in every step in place of those that
-            the config names, without clipping. It is given `progress=`, the share of the step's updates that are done,
-            and its directions are multiplied by the learning rate. None: the config's.
-        frozen: loads arrays that are neither trained nor stored in snapshots, which keep their SHA-256 only. They are
-            `variables["frozen"]` in all functions but `init`.
-        activations: what a strategy may protect: the token means (b d) of the outputs of some dense layers, without
-            chance, each as `mean` at its layer's place in a tree like `variables["params"]`. Jitted by the caller.
-        inputs: what a strategy may need beside: the rows (b n d) that the kernels of some layers multiply, without
-            chance, each as `rows` at its layer's place in such a tree. Jitted by the caller.
+        loss: (variables, batch, keys) -> loss. Computes the training loss, with one random key per image. Jitted by
+            the caller. None for a method without training.
+        grow: (variables, objects, key) -> variables. Called at the beginning of every step, before `observe`. Adds
+            what the method needs for the objects that the step will learn; `objects` is the number of objects seen so
+            far, including these. Not jitted.
+        observe: (variables, batch, step) -> variables. Updates the statistics. Called before the training of a step,
+            once per object that the step learns, with all training images of that object as one (memory-mapped)
+            batch. Entries that belong to one object and never change go under the key BY_OBJECT, as a tuple with one
+            item per object; snapshots store each item once. Not jitted.
+        optimizer: (config.train) -> optimiser. Creates an optimiser that replaces the config's optimisers in every
+            step; gradients are not clipped. It receives the share of the step's updates that are done as the extra
+            argument `progress`, and its updates are multiplied by the learning rate. None selects the config's
+            optimisers.
+        frozen: () -> arrays. Loads arrays that are neither trained nor stored; snapshots keep only their SHA-256. All
+            functions but `init` receive them as `variables["frozen"]`.
+        activations: (variables, batch) -> tree. Computes the outputs of dense layers that a strategy may protect,
+            without dropout or jitter. The tree has the structure of `variables["params"]`; at the place of each such
+            layer, `mean` holds the token means, shape (b, d). Jitted by the caller.
+        inputs: (variables, batch) -> tree. Computes the inputs of layers that a strategy may need in addition, without
+            dropout or jitter. In a tree of the same structure, `rows` holds the rows that the layer's kernel
+            multiplies, shape (b, n, d). Jitted by the caller.
     """
 
     init: Callable[[jax.Array, Batch], Variables]
@@ -63,21 +75,23 @@ class Method:
 
 
 def with_frozen(name: str, method: Method, variables: Variables, sha256: str | None = None) -> Variables:
-    """The variables with the method's frozen arrays, if it has any.
+    """Add the method's frozen arrays, if it has any, to its variables.
 
     Raises:
-        UserError: they are not those that a run was trained with, by their SHA-256.
+        UserError: If the SHA-256 of the arrays differs from `sha256`, that of the arrays that a run was trained with.
     """
     frozen = method.frozen()
-    if sha256 is not None and sha256_of(frozen) != sha256:
-        raise UserError(f"{name}: its frozen arrays are not those that this run was trained with; restore their file.")
+    if sha256 is not None and tree_sha256(frozen) != sha256:
+        raise UserError(
+            f"the frozen arrays of {name} are not those that this run was trained with; use the original file."
+        )
     return variables | {"frozen": frozen} if frozen else variables
 
 
-def sha256_of(frozen: Any) -> str:
-    """The SHA-256 of a tree of arrays, their names and types."""
+def tree_sha256(arrays: Any) -> str:
+    """Compute the SHA-256 of a tree of arrays, including their paths, types and shapes."""
     digest = hashlib.sha256()
-    for path, leaf in jax.tree.leaves_with_path(frozen):
+    for path, leaf in jax.tree.leaves_with_path(arrays):
         array = np.ascontiguousarray(leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype.str} {array.shape}".encode())
         digest.update(array.tobytes())

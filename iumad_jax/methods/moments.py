@@ -1,4 +1,4 @@
-"""Per-channel statistics of training features, gathered object by object."""
+"""Per-channel mean and variance of training features, updated object by object."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-Moments = dict[str, Any]  # count (), mean (f), variance (f)
+Moments = dict[str, Any]  # count, shape (); mean and variance, shape (f,)
 
 
 def no_moments(features: int) -> Moments:
-    """The moments of nothing."""
+    """Return the moments before any observation: mean 0 and variance 1."""
     return {
         "count": np.zeros((), np.float32),
         "mean": np.zeros(features, np.float32),
@@ -19,7 +19,7 @@ def no_moments(features: int) -> Moments:
 
 
 def merge_moments(moments: Moments, features: Float[Array | np.ndarray, "n p f"]) -> Moments:
-    """Moments of what was seen before and of these features together (Chan et al., 1979)."""
+    """Update the moments with further features (Chan et al., 1979)."""
     values = np.asarray(features)
     new_count = values.shape[0] * values.shape[1]
     new_mean = values.mean((0, 1), dtype=np.float64)
@@ -33,6 +33,6 @@ def merge_moments(moments: Moments, features: Float[Array | np.ndarray, "n p f"]
 
 
 def standardise(features: Float[Array, "*n f"], moments: Moments) -> Float[Array, "*n f"]:
-    """Per-channel z-scores."""
+    """Compute per-channel z-scores."""
     deviation = jnp.sqrt(moments["variance"] + 1e-6)
     return (features - jnp.broadcast_to(moments["mean"], features.shape)) / jnp.broadcast_to(deviation, features.shape)

@@ -1,1 +1,1 @@
-"""Flax modules: no losses, no data."""
+"""Flax modules, without losses or data."""

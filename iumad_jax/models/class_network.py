@@ -1,6 +1,6 @@
-"""IUF's class network: learns what object it sees, so that objects do not interfere.
+"""IUF's class network: recognises the object in an image, so that objects do not interfere with each other.
 
-Modules take one image; batches are made with `jax.vmap`.
+Modules process one image; use `jax.vmap` for batches.
 """
 
 import jax.numpy as jnp
@@ -12,32 +12,33 @@ from iumad_jax.shapes import Condition, Image, Logits
 
 
 def pooled_pixels(image: Image, side: int) -> Float[Array, "s 3"]:
-    """An image (0..255) as side * side colours, about -1 to 1."""
+    """Average an image (0..255) to side * side pixels with values from about -1 to 1."""
     return pool_to_grid(image / 127.5 - 1, side)
 
 
-def no_colours() -> dict[str, Array]:
-    """The statistics of no pixels, which leave them as they are."""
+def identity_statistics() -> dict[str, Array]:
+    """Return the statistics of no pixels: zero mean and unit covariance, which leave pixels unchanged."""
     return {"count": jnp.zeros(()), "mean": jnp.zeros(3), "covariance": jnp.eye(3)}
 
 
 class Stem(nn.Module):
     """1 x 1 convolution, batch norm and ReLU.
 
-    The convolution is linear in three colours, so the mean and variance of its outputs follow from the colours' mean
-    and covariance. These are gathered over all images of the base step, in the place of a batch's own and of running
-    averages: nothing depends on the batch, nor on the number of devices, and training and inference agree.
+    The convolution is linear in the three colour channels, so the mean and variance of its outputs follow from the mean
+    and covariance of the colours. These are gathered over all images of the base step and replace batch statistics and
+    running averages: the output depends neither on the batch nor on the number of devices, and training and inference
+    agree.
     """
 
     width: int
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "s 3"]) -> Float[Array, "s d"]:
-        """Normalised features of each pixel."""
-        colours = self.variable("statistics", "colours", no_colours).value
+        """Compute normalised features of each pixel."""
+        colours = self.variable("statistics", "colours", identity_statistics).value
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, self.width))
         scale = self.param("scale", nn.initializers.ones, self.width)
-        bias = self.param("bias", nn.initializers.zeros, self.width)  # the convolution's own would cancel out
+        bias = self.param("bias", nn.initializers.zeros, self.width)  # a bias of the convolution would cancel out
         variance = jnp.einsum("cd,ce,ed->d", kernel, colours["covariance"], kernel)
         normalised = (pixels - colours["mean"][None]) @ kernel / jnp.sqrt(variance + 1e-5)[None]
         return nn.relu(normalised * scale[None] + bias[None])
@@ -51,7 +52,7 @@ class RowBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "s s d"]) -> Float[Array, "s s d"]:
-        """One block."""
+        """Apply the block."""
         normed = nn.LayerNorm(epsilon=1e-5, name="norm_1")(x)
         x = x + Attention(self.heads, dropout=0.0, name="attention")(normed, normed, normed, deterministic=True)
         normed = nn.LayerNorm(epsilon=1e-5, name="norm_2")(x)
@@ -60,7 +61,7 @@ class RowBlock(nn.Module):
 
 
 class ClassNetwork(nn.Module):
-    """Recognises the object; the outputs of its blocks are the condition that steers the reconstruction."""
+    """Classifier of the object; the outputs of its blocks condition the reconstruction."""
 
     objects: int
     grid: int
@@ -72,7 +73,7 @@ class ClassNetwork(nn.Module):
 
     @nn.compact
     def __call__(self, image: Image) -> tuple[Condition, Logits]:
-        """From an image (0..255) to one condition per block, each of grid * grid tokens, and the object's logits."""
+        """Return one condition of grid * grid tokens per block, and the object logits, of an image (0..255)."""
         pixels = pooled_pixels(image, self.side)
         x = Stem(self.width, name="stem")(pixels).reshape(self.side, self.side, self.width)
         condition = []

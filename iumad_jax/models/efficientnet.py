@@ -1,7 +1,7 @@
-"""Frozen EfficientNet features (Tan & Le 2019; the Lite variant without squeeze-excite, with ReLU6), inference only.
+"""Frozen EfficientNet feature extractors for inference (Tan & Le 2019; Lite has ReLU6 and no squeeze-excite).
 
-Every batch norm is folded into the convolution before it when weights are loaded (pretrained.py), so here a layer is
-a convolution with a bias. Only the blocks up to the last endpoint exist.
+pretrained.py folds every batch norm into the preceding convolution when it loads weights, so each layer here is a
+convolution with a bias. Only the blocks up to the last endpoint exist.
 """
 
 from collections.abc import Callable
@@ -17,20 +17,20 @@ from iumad_jax.models.layers import DepthwiseConv, resize_aligned
 
 
 class Stage(NamedTuple):
-    """A run of equal blocks; the first has the stride."""
+    """A sequence of equal blocks, of which only the first has the stride."""
 
     repeats: int
-    size: int  # of the depthwise kernel
+    size: int  # side of the depthwise kernel
     stride: int
     expansion: int
     channels: int
 
 
 class Block(NamedTuple):
-    """One inverted bottleneck (MBConv)."""
+    """An inverted bottleneck (MBConv)."""
 
     stage: int
-    position: int  # within its stage
+    position: int  # index within the stage
     size: int
     stride: int
     padding: tuple[int, int]
@@ -40,24 +40,24 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Architecture:
-    """One member of the family, up to its last endpoint.
+    """An EfficientNet variant, up to its last endpoint.
 
-    Its padding is TensorFlow's SAME as computed for images of `native_size`, and stays that for images of other sizes.
-    `mean` and `std` are what its training subtracted from and divided images (0..255) by.
+    Padding is TensorFlow's SAME for images of `native_size`, and is not adapted to images of other sizes. `mean` and
+    `std` normalise images (0..255) as in training.
     """
 
     native_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     activation: Callable[[Array], Array]
-    squeeze: int | None  # squeeze-excite has a block's input channels / squeeze units; None: there is none
+    squeeze: int | None  # squeeze-excite has (input channels of the block / squeeze) units; None: no squeeze-excite
     stem: int
     stages: tuple[Stage, ...]
-    endpoints: tuple[int, ...]  # blocks whose outputs are features, at strides 2, 4, 8, 16
+    endpoints: tuple[int, ...]  # indices of the blocks whose outputs are features, at strides 2, 4, 8, 16
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """All blocks, in order."""
+        """All blocks in order."""
         blocks = []
         side = -(-self.native_size // 2)
         for s, (repeats, size, first_stride, expansion, channels) in enumerate(self.stages):
@@ -70,7 +70,7 @@ class Architecture:
 
 
 def same_padding(side: int, size: int, stride: int) -> tuple[int, int]:
-    """TensorFlow's SAME padding (before, after) of an axis of `side` pixels."""
+    """Compute TensorFlow's SAME padding (before, after) of an axis of `side` pixels."""
     total = max((-(-side // stride) - 1) * stride + size - side, 0)
     return total // 2, total - total // 2
 
@@ -112,7 +112,7 @@ ARCHITECTURES = {
 
 
 class MBConv(nn.Module):
-    """Inverted bottleneck: expand, depthwise convolution, squeeze-excite, project, and a skip where shapes agree."""
+    """Inverted bottleneck: expand, depthwise convolution, squeeze-excite, project, and a skip if the shapes agree."""
 
     block: Block
     activation: Callable[[Array], Array]
@@ -120,7 +120,7 @@ class MBConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
-        """One block."""
+        """Apply the block."""
         block, channels = self.block, x.shape[-1]
         y = x
         if block.expansion > 1:
@@ -134,13 +134,13 @@ class MBConv(nn.Module):
 
 
 class EfficientNet(nn.Module):
-    """The network up to its last endpoint, for images that are already normalised."""
+    """The network up to its last endpoint, for normalised images."""
 
     architecture: Architecture
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w 3"]) -> list[Float[Array, "b i j c"]]:
-        """The outputs at the endpoints, strides 2, 4, 8 and 16."""
+        """Return the outputs at the endpoints, with strides 2, 4, 8 and 16."""
         a = self.architecture
         padding = same_padding(a.native_size, 3, 2)
         x = a.activation(nn.Conv(a.stem, (3, 3), strides=2, padding=(padding, padding), name="stem")(images))
@@ -152,9 +152,9 @@ class EfficientNet(nn.Module):
 
 
 class FeatureExtractor(nn.Module):
-    """Images (0..255) to a grid x grid map of concatenated endpoints: 192 channels for Lite0, 272 for B4.
+    """Extractor of grid x grid features from images (0..255): the concatenated endpoints.
 
-    Its variables come from `pretrained.load`. `backbone` is a key of ARCHITECTURES.
+    Lite0 has 192 feature channels, B4 has 272. `backbone` is a key of ARCHITECTURES; `pretrained.load` loads variables.
     """
 
     backbone: str
@@ -162,9 +162,9 @@ class FeatureExtractor(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b g g f"]:
-        """Features."""
+        """Extract features."""
         a = ARCHITECTURES[self.backbone]
         normalised = (images - jnp.array(a.mean).reshape(1, 1, 1, 3)) / jnp.array(a.std).reshape(1, 1, 1, 3)
-        with jax.default_matmul_precision("float32"):  # GPUs would round to TF32: three digits
+        with jax.default_matmul_precision("float32"):  # GPUs would otherwise use TF32, with three digits
             endpoints = EfficientNet(a, name="backbone")(normalised)
         return jnp.concatenate([resize_aligned(x, self.grid) for x in endpoints], axis=-1)

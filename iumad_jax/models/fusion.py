@@ -1,6 +1,6 @@
 """Fusion of the branches under an information bottleneck (IB-IUMAD, section 5).
 
-Modules take the tokens of one image; batches are made with `jax.vmap`.
+Modules process the tokens of one image; use `jax.vmap` for batches.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,10 @@ from iumad_jax.shapes import Logits
 
 
 class Fused(NamedTuple):
-    """The two fused representations and the object that each predicts; without a bottleneck they are one."""
+    """Fused representations before and after the bottleneck, with object logits of each.
+
+    Without a bottleneck both representations are the same, and there are no logits.
+    """
 
     fused: Float[Array, "p f"]  # F_fu
     compressed: Float[Array, "p f"]  # F_g
@@ -23,31 +26,31 @@ class Fused(NamedTuple):
 
 
 class InformationBottleneckFusion(nn.Module):
-    """Fuses one reconstruction per modality and squeezes the result through a narrower layer.
+    """Fusion of one reconstruction per modality, followed by a narrower layer (the bottleneck).
 
-    With one modality there is nothing to fuse and the bottleneck acts on its reconstruction.
+    With one modality, the bottleneck acts on its reconstruction alone.
     """
 
-    features: int  # width of the discriminator's target
+    features: int  # channels of the discriminator's target
     objects: int
     heads: int = 8
     bottleneck_ratio: float = 2 / 3
     dropout: float = 0.1
-    addition: bool = False  # ablation: the reconstructions are added where they would attend to each other
-    bottleneck: bool = True  # False, an ablation: F_fu is all there is
+    addition: bool = False  # ablation: add the reconstructions instead of cross-attention between them
+    bottleneck: bool = True  # ablation if False: only F_fu is computed
 
     @nn.compact
     def __call__(self, *reconstructions: Float[Array, "p d"], deterministic: bool) -> Fused:
-        """Fuse one or two reconstructions of one image."""
+        """Fuse one or two reconstructions of an image."""
         if self.addition:
             reconstructions = (sum(reconstructions[1:], start=reconstructions[0]),)
         elif len(reconstructions) == 2:
             reconstructions = tuple(
-                self._attend_to_other(own, other, f"attention_{i}", deterministic)
-                for i, (own, other) in enumerate([reconstructions, reconstructions[::-1]])
+                self._cross_attend(query, context, f"attention_{i}", deterministic)
+                for i, (query, context) in enumerate([reconstructions, reconstructions[::-1]])
             )
         joined = jnp.concatenate(reconstructions, axis=-1)
-        # From zero, or training first makes all tokens alike to silence a random output, and stays there.
+        # With a random initial output, training first makes all tokens alike to cancel it, and never recovers.
         zeros = nn.initializers.zeros
         if not self.bottleneck:
             fused = nn.Dense(self.features, kernel_init=zeros, name="fuse")(joined)
@@ -63,8 +66,8 @@ class InformationBottleneckFusion(nn.Module):
             nn.Dense(self.objects, name="compressed_head")(compressed.mean(0)),
         )
 
-    def _attend_to_other(
-        self, own: Float[Array, "p d"], other: Float[Array, "p d"], name: str, deterministic: bool
+    def _cross_attend(
+        self, query: Float[Array, "p d"], context: Float[Array, "p d"], name: str, deterministic: bool
     ) -> Float[Array, "p d"]:
-        attended = Attention(self.heads, self.dropout, name=name)(own, other, other, deterministic=deterministic)
-        return nn.LayerNorm(epsilon=1e-5, name=f"{name}_norm")(own + attended)
+        attended = Attention(self.heads, self.dropout, name=name)(query, context, context, deterministic=deterministic)
+        return nn.LayerNorm(epsilon=1e-5, name=f"{name}_norm")(query + attended)

@@ -1,4 +1,4 @@
-"""Layers that several models share."""
+"""Layers shared by several models."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ _xavier = nn.initializers.xavier_uniform()
 
 
 class Attention(nn.Module):
-    """Multi-head attention; the dropout mask on its weights is shared by the heads."""
+    """Multi-head attention whose heads share the dropout mask of the attention weights."""
 
     heads: int
     dropout: float
@@ -28,7 +28,7 @@ class Attention(nn.Module):
         *,
         deterministic: bool,
     ) -> Float[Array, "*rows p d"]:
-        """Attend from q to k and v."""
+        """Attend from the queries q to the keys k and values v."""
         attention = nn.MultiHeadDotProductAttention(
             self.heads, dropout_rate=self.dropout, kernel_init=_xavier, deterministic=deterministic
         )
@@ -36,7 +36,7 @@ class Attention(nn.Module):
 
 
 class DenseWithMean(nn.Dense):
-    """A dense layer that tells the mean of its outputs over tokens, as `mean` in the collection `activations`."""
+    """A dense layer that stores its mean output over tokens as `mean` in the collection `activations`."""
 
     def __call__(self, x: Float[Array, "p hidden"]) -> Float[Array, "p d"]:
         """Transform each token."""
@@ -46,7 +46,7 @@ class DenseWithMean(nn.Dense):
 
 
 class FeedForward(nn.Module):
-    """d -> hidden -> d with ReLU and dropout; its output layer is where gradient projection acts (IUF)."""
+    """d -> hidden -> d with ReLU and dropout. IUF projects the gradients of its output layer."""
 
     hidden: int
     dropout: float
@@ -60,9 +60,9 @@ class FeedForward(nn.Module):
 
 
 def resize_aligned(x: Float[Array, "*b h w c"], size: int) -> Float[Array, "*b g g c"]:
-    """Bilinear interpolation with aligned corners to `size` x `size`: sample i lies at i * (n - 1) / (size - 1).
+    """Resize bilinearly to `size` x `size` with aligned corners: output i samples position i * (n - 1) / (size - 1).
 
-    No antialiasing. As in PyTorch, a single sample is the first pixel.
+    There is no antialiasing. As in PyTorch, size 1 returns the first pixel.
     """
     for axis in (x.ndim - 3, x.ndim - 2):
         n = x.shape[axis]
@@ -76,7 +76,7 @@ def resize_aligned(x: Float[Array, "*b h w c"], size: int) -> Float[Array, "*b g
 
 
 def pool_to_grid(x: Float[Array, "h w d"], g: int) -> Float[Array, "p d"]:
-    """Adaptive average pooling to g x g tokens: cell i covers rows floor(i h / g) to ceil((i + 1) h / g)."""
+    """Apply adaptive average pooling to g x g tokens; cell i covers rows floor(i h / g) to ceil((i + 1) h / g)."""
 
     def weights(size: int) -> Array:
         start = jnp.arange(g) * size // g
@@ -94,7 +94,7 @@ def _pad(x: Float[Array, "*b h w c"], padding: tuple[int, int]) -> Float[Array, 
 
 
 def _taps(x: Float[Array, "*b h w c"], size: int, stride: int) -> list[Float[Array, "*b i j c"]]:
-    """What each of the size * size positions of a kernel reads, row by row."""
+    """Return the inputs of each of the size * size kernel positions, in row-major order."""
     h, w = ((n - size) // stride * stride + 1 for n in x.shape[-3:-1])
     return [x[..., i : i + h : stride, j : j + w : stride, :] for i in range(size) for j in range(size)]
 
@@ -103,11 +103,11 @@ def _taps(x: Float[Array, "*b h w c"], size: int, stride: int) -> list[Float[Arr
 def depthwise_conv(
     x: Float[Array, "*b h w c"], kernel: Float[Array, "k k c"], stride: int = 1
 ) -> Float[Array, "*b i j c"]:
-    """Each channel convolved with its own kernel, without padding.
+    """Convolve each channel with its own kernel, without padding.
 
-    A sum of shifted multiples, which XLA fuses into one pass. On 2 CPU cores `lax.conv_general_dilated` with
-    `feature_group_count` takes 3 to 25 times as long for the shapes of EfficientNet-Lite0, and 15 to 30 times for 3x3
-    on (8, 28, 28, 512).
+    The result is a sum of shifted products, which XLA fuses into one pass. On 2 CPU cores, `lax.conv_general_dilated`
+    with `feature_group_count` takes 3 to 25 times as long for the shapes of EfficientNet-Lite0, and 15 to 30 times for
+    3x3 on (8, 28, 28, 512).
     """
     size, _, channels = kernel.shape
     weights = kernel.reshape(size * size, *(1,) * (x.ndim - 1), channels)
@@ -125,8 +125,8 @@ def _backward(stride: int, saved: tuple[Array, Array], g: Array) -> tuple[Array,
     margins = [(size - 1, n - (m - 1) * stride - 1, stride - 1) for n, m in zip(x.shape, g.shape, strict=True)][-3:-1]
     dilated = lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0)] * (g.ndim - 3) + margins + [(0, 0, 0)])
     dx = depthwise_conv(dilated, kernel[::-1, ::-1], 1)
-    # One reduction with an output per tap reads x and g once. Forward and backward take 0.3 to 0.7 of the time of XLA's
-    # own derivative of the sum, one reduction per tap, and less than a tenth of the grouped convolution's.
+    # A single reduction with one output per tap reads x and g once. Forward and backward take 0.3 to 0.7 of the time of
+    # XLA's derivative of the sum, which has one reduction per tap, and less than a tenth of a grouped convolution's.
     products = tuple(tap * g for tap in _taps(x, size, stride))
     zeros = tuple(jnp.zeros((), g.dtype) for _ in products)
     dkernel = lax.reduce(
@@ -139,9 +139,9 @@ depthwise_conv.defvjp(_forward, _backward)
 
 
 class DepthwiseConv(nn.Module):
-    """Depthwise convolution with a bias, on one image or any batch of them: (..., h, w, c) to (..., i, j, c).
+    """Depthwise convolution with a bias, on images of any batch shape: (..., h, w, c) to (..., i, j, c).
 
-    `padding` is (before, after) on both axes; by default the size is kept at stride 1.
+    `padding` is (before, after) on both axes; the default preserves the size at stride 1.
     """
 
     size: int = 3
@@ -150,7 +150,7 @@ class DepthwiseConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b h w c"]) -> Float[Array, "*b i j c"]:
-        """Convolve."""
+        """Pad and convolve."""
         channels = x.shape[-1]
         init = nn.initializers.variance_scaling(1, "fan_in", "truncated_normal", in_axis=(), out_axis=2)
         kernel = self.param("kernel", init, (self.size, self.size, channels))

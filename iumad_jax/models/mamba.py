@@ -1,6 +1,6 @@
-"""The Mamba decoder: learns what kind of object it sees, so that objects do not interfere (IB-IUMAD, section 3).
+"""The Mamba decoder (IB-IUMAD, section 3): recognises the object, so that objects do not interfere with each other.
 
-Modules take one image; batches are made with `jax.vmap`.
+Modules process one image; use `jax.vmap` for batches.
 """
 
 import math
@@ -16,10 +16,10 @@ from iumad_jax.shapes import Condition, Image, Logits
 
 
 def split_by_parity(grid: Float[Array, "h w e"]) -> Float[Array, "4 l e"]:
-    """The four sub-grids of the rows' and columns' parity, as sequences (EfficientVMamba's ES2D).
+    """Split a grid by the parity of rows and columns into four sequences (EfficientVMamba's ES2D).
 
-    (even, even) and (even, odd) are read row by row, (odd, even) and (odd, odd) column by column.
-    Odd sides are padded with zeros.
+    The sub-grids (even, even) and (even, odd) are read row by row, (odd, even) and (odd, odd) column by column. Odd
+    sides are padded with zeros.
     """
     h, w, e = grid.shape
     padded = jnp.pad(grid, ((0, h % 2), (0, w % 2), (0, 0)))
@@ -30,7 +30,7 @@ def split_by_parity(grid: Float[Array, "h w e"]) -> Float[Array, "4 l e"]:
 
 
 def merge_by_parity(sequences: Float[Array, "4 l e"], h: int, w: int) -> Float[Array, "h w e"]:
-    """The inverse of `split_by_parity` for a grid of h x w: every output goes back to its own position."""
+    """Invert `split_by_parity` for a grid of h x w."""
     e = sequences.shape[-1]
     half_h, half_w = (h + 1) // 2, (w + 1) // 2
     rows = sequences[:2].reshape(2, half_h, half_w, e)
@@ -44,7 +44,7 @@ def _uniform(bound: float) -> nn.initializers.Initializer:
 
 
 def _step_size_bias(key: Array, shape: tuple[int, ...]) -> Array:
-    """Biases b with softplus(b) log-uniform in [1e-3, 1e-1] (Mamba)."""
+    """Draw biases b such that softplus(b) is log-uniform in [1e-3, 1e-1] (Mamba)."""
     step = jnp.exp(jax.random.uniform(key, shape, minval=math.log(1e-3), maxval=math.log(1e-1)))
     return jnp.log(jnp.expm1(step))
 
@@ -108,7 +108,7 @@ class ESSM(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """Efficient channel attention (ECA): each channel is scaled by what it and its two neighbours hold on average."""
+    """Efficient channel attention (ECA): scales each channel by a function of the means of three adjacent channels."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "h w d"]) -> Float[Array, "h w d"]:
@@ -126,14 +126,14 @@ class MambaBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "h w d"]) -> Float[Array, "h w d"]:
-        """One block."""
+        """Apply the block."""
         h = x + ESSM(self.states, self.implementation, name="mixer")(nn.LayerNorm(epsilon=1e-5, name="norm_in")(x))
         normed = nn.LayerNorm(epsilon=1e-5, name="norm_out")(h)
         return normed + ChannelAttention(name="attention")(normed) + DepthwiseConv(name="conv")(h)
 
 
 class MambaDecoder(nn.Module):
-    """Recognises the object; the outputs of its blocks are the condition that steers the reconstruction."""
+    """Classifier of the object; the outputs of its blocks condition the reconstruction."""
 
     objects: int
     grid: int
@@ -141,11 +141,11 @@ class MambaDecoder(nn.Module):
     patch_size: int = 8
     blocks: int = 4
     states: int = 16
-    implementation: str | None = None  # of the selective scan, see `iumad_kernels`
+    implementation: str | None = None  # implementation of the selective scan, see `iumad_kernels`
 
     @nn.compact
     def __call__(self, image: Image) -> tuple[Condition, Logits]:
-        """From an image (0..255) to one condition per block, each of grid * grid tokens, and the object's logits."""
+        """Return one condition of grid * grid tokens per block, and the object logits, of an image (0..255)."""
         patch = (self.patch_size, self.patch_size)
         x = nn.Conv(self.width, patch, strides=patch, padding="VALID", name="stem")(image / 127.5 - 1)
         x = nn.LayerNorm(epsilon=1e-5, name="stem_norm")(x)

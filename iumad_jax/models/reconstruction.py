@@ -1,6 +1,6 @@
 """The reconstruction transformer of UniAD, conditioned on the object (IUF, IB-IUMAD section 4).
 
-Modules take the tokens of one image; batches are made with `jax.vmap`.
+Modules process the tokens of one image; use `jax.vmap` for batches.
 """
 
 import jax.numpy as jnp
@@ -15,14 +15,14 @@ _xavier = nn.initializers.xavier_uniform()
 
 
 def neighbour_mask(grid: int, side: int = 7) -> Bool[np.ndarray, "p p"]:
-    """Which tokens (columns) each token (row) may attend to: all but the side x side around itself (UniAD)."""
+    """Compute which tokens (columns) each token (row) may attend to: all but its side x side neighbourhood (UniAD)."""
     row, column = np.divmod(np.arange(grid * grid), grid)
     distance = np.maximum(abs(row[:, None] - row[None]), abs(column[:, None] - column[None]))
     return distance > side // 2
 
 
 class ReconstructionTransformer(nn.Module):
-    """Rebuilds the tokens of a good image from jittered ones."""
+    """Transformer that reconstructs the tokens of a good image from jittered tokens."""
 
     grid: int
     width: int = 256
@@ -36,12 +36,12 @@ class ReconstructionTransformer(nn.Module):
     def __call__(
         self, tokens: Float[Array, "p f"], condition: Condition | None = None, *, deterministic: bool
     ) -> tuple[Float[Array, "p d"], ...]:
-        """The outputs of the decoder layers, the last of them being the reconstruction.
+        """Return the outputs of all decoder layers; the last one is the reconstruction.
 
         Args:
-            tokens: the (jittered) features of one image, p = grid * grid.
-            condition: what multiplies each encoder layer's query; None is 1, as in UniAD.
-            deterministic: no dropout.
+            tokens: Features of an image, possibly jittered, with p = grid * grid.
+            condition: Factors of the queries, one per encoder layer; None means 1, as in UniAD.
+            deterministic: Whether to disable dropout.
         """
         mask = neighbour_mask(self.grid) if self.hide_neighbours else None
 
@@ -76,7 +76,7 @@ class ReconstructionTransformer(nn.Module):
         return tuple(final_norm(output) for output in outputs)
 
     def _position(self) -> Float[Array, "p d"]:
-        """Learned 2-D positions: half of the width tells the row, half the column."""
+        """Return learned 2-D position embeddings: half of the width encodes the row, half the column."""
         half = self.width // 2
         row = self.param("row_position", nn.initializers.uniform(1.0), (self.grid, 1, half))
         column = self.param("column_position", nn.initializers.uniform(1.0), (1, self.grid, half))

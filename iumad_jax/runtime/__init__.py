@@ -1,1 +1,1 @@
-"""Files that are there whole, snapshots, the workdir, preemption, devices and processes."""
+"""Atomic file writes, snapshots, the workdir, preemption, devices and processes."""

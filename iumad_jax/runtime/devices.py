@@ -1,6 +1,6 @@
-"""Several devices share every batch (`jax.pmap`), those of all processes.
+"""Data parallelism: the devices of all processes share each batch (`jax.pmap`).
 
-What is computed does not depend on how many there are.
+Results do not depend on the number of devices.
 """
 
 import inspect
@@ -17,99 +17,108 @@ AXIS = "devices"
 
 
 def memory_per_device() -> float:
-    """Bytes that JAX may use on each device; on CPU, its share of the RAM that is available."""
+    """Return the bytes that JAX may use on each device; on CPU, a device's share of the available RAM."""
     devices = jax.local_devices()
     if devices[0].platform == "cpu":
         return psutil.virtual_memory().available / len(devices)
     return min((device.memory_stats() or {"bytes_limit": 0})["bytes_limit"] for device in devices)
 
 
-def updates_per_loop(per_epoch: int, most: int = 128) -> int:
-    """How many updates a device should do in one loop: an epoch, or of a long one the largest part up to `most`.
+def updates_per_loop(per_epoch: int, limit: int = 128) -> int:
+    """Choose the number of updates in one loop on a device: the largest divisor of an epoch up to the limit.
 
-    On CPU one: there the same update takes almost twice as long in a loop.
+    On CPU it is 1, because an update takes almost twice as long within a loop.
     """
     if jax.local_devices()[0].platform == "cpu":
         return 1
-    return max(number for number in range(1, most + 1) if per_epoch % number == 0)
+    return max(number for number in range(1, limit + 1) if per_epoch % number == 0)
 
 
 def data_parallel(update: Callable) -> Callable:
-    """Runs update(state, batch, key, ...) on every device, each with its share of the batch, the rest being shared.
+    """Compile update(state, batch, key, ...) for all devices, each with its share of the batch.
 
-    The old state is given up.
+    All devices receive the same further arguments. The old state is donated.
     """
     shared = len(inspect.signature(update).parameters) - 2
     return jax.pmap(update, axis_name=AXIS, in_axes=(0, 0, *(None,) * shared), donate_argnums=0)
 
 
 def on_one_device(update: Callable) -> Callable:
-    """The same for one copy of the state and the same shares, without any communication; to look into it."""
+    """Emulate `data_parallel` for inspection: one state, the same shares of the batch, no communication."""
     shared = len(inspect.signature(update).parameters) - 2
     return jax.vmap(update, in_axes=(None, 0, *(None,) * shared), axis_name=AXIS)
 
 
 def replicate(tree: Any) -> Any:
-    """A copy of every array on every device, laid out as `data_parallel` returns it, so that it compiles once."""
+    """Copy every array to every device, with the layout of `data_parallel` results, which avoids recompilation."""
     devices = jax.local_devices()
     layout = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
     return jax.tree.map(lambda a: jax.device_put(np.broadcast_to(a, (len(devices), *np.shape(a))), layout), tree)
 
 
 def unreplicate(tree: Any) -> Any:
-    """The first device's copy of every array, as numpy arrays."""
+    """Return the first device's copy of every array as a NumPy array."""
     return jax.tree.map(lambda a: np.asarray(a.addressable_shards[0].data)[0], tree)
 
 
 def split_indices(rows: np.ndarray) -> np.ndarray:
-    """What each device of this process takes of a batch's rows: (..., batch) -> (devices, ..., places).
+    """Split the rows of a batch among all devices, and return the shares of this process's devices.
 
-    Every device has as many places. If they are more than rows, the last are filled with the first row once more, and
-    `sample_weight` leaves them out.
+    Args:
+        rows: Indices of images, shape (..., batch).
+
+    Returns:
+        Shape (devices, ..., places). All devices have the same number of places. If they outnumber the rows, the last
+        places repeat the first row, and `sample_weight` gives them the weight 0.
     """
     fill = -rows.shape[-1] % jax.device_count()
     filled = np.concatenate([rows, np.repeat(rows[..., :1], fill, axis=-1)], axis=-1)
-    return _own(filled.reshape(*rows.shape[:-1], jax.device_count(), -1))
+    return _select_local(filled.reshape(*rows.shape[:-1], jax.device_count(), -1))
 
 
 def sample_weight(batch_size: int) -> np.ndarray | None:
-    """What the image at each place counts in its device's mean: (devices, places); None: all the same.
+    """Compute the weight of the image at each place of `split_indices` in its device's mean.
 
-    The mean over devices of these means is that over the batch.
+    With these weights, the mean over devices of their means is the mean over the batch.
+
+    Returns:
+        Shape (devices, places), or None if all images count equally.
     """
     fill = -batch_size % jax.device_count()
     if not fill:
         return None
-    counts = np.zeros(batch_size + fill, np.float32)
-    counts[:batch_size] = len(counts) / batch_size
-    return _own(counts.reshape(jax.device_count(), -1))
+    weights = np.zeros(batch_size + fill, np.float32)
+    weights[:batch_size] = len(weights) / batch_size
+    return _select_local(weights.reshape(jax.device_count(), -1))
 
 
-def _own(by_device: np.ndarray) -> np.ndarray:
-    """This process's part of (..., all devices, places), its devices first."""
+def _select_local(by_device: np.ndarray) -> np.ndarray:
+    """Select this process's devices from (..., all devices, places), and move their axis to the front."""
     first = jax.process_index() * jax.local_device_count()
     return np.moveaxis(by_device, -2, 0)[first : first + jax.local_device_count()]
 
 
 def image_keys(key: jax.Array, images: int) -> jax.Array:
-    """Inside `data_parallel`: one key for each of this device's images.
+    """Derive one key for each of this device's images. Must be called within `data_parallel`.
 
-    An image's key depends on its place in the whole batch, so that results do not depend on the number of devices.
+    The key depends on the image's place in the whole batch, so results do not depend on the number of devices.
     """
     devices = jax.lax.axis_size(AXIS)
     return jax.random.split(key, (devices, images))[jax.lax.axis_index(AXIS)]
 
 
 def mean_over_devices(tree: Any) -> Any:
-    """Inside `data_parallel`: the mean of every array over the devices."""
+    """Average every array over the devices. Must be called within `data_parallel`."""
     return jax.lax.pmean(tree, AXIS)
 
 
 def gather(rows: jax.Array, sample_weight: jax.Array | None) -> tuple[jax.Array, int | jax.Array]:
-    """Inside `data_parallel`: the rows of all devices, in the order of the whole batch, on every device; how many.
+    """Gather the rows of all devices on every device. Must be called within `data_parallel`.
 
-    Behind these many, there are zeros for the places that were filled. Of a loss of the rows that every device
-    computes, the mean over devices of the gradients is the gradient.
+    If every device computes the same loss from the gathered rows, the mean of their gradients is its gradient.
+
+    Returns:
+        The rows in the order of the whole batch, and their number. The rows of repeated images come last and are zero.
     """
     if sample_weight is not None:
         rows = rows * (sample_weight > 0)[:, None]

@@ -1,4 +1,4 @@
-"""Runs a function of a batch on any number of images, jitted once, in batches of 8 of which the last is filled up."""
+"""Applies a function of a batch to any number of images, in padded batches of equal size."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,29 +6,29 @@ from typing import Any
 import jax
 import numpy as np
 
-_BATCH = 8  # images
+_BATCH_SIZE = 8
 
 
 def predict_in_batches(function: Callable[[Any, Any], Any], state: Any, images: Any) -> Any:
-    """Applies a function of a batch, such as `method.predict`, to all images.
+    """Apply a function of a batch, such as `method.predict`, to all images.
 
-    It is compiled once for all calls: every batch has the same size, the last one being filled up.
+    The function is compiled once for all calls: every batch has 8 images, the last one padded by repeating an image.
 
     Args:
-        function: (state, batch) -> arrays with a leading axis b.
-        state: the function's first argument, such as a method's variables.
-        images: arrays with a leading axis n, at least 1; NumPy arrays, memory-mapped ones too.
+        function: Function (state, batch) -> arrays with a leading axis b.
+        state: First argument of the function, such as a method's variables.
+        images: NumPy arrays, possibly memory-mapped, with a leading axis n >= 1.
 
     Returns:
         NumPy arrays with a leading axis n.
     """
     compiled = jax.jit(function)
     count = len(jax.tree.leaves(images)[0])
-    parts = []
-    for start in range(0, count, _BATCH):
-        rows = np.minimum(np.arange(start, start + _BATCH), count - 1)
+    outputs = []
+    for start in range(0, count, _BATCH_SIZE):
+        rows = np.minimum(np.arange(start, start + _BATCH_SIZE), count - 1)
         batch = jax.tree.map(
             lambda array, rows=rows: np.asarray(array[rows], np.float32 if array.ndim > 1 else None), images
         )
-        parts.append(jax.tree.map(np.asarray, compiled(state, batch)))
-    return jax.tree.map(lambda *arrays: np.concatenate(arrays)[:count], *parts)
+        outputs.append(jax.tree.map(np.asarray, compiled(state, batch)))
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays)[:count], *outputs)

@@ -1,4 +1,4 @@
-"""Makes this process one of several, with JAX's distributed runtime, and ends it when another one ends."""
+"""Joins this process with others in JAX's distributed runtime, and ends it when another one ends."""
 
 import atexit
 import ctypes
@@ -19,56 +19,58 @@ from iumad_jax.errors import INTERRUPTED, USER_ERROR, UserError
 from iumad_jax.runtime import preemption, processes
 from iumad_jax.runtime.devices import AXIS, mean_over_devices
 
-_PATIENCE = 300  # seconds in which all processes must have started
-_SILENCE = 30  # seconds without a sign of life after which a process counts as dead
-_FIRST_ENDS = "the first process ends"  # a meeting at which all others wait for it
+_START_TIMEOUT = 300  # seconds within which all processes must start
+_HEARTBEAT_TIMEOUT = 30  # seconds without a heartbeat after which a process counts as dead
+_PROCESS_ZERO_ENDS = "process 0 ends"  # barrier at which all others wait for process 0
 
-_ending = threading.Lock()  # who has it ends this process
+_ending = threading.Lock()  # held by the thread that ends this process
 
 
 @contextmanager
 def joined(coordinator: str | None, number: int | None, process: int | None, cluster: bool) -> Iterator[None]:
-    """Makes this process one of several within, if any argument is given; before JAX is used.
+    """Join this process with others for the body of the `with` statement, if any argument is given.
 
-    When another one ends, this one says so and ends, with the exit code INTERRUPTED.
+    Must be entered before JAX is used. If another process ends, this one reports it and ends with exit code
+    INTERRUPTED.
 
     Args:
-        coordinator: host and port at which the first process is found.
-        number: how many there are.
-        process: which this is, from 0.
-        cluster: whether JAX finds out all three, as it does under SLURM and Open MPI.
+        coordinator: HOST:PORT of process 0.
+        number: Number of processes.
+        process: Number of this process, from 0.
+        cluster: Whether JAX detects these three, as it can under SLURM and Open MPI.
 
     Raises:
-        UserError: arguments are missing, nobody is at the coordinator, or the processes differ.
+        UserError: If arguments are missing, the coordinator does not answer, or the processes differ.
     """
-    given = [one is not None for one in (coordinator, number, process)]
+    given = [argument is not None for argument in (coordinator, number, process)]
     if not cluster and not any(given):
         yield
         return
     if any(given) if cluster else not all(given):
-        raise UserError("--coordinator, --processes and --process belong together; or let --cluster find all three.")
+        raise UserError("--coordinator, --processes and --process must be given together, or --cluster without them.")
     if process is not None and number is not None and process >= number:
-        raise UserError(f"--process is {process}; use 0 to {number - 1}, as --processes is {number}.")
+        raise UserError(f"--process is {process}; choose 0 to {number - 1}, since --processes is {number}.")
     if coordinator is not None:
-        _find(coordinator, number, process)
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+        _await_coordinator(coordinator, number, process)
+    jax.config.update("jax_enable_preemption_service", False)  # it would handle SIGTERM itself
     ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
     try:
         jax.distributed.initialize(
             coordinator,
             number,
             process,
-            cluster_detection_method="deactivate" if coordinator else None,  # else SLURM's would give it one GPU
-            initialization_timeout=_PATIENCE,
-            heartbeat_timeout_seconds=_SILENCE,
-            shutdown_timeout_seconds=_SILENCE,
+            # SLURM's detection would assign a single GPU
+            cluster_detection_method="deactivate" if coordinator else None,
+            initialization_timeout=_START_TIMEOUT,
+            heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
+            shutdown_timeout_seconds=_HEARTBEAT_TIMEOUT,
         )
     except ValueError as error:
-        raise UserError("--cluster finds no job of SLURM, Open MPI or the like; use --coordinator.") from error
+        raise UserError("--cluster finds no job of SLURM, Open MPI or similar; use --coordinator instead.") from error
     try:
         _watch_others()
         processes.check_same(lambda: {"version of JAX": jax.__version__})
-        # devices wait for half a minute when they first exchange anything, later as long as another process compiles
+        # The first exchange between devices times out after 30 s; later ones wait while another process compiles.
         jax.block_until_ready(jax.pmap(mean_over_devices, axis_name=AXIS)(np.zeros(jax.local_device_count())))
         yield
     except BaseException as error:
@@ -76,9 +78,9 @@ def joined(coordinator: str | None, number: int | None, process: int | None, clu
             _end(f" ({str(error).splitlines()[0]})")
         _ending.acquire()
         if processes.is_process_zero():
-            time.sleep(1)  # others may be about to end for the same reason, and say it
+            time.sleep(1)  # lets others report the same error before they end
             with suppress(jax.errors.JaxRuntimeError):
-                processes.barrier(_FIRST_ENDS)
+                processes.barrier(_PROCESS_ZERO_ENDS)
         codes = {UserError: USER_ERROR, preemption.Interrupted: INTERRUPTED}
         atexit.register(_leave, next((code for kind, code in codes.items() if isinstance(error, kind)), 1))
         raise
@@ -86,14 +88,18 @@ def joined(coordinator: str | None, number: int | None, process: int | None, clu
     jax.distributed.shutdown()
 
 
-def _find(coordinator: str, number: int | None, process: int | None) -> None:
-    """Waits for the coordinator, which process 0 will be: JAX aborts if it is not there, or if its port is taken."""
+def _await_coordinator(coordinator: str, number: int | None, process: int | None) -> None:
+    """Wait for the coordinator, or in process 0 check its port. JAX would abort on a failure.
+
+    Raises:
+        UserError: If the address is invalid, its port is taken, or process 0 does not start in time.
+    """
     host, _, port = coordinator.rpartition(":")
     if not host or not re.fullmatch("[1-9][0-9]{0,4}", port) or int(port) >= 2**16:
-        raise UserError(f'--coordinator is "{coordinator}"; give the host of process 0 and a free port, HOST:PORT.')
-    told = f"process {process} of {number} waits for the others at {coordinator}, up to {_PATIENCE} s"
-    print(f"iumad_jax: {told}", file=sys.stderr, flush=True)
-    end = time.monotonic() + _PATIENCE
+        raise UserError(f'--coordinator is "{coordinator}"; use HOST:PORT with the host of process 0 and a free port.')
+    message = f"process {process} of {number} waits for the others at {coordinator}, up to {_START_TIMEOUT} s"
+    print(f"iumad_jax: {message}", file=sys.stderr, flush=True)
+    deadline = time.monotonic() + _START_TIMEOUT
     while True:
         try:
             if process == 0:
@@ -101,64 +107,67 @@ def _find(coordinator: str, number: int | None, process: int | None) -> None:
             return socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
         except (OSError, UnicodeError) as error:
             reason, *_ = str(getattr(error, "strerror", None) or error).split(" (")
-            told = f"--coordinator={coordinator}: {reason}"
+            problem = f"--coordinator={coordinator}: {reason}"
             if process == 0:
-                raise UserError(f"{told}; give all processes another port.") from error
-            if time.monotonic() > end:
-                raise UserError(f"{told} for {_PATIENCE} s; start process 0 there.") from error
+                raise UserError(f"{problem}; choose another port for all processes.") from error
+            if time.monotonic() > deadline:
+                raise UserError(f"{problem} for {_START_TIMEOUT} s; start process 0 on this host.") from error
         preemption.check()
         time.sleep(1)
 
 
 def _watch_others() -> None:
-    """Has the first process save and end when another is asked to end, and the others end when it does."""
-    own = jax.process_index()
-    asked = [(f"process {one} is asked to end", {0, one}) for one in range(jax.process_count())]
+    """Let process 0 save and end when another process is asked to end, and let the others end with process 0."""
+    barriers = [(f"process {index} is asked to end", {0, index}) for index in range(jax.process_count())]
     if processes.is_process_zero():
-        for meeting, members in asked[1:]:
-            _meet_later(meeting, members, then=lambda: signal.raise_signal(signal.SIGTERM))
+        for barrier, members in barriers[1:]:
+            _wait_in_background(barrier, members, after=lambda: signal.raise_signal(signal.SIGTERM))
     else:
-        _meet_later(*asked[own], first=preemption.wait)
-        _meet_later(_FIRST_ENDS, None, then=_end)
+        _wait_in_background(*barriers[jax.process_index()], before=preemption.wait)
+        _wait_in_background(_PROCESS_ZERO_ENDS, None, after=_end)
 
 
-def _meet_later(
-    meeting: str, members: set[int] | None, first: Callable = lambda: None, then: Callable = lambda: None
+def _wait_in_background(
+    barrier: str, members: set[int] | None, before: Callable = lambda: None, after: Callable = lambda: None
 ) -> None:
-    """Meets others in the background; if one that should come ends instead, this process ends, too."""
+    """Call `before`, wait at a barrier, and call `after`, all in a thread.
 
-    def meet() -> None:
-        first()
+    If another member ends instead of arriving, this process ends, too.
+    """
+
+    def wait() -> None:
+        before()
         try:
-            processes.barrier(meeting, members)
+            processes.barrier(barrier, members)
         except jax.errors.JaxRuntimeError:
             _end()
         else:
-            then()
+            after()
 
-    threading.Thread(target=meet, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _aborted(_: int) -> None:
-    """Ends this process where JAX aborts it, as it does when another one has ended; no public option prevents it."""
+    """Handle JAX's abort of this process after another one has ended, which no public option prevents."""
     _end()
-    time.sleep(_SILENCE)  # in which this process ends as it was about to
+    time.sleep(_HEARTBEAT_TIMEOUT)  # lets another thread finish that is ending this process already
 
 
 def _end(reason: str = "") -> None:
-    """Ends this process since another one has ended, unless it ends already."""
+    """End this process because another one has ended, unless it is ending already."""
     if not _ending.acquire(blocking=False):
         return
     if not preemption.requested():
-        told = f"this process ends, as another one has ended or did not come within {_PATIENCE} s{reason}"
+        cause = f"another one has ended or did not start within {_START_TIMEOUT} s{reason}"
+        message = f"this process ends, since {cause}; restart all processes to continue from the last snapshot."
         with suppress(OSError):
-            print(f"iumad_jax: {told}; start all of them again to go on from the last snapshot.", file=sys.stderr)
+            print(f"iumad_jax: {message}", file=sys.stderr)
     _leave(INTERRUPTED)
 
 
 def _leave(code: int) -> None:
-    """Ends this process without waiting for the others."""
+    """End this process without waiting for the others."""
     with suppress(OSError):
         sys.stdout.flush()
     os._exit(code)

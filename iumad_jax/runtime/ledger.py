@@ -1,6 +1,7 @@
 """The ledger of a run: every event once, in order, one JSON object per line.
 
-Two runs with one seed write the same bytes: no clock, fields in the order given, floats that read back as they were.
+Two runs with the same seed write the same bytes: events hold no times, fields keep their order, and floats are written
+with full precision.
 """
 
 import hashlib
@@ -18,38 +19,38 @@ SHA256_OF_NOTHING = hashlib.sha256().hexdigest()
 
 
 class Ledger:
-    """The ledger a run writes; its length is the number of its events.
+    """Writer of a ledger file. Its length is the number of events.
 
-    Opening keeps what is there, less a last line that a crash left unfinished.
+    Opening a file keeps its events; an incomplete last line, left by a crash, is removed.
     """
 
     def __init__(self, path: Path):
         """Open or create the file.
 
         Raises:
-            UserError: the file cannot be read or written.
+            UserError: If the file cannot be read or written.
         """
         self.path = path
-        self._change(path.touch)
-        self._cut(self._read().split(b"\n")[:-1])
+        self._modify(path.touch)
+        self._keep(self._read().split(b"\n")[:-1])
 
     def __len__(self) -> int:
         return self._lines
 
     @property
     def sha256(self) -> str:
-        """Of all lines, so that what a snapshot had seen is known again."""
+        """SHA-256 of all lines, by which `truncate` recognises the lines that a snapshot refers to."""
         return self._sha256.hexdigest()
 
     def append(self, event: str, **fields: Any) -> None:
-        """Write one event to disk, for good before this returns.
+        """Append one event and flush it to disk.
 
         Args:
-            event: what happened.
-            fields: JSON values, numpy or jax numbers and arrays; NaN and infinity are written as null.
+            event: Kind of event, such as "epoch".
+            fields: JSON values, NumPy or JAX numbers and arrays; NaN and infinity are written as null.
 
         Raises:
-            UserError: the disk is full or the file not writable.
+            UserError: If the disk is full or the file is not writable.
         """
         line = json.dumps(as_json({"event": event, **fields}), allow_nan=False) + "\n"
 
@@ -59,61 +60,67 @@ class Ledger:
                 file.flush()
                 os.fsync(file.fileno())
 
-        self._change(write)
+        self._modify(write)
         self._lines += 1
         self._sha256.update(line.encode())
 
     def truncate(self, lines: int, sha256: str) -> None:
-        """Forget all events but the first `lines`, so that a resumed run goes on from what its snapshot had seen.
+        """Remove all events after the first `lines`, so that a resumed run continues from its snapshot.
 
         Raises:
-            UserError: these lines are not what `sha256` was told of, or the file is not writable.
+            UserError: If these lines are missing or do not match `sha256`, or if the file is not writable.
         """
         kept = self._read().split(b"\n")[:-1][:lines]
         if hashlib.sha256(b"".join(line + b"\n" for line in kept)).hexdigest() != sha256:
-            changed = "they are not as they were written"
-            found = changed if len(kept) == lines else f"{len(kept)} of them are there"
+            problem = "they were changed" if len(kept) == lines else f"only {len(kept)} are left"
             raise UserError(
-                f"{self.path}: the snapshot had seen {lines} lines, but {found}; "
-                "restore the file, or start again in an empty workdir"
+                f"{self.path}: the snapshot was taken after {lines} lines, but {problem}; restore the file from a"
+                " backup, or start again in an empty workdir."
             )
-        self._cut(kept)
+        self._keep(kept)
 
     def _read(self) -> bytes:
         try:
             return self.path.read_bytes()
         except OSError as error:
-            raise UserError(f"cannot read {self.path}: {error.strerror}") from error
+            raise _unreadable(self.path, error) from error
 
-    def _cut(self, lines: list[bytes]) -> None:
-        """Keeps the first lines, which are these."""
+    def _keep(self, lines: list[bytes]) -> None:
+        """Truncate the file to `lines`, which are its first lines."""
         content = b"".join(line + b"\n" for line in lines)
-        self._change(lambda: os.truncate(self.path, len(content)))
+        self._modify(lambda: os.truncate(self.path, len(content)))
         self._lines, self._sha256 = len(lines), hashlib.sha256(content)
 
-    def _change(self, change: Callable[[], None]) -> None:
+    def _modify(self, action: Callable[[], None]) -> None:
+        """Run an action on the file, raising its OSError as UserError."""
         try:
-            change()
+            action()
         except OSError as error:
             raise not_written(self.path, error) from error
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All complete events of a ledger; a last line without its end is one being written, or a crash, and left out.
+    """Read all complete events of a ledger.
+
+    A last line without line end is skipped: it is being written, or a crash interrupted it.
 
     Raises:
-        UserError: the file cannot be read, or a line is not an event, naming the line.
+        UserError: If the file cannot be read, or if a line, which the message names, is not an event.
     """
     try:
         *lines, _ = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise _unreadable(path, error) from error
     events = []
     for number, line in enumerate(lines, 1):
         event = None
-        with suppress(ValueError, RecursionError):  # also of decoding
+        with suppress(ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
             event = json.loads(line)
         if not isinstance(event, dict) or "event" not in event:
-            raise UserError(f"{path} line {number} is damaged: not a JSON object with an event; restore the file")
+            raise UserError(f"{path} line {number} is damaged (not a JSON event); restore the file from a backup.")
         events.append(event)
     return events
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot read {path}: {error.strerror}; restore the file or make it readable.")

@@ -1,6 +1,6 @@
-"""What can be watched while a run works: live.jsonl, TensorBoard if wanted, and plain lines where there is no terminal.
+"""Live view of a working run: live.jsonl, optionally TensorBoard, and log lines where standard error is no terminal.
 
-Unlike the ledger this knows the clock, and is never cut back: a run that was stopped and goes on adds to it.
+Unlike the ledger, live.jsonl holds times and is never truncated: a resumed run appends to it.
 """
 
 import sys
@@ -16,11 +16,11 @@ from PIL import Image
 from iumad_jax.errors import UserError
 from iumad_jax.runtime.ledger import Ledger
 
-_QUIET = 30.0  # seconds between two lines of training
+_LOG_INTERVAL = 30.0  # minimum seconds between two log lines within a step
 
 
 def check(tensorboard: bool) -> None:
-    """Raises UserError if TensorBoard is wanted and its writer is not installed."""
+    """Raise UserError if TensorBoard is enabled but its writer is not installed."""
     if tensorboard and find_spec("tensorboardX") is None:
         raise UserError(
             "config.report.tensorboard is True but tensorboardX is not installed; run pip install tensorboardX."
@@ -31,23 +31,23 @@ class Live:
     """The live view of a run."""
 
     def __init__(self, workdir: Path, tensorboard: bool) -> None:
-        """Opens `live.jsonl` and, if wanted, a log for TensorBoard in `tensorboard/`.
+        """Open `live.jsonl` and, if enabled, a TensorBoard log in `tensorboard/`.
 
         Raises:
-            UserError: they cannot be written.
+            UserError: If a file cannot be written.
         """
         self._log = Ledger(workdir / "live.jsonl")
         self._board: Any = None
-        self._said = 0.0
+        self._logged_at = 0.0  # time of the last log line, on the monotonic clock
         if tensorboard:
             from tensorboardX import SummaryWriter  # an optional extra
 
             self._board = SummaryWriter(str(workdir / "tensorboard"))
 
     def begin(self, step: int, names: tuple[str, ...], images: int) -> None:
-        """A step begins to learn these objects from so many images."""
+        """Record that a step begins to learn the named objects from a number of training images."""
         self.event("step", step=step, learned=names, images=images)
-        self._said = time.monotonic()
+        self._logged_at = time.monotonic()
         log(f"step {step}: learning {', '.join(names)} from {images} images")
 
     def epoch(
@@ -60,7 +60,17 @@ class Live:
         images: int,
         seconds: float,
     ) -> None:
-        """An epoch, the number `epoch` of `epochs`, took so many seconds for so many images."""
+        """Record a finished epoch.
+
+        Args:
+            step: Number of the step.
+            epoch: Number of the epoch, from 0.
+            epochs: Number of epochs per step.
+            losses: Mean losses by name; `loss` is the total.
+            learning_rate: Learning rate.
+            images: Number of images in the epoch.
+            seconds: Duration of the epoch.
+        """
         speed = images / seconds
         values = {**losses, "learning_rate": learning_rate, "images_per_second": speed}
         self.event("epoch", step=step, epoch=epoch, **values)
@@ -69,16 +79,16 @@ class Live:
                 tag = f"losses/{name}" if name in losses else name
                 self._board.add_scalar(tag, value, step * epochs + epoch)
             self._board.flush()
-        if not sys.stderr.isatty() and time.monotonic() - self._said > _QUIET:
-            self._said = time.monotonic()
-            left = (epochs - epoch - 1) * seconds
+        if not sys.stderr.isatty() and time.monotonic() - self._logged_at > _LOG_INTERVAL:
+            self._logged_at = time.monotonic()
+            remaining = (epochs - epoch - 1) * seconds
             log(
                 f"step {step}: epoch {epoch + 1} of {epochs}, loss {losses['loss']:.4g}, {speed:.3g} images/s,"
-                f" {left / 60:.1f} min left"
+                f" {remaining / 60:.1f} min left"
             )
 
     def evaluation(self, step: int, object_: str, method: str, values: dict[str, float]) -> None:
-        """The metrics of one object and method after a step."""
+        """Record the metrics of one object and method after a step."""
         self.event("evaluation", step=step, object=object_, method=method, **values)
         if self._board:
             for metric, value in values.items():
@@ -86,7 +96,7 @@ class Live:
                     self._board.add_scalar(f"{metric}/{object_}/{method}", value, step)
 
     def picture(self, step: int, object_: str, path: Path) -> None:
-        """The heatmaps of an object after a step, as they were saved."""
+        """Show the saved heatmaps of an object after a step in TensorBoard."""
         if self._board:
             with Image.open(path) as picture:
                 pixels = np.asarray(picture.convert("RGB"))
@@ -94,15 +104,15 @@ class Live:
             self._board.flush()
 
     def event(self, event: str, **fields: Any) -> None:
-        """An event of the ledger, with the time."""
+        """Append an event of the ledger to live.jsonl, with the time."""
         self._log.append(event, time=datetime.now(UTC).isoformat(timespec="milliseconds"), **fields)
 
     def close(self) -> None:
-        """Ends TensorBoard's thread."""
+        """Stop the thread of the TensorBoard writer."""
         if self._board:
             self._board.close()
 
 
 def log(line: str) -> None:
-    """A line about the run's progress, on standard error."""
+    """Print a line about the run's progress to standard error."""
     print(line, file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
-"""Several processes run the same program on the same data (`joining`).
+"""Coordination of processes that run the same program on the same data (see `joining`).
 
-The first alone writes to the workdir, while the others wait for it.
+Only process 0 writes to the workdir, while the others wait for it.
 """
 
 import functools
@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from iumad_jax.errors import UserError
 
-_PATIENCE = 10**9  # milliseconds that a process waits for others that are alive: preparing a dataset can take days
+_TIMEOUT = 10**9  # milliseconds at a barrier; preparing a dataset can take days
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -27,35 +27,37 @@ _barriers = itertools.count()
 
 
 def is_process_zero() -> bool:
-    """Whether this is the process that writes."""
+    """Return whether this is process 0, the only one that writes."""
     return jax.process_index() == 0
 
 
 def barrier(name: str = "", members: set[int] | None = None) -> None:
-    """Waits for all other processes, or for the members of a meeting that has a name.
+    """Wait until all processes, or the given members, have reached the barrier.
+
+    A barrier of members needs a unique name; others are numbered in the order of calls.
 
     Raises:
-        JaxRuntimeError: one of them has ended.
+        JaxRuntimeError: If one of them has ended.
     """
     wait = ocp.multihost.get_barrier_sync_fn(processes=members)
-    wait(key=name or f"meeting {next(_barriers)}", timeout_ms=_PATIENCE)
+    wait(key=name or f"barrier {next(_barriers)}", timeout_ms=_TIMEOUT)
 
 
 def process_zero_only(function: Callable[_P, _T]) -> Callable[_P, _T | None]:
-    """The function, done by the first process while the others wait; for them it returns None."""
+    """Decorate a function to run in process 0 alone. The others wait, and their call returns None."""
 
     @functools.wraps(function)
-    def done(*args: _P.args, **kwargs: _P.kwargs) -> _T | None:
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _T | None:
         result = function(*args, **kwargs) if is_process_zero() else None
         barrier()
         return result
 
-    return done
+    return wrapper
 
 
 @contextmanager
 def process_zero_first() -> Iterator[None]:
-    """Within, the first process is alone, and then all others are."""
+    """Run the body of the `with` statement in process 0 first, and then in all others."""
     if not is_process_zero():
         barrier()
     yield
@@ -64,9 +66,9 @@ def process_zero_first() -> Iterator[None]:
     barrier()
 
 
-def on_process_zero(make: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    """What the first process makes of the arguments; elsewhere something whose methods do nothing."""
-    return make(*args, **kwargs) if is_process_zero() else _Noop()  # type: ignore[return-value]
+def on_process_zero(create: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    """Create an object in process 0. The others get a substitute whose methods do nothing."""
+    return create(*args, **kwargs) if is_process_zero() else _Noop()  # type: ignore[return-value]
 
 
 class _Noop:
@@ -78,34 +80,38 @@ class _Noop:
 
 
 def all_processes(condition: bool) -> bool:
-    """Whether a condition holds in every process, all of which ask."""
+    """Return whether a condition holds in every process. Must be called by all processes."""
     return bool(np.all(multihost_utils.process_allgather(np.array(condition))))
 
 
-def check_same(own: Callable[[], dict[str, Any]]) -> None:
-    """Compares the number of devices and what else every process has: by name, whatever JSON can hold.
+def check_same(values: Callable[[], dict[str, Any]]) -> None:
+    """Check that all processes have the same number of devices and the same values. Must be called by all processes.
+
+    Args:
+        values: Returns JSON values of this process by name. Called only if there are several processes.
 
     Raises:
-        UserError: something differs; in all processes alike.
+        UserError: If something differs. All processes raise it.
     """
     if jax.process_count() == 1:
         return
-    digests = {name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()) for name, value in own().items()}
-    barrier()  # others may need longer for their own than they wait for what follows
+    digests = {name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()) for name, value in values().items()}
+    barrier()  # values may take other processes longer than the timeout of process_allgather
     devices = Counter(device.process_index for device in jax.devices())
     if len(set(devices.values())) > 1:
         differing = ["number of devices"]
     else:
-        given = multihost_utils.process_allgather(np.array([list(one.digest()) for one in digests.values()], np.uint8))
-        differing = [name for place, name in enumerate(digests) if (given[:, place] != given[0, place]).any()]
+        local = np.array([list(digest.digest()) for digest in digests.values()], np.uint8)
+        gathered = multihost_utils.process_allgather(local)
+        differing = [name for i, name in enumerate(digests) if (gathered[:, i] != gathered[0, i]).any()]
     if differing:
         raise UserError(
-            f"the processes differ in their {' and '.join(differing)}; give all of them the same command, and a workdir"
-            " and a dataset that they share."
+            f"the processes differ in their {' and '.join(differing)}; start all of them with the same command, on a"
+            " shared workdir and dataset."
         )
 
 
 def single_process() -> ocp.options.MultiprocessingOptions:
-    """For Orbax: every process reads and writes for itself, without waiting for others."""
-    own = jax.process_index()
-    return ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+    """Return Orbax options with which a process reads and writes by itself, without waiting for others."""
+    index = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})

@@ -1,4 +1,4 @@
-"""Where a run stands: exactly what a snapshot stores."""
+"""Progress of a run: the content of a snapshot."""
 
 from typing import Any, NamedTuple
 
@@ -9,35 +9,35 @@ from iumad_jax.shapes import Calibration, StrategyState, Variables
 
 
 class Position(NamedTuple):
-    """How far a run is. Randomness and the order of the data are functions of this and the seed."""
+    """Position within a run. Randomness and the order of the data depend only on the position and the seed."""
 
     step: int
-    updates: int  # done within the step
-    finished: bool = False  # the step is trained and evaluated
+    updates: int  # number of updates made within the step
+    finished: bool = False  # whether the step is trained and evaluated
 
 
 class LedgerMark(NamedTuple):
-    """How much of the ledger had been written, and its SHA-256."""
+    """Number of lines in the ledger when a snapshot is taken, and their SHA-256."""
 
     lines: int
     sha256: str
 
 
 class Progress(NamedTuple):
-    """Everything that a run needs to go on, and a detector to work."""
+    """Everything that is needed to resume a run or to load a detector."""
 
     position: Position
-    objects: tuple[str, ...]  # all objects of the run, in the order of learning, which is how they are numbered
-    variables: dict[str, Variables]  # of the run's method and its baselines, by name; `frozen` ones are not stored
-    frozen: dict[str, str]  # the SHA-256 of these, by the names of methods that have any
+    objects: tuple[str, ...]  # all objects of the run, numbered in the order of learning
+    variables: dict[str, Variables]  # by name, of the config's method and its baselines; `frozen` ones are not stored
+    frozen: dict[str, str]  # SHA-256 of the frozen variables, by name, of the methods that have any
     recognition: Variables  # statistics of `recognition.observe`
-    calibration: dict[str, Calibration]  # by object learned, after the last finished step: thresholds come from it
-    optimizer: list[Any]  # the leaves of its state; empty between steps
-    strategy_state: StrategyState  # what the strategy against forgetting keeps
-    losses: dict[str, np.ndarray]  # of the updates of an epoch that is not finished
+    calibration: dict[str, Calibration]  # by learned object, as of the last finished step; determines the thresholds
+    optimizer: list[Any]  # leaves of the optimiser's state; empty between steps
+    strategy_state: StrategyState  # memory of the strategy against forgetting
+    losses: dict[str, np.ndarray]  # losses per update of an unfinished epoch
     ledger: LedgerMark
-    seconds: float  # that the run took so far
-    inputs: dict[str, Any]  # JSON: how a detector prepares images, see `Store.describe`
+    seconds: float  # run time so far
+    inputs: dict[str, Any]  # JSON: preprocessing settings for a detector, see `Store.describe`
 
 
 BEGINNING = Progress(

@@ -1,4 +1,4 @@
-"""Arrays that snapshots share: what belongs to one object and never changes is written once, under its SHA-256."""
+"""Arrays shared by snapshots: the unchanging arrays of each object are stored once, in files named by SHA-256."""
 
 import hashlib
 import io
@@ -11,27 +11,27 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from iumad_jax.runtime.storage import write_whole
 from iumad_jax.shapes import BY_OBJECT
 
-ByObject = dict[str, tuple[Any, ...]]  # by path in a tree: nested dictionaries of arrays, one for each object
-Index = dict[str, list[dict[str, str]]]  # the same with the SHA-256 of each array, by its path
+ByObject = dict[str, tuple[Any, ...]]  # by path in a tree: one nested dictionary of arrays per object
+Index = dict[str, list[dict[str, str]]]  # by path in a tree: per object the SHA-256 of each array, by array path
 
 
 def separate(tree: Any, path: str = "") -> tuple[Any, ByObject]:
-    """Splits nested dictionaries into what changes and what stands under keys BY_OBJECT."""
+    """Split nested dictionaries into the values under keys BY_OBJECT, by path, and a tree without these keys."""
     if not isinstance(tree, dict):
         return tree, {}
-    rest: dict[str, Any] = {}
+    remaining: dict[str, Any] = {}
     shared: ByObject = {}
     for key, value in tree.items():
         if key == BY_OBJECT:
             shared[f"{path}{key}"] = value
         else:
-            rest[key], below = separate(value, f"{path}{key}/")
-            shared |= below
-    return rest, shared
+            remaining[key], shared_below = separate(value, f"{path}{key}/")
+            shared |= shared_below
+    return remaining, shared
 
 
 def join(tree: Any, shared: ByObject) -> Any:
-    """Puts back what `separate` took out, into the tree itself."""
+    """Insert the values that `separate` removed into the tree, in place."""
     for path, value in shared.items():
         *parents, key = path.split("/")
         node = tree
@@ -42,55 +42,56 @@ def join(tree: Any, shared: ByObject) -> Any:
 
 
 class SharedArrays:
-    """A folder of arrays, each named after the SHA-256 of its file."""
+    """Folder of arrays in files named by their SHA-256."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._intact: set[str] = set()  # files that this process has written or compared with their names
+        self._intact: set[str] = set()  # SHA-256 of the files that this process has written or verified
 
     def write(self, shared: ByObject) -> Index:
-        """Writes the arrays that are not there yet, or not as they were written.
+        """Write the arrays whose files are missing or damaged, and return the index of all arrays.
 
         Raises:
-            UserError: the disk is full or the folder not writable.
+            UserError: If the disk is full or the folder is not writable.
         """
-        return {path: [self._write_one(one) for one in objects] for path, objects in shared.items()}
+        return {path: [self._write_object(arrays) for arrays in objects] for path, objects in shared.items()}
 
     def read(self, index: Index) -> ByObject:
-        """Reads the arrays of an index.
+        """Read the arrays of an index.
 
         Raises:
-            OSError: a file cannot be read.
-            ValueError: it holds no array.
+            OSError: If a file cannot be read.
+            ValueError: If a file holds no array.
         """
         return {
             path: tuple(
-                unflatten_dict({name: np.load(self._file(digest)) for name, digest in one.items()}, sep="/")
-                for one in objects
+                unflatten_dict({name: np.load(self._file(digest)) for name, digest in digests.items()}, sep="/")
+                for digests in objects
             )
             for path, objects in index.items()
         }
 
     def damaged(self, index: Index) -> str | None:
-        """Names a file of the index that is missing or not as it was written; None if there is none.
+        """Return the name of a missing or damaged file of the index, or None if all files are intact.
 
         Raises:
-            OSError: one cannot be read.
+            OSError: If a file cannot be read.
         """
-        digests = {digest for objects in index.values() for one in objects for digest in one.values()}
+        digests = {digest for objects in index.values() for arrays in objects for digest in arrays.values()}
         return next((f"{digest}.npy" for digest in sorted(digests) if not self._is_intact(digest)), None)
 
-    def _write_one(self, arrays: Any) -> dict[str, str]:
-        written = {}
+    def _write_object(self, arrays: Any) -> dict[str, str]:
+        """Write the arrays of one object and return the SHA-256 of each, by path."""
+        digests = {}
         for name, array in flatten_dict(arrays, sep="/").items():
             content = io.BytesIO()
             np.save(content, np.asarray(array), allow_pickle=False)
-            digest = written[name] = hashlib.sha256(content.getvalue()).hexdigest()
+            digest = digests[name] = hashlib.sha256(content.getvalue()).hexdigest()
             if not self._is_intact(digest):
                 self.folder.mkdir(exist_ok=True)
                 write_whole(self._file(digest), content.getvalue())
                 self._intact.add(digest)
-        return written
+        return digests
 
     def _is_intact(self, digest: str) -> bool:
         if digest not in self._intact and self._file(digest).exists():

@@ -1,12 +1,13 @@
-"""Orbax snapshots: one per incremental step, and the two newest within a step.
+"""Orbax snapshots: one per finished step, and the two newest within steps.
 
-A snapshot holds a `progress.Progress`, less the frozen arrays of methods.
+A snapshot stores a `progress.Progress` without the frozen arrays of methods.
 
-Every snapshot has a manifest, the SHA-256 of each of its files, because Orbax restores flipped bits silently. It gets
-its name when that is written, too: what a crash leaves behind has another name.
+Every snapshot has a manifest with the SHA-256 of each file, because Orbax restores flipped bits without an error. The
+folder is renamed to its final name after the manifest is written, so snapshots left incomplete by a crash are
+recognised by their names.
 
-What belongs to one object and never changes again is written once, as `snapshots/by_object/<SHA-256>.npy`, and shared
-by all later snapshots: the arrays under every key BY_OBJECT of the variables and of the strategy's state.
+Arrays of one object that never change, under the keys BY_OBJECT of the variables and of the strategy's state, are
+written once to `snapshots/by_object/<SHA-256>.npy` and shared by all later snapshots.
 """
 
 import hashlib
@@ -34,20 +35,20 @@ from iumad_jax.runtime.storage import as_json, write_whole
 from iumad_jax.shapes import Calibration, Variables
 
 MANIFEST = "sha256.json"
-_SHARED = "by_object.json"  # in a snapshot: which shared arrays it has
-_ARRAYS = ("variables", "recognition", "optimizer", "strategy_state", "losses")  # fields; others are JSON
-_UPDATES = 10**12  # more than a step has
-_UNFINISHED = ".unfinished"  # in the names of snapshots until they are whole
+_SHARED = "by_object.json"  # file in a snapshot: index of its shared arrays
+_ARRAYS = ("variables", "recognition", "optimizer", "strategy_state", "losses")  # fields of Progress not in JSON
+_UPDATES = 10**12  # more updates than any step has
+_UNFINISHED = ".unfinished"  # suffix of snapshots that are being written
 
 
 class Snapshots:
-    """The snapshots of one workdir, written by a thread of its own while training goes on."""
+    """Snapshots of one workdir, written by a background thread while training continues."""
 
     def __init__(self, workdir: Path) -> None:
-        """Opens them; what a killed save left behind is removed.
+        """Open the snapshots of a workdir and remove incomplete ones.
 
         Raises:
-            UserError: the workdir is not writable.
+            UserError: If the workdir is not writable.
         """
         logging.getLogger("absl").setLevel(logging.WARNING)
         self._shared = _shared_arrays(workdir)
@@ -58,18 +59,20 @@ class Snapshots:
                 for unfinished in folder.glob(f"*{_UNFINISHED}*"):
                     shutil.rmtree(unfinished)
             except OSError as error:
-                raise UserError(f"{folder}: not a writable folder ({_reason(error)}); make room for one.") from error
-        self.last_save = time.monotonic()  # when it began; at first, when these were opened
+                raise UserError(
+                    f"{folder} cannot be written ({_reason(error)}); make room on the disk or choose another --workdir."
+                ) from error
+        self.last_save = time.monotonic()  # start of the last save; before the first, the time of opening
         self._thread = ThreadPoolExecutor(1, "snapshots")
         self._saving: Future[None] | None = None
 
     def save(self, progress: Progress) -> None:
-        """Begins to save a snapshot; a finished step's stays, one within a step replaces the last but one before.
+        """Start saving a snapshot in the background. Of several processes, only process 0 saves.
 
-        Only the first of several processes does.
+        Snapshots of finished steps are kept; of those within steps, only the two newest.
 
         Raises:
-            UserError: a number in it is not finite, or the one before could not be written, as when the disk is full.
+            UserError: If a number is not finite, or if the previous snapshot could not be written.
         """
         self.last_save = time.monotonic()
         if not processes.is_process_zero():
@@ -77,59 +80,64 @@ class Snapshots:
         self.wait()
         step, updates, finished = progress.position
         folder = self._finished / str(step) if finished else self._within / str(step * _UPDATES + updates)
-        kept = progress._replace(variables={name: stored(of_one) for name, of_one in progress.variables.items()})
-        arrays = jax.tree.map(np.array, {key: getattr(kept, key) for key in _ARRAYS})  # training reuses its buffers
-        calibration = {name: (one.score, one.peak, one.distance[:, :2]) for name, one in progress.calibration.items()}
+        variables = {name: stored(values) for name, values in progress.variables.items()}
+        fields = progress._replace(variables=variables)._asdict()
+        arrays = jax.tree.map(np.array, {key: fields[key] for key in _ARRAYS})  # copies, as training reuses its buffers
+        calibration = {
+            name: (scores.score, scores.peak, scores.distance[:, :2]) for name, scores in progress.calibration.items()
+        }
         _check_finite(arrays | {"calibration": calibration}, folder)
-        record = {key: value for key, value in progress._asdict().items() if key not in _ARRAYS}
+        record = {key: value for key, value in fields.items() if key not in _ARRAYS}
         record |= {name: value._asdict() for name, value in record.items() if name in ("position", "ledger")}
-        record["calibration"] = {name: one._asdict() for name, one in progress.calibration.items()}
+        record["calibration"] = {name: scores._asdict() for name, scores in progress.calibration.items()}
         keep = None if finished else 2
         self._saving = self._thread.submit(_write, folder, self._shared, arrays, as_json(record), keep)
 
     @property
     def failed(self) -> bool:
-        """Whether the last snapshot could not be written, which the next `save` or `wait` tells."""
+        """Whether the last snapshot could not be written. The next `save` or `wait` raises the error."""
         return self._saving is not None and self._saving.done() and self._saving.exception() is not None
 
     def wait(self) -> None:
-        """Waits until everything is on disk.
+        """Wait until the last snapshot is on disk.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: If it cannot be written.
         """
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
 
     def latest(self) -> Progress | None:
-        """The snapshot of the furthest position that is as it was written, or None if none was ever taken.
+        """Return the intact snapshot of the furthest position, or None if no snapshot was ever taken.
 
-        Damaged ones beyond it are set aside.
+        Damaged snapshots of later positions are set aside.
 
         Raises:
-            UserError: all are damaged, or it cannot be read.
+            UserError: If all snapshots are damaged, or if the snapshot cannot be read.
         """
         self.wait()
-        there = [((number + 1) * _UPDATES, folder) for number, folder in _numbered(self._finished)]
-        there += _numbered(self._within)
-        damaged: list[tuple[Path, str]] = []
-        for _, folder in sorted(there, reverse=True):
+        folders = [((step + 1) * _UPDATES, folder) for step, folder in _numbered(self._finished)]
+        folders += _numbered(self._within)
+        damages: list[tuple[Path, str]] = []
+        for _, folder in sorted(folders, reverse=True):
             if (damage := _damage(folder, self._shared)) is None:
-                for other, reason in damaged:
-                    _set_aside(other, f"{reason}; going on from {folder}")
+                for damaged_folder, description in damages:
+                    _set_aside(damaged_folder, description, folder)
                 return _restore(folder, self._shared)
-            damaged.append((folder, damage))
-        if damaged:
-            told = "; ".join(f"{folder} {damage}" for folder, damage in damaged)
-            raise UserError(f"no snapshot can be used: {told}; restore one, or start again in another --workdir.")
+            damages.append((folder, damage))
+        if damages:
+            reasons = "; ".join(f"{folder} {damage}" for folder, damage in damages)
+            raise UserError(
+                f"no snapshot can be used: {reasons}; restore one from a backup, or start again in another --workdir."
+            )
         return None
 
     def close(self) -> None:
-        """Waits until everything is on disk and ends the thread.
+        """Wait until the last snapshot is on disk and stop the thread.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: If the snapshot cannot be written.
         """
         try:
             self.wait()
@@ -138,26 +146,29 @@ class Snapshots:
 
 
 def read(workdir: Path, step: int | None = None) -> Progress:
-    """The snapshot of a finished step, by default the last one that is whole; nothing in the workdir is changed.
+    """Read the snapshot of a finished step, by default the last intact one. The workdir is not changed.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: If the snapshot does not exist or is damaged.
     """
     folder, shared = (workdir / "snapshots").absolute(), _shared_arrays(workdir)
-    there = dict(_numbered(folder))
-    damaged: list[str] = []
-    for number in sorted(there, reverse=True) if step is None else {step} & set(there):
-        damage = _damage(there[number], shared)
+    folder_by_step = dict(_numbered(folder))
+    problems: list[str] = []
+    for number in sorted(folder_by_step, reverse=True) if step is None else {step} & set(folder_by_step):
+        damage = _damage(folder_by_step[number], shared)
         if damage is None:
-            for told in damaged:
-                print(f"iumad_jax: {told}; using {there[number]}", file=sys.stderr)
-            return _restore(there[number], shared)
-        damaged.append(f"{there[number]} {damage}")
-    if damaged:
-        raise UserError(f"{'; '.join(damaged)}: restore it, or choose another --step or --workdir.")
-    found = f"finished are {', '.join(map(str, sorted(there)))}" if there else "none is finished"
-    wanted = "any step" if step is None else f"step {step}"
-    raise UserError(f"{folder} holds no snapshot of {wanted}; {found}.")
+            for problem in problems:
+                print(f"iumad_jax: {problem}; using {folder_by_step[number]} instead.", file=sys.stderr)
+            return _restore(folder_by_step[number], shared)
+        problems.append(f"{folder_by_step[number]} {damage}")
+    if problems:
+        raise UserError(
+            f"{'; '.join(problems)}; restore it from a backup, or choose another --step or another --workdir."
+        )
+    if not folder_by_step:
+        raise UserError(f"{folder} holds no snapshot of a finished step; let the run finish its first step.")
+    steps = ", ".join(map(str, sorted(folder_by_step)))
+    raise UserError(f"{folder} holds no snapshot of step {step}; choose one of the finished steps {steps}.")
 
 
 def _shared_arrays(workdir: Path) -> SharedArrays:
@@ -165,36 +176,39 @@ def _shared_arrays(workdir: Path) -> SharedArrays:
 
 
 def _check_finite(arrays: dict[str, Any], folder: Path) -> None:
-    """Raises UserError if a number is not finite, before anything is written."""
+    """Raise UserError if a number is not finite."""
     for path, array in jax.tree.leaves_with_path(arrays):
         if np.issubdtype(array.dtype, np.inexact) and not np.isfinite(array).all():
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise UserError(
-                f"{folder}: no snapshot is saved, because {name} is not finite; look for broken images among those"
-                " learned last, or lower config.train.learning_rate."
+                f"{folder} is not saved, because {name} is not finite; look for broken images among those learned last,"
+                " or lower config.train.learning_rate."
             )
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
-    """The snapshots in a folder, by number."""
-    return [(int(one.name), one) for one in folder.glob("*") if one.name.isdecimal()]
+    """List the snapshots in a folder with the numbers that are their names."""
+    return [(int(snapshot.name), snapshot) for snapshot in folder.glob("*") if snapshot.name.isdecimal()]
 
 
 @contextmanager
 def _checkpointer() -> Iterator[ocp.Checkpointer]:
-    """Orbax's, for this process alone. Its CheckpointManager would read all snapshots' metadata, also damaged ones."""
-    alone = processes.single_process()
+    """Open an Orbax checkpointer for this process only.
+
+    Orbax's CheckpointManager is not used because it reads the metadata of all snapshots, including damaged ones.
+    """
+    options = processes.single_process()
     handler = ocp.CompositeCheckpointHandler(
-        arrays=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
-        record=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
-        composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
+        arrays=ocp.StandardCheckpointHandler(multiprocessing_options=options),
+        record=ocp.JsonCheckpointHandler(multiprocessing_options=options),
+        composite_options=ocp.CompositeOptions(multiprocessing_options=options),
     )
-    with _silent_threads(), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+    with _silent_threads(), ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
         yield checkpointer
 
 
 def _write(folder: Path, shared: SharedArrays, arrays: Any, record: dict[str, Any], keep: int | None) -> None:
-    """Writes a snapshot and, of all beside it, keeps the newest ones."""
+    """Write a snapshot and delete all but the `keep` newest ones beside it; None keeps all."""
     unfinished = folder.with_name(folder.name + _UNFINISHED)
     arrays, by_object = separate(arrays)
     try:
@@ -204,23 +218,23 @@ def _write(folder: Path, shared: SharedArrays, arrays: Any, record: dict[str, An
             checkpointer.save(unfinished, args=args, force=True)
         write_whole(unfinished / _SHARED, json.dumps(index).encode())
         write_whole(unfinished / MANIFEST, json.dumps(hashes(unfinished), indent=1).encode())
-        if folder.exists():  # of the same position, from which the run went on
+        if folder.exists():  # an earlier snapshot of the same position, from which the run was resumed
             shutil.rmtree(folder)
         unfinished.rename(folder)
         for _, old in sorted(_numbered(folder.parent), reverse=True)[keep:] if keep else []:
             shutil.rmtree(old)
     except (OSError, ValueError, UserError) as error:
-        if isinstance(error, ValueError) and "os_error_code" not in str(error):  # not tensorstore's own OSError
+        if isinstance(error, ValueError) and "os_error_code" not in str(error):  # how tensorstore reports OS errors
             raise
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
         raise UserError(
-            f"{folder.parent}: the snapshot could not be saved ({_reason(cause)}); what was saved before is intact,"
-            " so make room and run the same command again."
+            f"{folder.parent}: the snapshot could not be saved ({_reason(cause)}); earlier snapshots are intact, so"
+            " make room on the disk and run the same command again."
         ) from error
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file, by its path within the folder."""
+    """Compute the SHA-256 of every file in a snapshot except the manifest, by path relative to the folder."""
     hashes = {}
     for file in sorted(folder.rglob("*")):
         if file.is_file() and file.name != MANIFEST:
@@ -230,32 +244,35 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def _damage(folder: Path, shared: SharedArrays) -> str | None:
-    """What is wrong with a snapshot, None if all of its files are as they were written."""
+    """Describe the damage of a snapshot, as the predicate of a sentence; None if all files are intact."""
     try:
-        noted, found = json.loads((folder / MANIFEST).read_bytes()), hashes(folder)
-        if noted == found:
+        expected, actual = json.loads((folder / MANIFEST).read_bytes()), hashes(folder)
+        if expected == actual:
             damaged = shared.damaged(_index(folder))
-            return damaged and f"is damaged ({shared.folder.name}/{damaged} is missing or not as it was written)"
-        differing = sorted(file for file in noted | found if noted.get(file) != found.get(file))
-        return f"is damaged ({differing[0]} is missing or not as it was written)"
+            return damaged and f"is damaged ({shared.folder.name}/{damaged} is missing or was changed)"
+        differing = sorted(file for file in expected | actual if expected.get(file) != actual.get(file))
+        return f"is damaged ({differing[0]} is missing or was changed)"
     except FileNotFoundError:
         return "is damaged (its manifest is missing)"
     except OSError as error:
         return f"cannot be read ({_reason(error)})"
     except (ValueError, TypeError, AttributeError, RecursionError):
-        return "is damaged (its manifest is not as it was written)"
+        return "is damaged (its manifest was changed)"
 
 
-def _set_aside(folder: Path, reason: str) -> None:
-    """Keeps a damaged snapshot under another name and says so."""
+def _set_aside(folder: Path, damage: str, replacement: Path) -> None:
+    """Rename a damaged snapshot, print that, and name the snapshot that replaces it."""
     number = 1
     while (aside := folder.with_name(f"{folder.name}.damaged{number}")).exists():
         number += 1
     try:
         folder.rename(aside)
     except OSError as error:
-        raise UserError(f"{folder} {reason.split(';')[0]} but cannot be set aside ({_reason(error)}).") from error
-    print(f"iumad_jax: {folder} {reason}; it is kept as {aside.name}.", file=sys.stderr, flush=True)
+        raise UserError(
+            f"{folder} {damage} but cannot be renamed ({_reason(error)}); make its folder writable."
+        ) from error
+    message = f"{folder} {damage}; it is kept as {aside.name}, and the run continues from {replacement}."
+    print(f"iumad_jax: {message}", file=sys.stderr, flush=True)
 
 
 def _index(folder: Path) -> Index:
@@ -267,22 +284,22 @@ def _restore(folder: Path, shared: SharedArrays) -> Progress:
         with _checkpointer() as checkpointer:
             args = ocp.args.Composite(arrays=ocp.args.StandardRestore(), record=ocp.args.JsonRestore())
             restored = checkpointer.restore(folder, args=args)
-        arrays = jax.tree.map(np.asarray, restored.arrays)  # NumPy computes in float64 where JAX does not
+        arrays = jax.tree.map(np.asarray, restored.arrays)  # NumPy, which computes in float64 where JAX does not
         record = dict(restored.record)
         return Progress(
             **join(arrays, shared.read(_index(folder))),
             position=Position(**record.pop("position")),
             objects=tuple(record.pop("objects")),
-            calibration={name: _calibration(one) for name, one in record.pop("calibration").items()},
+            calibration={name: _calibration(scores) for name, scores in record.pop("calibration").items()},
             ledger=LedgerMark(**record.pop("ledger")),
             **record,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{folder}: the snapshot cannot be read ({_reason(error)}); restore it.") from error
+        raise UserError(f"{folder} cannot be read ({_reason(error)}); restore it from a backup.") from error
 
 
 def _calibration(record: dict[str, Any]) -> Calibration:
-    """As it was, infinite distances having been written as null."""
+    """Restore a calibration from its record, in which infinite distances are null."""
     arrays = {
         key: np.nan_to_num(np.array(value, np.float32), nan=np.inf)
         for key, value in record.items()
@@ -292,20 +309,20 @@ def _calibration(record: dict[str, Any]) -> Calibration:
 
 
 def stored(variables: Variables) -> Variables:
-    """What snapshots store of a method's variables: all but frozen ones."""
+    """Return the variables of a method that snapshots store: all but the frozen ones."""
     return {key: value for key, value in variables.items() if key != "frozen"}
 
 
 def size_of(tree: Any) -> int:
-    """The bytes of all arrays."""
+    """Return the size of all arrays in bytes."""
     return sum(np.asarray(array).nbytes for array in jax.tree.leaves(tree))
 
 
 @contextmanager
 def _silent_threads() -> Iterator[None]:
-    """Orbax's threads print and log a traceback of every error that they hand on.
+    """Silence Orbax's threads, which print and log a traceback of every error that they also raise.
 
-    After an error they stay silent: the last of them fail only then, and the run ends with it.
+    After an error they remain silenced, because some of them fail only later, while the run ends with the error.
     """
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels, hooks = [logger.level for logger in loggers], (threading.excepthook, sys.unraisablehook)
@@ -320,8 +337,8 @@ def _silent_threads() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, without the path to it."""
+    """Return the reason of an error without the path."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     last = str(error).splitlines()[0].rsplit(": ", 1)[-1] if str(error) else type(error).__name__
-    return last.split(" [")[0]  # what tensorstore adds in brackets
+    return last.split(" [")[0]  # drops the details that tensorstore appends in brackets

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and locks."""
+"""Atomic file writes and file locks."""
 
 import math
 import os
@@ -15,7 +15,7 @@ from iumad_jax.errors import UserError
 
 
 def as_json(value: Any) -> Any:
-    """The value in JSON's own types: arrays as lists, NaN and infinity as null."""
+    """Convert a value to JSON types: arrays become lists, NaN and infinity become null."""
     match value:
         case None | bool() | int() | str():
             return value
@@ -28,15 +28,15 @@ def as_json(value: Any) -> Any:
         case _:
             array = np.asarray(value)
             if array.dtype == object:
-                raise TypeError(f"{type(value).__name__} has no form in JSON")
+                raise TypeError(f"a value of type {type(value).__name__} cannot be written as JSON")
             return as_json(array.tolist())
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or, when that fails, as it was before.
+    """Write a file atomically: if writing fails, the previous file remains.
 
     Raises:
-        UserError: the disk is full or the folder not writable.
+        UserError: If the disk is full or the folder is not writable.
     """
     unfinished = path.with_name(path.name + ".unfinished")
     try:
@@ -53,15 +53,15 @@ def write_whole(path: Path, content: bytes) -> None:
 
 @contextmanager
 def locked(file: Path, waiting: str | None = None) -> Iterator[None]:
-    """Keeps other processes out that lock the same file. The system gives up the lock of one that is killed.
+    """Hold an exclusive lock on a file. If the process is killed, the operating system releases the lock.
 
     Args:
-        file: which need not be there.
-        waiting: what to say before waiting for another process.
+        file: Lock file, created if missing.
+        waiting: Message to print before waiting for another process; None: do not wait.
 
     Raises:
-        TimeoutError: another process is there, and this one is not to wait.
-        OSError: the file cannot be written.
+        TimeoutError: If another process holds the lock and `waiting` is None.
+        OSError: If the file cannot be written.
     """
     lock = FileLock(file)
     try:
@@ -76,5 +76,5 @@ def locked(file: Path, waiting: str | None = None) -> Iterator[None]:
 
 
 def not_written(path: Path, error: OSError) -> UserError:
-    """The sentence for a file that cannot be written."""
-    return UserError(f"cannot write {path}: {error.strerror}; make room, or choose another folder")
+    """Return the error for a file that cannot be written."""
+    return UserError(f"cannot write {path}: {error.strerror}; make room on the disk or choose another folder.")

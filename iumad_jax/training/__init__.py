@@ -1,1 +1,1 @@
-"""One step's training: what is planned, an update, the epochs, and numbers that are not finite."""
+"""Training of a step: setup of a run, optimisers, updates, epochs, and checks of datasets and non-finite numbers."""

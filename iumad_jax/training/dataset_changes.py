@@ -1,4 +1,4 @@
-"""How a dataset differs from what a run used: names, images, and what a finished run has not used."""
+"""Compares a dataset with the objects and images that a run has used."""
 
 import itertools
 from pathlib import Path
@@ -18,15 +18,18 @@ from iumad_jax.runtime.progress import Progress
 
 
 class DatasetChanged(UserError):
-    """The run is finished, but the dataset holds what it has not used."""
+    """Raised if a run is finished, but its dataset has changed since."""
 
-    def __init__(self, sentence: str, finished: dict[str, Any]) -> None:
-        super().__init__(sentence)
-        self.results = finished  # what results.json holds
+    def __init__(self, message: str, results: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.results = results  # content of results.json
 
 
 def compare_names(config: ConfigDict, noted: Inventory) -> Names:
-    """How the dataset's objects differ from those that a run knows; new ones count if the config chooses all."""
+    """Compare the names of the dataset's objects with those of a run.
+
+    New objects are reported only if the config selects all objects.
+    """
     names = Names.of(noted, readers.available(config), lambda chosen: readers.open_reader(config, chosen))
     return names if config.dataset.objects == "all" else names._replace(new=())
 
@@ -39,57 +42,63 @@ def check_images(
     progress: Progress,
     workdir: Path,
 ) -> None:
-    """Compares the dataset with what the run used, and tells what has changed.
+    """Compare the dataset with the inventory that an unfinished run has noted, and log harmless changes.
 
     Raises:
-        UserError: the run cannot go on: objects were exchanged, or training images have changed that are still needed
-            as they were.
+        UserError: If the run cannot continue because objects were exchanged, or because training images that it still
+            needs were changed.
     """
     if progress.objects != steps[-1].seen:
         raise UserError(
-            f"{workdir}: this run learns {', '.join(progress.objects)}, but {', '.join(steps[-1].seen)} are chosen now;"
-            " choose the same objects, or start another --workdir."
+            f"{workdir}: this run learns {', '.join(progress.objects)}, but {', '.join(steps[-1].seen)} are selected"
+            " now; select the same objects, or choose another --workdir."
         )
-    if told := inventory.exchanged(noted, store):
-        raise UserError(" ".join(told))
+    if messages := inventory.exchanged(noted, store):
+        raise UserError(" ".join(messages))
     position = progress.position
-    half_done = strategy.objects(steps[position.step]) if position.step >= 0 and not position.finished else ()
+    in_training = strategy.objects(steps[position.step]) if position.step >= 0 and not position.finished else ()
     for name, split in itertools.product(noted, inventory.SPLITS):
         change = inventory.changed_images(noted, store, name, split)
         if change is None:
             continue
         learned = split == "train" and name in progress.calibration
-        if split == "train" and name in half_done:
+        if split == "train" and name in in_training:
             raise UserError(
-                f"{change} while step {position.step} is half done with them; undo that, or remove"
-                f" {workdir / 'snapshots_within_step'} to begin this step again."
+                f"{change} in the middle of step {position.step}, which trains on them; undo the change, or remove"
+                f" {workdir / 'snapshots_within_step'} to restart the step."
             )
         if learned and not (strategy.incremental and store.reader.ids(name, "calibration")):
-            why = "its thresholds come from" if strategy.incremental else "later steps train on"
+            use = "its thresholds depend on" if strategy.incremental else "later steps train on"
             raise UserError(
-                f"{change} since the run learned it, and {why} them; undo that, or start another --workdir."
+                f"{change} since the run learned this object, and {use} these images; undo the change, or choose"
+                " another --workdir."
             )
-        live.log(f"{change}; {'the run has learned it as it was' if learned else 'it goes on with what is there now'}.")
+        consequence = "the run has learned the earlier images" if learned else "the run continues with the current ones"
+        live.log(f"{change}; {consequence}.")
 
 
-def unused(config: ConfigDict, workdir: Path) -> str:
-    """What the dataset holds that a finished run has not used, or holds no longer, in sentences; "" if it is the same.
+def describe_changes(config: ConfigDict, workdir: Path) -> str:
+    """Describe how the dataset differs from what a finished run has used.
 
-    Nothing can be compared where the dataset is not there any more, which is told.
+    A missing dataset cannot be compared, which is logged and not counted as a change.
+
+    Returns:
+        One sentence per change; "" if nothing has changed.
     """
-    noted, told = inventory.read(workdir), []
+    noted = inventory.read(workdir)
     if not Path(config.dataset.root).is_dir():
-        live.log(f"{workdir}: {config.dataset.root} is not there any more, so nothing tells whether it has changed.")
+        live.log(f"{workdir}: {config.dataset.root} no longer exists, so changes of the dataset cannot be detected.")
         return ""
+    messages = []
     try:
         names = compare_names(config, noted)
-        told += names.missing() + names.unlearned()
-        if there := [name for name in noted if name not in (*names.gone, *names.renamed)]:
-            store = open_store(config, readers.open_reader(config, there), workdir)
-            told += inventory.exchanged(noted, store)
-            pairs = itertools.product(there, inventory.SPLITS)
+        messages += names.missing() + names.unlearned()
+        if present := [name for name in noted if name not in (*names.gone, *names.renamed)]:
+            store = open_store(config, readers.open_reader(config, present), workdir)
+            messages += inventory.exchanged(noted, store)
+            pairs = itertools.product(present, inventory.SPLITS)
             changes = (inventory.changed_images(noted, store, name, split) for name, split in pairs)
-            told += [f"{change} since it was used." for change in changes if change]
+            messages += [f"{change} since the run used them." for change in changes if change]
     except UserError as error:
-        told.append(str(error))
-    return " ".join(told)
+        messages.append(str(error))
+    return " ".join(messages)

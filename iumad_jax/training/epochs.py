@@ -1,4 +1,4 @@
-"""A step's training, epoch by epoch."""
+"""Trains one step, epoch by epoch."""
 
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -17,19 +17,19 @@ from iumad_jax.training.update import TrainState
 
 
 class Epoch(NamedTuple):
-    """One pass over the step's images, or what is done of it."""
+    """One pass over the images of a step, possibly still incomplete."""
 
     number: int
-    updates: int  # done in this step
-    whole: bool
-    history: dict[str, np.ndarray]  # scalars of the epoch's updates so far, "loss" being the total
+    updates: int  # done in this step so far
+    complete: bool
+    history: dict[str, np.ndarray]  # scalars of each update of the epoch so far; "loss" is the total
     learning_rate: float  # of the last update
-    seconds: float  # that the whole takes
+    seconds: float  # duration of the complete epoch, extrapolated if it is incomplete
     state: TrainState
 
     @property
     def losses(self) -> dict[str, float]:
-        """Means over the updates, also of the norms of `nonfinite.measure`."""
+        """Means of the losses, and of the norms of `nonfinite.measure`, over the updates."""
         shown = {name: values for name, values in self.history.items() if name != nonfinite.PARAMETER}
         return {name: float(values.mean(dtype=np.float64)) for name, values in shown.items()}
 
@@ -41,54 +41,62 @@ def train_epochs(
     rates: optax.Schedule,
     key: jax.Array,
     per_epoch: int,
-    last: int,
+    epochs: int,
     history: dict[str, np.ndarray] | None = None,
     pause: Callable[[], bool] = lambda: False,
 ) -> Iterator[Epoch]:
-    """Trains up to epoch `last` from the update that the state is at, yielding after each, and where `pause` says so.
+    """Train from the state's update to the end of the step.
 
     Args:
-        updates: see `make_update`.
-        state: where to begin.
-        stream: the input from that update on, of `training_input`.
-        rates: the learning rate of every update.
-        key: of all randomness.
-        per_epoch: updates of an epoch.
-        last: how many epochs there are.
-        history: of the epoch that the state is in the middle of.
-        pause: called after every item of the stream.
+        updates: Compiled updates of `make_update`.
+        state: State to begin with.
+        stream: Input from that update on, see `training_input`.
+        rates: Learning rate of each update of the step.
+        key: Random key of the step.
+        per_epoch: Number of updates per epoch.
+        epochs: Number of epochs of the step.
+        history: Scalars of the earlier updates of the state's epoch, if that is incomplete.
+        pause: Called after each item of the stream; returns whether to yield the incomplete epoch.
+
+    Yields:
+        Each complete epoch, and incomplete ones on request of `pause`.
 
     Raises:
-        NotFinite: a loss, a gradient or a weight is not finite.
+        NotFinite: If a loss, a gradient or a weight is not finite.
     """
-    first, total = int(state.update), last * per_epoch
+    first, total = int(state.update), epochs * per_epoch
     state = devices.replicate(state)
-    parts = [jax.tree.map(lambda losses: losses[None], history)] if history else []  # as a device gives them
+    parts = [jax.tree.map(lambda losses: losses[None], history)] if history else []  # with a leading axis for devices
     bar = tqdm(desc="training", total=total, initial=first, unit="update", disable=None, leave=False)
     with closing(stream), bar:
-        for index in range(first // per_epoch, last):
-            numbers = np.arange(index * per_epoch, (index + 1) * per_epoch)
-            own_rates = np.broadcast_to(np.asarray(rates(numbers), np.float32), numbers.shape)
-            done = before = max(0, first - index * per_epoch)
-            began = time.monotonic()
+        for epoch in range(first // per_epoch, epochs):
+            numbers = np.arange(epoch * per_epoch, (epoch + 1) * per_epoch)
+            epoch_rates = np.broadcast_to(np.asarray(rates(numbers), np.float32), numbers.shape)
+            done = done_before = max(0, first - epoch * per_epoch)
+            start = time.monotonic()
             while done < per_epoch:
                 device_batches = next(stream)
-                taken = slice(done, done + device_batches.indices.shape[1])
-                rates_taken, share_done = own_rates[taken], np.float32(numbers[taken] / total)
+                chosen = slice(done, done + device_batches.indices.shape[1])
+                batch_rates, progress = epoch_rates[chosen], np.float32(numbers[chosen] / total)
                 device_batches = device_batches._replace(
-                    progress=np.broadcast_to(share_done, (len(device_batches.indices), share_done.size))
+                    progress=np.broadcast_to(progress, (len(device_batches.indices), progress.size))
                 )
-                state, scalars = updates(state, device_batches, key, rates_taken)
+                state, scalars = updates(state, device_batches, key, batch_rates)
                 jax.block_until_ready(parts[-1:])  # otherwise work would queue up in front of a slow device
                 parts.append(scalars)
-                done += rates_taken.size
-                bar.update(rates_taken.size)
+                done += batch_rates.size
+                bar.update(batch_rates.size)
                 if done == per_epoch or pause():
                     losses = {name: np.concatenate([np.asarray(part[name])[0] for part in parts]) for name in parts[0]}
-                    nonfinite.check(losses, state.variables["params"], index * per_epoch)
+                    nonfinite.check(losses, state.variables["params"], epoch * per_epoch)
                     bar.set_postfix(loss=f"{losses['loss'].mean():.4f}")
-                    seconds = (time.monotonic() - began) * per_epoch / (done - before)
-                    updates_done = index * per_epoch + done
-                    rate, reached = float(rates_taken[-1]), devices.unreplicate(state)
-                    yield Epoch(index, updates_done, done == per_epoch, losses, rate, seconds, reached)
+                    yield Epoch(
+                        number=epoch,
+                        updates=epoch * per_epoch + done,
+                        complete=done == per_epoch,
+                        history=losses,
+                        learning_rate=float(batch_rates[-1]),
+                        seconds=(time.monotonic() - start) * per_epoch / (done - done_before),
+                        state=devices.unreplicate(state),
+                    )
             parts = []

@@ -1,4 +1,4 @@
-"""Stops training where a number is not finite, and says which, when, on which images, and by which operation."""
+"""Stops training at the first non-finite number and reports the update, its images and, on request, the operation."""
 
 import linecache
 from collections.abc import Callable, Iterator, Sequence
@@ -15,22 +15,22 @@ from jax.extend.core import Literal
 from iumad_jax.errors import UserError
 from iumad_jax.shapes import Scalars
 
-PARAMETER = "parameter"  # among an update's scalars: the number of the first one whose gradient is not finite
+PARAMETER = "parameter"  # scalar of an update: index of the first parameter with a non-finite gradient
 _LIBRARIES = tuple(str(Path(str(library.__file__)).parent) for library in (jax, flax, optax))
 
 
 class NotFinite(UserError):
-    """What became NaN or infinite, and in which update of its step."""
+    """Raised if a number became NaN or infinite in an update of a step."""
 
-    def __init__(self, what: str, update: int) -> None:
-        super().__init__(f"{what} in update {update} of its step; training stopped.")
-        self.what, self.update = what, update
+    def __init__(self, problem: str, update: int) -> None:
+        super().__init__(f"{problem} in update {update} of its step; training stopped.")
+        self.problem, self.update = problem, update
 
 
 def measure(gradients: Any, changes: Any) -> Scalars:
-    """The scalars by which `check` judges an update: norms of the gradients and of what is added to the weights.
+    """Compute what `check` needs: norms of gradients and weight changes, and the first non-finite gradient's index.
 
-    They cost next to nothing: the squares of the gradients are summed for clipping anyway.
+    They cost next to nothing, since clipping sums the squares of the gradients anyway.
     """
     squares = jnp.stack([jnp.sum(jnp.square(gradient)) for gradient in jax.tree.leaves(gradients)])
     return {
@@ -41,48 +41,49 @@ def measure(gradients: Any, changes: Any) -> Scalars:
 
 
 def check(history: dict[str, np.ndarray], params: Any, first: int) -> None:
-    """Judges some updates.
+    """Check that the scalars of several updates are finite.
 
     Args:
-        history: scalars (updates,) by name: losses, "loss" being the total, and those of `measure`.
-        params: what is trained, for the names.
-        first: the number of the first of these updates in its step.
+        history: Scalars by name, shape (updates,): losses, where "loss" is the total, and those of `measure`.
+        params: Trained parameters, for their names.
+        first: Number of the first of these updates in its step.
 
     Raises:
-        NotFinite: one of them is not finite; of the earliest update, a term of the loss rather than their total, that
-            rather than a gradient.
+        NotFinite: If a scalar is not finite. The error describes the earliest affected update, and in it a loss term
+            rather than the total loss, the total rather than a gradient, and a gradient rather than a weight change.
     """
-    last = ["loss", "gradient_norm", "update_norm"]
-    names = [name for name in history if name not in (*last, PARAMETER)] + last
+    least_specific = ["loss", "gradient_norm", "update_norm"]
+    names = [name for name in history if name not in (*least_specific, PARAMETER)] + least_specific
     finite = np.isfinite([history[name] for name in names])
     if finite.all():
         return
     update = int(np.argmin(finite.all(axis=0)))
     name = names[int(np.argmin(finite[:, update]))]
     path, _ = jax.tree.leaves_with_path(params)[history[PARAMETER][update]]
-    told = {"gradient_norm": f"the gradient of {_name(path)}", "update_norm": "what is added to the weights"}
-    what = told.get(name, f'loss "{name}"')
-    raise NotFinite(f"{what} became {history[name][update]}", first + update)
+    descriptions = {"gradient_norm": f"the gradient of {_name(path)}", "update_norm": "the change of the weights"}
+    description = descriptions.get(name, f'loss "{name}"')
+    raise NotFinite(f"{description} became {history[name][update]}", first + update)
 
 
-def finding_operations(updates: Callable, on_one_device: Callable) -> Callable:
-    """Wraps an update (state, device_batches, ...) -> (state, scalars) to find the operation that yields NaN or inf.
+def with_nan_debugging(updates: Callable, on_one_device: Callable) -> Callable:
+    """Wrap an update to find the operation that produces NaN or infinity.
 
     Args:
-        updates: compiled; gives up the state.
-        on_one_device: the same, to be traced.
+        updates: Compiled update (state, device_batches, ...) -> (state, scalars), which donates the state.
+        on_one_device: The same update in a form that can be traced.
 
-    Raises:
-        NotFinite: naming the line of the first operation whose result is not finite though all that it is given is; or
-            which of the arguments is not.
+    Returns:
+        A function like `updates` that raises NotFinite with the source line of the first operation whose result is not
+        finite although its arguments are, or with the name of the input that is not finite.
     """
 
-    def run(state: Any, *arguments: Any) -> Any:
+    def checked_updates(state: Any, *arguments: Any) -> Any:
         before = jax.tree.map(lambda array: np.asarray(array.addressable_shards[0].data)[0], state)
         result, scalars = updates(state, *arguments)
         if not _finite(jax.tree.leaves(scalars)):
             update, device_batches, rates = int(before.update), arguments[0], arguments[-1]
-            images = jax.vmap(lambda all_, rows: jax.tree.map(lambda array: array[rows[0]], all_))(*device_batches[:2])
+            take = jax.vmap(lambda batch, rows: jax.tree.map(lambda array: array[rows[0]], batch))
+            images = take(device_batches.images, device_batches.indices)
             inputs = {
                 "weights": before.variables,
                 "strategy state": before.strategy_state,
@@ -100,7 +101,7 @@ def finding_operations(updates: Callable, on_one_device: Callable) -> Callable:
                 raise NotFinite(str(error), update) from error
         return result, scalars
 
-    return run
+    return checked_updates
 
 
 def _name(path: Any) -> str:
@@ -113,10 +114,10 @@ def _finite(arrays: Sequence[Any]) -> bool:
 
 
 def _walk(program: Any, arguments: Sequence[Any]) -> list[Any]:
-    """Evaluates a jaxpr, with its constants or without any, operation by operation.
+    """Evaluate a (closed) jaxpr operation by operation.
 
     Raises:
-        FloatingPointError: naming the first one that makes of finite numbers what is not.
+        FloatingPointError: At the first operation that returns a non-finite result for finite inputs.
     """
     jaxpr, constants = getattr(program, "jaxpr", program), getattr(program, "consts", ())
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*constants, *arguments), strict=True))
@@ -125,52 +126,52 @@ def _walk(program: Any, arguments: Sequence[Any]) -> list[Any]:
         return atom.val if isinstance(atom, Literal) else values[atom]
 
     for equation in jaxpr.eqns:
-        given = [read(atom) for atom in equation.invars]
-        found = equation.primitive.bind(*given, **equation.primitive.get_bind_params(equation.params))
-        results = found if equation.primitive.multiple_results else [found]
-        if not _finite(results) and _finite(given):
-            _enter(equation.params, given)
+        inputs = [read(atom) for atom in equation.invars]
+        outputs = equation.primitive.bind(*inputs, **equation.primitive.get_bind_params(equation.params))
+        results = outputs if equation.primitive.multiple_results else [outputs]
+        if not _finite(results) and _finite(inputs):
+            _walk_body(equation.params, inputs)
             frames = equation.source_info.traceback.frames
             line = next(frame for frame in frames if not frame.file_name.startswith(_LIBRARIES))
             text = linecache.getline(line.file_name, line.line_num).strip()
-            kind = "nan" if any(bool(jnp.isnan(one).any()) for one in results) else "inf"
+            kind = "nan" if any(bool(jnp.isnan(result).any()) for result in results) else "inf"
             raise FloatingPointError(
-                f"{line.file_name}:{line.line_num} ({text}), in its {equation.primitive}, became {kind}"
+                f"the {equation.primitive} in {line.file_name}:{line.line_num} ({text}) returned {kind}"
             )
         values.update(zip(equation.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _enter(params: dict[str, Any], given: Sequence[Any]) -> None:
-    """Walks through what an operation is made of, where that is to be seen."""
+def _walk_body(params: dict[str, Any], inputs: Sequence[Any]) -> None:
+    """Evaluate the body of an operation that consists of others, such as a scan or a jitted function."""
     match params:
         case {"jaxpr": body, "num_consts": n, "num_carry": m, "length": length, "reverse": reverse}:  # a scan
-            constants, carry, rows = given[:n], given[n : n + m], given[n + m :]
+            constants, carry, rows = inputs[:n], inputs[n : n + m], inputs[n + m :]
             for i in range(length)[:: -1 if reverse else 1]:
                 carry = _walk(body, [*constants, *carry, *(row[i] for row in rows)])[:m]
         case {"jaxpr": body} | {"call_jaxpr": body}:
-            _walk(body, given)
+            _walk(body, inputs)
 
 
-def explain(passes: Iterator[Any], step: int, per_epoch: int, images: Callable[[int], list[str]]) -> Iterator[Any]:
-    """The same epochs of a step, with a whole sentence in place of NotFinite.
+def explain(epochs: Iterator[Any], step: int, per_epoch: int, images: Callable[[int], list[str]]) -> Iterator[Any]:
+    """Yield the epochs of a step, and explain a NotFinite error by its step, epoch and images.
 
     Args:
-        passes: of `epochs.train_epochs`; whatever is not finite ends them before it is yielded.
-        step: its number.
-        per_epoch: updates in an epoch.
-        images: names those of an update of the step.
+        epochs: Epochs of `epochs.train_epochs`, which raises NotFinite before it yields a non-finite state.
+        step: Number of the step.
+        per_epoch: Number of updates per epoch.
+        images: Returns the names of the images of an update of the step.
 
     Raises:
-        UserError: something was not finite.
+        UserError: If a number is not finite.
     """
     try:
-        yield from passes
+        yield from epochs
     except NotFinite as error:
         epoch, update = divmod(error.update, per_epoch)
         raise UserError(
-            f"{error.what} in step {step}, epoch {epoch}, update {update}, whose images are"
-            f" {', '.join(images(error.update))}; training stopped and the last snapshot is from before that: lower"
-            " config.train.learning_rate, look for a broken image among these, or have --config.debug.nans=True find"
+            f"{error.problem} in step {step}, epoch {epoch}, update {update}, whose images are"
+            f" {', '.join(images(error.update))}; training stopped, and the last snapshot was taken before: lower"
+            " config.train.learning_rate, look for a damaged image among these, or set --config.debug.nans=True to find"
             " the operation."
         ) from error

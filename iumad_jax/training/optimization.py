@@ -1,4 +1,4 @@
-"""Optimisers and learning rates of a step."""
+"""Optimisers and learning-rate schedules of a step."""
 
 from typing import Any
 
@@ -13,35 +13,36 @@ NOT_DECAYED = {"A_log", "D", "bias", "dt_bias", "scale"}
 
 
 def step_config(config: ConfigDict, step: int) -> ConfigDict:
-    """`config.train` as it holds in a step: the optimiser of later ones is that of `config.continual`."""
-    own = config.train.copy_and_resolve_references()
+    """Return `config.train` for a step. Later steps take their optimiser from `config.continual`."""
+    train = config.train.copy_and_resolve_references()
     if step > 0:
-        own.optimizer = config.continual.optimizer
-        if own.optimizer == "sgd":
-            own.learning_rate = config.continual.sgd_learning_rate
-    return own
+        train.optimizer = config.continual.optimizer
+        if train.optimizer == "sgd":
+            train.learning_rate = config.continual.sgd_learning_rate
+    return train
 
 
 def optimizer_name(method: Method, config: ConfigDict) -> str:
-    """The optimiser of a step, whose `config.train` this is, by name: "own" for that of the method."""
+    """Return the name of the optimiser for a step's `config.train`: "own" if the method has its own."""
     return "own" if method.optimizer else config.optimizer
 
 
 def step_optimizer(method: Method, config: ConfigDict) -> optax.GradientTransformation:
-    """The optimiser of a step: the method's own, or the one that the step's `config.train` names.
+    """Create the optimiser for a step's `config.train`, or the method's own if it has one.
 
     Raises:
-        UserError: there is no such optimiser.
+        UserError: If the optimiser does not exist.
     """
     return method.optimizer(config) if method.optimizer else make_optimizer(config)
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """AdamW, as in the paper, or plain SGD with clipping of the global norm, up to the learning rate; `config` is
-    config.train.
+    """Create AdamW (as in the paper) or SGD for a step's `config.train`.
+
+    Both clip the global norm and leave the learning rate to the caller.
 
     Raises:
-        UserError: there is no such optimiser.
+        UserError: If the optimiser does not exist.
     """
     optimizers = {
         "adamw": (optax.scale_by_adam(b1=0.9, b2=0.999), optax.add_decayed_weights(config.weight_decay, _decayed)),
@@ -56,10 +57,10 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def learning_rates(config: ConfigDict, updates_per_epoch: int) -> optax.Schedule:
-    """The learning rate at each update of a step; `config` is config.train.
+    """Create the schedule of learning rates over a step's updates for its `config.train`.
 
     Raises:
-        UserError: there is no such schedule.
+        UserError: If the schedule does not exist.
     """
     total = config.epochs * updates_per_epoch
     schedules = {

@@ -1,4 +1,4 @@
-"""`Run`: all that a run works with, wired once. `start` opens one where its last snapshot left it."""
+"""Sets up a run: `start` creates its `Run` and loads its progress from the last snapshot."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from iumad_jax.data.prepared import inventory
 from iumad_jax.data.prepared.store import Store, open_store
 from iumad_jax.errors import UserError
 from iumad_jax.inference import recognition
-from iumad_jax.methods.method import Method, sha256_of, with_frozen
+from iumad_jax.methods.method import Method, tree_sha256, with_frozen
 from iumad_jax.runtime import live, preemption, processes
 from iumad_jax.runtime import workdir as workdirs
 from iumad_jax.runtime.ledger import Ledger
@@ -33,41 +33,44 @@ from iumad_jax.training.update import make_update
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run works with."""
+    """Everything that a run works with."""
 
     config: ConfigDict
     workdir: Path
     steps: tuple[protocol.Step, ...]
     store: Store
-    methods: dict[str, Method]  # the method of the config, then its baselines, all under the same protocol
+    methods: dict[str, Method]  # by name: the config's method, then its baselines
     strategy: Strategy
-    optimizers: dict[str, optax.GradientTransformation]  # by name: that of the base step, and of later ones
-    updates: dict[str, Any]  # by the optimiser's name; compiled once for every form that the strategy's state takes
+    optimizers: dict[str, optax.GradientTransformation]  # by name: those of the base step and of later steps
+    updates: dict[str, Any]  # by name of the optimiser; compiled once per structure of the strategy's state
     snapshots: Snapshots
     ledger: Ledger
     live: Live
-    began: float  # on the monotonic clock, moved back by the time that earlier processes took
+    began: float  # start on the monotonic clock, moved back by the run time of earlier processes
 
     @property
     def method(self) -> Method:
-        """The config's own method."""
+        """The config's method."""
         return self.methods[self.config.method]
 
     @property
     def trained(self) -> bool:
-        """Whether there is anything to train."""
+        """Whether the method is trained."""
         return is_trained(self.config, self.method)
 
     def due(self) -> bool:
-        """Whether it is time for a snapshot, or to end."""
-        late = time.monotonic() - self.snapshots.last_save > 60 * self.config.snapshots.every_minutes
-        return late or self.snapshots.failed or preemption.requested()
+        """Return whether to take a snapshot: one is due, the last one failed, or the process was asked to end."""
+        overdue = time.monotonic() - self.snapshots.last_save > 60 * self.config.snapshots.every_minutes
+        return overdue or self.snapshots.failed or preemption.requested()
 
     def save(self, progress: Progress) -> Progress:
-        """Takes a snapshot, which is written while the run goes on, and ends the run if that is asked for.
+        """Take a snapshot, which is written in the background.
 
         Returns:
-            The progress as it would come back from the snapshot.
+            The progress as it would be loaded from the snapshot.
+
+        Raises:
+            Interrupted: If the process was asked to end.
         """
         variables, strategy_state = jax.tree.map(np.asarray, (progress.variables, progress.strategy_state))
         progress = progress._replace(
@@ -82,91 +85,94 @@ class Run:
 
 
 def is_trained(config: ConfigDict, method: Method) -> bool:
-    """Whether there is anything to train."""
+    """Return whether the method has a training loss and the config any epochs."""
     return method.loss is not None and config.train.epochs > 0
 
 
 def plan(config: ConfigDict, workdir: Path) -> tuple[protocol.Step, ...]:
-    """The steps of the run in this workdir, over the objects that it began with, or over those of the dataset.
+    """Plan the steps of a run over the objects that it began with, or those of the dataset if it is new.
 
     Raises:
-        UserError: the protocol does not fit the objects, or an object of the run is gone from the dataset.
+        UserError: If the protocol does not fit the objects, or the dataset no longer has an object of the run.
     """
     noted = inventory.read(workdir)
-    if told := compare_names(config, noted).missing():
-        raise UserError(" ".join(told))
+    if messages := compare_names(config, noted).missing():
+        raise UserError(" ".join(messages))
     return protocol.steps(config.protocol, tuple(noted) or readers.objects(config))
 
 
-def start(config: ConfigDict, workdir: Path, steps: tuple[protocol.Step, ...], held: ExitStack) -> tuple[Run, Progress]:
-    """Opens a run as it stood when its last snapshot was taken, or at its very beginning.
+def start(
+    config: ConfigDict, workdir: Path, steps: tuple[protocol.Step, ...], stack: ExitStack
+) -> tuple[Run, Progress]:
+    """Set up a run, with the progress of its last snapshot, or none if it is new.
 
     Args:
-        config: of the run.
-        workdir: where it is kept.
-        steps: of `plan`.
-        held: gives up the workdir in the end.
+        config: Config of the run.
+        workdir: Workdir of the run.
+        steps: Steps from `plan`.
+        stack: Releases the workdir and closes the run's files at the end.
 
     Raises:
-        UserError: the config, the dataset or the workdir is at fault.
+        UserError: If the config, the dataset or the workdir is invalid.
     """
-    store, chosen, strategy = _assemble(config, workdir, steps[-1].seen)
+    store, run_methods, strategy = _build(config, workdir, steps[-1].seen)
     if processes.is_process_zero():
-        held.enter_context(workdirs.claimed(workdir, config))
-    snapshots = held.enter_context(closing(Snapshots(workdir)))
-    progress = snapshots.latest() or _beginning(config, chosen, store)
+        stack.enter_context(workdirs.claimed(workdir, config))
+    snapshots = stack.enter_context(closing(Snapshots(workdir)))
+    progress = snapshots.latest() or _new_progress(config, run_methods, store)
     progress = progress._replace(
         variables={
             name: with_frozen(name, method, progress.variables[name], progress.frozen.get(name))
-            for name, method in chosen.items()
+            for name, method in run_methods.items()
         }
     )
     check_images(inventory.read(workdir), store, strategy, steps, progress, workdir)
     ledger = processes.on_process_zero(Ledger, workdir / "ledger.jsonl")
     ledger.truncate(*progress.ledger)
-    method, own_configs = chosen[config.method], [step_config(config, index) for index in (0, 1)]
-    optimizers = {optimizer_name(method, own): step_optimizer(method, own) for own in own_configs}
-    make = functools.partial(make_update, method, strategy=strategy, find_operations=config.debug.nans)
+    method, step_configs = run_methods[config.method], [step_config(config, index) for index in (0, 1)]
+    optimizers = {optimizer_name(method, train): step_optimizer(method, train) for train in step_configs}
+    make = functools.partial(make_update, method, strategy=strategy, debug_nans=config.debug.nans)
     run = Run(
         config=config,
         workdir=workdir,
         steps=steps,
         store=store,
-        methods=chosen,
+        methods=run_methods,
         strategy=strategy,
         optimizers=optimizers,
         updates={name: make(optimizer) for name, optimizer in optimizers.items()},
         snapshots=snapshots,
         ledger=ledger,
-        live=held.enter_context(closing(processes.on_process_zero(Live, workdir, config.report.tensorboard))),
+        live=stack.enter_context(closing(processes.on_process_zero(Live, workdir, config.report.tensorboard))),
         began=time.monotonic() - progress.seconds,
     )
     return run, progress
 
 
-def _assemble(config: ConfigDict, workdir: Path, objects: tuple[str, ...]) -> tuple[Store, dict[str, Method], Strategy]:
-    """Makes what a config names, all of which may be at fault, before anything is written."""
-    chosen = methods.with_baselines(config, len(objects))
-    strategy = continual.build(config, chosen[config.method], len(objects))
-    for index in (0, 1):  # a later step's optimiser may be another
+def _build(config: ConfigDict, workdir: Path, objects: tuple[str, ...]) -> tuple[Store, dict[str, Method], Strategy]:
+    """Build what the config selects. This reports invalid values before anything is written."""
+    run_methods = methods.with_baselines(config, len(objects))
+    strategy = continual.build(config, run_methods[config.method], len(objects))
+    for index in (0, 1):  # later steps may use another optimiser than the base step
         make_optimizer(step_config(config, index))
-    if is_trained(config, chosen[config.method]):
+    if is_trained(config, run_methods[config.method]):
         learning_rates(config.train, updates_per_epoch=1)
     live.check(config.report.tensorboard)
-    return open_store(config, readers.open_reader(config, objects), workdir), chosen, strategy
+    return open_store(config, readers.open_reader(config, objects), workdir), run_methods, strategy
 
 
-def _beginning(config: ConfigDict, chosen: dict[str, Method], store: Store) -> Progress:
-    """The progress of a run that has learned nothing."""
+def _new_progress(config: ConfigDict, run_methods: dict[str, Method], store: Store) -> Progress:
+    """Create the progress of a run that has learned nothing yet."""
     objects = store.reader.objects
     example = jax.tree.map(lambda array: array[:1], store.get(objects[0], "train").batch)
-    keys = jax.random.split(jax.random.key(config.seed), len(chosen))
+    keys = jax.random.split(jax.random.key(config.seed), len(run_methods))
     return BEGINNING._replace(
         objects=objects,
         variables={
-            name: jax.jit(method.init)(key, example) for (name, method), key in zip(chosen.items(), keys, strict=True)
+            name: jax.jit(method.init)(key, example)
+            for (name, method), key in zip(run_methods.items(), keys, strict=True)
         },
-        frozen={name: sha256_of(frozen) for name, method in chosen.items() if (frozen := method.frozen())},
+        frozen={name: tree_sha256(frozen) for name, method in run_methods.items() if (frozen := method.frozen())},
         recognition=recognition.no_statistics(example),
         inputs=store.describe(),
     )

@@ -1,11 +1,10 @@
-"""Compiles the selective scan's Mosaic kernels for a Hopper GPU on a machine without one.
+"""Measure registers, spills and memory of the selective scan's Mosaic kernels, compiled for Hopper without a GPU.
 
-Prints registers, spills and XLA's temporary memory beside its formula in kernels/README.md.
-
-    pip install jax-cuda13-plugin jax-cuda13-pjrt      of jax's own version; a ptxas must be on the PATH
+    pip install jax-cuda13-plugin jax-cuda13-pjrt      # the same version as jax; ptxas must be on the PATH
     python -m kernels.benchmarks.compile_selective_scan
 
-Exit codes: 1 if a kernel spills registers to memory; 2 without the plugin.
+The table shows XLA's temporary memory next to the value of its formula in kernels/README.md. Exit codes: 1 if a kernel
+spills registers to memory or cannot be compiled; 2 if the plugin is not installed.
 """
 
 import functools
@@ -16,7 +15,7 @@ import re
 import subprocess
 import sys
 
-# Set before jax is imported: the CUDA plugin must not look for a GPU, and ptxas is to say what it did.
+# These must be set before jax is imported, so that the CUDA plugin does not search for a GPU and ptxas reports.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
 
@@ -24,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from iumad_kernels.selective_scan import pallas_mosaic
-from iumad_kernels.selective_scan.arguments import Options, grouped
+from iumad_kernels.selective_scan.arguments import Options, split_arguments
 from iumad_kernels.selective_scan.tiling import Tiling
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -41,17 +40,17 @@ gpu_device_info {
 platform_name: "CUDA"
 device_description_str: "NVIDIA H200"
 """
-# ES2D's (batch, length, channels, states, groups) at patch sizes 4, 8 and 16, other numbers of states, and segments.
+# (batch, length, channels, states, groups): ES2D at patch sizes 4, 8 and 16, other numbers of states, and segments.
 SHAPES = [(24, 784, 2048, 16, 4), (24, 196, 2048, 16, 4), (24, 49, 2048, 16, 4)]
 SHAPES += [(32, 1024, 512, states, 1) for states in (1, 8, 32, 64, 128)] + [(1, 4096, 512, 16, 1)]
 
 
 def compile_gradient(shape: tuple[int, ...], dtype: jnp.dtype) -> None:
-    """Compiles the forward and the backward kernel; ptxas writes to the standard output of the process, too."""
+    """Compile the forward and the backward kernel. ptxas writes its report to the standard output of the process."""
     batch, length, channels, states, groups = shape
     topology = topologies.get_topology_desc(topology_name="h200", platform="cuda", topology="1x1x1", target_config=H200)
-    everywhere = NamedSharding(Mesh(np.array(topology.devices[:1]), ("devices",)), PartitionSpec())
-    struct = functools.partial(jax.ShapeDtypeStruct, sharding=everywhere)
+    sharding = NamedSharding(Mesh(np.array(topology.devices[:1]), ("devices",)), PartitionSpec())
+    struct = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
     sequence = struct((batch, length, channels), dtype)
     projection = struct((batch, length, groups, states), dtype)
     parameter = struct((channels,), jnp.float32)
@@ -60,7 +59,7 @@ def compile_gradient(shape: tuple[int, ...], dtype: jnp.dtype) -> None:
     args |= {"D": parameter, "z": sequence, "delta_bias": parameter}
 
     def results(args: dict[str, jax.Array], dy: jax.Array) -> tuple:
-        y, vjp = jax.vjp(lambda args: pallas_mosaic.selective_scan(*grouped(args), Options())[0], args)
+        y, vjp = jax.vjp(lambda args: pallas_mosaic.selective_scan(*split_arguments(args), Options())[0], args)
         return y, vjp(dy)
 
     compiled = jax.jit(results).trace(args, sequence).lower(lowering_platforms=("cuda",)).compile()
@@ -71,14 +70,14 @@ def compile_gradient(shape: tuple[int, ...], dtype: jnp.dtype) -> None:
 
 
 def main() -> int:
-    """Runs each compilation in a process of its own, as ptxas' words come out at the end of one."""
+    """Run each compilation in a separate process, because the report of ptxas appears when the process ends."""
     if len(sys.argv) == 3:
         compile_gradient(tuple(map(int, sys.argv[1].split(","))), jnp.dtype(sys.argv[2]))
         return 0
     plugins = [f"jax_cuda{version}_plugin" for version in (12, 13)]
     if not any(map(importlib.util.find_spec, plugins)):
         print(
-            "the CUDA plugin is not installed: pip install jax-cuda13-plugin jax-cuda13-pjrt of jax's own version",
+            "the CUDA plugin is not installed; run pip install jax-cuda13-plugin jax-cuda13-pjrt (the version of jax).",
             file=sys.stderr,
         )
         return 2
@@ -88,13 +87,13 @@ def main() -> int:
     spilled = 0
     for shape, dtype in itertools.product(SHAPES, ("float32", "bfloat16")):
         command = [sys.executable, __file__, ",".join(map(str, shape)), dtype]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        said = done.stdout + done.stderr
-        registers, memory = re.findall(r"Used (\d+) registers", said), re.findall(r"memory: (.*)", said)
-        if done.returncode or len(registers) < 2:
-            print(f"compiling {shape} in {dtype} failed:\n{said[-2000:]}")
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
+        output = process.stdout + process.stderr
+        registers, memory = re.findall(r"Used (\d+) registers", output), re.findall(r"memory: (.*)", output)
+        if process.returncode or len(registers) < 2:
+            print(f"compilation of {shape} in {dtype} failed:\n{output[-2000:]}")
             return 1
-        bytes_spilled = [int(n) for n in re.findall(r"(\d+) bytes spill", said)]
+        bytes_spilled = [int(n) for n in re.findall(r"(\d+) bytes spill", output)]
         spilled += sum(bytes_spilled)
         cells = [", ".join(map(str, shape)), dtype, ", ".join(registers), str(sum(bytes_spilled)), *memory]
         print(f"| {' | '.join(cells)} |", flush=True)

@@ -1,4 +1,4 @@
-"""What a figure was measured on, and how fast that is at best."""
+"""Description of the machine that a benchmark runs on, and its peak rates."""
 
 import datetime
 import importlib.metadata
@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax")
-SPECIAL_FUNCTION_UNITS = 16  # per processor, compute capability 7.0 to 10.0: CUDA C++ Programming Guide, throughputs
-# Operations a second on dense matrices, from NVIDIA's data sheets, by what the device's name begins with.
+# Special-function units per processor, compute capability 7.0 to 10.0: CUDA C++ Programming Guide, throughputs.
+SPECIAL_FUNCTION_UNITS = 16
+# Operations per second on dense matrices, from NVIDIA's data sheets, by the beginning of the device's name.
 PEAKS = {
     "NVIDIA H200": {"float32": 67e12, "TF32": 494.5e12},
     "NVIDIA H100 80GB HBM3": {"float32": 67e12, "TF32": 494.5e12},  # SXM
@@ -25,7 +26,7 @@ PEAKS = {
 
 
 def describe() -> dict[str, Any]:
-    """The day, the device, its driver and the versions of what runs on it."""
+    """Return the date, the device, its driver and the versions of Python and packages."""
     device = jax.devices()[0]
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
@@ -44,7 +45,7 @@ def describe() -> dict[str, Any]:
 
 
 def nvidia_smi(field: str) -> str | None:
-    """One property of the first GPU; None where there is none to ask."""
+    """Query a property of the first GPU; None without an NVIDIA GPU."""
     command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
@@ -53,22 +54,23 @@ def nvidia_smi(field: str) -> str | None:
 
 
 def peak(precision: str) -> float | None:
-    """Operations a second of this device's matrix units; None where they are not known."""
+    """Return the peak rate of this device on dense matrices, in operations per second; None if unknown."""
     kind = jax.devices()[0].device_kind
     return next((rates.get(precision) for name, rates in PEAKS.items() if kind.startswith(name)), None)
 
 
 def rates() -> dict[str, float | None]:
-    """Bytes a second that a copy of 1 GiB reads and writes on a GPU, and special functions a second; None if unknown.
+    """Measure the memory bandwidth of a GPU and compute its peak rate of special functions; None if unknown.
 
-    The latter are those of its processors at their highest clock.
+    The bandwidth is that of a copy of 1 GiB, in bytes read and written per second. The rate of special functions, per
+    second, assumes the highest clock of the processors.
     """
     device, clock = jax.devices()[0], nvidia_smi("clocks.max.sm")
     processors = getattr(device, "core_count", None)
-    known = device.platform == "gpu" and processors and clock
+    is_known = device.platform == "gpu" and processors and clock
     return {
         "bytes_per_second": _bandwidth() if device.platform == "gpu" else None,
-        "special_functions_per_second": processors * SPECIAL_FUNCTION_UNITS * 1e6 * float(clock) if known else None,
+        "special_functions_per_second": processors * SPECIAL_FUNCTION_UNITS * 1e6 * float(clock) if is_known else None,
     }
 
 

@@ -1,6 +1,8 @@
-"""Times one update of IB-IUMAD's training with the selective scan as it is and with `jax.lax.scan`, in turns.
+"""Measure the time of a training update of IB-IUMAD with `selective_scan` and with `jax.lax.scan`, in turns.
 
-python -m kernels.benchmarks.training_step [--config=quickstart] [--batch_size=8] [--seconds=120] [--small]
+    python -m kernels.benchmarks.training_step --config=quickstart --batch_size=8 --seconds=120
+
+Prints median times, their ratio and compile times. The losses of the two updates must agree in every turn.
 """
 
 import argparse
@@ -45,22 +47,22 @@ SMALL = {
 
 
 class Update(NamedTuple):
-    """A compiled update, always of the same batch and weights, which are noise."""
+    """Compiled update that always receives the same batch; the batch and the weights are noise."""
 
-    run: Callable[[], jax.Array]  # starts it; returns its loss, which may have to be waited for
+    run: Callable[[], jax.Array]  # starts the update and returns its loss without waiting for it
     compile_seconds: float
-    flops: float  # by XLA's count, which takes a loop's body once and a kernel for nothing
-    memory_bytes: int  # arguments, results and all that lies beside them, as XLA assigned it
+    flops: float  # as counted by XLA, which counts the body of a loop once and a kernel as nothing
+    memory_bytes: int  # memory of arguments, results and temporary arrays, as assigned by XLA
 
 
-def lax_scan(*args: jax.Array, delta_softplus: bool, implementation: str | None, **more: jax.Array) -> jax.Array:
-    """In the place of `selective_scan`."""
+def lax_scan(*args: jax.Array, delta_softplus: bool, implementation: str | None, **kwargs: jax.Array) -> jax.Array:
+    """Replace `selective_scan` by `jax.lax.scan`."""
     assert delta_softplus
-    return baselines.lax_scan(*args, **more)
+    return baselines.lax_scan(*args, **kwargs)
 
 
 def random_batch(config: ConfigDict) -> Batch:
-    """Of the sizes that the configuration says."""
+    """Make a batch of noise in the sizes of the config."""
     rng = np.random.default_rng(0)
     b, tokens, size = config.train.batch_size, config.backbone.grid**2, config.input.size
     modalities = configs.modalities(config)
@@ -71,11 +73,11 @@ def random_batch(config: ConfigDict) -> Batch:
     )
 
 
-def compiled(config: ConfigDict) -> Update:
-    """The update of a config, its learning rate being zero."""
+def compile_update(config: ConfigDict) -> Update:
+    """Compile the update of a config, with a learning rate of zero."""
     method, batch = methods.build(config.method, config, OBJECTS), random_batch(config)
     optimizer = make_optimizer(config.train)
-    rng = np.random.default_rng(1)  # to compile how weights begin would take as long as the update
+    rng = np.random.default_rng(1)  # noise: compiling the initialisation takes as long as compiling the update
     shapes = jax.eval_shape(method.init, jax.random.key(0), batch)
     variables = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
     noise = jax.tree.map(lambda leaf: 0.05 * rng.standard_normal(leaf.shape, np.float32), shapes["params"])
@@ -85,42 +87,56 @@ def compiled(config: ConfigDict) -> Update:
     layout = NamedSharding(Mesh(np.array(jax.local_devices()), (devices.AXIS,)), PartitionSpec(devices.AXIS))
     device_batches = jax.device_put(single_update(batch), layout)
     lowered = make_update(method, optimizer).lower(state, device_batches, key, rates)
-    began = time.perf_counter()
+    start = time.perf_counter()
     update = lowered.compile()
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
 
     def run() -> jax.Array:
         nonlocal state
         state, scalars = update(state, device_batches, key, rates)
         return scalars["loss"]
 
-    found = update.memory_analysis()
-    memory = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-    return Update(run, seconds, lowered.cost_analysis()["flops"], memory - found.alias_size_in_bytes)
+    memory = update.memory_analysis()
+    memory_bytes = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return Update(run, seconds, lowered.cost_analysis()["flops"], memory_bytes - memory.alias_size_in_bytes)
 
 
-def with_scan(config: ConfigDict, scan: Callable[..., Any]) -> Update:
-    """The same with another function in the place of `selective_scan`."""
-    ours, mamba.selective_scan = mamba.selective_scan, scan
+def compile_with_scan(config: ConfigDict, scan: Callable[..., Any]) -> Update:
+    """Compile the update of a config with another function in place of `selective_scan`."""
+    original, mamba.selective_scan = mamba.selective_scan, scan
     try:
-        return compiled(config)
+        return compile_update(config)
     finally:
-        mamba.selective_scan = ours
+        mamba.selective_scan = original
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the medians and their ratio."""
+    """Print the medians and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="quickstart", choices=sorted(CONFIGS))
-    parser.add_argument("--batch_size", type=int, default=0, help="that of the config if 0")
-    parser.add_argument("--seconds", type=float, default=120)
-    parser.add_argument("--small", action="store_true", help="at a size that says nothing, to see that all of it runs")
+    parser.add_argument(
+        "--config",
+        default="quickstart",
+        choices=sorted(CONFIGS),
+        help="Config of the training; the default is quickstart.",
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=int,
+        default=0,
+        help="Images per update; the default, 0, is the batch size of the config.",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=120, help="Time for all turns, in seconds; the default is 120."
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="Run at a tiny size, only to check that the benchmark works."
+    )
     options = parser.parse_args(arguments)
     config = CONFIGS[options.config].get_config()
     config.update_from_flattened_dict(SMALL if options.small else {})
     config.train.batch_size = options.batch_size or config.train.batch_size
     scans = {"selective_scan": mamba.selective_scan, "lax.scan": lax_scan}
-    updates = {name: with_scan(config, scan) for name, scan in scans.items()}
+    updates = {name: compile_with_scan(config, scan) for name, scan in scans.items()}
     times: dict[str, list[float]] = {name: [] for name in updates}
     end = time.monotonic() + options.seconds
     while len(times["lax.scan"]) < 3 or time.monotonic() < end:
@@ -130,11 +146,12 @@ def main(arguments: list[str] | None = None) -> int:
             losses.append(np.asarray(update.run()))
             times[name].append(time.perf_counter() - start)
         np.testing.assert_allclose(*losses, rtol=1e-4, equal_nan=False)
-    ours, theirs = (statistics.median(times[name]) for name in scans)
-    compiling = " and ".join(f"{update.compile_seconds:.3g}" for update in updates.values())
+    own_median, lax_median = (statistics.median(times[name]) for name in scans)
+    compile_times = " and ".join(f"{update.compile_seconds:.3g}" for update in updates.values())
     print(
-        f"{options.config}, batch of {config.train.batch_size}: {ours:.3g} s an update, {theirs:.3g} s with lax.scan,"
-        f" {theirs / ours:.2f} times as long (medians of {len(times['lax.scan'])} turns); compiled in {compiling} s"
+        f"{options.config}, batch size {config.train.batch_size}: {own_median:.3g} s per update,"
+        f" {lax_median:.3g} s with lax.scan, {lax_median / own_median:.2f} times as long"
+        f" (medians of {len(times['lax.scan'])} turns); compiled in {compile_times} s"
     )
     return 0
 

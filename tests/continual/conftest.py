@@ -1,4 +1,4 @@
-"""A small method that has all that a strategy may ask for."""
+"""A small method with everything that a strategy may need."""
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,14 @@ CHANNELS, WIDTH = 5, 4
 
 @pytest.fixture(autouse=True, scope="package")
 def quick_compilation():
-    """What is compiled once for a few numbers takes a third of the time without optimisation."""
+    """Compile without optimisation. Each function runs only a few times, so this takes a third of the time."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 
 
 def linear():
-    """Rebuilds tokens through one dense layer to a smaller width and another back."""
+    """Build a linear autoencoder of tokens: a dense layer to a smaller width and one back."""
 
     def init(key, batch):
         a, b = jax.random.split(key)
@@ -60,7 +60,7 @@ def random_images(count, object_=0, seed=0):
 
 
 def skewed(batch):
-    """Features that vary much in one direction and little in the others, so that some singular values are small."""
+    """Scale the features so that most of their singular values are small."""
     narrow = np.array([30, 3, 0.2, 0.1, 0.1], np.float32)
     return batch._replace(features={"rgb": batch.features["rgb"] * narrow})
 
@@ -86,5 +86,5 @@ def skewed_images():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quickly(compile_quickly):
-    """Networks this small take longer to compile than to run."""
+def fast_compilation(compile_quickly):
+    """Compile without optimisation, since these networks take longer to compile than to run."""

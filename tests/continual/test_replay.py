@@ -1,4 +1,4 @@
-"""Replay: samples drawn have the statistics of the images that were seen, and none of the images is kept."""
+"""Replay: samples have the statistics of the training images, and no image is stored."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 
 from iumad_jax.config import paper
 from iumad_jax.continual.finetune import finetune
-from iumad_jax.continual.replay import coarse, draw, principal_components, replay
+from iumad_jax.continual.replay import downsample, draw_sample, principal_components, replay
 from iumad_jax.data.batches import single_update
 from iumad_jax.runtime import devices
 from iumad_jax.training.optimization import make_optimizer
@@ -25,8 +25,8 @@ def low_rank(rng, count, shape, factors):
     return rng.normal(0, 3, shape) + np.tensordot(factors, rng.standard_normal((factors.shape[1], *shape)), 1)
 
 
-def test_components_have_the_mean_and_covariance_of_what_varies_in_few_directions():
-    """Also across parts, of which one is a thousand times larger in scale."""
+def test_components_have_the_mean_and_covariance_of_low_rank_data():
+    """The covariance is right also across parts, one of which is a thousand times larger in scale."""
     rng = np.random.default_rng(0)
     factors = rng.standard_normal((40, 3))
     parts = {"a": low_rank(rng, 40, (2, 5), factors), "b": 1000 * low_rank(rng, 40, (4,), factors)}
@@ -34,25 +34,25 @@ def test_components_have_the_mean_and_covariance_of_what_varies_in_few_direction
     assert {name: array.shape for name, array in directions.items()} == {"a": (3, 2, 5), "b": (3, 4)}
     rows = np.concatenate([part.reshape(40, -1) for part in parts.values()], axis=1)
     flat = np.concatenate([directions[name].reshape(3, -1) for name in parts], axis=1).astype(np.float64)
-    found_mean = np.concatenate([mean[name].ravel() for name in parts])
+    joint_mean = np.concatenate([mean[name].ravel() for name in parts])
     scale = rows.std(0)
-    np.testing.assert_allclose(found_mean / scale, rows.mean(0) / scale, rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(joint_mean / scale, rows.mean(0) / scale, rtol=2e-3, atol=2e-3)
     expected = np.cov(rows.T, bias=True) / np.outer(scale, scale)
     np.testing.assert_allclose(flat.T @ flat / np.outer(scale, scale), expected, atol=5e-3)
 
 
 def test_components_are_the_strongest():
-    """Of one part they are those of the singular value decomposition."""
+    """For a single part they equal those of the singular value decomposition."""
     rows = np.random.default_rng(1).standard_normal((30, 6)) * [9, 7, 5, 1, 0.5, 0.1]
     _, directions = principal_components({"a": rows}, rank=2)
     values, v = np.linalg.svd(rows - rows.mean(0))[1:]
-    for found, value, direction in zip(directions["a"].astype(np.float64), values, v, strict=False):
-        assert np.linalg.norm(found) == pytest.approx(value / np.sqrt(30), rel=1e-2)
-        assert abs(found @ direction) == pytest.approx(value / np.sqrt(30), rel=1e-2)
+    for component, value, direction in zip(directions["a"].astype(np.float64), values, v, strict=False):
+        assert np.linalg.norm(component) == pytest.approx(value / np.sqrt(30), rel=1e-2)
+        assert abs(component @ direction) == pytest.approx(value / np.sqrt(30), rel=1e-2)
 
 
-def test_every_part_counts_the_same_whatever_its_scale():
-    """The strongest direction is the only one of a part, though another varies a thousand times as much, in two."""
+def test_every_part_has_equal_weight_whatever_its_scale():
+    """A part that varies in one direction outweighs one that varies a thousand times as much, but in two."""
     factors = np.linalg.qr(np.random.default_rng(0).standard_normal((40, 4)))[0]
     factors = factors - factors.mean(0)
     parts = {"a": factors[:, :1], "b": 1000 * factors[:, 1:3]}
@@ -69,29 +69,29 @@ def test_more_directions_than_images_are_zero():
 
 @pytest.fixture
 def strategy_state(method, variables, images):
-    """Of the first two of three objects, within a step that learns the third."""
+    """State with the first two of three objects, within a step that learns the third."""
     strategy, strategy_state = replay(settings(), method, objects=3), {}
     for object_ in (0, 1):
         strategy_state = strategy.finish(strategy_state, variables, images(25, object_), object_)
     return jax.tree.map(jnp.asarray, strategy.begin(strategy_state, variables, images(1, 2), 1))
 
 
-def test_draws_are_of_the_objects_seen_and_look_like_them(strategy_state, images):
-    parts, objects = jax.vmap(lambda key: draw(strategy_state, key))(jax.random.split(jax.random.key(0), 2000))
+def test_samples_are_of_seen_objects_and_have_their_statistics(strategy_state, images):
+    parts, objects = jax.vmap(lambda key: draw_sample(strategy_state, key))(jax.random.split(jax.random.key(0), 2000))
     assert set(np.unique(objects)) == {0, 1}
     assert abs((objects == 0).mean() - 0.5) < 0.05
     for object_ in (0, 1):
         batch, drawn = images(25, object_), np.asarray(objects) == object_
-        for found, real in [
+        for samples, real in [
             (parts["features_rgb"][drawn], batch.features["rgb"]),
-            (parts["image_rgb"][drawn], coarse(batch.images["rgb"], 2)),
+            (parts["image_rgb"][drawn], downsample(batch.images["rgb"], 2)),
         ]:
             spread = real.std(0)
-            np.testing.assert_allclose(np.mean(found, 0) / spread, real.mean(0) / spread, atol=0.15)
-            assert 0.3 < (np.asarray(found).std(0) / spread).mean() <= 1.05  # three of many directions
+            np.testing.assert_allclose(np.mean(samples, 0) / spread, real.mean(0) / spread, atol=0.15)
+            assert 0.3 < (np.asarray(samples).std(0) / spread).mean() <= 1.05  # three of many directions
 
 
-def test_what_is_kept_does_not_grow_with_images(method, variables, images):
+def test_the_state_does_not_grow_with_images(method, variables, images):
     strategy = replay(settings(), method, objects=3)
     few, many = (strategy.finish({}, variables, images(count), 0) for count in (5, 50))
     assert jax.tree.map(np.shape, few) == jax.tree.map(np.shape, many)
@@ -99,28 +99,28 @@ def test_what_is_kept_does_not_grow_with_images(method, variables, images):
     assert sum(a.nbytes for a in jax.tree.leaves(many)) == per_object
 
 
-def test_every_image_is_joined_by_one_that_is_drawn(method, variables, images, strategy_state):
-    """The loss is the mean over both, the drawn having the right objects and images of the right size."""
-    seen = []
+def test_a_sample_is_added_for_every_image(method, variables, images, strategy_state):
+    """The loss is the mean over both; samples have the right objects and images of the right size."""
+    shapes = []
 
     def recording(variables, batch, keys):
-        seen.append(jax.tree.map(np.shape, batch))
+        shapes.append(jax.tree.map(np.shape, batch))
         return method.loss(variables, batch, keys)
 
     strategy = replay(settings(), method.__class__(method.init, None, recording), objects=3)
     batch, keys = images(4, object_=2), jax.random.split(jax.random.key(0), 4)
     (total, *_), after = strategy.loss(strategy_state, variables, batch, keys)
-    assert seen[-1].features["rgb"] == (8, 3, 5)
-    assert seen[-1].images["rgb"] == (8, 8, 8, 3)
+    assert shapes[-1].features["rgb"] == (8, 3, 5)
+    assert shapes[-1].images["rgb"] == (8, 8, 8, 3)
     jax.tree.map(np.testing.assert_array_equal, after, strategy_state)
-    (own, *_), _ = strategy.loss({}, variables, batch, keys)
-    assert seen[-1].object_id == (4,)  # nothing is drawn in the base step
-    assert abs(float(total) - float(own)) > 0.01
+    (base_total, *_), _ = strategy.loss({}, variables, batch, keys)
+    assert shapes[-1].object_id == (4,)  # the base step has no samples
+    assert abs(float(total) - float(base_total)) > 0.01
 
 
 @pytest.mark.slow
-def test_replay_keeps_what_finetuning_forgets(method, variables, images):
-    """A linear model with too few dimensions for both objects, trained on the second alone or with replay."""
+def test_replay_prevents_the_forgetting_of_finetuning(method, variables, images):
+    """A linear model with too few dimensions for both objects learns the second one, with and without replay."""
     config = paper("1-1")
     old, new = images(40, 0), images(40, 1)
     optimizer = make_optimizer(config.train)
@@ -138,7 +138,7 @@ def test_replay_keeps_what_finetuning_forgets(method, variables, images):
     strategy = replay(settings(rank=8), method, objects=2)
     base = trained(strategy, variables, old, {})
     strategy_state = strategy.begin(strategy.finish({}, base, old, 0), base, new, 1)
-    kept = trained(strategy, base, new, strategy_state)
-    forgotten = trained(finetune(method), base, new, {})
-    assert error(kept, old) - error(base, old) < 0.5 * (error(forgotten, old) - error(base, old))
-    assert error(kept, new) < 1.5 * error(forgotten, new)
+    replayed = trained(strategy, base, new, strategy_state)
+    finetuned = trained(finetune(method), base, new, {})
+    assert error(replayed, old) - error(base, old) < 0.5 * (error(finetuned, old) - error(base, old))
+    assert error(replayed, new) < 1.5 * error(finetuned, new)

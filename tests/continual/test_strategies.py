@@ -1,4 +1,4 @@
-"""What holds for all strategies: which objects they see, and the same training on one device and on four."""
+"""Properties of all strategies: the objects they train on, and equal training on one and four devices."""
 
 import pickle
 import re
@@ -31,7 +31,11 @@ def config_for(strategy):
 
 
 def two_steps(name, method, images):
-    """The losses, the weights after two steps of three updates each, and the state within and after the last."""
+    """Train two steps of three updates each.
+
+    Returns:
+        The losses, the weights, and the state within and after the last step.
+    """
     config = config_for(name)
     strategy = continual.build(config, method, objects=2)
     optimizer = make_optimizer(config.train)
@@ -54,35 +58,35 @@ def two_steps(name, method, images):
 
 
 @pytest.mark.slow
-def test_four_devices_train_as_one_does(tmp_path, method, skewed_images):
-    """To rounding, with all of a strategy's chance and what it gathers within and between steps."""
+def test_four_devices_train_like_one(tmp_path, method, skewed_images):
+    """Results are equal up to rounding, including random draws and the state within and between steps."""
     assert jax.local_device_count() == 4
-    file = tmp_path / "one"
+    file = tmp_path / "one_device"
     with subprocess.Popen([sys.executable, __file__, file]) as process:
-        four = {name: two_steps(name, method, skewed_images) for name in ("iuf", "replay")}
+        four_devices = {name: two_steps(name, method, skewed_images) for name in ("iuf", "replay")}
     assert process.returncode == 0
-    one = pickle.loads(file.read_bytes())
-    for name in four:
-        for ours, theirs in zip(four[name][0], one[name][0], strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-2), name
-        for (path, ours), theirs in zip(
-            jax.tree.leaves_with_path(four[name][1:]), jax.tree.leaves(one[name][1:]), strict=True
+    one_device = pickle.loads(file.read_bytes())
+    for name in four_devices:
+        for array, expected in zip(four_devices[name][0], one_device[name][0], strict=True):
+            assert array == pytest.approx(expected, rel=1e-2), name
+        for (path, array), expected in zip(
+            jax.tree.leaves_with_path(four_devices[name][1:]), jax.tree.leaves(one_device[name][1:]), strict=True
         ):
             where = f"{name} {jax.tree_util.keystr(path)}"
-            ours, theirs = (np.asarray(array, np.float32) for array in (ours, theirs))
-            np.testing.assert_allclose(ours, theirs, rtol=1e-2, atol=2e-3, err_msg=where)
-    assert four["iuf"][0][0]["compression"] > 1e-3
-    assert "compression" not in four["iuf"][0][3]
+            array, expected = (np.asarray(array, np.float32) for array in (array, expected))
+            np.testing.assert_allclose(array, expected, rtol=1e-2, atol=2e-3, err_msg=where)
+    assert four_devices["iuf"][0][0]["compression"] > 1e-3
+    assert "compression" not in four_devices["iuf"][0][3]
 
 
-def test_only_joint_sees_the_images_of_earlier_steps(method):
+def test_only_joint_trains_on_images_of_earlier_steps(method):
     for name in STRATEGIES:
         strategy = continual.build(config_for(name), method, objects=5)
-        seen = [strategy.objects(step) for step in steps("3-1", ("a", "b", "c", "d", "e"))]
+        objects = [strategy.objects(step) for step in steps("3-1", ("a", "b", "c", "d", "e"))]
         if name == "joint":
-            assert seen == [("a", "b", "c"), ("a", "b", "c", "d"), ("a", "b", "c", "d", "e")]
+            assert objects == [("a", "b", "c"), ("a", "b", "c", "d"), ("a", "b", "c", "d", "e")]
         else:
-            assert seen == [("a", "b", "c"), ("d",), ("e",)]
+            assert objects == [("a", "b", "c"), ("d",), ("e",)]
 
 
 def test_unknown_strategy_is_refused(method):
@@ -92,7 +96,7 @@ def test_unknown_strategy_is_refused(method):
         continual.build(config_for("ewc"), method, objects=2)
 
 
-def test_the_optimiser_of_later_steps():
+def test_later_steps_use_their_own_optimiser():
     config = paper("1-1")
     config.train.learning_rate = 0.5
     assert step_config(config, 1) == step_config(config, 0) == config.train
@@ -103,7 +107,7 @@ def test_the_optimiser_of_later_steps():
     gradients = {"kernel": np.array([3.0, 4.0], np.float32)}
     optimizer = make_optimizer(later)
     direction, _ = optimizer.update(gradients, optimizer.init(gradients), gradients)
-    np.testing.assert_allclose(direction["kernel"], [0.06, 0.08], rtol=1e-5)  # clipped to 0.1, and no more
+    np.testing.assert_allclose(direction["kernel"], [0.06, 0.08], rtol=1e-5)  # only clipped to 0.1
     config.continual.optimizer = "lion"
     with pytest.raises(
         UserError, match=re.escape(sentences.UNKNOWN_OPTIMIZER.format(found="lion", known="adamw, sgd"))
@@ -111,10 +115,12 @@ def test_the_optimiser_of_later_steps():
         make_optimizer(step_config(config, 1))
 
 
-if __name__ == "__main__":  # the same on one device, which only a process of its own has
+if __name__ == "__main__":  # the same training on one device, which needs a separate process
     jax.config.update("jax_disable_most_optimizations", True)
     assert jax.local_device_count() == 1
     from conftest import linear, random_images, skewed
 
-    one = {name: two_steps(name, linear(), lambda *args: skewed(random_images(*args))) for name in ("iuf", "replay")}
-    Path(sys.argv[1]).write_bytes(pickle.dumps(one))
+    results = {
+        name: two_steps(name, linear(), lambda *args: skewed(random_images(*args))) for name in ("iuf", "replay")
+    }
+    Path(sys.argv[1]).write_bytes(pickle.dumps(results))

@@ -1,4 +1,4 @@
-"""The embedded dataset: what it writes, against the real files; and what it shows, against geometry done by hand."""
+"""The embedded dataset: its files compared with real ones, and its pictures with independently computed geometry."""
 
 import shutil
 import sys
@@ -9,11 +9,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from iumad_jax.data.candies import OBJECTS, defects, draw, render
+from iumad_jax.data.candies import OBJECTS, draw, render
 from iumad_jax.data.candies.__main__ import main
-from iumad_jax.data.candies.dataset import kinds_of, sample, write_sample
-from iumad_jax.data.candies.defects import KINDS
-from iumad_jax.data.candies.scene import FOCAL, PLATE, POSE, photograph, surveyor
+from iumad_jax.data.candies.dataset import defect_kinds, draw_sample, write_sample
+from iumad_jax.data.candies.defects import KINDS, NO_DEFECTS
+from iumad_jax.data.candies.scene import FOCAL, PLATE, POSE, compile_geometry_pass, lighting_pass
 from iumad_jax.data.candies.sweets import SWEETS
 from iumad_jax.data.readers.eyecandies import Eyecandies
 from iumad_jax.errors import UserError
@@ -36,7 +36,7 @@ def contents(root: Path) -> dict[str, bytes]:
 
 
 def read(directory: Path, prefix: str) -> dict:
-    """All files of one sample: arrays by PNG name, mappings by YAML name, the pose."""
+    """Read all files of a sample, by name: PNG and TXT files as arrays, YAML files as mappings."""
     files = {}
     for path in sorted(directory.glob(f"{prefix}_*")):
         name = path.stem.removeprefix(f"{prefix}_")
@@ -51,7 +51,7 @@ def read(directory: Path, prefix: str) -> dict:
 
 
 def points_of(files: dict) -> np.ndarray:
-    """World coordinates (h, w, 3) of every pixel, from depth, focal length and pose alone, in float64."""
+    """Compute the world coordinates (h, w, 3) of all pixels from depth, focal length and pose, in float64."""
     limits = files["info_depth"]["normalization"]
     depth = files["depth"] / 65535 * (limits["max"] - limits["min"]) + limits["min"]
     size = len(depth)
@@ -64,34 +64,34 @@ def points_of(files: dict) -> np.ndarray:
 # ---- the files -----------------------------------------------------------------------------------------------------
 
 
-def test_a_sample_has_the_kinds_of_files_that_real_ones_have(root, eyecandies_root):
+def test_a_sample_has_the_same_kinds_of_files_as_real_ones(root, eyecandies_root):
     for split, prefixes in REAL_SETS.items():
-        theirs = eyecandies_root / "CandyCane" / split / "data"
-        ours = root / "CandyCane" / split / "data"
+        real_folder = eyecandies_root / "CandyCane" / split / "data"
+        rendered_folder = root / "CandyCane" / split / "data"
         for prefix in prefixes:
-            real = {p.name.removeprefix(prefix): p for p in theirs.glob(f"{prefix}_*")}
-            made = {p.name[len(prefix) :]: p for p in ours.glob(f"{'1'.zfill(len(prefix))}_*")}
-            assert made.keys() == real.keys()
-            assert len(made) == 17
+            real = {p.name.removeprefix(prefix): p for p in real_folder.glob(f"{prefix}_*")}
+            rendered = {p.name[len(prefix) :]: p for p in rendered_folder.glob(f"{'1'.zfill(len(prefix))}_*")}
+            assert rendered.keys() == real.keys()
+            assert len(rendered) == 17
             for name, path in real.items():
                 if path.suffix == ".png":
-                    a, b = Image.open(path), Image.open(made[name])
+                    a, b = Image.open(path), Image.open(rendered[name])
                     assert (a.mode, a.format) == (b.mode, b.format), name
                     assert np.asarray(a).dtype == np.asarray(b).dtype
                 elif path.suffix == ".yaml":
-                    a, b = (yaml.safe_load(p.read_text()) for p in (path, made[name]))
+                    a, b = (yaml.safe_load(p.read_text()) for p in (path, rendered[name]))
                     assert list(a) == list(b), name
-                    for key in a.keys() - {"object"}:  # each object has parameters of its own
+                    for key in a.keys() - {"object"}:  # the parameters in it depend on the object
                         assert type(a[key]) is type(b[key])
                         assert not isinstance(a[key], dict) or a[key].keys() == b[key].keys()
                 else:
-                    np.testing.assert_allclose(np.loadtxt(made[name]), np.loadtxt(path), atol=1e-12)
+                    np.testing.assert_allclose(np.loadtxt(rendered[name]), np.loadtxt(path), atol=1e-12)
 
 
-def test_values_mean_what_they_mean_in_real_files(root, eyecandies_root):
+def test_values_have_the_same_meaning_as_in_real_files(root, eyecandies_root):
     real = read(eyecandies_root / "CandyCane" / "test_public" / "data", "26")
-    made = read(root / "CandyCane" / "test_public" / "data", "01")
-    for files in (real, made):
+    rendered = read(root / "CandyCane" / "test_public" / "data", "01")
+    for files in (real, rendered):
         assert (files["depth"].min(), files["depth"].max()) == (0, 65535)
         assert set(np.unique(files["mask"])) == {0, 255}
         kinds = np.any([files[f"{kind}_mask"] > 0 for kind in KINDS], axis=0)
@@ -119,14 +119,14 @@ def test_ids_and_labels(root):
     assert all(s.mask.any() == s.anomalous for s in test)
 
 
-def test_every_kind_equally_often_in_the_default_test_split():
-    kinds = [kinds_of(name, "test_public", i) for name in OBJECTS for i in range(16)]
+def test_defect_kinds_are_equally_frequent_in_the_default_test_split():
+    kinds = [defect_kinds(name, "test_public", i) for name in OBJECTS for i in range(16)]
     assert kinds.count(()) == 80
     assert {kind: kinds.count(kind) for kind in {*kinds} - {()}} == {**{(k,): 16 for k in KINDS}, KINDS: 16}
-    assert not any(kinds_of(name, split, i) for name in OBJECTS for split in ("train", "val") for i in range(24))
+    assert not any(defect_kinds(name, split, i) for name in OBJECTS for split in ("train", "val") for i in range(24))
 
 
-def test_lights_differ_and_the_default_one_is_bright_enough(root):
+def test_lights_differ_and_the_default_light_is_bright_enough(root):
     files = read(root / "GummyBear" / "train" / "data", "000")
     brightness = [files[f"image_{light}"].mean() for light in range(6)]
     assert max(brightness[1:4]) < min(brightness[0], brightness[4], brightness[5])
@@ -134,16 +134,16 @@ def test_lights_differ_and_the_default_one_is_bright_enough(root):
     assert len({files[f"image_{light}"].tobytes() for light in range(6)}) == 6
 
 
-# ---- same settings, same files -------------------------------------------------------------------------------------
+# ---- reproducibility and resuming ----------------------------------------------------------------------------------
 
 
 def test_a_sample_depends_only_on_seed_object_split_and_index(root, tmp_path):
     write_sample(tmp_path, 3, SIZE, "GummyBear", "test_public", 5)
-    written = contents(tmp_path)
-    assert len(written) == 17
-    assert all((root / path).read_bytes() == data for path, data in written.items())
+    files = contents(tmp_path)
+    assert len(files) == 17
+    assert all((root / path).read_bytes() == data for path, data in files.items())
     instances = {
-        tuple(sample(seed, SIZE, name, split, index)[2].shape)
+        tuple(draw_sample(seed, SIZE, name, split, index)[2].shape)
         for seed, name, split, index in (
             (3, "GummyBear", "train", 0),
             (4, "GummyBear", "train", 0),
@@ -155,27 +155,27 @@ def test_a_sample_depends_only_on_seed_object_split_and_index(root, tmp_path):
     assert len(instances) == 5
 
 
-def test_an_interrupted_rendering_goes_on_and_is_no_dataset_before(root, tmp_path):
+def test_an_interrupted_rendering_resumes_and_creates_the_dataset_only_when_complete(root, tmp_path):
     unfinished = tmp_path / "root.partial"
     shutil.copytree(root, unfinished)
     data = unfinished / "GummyBear" / "test_public" / "data"
-    kept = (data / "08_depth.png").stat().st_mtime_ns
-    (data / "09_metadata.yaml").unlink()  # written last: without it, the sample is not complete
+    modified = (data / "08_depth.png").stat().st_mtime_ns
+    (data / "09_metadata.yaml").unlink()  # written last: without it, the sample is incomplete
     (data / "09_image_2.png").write_bytes((data / "09_image_2.png").read_bytes()[:100])
     obstacle = data / "09_depth.png"
     obstacle.unlink()
-    obstacle.mkdir()  # as a full disk would, this stops the run
+    obstacle.mkdir()  # stops the run, as a full disk would
     with pytest.raises(UserError, match=sentences.CANDIES_NOT_WRITTEN.format(r"09_depth\.png")):
         render(tmp_path / "root", **SMALL)
     assert not (tmp_path / "root").exists()
     obstacle.rmdir()
     render(tmp_path / "root", **SMALL)
     assert contents(tmp_path / "root") == contents(root)
-    assert (tmp_path / "root/GummyBear/test_public/data/08_depth.png").stat().st_mtime_ns == kept
+    assert (tmp_path / "root/GummyBear/test_public/data/08_depth.png").stat().st_mtime_ns == modified
     assert not unfinished.exists()
 
 
-def test_a_finished_dataset_is_used_as_it_is(root):
+def test_a_complete_dataset_is_left_unchanged(root):
     before = {p: p.stat().st_mtime_ns for p in root.rglob("*")}
     render(root, **SMALL)
     assert {p: p.stat().st_mtime_ns for p in root.rglob("*")} == before
@@ -187,12 +187,12 @@ def test_a_finished_dataset_is_used_as_it_is(root):
         ({"seed": 4}, sentences.CANDIES_OF_OTHER_SETTINGS.format("seed")),
         ({"train": 3, "objects": "all"}, sentences.CANDIES_OF_OTHER_SETTINGS.format("train, objects")),
         ({"objects": "CandyCane,Gummibear"}, sentences.CANDIES_UNKNOWN_OBJECT.format("Gummibear")),
-        ({"size": 32}, sentences.CANDIES_NUMBER_OUT_OF_RANGE.format(found="size=32", least=64, most=1024)),
-        ({"test": 0}, "test=0"),
-        ({"seed": -1}, "seed=-1"),
+        ({"size": 32}, sentences.CANDIES_NUMBER_OUT_OF_RANGE.format(key="size", found=32, least=64, most=1024)),
+        ({"test": 0}, sentences.CANDIES_NUMBER_OUT_OF_RANGE.format(key="test", found=0, least=1, most=100)),
+        ({"seed": -1}, sentences.CANDIES_NUMBER_OUT_OF_RANGE.format(key="seed", found=-1, least=0, most=4294967295)),
     ],
 )
-def test_bad_settings_are_refused_and_nothing_is_touched(root, change, sentence):
+def test_bad_settings_are_refused_and_files_are_left_unchanged(root, change, sentence):
     before = contents(root)
     with pytest.raises(UserError, match=sentence):
         render(root, **{**SMALL, **change})
@@ -201,7 +201,7 @@ def test_bad_settings_are_refused_and_nothing_is_touched(root, change, sentence)
 
 def test_a_directory_with_other_files_is_refused(tmp_path):
     (tmp_path / "holiday.jpg").touch()
-    with pytest.raises(UserError, match=sentences.CANDIES_NOT_THERE):
+    with pytest.raises(UserError, match=sentences.CANDIES_MISSING):
         render(tmp_path, **SMALL)
 
 
@@ -213,7 +213,7 @@ def test_a_directory_with_other_files_is_refused(tmp_path):
         (["--root=a", "--objects=Toffee"], sentences.CANDIES_UNKNOWN_OBJECT.format("Toffee")),
     ],
 )
-def test_the_command_answers_a_mistake_with_one_sentence(flags, sentence, tmp_path, monkeypatch, capsys):
+def test_the_command_reports_a_mistake_in_one_sentence(flags, sentence, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["candies", *flags])
     with pytest.raises(SystemExit) as exit_:
@@ -225,28 +225,28 @@ def test_the_command_answers_a_mistake_with_one_sentence(flags, sentence, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-# ---- what it shows -------------------------------------------------------------------------------------------------
+# ---- rendered content ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "split", "prefix"), [("CandyCane", "train", "000"), ("GummyBear", "val", "00")])
 def test_the_belt_is_a_plane_to_a_millimetre(root, name, split, prefix):
     height = points_of(read(root / name / split / "data", prefix))[..., 2]
-    on_belt, beside = np.abs(height) < 1e-3, np.abs(height - PLATE) < 1e-3
+    on_belt, on_plate = np.abs(height) < 1e-3, np.abs(height - PLATE) < 1e-3
     sweet = height > 8e-3
     assert on_belt.mean() > 0.5
     assert 0.03 < sweet.mean() < 0.25
-    assert (on_belt | beside | sweet).mean() > 0.995
+    assert (on_belt | on_plate | sweet).mean() > 0.995
     assert height.max() < 0.6
-    assert not sweet.sum() - sweet[2:-2, 2:-2].sum()  # whole within the picture
+    assert not sweet.sum() - sweet[2:-2, 2:-2].sum()  # the sweet does not touch the border
 
 
 @pytest.mark.parametrize("name", OBJECTS)
-def test_rays_end_where_the_surface_is(name):
-    """Against a search along the ray in 4 mm steps that trusts nothing but the sign of the distance."""
+def test_depth_agrees_with_a_search_along_the_ray(name):
+    """The search advances in 4 mm steps and uses only the sign of the distance."""
     size, sweet = 64, SWEETS[name]
     rng = np.random.default_rng(7)
     look = draw.instance(sweet, rng)
-    surface = surveyor(name, size)(look, defects.NONE)
+    surface = compile_geometry_pass(name, size)(look, NO_DEFECTS)
     hit = np.asarray(surface.hit)
     assert 0.03 < hit.mean() < 0.25
 
@@ -255,43 +255,43 @@ def test_rays_end_where_the_surface_is(name):
     ray = POSE[:3, :3] @ np.stack([x / (FOCAL * size), y / (FOCAL * size), -np.ones(256)])
     depths = np.arange(1.5, 5.1, 0.004)
     world = POSE[:3, 3, None, None] + ray[:, :, None] * depths
-    c, s = np.cos(look.turn), np.sin(look.turn)
-    x, y = world[0] - look.place[0], world[1] - look.place[1]
+    c, s = np.cos(look.rotation), np.sin(look.rotation)
+    x, y = world[0] - look.position[0], world[1] - look.position[1]
     local = np.stack([c * x + s * y, c * y - s * x, world[2]]) / look.scale
     distance = np.asarray(sweet.distance(local.reshape(3, -1).astype(np.float32), look)).reshape(256, -1)
     inside = (distance < 0) & (world[2] > 0)
     entry = np.where(inside.any(1), depths[inside.argmax(1)], np.nan)
-    met = hit[pixels]
-    disagree = met != ~np.isnan(entry)
-    assert disagree.mean() < 0.03  # rays that only graze it
-    both = met & ~disagree
+    hit = hit[pixels]
+    disagree = hit != ~np.isnan(entry)
+    assert disagree.mean() < 0.03  # grazing rays
+    both = hit & ~disagree
     error = np.asarray(surface.depth)[pixels][both] - entry[both]
     assert np.percentile(error, 5) > -0.008
     assert np.percentile(error, 95) < 0.002
 
 
 @pytest.mark.parametrize("index", [1, 3, 5, 7, 9])
-def test_masks_are_where_the_defect_changes_something(index):
-    """Against the same instance without its defects: what differs lies in the masks, each kind changes its own."""
+def test_masks_cover_what_defects_change(index):
+    """Only masked pixels differ from the same instance without defects, and each kind changes its own property."""
     name, seed = "CandyCane", 3
-    bad, masks, look = sample(seed, SIZE, name, "test_public", index)
-    good = surveyor(name, SIZE)(look, defects.NONE)
+    bad, masks, look = draw_sample(seed, SIZE, name, "test_public", index)
+    good = compile_geometry_pass(name, SIZE)(look, NO_DEFECTS)
     kinds = {kind for kind, mask in masks.items() if mask.any()}
-    assert kinds == set(kinds_of(name, "test_public", index))
+    assert kinds == set(defect_kinds(name, "test_public", index))
     images, normals = {}, {}
     for key, surface in (("good", good), ("bad", bad)):
-        image, normal = photograph(surface, SWEETS[name].material, look.belt, SIZE)
+        image, normal = lighting_pass(surface, SWEETS[name].material, look.belt_shift, SIZE)
         images[key] = np.asarray(image, int).reshape(6, -1, 3)
         normals[key] = np.asarray(normal).reshape(-1, 3)
     nearer = np.asarray(good.depth) - np.asarray(bad.depth)
     bent = np.degrees(np.arccos(np.clip((normals["good"] * normals["bad"]).sum(1), -1, 1)))
     recoloured = np.abs(np.asarray(good.albedo) - np.asarray(bad.albedo)).max(0)
     geometry = masks["bumps"] | masks["dents"]
-    anything = np.any(list(masks.values()), axis=0)
+    masked = np.any(list(masks.values()), axis=0)
 
     assert np.abs(nearer[~geometry]).max() < 2e-3
-    assert recoloured[~anything & np.asarray(good.hit)].max() < (0.1 if geometry.any() else 1e-6)
-    assert np.percentile(bent[~anything], 99.9) < (3 if geometry.any() else 0.1)
+    assert recoloured[~masked & np.asarray(good.hit)].max() < (0.1 if geometry.any() else 1e-6)
+    assert np.percentile(bent[~masked], 99.9) < (3 if geometry.any() else 0.1)
     if kinds == {"bumps"}:
         assert np.median(nearer[masks["bumps"]]) > 5e-3
     if kinds == {"dents"}:
@@ -303,15 +303,15 @@ def test_masks_are_where_the_defect_changes_something(index):
     if kinds == {"normals"}:
         assert np.median(bent[masks["normals"]]) > 5
         assert not nearer.any()
-    # It shows in the default picture; outside the mask only its shadow may.
+    # The defect is visible in the default picture. Outside of the mask, only its shadow may be.
     change = np.abs(images["good"][4] - images["bad"][4]).max(-1)
-    assert change[anything].mean() > 8
-    assert (change[~anything] > 12).mean() < 0.01
+    assert change[masked].mean() > 8
+    assert (change[~masked] > 12).mean() < 0.01
 
 
-def test_masks_are_sparse_but_never_lost(root, monkeypatch):
-    monkeypatch.setattr(draw, "AREA", (0.0002, 0.06))  # what falls outside the limits is drawn again
-    masks = [sample(seed, SIZE, "CandyCane", "test_public", 1)[1]["bumps"] for seed in range(20)]
+def test_mask_sizes_are_within_limits(root, monkeypatch):
+    monkeypatch.setattr(draw, "AREA", (0.0002, 0.06))  # defects with masks outside the limits are drawn again
+    masks = [draw_sample(seed, SIZE, "CandyCane", "test_public", 1)[1]["bumps"] for seed in range(20)]
     masks += [np.asarray(Image.open(p)) > 0 for p in root.glob("*/test_public/data/?[13579]_mask.png")]
     assert len(masks) == 30
     shares = [mask.mean() for mask in masks]
@@ -319,12 +319,12 @@ def test_masks_are_sparse_but_never_lost(root, monkeypatch):
     assert max(shares) <= 0.03
 
 
-def test_good_instances_vary_in_place_shape_and_colour_but_moderately():
+def test_good_instances_vary_moderately_in_position_shape_and_colour():
     rng = np.random.default_rng(0)
     looks = [draw.instance(SWEETS["GummyBear"], rng) for _ in range(64)]
-    for field in ("place", "turn", "scale", "shape", "phase", "belt"):
+    for field in ("position", "rotation", "scale", "shape", "phase", "belt_shift"):
         values = np.stack([getattr(look, field) for look in looks])
         assert (values.std(0) > 0.01).all(), field
-    assert np.abs([look.place for look in looks]).max() < 0.1
+    assert np.abs([look.position for look in looks]).max() < 0.1
     colours = np.stack([look.palette[0] for look in looks])
     assert 0.01 < colours.std(0).max() < 0.15

@@ -1,4 +1,4 @@
-"""Every translated primitive gives in onnxruntime what it gives in JAX."""
+"""Every translated primitive has the same results in onnxruntime and in JAX."""
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +22,13 @@ def compiled_twice(x):
 
 
 def scanned(x, reverse=False):
-    """Over rows, with a weight from outside, a state that starts at a constant, and one that is not used."""
+    """Scan over rows, with a weight from outside the loop, a state that starts at a constant, and a counter."""
     weight = jnp.exp(x.mean((1, 2)))
 
     def step(carry, row):
-        state, other = carry
+        state, counter = carry
         state = jnp.tanh(state * weight[:, None] + row)
-        return (state, other + 1.0), (state.sum(-1), row * MATRIX[None, None, :, 0])
+        return (state, counter + 1.0), (state.sum(-1), row * MATRIX[None, None, :, 0])
 
     start = (jnp.zeros((2, 6, 4)), jnp.float32(0))
     (last, count), (sums, rows) = lax.scan(step, start, x.swapaxes(0, 1), reverse=reverse)
@@ -82,13 +82,13 @@ FUNCTIONS = {
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_translation(function):
     model = convert(lambda x: (function(x),), {"x": jax.ShapeDtypeStruct(X.shape, X.dtype)}, ["y"])
-    (found,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": X})
+    (actual,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": X})
     expected = np.asarray(function(jnp.asarray(X)))
-    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_not_translated_is_named():
+def test_untranslated_operations_are_named():
     with pytest.raises(NotImplementedError, match=sentences.PRIMITIVE_NOT_TRANSLATED.format("sort")):
         convert(lambda x: (jnp.sort(x),), {"x": jax.ShapeDtypeStruct(X.shape, X.dtype)}, ["y"])
     with pytest.raises(NotImplementedError, match=sentences.NOT_TRANSLATED):

@@ -1,14 +1,14 @@
-"""Feeds every reader of what need not be trusted with damaged and lying inputs.
+"""Feed damaged and forged inputs to every reader of untrusted data.
 
-    python -m tests.fuzz --inputs=10000 [--target=ledger] [--coverage] [--first=N]
+    python -m tests.fuzz --inputs=100
 
-An input must lead to a result or to the documented UserError, in one printable sentence, within 5 seconds and 512 MB
-(peak of the resident memory beyond what the process had before; address space is bounded to 8 GB more). An input is
-made from valid ones by `mutations.mutate`, from its number alone: --first=N --inputs=1 repeats one. With --coverage
-atheris chooses, by what code they reach, which inputs are changed further (`pip install atheris`). For Linux.
+Every input must lead to a result or to the documented UserError, in one printable sentence, within 5 seconds and 512 MB
+(peak of the additional resident memory; the address space may grow by 8 GB). `mutations.mutate` makes an input from
+valid ones and its number alone, so --first=N --inputs=1 repeats it. With --coverage, atheris chooses the inputs to
+mutate further by the code that they reach (`pip install atheris`). Linux only.
 
-Every target has a process of its own; one that is killed or hangs is a crash as well, and another goes on behind the
-input that it had.
+Every target runs in a separate process. A process that is killed or hangs counts as a crash, too, and a new process
+continues with the next input.
 """
 
 import collections
@@ -27,30 +27,31 @@ import psutil
 from absl import flags
 from tabulate import tabulate
 
-HANG, ADDRESSES = 60, 8 << 30  # seconds, bytes
-
-_FLAGS = flags.FlagValues()
-flags.DEFINE_string("target", "all", "Which target, by name; or several with commas.", flag_values=_FLAGS)
-flags.DEFINE_integer("inputs", 10_000, "How many for each.", flag_values=_FLAGS)
-flags.DEFINE_integer("first", 0, "The number of the first.", flag_values=_FLAGS)
-flags.DEFINE_bool("coverage", False, "Whether atheris guides.", flag_values=_FLAGS)
-flags.DEFINE_string("log", None, "Of a target's own process: where outcomes go.", flag_values=_FLAGS)
+HANG, EXTRA_ADDRESS_SPACE = 60, 8 << 30  # seconds, bytes
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command; returns 1 if there was a crash."""
-    _FLAGS(arguments)
-    if _FLAGS.log:
-        return work(_FLAGS.target, _FLAGS.first, _FLAGS.inputs, Path(_FLAGS.log), _FLAGS.coverage)
+    """Run the command; return 1 if any input crashed."""
+    if "--help" in arguments:
+        from iumad_jax import cli  # not at the top: atheris instruments the package before its import
+
+        return cli.execute(str(__doc__), arguments, _define, lambda _: "")
+    values = flags.FlagValues()
+    _define(values)
+    values(arguments)
+    if values.log:
+        return work(values.target, values.first, values.inputs, Path(values.log), values.coverage)
     from tests.fuzz.targets import TARGETS
 
-    names = list(TARGETS) if _FLAGS.target == "all" else _FLAGS.target.split(",")
+    names = list(TARGETS) if values.target == "all" else values.target.split(",")
     rows, crashes = [], []
     for name in names:
-        outcomes = supervise(name, _FLAGS.first, _FLAGS.inputs, _FLAGS.coverage)
-        counts = collections.Counter(one["kind"] for one in outcomes)
-        crashes += [f"{name}, input {one['number']}: {one['told']}" for one in outcomes if one["kind"] == "crash"]
-        slowest, peak = (max(one[key] for one in outcomes) for key in ("seconds", "megabytes"))
+        outcomes = supervise(name, values.first, values.inputs, values.coverage)
+        counts = collections.Counter(outcome["kind"] for outcome in outcomes)
+        for outcome in outcomes:
+            if outcome["kind"] == "crash":
+                crashes.append(f"{name}, input {outcome['number']}: {outcome['message']}")
+        slowest, peak = (max(outcome[key] for outcome in outcomes) for key in ("seconds", "megabytes"))
         row = [name, len(outcomes), *(counts[kind] for kind in ("refused", "read", "crash"))]
         rows.append([*row, f"{slowest:.2f} s", f"{peak:.0f} MB"])
         print(f"{name}: {dict(counts)}", file=sys.stderr, flush=True)
@@ -60,29 +61,37 @@ def main(arguments: list[str]) -> int:
     return 1 if crashes else 0
 
 
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("target", "all", "Names of targets, separated by commas, or all.", flag_values=values)
+    flags.DEFINE_integer("inputs", 10_000, "Number of inputs per target.", flag_values=values)
+    flags.DEFINE_integer("first", 0, "Number of the first input.", flag_values=values)
+    flags.DEFINE_bool("coverage", False, "Choose inputs by code coverage, with atheris.", flag_values=values)
+    flags.DEFINE_string("log", None, "File for the outcomes; set in the process of a target.", flag_values=values)
+
+
 def supervise(name: str, first: int, inputs: int, coverage: bool) -> list[dict]:
-    """The outcomes of a target's inputs."""
+    """Feed a target in child processes and return the outcomes of all inputs."""
     outcomes: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         while len(outcomes) < inputs:
             log.write_text("")
-            own = [f"--target={name}", f"--first={first + len(outcomes)}", f"--inputs={inputs - len(outcomes)}"]
-            command = [sys.executable, "-m", "tests.fuzz", *own, f"--log={log}", f"--coverage={coverage}"]
-            done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            new = [json.loads(line) for line in log.read_text().splitlines()]
-            outcomes += new
+            options = [f"--target={name}", f"--first={first + len(outcomes)}", f"--inputs={inputs - len(outcomes)}"]
+            command = [sys.executable, "-m", "tests.fuzz", *options, f"--log={log}", f"--coverage={coverage}"]
+            process = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            new_outcomes = [json.loads(line) for line in log.read_text().splitlines()]
+            outcomes += new_outcomes
             if len(outcomes) < inputs:
-                told = f"the process ended with {done.returncode}: {done.stderr[-2000:]}"
+                message = f"the process ended with {process.returncode}: {process.stderr[-2000:]}"
                 number = first + len(outcomes)
-                outcomes.append({"number": number, "kind": "crash", "seconds": 0, "megabytes": 0, "told": told})
-                if not new:
+                outcomes.append({"number": number, "kind": "crash", "seconds": 0, "megabytes": 0, "message": message})
+                if not new_outcomes:
                     break
     return outcomes
 
 
 def work(name: str, first: int, inputs: int, log: Path, coverage: bool) -> int:
-    """Feeds one target."""
+    """Feed one target in this process."""
     if coverage:
         import atheris
 
@@ -95,8 +104,8 @@ def work(name: str, first: int, inputs: int, log: Path, coverage: bool) -> int:
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as corpus, log.open("a") as lines:
         target = TARGETS[name](Path(folder))
         names = list(target.seeds)
-        used = psutil.Process().memory_info().vms
-        resource.setrlimit(resource.RLIMIT_AS, (used + ADDRESSES, used + ADDRESSES))
+        limit = psutil.Process().memory_info().vms + EXTRA_ADDRESS_SPACE
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
         def feed(number: int, seed: str, content: bytes) -> None:
             faulthandler.dump_traceback_later(HANG, exit=True)
@@ -111,22 +120,22 @@ def work(name: str, first: int, inputs: int, log: Path, coverage: bool) -> int:
                 feed(number, seed, mutate(target.seeds[seed], target.seeds[names[draw(len(names))]], draw))
             return 0
 
-        for i, content in enumerate(target.seeds.values()):  # a byte for the seed's name, then its content
+        for i, content in enumerate(target.seeds.values()):  # one byte for the index of the seed, then its content
             (Path(corpus) / str(i)).write_bytes(bytes([i]) + content)
-        count = iter(range(first, first + inputs))
+        numbers = iter(range(first, first + inputs))
 
-        def change(data: bytes, most: int, seed: int) -> bytes:
+        def mutate_data(data: bytes, max_size: int, seed: int) -> bytes:
             draw = random.Random(seed).randrange
-            which = data[0] if data else 0
-            return bytes([which]) + mutate(data[1:], target.seeds[names[draw(len(names))]], draw)[: most - 1]
+            index = data[0] if data else 0
+            return bytes([index]) + mutate(data[1:], target.seeds[names[draw(len(names))]], draw)[: max_size - 1]
 
-        def one(data: bytes) -> None:
-            number = next(count, None)
+        def feed_data(data: bytes) -> None:
+            number = next(numbers, None)
             if number is not None:
                 feed(number, names[(data[0] if data else 0) % len(names)], data[1:])
 
         options = [f"-runs={inputs}", "-max_len=100000", "-len_control=0", "-timeout=0", "-rss_limit_mb=0"]
-        atheris.Setup([sys.argv[0], *options, corpus], one, custom_mutator=change)
+        atheris.Setup([sys.argv[0], *options, corpus], feed_data, custom_mutator=mutate_data)
         atheris.Fuzz()
     return 0
 

@@ -1,4 +1,4 @@
-"""What reads datasets that need not be trusted, each with valid inputs to start from."""
+"""Fuzz targets that read untrusted datasets, each with valid inputs to mutate."""
 
 import contextlib
 import io
@@ -30,11 +30,11 @@ CONFIG = Path(__file__).parents[2] / "configs" / "folder.py"
 
 @dataclass(frozen=True)
 class Target:
-    """A part of the code.
+    """A part of the code to be fuzzed.
 
     Attributes:
-        seeds: valid inputs, by name.
-        read: (name, content): has the code read a changed input; returns, or raises UserError.
+        seeds: Valid inputs by name.
+        read: Function of (name, content) that reads a mutated input and returns or raises UserError.
     """
 
     seeds: dict[str, bytes]
@@ -45,7 +45,7 @@ class Target:
 
 
 def _scene() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """RGB, an organised cloud in metres with holes, and a mask of a box on a plane."""
+    """Return RGB, an organised cloud in metres with holes, and a mask of a box on a plane."""
     rng = np.random.default_rng(0)
     columns, rows = np.meshgrid(np.arange(WIDTH), np.arange(HEIGHT))
     z = 0.5 + 2e-4 * rng.standard_normal((HEIGHT, WIDTH))
@@ -57,7 +57,7 @@ def _scene() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return rng.integers(0, 256, (HEIGHT, WIDTH, 3)).astype(np.uint8), cloud, mask
 
 
-def _encoded(pixels: np.ndarray, kind: str, **options: object) -> bytes:
+def _encode(pixels: np.ndarray, kind: str, **options: object) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, kind, **options)
     return stream.getvalue()
@@ -68,19 +68,19 @@ LEVELS = np.round(CLOUD[..., 2] * 10_000).astype(np.uint16)
 
 
 def images(folder: Path) -> Target:
-    """Photographs and masks of every kind."""
+    """Photographs and masks in every format."""
     grey = RGB[..., 0]
     seeds = {
-        "rgb.png": _encoded(RGB, "PNG"),
-        "levels.png": _encoded(LEVELS, "PNG"),
-        "rgb.jpg": _encoded(RGB, "JPEG"),
-        "progressive.jpg": _encoded(RGB, "JPEG", progressive=True),
-        "grey.bmp": _encoded(grey, "BMP"),
-        "rgb.tiff": _encoded(RGB, "TIFF"),
-        "lzw.tiff": _encoded(RGB, "TIFF", compression="tiff_lzw"),
-        "deflate.tiff": _encoded(RGB, "TIFF", compression="tiff_deflate"),
-        "jpeg.tiff": _encoded(RGB, "TIFF", compression="jpeg"),
-        "mask.png": _encoded(MASK, "PNG"),
+        "rgb.png": _encode(RGB, "PNG"),
+        "levels.png": _encode(LEVELS, "PNG"),
+        "rgb.jpg": _encode(RGB, "JPEG"),
+        "progressive.jpg": _encode(RGB, "JPEG", progressive=True),
+        "grey.bmp": _encode(grey, "BMP"),
+        "rgb.tiff": _encode(RGB, "TIFF"),
+        "lzw.tiff": _encode(RGB, "TIFF", compression="tiff_lzw"),
+        "deflate.tiff": _encode(RGB, "TIFF", compression="tiff_deflate"),
+        "jpeg.tiff": _encode(RGB, "TIFF", compression="jpeg"),
+        "mask.png": _encode(MASK, "PNG"),
     }
 
     def read(name: str, content: bytes) -> None:
@@ -92,7 +92,7 @@ def images(folder: Path) -> Target:
 
 
 def depth(folder: Path) -> Target:
-    """Depth images and clouds of every format."""
+    """Depth images and clouds in every format."""
     encoders = [*test_depth_files.FORMATS.values(), ("png", test_depth_files.png)]
     seeds = {f"{i}.{ending}": encode(CLOUD) for i, (ending, encode) in enumerate(encoders)}
     seeds["deflated.tiff"] = test_depth_files.tiff(CLOUD[..., 2], compression="zlib")
@@ -113,7 +113,7 @@ def write(root: Path, files: dict[str, bytes]) -> None:
 
 
 def _dataset(folder: Path, files: dict[str, bytes], open_: Callable[[Path], Reader]) -> Target:
-    """A dataset with one file changed, opened, and the sample that the file belongs to read and processed."""
+    """Return a target that opens a dataset with one mutated file, and reads and processes a sample with this file."""
     root = folder / "dataset"
     write(root, files)
 
@@ -121,16 +121,16 @@ def _dataset(folder: Path, files: dict[str, bytes], open_: Callable[[Path], Read
         (root / name).write_bytes(content)
         try:
             reader = open_(root)
-            which = next(one for one in _samples(reader) if root / name in reader.files(*one))
+            key = next(key for key in _sample_keys(reader) if root / name in reader.files(*key))
             processing = Processing(("rgb", "depth"), 16, "normals", reader.height_range, reader.object_height, 3)
-            processing(reader.read(*which))
+            processing(reader.read(*key))
         finally:
             (root / name).write_bytes(files[name])
 
     return Target(files, read)
 
 
-def _samples(reader: Reader) -> Iterator[tuple[str, Split, str]]:
+def _sample_keys(reader: Reader) -> Iterator[tuple[str, Split, str]]:
     for name in reader.objects:
         for split in get_args(Split):
             for id_ in reader.ids(name, split):
@@ -143,49 +143,51 @@ def _eyecandies_files() -> dict[str, bytes]:
     flags = ("anomalous", *(f"anomalous_{kind}" for kind in ("bumps", "dents", "colors", "normals")))
     files = {}
     for split in ("train", "val", "test_public"):
-        bad = split == "test_public"
+        anomalous = split == "test_public"
         files |= {
             f"Confetto/{split}/data/00_{name}": content
             for name, content in {
-                "image_4.png": _encoded(RGB, "PNG"),
-                "depth.png": _encoded(levels, "PNG"),
-                "normals.png": _encoded(np.full((HEIGHT, WIDTH, 3), (128, 128, 255), np.uint8), "PNG"),
-                "mask.png": _encoded(MASK * bad, "PNG"),
+                "image_4.png": _encode(RGB, "PNG"),
+                "depth.png": _encode(levels, "PNG"),
+                "normals.png": _encode(np.full((HEIGHT, WIDTH, 3), (128, 128, 255), np.uint8), "PNG"),
+                "mask.png": _encode(MASK * anomalous, "PNG"),
                 "info_depth.yaml": yaml.safe_dump(
                     {"normalization": {"max": float(z.max()), "min": float(z.min())}}
                 ).encode(),
-                "metadata.yaml": yaml.safe_dump({flag: int(bad and flag in flags[:2]) for flag in flags}).encode(),
+                "metadata.yaml": yaml.safe_dump(
+                    {flag: int(anomalous and flag in flags[:2]) for flag in flags}
+                ).encode(),
             }.items()
         }
     return files
 
 
 def eyecandies(folder: Path) -> Target:
-    """Eyecandies with a changed file."""
+    """Eyecandies with a mutated file."""
     return _dataset(folder, _eyecandies_files(), lambda root: Eyecandies(root, "Confetto", normals=True))
 
 
 def mvtec3d(folder: Path) -> Target:
-    """MVTec 3D-AD with a changed file."""
+    """MVTec 3D-AD with a mutated file."""
     files = {}
-    for place in ("train/good", "validation/good", "test/good", "test/hole"):
-        files[f"bagel/{place}/rgb/000.png"] = _encoded(RGB, "PNG")
-        files[f"bagel/{place}/xyz/000.tiff"] = test_depth_files.tiff(CLOUD)
-        files[f"bagel/{place}/gt/000.png"] = _encoded(MASK * (place == "test/hole"), "PNG")
+    for images_folder in ("train/good", "validation/good", "test/good", "test/hole"):
+        files[f"bagel/{images_folder}/rgb/000.png"] = _encode(RGB, "PNG")
+        files[f"bagel/{images_folder}/xyz/000.tiff"] = test_depth_files.tiff(CLOUD)
+        files[f"bagel/{images_folder}/gt/000.png"] = _encode(MASK * (images_folder == "test/hole"), "PNG")
     return _dataset(folder, files, lambda root: MVTec3D(root, "bagel", needs_depth=True))
 
 
 def folder_files() -> dict[str, bytes]:
     files = {"dataset.yaml": b"unit: 0.0001\ncamera: {fx: 40, fy: 40.5, cx: 15.5, cy: 11.5}\nobject_height: 0.004\n"}
-    for place in ("train/good", "val/good", "test/good", "test/scratch", "unlabelled"):
-        files[f"bolt/{place}/rgb/a b.png"] = _encoded(RGB, "PNG")
-        files[f"bolt/{place}/depth/a b.png"] = _encoded(LEVELS, "PNG")
-    files["bolt/test/scratch/mask/a b.png"] = _encoded(MASK, "PNG")
+    for images_folder in ("train/good", "val/good", "test/good", "test/scratch", "unlabelled"):
+        files[f"bolt/{images_folder}/rgb/a b.png"] = _encode(RGB, "PNG")
+        files[f"bolt/{images_folder}/depth/a b.png"] = _encode(LEVELS, "PNG")
+    files["bolt/test/scratch/mask/a b.png"] = _encode(MASK, "PNG")
     return files
 
 
 def folder(folder: Path) -> Target:
-    """One's own objects with a changed file; dataset.yaml as often as all others together."""
+    """Custom objects with a mutated file."""
     return _dataset(folder, folder_files(), lambda root: Folder(root, needs_depth=True))
 
 
@@ -208,7 +210,7 @@ _NAMES = (
 
 
 def _disarrange(paths: list[Path], draw: Iterator[int]) -> None:
-    """One change of a tree, if the system lets it be done."""
+    """Make one random change to a tree, unless the system refuses it."""
     path, other = paths[(next(draw) * 256 + next(draw)) % len(paths)], paths[next(draw) % len(paths)]
     with contextlib.suppress(OSError, ValueError):
         new = path.with_name(_NAMES[next(draw) % len(_NAMES)]) if next(draw) % 2 else other
@@ -228,7 +230,7 @@ def _disarrange(paths: list[Path], draw: Iterator[int]) -> None:
 
 
 def layout(folder: Path) -> Target:
-    """Datasets whose files and folders have been renamed, removed, linked and put elsewhere."""
+    """Datasets whose files and folders are renamed, removed, linked or moved."""
     templates: dict[str, tuple[dict[str, bytes], Callable[[Path], Reader]]] = {
         "eyecandies": (_eyecandies_files(), lambda root: Eyecandies(root, "Confetto")),
         "folder": (folder_files(), lambda root: Folder(root)),
@@ -239,27 +241,30 @@ def layout(folder: Path) -> Target:
         root = folder / "dataset"
         shutil.rmtree(root, ignore_errors=True)
         write(root, files)
-        draw = iter(content[:200])  # what takes long is to change a tree, not to read it
+        draw = iter(content[:200])  # changing a tree takes longer than reading it
         with contextlib.suppress(StopIteration):
             while paths := sorted(root.rglob("*")):
                 _disarrange(paths, draw)
         reader = open_(root)
-        for which in _samples(reader):
-            reader.read(*which)
+        for key in _sample_keys(reader):
+            reader.read(*key)
 
     seeds = {name: bytes(range(7, 28)) for name in templates}
     return Target(seeds, read)
 
 
 def store(folder: Path) -> Target:
-    """A prepared set with a changed file, which must lead to the same images as before."""
+    """A prepared set with a mutated file, which must lead to the original arrays."""
     root, prepared = folder / "dataset", folder / "prepared"
     write(root, folder_files())
     processing = Processing(("rgb", "depth"), 16, "height", 0.1, 0.005, 3)
 
     def get(split: str) -> list[np.ndarray]:
-        found = Store(prepared, Folder(root), processing, lambda x: x.reshape(len(x), 4, 4, -1), {}).get("bolt", split)
-        return [*found.batch.features.values(), *found.batch.images.values(), *(found.truth or ())]
+        prepared_set = Store(prepared, Folder(root), processing, lambda x: x.reshape(len(x), 4, 4, -1), {}).get(
+            "bolt", split
+        )
+        batch, truth = prepared_set.batch, prepared_set.truth or ()
+        return [*batch.features.values(), *batch.images.values(), *truth]
 
     expected = {split: [np.array(array) for array in get(split)] for split in ("train", "test")}
     files = {str(file.relative_to(prepared)): file.read_bytes() for file in prepared.rglob("*") if file.is_file()}
@@ -270,10 +275,10 @@ def store(folder: Path) -> Target:
     def read(name: str, content: bytes) -> None:
         shutil.rmtree(prepared)
         write(prepared, files | {name: content})
-        with contextlib.redirect_stderr(io.StringIO()):  # that images are damaged
+        with contextlib.redirect_stderr(io.StringIO()):  # warnings about damaged images
             for split, arrays in expected.items():
-                for one, other in zip(get(split), arrays, strict=True):
-                    np.testing.assert_array_equal(one, other)
+                for array, original in zip(get(split), arrays, strict=True):
+                    np.testing.assert_array_equal(array, original)
 
     return Target(seeds, read)
 
@@ -282,7 +287,7 @@ def store(folder: Path) -> Target:
 
 
 def archive(folder: Path) -> Target:
-    """Archives of every format; nothing may appear outside of the folder that they are unpacked to."""
+    """Archives in every format; nothing may be written outside of the target folder."""
     seeds = {}
     for kind in test_archives.FORMATS:
         file = test_archives.write(folder / f"a.{kind}", test_archives.FILES.items())

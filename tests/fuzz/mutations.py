@@ -1,11 +1,11 @@
-"""Damage and lies, in any bytes: what a bad disk, a bad program or a bad person makes of a valid file."""
+"""Mutates valid files as a faulty disk, a faulty program or an attacker would."""
 
 import re
 import struct
 import zlib
 from collections.abc import Callable
 
-Draw = Callable[[int], int]  # a number from 0, below the one given
+Draw = Callable[[int], int]  # draws an integer from 0, below its argument
 
 _NUMBERS = (0, 1, -1, 2, 127, 128, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2**64, 10**30)
 _WORDS = (
@@ -17,15 +17,15 @@ _WORDS = (
 
 
 def mutate(content: bytes, other: bytes, draw: Draw) -> bytes:
-    """The content with one to four changes, drawn at random; the other is a valid file to take pieces from."""
+    """Return the content with one to four random changes; `other` is a valid file to take pieces from."""
     changed = bytearray(content)
     for _ in range(1 + draw(4)):
         _CHANGES[draw(len(_CHANGES))](changed, other, draw)
-    return _with_true_checksums(bytes(changed)) if draw(2) else bytes(changed)
+    return _with_valid_checksums(bytes(changed)) if draw(2) else bytes(changed)
 
 
 def _place(changed: bytearray, draw: Draw) -> int:
-    """Anywhere, and as often near the beginning, where headers are."""
+    """Draw a position: half of them anywhere, half in the first 200 bytes, where headers are."""
     return draw((min(len(changed), 200) if draw(2) else len(changed)) + 1)
 
 
@@ -60,16 +60,16 @@ def _insert(changed: bytearray, other: bytes, draw: Draw) -> None:
     changed[start:start] = _WORDS[draw(len(_WORDS))]
 
 
-def _reword(changed: bytearray, other: bytes, draw: Draw) -> None:
-    """Another value in the place of a number or word of a text."""
+def _replace_word(changed: bytearray, other: bytes, draw: Draw) -> None:
+    """Replace a number or word of a text by another value."""
     words = list(re.finditer(rb"[-+.\w]+", bytes(changed[:20_000])))
     if words:
         start, end = words[draw(len(words))].span()
         changed[start:end] = _WORDS[draw(len(_WORDS))]
 
 
-def _lie(changed: bytearray, other: bytes, draw: Draw) -> None:
-    """Another number in a binary header."""
+def _forge_number(changed: bytearray, other: bytes, draw: Draw) -> None:
+    """Overwrite a binary number by another one."""
     kind = "<>"[draw(2)] + "BHIQ"[draw(4)]
     size = struct.calcsize(kind)
     if len(changed) >= size:
@@ -77,11 +77,11 @@ def _lie(changed: bytearray, other: bytes, draw: Draw) -> None:
         struct.pack_into(kind, changed, start, _NUMBERS[draw(len(_NUMBERS))] % 256**size)
 
 
-_CHANGES = (_flip, _truncate, _remove, _repeat, _splice, _insert, _reword, _lie)
+_CHANGES = (_flip, _truncate, _remove, _repeat, _splice, _insert, _replace_word, _forge_number)
 
 
-def _with_true_checksums(content: bytes) -> bytes:
-    """As one who wants to be read would write it, lest a reader's first check hide what lies behind."""
+def _with_valid_checksums(content: bytes) -> bytes:
+    """Recompute the checksums of PNG and tar, so that the changes get past the reader's first check."""
     fixed = bytearray(content)
     if content.startswith(b"\x89PNG\r\n\x1a\n"):
         at = 8

@@ -1,4 +1,4 @@
-"""What reads weights, flags and what runs leave, and all targets by name."""
+"""Fuzz targets that read weights, flags and files of runs, and all targets by name."""
 
 import contextlib
 import io
@@ -47,7 +47,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "folder.py"
 
 
 def weights(folder: Path) -> Target:
-    """Both kinds of .pth, and .safetensors."""
+    """Both formats of .pth, and .safetensors."""
     stored = {"0": np.arange(24, dtype=np.float32).tobytes()}
     whole = pth.storage("0", 24)
     views = {
@@ -64,19 +64,19 @@ def weights(folder: Path) -> Target:
 
     def read(name: str, content: bytes) -> None:
         for array in pretrained.parse(content, Path(name)).values():
-            array.sum()  # all of it lies in memory that is there
+            array.sum()  # a read beyond the buffer would crash
 
     return Target(seeds, read)
 
 
-# ---- flags, and what runs leave ----
+# ---- flags and files of runs ----
 
 
 def config(folder: Path) -> Target:
-    """--config.KEY=VALUE, one flag per line, as far as a run checks them before it writes anything."""
+    """--config.KEY=VALUE, one flag per line, with all checks that a run makes before it writes anything."""
     root, files = folder / "dataset", folder_files()
     write(root, files)
-    for number in range(4):  # as many as a batch
+    for number in range(4):  # one batch
         for kind in ("rgb", "depth"):
             write(root, {f"bolt/train/good/{kind}/{number}.png": files[f"bolt/train/good/{kind}/a b.png"]})
     keys = list(_flat(configs.paper("1-0").to_dict()).items())
@@ -94,7 +94,7 @@ def config(folder: Path) -> Target:
 
     def act(values: flags.FlagValues) -> str:
         config, _ = cli.given_config(values)
-        if config.dataset.name != "candies":  # which would be rendered
+        if config.dataset.name != "candies":  # would be rendered
             configs.check(config)
             objects = readers.objects(config)
             protocol.steps(config.protocol, objects)
@@ -109,12 +109,12 @@ def config(folder: Path) -> Target:
 
     def read(name: str, content: bytes) -> None:
         lines = content.decode("utf8", "surrogateescape").split("\n")
-        given = [line for line in lines if line.startswith("--config.") and "\0" not in line]
+        config_flags = [line for line in lines if line.startswith("--config.") and "\0" not in line]
         errors = io.StringIO()
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-            sys.argv, before = ["main", *always, *given], sys.argv  # ml_collections looks there for keys
+            sys.argv, before = ["main", *always, *config_flags], sys.argv  # ml_collections searches sys.argv for keys
             try:
-                with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # also its
+                with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # raised by ml_collections
                     code = cli.execute("", sys.argv, define, act)
             finally:
                 sys.argv = before
@@ -132,7 +132,7 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 
 
 def ledger_(folder: Path) -> Target:
-    """A ledger, read and opened to go on."""
+    """A ledger that is read and then continued."""
     file = folder / "ledger.jsonl"
     written = ledger.Ledger(file)
     written.append("step", step=0, learned=["bolt"], images=3)
@@ -152,25 +152,25 @@ def ledger_(folder: Path) -> Target:
 
 
 def workdir(folder: Path) -> Target:
-    """What a finished run is read from: its config, its results, the samples of its report."""
+    """Files of a finished run: its config, data record, results and the samples of its report."""
     config = configs.small("1-1")
     with workdirs.claimed(folder, config):
         pass
     matrix = {metric: [[0.9, float("nan")], [0.8, 0.7]] for metric in tables.METRICS}
-    decided = {"objects": {}, "unknown": {"threshold": 1.0}, "rms_distance": 1.0}
+    decisions = {"objects": {}, "unknown": {"threshold": 1.0}, "rms_distance": 1.0}
     matrices = dict.fromkeys(("ib_iumad", "feature_norm"), matrix)
-    told = History((("a",), ("b",)), matrices, [decided] * 2, dict.fromkeys(matrices, 8), 0)
-    results = history.results(config.to_dict(), told, 1.0)
+    record = History((("a",), ("b",)), matrices, [decisions] * 2, dict.fromkeys(matrices, 8), 0)
+    results = history.results(config.to_dict(), record, 1.0)
     tables.write_results(folder, results)
     rng = np.random.default_rng(0)
     maps, masks = rng.random((3, 224, 224)).astype(np.float32), np.zeros((3, 224, 224), bool)
     masks[1:, :9, :9] = True
-    kept = samples.summarise(
+    summary = samples.summarise(
         "abc", ("good", "x", "x"), [0, 1, 1], masks, {"m": [1.0, 2.0, 3.0]}, {"m": maps}, [0, 1, 0], [3] * 3
     )
-    samples.save(folder, 0, "bolt", kept)
-    noted = {"bolt": {"train": {"000": "ab", "001": None}, "test": {}}}
-    (folder / "dataset.json").write_text(json.dumps(noted))
+    samples.save(folder, 0, "bolt", summary)
+    dataset_record = {"bolt": {"train": {"000": "ab", "001": None}, "test": {}}}
+    (folder / "dataset.json").write_text(json.dumps(dataset_record))
     names = ("config.json", "dataset.json", "results.json", "samples/step0_bolt.npz")
     seeds = {name: (folder / name).read_bytes() for name in names}
 
@@ -178,14 +178,13 @@ def workdir(folder: Path) -> Target:
         (folder / name).write_bytes(content)
         match name:
             case "config.json":
-                found = workdirs.read(folder)
-                methods.with_baselines(found, 2)
+                read_config = workdirs.read(folder)
+                methods.with_baselines(read_config, 2)
                 workdirs.check(folder, config)
             case "dataset.json":
                 inventory.Names.of(inventory.read(folder), ["nut"], lambda names: readers.open_reader(config, names))
             case "results.json":
-                found = tables.read_results(folder)
-                tables.console(found, folder)
+                tables.console(tables.read_results(folder), folder)
             case _:
                 samples.load(folder, 0, "bolt")
 
@@ -193,7 +192,7 @@ def workdir(folder: Path) -> Target:
 
 
 def snapshot(folder: Path) -> Target:
-    """A snapshot: what it holds is what was saved, or it is refused; also one whose hashes were made to fit."""
+    """A snapshot, which is read as saved or refused; with and without hashes recomputed for the mutated file."""
     variables = {"ib_iumad": {"params": {"kernel": np.arange(600, dtype=np.float32)}, "statistics": {}}}
     scores = np.float32([0.5, 0.25])
     saved = BEGINNING._replace(

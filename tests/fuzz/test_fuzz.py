@@ -1,4 +1,4 @@
-"""A few damaged inputs for every target, and what damaged inputs have found; `python -m tests.fuzz` tries thousands."""
+"""A few damaged inputs for every target, and regressions found by fuzzing; `python -m tests.fuzz` tries thousands."""
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -14,49 +14,48 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
+def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
     return {}
 
 
 @pytest.mark.parametrize("name", TARGETS)
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_damaged_input_is_read_or_refused_in_a_sentence(tmp_path_factory, made, name, data):
-    if name not in made:
-        made[name] = TARGETS[name](tmp_path_factory.mktemp(name))
-    target = made[name]
-    chosen = st.sampled_from(sorted(target.seeds))
-    seed, other = data.draw(chosen), data.draw(chosen)
+def test_a_damaged_input_is_read_or_refused_in_a_sentence(tmp_path_factory, targets, name, data):
+    if name not in targets:
+        targets[name] = TARGETS[name](tmp_path_factory.mktemp(name))
+    target = targets[name]
+    seeds = st.sampled_from(sorted(target.seeds))
+    seed, other = data.draw(seeds), data.draw(seeds)
     content = mutate(target.seeds[seed], target.seeds[other], lambda limit: data.draw(st.integers(0, limit - 1)))
     outcome = watch(target, seed, content)
     assert outcome.kind != "crash", outcome
 
 
-@pytest.mark.parametrize("name", sorted(set(TARGETS) - {"layout"}))  # whose inputs are changes
-def test_what_is_changed_can_be_read_as_it_was(tmp_path, name):
-    """Else every change would be refused for another reason."""
+@pytest.mark.parametrize("name", sorted(set(TARGETS) - {"layout"}))  # whose inputs are sequences of changes
+def test_unchanged_seeds_are_read(tmp_path, name):
+    """Otherwise a mutated seed would be refused for the seed's own mistake."""
     target = TARGETS[name](tmp_path)
     for seed, content in target.seeds.items():
-        refused = {"levels.png"}  # which no photograph has
+        refused = {"levels.png"}  # 16-bit grey, which is no photograph
         outcome = watch(target, seed, content)
         assert outcome.kind == ("refused" if seed in refused else "read"), (seed, outcome)
 
 
-CONTROL = b"VERSION .7\nFIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nWIDTH 2\nHEIGHT 2\nPOINTS 4\nDATA \x1b[2J\n"
 BOMB = b"a0: &a0 {k: v}\n" + b"".join(
     b"a%d: &a%d {<<: [%s]}\n" % (i, i, b",".join([b"*a%d" % (i - 1)] * 10)) for i in range(1, 10)
 )
 CLOUD = b"VERSION .7\nFIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nWIDTH 2\nHEIGHT 2\nPOINTS 4\n"
-FOUND = {
-    "deeper JSON than Python reads: ledger": ("ledger", "ledger.jsonl", b"[" * 100_000 + b"\n"),
-    "deeper JSON than Python reads: config": ("workdir", "config.json", b"[" * 100_000),
-    "deeper JSON than Python reads: results": ("workdir", "results.json", b"[" * 100_000),
+REGRESSIONS = {
+    "deeply nested JSON: ledger": ("ledger", "ledger.jsonl", b"[" * 100_000 + b"\n"),
+    "deeply nested JSON: config": ("workdir", "config.json", b"[" * 100_000),
+    "deeply nested JSON: results": ("workdir", "results.json", b"[" * 100_000),
     "another config": ("workdir", "config.json", b"{}"),
     "other results": ("workdir", "results.json", b'{"config": {"method": 3}}'),
-    "a NumPy header that does not end": ("workdir", "samples/step0_bolt.npz", b"\x93NUMPY\x01\0\x08\0{'descr'"),
+    "an unterminated NumPy header": ("workdir", "samples/step0_bolt.npz", b"\x93NUMPY\x01\0\x08\0{'descr'"),
     "control characters": ("depth", "11.pcd", CLOUD + b"DATA \x1b[2J\n"),
-    "a TIFF of its header alone": ("images", "rgb.tiff", b"II*\0\x08\0\0\0"),
-    "a number larger than floats": ("folder", "dataset.yaml", b"unit: " + b"9" * 400),
+    "a TIFF with only its header": ("images", "rgb.tiff", b"II*\0\x08\0\0\0"),
+    "a number above the largest float": ("folder", "dataset.yaml", b"unit: " + b"9" * 400),
     "a number too long to print": ("folder", "dataset.yaml", b"normals_window: 1" + b":1" * 3000),
     "a bomb of aliases": ("folder", "dataset.yaml", BOMB),
     "a key of a thousand parts": ("config", "0", b"--config." + b"a." * 3000 + b"b=1"),
@@ -64,8 +63,8 @@ FOUND = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "seed", "content"), FOUND.values(), ids=FOUND)
-def test_what_was_found_is_refused(tmp_path, name, seed, content):
+@pytest.mark.parametrize(("name", "seed", "content"), REGRESSIONS.values(), ids=REGRESSIONS)
+def test_earlier_crashes_are_refused(tmp_path, name, seed, content):
     target = TARGETS[name](tmp_path)
     assert seed in target.seeds
     outcome = watch(target, seed, content)
@@ -80,7 +79,7 @@ def test_malformed_pickles_are_refused_in_time(tmp_path, write, name):
     assert outcome.kind == "refused", outcome
 
 
-def test_a_prepared_array_whose_header_does_not_end_is_made_again(tmp_path):
+def test_a_prepared_array_with_an_unterminated_header_is_prepared_again(tmp_path):
     target = TARGETS["store"](tmp_path)
     seed = next(name for name in target.seeds if name.endswith("images_rgb.npy"))
     damaged = target.seeds[seed].replace(b"(", b"[", 1).replace(b"}", b" ")

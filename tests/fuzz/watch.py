@@ -1,4 +1,4 @@
-"""One input at a time, watched: what came of it, how long a processor took and how much memory."""
+"""Measures the outcome, processor time and memory of reading one input."""
 
 import time
 import traceback
@@ -8,37 +8,37 @@ from typing import NamedTuple
 from iumad_jax.errors import UserError
 from tests.fuzz.datasets import Target
 
-SECONDS, MEGABYTES = 5.0, 512  # what an input may take: of a processor's time; of memory beyond what the process had
+SECONDS, MEGABYTES = 5.0, 512  # limits per input: processor time and additional memory
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Outcome(NamedTuple):
-    """What came of an input."""
+    """Outcome of reading an input."""
 
     kind: str  # "read", "refused" or "crash"
-    seconds: float  # of a processor
-    megabytes: float  # the most that the process had in memory meanwhile, less what it had before
-    told: str
+    seconds: float  # processor time
+    megabytes: float  # peak of the additional resident memory
+    message: str  # of the error, empty for "read"
 
 
 def watch(target: Target, name: str, content: bytes) -> Outcome:
-    """Has a target read an input. Everything but a result or one sentence, in time and in bounds, is a crash."""
-    _RESET.write_text("5")  # from here on the peak is counted anew
-    before, began = _memory("VmRSS"), time.process_time()
-    kind, told = "read", ""
+    """Let a target read an input. Anything but a result or one sentence, within the limits, is a crash."""
+    _RESET.write_text("5")  # resets the peak (VmHWM)
+    memory, start = _memory("VmRSS"), time.process_time()
+    kind, message = "read", ""
     try:
         target.read(name, content)
     except UserError as error:
-        kind, told = "refused", str(error)
-        if not (told.isprintable() and 10 < len(told) < 5000):
-            kind, told = "crash", f"no sentence: {told!a:.300}"
+        kind, message = "refused", str(error)
+        if not (message.isprintable() and 10 < len(message) < 5000):
+            kind, message = "crash", f"no sentence: {message!a:.300}"
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        kind, told = "crash", f"{type(error).__name__} at {frame.filename}:{frame.lineno}: {str(error)[:200]!a}"
-    seconds, megabytes = time.process_time() - began, _memory("VmHWM") - before
+        kind, message = "crash", f"{type(error).__name__} at {frame.filename}:{frame.lineno}: {str(error)[:200]!a}"
+    seconds, megabytes = time.process_time() - start, _memory("VmHWM") - memory
     if seconds > SECONDS or megabytes > MEGABYTES:
-        kind, told = "crash", f"too much: {seconds:.1f} s, {megabytes:.0f} MB"
-    return Outcome(kind, seconds, megabytes, told)
+        kind, message = "crash", f"too much: {seconds:.1f} s, {megabytes:.0f} MB"
+    return Outcome(kind, seconds, megabytes, message)
 
 
 def _memory(key: str) -> float:

@@ -1,4 +1,4 @@
-"""Which object an image shows."""
+"""Object recognition by distances, compared with hand computation and scikit-learn."""
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ OBJECTS, CHANNELS = 3, 4
 
 
 def images_of(object_, count, seed):
-    """Tokens of both modalities about a mean of the object's own, with a noise that is not the same in all channels."""
+    """Tokens of both modalities about the object's mean, with noise that is correlated between channels."""
     rng = np.random.default_rng([object_, seed])
     mean = np.random.default_rng(object_).normal(size=2 * CHANNELS)
     noise = rng.normal(size=(count, 1, 2 * CHANNELS)) @ np.random.default_rng(9).normal(size=(2 * CHANNELS,) * 2) / 3
@@ -34,7 +34,7 @@ def learned():
 
 
 def shifts_of(object_):
-    """How far five images of the object move where they are worse."""
+    """Shifts of the mean tokens of five degraded images of the object, by modality."""
     rng = np.random.default_rng([object_, 8])
     return {"rgb": rng.normal(0, 0.3, (5, CHANNELS)), "depth": rng.normal(0, 0.2, (5, CHANNELS))}
 
@@ -44,14 +44,14 @@ def descriptors(batch):
 
 
 def by_hand(x):
-    """Distances by inverting the covariance of training images about their objects' means, with what worse ones add.
+    """Mahalanobis distances for the covariance of training images about their objects' means, with shifts.
 
-    A shift in depth, or one in RGB, of every image: of 60 for each of the object's images, as 60 is a multiple of 5.
+    Every image adds 60 shifts in depth and 60 in RGB, cycling through the object's five.
     """
     training = [descriptors(images_of(object_, 12 + object_, seed=1)) for object_ in range(OBJECTS)]
     scatter = 0
-    for object_, one in enumerate(training):
-        for row in one - one.mean(0):
+    for object_, tokens in enumerate(training):
+        for row in tokens - tokens.mean(0):
             scatter = scatter + np.outer(row, row)
             for number in range(60):
                 shifts = shifts_of(object_)
@@ -60,17 +60,18 @@ def by_hand(x):
                 scatter = scatter + (np.outer(depth, depth) + np.outer(rgb, rgb)) / 60
     count = sum(map(len, training))
     inverse = np.linalg.inv(recognition.oas(scatter / count, count))
-    return np.array([[np.sqrt((d := row - one.mean(0)) @ inverse @ d / len(d)) for one in training] for row in x])
+    means = [tokens.mean(0) for tokens in training]
+    return np.array([[np.sqrt((d := row - mean) @ inverse @ d / len(d)) for mean in means] for row in x])
 
 
 def test_distances_are_mahalanobis_distances(learned):
     test = images_of(1, 6, seed=2)
-    found = recognition.distances(recognition.fit(learned), test.features)
-    np.testing.assert_allclose(found, by_hand(descriptors(test)), rtol=1e-4)
+    distances = recognition.distances(recognition.fit(learned), test.features)
+    np.testing.assert_allclose(distances, by_hand(descriptors(test)), rtol=1e-4)
 
 
 def test_distances_are_the_same_within_jit(learned):
-    """There, dictionaries come sorted."""
+    """Within jit, the keys of dictionaries are sorted."""
     test, recogniser = images_of(2, 3, seed=2), recognition.fit(learned)
     within = jax.jit(recognition.distances)(recogniser, test.features)
     np.testing.assert_allclose(within, recognition.distances(recogniser, test.features), rtol=1e-5)
@@ -78,13 +79,13 @@ def test_distances_are_the_same_within_jit(learned):
 
 def test_objects_are_recognised_as_by_discriminant_analysis():
     x = [descriptors(images_of(object_, 12 + object_, seed=1)) for object_ in range(OBJECTS)]
-    labels = np.repeat(range(OBJECTS), [len(one) for one in x])
-    peer = LinearDiscriminantAnalysis(solver="lsqr", priors=[1 / OBJECTS] * OBJECTS).fit(np.concatenate(x), labels)
+    labels = np.repeat(range(OBJECTS), [len(tokens) for tokens in x])
+    reference = LinearDiscriminantAnalysis(solver="lsqr", priors=[1 / OBJECTS] * OBJECTS).fit(np.concatenate(x), labels)
     test = [images_of(object_, 20, seed=3) for object_ in range(OBJECTS)]
     recogniser = recognition.fit(learn(lambda _: {m: np.zeros((1, CHANNELS)) for m in ("rgb", "depth")}))
-    ours = np.concatenate([recognition.distances(recogniser, one.features).argmin(1) for one in test])
+    ours = np.concatenate([recognition.distances(recogniser, batch.features).argmin(1) for batch in test])
     truth = np.repeat(range(OBJECTS), 20)
-    theirs = peer.predict(np.concatenate([descriptors(one) for one in test]))
+    theirs = reference.predict(np.concatenate([descriptors(batch) for batch in test]))
     assert (ours == truth).mean() >= (theirs == truth).mean() - 0.05
     assert (ours == truth).mean() > 0.8
 
@@ -92,8 +93,8 @@ def test_objects_are_recognised_as_by_discriminant_analysis():
 def test_probabilities_are_those_of_normal_distributions(learned):
     distance = by_hand(descriptors(images_of(0, 4, seed=2)))
     density = np.exp(-0.5 * (2 * CHANNELS) * (distance / 1.7) ** 2)
-    found = recognition.probabilities(distance.astype(np.float32), 2 * CHANNELS, np.float32(1.7))
-    np.testing.assert_allclose(found, density / density.sum(1, keepdims=True), rtol=1e-4, atol=1e-7)
+    probabilities = recognition.probabilities(distance.astype(np.float32), 2 * CHANNELS, np.float32(1.7))
+    np.testing.assert_allclose(probabilities, density / density.sum(1, keepdims=True), rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("count", [2, 5, 50])
@@ -103,11 +104,11 @@ def test_shrinkage_is_oas(count):
     np.testing.assert_allclose(ours, OAS(assume_centered=True).fit(x).covariance_, rtol=1e-9, atol=1e-12)
 
 
-def test_features_that_do_not_vary_make_no_trouble():
+def test_constant_features_have_finite_distances():
     statistics = recognition.no_statistics(Batch({"rgb": np.zeros((1, 2, 3))}, {}, None))
     for value in (0, 1):
         batch = Batch({"rgb": np.full((4, 2, 3), value, np.float32)}, {}, None)
         statistics = recognition.observe(statistics, batch, {"rgb": np.zeros((2, 3))})
-    found = recognition.distances(recognition.fit(statistics), {"rgb": np.ones((1, 2, 3), np.float32)})
-    assert found[0, 1] == pytest.approx(0, abs=1e-3)
-    assert found[0, 0] > 100
+    distances = recognition.distances(recognition.fit(statistics), {"rgb": np.ones((1, 2, 3), np.float32)})
+    assert distances[0, 1] == pytest.approx(0, abs=1e-3)
+    assert distances[0, 0] > 100

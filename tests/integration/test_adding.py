@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from iumad_jax.methods.error_maps import maps_of, norm
+from iumad_jax.methods.error_maps import upsample_errors, norm
 from iumad_jax.methods.method import Loss, Method
 
 
@@ -54,7 +54,7 @@ def everything():
         return Loss(squares, {"squares": squares}, statistics={"done": batch.progress})
 
     def predict(variables, batch):
-        return maps_of({"rgb": norm(error(variables, batch))})
+        return upsample_errors({"rgb": norm(error(variables, batch))})
 
     def decay_to_zero(updates, state, params=None, *, progress, **_):
         return jax.tree.map(lambda update: (1 - progress) * update, updates), state

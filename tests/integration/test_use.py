@@ -190,7 +190,7 @@ def test_robustness_repeats_the_results_of_the_run_on_unchanged_images(home, com
     unchanged = cells["none", ""]
     assert {rate: unchanged[rate.replace("_", " ")] for rate in expected} == expected
     assert unchanged["I-AUROC"] == f"{np.mean(results['matrix']['i_auroc'][-1]):.1%}"
-    assert unchanged["unknown, of never learned"] == "100.0%"
+    assert unchanged["unknown (never learned)"] == "100.0%"
     assert float(cells["noise, grey levels", "10"]["unknown"][:-1]) >= float(unchanged["unknown"][:-1])
     assert {fault for fault, _ in cells} == {"none", *FAULTS, "depth noise, mm"}
 

@@ -1,4 +1,4 @@
-"""The Mosaic kernels on a CPU."""
+"""Mosaic kernels on a CPU."""
 
 import jax
 import pytest
@@ -8,9 +8,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 @pytest.fixture
 def interpreted(monkeypatch, capfd):
-    """The Mosaic kernels on CPU, in the interpreter, which also looks for races."""
+    """Run the Mosaic kernels on CPU in the interpreter, which also detects races."""
     if not hasattr(plgpu, "InterpretGPUParams"):
         pytest.skip(f"jax {jax.__version__} does not export the Mosaic interpreter, InterpretGPUParams")
     monkeypatch.setattr(pallas_mosaic, "interpret", plgpu.InterpretGPUParams(detect_races=True))
     yield
-    assert "RACE" not in capfd.readouterr().out.upper()  # it prints what it finds
+    assert "RACE" not in capfd.readouterr().out.upper()  # the interpreter prints the races that it detects

@@ -1,9 +1,9 @@
-"""What tests of methods compare with."""
+"""Expected predictions of methods."""
 
 from iumad_jax.inference.anomaly_map import combine
-from iumad_jax.methods.error_maps import maps_of
+from iumad_jax.methods.error_maps import upsample_errors
 
 
-def prediction_of(errors):
-    """The prediction for errors (b p) at tokens."""
-    return combine(maps_of({"all": errors}))
+def prediction_from(errors):
+    """Combine errors at tokens, shape (b, p), into a prediction."""
+    return combine(upsample_errors({"all": errors}))

@@ -1,4 +1,4 @@
-"""Each ablation of IB-IUMAD takes away what it names, and nothing else; and what strategies are told."""
+"""Ablations of IB-IUMAD remove their part and nothing else; activations for strategies."""
 
 import jax
 import numpy as np
@@ -22,13 +22,13 @@ TERMS = {"fusion", "kl", "ib_heads", "object_rgb", "object_depth"}
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation():
-    """Everything here is compiled once for a few numbers, which takes a third of the time without optimisation."""
+    """Compile without optimisation. Each function runs only once here, so this takes a third of the time."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def built(modalities=BOTH, **changes):
+def build(modalities=BOTH, **changes):
     model = paper("10-0").model
     model.update(width=WIDTH, heads=2, layers=1, hidden=12, patch_size=4, states=2, dropout=0.0)
     model.jitter.probability = 0.0
@@ -60,12 +60,12 @@ def loss_of(method, batch, variables):
 
 
 def gradient(method, batch, variables, term):
-    """The largest derivative of a term by each parameter."""
+    """Return the largest absolute derivative of a loss term with respect to each parameter."""
     slope = jax.jit(jax.grad(lambda p: method.loss(variables | {"params": p}, batch, keys_for(batch)).terms[term]))
     return {path: abs(d).max() for path, d in flatten_dict(slope(variables["params"]), sep="/").items()}
 
 
-def parts(variables):
+def part_names(variables):
     return set(variables["params"]), set(variables["params"]["fusion"])
 
 
@@ -76,10 +76,10 @@ MAMBA = {"mamba_rgb", "mamba_depth"}
 
 
 def test_without_the_mamba_decoder():
-    """Nothing reads images, nothing tells the object, and the condition is 1."""
-    method, batch = built(mamba=False), random_batch()
+    """Without it, nothing reads images or recognises objects, and the condition is 1."""
+    method, batch = build(mamba=False), random_batch()
     variables = variables_for(method, batch)
-    assert parts(variables) == (BRANCHES, FUSION | BOTTLENECK)
+    assert part_names(variables) == (BRANCHES, FUSION | BOTTLENECK)
     loss = loss_of(method, batch, variables)
     assert set(loss.terms) == TERMS - {"object_rgb", "object_depth"}
     predict = jax.jit(predictor(method))
@@ -98,8 +98,8 @@ def test_without_the_mamba_decoder():
 
 @pytest.mark.parametrize("modalities", [BOTH, ("depth",)], ids="+".join)
 def test_without_the_bottleneck(modalities):
-    """F_fu is the reconstruction, of the target's width, and starts at zero; no KL, no heads."""
-    method, batch = built(modalities, bottleneck=False), random_batch(modalities)
+    """F_fu is the reconstruction with the target's width and starts at zero; KL term and heads are missing."""
+    method, batch = build(modalities, bottleneck=False), random_batch(modalities)
     start = jax.jit(method.init)(jax.random.key(0), batch)["params"]["fusion"]
     assert set(start) == (FUSION if len(modalities) == 2 else {"fuse"})
     assert start["fuse"]["kernel"].shape == (len(modalities) * WIDTH, len(modalities) * CHANNELS)
@@ -113,54 +113,54 @@ def test_without_the_bottleneck(modalities):
 
 
 def test_without_the_kl():
-    """The heads are still taught, F_g too, but not to agree."""
-    method, batch = built(kl=False), random_batch()
+    """Both heads are still trained, including that of F_g, but not to agree."""
+    method, batch = build(kl=False), random_batch()
     variables = variables_for(method, batch)
-    assert parts(variables) == (BRANCHES | MAMBA, FUSION | BOTTLENECK)
-    loss, whole = loss_of(method, batch, variables), loss_of(built(), batch, variables)
+    assert part_names(variables) == (BRANCHES | MAMBA, FUSION | BOTTLENECK)
+    loss, full_loss = loss_of(method, batch, variables), loss_of(build(), batch, variables)
     assert set(loss.terms) == TERMS - {"kl"}
-    assert float(whole.total - loss.total) == pytest.approx(float(whole.terms["kl"]), rel=1e-3)
-    assert float(whole.terms["kl"]) > 1e-3
+    assert float(full_loss.total - loss.total) == pytest.approx(float(full_loss.terms["kl"]), rel=1e-3)
+    assert float(full_loss.terms["kl"]) > 1e-3
 
 
 def test_fusion_by_addition():
-    """The two reconstructions may change places."""
-    method, batch = built(fusion="addition", target="rgb"), random_batch()
+    """The result is symmetric in the two reconstructions."""
+    method, batch = build(fusion="addition", target="rgb"), random_batch()
     variables = variables_for(method, batch)
-    assert parts(variables) == (BRANCHES | MAMBA, {"fuse"} | BOTTLENECK)
+    assert part_names(variables) == (BRANCHES | MAMBA, {"fuse"} | BOTTLENECK)
     assert variables["params"]["fusion"]["fuse"]["kernel"].shape == (WIDTH, CHANNELS)
     loss = jax.jit(method.loss)
-    here = loss(variables, batch, keys_for(batch)).terms
-    assert set(here) == TERMS
+    terms = loss(variables, batch, keys_for(batch)).terms
+    assert set(terms) == TERMS
     sizes = gradient(method, batch, variables, "fusion")
     for m in BOTH:
         assert sizes[f"reconstruction_{m}/decoder_0_feed_forward/output/kernel"] > 1e-6
     swapped_params = variables["params"] | {
-        f"{part}_{m}": variables["params"][f"{part}_{o}"]
+        f"{part}_{m}": variables["params"][f"{part}_{other}"]
         for part in ("mamba", "reconstruction")
-        for m, o in (BOTH, BOTH[::-1])
+        for m, other in (BOTH, BOTH[::-1])
     }
     swapped = batch._replace(
         features=dict(zip(BOTH, list(batch.features.values())[::-1], strict=True)),
         images=dict(zip(BOTH, list(batch.images.values())[::-1], strict=True)),
     )
-    there = loss(variables | {"params": swapped_params}, swapped, keys_for(batch)).terms
-    assert float(there["ib_heads"]) == pytest.approx(float(here["ib_heads"]), rel=1e-3)
+    swapped_terms = loss(variables | {"params": swapped_params}, swapped, keys_for(batch)).terms
+    assert float(swapped_terms["ib_heads"]) == pytest.approx(float(terms["ib_heads"]), rel=1e-3)
 
 
 def test_unknown_fusion_is_refused():
     with pytest.raises(UserError, match=sentences.UNKNOWN_FUSION.format(found="sum", known="attention or addition")):
-        built(fusion="sum")
+        build(fusion="sum")
 
 
-def test_strategies_are_told_every_feed_forward_output():
-    """Token means at the places of their layers, without chance; and those of the decoder's first three layers."""
-    method, batch = built(mamba=False, layers=4, dropout=0.5, **{"jitter.probability": 1.0}), random_batch()
+def test_activations_are_the_token_means_of_every_feed_forward_output():
+    """They have no randomness and the place of their layer; the loss outputs the first three decoder layers."""
+    method, batch = build(mamba=False, layers=4, dropout=0.5, **{"jitter.probability": 1.0}), random_batch()
     variables = variables_for(method, batch)
-    told = flatten_dict(jax.jit(method.activations)(variables, batch))
+    activations = flatten_dict(jax.jit(method.activations)(variables, batch))
     params = flatten_dict(variables["params"])
-    assert len(told) == 2 * (4 + 4)
-    for (*layer, name), rows in told.items():
+    assert len(activations) == 2 * (4 + 4)
+    for (*layer, name), rows in activations.items():
         assert name == "mean"
         assert rows.shape == (2, WIDTH)
         assert params[*layer, "kernel"].shape == (12, WIDTH)
@@ -169,9 +169,9 @@ def test_strategies_are_told_every_feed_forward_output():
     feed_forward = variables["params"][f"reconstruction_{m}"]["decoder_0_feed_forward"]["output"]
     shifted = jax.tree.map(np.copy, variables)
     shifted["params"][f"reconstruction_{m}"]["decoder_0_feed_forward"]["output"]["bias"] = feed_forward["bias"] + 1
-    again = flatten_dict(jax.jit(method.activations)(shifted, batch))
+    shifted_activations = flatten_dict(jax.jit(method.activations)(shifted, batch))
     path = (f"reconstruction_{m}", "decoder_0_feed_forward", "output", "mean")
-    np.testing.assert_allclose(again[path], told[path] + 1, rtol=1e-4)
+    np.testing.assert_allclose(shifted_activations[path], activations[path] + 1, rtol=1e-4)
     loss = jax.jit(method.loss)(variables, batch, jax.random.split(jax.random.key(0), 2))
     assert {name: rows.shape for name, rows in loss.outputs.items()} == {
         f"{m}_{i}": (2, WIDTH) for m in BOTH for i in range(3)

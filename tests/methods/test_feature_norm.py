@@ -1,4 +1,4 @@
-"""The baseline that needs no training, against NumPy."""
+"""The feature-norm baseline against NumPy."""
 
 import jax
 import numpy as np
@@ -6,7 +6,7 @@ import numpy as np
 from iumad_jax.inference.anomaly_map import predictor
 from iumad_jax.methods.feature_norm import feature_norm
 from iumad_jax.shapes import Batch
-from tests.methods.reference import prediction_of
+from tests.methods.reference import prediction_from
 
 
 def random_batch(seed, images=5, modalities=("rgb",)):
@@ -26,12 +26,12 @@ def test_error_is_the_norm_of_z_scores_over_all_objects_seen():
     method = feature_norm()
     first, second, test = (random_batch(seed) for seed in range(3))
     variables = method.init(jax.random.key(0), first)
-    for step, seen in enumerate([first, second]):
-        variables = method.observe(variables, seen, step)
+    for step, batch in enumerate([first, second]):
+        variables = method.observe(variables, batch, step)
     expected = z_norm([first.features["rgb"], second.features["rgb"]], test.features["rgb"])
-    found, wanted = predictor(method)(variables, test), prediction_of(expected.astype(np.float32))
-    np.testing.assert_allclose(found.map, wanted.map, rtol=1e-4)
-    np.testing.assert_allclose(found.score, wanted.score, rtol=1e-4)
+    actual, expected = predictor(method)(variables, test), prediction_from(expected.astype(np.float32))
+    np.testing.assert_allclose(actual.map, expected.map, rtol=1e-4)
+    np.testing.assert_allclose(actual.score, expected.score, rtol=1e-4)
 
 
 def test_modalities_are_summed():
@@ -39,5 +39,5 @@ def test_modalities_are_summed():
     training, test = (random_batch(seed, modalities=("rgb", "depth")) for seed in range(2))
     variables = method.observe(method.init(jax.random.key(0), training), training, 0)
     expected = sum(z_norm([training.features[m]], test.features[m]) for m in ("rgb", "depth"))
-    found = predictor(method)(variables, test).map
-    np.testing.assert_allclose(found, prediction_of(expected.astype(np.float32)).map, rtol=1e-4)
+    actual = predictor(method)(variables, test).map
+    np.testing.assert_allclose(actual, prediction_from(expected.astype(np.float32)).map, rtol=1e-4)

@@ -1,6 +1,6 @@
-"""IB-IUMAD put together: what its losses are, what reads what, and where gradients go.
+"""IB-IUMAD as a whole: its losses, data flow and gradients.
 
-The parts are proven by themselves in tests/models; here they are the building blocks.
+tests/models tests the parts by themselves; here they serve as references.
 """
 
 import jax
@@ -17,7 +17,7 @@ from iumad_jax.models.fusion import Fused, InformationBottleneckFusion
 from iumad_jax.models.mamba import MambaDecoder
 from iumad_jax.models.reconstruction import ReconstructionTransformer
 from iumad_jax.shapes import Batch
-from tests.methods.reference import prediction_of
+from tests.methods.reference import prediction_from
 
 pytestmark = pytest.mark.slow
 
@@ -27,14 +27,14 @@ BOTH = ("rgb", "depth")
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation():
-    """Everything here is compiled once for a few numbers, which takes a third of the time without optimisation."""
+    """Compile without optimisation. Each function runs only once here, so this takes a third of the time."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 
 
 def tiny(**changes):
-    """`config.model`, small and without chance, then changed."""
+    """Return a small `config.model` without randomness, with some changes."""
     model = paper("10-0").model
     model.update(width=WIDTH, heads=2, layers=1, hidden=12, patch_size=4, states=2, dropout=0.0)
     model.jitter.probability = 0.0
@@ -56,7 +56,7 @@ def keys_for(batch, seed=0):
 
 
 def variables_for(config, modalities=BOTH):
-    """Random variables, none of the parameters 0 or 1 as biases and scales start."""
+    """Return random variables, in which biases and scales differ from their initial 0 and 1."""
     rng = np.random.default_rng(0)
     batch = random_batch(modalities)
     shapes = jax.eval_shape(lambda key: ib_iumad(config, modalities, OBJECTS).init(key, batch), jax.random.key(0))
@@ -73,7 +73,7 @@ def predict_of(config, modalities=BOTH):
 
 @jax.jit
 def branch(decoder_params, transformer_params, image, tokens):
-    """One modality of one image: the object's logits and the reconstruction."""
+    """Return the logits of the object and the reconstruction for one modality of one image."""
     decoder = MambaDecoder(OBJECTS, GRID, WIDTH, patch_size=4, blocks=1, states=2)
     condition, logits = decoder.apply({"params": decoder_params}, image)
     transformer = ReconstructionTransformer(GRID, WIDTH, heads=2, layers=1, hidden=12)
@@ -112,7 +112,7 @@ def test_losses_maps_and_logits(modalities, target, compared):
     params = variables["params"]
     expected = {name: [] for name in ("fusion", "kl", "ib_heads")}
     expected |= {f"{term}_{m}": [] for m in modalities for term in ("object", "aux")}
-    errors, told = [], []
+    errors, object_logits = [], []
     for i, y in enumerate(batch.object_id):
         logits, reconstructions = {}, {}
         for m in modalities:
@@ -134,7 +134,7 @@ def test_losses_maps_and_logits(modalities, target, compared):
             expected[f"object_{m}"].append(3 * -log_softmax(logits[m])[y])
             expected[f"aux_{m}"].append(11 * ((rebuilt - batch.features[m][i]) ** 2).mean())
         errors.append(np.sqrt((error**2).sum(1)))
-        told.append(sum(log_softmax(logits[m]) for m in modalities))
+        object_logits.append(sum(log_softmax(logits[m]) for m in modalities))
     expected = {name: np.mean(values) for name, values in expected.items()}
 
     total, terms, *_ = loss_of(config, modalities)(variables, batch, keys_for(batch))
@@ -144,38 +144,40 @@ def test_losses_maps_and_logits(modalities, target, compared):
     assert float(total) == pytest.approx(sum(expected.values()), rel=1e-3)
 
     prediction = predict_of(config, modalities)(variables, batch)
-    wanted = prediction_of(np.array(errors, np.float32))
-    np.testing.assert_allclose(prediction.map, wanted.map, rtol=1e-3)
-    np.testing.assert_allclose(prediction.score, wanted.score, rtol=1e-3)
-    np.testing.assert_allclose(nn.softmax(prediction.object_logits), nn.softmax(np.array(told)), rtol=1e-3, atol=1e-5)
+    reference = prediction_from(np.array(errors, np.float32))
+    np.testing.assert_allclose(prediction.map, reference.map, rtol=1e-3)
+    np.testing.assert_allclose(prediction.score, reference.score, rtol=1e-3)
+    np.testing.assert_allclose(
+        nn.softmax(prediction.object_logits), nn.softmax(np.array(object_logits)), rtol=1e-3, atol=1e-5
+    )
 
 
-def test_kl_teaches_the_compressed_head_only():
-    """Toward softmax(F_fu's logits): the gradient of a cross-entropy with those as soft labels."""
+def test_kl_trains_the_compressed_head_only():
+    """Its gradient is that of a cross-entropy with softmax(F_fu's logits) as soft labels."""
     a, b = np.array([1.0, -2.0, 0.5], np.float32), np.array([0.3, 0.1, -1.0], np.float32)
 
     def kl(a, b):
         return bottleneck_loss(Fused(jnp.zeros((1, 1)), jnp.zeros((1, 1)), a, b), 0, 1.0)["kl"]
 
-    value, (to_a, to_b) = jax.value_and_grad(kl, argnums=(0, 1))(a, b)
+    value, (slope_a, slope_b) = jax.value_and_grad(kl, argnums=(0, 1))(a, b)
     p, q = np.exp(log_softmax(a)), np.exp(log_softmax(b))
     assert float(value) == pytest.approx(sum(p * np.log(p / q)), rel=1e-5)
-    np.testing.assert_array_equal(to_a, 0)
-    np.testing.assert_allclose(to_b, q - p, rtol=1e-5)
+    np.testing.assert_array_equal(slope_a, 0)
+    np.testing.assert_allclose(slope_b, q - p, rtol=1e-5)
     assert float(kl(a, a)) == pytest.approx(0, abs=1e-6)
 
 
-def test_an_image_has_the_same_loss_beside_any_other():
+def test_the_loss_of_an_image_does_not_depend_on_the_other_images():
     config = tiny(**{"dropout": 0.2, "jitter.probability": 0.5})
     batch, variables = random_batch(("rgb",), images=4), variables_for(config, ("rgb",))
     keys, loss = keys_for(batch), loss_of(config, ("rgb",))
 
-    def of(*images):
+    def loss_values(*images):
         chosen = np.array(images)
         return np.array(jax.tree.leaves(loss(variables, jax.tree.map(lambda x: x[chosen], batch), keys[chosen])[:2]))
 
-    np.testing.assert_allclose(of(0, 1) + of(2, 3), of(0, 3) + of(2, 1), rtol=1e-4)
-    assert (of(0, 1) != of(2, 3)).all()
+    np.testing.assert_allclose(loss_values(0, 1) + loss_values(2, 3), loss_values(0, 3) + loss_values(2, 1), rtol=1e-4)
+    assert (loss_values(0, 1) != loss_values(2, 3)).all()
 
 
 # --- Jitter -------------------------------------------------------------------------------------------------------
@@ -199,25 +201,25 @@ def test_jitter_has_the_probability_of_the_config():
         keys = jax.random.split(jax.random.key(0), 1000)
         jittered = jax.vmap(lambda key: jitter(key, tokens, scale=20.0, probability=probability))(keys)
         changed = np.asarray(jittered) != tokens
-        assert (changed.all((1, 2)) | ~changed.any((1, 2))).all()  # all of an image or nothing
+        assert (changed.all((1, 2)) | ~changed.any((1, 2))).all()  # either all tokens of an image or none
         return changed.mean()
 
     assert (share(0.0), share(1.0)) == (0, 1)
     assert abs(share(0.3) - 0.3) < 0.05
 
 
-def test_reconstruction_sees_jitter_in_training_only():
-    """The two transformers get noise of their own in training, and the features as they are otherwise."""
+def test_reconstruction_gets_jitter_in_training_only():
+    """In training, the two transformers get independent noise; otherwise they get the unchanged features."""
     config = tiny(**{"jitter.probability": 1.0})
     batch, params = random_batch(), variables_for(config)["params"]
     features = batch.features["rgb"][0]
 
-    def tokens_seen(deterministic):
-        seen = []
+    def transformer_inputs(deterministic):
+        inputs = []
 
         def record(next_function, args, kwargs, context):
             if isinstance(context.module, ReconstructionTransformer) and context.method_name == "__call__":
-                seen.append(args[0])
+                inputs.append(args[0])
             return next_function(*args, **kwargs)
 
         @jax.jit
@@ -230,20 +232,20 @@ def test_reconstruction_sees_jitter_in_training_only():
                     deterministic=deterministic,
                     rngs={"jitter": jax.random.key(1)},
                 )
-            return [jnp.asarray(tokens) for tokens in seen]
+            return [jnp.asarray(tokens) for tokens in inputs]
 
         return [np.asarray(tokens) for tokens in run()]
 
-    for tokens in tokens_seen(deterministic=True):
+    for tokens in transformer_inputs(deterministic=True):
         np.testing.assert_array_equal(tokens, features)
     strength = np.linalg.norm(features, axis=1, keepdims=True) / CHANNELS * 20
-    noise = [(tokens - features) / strength for tokens in tokens_seen(deterministic=False)]
-    assert [np.std(one) for one in noise] == pytest.approx([1, 1], abs=0.2)
+    noise = [(tokens - features) / strength for tokens in transformer_inputs(deterministic=False)]
+    assert [np.std(modality_noise) for modality_noise in noise] == pytest.approx([1, 1], abs=0.2)
     assert abs(np.corrcoef(noise[0].ravel(), noise[1].ravel())[0, 1]) < 0.3
 
 
 def test_target_is_not_jittered():
-    """A network of zeros rebuilds zeros, so that its loss is the mean square of the target."""
+    """A network of zeros outputs zeros, so its loss is the mean square of the target."""
     config = tiny(**{"jitter.probability": 1.0})
     batch = random_batch(("rgb",))
     zeros = jax.tree.map(np.zeros_like, variables_for(config, ("rgb",)))
@@ -251,16 +253,16 @@ def test_target_is_not_jittered():
     assert float(terms["fusion"]) == pytest.approx(np.mean(batch.features["rgb"] ** 2), rel=1e-5)
 
 
-# --- What reads what ----------------------------------------------------------------------------------------------
+# --- Data flow ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def parts():
-    """What every part of a network with two modalities says about one image, as a function of its tokens and image."""
+    """Function from the tokens and images of both modalities to the output of every part of the network."""
     params = variables_for(tiny())["params"]
 
     @jax.jit
-    def of(tokens, images):
+    def part_outputs(tokens, images):
         _, state = Network(tiny(), BOTH, OBJECTS).apply(
             {"params": params},
             tokens,
@@ -270,11 +272,11 @@ def parts():
         )
         return {name: value["__call__"][0] for name, value in state["intermediates"].items()}
 
-    return of
+    return part_outputs
 
 
-def equal(one, other):
-    return all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True))
+def equal(tree, other):
+    return all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (tree, other)), strict=True))
 
 
 def one_image(batch, i):
@@ -300,8 +302,8 @@ def test_swapping_the_object_changes_the_condition(parts):
     (tokens, first_images), (_, second_images) = one_image(batch, 0), one_image(batch, 1)
     first, second = parts(tokens, first_images), parts(tokens, second_images)
     for m in BOTH:
-        for own, other in zip(first[f"mamba_{m}"][0], second[f"mamba_{m}"][0], strict=True):
-            assert np.abs(own - other).mean() > 0.1
+        for condition, other in zip(first[f"mamba_{m}"][0], second[f"mamba_{m}"][0], strict=True):
+            assert np.abs(condition - other).mean() > 0.1
         assert not equal(first[f"reconstruction_{m}"], second[f"reconstruction_{m}"])
 
 
@@ -316,17 +318,17 @@ def test_one_modality_has_one_branch_and_no_fusion(modality):
 
 
 def gradients(config, modalities):
-    """How strongly each loss term moves each parameter at most: {path: {term: largest absolute derivative}}."""
+    """Return {path of a parameter: {loss term: largest absolute derivative}}."""
     batch, variables = random_batch(modalities), variables_for(config, modalities)
     loss = ib_iumad(config, modalities, OBJECTS).loss
 
     @jax.jit
-    def of(params):
+    def largest_derivatives(params):
         jacobian = jax.jacrev(lambda p: loss(variables | {"params": p}, batch, keys_for(batch)).terms)(params)
         return jax.tree.map(lambda derivative: jnp.abs(derivative).max(), jacobian)
 
     sizes = {}
-    for term, tree in of(variables["params"]).items():
+    for term, tree in largest_derivatives(variables["params"]).items():
         for path, size in jax.tree.leaves_with_path(tree):
             sizes.setdefault("/".join(key.key for key in path), {})[term] = float(size)
     return sizes
@@ -336,24 +338,23 @@ def gradients(config, modalities):
     ("modalities", "layers", "detached"), [(("rgb",), 2, True), (("depth",), 1, False), (BOTH, 1, True)]
 )
 def test_gradients_reach_every_parameter_that_they_should(modalities, layers, detached):
-    chance = {"jitter.probability": 1.0, "dropout": 0.1}
-    config = tiny(**chance, layers=layers, aux_reconstruction_weight=1.0, detach_condition=detached)
+    randomness = {"jitter.probability": 1.0, "dropout": 0.1}
+    config = tiny(**randomness, layers=layers, aux_reconstruction_weight=1.0, detach_condition=detached)
     sizes = gradients(config, modalities)
-    # The same added to all weights of a query: softmax ignores the biases of attention's keys.
-    blind = {path for path in sizes if path.endswith("key/bias")}
-    assert len(blind) == len(modalities) * 3 * layers + (2 if len(modalities) == 2 else 0)
+    # The bias of attention's keys adds a constant to all weights of a query, which softmax ignores.
+    ignored = {path for path in sizes if path.endswith("key/bias")}
+    assert len(ignored) == len(modalities) * 3 * layers + (2 if len(modalities) == 2 else 0)
     for path, by_term in sizes.items():
-        if path not in blind:
+        if path not in ignored:
             assert max(by_term.values()) > 1e-6, path
         part, *_ = path.split("/")
         moved_by = {term for term, size in by_term.items() if size > 0}
-        if part.startswith("mamba"):  # learns from its own cross-entropy alone, unless its condition is not detached
-            steers = not detached and "/head" not in path
-            own = {part.replace("mamba", "object")}
-            assert moved_by == (set(by_term) if steers else own), path
+        if part.startswith("mamba"):  # trained by its cross-entropy alone if the condition is detached
+            conditions = not detached and "/head" not in path
+            assert moved_by == (set(by_term) if conditions else {part.replace("mamba", "object")}), path
         else:
             assert not any(term.startswith("object") for term in moved_by), path
-        if "fused_head" in path:  # the distribution that the compressed head is pulled to
+        if "fused_head" in path:  # the target distribution of the compressed head
             assert moved_by == {"ib_heads"}, path
 
 
@@ -361,7 +362,7 @@ def test_gradients_reach_every_parameter_that_they_should(modalities, layers, de
 
 
 def test_standardise_uses_the_base_steps_statistics():
-    """Loss and map are those of z-scored features, as input and as target."""
+    """Loss and map are those of z-scored features, both as input and as target."""
     config, modalities = tiny(standardise=True), ("rgb",)
     method = ib_iumad(config, modalities, OBJECTS)
     first, second, later = (random_batch(modalities, images=3, seed=seed) for seed in range(3))
@@ -370,14 +371,14 @@ def test_standardise_uses_the_base_steps_statistics():
     for batch, step in [(first, 0), (second, 0), (later, 1)]:
         variables = method.observe(variables, batch, step)
 
-    seen = np.concatenate([first.features["rgb"], second.features["rgb"]])
-    z_scored = (later.features["rgb"] - seen.mean((0, 1))) / seen.std((0, 1))
+    base = np.concatenate([first.features["rgb"], second.features["rgb"]])
+    z_scored = (later.features["rgb"] - base.mean((0, 1))) / base.std((0, 1))
     errors = []
     for image, tokens in zip(later.images["rgb"], z_scored, strict=True):
         _, reconstruction = branch(params["mamba_rgb"], params["reconstruction_rgb"], image, tokens)
         errors.append(np.asarray(fuse(params["fusion"], [reconstruction]).compressed) - tokens)
-    found = predict_of(config, modalities)(variables, later).map
-    np.testing.assert_allclose(found, prediction_of(np.linalg.norm(errors, axis=-1)).map, rtol=1e-3)
+    actual = predict_of(config, modalities)(variables, later).map
+    np.testing.assert_allclose(actual, prediction_from(np.linalg.norm(errors, axis=-1)).map, rtol=1e-3)
     _, terms, *_ = loss_of(config, modalities)(variables, later, keys_for(later))
     assert float(terms["fusion"]) == pytest.approx(np.square(errors).mean(), rel=1e-3)
 

@@ -1,4 +1,4 @@
-"""From a config to a method."""
+"""Building methods from a config."""
 
 import pytest
 
@@ -41,5 +41,5 @@ def test_unknown_target_is_refused(target):
 @pytest.mark.parametrize(
     ("name", "trained"), [("ib_iumad", True), ("feature_norm", False), ("nearest_neighbours", False)]
 )
-def test_only_the_floors_have_no_loss(name, trained):
+def test_only_the_baselines_have_no_loss(name, trained):
     assert (build(name, paper("10-0"), 10).loss is not None) == trained

@@ -1,4 +1,4 @@
-"""Statistics gathered object by object against NumPy's of everything at once."""
+"""Statistics that are updated object by object against NumPy's statistics of all features at once."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +10,7 @@ from iumad_jax.methods.moments import merge_moments, no_moments, standardise
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.integers(0, 2**32 - 1))
-def test_merging_sets_one_by_one_equals_all_at_once(sizes, seed):
+def test_merging_sets_successively_equals_all_at_once(sizes, seed):
     rng = np.random.default_rng(seed)
     sets = [(rng.normal(rng.normal(0, 10), rng.random() + 0.1, (n, 3, 2))).astype(np.float32) for n in sizes]
     moments = no_moments(2)
@@ -31,12 +31,12 @@ def test_a_large_mean_does_not_cost_the_variance():
 
 def test_standardise():
     features = np.random.default_rng(0).normal(5, 3, (4, 6, 2)).astype(np.float32)
-    found = standardise(jnp.asarray(features), merge_moments(no_moments(2), features))
+    actual = standardise(jnp.asarray(features), merge_moments(no_moments(2), features))
     expected = (features - features.mean((0, 1))) / features.std((0, 1))
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_standardise_survives_a_constant_channel():
     features = np.full((2, 3, 1), 7, np.float32)
-    found = standardise(jnp.asarray(features), merge_moments(no_moments(1), features))
-    np.testing.assert_array_equal(found, np.zeros((2, 3, 1)))
+    actual = standardise(jnp.asarray(features), merge_moments(no_moments(1), features))
+    np.testing.assert_array_equal(actual, np.zeros((2, 3, 1)))

@@ -1,4 +1,4 @@
-"""The memory_bank of training patches, against brute force in NumPy."""
+"""The memory bank of training patches against brute force in NumPy."""
 
 import jax
 import numpy as np
@@ -7,7 +7,7 @@ import pytest
 from iumad_jax.inference.anomaly_map import predictor
 from iumad_jax.methods.nearest_neighbours import nearest_neighbours
 from iumad_jax.shapes import Batch
-from tests.methods.reference import prediction_of
+from tests.methods.reference import prediction_from
 
 
 def random_batch(seed, images=4, modalities=("rgb",)):
@@ -32,54 +32,53 @@ def rows(*batches, modality="rgb"):
 
 
 def nearest(x, memory_bank):
-    """The Euclidean distance to the nearest row, for every patch."""
+    """Compute the Euclidean distance of every patch to the nearest row."""
     return np.array([[np.sqrt(((patch - memory_bank) ** 2).sum(-1)).min() for patch in image] for image in x])
 
 
 def test_error_is_the_distance_to_the_nearest_training_patch():
     first, second, test = (random_batch(seed) for seed in range(3))
-    method = nearest_neighbours(patches_per_object=1000, seed=0)  # more than there are: all are kept
+    method = nearest_neighbours(patches_per_object=1000, seed=0)  # more than exist, so all are kept
     variables = observed(method, first, second)
     training = rows(first, second).astype(np.float64)
     mean, std = training.mean(0), training.std(0)
     expected = nearest((test.features["rgb"] - mean) / std, (training - mean) / std)
     scale = variables["statistics"]["rgb"]["scale"]
-    found = predictor(method)(variables, test).map
-    np.testing.assert_allclose(found, prediction_of((expected / scale).astype(np.float32)).map, rtol=1e-3)
+    actual = predictor(method)(variables, test).map
+    np.testing.assert_allclose(actual, prediction_from((expected / scale).astype(np.float32)).map, rtol=1e-3)
 
 
-def test_a_training_patch_is_at_no_distance():
+def test_the_distance_of_a_training_patch_is_zero():
     batch = random_batch(0)
     method = nearest_neighbours(patches_per_object=1000, seed=0)
     assert float(predictor(method)(observed(method, batch), batch).map.max()) < 0.01
 
 
-def test_images_that_are_all_alike_hide_no_defect():
-    """As depth images of a flat part: no distance among them is usual, so that none can be divided by it."""
-    one = random_batch(0, images=1).features["rgb"]
-    alike = Batch({"rgb": np.repeat(one, 3, axis=0)}, {}, np.zeros(3, np.int32))
-    changed = one.copy()
+def test_identical_training_images_hide_no_defect():
+    """Depth images of a flat part can be identical: their usual distance is 0, by which nothing can be divided."""
+    image = random_batch(0, images=1).features["rgb"]
+    identical = Batch({"rgb": np.repeat(image, 3, axis=0)}, {}, np.zeros(3, np.int32))
+    changed = image.copy()
     changed[0, 5] += 4
     method = nearest_neighbours(patches_per_object=1000, seed=0)
-    variables = observed(method, alike)
+    variables = observed(method, identical)
     good, defective = (
-        predictor(method)(variables, Batch({"rgb": x}, {}, np.zeros(1, np.int32))) for x in (one, changed)
+        predictor(method)(variables, Batch({"rgb": x}, {}, np.zeros(1, np.int32))) for x in (image, changed)
     )
     assert float(good.score[0]) < 0.1 < 0.5 < float(defective.score[0]) < 100
 
 
-def test_memory_grows_by_a_bounded_number_of_different_patches_per_object():
+def test_memory_bank_grows_by_a_bounded_number_of_different_patches_per_object():
     batches = [random_batch(seed) for seed in range(3)]
     memory_bank = observed(nearest_neighbours(10, seed=0), *batches)["statistics"]["by_object"]
     assert [patches["rgb"].shape for patches in memory_bank] == [(10, 3)] * 3
     for batch, patches in zip(batches, memory_bank, strict=True):
-        own = {tuple(row) for row in rows(batch)}
-        drawn = {tuple(row) for row in patches["rgb"]}
-        assert len(drawn) == 10
-        assert drawn <= own
+        kept = {tuple(row) for row in patches["rgb"]}
+        assert len(kept) == 10
+        assert kept <= {tuple(row) for row in rows(batch)}
 
 
-def test_memory_is_a_function_of_the_seed():
+def test_memory_bank_is_a_function_of_the_seed():
     batch = random_batch(0)
     first, again, other = (
         observed(nearest_neighbours(10, seed), batch)["statistics"]["by_object"][0]["rgb"] for seed in (0, 0, 1)
@@ -96,12 +95,12 @@ def test_modalities_are_summed_each_in_units_of_its_usual_distance():
     def only(batch, modality):
         return batch._replace(features={modality: batch.features[modality]})
 
-    alone = [predictor(method)(observed(method, only(training, m)), only(test, m)).map for m in ("rgb", "depth")]
-    np.testing.assert_allclose(both, alone[0] + alone[1], rtol=1e-5)
+    single = [predictor(method)(observed(method, only(training, m)), only(test, m)).map for m in ("rgb", "depth")]
+    np.testing.assert_allclose(both, single[0] + single[1], rtol=1e-5)
 
 
 def test_a_modality_counts_in_units_of_the_usual_distance_between_its_training_patches():
-    """Patches at every whole number: almost all have a neighbour at 1, which is 1 / std of the z-scored ones."""
+    """The patches are whole numbers, most with a neighbour at distance 1, which is 1 / std after z-scoring."""
     numbers = np.random.default_rng(0).permutation(4096).astype(np.float32).reshape(256, 16, 1)
     batch = Batch({"rgb": numbers}, {}, np.zeros(256, np.int32))
     statistics = observed(nearest_neighbours(4096, seed=0), batch)["statistics"]["rgb"]

@@ -1,4 +1,4 @@
-"""The layers that every network is made of, in NumPy float64, written from their definitions."""
+"""Reference implementations of the basic layers in NumPy float64, written from their definitions."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ import pytest
 
 
 def parameters(module, *inputs, **options):
-    """Random parameters, none of them 0 or 1 as biases and scales start, so that each matters; also in float64."""
+    """Draw random parameters in float32 and float64; unlike the initial 0 and 1, every bias and scale has an effect."""
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda key: module.init(key, *inputs, **options), jax.random.key(0))["params"]
     params = jax.tree.map(lambda p: (0.5 * rng.standard_normal(p.shape)).astype(np.float32), shapes)
@@ -31,18 +31,18 @@ def softmax(x):
 
 
 def attention(p, q, k, v, allowed=None):
-    """Multi-head attention, one head and one query token at a time."""
+    """Compute multi-head attention, one head and one query token at a time."""
     p = p["MultiHeadDotProductAttention_0"]
     out = np.zeros((len(q), p["out"]["bias"].size)) + p["out"]["bias"]
     for head in range(p["query"]["kernel"].shape[1]):
-        own_q, own_k, own_v = (
+        head_q, head_k, head_v = (
             x @ p[name]["kernel"][:, head] + p[name]["bias"][head]
             for name, x in {"query": q, "key": k, "value": v}.items()
         )
         for i in range(len(q)):
             keys = range(len(k)) if allowed is None else np.flatnonzero(allowed[i])
-            weights = softmax(np.array([own_q[i] @ own_k[j] for j in keys]) / np.sqrt(own_q.shape[1]))
-            mixed = sum(w * own_v[j] for w, j in zip(weights, keys, strict=True))
+            weights = softmax(np.array([head_q[i] @ head_k[j] for j in keys]) / np.sqrt(head_q.shape[1]))
+            mixed = sum(w * head_v[j] for w, j in zip(weights, keys, strict=True))
             out[i] += mixed @ p["out"]["kernel"][head]
     return out
 

@@ -1,4 +1,4 @@
-"""Writes .pth files operation by operation, as no library does."""
+"""Builder of .pth files from single pickle operations, including files that no library writes."""
 
 import io
 import pickle
@@ -42,7 +42,7 @@ def tensor(storage: bytes, offset: int, shape: tuple[int, ...], strides: tuple[i
 
 def state_dict(**tensors: bytes) -> bytes:
     items = b"".join(text(name) + value for name, value in tensors.items())
-    attributes = b"}" + text("_metadata") + b"}sb"  # as modules leave on their state dicts
+    attributes = b"}" + text("_metadata") + b"}sb"  # modules add this to their state dicts
     return HEAD + b"ccollections\nOrderedDict\n)R(" + items + b"u" + attributes + b"."
 
 
@@ -65,6 +65,6 @@ def legacy(content: bytes, storages: dict[str, bytes], itemsize: int = 4) -> byt
 FORMATS = pytest.mark.parametrize("write", [zipped, legacy])
 VALUES = np.arange(24, dtype=np.float32)
 STORED = {"0": VALUES.tobytes()}
-DEEP = b")" + b"\x85" * 500_000  # tuples in tuples
-BOMB = b")" + b"q\0h\0\x86" * 60  # pairs of the same pair: 2**60 of them, if each is looked at
+DEEP = b")" + b"\x85" * 500_000  # nested tuples
+BOMB = b")" + b"q\0h\0\x86" * 60  # pairs of the same pair: 2**60 elements when traversed
 WHOLE = storage("0", 24)

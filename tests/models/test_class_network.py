@@ -1,4 +1,4 @@
-"""IUF's class network against NumPy in float64, written from its description."""
+"""IUF's class network compared with NumPy in float64, written from its description."""
 
 import math
 
@@ -21,14 +21,14 @@ def gelu(x):
 
 
 def block(naive, p, x):
-    """Attention within each row, row by row; then the rest."""
+    """Apply attention within each row, then the feed-forward part."""
     normed = naive.layer_norm(p["norm_1"], x)
     x = x + np.stack([naive.attention(p["attention"], row, row, row) for row in normed])
     normed = naive.layer_norm(p["norm_2"], x)
     return x + naive.dense(p["output"], gelu(naive.dense(p["hidden"], normed)))
 
 
-def network_of(naive, p, statistics, image):
+def network_outputs(naive, p, statistics, image):
     pooled = (image / 127.5 - 1).reshape(SIDE, 2, SIDE, 2, 3).mean((1, 3))
     stem = p["stem"]
     x = (pooled - statistics["mean"]) @ stem["kernel"]
@@ -47,27 +47,27 @@ def test_class_network(naive):
     image = rng.uniform(0, 255, (2 * SIDE, 2 * SIDE, 3)).astype(np.float32)
     network = ClassNetwork(objects=3, grid=GRID, width=WIDTH, blocks=2, side=SIDE, heads=2, hidden=5)
     params, exact = naive.parameters(network, image)
-    seen = colours(rng)
-    statistics = {"stem": {"colours": jax.tree.map(np.float32, seen)}}
+    colour_statistics = colours(rng)
+    statistics = {"stem": {"colours": jax.tree.map(np.float32, colour_statistics)}}
     condition, logits = jax.jit(network.apply)({"params": params, "statistics": statistics}, image)
-    expected, expected_logits = network_of(naive, exact, seen, image.astype(np.float64))
-    for own, other in zip(condition, expected, strict=True):
-        np.testing.assert_allclose(own, other, rtol=1e-3, atol=1e-3)
+    expected, expected_logits = network_outputs(naive, exact, colour_statistics, image.astype(np.float64))
+    for actual, reference in zip(condition, expected, strict=True):
+        np.testing.assert_allclose(actual, reference, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(logits, expected_logits, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_stem_is_batch_norm_over_all_pixels(seed):
-    """Of the very pixels whose statistics it has, every output has mean 0 and variance 1, before scale and bias."""
+    """Outputs for the pixels of the statistics have mean 0 and variance 1 before scale and bias."""
     rng = np.random.default_rng(seed)
     pixels = (rng.normal(size=(500, 3)) @ rng.normal(size=(3, 3)) + rng.normal(size=3)).astype(np.float32)
-    seen = {"count": np.float32(500), "mean": pixels.mean(0), "covariance": np.cov(pixels.T, bias=True)}
+    colour_statistics = {"count": np.float32(500), "mean": pixels.mean(0), "covariance": np.cov(pixels.T, bias=True)}
     params = {
         "kernel": rng.normal(size=(3, 7)).astype(np.float32),
         "scale": np.full(7, 0.5, np.float32),
-        "bias": np.full(7, 20, np.float32),  # beyond the reach of ReLU
+        "bias": np.full(7, 20, np.float32),  # keeps all outputs positive, so that ReLU has no effect
     }
-    statistics = {"colours": jax.tree.map(np.float32, seen)}
+    statistics = {"colours": jax.tree.map(np.float32, colour_statistics)}
     out = np.asarray(Stem(7).apply({"params": params, "statistics": statistics}, pixels), np.float64)
     np.testing.assert_allclose(out.mean(0), 20, atol=1e-3)
     np.testing.assert_allclose(out.std(0), 0.5, rtol=1e-3)

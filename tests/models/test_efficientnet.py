@@ -1,6 +1,6 @@
-"""The frozen backbones against their PyTorch reference packages, and their parts against independent computations.
+"""The frozen backbones compared with their PyTorch reference packages, and layers with independent computations.
 
-Golden values are the reference packages' own; to make them again where torch and both packages are installed:
+The golden values come from the reference packages. To write them again, with torch and both packages installed:
 `python tests/models/test_efficientnet.py`.
 """
 
@@ -39,7 +39,7 @@ def normalised(backbone: str, images: np.ndarray) -> np.ndarray:
 
 
 def seeded_state(shapes: dict[str, list[int]]) -> dict[str, np.ndarray]:
-    """Weights and batch-norm statistics by a rule that depends on a tensor's name alone."""
+    """Draw weights and batch-norm statistics from seeds that depend only on the tensors' names."""
     state = {}
     for name, shape in shapes.items():
         rng = np.random.default_rng(zlib.crc32(name.encode()))
@@ -56,12 +56,12 @@ def seeded_state(shapes: dict[str, list[int]]) -> dict[str, np.ndarray]:
 
 
 def sample(endpoint: np.ndarray) -> np.ndarray:
-    """64 values at fixed positions of a channels-last endpoint."""
+    """Pick 64 values at fixed positions of a channels-last endpoint."""
     return endpoint.reshape(-1)[np.random.default_rng(endpoint.size).integers(0, endpoint.size, 64)]
 
 
 def reference_endpoints(backbone: str, images: np.ndarray) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
-    """Channels-last endpoints of the reference package for images of 0..255, and its state dict."""
+    """Return channels-last endpoints of the reference package for images (0..255), and its state dict."""
     torch = pytest.importorskip("torch")
     x = torch.from_numpy(normalised(backbone, images).transpose(0, 3, 1, 2).copy())
     if backbone == "efficientnet_lite0":
@@ -85,11 +85,13 @@ def reference_endpoints(backbone: str, images: np.ndarray) -> tuple[list[np.ndar
 
 
 def resize_by_hand(x: np.ndarray, size: int) -> np.ndarray:
-    """np.interp along rows, then along columns, in float64."""
+    """Apply np.interp along rows, then along columns, in float64."""
     for axis in (1, 2):
         n = x.shape[axis]
-        at = np.linspace(0, n - 1, size)
-        x = np.apply_along_axis(lambda line, at=at, n=n: np.interp(at, np.arange(n), line), axis, x.astype(np.float64))
+        points = np.linspace(0, n - 1, size)
+        x = np.apply_along_axis(
+            lambda line, points=points, n=n: np.interp(points, np.arange(n), line), axis, x.astype(np.float64)
+        )
     return x
 
 
@@ -100,7 +102,7 @@ def goldens() -> dict:
 
 @pytest.fixture(scope="module")
 def variables(goldens, tmp_path_factory) -> dict:
-    """Per backbone; those of B4 come from a .safetensors file."""
+    """Variables by backbone; those of B4 are loaded from a .safetensors file."""
     path = tmp_path_factory.mktemp("weights") / "b4.safetensors"
     safetensors.numpy.save_file(seeded_state(goldens["efficientnet_b4"]["shapes"]), path)
     b4 = pretrained.load("efficientnet_b4", str(path))
@@ -110,7 +112,7 @@ def variables(goldens, tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def ours(variables) -> Callable[[str, int], tuple[np.ndarray, list[np.ndarray]]]:
-    """Features on a 14 x 14 grid and endpoints of the seeded images, for a backbone and a size."""
+    """Function that computes features on a 14 x 14 grid and endpoints of the seeded images, by backbone and size."""
 
     @cache
     def compute(backbone: str, size: int) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -160,7 +162,7 @@ def test_weights_saved_by_torch_give_the_same_features(variables, tmp_path, zipp
 
 @pytest.mark.parametrize(("backbone", "channels"), [("efficientnet_lite0", 192), ("efficientnet_b4", 272)])
 @pytest.mark.parametrize(("size", "grid"), [(224, 14), (448, 28)])
-def test_sizes_and_grids_of_the_paper_and_twice_that(backbone, channels, size, grid):
+def test_feature_shapes_for_the_papers_size_and_twice_that_size(backbone, channels, size, grid):
     images = jax.ShapeDtypeStruct((3, size, size, 3), jnp.float32)
     features, _ = jax.eval_shape(FeatureExtractor(backbone, grid).init_with_output, jax.random.key(0), images)
     assert features.shape == (3, grid, grid, channels)
@@ -174,7 +176,7 @@ def test_resize_interpolates_with_aligned_corners(h, w, size):
     np.testing.assert_array_equal(y[:, [0, 0, -1, -1], [0, -1, 0, -1]], x[:, [0, 0, -1, -1], [0, -1, 0, -1]])
 
 
-def test_resize_leaves_a_grid_of_that_size_alone_and_takes_any_leading_axes():
+def test_resize_to_the_same_size_changes_nothing_and_any_leading_axes_are_allowed():
     x = jnp.arange(2 * 3 * 5 * 5 * 2.0).reshape(2, 3, 5, 5, 2)
     np.testing.assert_array_equal(resize_aligned(x, 5), x)
     np.testing.assert_array_equal(resize_aligned(x[0, 0], 9), resize_aligned(x, 9)[0, 0])
@@ -182,7 +184,7 @@ def test_resize_leaves_a_grid_of_that_size_alone_and_takes_any_leading_axes():
 
 
 def grouped(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """XLA's own depthwise convolution."""
+    """Compute a depthwise convolution with XLA's grouped convolution."""
     return lax.conv_general_dilated(
         x,
         kernel[:, :, None],
@@ -201,8 +203,8 @@ def test_depthwise_convolution_and_its_gradients(size, stride, h, w):
     x = jnp.asarray(rng.standard_normal((2, h, w, 4)), jnp.float32)
     kernel = jnp.asarray(rng.standard_normal((size, size, 4)), jnp.float32)
     expected, expected_vjp = jax.vjp(lambda x, k: grouped(x, k, stride), x, kernel)
-    found, vjp = jax.vjp(lambda x, k: depthwise_conv(x, k, stride), x, kernel)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    actual, vjp = jax.vjp(lambda x, k: depthwise_conv(x, k, stride), x, kernel)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
     g = jnp.asarray(rng.standard_normal(expected.shape), jnp.float32)
     for ours, theirs in zip(vjp(g), expected_vjp(g), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)

@@ -1,4 +1,4 @@
-"""The fusion and its bottleneck against NumPy in float64, written from the paper's text."""
+"""The fusion and its bottleneck compared with NumPy in float64, written from the paper's text."""
 
 import jax
 import numpy as np
@@ -29,18 +29,18 @@ def test_fusion(naive, modalities):
     reconstructions = list(rng.standard_normal((modalities, 6, 8)).astype(np.float32))
     network = InformationBottleneckFusion(features=9, objects=3, heads=2)
     params, exact = naive.parameters(network, *reconstructions, deterministic=True)
-    found = jax.jit(lambda p: network.apply({"params": p}, *reconstructions, deterministic=True))(params)
+    fused = jax.jit(lambda p: network.apply({"params": p}, *reconstructions, deterministic=True))(params)
     expected = fuse(naive, exact, [r.astype(np.float64) for r in reconstructions])
-    for own, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(own, other, rtol=1e-4, atol=1e-4)
+    for actual, reference in zip(fused, expected, strict=True):
+        np.testing.assert_allclose(actual, reference, rtol=1e-4, atol=1e-4)
     assert exact["squeeze"]["kernel"].shape == (9, 6)  # two thirds
 
 
 def test_bottleneck_is_dropped_out(naive):
-    """With all of it dropped, F_g is the last layer's bias and F_fu is as before."""
+    """With dropout 1, F_g is the bias of the last layer, and F_fu does not change."""
     reconstruction = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32)
     network = InformationBottleneckFusion(features=9, objects=3, dropout=1.0)
     params, exact = naive.parameters(network, reconstruction, deterministic=True)
-    found = network.apply({"params": params}, reconstruction, deterministic=False, rngs={"dropout": jax.random.key(0)})
-    np.testing.assert_allclose(found.fused, naive.dense(exact["fuse"], reconstruction), rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(found.compressed, np.broadcast_to(exact["expand"]["bias"], (6, 9)), rtol=1e-6)
+    fused = network.apply({"params": params}, reconstruction, deterministic=False, rngs={"dropout": jax.random.key(0)})
+    np.testing.assert_allclose(fused.fused, naive.dense(exact["fuse"], reconstruction), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(fused.compressed, np.broadcast_to(exact["expand"]["bias"], (6, 9)), rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Pickles that no state dict needs are refused, whatever they would do."""
+"""Pickles that are not plain state dicts are refused, whatever they would do when loaded."""
 
 import io
 import pickle
@@ -36,11 +36,11 @@ ORDERED = b"ccollections\nOrderedDict\n"
 REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
 MANY = several(b"N" * 300_000) + b"q\0"
 MALFORMED = {
-    sentences.NO_DICTIONARY: (number(7) + b".", sentences.NO_DICTIONARY),
-    "a number as a key": (b"}" + number(1) + b"Ns.", sentences.NO_STRING),
-    "a deep key": (b"}" + DEEP + b"Ns.", sentences.NO_STRING),
-    "a deep key of an ordered dict": (ORDERED + b")R(" + DEEP + b"Nu.", sentences.NO_STRING),
-    "a bomb as a key": (b"}" + BOMB + b"Ns.", sentences.NO_STRING),
+    "no dictionary": (number(7) + b".", sentences.NOT_A_DICTIONARY),
+    "a number as a key": (b"}" + number(1) + b"Ns.", sentences.KEY_NOT_A_STRING),
+    "a deep key": (b"}" + DEEP + b"Ns.", sentences.KEY_NOT_A_STRING),
+    "a deep key of an ordered dict": (ORDERED + b")R(" + DEEP + b"Nu.", sentences.KEY_NOT_A_STRING),
+    "a bomb as a key": (b"}" + BOMB + b"Ns.", sentences.KEY_NOT_A_STRING),
     "a bomb as an ordered dict's item": (ORDERED + b"](" + BOMB + b"N\x86e\x85R.", "TypeError"),
     "a bomb as a storage's type": (
         several(text("storage"), BOMB, text("0"), text("cpu"), number(1)) + b"Q.",
@@ -49,50 +49,50 @@ MALFORMED = {
     "a bomb as a storage's key": (WHOLE.replace(text("0"), BOMB) + b".", sentences.STORAGE_UNKNOWN),
     "a bomb as a size": (
         tensor(WHOLE, 0, (3,), (1,)).replace(numbers((3,)), BOMB + b"\x85") + b".",
-        sentences.MAKES_A_TENSOR,
+        sentences.TENSOR_ARGUMENTS_INVALID,
     ),
-    "a bomb that is called": (BOMB + b"NR.", sentences.WANTS_TO_CALL),
-    "a bomb that is called with a bomb": (BOMB + BOMB + b"R.", sentences.WANTS_TO_CALL),
+    "a bomb that is called": (BOMB + b"NR.", sentences.CALL_REFUSED),
+    "a bomb that is called with a bomb": (BOMB + BOMB + b"R.", sentences.CALL_REFUSED),
     "a bomb as arguments": (ORDERED + BOMB + b"R.", "TypeError"),
-    "a bomb as attributes": (ORDERED + BOMB + b"b.", sentences.NO_DICTIONARY),
-    "a deep value": (DEEP + b".", sentences.NO_DICTIONARY),
+    "a bomb as attributes": (ORDERED + BOMB + b"b.", sentences.NOT_A_DICTIONARY),
+    "a deep value": (DEEP + b".", sentences.NOT_A_DICTIONARY),
     "deep dictionaries": (
         b"}" + text("x") + b"q\0" + b"}h\0" * 100_000 + b"N" + b"s" * 100_001 + b".",
-        sentences.NO_TENSOR,
+        sentences.NOT_A_TENSOR,
     ),
-    "deep lists": (b"]" * 250_000 + b"a" * 249_999 + b".", sentences.NO_DICTIONARY),
-    "a list of itself": (b"]q\0h\0a.", sentences.NO_DICTIONARY),
+    "deep lists": (b"]" * 250_000 + b"a" * 249_999 + b".", sentences.NOT_A_DICTIONARY),
+    "a list of itself": (b"]q\0h\0a.", sentences.NOT_A_DICTIONARY),
     "many marks": (b"(" * 500_000 + b".", sentences.PICKLE_DAMAGED),
-    "many dictionaries": (b"}" * 500_000 + b"N.", sentences.NO_DICTIONARY),
+    "many dictionaries": (b"}" * 500_000 + b"N.", sentences.NOT_A_DICTIONARY),
     "many sizes, many times": (
         MANY + (REBUILD + several(WHOLE, number(0), b"h\0h\0", b"NN") + b"R") * 5_000,
-        sentences.MAKES_A_TENSOR,
+        sentences.TENSOR_ARGUMENTS_INVALID,
     ),
-    "many arguments, many times": (MANY + (REBUILD + b"h\0R") * 15_000, sentences.WANTS_TO_CALL),
+    "many arguments, many times": (MANY + (REBUILD + b"h\0R") * 15_000, sentences.CALL_REFUSED),
     "a long description": (
         WHOLE[:-2] + b"N" * 500_000 + b"tq\0" + b"Qh\0" * 1_000 + b".",
-        sentences.STORAGE_OF_UNKNOWN_WAY,
+        sentences.STORAGE_UNKNOWN,
     ),
-    "a list as arguments": (ORDERED + b"]R.", sentences.WANTS_TO_CALL),
-    "a storage that is called": (WHOLE + b")R.", sentences.WANTS_TO_CALL),
-    "a number type that is called": (b"ctorch\nFloatStorage\n)R.", sentences.WANTS_TO_CALL),
-    "a name too many": (b"ctorch\nload\n.", sentences.ASKS_FOR.format(r"torch\.load")),
+    "a list as arguments": (ORDERED + b"]R.", sentences.CALL_REFUSED),
+    "a storage that is called": (WHOLE + b")R.", sentences.CALL_REFUSED),
+    "a number type that is called": (b"ctorch\nFloatStorage\n)R.", sentences.CALL_REFUSED),
+    "an unknown name": (b"ctorch\nload\n.", sentences.NAME_REFUSED.format(r"torch\.load")),
     "a dotted name": (
         b"ccollections\nOrderedDict.fromkeys\n.",
-        sentences.ASKS_FOR.format(r"collections\.OrderedDict\.fromkeys"),
+        sentences.NAME_REFUSED.format(r"collections\.OrderedDict\.fromkeys"),
     ),
-    "a name of a name": (b"ccollections.OrderedDict\nfromkeys\n.", sentences.ASKS_FOR_A_NAME),
-    "an endless name": (b"c" + b"x" * 500_000 + b"\ny\n.", sentences.ASKS_FOR.format("x{80}")),
-    "a name to hide": (b"c\x1b[2J\ny\n.", sentences.ASKS_FOR.format(r"\\x1b\[2J\.y")),
-    "a large place in the memo": (b"Nr\xff\xff\xff\xff.", sentences.NO_DICTIONARY),
-    "nothing for the memo": (b"r\xff\xff\xff\xff.", sentences.PICKLE_DAMAGED),
-    "nothing in the memo": (b"h\x07.", sentences.PICKLE_DAMAGED),
-    "a string that is not there": (b"X\xff\xff\xff\xffx", sentences.PICKLE_WITHOUT_END_OR_DAMAGED),
-    "a number that is not there": (b"\x8a\xff\1", sentences.PICKLE_WITHOUT_END),
-    "more than the bound": (b"N" * pretrained.MAX_PICKLE + b".", sentences.PICKLE_TOO_LARGE.format(524288)),
-    "no end": (b"}", sentences.PICKLE_WITHOUT_END_OR_OPERATION),
-    "nothing": (b"", sentences.PICKLE_WITHOUT_END_OR_OPERATION),
-    "nothing to return": (b".", sentences.PICKLE_DAMAGED),
+    "a module with a dotted name": (b"ccollections.OrderedDict\nfromkeys\n.", sentences.NAME_REFUSED_SHORTLY),
+    "an endless name": (b"c" + b"x" * 500_000 + b"\ny\n.", sentences.NAME_REFUSED.format("x{80}")),
+    "a name with control characters": (b"c\x1b[2J\ny\n.", sentences.NAME_REFUSED.format(r"\\x1b\[2J\.y")),
+    "a large memo index": (b"Nr\xff\xff\xff\xff.", sentences.NOT_A_DICTIONARY),
+    "an empty stack for the memo": (b"r\xff\xff\xff\xff.", sentences.PICKLE_DAMAGED),
+    "an empty memo": (b"h\x07.", sentences.PICKLE_DAMAGED),
+    "a missing string": (b"X\xff\xff\xff\xffx", sentences.PICKLE_INCOMPLETE_OR_DAMAGED),
+    "a missing number": (b"\x8a\xff\1", sentences.PICKLE_INCOMPLETE),
+    "too many bytes": (b"N" * pretrained.MAX_PICKLE + b".", sentences.PICKLE_TOO_LARGE.format(524288)),
+    "no end": (b"}", sentences.PICKLE_INCOMPLETE_OR_OPERATION),
+    "an empty pickle": (b"", sentences.PICKLE_INCOMPLETE_OR_OPERATION),
+    "an empty stack at the end": (b".", sentences.PICKLE_DAMAGED),
     "no mark": (b"t.", sentences.PICKLE_DAMAGED),
     "half an item": (b"}(" + text("x") + b"u.", sentences.PICKLE_DAMAGED),
 }
@@ -119,9 +119,9 @@ def test_operations_that_no_state_dict_needs_are_refused():
             parse(zipped(HEAD + b"(" + ORDERED + b")" + bytes([code]) + b"\xff" * 8, STORED), PTH)
 
 
-def test_attributes_are_set_on_nothing():
+def test_no_attributes_are_set():
     for name in (ORDERED, REBUILD):
-        with pytest.raises(UserError, match=sentences.NO_DICTIONARY):
+        with pytest.raises(UserError, match=sentences.NOT_A_DICTIONARY):
             parse(zipped(HEAD + name + b"N}" + text("marked") + b"Ns\x86b.", STORED), PTH)
     assert not any(hasattr(value, "marked") for value in pretrained._ALLOWED.values())
 
@@ -144,7 +144,7 @@ def test_odd_archives_are_refused():
         (flipped, "CRC"),
         (b"PK\x03\x04", "zip file"),
         (LEGACY_HEAD.replace(b"\x88", b"\x89") + good + pickle.dumps(["0"], 2), sentences.BYTE_ORDER_WRONG),
-        (LEGACY_HEAD + good + HEAD + several(BOMB) + b".", sentences.STORAGE_KEY_NO_STRING),
+        (LEGACY_HEAD + good + HEAD + several(BOMB) + b".", sentences.STORAGE_KEY_NOT_A_STRING),
         (b"<!DOCTYPE html>", sentences.REFUSED),
         (b"version https://git-lfs.github.com/spec/v1", sentences.REFUSED),
     ]:

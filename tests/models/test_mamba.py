@@ -1,4 +1,4 @@
-"""The Mamba decoder against loops in float64, written from the text of the paper's and Mamba's equations."""
+"""The Mamba decoder compared with loops in float64, written from the equations of the paper and of Mamba."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def silu(x):
 
 
 def selective_scan(x, w_x, w_dt, b_dt, a_log, d_skip):
-    """One sequence (l, e) through S6, one time step and one channel at a time."""
+    """Run S6 on a sequence (l, e), one time step and one channel at a time."""
     rank, states = len(w_dt), a_log.shape[1]
     y = np.zeros_like(x)
     state = np.zeros((x.shape[1], states))
@@ -61,7 +61,7 @@ def es2d(p, grid):
 
 
 def depthwise(p, x):
-    """3 x 3, zeros outside."""
+    """Convolve depthwise with a 3 x 3 kernel and zero padding."""
     out = np.zeros_like(x) + p["bias"]
     for i, j in np.ndindex(x.shape[:2]):
         for di, dj in np.ndindex(3, 3):
@@ -95,7 +95,7 @@ def mamba_block(naive, p, x):
 
 
 def pool(x, g):
-    """PyTorch's AdaptiveAvgPool2d."""
+    """Pool like PyTorch's AdaptiveAvgPool2d."""
     cells = []
     for i, j in np.ndindex(g, g):
         top, left = i * x.shape[0] // g, j * x.shape[1] // g
@@ -108,13 +108,13 @@ def random(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def check_against(module, naive_function, naive, x):
+def check_module(module, naive_function, naive, x):
     params, exact = naive.parameters(module, x)
-    found = jax.jit(module.apply)({"params": params}, x)
-    np.testing.assert_allclose(found, naive_function(exact, x.astype(np.float64)), rtol=1e-4, atol=1e-4)
+    actual = jax.jit(module.apply)({"params": params}, x)
+    np.testing.assert_allclose(actual, naive_function(exact, x.astype(np.float64)), rtol=1e-4, atol=1e-4)
 
 
-def test_split_reads_the_four_parities_in_their_own_directions():
+def test_split_reads_two_parities_by_rows_and_two_by_columns():
     grid = jnp.arange(16).reshape(4, 4, 1)
     np.testing.assert_array_equal(
         split_by_parity(grid)[..., 0], [[0, 2, 8, 10], [1, 3, 9, 11], [4, 12, 6, 14], [5, 13, 7, 15]]
@@ -136,23 +136,23 @@ def test_merge_is_the_inverse_of_split(h, w):
 
 
 @pytest.mark.parametrize(("h", "w"), [(4, 4), (5, 3), (2, 5)])
-def test_es2d_scans_each_parity_with_its_own_parameters(naive, h, w):
-    check_against(ES2D(states=3, rank=2), es2d, naive, random(h, w, 6))
+def test_es2d_scans_each_parity_with_separate_parameters(naive, h, w):
+    check_module(ES2D(states=3, rank=2), es2d, naive, random(h, w, 6))
 
 
 def test_essm(naive):
     x = random(3, 4, 18)
-    check_against(ESSM(states=2), lambda p, x: essm(naive, p, x), naive, x)
+    check_module(ESSM(states=2), lambda p, x: essm(naive, p, x), naive, x)
     params, _ = naive.parameters(ESSM(states=2), x)
-    assert params["scan"]["dt_proj"].shape == (4, 2, 36)  # of rank ceil(18 / 16), 18 * 2 wide
+    assert params["scan"]["dt_proj"].shape == (4, 2, 36)  # rank ceil(18 / 16), width 2 * 18
 
 
 def test_channel_attention(naive):
-    check_against(ChannelAttention(), channel_attention, naive, random(3, 4, 5))
+    check_module(ChannelAttention(), channel_attention, naive, random(3, 4, 5))
 
 
 def test_mamba_block(naive):
-    check_against(MambaBlock(states=2), lambda p, x: mamba_block(naive, p, x), naive, random(5, 4, 6))
+    check_module(MambaBlock(states=2), lambda p, x: mamba_block(naive, p, x), naive, random(5, 4, 6))
 
 
 @pytest.mark.parametrize(("h", "w", "g"), [(8, 8, 4), (7, 5, 3), (28, 28, 14), (3, 3, 3), (2, 3, 4)])
@@ -189,7 +189,7 @@ def test_decoder_fits_the_papers_sizes(size, patch_size, grid):
 
 
 def test_decoder_with_the_gpus_kernels(monkeypatch):
-    """Interpreted, for a batch by vmap: the same logits and gradients."""
+    """Interpreted GPU kernels under vmap give the same logits and gradients."""
     if not hasattr(mosaic_gpu, "InterpretGPUParams"):
         pytest.skip(f"jax {jax.__version__} does not export the Mosaic interpreter, InterpretGPUParams")
     decoder = MambaDecoder(objects=2, grid=2, width=4, patch_size=4, blocks=1, states=2)
@@ -199,18 +199,19 @@ def test_decoder_with_the_gpus_kernels(monkeypatch):
     def logits(params):
         return jax.vmap(lambda image: decoder.apply(params, image)[1])(images)
 
-    def gradients_of(params):
-        found, vjp = jax.vjp(logits, params)
-        return found, vjp(found)
+    def logits_and_gradients(params):
+        outputs, vjp = jax.vjp(logits, params)
+        return outputs, vjp(outputs)
 
-    expected = gradients_of(params)
+    expected = logits_and_gradients(params)
     monkeypatch.setattr(pallas_mosaic, "interpret", mosaic_gpu.InterpretGPUParams(detect_races=True))
     assert "mpmd_map" in str(jax.make_jaxpr(logits)(params)), "no Pallas kernel"
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradients_of(params), expected)
+    actual = logits_and_gradients(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected)
 
 
-def test_scan_starts_as_mamba_does():
-    """The step size starts between 0.001 and 0.1, evenly in its logarithm, and the states decay at rates 1 to N."""
+def test_scan_parameters_are_initialised_as_in_mamba():
+    """Initial step sizes are log-uniform between 0.001 and 0.1, and the decay rates of the states are 1 to N."""
     params = jax.jit(ES2D(states=5, rank=16).init)(jax.random.key(0), jnp.zeros((2, 2, 512)))["params"]
     step = np.log1p(np.exp(np.asarray(params["dt_bias"], np.float64)))
     assert kstest(np.log10(step).ravel(), "uniform", (-3, 2)).pvalue > 0.01

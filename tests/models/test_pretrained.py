@@ -1,6 +1,6 @@
-"""Reading weights: what PyTorch writes is read exactly, and nothing else is accepted or run.
+"""Reading weights: files from PyTorch are read exactly, and nothing else is accepted or executed.
 
-Files are put together from pickle opcodes by hand, so that these tests need no torch.
+Most files are assembled from pickle operations, so that few of these tests need torch.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ def test_views_of_a_storage(write):
         single=tensor(whole, 23, (1, 1), (99, 7)),
         scalar=tensor(whole, 5, (), ()),
     )
-    found = parse(write(content, STORED), PTH)
+    tensors = parse(write(content, STORED), PTH)
     expected = {
         "rows": VALUES.reshape(4, 6),
         "columns": VALUES.reshape(4, 6).T,
@@ -64,9 +64,9 @@ def test_views_of_a_storage(write):
         "single": [[23]],
         "scalar": 5,
     }
-    assert list(found) == list(expected)
+    assert list(tensors) == list(expected)
     for name, value in expected.items():
-        np.testing.assert_array_equal(found[name], value)
+        np.testing.assert_array_equal(tensors[name], value)
 
 
 @pytest.mark.parametrize(
@@ -78,9 +78,9 @@ def test_number_types(write, kind, dtype):
     values = np.array([1.5, -2, 3]).astype(dtype)
     content = state_dict(x=tensor(storage("7", 3, f"torch\n{kind}Storage"), 0, (3,), (1,)))
     options = {"itemsize": values.itemsize} if write is legacy else {}
-    found = parse(write(content, {"7": values.tobytes()}, **options), PTH)
-    assert found["x"].dtype == values.dtype
-    np.testing.assert_array_equal(found["x"], values)
+    tensors = parse(write(content, {"7": values.tobytes()}, **options), PTH)
+    assert tensors["x"].dtype == values.dtype
+    np.testing.assert_array_equal(tensors["x"], values)
 
 
 @pytest.mark.parametrize("new", [True, False])
@@ -97,14 +97,14 @@ def test_files_written_by_torch(tmp_path, new):
     }
     path = tmp_path / "weights.pth"
     torch.save(state, path, _use_new_zipfile_serialization=new)
-    found = parse(path.read_bytes(), path)
-    assert list(found) == list(state)
+    tensors = parse(path.read_bytes(), path)
+    assert list(tensors) == list(state)
     for name, value in state.items():
-        np.testing.assert_array_equal(found[name].astype(np.float32), value.float().numpy())
+        np.testing.assert_array_equal(tensors[name].astype(np.float32), value.float().numpy())
 
 
 class Call:
-    """Pickles as a call of a function."""
+    """An object that is pickled as a call of a function."""
 
     def __init__(self, function: Callable, *arguments):
         self.call = (function, arguments)
@@ -113,10 +113,10 @@ class Call:
         return self.call
 
 
-def traps(trace: Path) -> dict[str, bytes]:
-    """Pickles that create the file `trace` when Python loads them."""
+def calls(trace: Path) -> dict[str, bytes]:
+    """Build pickles that create the file `trace` when Python loads them."""
     code = f"open({str(trace)!r}, 'w').close()"
-    calls = {
+    objects = {
         "os.system": Call(os.system, f"touch {trace}"),
         "subprocess": Call(subprocess.check_call, ["touch", str(trace)]),
         "eval": Call(eval, code),
@@ -126,10 +126,10 @@ def traps(trace: Path) -> dict[str, bytes]:
         "in a dictionary": {"weight": Call(eval, code)},
         "as an argument": Call(str, Call(eval, code)),
     }
-    written = {f"{name}, protocol {p}": pickle.dumps(call, p) for name, call in calls.items() for p in (0, 2, 4)}
+    pickles = {f"{name}, protocol {p}": pickle.dumps(call, p) for name, call in objects.items() for p in (0, 2, 4)}
     command = text(f"touch {trace}")
     evaluate = b"c__builtin__\neval\n" + several(text(code)) + b"R"
-    return written | {
+    return pickles | {
         "INST": b"(" + command + b"iposix\nsystem\n.",
         "OBJ": b"(cposix\nsystem\n" + command + b"o.",
         "STACK_GLOBAL": HEAD + text("posix") + text("system") + b"\x93" + several(command) + b"R.",
@@ -140,8 +140,8 @@ def traps(trace: Path) -> dict[str, bytes]:
     }
 
 
-def disguised(trace: Path) -> dict[str, bytes]:
-    """State dicts with a call in the place of each of their parts."""
+def disguised_calls(trace: Path) -> dict[str, bytes]:
+    """Build state dicts with one of their parts replaced by a call."""
     evaluate = b"c__builtin__\neval\n" + several(text(f"open({str(trace)!r}, 'w').close()")) + b"R"
     plain = tensor(storage("0", 24), 3, (5,), (1,))
     parts = {
@@ -157,10 +157,10 @@ def disguised(trace: Path) -> dict[str, bytes]:
     return {name: state_dict(weight=plain.replace(part, evaluate)) for name, part in parts.items()}
 
 
-def test_nothing_in_a_pickle_is_run(tmp_path):
+def test_no_call_in_a_pickle_is_executed(tmp_path):
     trace = tmp_path / "trace"
-    for name, content in (traps(trace) | disguised(trace)).items():
-        if name not in disguised(trace):  # the trap works: Python's own reader springs it
+    for name, content in (calls(trace) | disguised_calls(trace)).items():
+        if name not in disguised_calls(trace):  # Python's own unpickler executes the call
             with contextlib.suppress(Exception):
                 pickle.loads(content)
             assert trace.exists(), name
@@ -172,10 +172,10 @@ def test_nothing_in_a_pickle_is_run(tmp_path):
             "legacy version": LEGACY_HEAD[:15] + content,
             "legacy keys": LEGACY_HEAD + state_dict() + content,
         }
-        for place, data in files.items():
+        for file, data in files.items():
             with pytest.raises(UserError, match=sentences.WEIGHTS_REFUSED_WITH_REMEDY.format(r"weights\.pth")):
                 parse(data, PTH)
-            assert not trace.exists(), (name, place)
+            assert not trace.exists(), (name, file)
 
 
 REFUSED = {
@@ -190,35 +190,35 @@ REFUSED = {
     "too many elements": (tensor(WHOLE, 0, (25,), (1,)), sentences.BEYOND_STORAGE),
     "too many rows": (tensor(WHOLE, 0, (2, 3), (22, 1)), sentences.BEYOND_STORAGE),
     "enormous": (tensor(WHOLE, 0, (2**40, 2**40), (2**40, 1)), sentences.BEYOND_STORAGE),
-    "shape and strides of two lengths": (tensor(WHOLE, 0, (2, 2), (1,)), sentences.MAKES_A_TENSOR),
+    "shape and strides of two lengths": (tensor(WHOLE, 0, (2, 2), (1,)), sentences.TENSOR_ARGUMENTS_INVALID),
     "a word as a size": (
         tensor(WHOLE, 0, (4,), (1,)).replace(numbers((4,)), several(text("4"))),
-        sentences.MAKES_A_TENSOR,
+        sentences.TENSOR_ARGUMENTS_INVALID,
     ),
-    "many dimensions": (tensor(WHOLE, 0, (1,) * 9, (1,) * 9), sentences.MAKES_A_TENSOR),
+    "many dimensions": (tensor(WHOLE, 0, (1,) * 9, (1,) * 9), sentences.TENSOR_ARGUMENTS_INVALID),
     "a part of a storage": (
         tensor(WHOLE[:-2] + numbers((1, 2, 3)) + b"tQ", 0, (1,), (1,)),
-        sentences.STORAGE_OF_UNKNOWN_WAY,
+        sentences.STORAGE_UNKNOWN,
     ),
-    "storage claims more than there is": (tensor(storage("0", 25), 0, (4,), (1,)), sentences.STORAGE_TRUNCATED),
+    "storage larger than its data": (tensor(storage("0", 25), 0, (4,), (1,)), sentences.STORAGE_TRUNCATED),
     "no such storage": (tensor(storage("1", 24), 0, (4,), (1,)), sentences.PICKLE_DAMAGED),
     "a storage of objects": (
         tensor(storage("0", 24, "torch\nUntypedStorage"), 0, (4,), (1,)),
-        sentences.ASKS_FOR.format(r"torch\.UntypedStorage"),
+        sentences.NAME_REFUSED.format(r"torch\.UntypedStorage"),
     ),
     "a storage of words": (
         tensor(WHOLE.replace(b"ctorch\nFloatStorage\n", text("<f4")), 0, (4,), (1,)),
-        sentences.STORAGE_OF_UNKNOWN_TYPE,
+        sentences.STORAGE_UNKNOWN,
     ),
-    "a number": (number(3), sentences.NO_TENSOR_BY_NAME.format("x")),
-    "a dictionary": (b"}", sentences.NO_TENSOR_BY_NAME.format("x")),
-    "a storage": (WHOLE, sentences.NO_TENSOR_BY_NAME.format("x")),
+    "a number": (number(3), sentences.ENTRY_NOT_A_TENSOR.format("x")),
+    "a dictionary": (b"}", sentences.ENTRY_NOT_A_TENSOR.format("x")),
+    "a storage": (WHOLE, sentences.ENTRY_NOT_A_TENSOR.format("x")),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 @FORMATS
-def test_impossible_tensors_are_refused(write, name):
+def test_invalid_tensors_are_refused(write, name):
     content, reason = REFUSED[name]
     with pytest.raises(UserError, match=sentences.WEIGHTS_REFUSED_SINCE.format(file=r"weights\.pth", reason=reason)):
         parse(write(state_dict(x=content), STORED), PTH)
@@ -226,11 +226,11 @@ def test_impossible_tensors_are_refused(write, name):
 
 def arrays_or_refusal(data: bytes, path: Path) -> None:
     try:
-        found = parse(data, path)
+        tensors = parse(data, path)
     except UserError:
         return
-    for value in found.values():
-        assert np.array(value).nbytes <= len(data)  # every element can be read, and they lie in the file
+    for value in tensors.values():
+        assert np.array(value).nbytes <= len(data)  # all elements can be read, and lie within the file
 
 
 GOOD = state_dict(x=tensor(WHOLE, 2, (4, 5), (5, 1)), y=tensor(WHOLE, 0, (3, 8), (1, 3)))
@@ -253,7 +253,7 @@ def test_truncated_files_are_refused(name):
 @pytest.mark.parametrize("name", WRITTEN)
 @settings(max_examples=300, deadline=None)
 @given(changes=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4))
-def test_damaged_files_are_refused_or_still_tensors(name, changes):
+def test_damaged_files_are_refused_or_contain_tensors(name, changes):
     data, path = WRITTEN[name]
     damaged = bytearray(data)
     for position, value in changes:
@@ -271,7 +271,7 @@ def lite0(lite0_path) -> dict[str, np.ndarray]:
     return parse(lite0_path.read_bytes(), lite0_path)
 
 
-def test_the_shipped_file_is_read_as_torch_reads_it(lite0, lite0_path):
+def test_the_shipped_file_is_read_as_by_torch(lite0, lite0_path):
     torch = pytest.importorskip("torch")
     expected = torch.load(lite0_path, weights_only=True)
     assert list(lite0) == list(expected)
@@ -279,8 +279,8 @@ def test_the_shipped_file_is_read_as_torch_reads_it(lite0, lite0_path):
         np.testing.assert_array_equal(lite0[name], value.numpy())
 
 
-def in_timms_names(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """EfficientNet-PyTorch's names of Lite0 as timm's, which count blocks in stages of 1, 2, 2, 3, 3, 4 and 1."""
+def with_timm_names(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Convert EfficientNet-PyTorch's names of Lite0 to timm's, whose stages have 1, 2, 2, 3, 3, 4 and 1 blocks."""
     blocks = [(stage, i) for stage, length in enumerate((1, 2, 2, 3, 3, 4, 1)) for i in range(length)]
     outside = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
     first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
@@ -298,15 +298,15 @@ def in_timms_names(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return renamed
 
 
-def test_timms_names_lead_to_the_same_variables(lite0):
-    renamed = in_timms_names(lite0)
+def test_timm_names_give_the_same_variables(lite0):
+    renamed = with_timm_names(lite0)
     assert {"blocks.0.0.conv_pw.weight", "blocks.4.2.conv_pwl.weight", "blocks.6.0.bn3.running_var"} <= renamed.keys()
     ours = pretrained.convert(lite0, "efficientnet_lite0", PTH)
     theirs = pretrained.convert(renamed, "efficientnet_lite0", PTH)
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
-def test_a_state_dict_that_is_not_the_backbones_is_refused_by_its_first_odd_tensor(lite0):
+def test_a_state_dict_of_another_network_is_refused_naming_its_first_wrong_tensor(lite0):
     norm = "_blocks.3._bn1.running_var"
     changes = {
         sentences.TENSOR_MISSING.format(r"_blocks\.3\._bn1\.running_var"): {norm: None, "_blocks.7._bn1.bias": None},
@@ -332,7 +332,7 @@ def test_a_state_dict_that_is_not_the_backbones_is_refused_by_its_first_odd_tens
         pretrained.convert(lite0, "efficientnet_b4", PTH)
 
 
-def test_the_part_behind_the_last_endpoint_may_be_absent(lite0):
+def test_tensors_behind_the_last_endpoint_may_be_missing(lite0):
     behind = ("_blocks.11.", "_blocks.12.", "_blocks.13.", "_blocks.14.", "_blocks.15.", "_conv_head", "_bn1", "_fc")
     part = {name: value for name, value in lite0.items() if not name.startswith(behind)}
     assert len(part) < len(lite0)
@@ -340,7 +340,7 @@ def test_the_part_behind_the_last_endpoint_may_be_absent(lite0):
     jax.tree.map(np.testing.assert_array_equal, ours, pretrained.convert(part, "efficientnet_lite0", PTH))
 
 
-def test_an_altered_package_is_refused_by_its_hash(tmp_path, monkeypatch, lite0_path):
+def test_an_altered_package_is_refused_because_of_its_hash(tmp_path, monkeypatch, lite0_path):
     data = bytearray(lite0_path.read_bytes())
     data[-1] ^= 1
     altered = tmp_path / pretrained.LITE0_FILE
@@ -354,13 +354,13 @@ def test_an_altered_package_is_refused_by_its_hash(tmp_path, monkeypatch, lite0_
         pretrained.load("efficientnet_lite0")
 
 
-def test_an_absent_package_is_named(tmp_path, monkeypatch):
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(UserError, match=sentences.WEIGHTS_PACKAGE_MISSING.format(pretrained.LITE0_PACKAGE)):
         pretrained.load("efficientnet_lite0")
 
 
-def test_what_cannot_be_loaded_is_said(tmp_path):
+def test_errors_of_loading(tmp_path):
     large = tmp_path / "large.pth"
     with large.open("wb") as file:
         file.truncate(pretrained.MAX_BYTES + 1)
@@ -379,5 +379,5 @@ def test_what_cannot_be_loaded_is_said(tmp_path):
             pretrained.load(backbone, weights)
 
 
-def test_random_weights_are_always_the_same():
+def test_random_weights_are_reproducible():
     jax.tree.map(np.testing.assert_array_equal, *(pretrained.load("efficientnet_lite0", "random") for _ in range(2)))

@@ -1,4 +1,4 @@
-"""The reconstruction transformer against loops in float64, written from the text of UniAD and IUF."""
+"""The reconstruction transformer compared with loops in float64, written from the papers of UniAD and IUF."""
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ def feed_forward(naive, p, x):
 
 
 def positions(p, grid):
-    """Token i, j: the first half from row i of one table, the second from row j of the other."""
+    """Concatenate, for token (i, j), row i of the row table and row j of the column table."""
     row, column = p["row_position"], p["column_position"]
     return np.stack(
         [np.concatenate([row[i, 0], column[0, j]]) for i in range(grid) for j in range(grid)],
@@ -68,7 +68,7 @@ def test_transformer(naive, grid, hide_neighbours, conditioned):
     tokens = random(grid * grid, 5)
     condition = tuple(random(grid * grid, 8, seed=i) for i in range(layers)) if conditioned else None
     params, exact = naive.parameters(network, tokens, condition, deterministic=True)
-    found = jax.jit(lambda p: network.apply({"params": p}, tokens, condition, deterministic=True))(params)
+    outputs = jax.jit(lambda p: network.apply({"params": p}, tokens, condition, deterministic=True))(params)
     expected = transformer(
         naive,
         exact,
@@ -78,9 +78,9 @@ def test_transformer(naive, grid, hide_neighbours, conditioned):
         layers,
         allowed_beyond_neighbours(grid) if hide_neighbours else None,
     )
-    assert len(found) == layers
-    for own, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(own, other, rtol=1e-3, atol=1e-3)
+    assert len(outputs) == layers
+    for actual, reference in zip(outputs, expected, strict=True):
+        np.testing.assert_allclose(actual, reference, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("grid", [8, 14])
@@ -89,23 +89,23 @@ def test_neighbour_mask_hides_seven_by_seven(grid):
 
 
 @pytest.mark.slow
-def test_every_branch_is_dropped_out(naive):
-    """With everything dropped only the residual streams are left: the queries, normalised, whatever the image."""
+def test_dropout_applies_to_every_branch(naive):
+    """With dropout 1, only the residual streams remain: the outputs are the normalised queries for any image."""
     network = ReconstructionTransformer(grid=3, width=8, heads=2, layers=2, hidden=10, dropout=1.0)
     tokens, condition = random(9, 5), (random(9, 8),) * 2
     params, p = naive.parameters(network, tokens, condition, deterministic=True)
-    found = network.apply(
+    outputs = network.apply(
         {"params": params}, tokens, condition, deterministic=False, rngs={"dropout": jax.random.key(0)}
     )
-    for i, own in enumerate(found):
+    for i, output in enumerate(outputs):
         x = p[f"decoder_{i}_query"]
         for norm in (f"decoder_{i}_norm_1", f"decoder_{i}_norm_2", f"decoder_{i}_norm_3", "final_norm"):
             x = naive.layer_norm(p[norm], x)
-        np.testing.assert_allclose(own, x, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(output, x, rtol=1e-4, atol=1e-4)
 
 
-def test_attention_weights_are_dropped_out():
-    """Equal weights over 64 tokens, each of which has a channel of its own as value: the output is the weights."""
+def test_dropout_applies_to_attention_weights():
+    """With equal weights over 64 tokens and the identity as values, the output equals the weights after dropout."""
     value, identity = np.eye(64, 48, dtype=np.float32), np.eye(48, dtype=np.float32)
     zeros = {"kernel": np.zeros((48, 1, 48), np.float32), "bias": np.zeros((1, 48), np.float32)}
     params = {
@@ -123,7 +123,7 @@ def test_attention_weights_are_dropped_out():
     check_dropout(64 * weights)
 
 
-def test_hidden_units_are_dropped_out():
+def test_dropout_applies_to_hidden_units():
     identity = {"kernel": np.eye(64, dtype=np.float32), "bias": np.zeros(64, np.float32)}
     x = FeedForward(hidden=64, dropout=0.1).apply(
         {"params": {"hidden": identity, "output": identity}},
@@ -135,7 +135,7 @@ def test_hidden_units_are_dropped_out():
 
 
 def check_dropout(x):
-    """A tenth of the ones is zero and the rest is scaled up."""
+    """Check that a tenth of the ones is zero and the others are scaled up."""
     x = np.asarray(x)
     kept = x > 0.5
     np.testing.assert_allclose(x[kept], 1 / 0.9, rtol=1e-5)
@@ -144,7 +144,7 @@ def check_dropout(x):
 
 
 @pytest.mark.slow
-def test_parameters_start_as_in_uniad():
+def test_parameters_are_initialised_as_in_uniad():
     network = ReconstructionTransformer(grid=6, width=64, layers=1, hidden=128)
     tokens = np.zeros((36, 48), np.float32)
     params = jax.jit(lambda key: network.init(key, tokens, deterministic=True))(jax.random.key(0))["params"]

@@ -1,4 +1,4 @@
-"""Emulated devices, from one to eight: the same training, whatever their number."""
+"""Training on one to eight emulated devices is equal."""
 
 import functools
 import pickle
@@ -29,19 +29,27 @@ from tests import sentences
 
 pytestmark = pytest.mark.slow
 
-SMALL = {"finetune": 8, "iuf": 3, "replay": 3}  # the batch size with each strategy; three images do not divide
+SMALL = {
+    "finetune": 8,
+    "iuf": 3,
+    "replay": 3,
+}  # batch size for each strategy; three images cannot be divided among the devices
 
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation():
-    """What is compiled once for a few numbers takes a third of the time without optimisation."""
+    """Compile without optimisation. Each function runs only a few times, so this takes a third of the time."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 
 
 def three_updates():
-    """The losses and the weights after three updates of a small IB-IUMAD with all its chance, as numpy arrays."""
+    """Train a small IB-IUMAD with all its randomness for three updates.
+
+    Returns:
+        The losses, the weights after training and the initial weights, as NumPy arrays.
+    """
     config = paper("1-0")
     config.model.update(width=8, heads=2, layers=1, hidden=12, patch_size=4, states=2, dropout=0.2)
     config.model.jitter.probability = 0.5
@@ -63,13 +71,13 @@ def three_updates():
         lambda _: 1e-2,
         jax.random.key(1),
         per_epoch=3,
-        last=1,
+        epochs=1,
     )
     return epoch.losses, epoch.state.variables["params"], variables["params"]
 
 
 class Narrow(nn.Module):
-    """Rebuilds tokens through a narrow layer."""
+    """Autoencoder of tokens with a narrow layer."""
 
     @nn.compact
     def __call__(self, tokens, images, *, deterministic):
@@ -82,7 +90,7 @@ class Narrow(nn.Module):
 
 
 def small_training(strategy, batch_size):
-    """The losses, the weights and what the strategy remembers after four updates of a small network."""
+    """Train a small network for four updates, and return the losses, the weights and the strategy's state."""
 
     def losses(output, features, object_id):
         rebuilt, colour = output
@@ -95,7 +103,7 @@ def small_training(strategy, batch_size):
         {"rgb": rng.integers(0, 256, (17, 4, 4, 3)).astype(np.float32)},
         np.arange(17, dtype=np.int32) % 2,
     )
-    method = from_network(Narrow(), config.model, ("rgb",), losses, explain=None)
+    method = from_network(Narrow(), config.model, ("rgb",), losses, errors_and_logits=None)
     build = {
         "finetune": lambda: None,
         "iuf": lambda: iuf(config.continual, method),
@@ -104,7 +112,7 @@ def small_training(strategy, batch_size):
     strategy, optimizer = build[strategy](), make_optimizer(config.train)
     variables = jax.tree.map(np.asarray, jax.jit(method.init)(jax.random.key(0), images))
     strategy_state = strategy.begin({}, variables, images, 0) if strategy else {}
-    if "queues" in strategy_state:  # small singular values, or there were nothing to compress
+    if "queues" in strategy_state:  # small singular values, since otherwise nothing would be compressed
         strategy_state = jax.tree.map(
             lambda queue: rng.normal(0, [1, 1, 0.02, 0.01], queue.shape).astype(np.float32), strategy_state
         )
@@ -112,39 +120,39 @@ def small_training(strategy, batch_size):
         strategy_state = strategy.begin(strategy.finish(strategy_state, variables, images, 0), variables, images, 1)
     stream = (device_batches for device_batches in training_batches([images], batch_size, 0, 0))
     update, state = make_update(method, optimizer, strategy), initial_state(variables, optimizer, 0, [], strategy_state)
-    (epoch,) = train_epochs(update, state, stream, lambda _: 1e-2, jax.random.key(1), per_epoch=4, last=1)
+    (epoch,) = train_epochs(update, state, stream, lambda _: 1e-2, jax.random.key(1), per_epoch=4, epochs=1)
     return epoch.losses, epoch.state.variables["params"], epoch.state.strategy_state
 
 
-def everything_small():
+def small_trainings():
     return {strategy: small_training(strategy, size) for strategy, size in SMALL.items()}
 
 
 @pytest.fixture(scope="module")
 def by_devices(tmp_path_factory):
-    """The small trainings and, on one and four devices, the large one, by the number of devices."""
+    """Results of the small trainings and, for one and four devices, of `three_updates`, by number of devices."""
     folder = tmp_path_factory.mktemp("devices")
     assert jax.local_device_count() == 4
     processes = [subprocess.Popen([sys.executable, __file__, folder / str(n), str(n)]) for n in (1, 2, 8)]
-    found = {4: (everything_small(), three_updates())}
+    results = {4: (small_trainings(), three_updates())}
     assert [process.wait() for process in processes] == [0, 0, 0]
-    return found | {n: pickle.loads((folder / str(n)).read_bytes()) for n in (1, 2, 8)}
+    return results | {n: pickle.loads((folder / str(n)).read_bytes()) for n in (1, 2, 8)}
 
 
 @pytest.mark.parametrize("devices", [2, 4, 8])
 @pytest.mark.parametrize("strategy", SMALL)
-def test_any_number_of_devices_trains_as_one_does_whether_or_not_the_batch_divides(by_devices, devices, strategy):
-    """To rounding: sums over images are taken in another order. What counts is the mean over the batch's images."""
-    (losses, params, strategy_state), (one_losses, one_params, one_memory) = (
+def test_any_number_of_devices_trains_like_one_whether_or_not_the_batch_divides(by_devices, devices, strategy):
+    """The mean over the batch decides. Results are equal up to rounding, since sums have another order."""
+    (losses, params, strategy_state), (one_losses, one_params, one_state) = (
         by_devices[number][0][strategy] for number in (devices, 1)
     )
     assert losses == pytest.approx(one_losses, rel=1e-4)
-    for found, expected in ((params, one_params), (strategy_state, one_memory)):
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, expected)
+    for actual, expected in ((params, one_params), (strategy_state, one_state)):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), actual, expected)
 
 
-def test_four_devices_train_the_paper_s_method_as_one_does(by_devices):
-    """To rounding, as above."""
+def test_four_devices_train_ib_iumad_like_one(by_devices):
+    """Results are equal up to rounding, as above."""
     losses, params, before = by_devices[4][1]
     one_losses, one_params, _ = by_devices[1][1]
     assert losses == pytest.approx(one_losses, rel=1e-4)
@@ -154,21 +162,23 @@ def test_four_devices_train_the_paper_s_method_as_one_does(by_devices):
     ):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         moved.append(np.abs(four - old).max())
-        if not name.endswith("key/bias"):  # softmax ignores it, so that AdamW follows nothing but rounding
+        if not name.endswith("key/bias"):  # softmax ignores it, so AdamW only follows rounding errors
             np.testing.assert_allclose(four, one, rtol=0, atol=1e-3, err_msg=name)
     assert np.median(moved) > 0.02
 
 
-def test_an_images_key_is_that_of_its_place_in_the_batch():
+def test_the_key_of_an_image_depends_on_its_place_in_the_batch():
     keys = jax.random.split(jax.random.key(3), 12)
 
-    def own(_, rows, key):
+    def local_keys(_, rows, key):
         return jax.random.key_data(devices.image_keys(key, len(rows)))
 
-    for batch_size in (12, 10):  # on four devices, the latter fill two places
-        found = devices.data_parallel(own)(np.zeros(4), devices.split_indices(np.arange(batch_size)), jax.random.key(3))
+    for batch_size in (12, 10):  # on four devices, the latter leaves two places to fill
+        actual = devices.data_parallel(local_keys)(
+            np.zeros(4), devices.split_indices(np.arange(batch_size)), jax.random.key(3)
+        )
         np.testing.assert_array_equal(
-            np.asarray(found).reshape(12, -1)[:batch_size], jax.random.key_data(keys)[:batch_size]
+            np.asarray(actual).reshape(12, -1)[:batch_size], jax.random.key_data(keys)[:batch_size]
         )
 
 
@@ -191,15 +201,15 @@ def test_every_device_has_its_share_of_the_batch_and_a_copy_of_the_state():
     assert first["count"] == 6
 
 
-if __name__ == "__main__":  # the same on another number of devices, which only a process of its own has
+if __name__ == "__main__":  # the same training on another number of devices, which needs a separate process
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))
-    found = everything_small(), three_updates() if sys.argv[2] == "1" else None
-    Path(sys.argv[1]).write_bytes(pickle.dumps(found))
+    results = small_trainings(), three_updates() if sys.argv[2] == "1" else None
+    Path(sys.argv[1]).write_bytes(pickle.dumps(results))
 
 
-def test_a_coordinator_that_does_not_answer_is_told(monkeypatch):
-    monkeypatch.setattr(joining, "_PATIENCE", 1)
+def test_a_coordinator_that_does_not_answer_is_reported(monkeypatch):
+    monkeypatch.setattr(joining, "_START_TIMEOUT", 1)
     with socket.create_server(("localhost", 0)) as taken:
         address = f"localhost:{taken.getsockname()[1]}"
     with (

@@ -1,4 +1,4 @@
-"""The ledger: the same bytes for the same events, and nothing lost or half kept after a crash."""
+"""The ledger: equal events give equal bytes, and a crash leaves complete lines only."""
 
 import hashlib
 import math
@@ -41,11 +41,11 @@ def test_numpy_and_jax_values_are_written_as_numbers(path, value):
 
 
 def test_bfloat16_is_written_as_its_exact_value(path):
-    Ledger(path).append("x", value=jnp.bfloat16(0.1), nothing=jnp.bfloat16(math.nan))
-    assert read(path) == [{"event": "x", "value": 0.10009765625, "nothing": None}]
+    Ledger(path).append("x", value=jnp.bfloat16(0.1), nan=jnp.bfloat16(math.nan))
+    assert read(path) == [{"event": "x", "value": 0.10009765625, "nan": None}]
 
 
-def test_what_json_cannot_hold_is_refused_before_writing(path):
+def test_values_without_json_form_are_refused_before_writing(path):
     ledger = Ledger(path)
     with pytest.raises(TypeError, match="set"):
         ledger.append("x", value={1, 2})
@@ -62,7 +62,7 @@ def test_values_read_back_exactly(tmp_path_factory, floats, text):
     assert event["text"] == text
 
 
-def test_reopening_goes_on_where_it_was(path):
+def test_a_reopened_ledger_is_continued(path):
     Ledger(path).append("a")
     ledger = Ledger(path)
     ledger.append("b")
@@ -72,58 +72,58 @@ def test_reopening_goes_on_where_it_was(path):
 
 @pytest.mark.parametrize("torn", [b'{"event": "epo', b'{"event": "epoch"}', b"\0\0\0\0"])
 def test_a_torn_last_line_is_dropped(path, torn):
-    """A line counts once its end is on disk."""
+    """A line is complete once its line end is on disk."""
     ledger = Ledger(path)
     ledger.append("a", n=1)
-    whole = path.read_bytes()
-    path.write_bytes(whole + torn)
+    complete = path.read_bytes()
+    path.write_bytes(complete + torn)
     assert [event["event"] for event in read(path)] == ["a"]
-    assert path.read_bytes() == whole + torn  # reading changes nothing
+    assert path.read_bytes() == complete + torn  # reading changes nothing
     ledger = Ledger(path)
     assert len(ledger) == 1
     ledger.append("b")
-    assert path.read_bytes() == whole + b'{"event": "b"}\n'
+    assert path.read_bytes() == complete + b'{"event": "b"}\n'
 
 
-def test_resuming_cuts_back_to_the_snapshot(path):
-    """Stopped after line 5 and resumed from a snapshot taken after line 2, a run ends with an unbroken run's bytes."""
-    unbroken, seen = Ledger(path), [SHA256_OF_NOTHING]
+def test_resuming_truncates_the_ledger_to_the_snapshot(path):
+    """A run stopped after line 5 and resumed from a snapshot after line 2 writes the bytes of an uninterrupted run."""
+    uninterrupted, digests = Ledger(path), [SHA256_OF_NOTHING]
     for number in range(6):
-        unbroken.append("epoch", number=number)
-        seen.append(unbroken.sha256)
+        uninterrupted.append("epoch", number=number)
+        digests.append(uninterrupted.sha256)
     expected = path.read_bytes()
-    assert seen[6] == hashlib.sha256(expected).hexdigest()
+    assert digests[6] == hashlib.sha256(expected).hexdigest()
 
-    unbroken.truncate(5, seen[5])
-    path.write_bytes(path.read_bytes() + b"no JSON, but behind what is kept\n")
+    uninterrupted.truncate(5, digests[5])
+    path.write_bytes(path.read_bytes() + b"no JSON, but after the kept lines\n")
     resumed = Ledger(path)
-    resumed.truncate(2, seen[2])
+    resumed.truncate(2, digests[2])
     assert len(resumed) == 2
     assert [event["number"] for event in read(path)] == [0, 1]
     for number in range(2, 6):
         resumed.append("epoch", number=number)
     assert path.read_bytes() == expected
-    assert resumed.sha256 == seen[6]
+    assert resumed.sha256 == digests[6]
     resumed.truncate(0, SHA256_OF_NOTHING)
     assert path.read_bytes() == b""
 
 
-def test_a_ledger_that_is_not_what_its_snapshot_had_seen_is_refused(path):
-    """Also where every line is still JSON."""
+def test_a_ledger_that_does_not_match_the_snapshot_is_refused(path):
+    """A mismatch is found even if every line is still JSON."""
     ledger = Ledger(path)
     for number in range(3):
         ledger.append("a", number=number)
-    sha256, whole = ledger.sha256, path.read_bytes()
-    for lines, found in {
+    sha256, content = ledger.sha256, path.read_bytes()
+    for damaged, problem in {
         b'{"event": "a"}\n': sentences.LEDGER_LINES_THERE.format(1),
-        whole.replace(b"1", b"3"): sentences.LEDGER_LINES_DIFFER,
+        content.replace(b"1", b"3"): sentences.LEDGER_LINES_DIFFER,
     }.items():
-        path.write_bytes(lines)
+        path.write_bytes(damaged)
         with pytest.raises(
-            UserError, match=sentences.LEDGER_SHORTER.format(ledger=r"ledger\.jsonl", lines=3, found=found)
+            UserError, match=sentences.LEDGER_SHORTER.format(ledger=r"ledger\.jsonl", lines=3, found=problem)
         ):
             Ledger(path).truncate(3, sha256)
-        assert path.read_bytes() == lines
+        assert path.read_bytes() == damaged
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b"3", b'{"n": 1}', b'{"event": "\xe4"}', b"null"])
@@ -135,10 +135,10 @@ def test_a_damaged_line_is_named(path, damage):
     assert path.read_bytes() == content
 
 
-def test_a_full_disk_is_told_and_leaves_whole_lines(path, files_no_larger_than):
+def test_a_full_disk_is_reported_and_leaves_complete_lines(path, files_no_larger_than):
     ledger = Ledger(path)
     ledger.append("a", text="x" * 100)
-    whole = path.read_bytes()
+    complete = path.read_bytes()
     with (
         files_no_larger_than(150),
         pytest.raises(
@@ -146,22 +146,22 @@ def test_a_full_disk_is_told_and_leaves_whole_lines(path, files_no_larger_than):
         ),
     ):
         ledger.append("b", text="y" * 100)
-    assert path.read_bytes() != whole  # half of it reached the disk
+    assert path.read_bytes() != complete  # a part of the line was written
     assert len(Ledger(path)) == 1
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == complete
 
 
-def test_places_that_cannot_be_written(tmp_path):
+def test_unusable_paths_are_reported(tmp_path):
     with pytest.raises(UserError, match=sentences.CANNOT_WRITE.format(".*No such file or directory")):
-        Ledger(tmp_path / "nowhere" / "ledger.jsonl")
-    for opening in (read, Ledger):
+        Ledger(tmp_path / "missing" / "ledger.jsonl")
+    for open_ledger in (read, Ledger):
         with pytest.raises(UserError, match=sentences.CANNOT_READ.format(".*Is a directory")):
-            opening(tmp_path)
+            open_ledger(tmp_path)
     with pytest.raises(UserError, match=sentences.CANNOT_WRITE.format(".*No such file or directory")):
-        write_whole(tmp_path / "nowhere" / "file", b"")
+        write_whole(tmp_path / "missing" / "file", b"")
 
 
-def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, files_no_larger_than):
+def test_files_are_written_atomically(tmp_path, files_no_larger_than):
     path = tmp_path / "results.json"
     write_whole(path, b"old")
     with files_no_larger_than(1000), pytest.raises(UserError, match=sentences.CANNOT_WRITE.format("")):

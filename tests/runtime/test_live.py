@@ -1,4 +1,4 @@
-"""The live view: what is written, what TensorBoard reads, and what is said where there is no terminal."""
+"""The live view: live.jsonl, TensorBoard, and log lines without a terminal."""
 
 import io
 import struct
@@ -17,30 +17,30 @@ LOSSES = {"loss": 0.75, "fusion": 0.5}
 
 
 def events(folder):
-    """What a TensorBoard log holds: tag -> [(step, value)], read by the format of TFRecord."""
+    """Read a TensorBoard log, a TFRecord file, as tag -> [(step, value)]."""
     from tensorboardX.proto.event_pb2 import Event
 
     (path,) = folder.iterdir()
-    data, found = io.BytesIO(path.read_bytes()), {}
-    while head := data.read(12):  # length, checksum of it; then the record and its checksum
+    data, values_by_tag = io.BytesIO(path.read_bytes()), {}
+    while head := data.read(12):  # length and its checksum; the record and its checksum follow
         event = Event.FromString(data.read(struct.unpack("<Q", head[:8])[0]))
         data.read(4)
         for value in event.summary.value:
-            kind = value.image if value.HasField("image") else value.simple_value
-            found.setdefault(value.tag, []).append((event.step, kind))
-    return found
+            content = value.image if value.HasField("image") else value.simple_value
+            values_by_tag.setdefault(value.tag, []).append((event.step, content))
+    return values_by_tag
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still until it is moved."""
+    """A clock that is advanced by hand."""
     now = [100.0]
     monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
     return now
 
 
 def run(workdir, tensorboard):
-    """Two epochs of a second step, and an evaluation."""
+    """Record two epochs of the second step and an evaluation."""
     view = Live(workdir, tensorboard)
     view.begin(1, ("ant", "bee"), 48)
     for epoch in (0, 1):
@@ -52,8 +52,8 @@ def run(workdir, tensorboard):
     view.close()
 
 
-def test_every_event_is_a_line_with_the_time(tmp_path):
-    for _ in range(2):  # a run that goes on adds to the file
+def test_events_are_written_with_the_time(tmp_path):
+    for _ in range(2):  # a resumed run appends to the file
         run(tmp_path, tensorboard=False)
     lines = ledger.read(tmp_path / "live.jsonl")
     assert [line["event"] for line in lines] == 2 * ["step", "epoch", "epoch", "evaluation"]
@@ -67,36 +67,36 @@ def test_every_event_is_a_line_with_the_time(tmp_path):
     assert not (tmp_path / "tensorboard").exists()
 
 
-def test_tensorboard_reads_the_same(tmp_path):
+def test_tensorboard_shows_the_events(tmp_path):
     pytest.importorskip("tensorboardX")
     run(tmp_path, tensorboard=True)
-    found = events(tmp_path / "tensorboard")
-    assert found["losses/loss"] == [(20, 0.75), (21, 0.375)]  # of 20 epochs per step
-    assert found["learning_rate"] == [(20, pytest.approx(1e-3)), (21, pytest.approx(1e-3))]
-    assert found["images_per_second"] == [(20, 12.0), (21, 12.0)]
-    assert found["i_auroc/ant/ib_iumad"] == [(1, 0.875)]
-    assert "p_auroc_object/ant/ib_iumad" not in found
-    ((step, picture),) = found["heatmaps/ant"]
+    logged = events(tmp_path / "tensorboard")
+    assert logged["losses/loss"] == [(20, 0.75), (21, 0.375)]  # with 20 epochs per step
+    assert logged["learning_rate"] == [(20, pytest.approx(1e-3)), (21, pytest.approx(1e-3))]
+    assert logged["images_per_second"] == [(20, 12.0), (21, 12.0)]
+    assert logged["i_auroc/ant/ib_iumad"] == [(1, 0.875)]
+    assert "p_auroc_object/ant/ib_iumad" not in logged
+    ((step, picture),) = logged["heatmaps/ant"]
     pixels = np.asarray(Image.open(io.BytesIO(picture.encoded_image_string)))
     assert step == 1
     assert pixels.shape == (8, 6, 3)
     assert (pixels == (200, 100, 50)).all()
 
 
-def test_tensorboard_does_not_bring_tensorflow(tmp_path):
+def test_tensorboard_does_not_import_tensorflow(tmp_path):
     pytest.importorskip("tensorboardX")
     run(tmp_path, tensorboard=True)
     assert "tensorflow" not in sys.modules
 
 
-def test_a_writer_that_is_not_installed_is_asked_for(monkeypatch):
+def test_a_missing_tensorboard_writer_is_reported(monkeypatch):
     monkeypatch.setattr(live, "find_spec", lambda name: None)
     live.check(tensorboard=False)
     with pytest.raises(UserError, match=sentences.TENSORBOARD_MISSING):
         live.check(tensorboard=True)
 
 
-def test_without_a_terminal_a_line_now_and_then(tmp_path, capsys, clock):
+def test_epochs_are_logged_at_intervals_without_a_terminal(tmp_path, capsys, clock):
     view = Live(tmp_path, tensorboard=False)
     view.begin(0, ("ant",), 24)
     for epoch in range(6):
@@ -106,12 +106,14 @@ def test_without_a_terminal_a_line_now_and_then(tmp_path, capsys, clock):
     assert out == ""
     assert err.splitlines() == [
         sentences.STEP_BEGINS.format(step=0, objects="ant", images=24),
-        sentences.EPOCH_DONE.format(step=0, epoch=3, epochs=60, loss=0.75, rate=2.18, minutes=10.4),  # 57 of 11 s
+        sentences.EPOCH_DONE.format(
+            step=0, epoch=3, epochs=60, loss=0.75, rate=2.18, minutes=10.4
+        ),  # 57 epochs of 11 s
         sentences.EPOCH_DONE.format(step=0, epoch=6, epochs=60, loss=0.75, rate=2.18, minutes=9.9),
     ]
 
 
-def test_on_a_terminal_the_bar_tells_of_epochs(tmp_path, capsys, clock, monkeypatch):
+def test_epochs_are_not_logged_on_a_terminal(tmp_path, capsys, clock, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     view = Live(tmp_path, tensorboard=False)
     clock[0] += 1000

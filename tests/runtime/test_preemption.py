@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT, in this process where they ask and in another where nobody looks."""
+"""SIGTERM and SIGINT, in this process and in one that never checks for requests."""
 
 import os
 import signal
@@ -13,12 +13,12 @@ from tests import sentences
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_asks_and_handlers_are_there_only_within(number, capfd):
+def test_a_signal_requests_the_end_and_handlers_are_restored(number, capfd):
     before = signal.getsignal(number)
-    for asked in (True, False):  # the second time anew
+    for send in (True, False):  # the second time, the request is cleared
         with preemption.handled():
             preemption.check()
-            if asked:
+            if send:
                 os.kill(os.getpid(), number)
                 while not preemption.requested():
                     time.sleep(0.001)
@@ -26,16 +26,16 @@ def test_a_signal_asks_and_handlers_are_there_only_within(number, capfd):
                     preemption.check()
         assert signal.getsignal(number) is before
         assert signal.set_wakeup_fd(-1) == -1
-    told = capfd.readouterr().err
-    assert told.startswith(f"iumad_jax: {sentences.STOPPING.format(signal.Signals(number).name)}")
-    assert told.count("\n") == 1
+    message = capfd.readouterr().err
+    assert message.startswith(f"iumad_jax: {sentences.STOPPING.format(signal.Signals(number).name)}")
+    assert message.count("\n") == 1
 
 
-NOBODY_LOOKS = """
+WITHOUT_CHECKS = """
 import time
 from iumad_jax.runtime import preemption
 
-preemption._PATIENCE = 0.5
+preemption._GRACE_PERIOD = 0.5
 with preemption.handled():
     print("ready", flush=True)
     time.sleep(60)
@@ -52,9 +52,9 @@ with preemption.handled():
         ([signal.SIGTERM, signal.SIGINT], 130),
     ],
 )
-def test_who_does_not_look_is_ended_all_the_same(signals, code):
+def test_a_process_that_does_not_check_is_ended(signals, code):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", NOBODY_LOOKS], **pipes) as process:
+    with subprocess.Popen([sys.executable, "-c", WITHOUT_CHECKS], **pipes) as process:
         assert process.stdout.readline() == "ready\n"
         for number in signals:
             process.send_signal(number)
@@ -64,10 +64,10 @@ def test_who_does_not_look_is_ended_all_the_same(signals, code):
 
 
 @pytest.mark.parametrize(("signals", "code"), [([signal.SIGTERM], 75), ([signal.SIGINT, signal.SIGINT], 130)])
-def test_signals_work_when_nobody_reads_what_is_said(signals, code):
-    """As behind `| tee`, which Ctrl-C ends first."""
+def test_signals_work_with_a_closed_standard_error(signals, code):
+    """This happens with `| tee`, which Ctrl-C ends first."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", NOBODY_LOOKS], **pipes) as process:
+    with subprocess.Popen([sys.executable, "-c", WITHOUT_CHECKS], **pipes) as process:
         assert process.stdout.readline() == "ready\n"
         process.stderr.close()
         for number in signals:

@@ -1,4 +1,4 @@
-"""Snapshots: everything comes back as it was, and what went wrong on disk is told and costs no more than it must."""
+"""Snapshots are restored exactly; errors on disk are reported, and earlier snapshots survive them."""
 
 import gc
 import logging
@@ -61,7 +61,7 @@ def snapshot(step, updates, finished=False, seed=0, size=3):
 
 
 def per_object(seed, objects=2):
-    """What belongs to some objects: half precision, empty and nested parts too."""
+    """Arrays of each object, among them half-precision, empty and nested ones."""
     return tuple(
         {"mean": {"rgb": np.full(3, seed + i, np.float16)}, "patches": np.full((i, 4), i, np.float32)}
         for i in range(objects)
@@ -75,10 +75,10 @@ def opened(workdir):
     snapshots.close()
 
 
-def assert_same(found, expected):
-    """Structure, types and bits."""
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+def assert_same(actual, expected):
+    """Compare structure, types and bits."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
         if isinstance(b, np.ndarray | jax.Array | np.generic):
             assert isinstance(a, np.ndarray)
             assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, np.asarray(b).tobytes())
@@ -86,8 +86,8 @@ def assert_same(found, expected):
             assert (type(a), a) == (type(b), b)
 
 
-def test_everything_comes_back_as_it_was(tmp_path):
-    """Empty branches, scalars, bfloat16 and JAX's arrays too."""
+def test_snapshots_are_restored_exactly(tmp_path):
+    """This includes empty branches, scalars, bfloat16 and JAX arrays."""
     optimizer = optax.scale_by_adam().init(variables()["ib_iumad"]["params"]["mamba"])
     saved = snapshot(1, 7)._replace(optimizer=[*jax.tree.leaves(optimizer), jnp.full(2, 0.3, jnp.bfloat16)])
     with opened(tmp_path) as snapshots:
@@ -99,29 +99,29 @@ def test_everything_comes_back_as_it_was(tmp_path):
 
 
 def test_frozen_arrays_are_not_stored(tmp_path):
-    """Their SHA-256 is, in the record."""
+    """Only their SHA-256 is stored."""
     progress = snapshot(0, 5, finished=True)
     frozen = {
-        name: of_one | {"frozen": {"kernel": np.zeros(10**6, np.float32)}}
-        for name, of_one in progress.variables.items()
+        name: values | {"frozen": {"kernel": np.zeros(10**6, np.float32)}}
+        for name, values in progress.variables.items()
     }
     with closing(Snapshots(tmp_path)) as snapshots:
         snapshots.save(progress._replace(variables=frozen))
-    found = read(tmp_path)
-    assert found.frozen == {"cdad": "ab" * 32}
-    assert all("frozen" not in of_one for of_one in found.variables.values())
+    restored = read(tmp_path)
+    assert restored.frozen == {"cdad": "ab" * 32}
+    assert all("frozen" not in values for values in restored.variables.values())
     assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 10**5
 
 
 def test_the_furthest_position_is_the_latest(tmp_path):
-    """The story of a run, opened anew after every snapshot."""
+    """The positions are those of a run; the snapshots are reopened after every save."""
     positions = [(0, 1), (0, 3), (0, 0, True), (1, 2), (1, 12), (1, 0, True), (2, 0, True)]
     for seed, position in enumerate(positions):
         with opened(tmp_path) as snapshots:
             snapshots.save(snapshot(*position, seed=seed))
         with opened(tmp_path) as snapshots:
             assert_same(snapshots.latest(), snapshot(*position, seed=seed))
-    # A finished step's snapshot stays; of those within steps, the two newest.
+    # All snapshots of finished steps are kept; of those within steps, the two newest.
     assert sorted(p.name for p in (tmp_path / "snapshots").iterdir()) == ["0", "1", "2", "by_object"]
     within = sorted(p.name for p in (tmp_path / "snapshots_within_step").iterdir())
     assert within == ["1000000000002", "1000000000012"]
@@ -129,7 +129,7 @@ def test_the_furthest_position_is_the_latest(tmp_path):
 
 @pytest.fixture
 def after_an_error(monkeypatch):
-    """Tests go on after an error that ends a run and silences what Orbax's threads would still print."""
+    """Restore the hooks and log levels that an error leaves silenced, since the tests continue after it."""
     for holder, name in [
         (threading, "excepthook"),
         (sys, "unraisablehook"),
@@ -144,8 +144,8 @@ def after_an_error(monkeypatch):
 
 @pytest.mark.usefixtures("after_an_error")
 @pytest.mark.parametrize("finished", [False, True])
-@pytest.mark.parametrize("room", [0, 10_000])  # for not even the names; for all but the arrays
-def test_a_full_disk_is_told_and_the_snapshot_before_is_intact(tmp_path, capfd, files_no_larger_than, room, finished):
+@pytest.mark.parametrize("room", [0, 10_000])  # too small for any file; too small for the arrays only
+def test_a_full_disk_is_reported_and_earlier_snapshots_survive(tmp_path, capfd, files_no_larger_than, room, finished):
     before, after = snapshot(0, 1), snapshot(0, 2, finished, seed=1, size=10_000)
     with opened(tmp_path) as snapshots:
         snapshots.save(before)
@@ -158,7 +158,7 @@ def test_a_full_disk_is_told_and_the_snapshot_before_is_intact(tmp_path, capfd, 
         assert str(error.value) == sentences.SNAPSHOT_NOT_SAVED.format(folder=folder, reason="File too large")
     with opened(tmp_path) as snapshots:
         assert_same(snapshots.latest(), before)
-        snapshots.save(after)  # with room again
+        snapshots.save(after)  # the disk has room again
         assert_same(snapshots.latest(), after)
     assert not list(tmp_path.rglob("*unfinished*"))
     assert capfd.readouterr().err == ""
@@ -172,7 +172,7 @@ from iumad_jax.runtime.progress import BEGINNING, Position
 from iumad_jax.runtime.snapshots import Snapshots
 
 snapshots = Snapshots(Path(sys.argv[1]))
-signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the system kills the process that makes a file larger than this
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # exceeding the file size limit now kills the process
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 snapshots.save(BEGINNING._replace(position=Position(1, 2), variables={"a": {"params": np.random.rand(10_000)}}))
@@ -180,7 +180,7 @@ snapshots.wait()
 """
 
 
-def test_a_killed_save_is_ignored_and_cleared_away(tmp_path):
+def test_an_incomplete_snapshot_is_removed(tmp_path):
     with opened(tmp_path) as snapshots:
         snapshots.save(snapshot(1, 1))
     killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path])
@@ -195,7 +195,7 @@ def test_a_killed_save_is_ignored_and_cleared_away(tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == ["1000000000001", "1000000000003"]
 
 
-def test_what_changes_after_a_save_began_is_not_saved(tmp_path):
+def test_changes_after_the_start_of_a_save_are_not_saved(tmp_path):
     saved = snapshot(1, 1, size=100_000)
     with opened(tmp_path) as snapshots:
         snapshots.save(saved)
@@ -206,7 +206,7 @@ def test_what_changes_after_a_save_began_is_not_saved(tmp_path):
 
 
 @pytest.mark.usefixtures("after_an_error")
-def test_an_error_of_the_background_is_told_once_by_the_next_save(tmp_path, files_no_larger_than):
+def test_an_error_in_the_background_is_raised_once_by_the_next_save(tmp_path, files_no_larger_than):
     with opened(tmp_path) as snapshots:
         assert not snapshots.failed
         with files_no_larger_than(0):
@@ -219,7 +219,7 @@ def test_an_error_of_the_background_is_told_once_by_the_next_save(tmp_path, file
 
 
 def damages(folder):
-    """Every way to spoil one of a snapshot's files, one after the other."""
+    """Damage each file of a snapshot in every way, one after the other, and restore it afterwards."""
     rng = np.random.default_rng(0)
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert len(files) > 6
@@ -229,15 +229,15 @@ def damages(folder):
         if content:
             flipped[rng.integers(len(content))] ^= 1 << rng.integers(8)
         key = content.replace(b"_timestamp", b"_timestanp", 1)  # still JSON
-        for spoiled in {content[: len(content) // 2], b"", bytes(flipped), key, content + b"0", None} - {content}:
-            file.unlink() if spoiled is None else file.write_bytes(spoiled)
+        for damaged in {content[: len(content) // 2], b"", bytes(flipped), key, content + b"0", None} - {content}:
+            file.unlink() if damaged is None else file.write_bytes(damaged)
             yield file
             file.write_bytes(content)
 
 
 @pytest.mark.slow
-def test_of_a_damaged_snapshot_nothing_is_used_but_the_one_before(tmp_path, capfd, caplog):
-    """Whatever is missing, cut off, flipped or added; Orbax alone restores most flipped bits silently."""
+def test_a_damaged_snapshot_is_replaced_by_the_one_before(tmp_path, capfd, caplog):
+    """Files are removed, truncated, extended or have flipped bits, most of which Orbax restores without an error."""
     with opened(tmp_path) as snapshots:
         snapshots.save(snapshot(0, 0, finished=True))
         snapshots.save(snapshot(1, 3, seed=1))
@@ -247,14 +247,14 @@ def test_of_a_damaged_snapshot_nothing_is_used_but_the_one_before(tmp_path, capf
     for _ in damages(newest):
         with opened(tmp_path) as snapshots:
             assert_same(snapshots.latest(), snapshot(1, 3, seed=1))
-        (told,) = capfd.readouterr().err.splitlines()
+        (message,) = capfd.readouterr().err.splitlines()
         assert re.fullmatch(
             "iumad_jax: " + sentences.SNAPSHOT_PASSED_OVER.format(snapshot=newest, before=before, aside=aside.name),
-            told,
+            message,
         )
         assert not newest.exists()
         aside.rename(newest)
-    for _ in damages(before):  # that are older do not matter
+    for _ in damages(before):  # older snapshots are not read
         with opened(tmp_path) as snapshots:
             assert_same(snapshots.latest(), snapshot(1, 4, seed=2))
     for folder in (newest, before):
@@ -262,13 +262,13 @@ def test_of_a_damaged_snapshot_nothing_is_used_but_the_one_before(tmp_path, capf
     with opened(tmp_path) as snapshots:
         assert_same(snapshots.latest(), snapshot(0, 0, finished=True))
         assert len(capfd.readouterr().err.splitlines()) == 2
-        snapshots.save(snapshot(1, 4, seed=3))  # under the number of a damaged one
+        snapshots.save(snapshot(1, 4, seed=3))  # its name is that of a damaged snapshot
         assert_same(snapshots.latest(), snapshot(1, 4, seed=3))
     assert {path.name for path in newest.parent.iterdir()} == {newest.name, f"{before.name}.damaged1", aside.name}
-    assert (capfd.readouterr().err, caplog.records) == ("", [])  # Orbax says nothing of its own
+    assert (capfd.readouterr().err, caplog.records) == ("", [])  # Orbax prints and logs nothing
 
 
-def test_if_no_snapshot_is_good_that_is_told_and_nothing_is_touched(tmp_path):
+def test_if_all_snapshots_are_damaged_nothing_is_changed(tmp_path):
     with opened(tmp_path) as snapshots:
         snapshots.save(snapshot(0, 0, finished=True))
         snapshots.save(snapshot(1, 3))
@@ -278,45 +278,45 @@ def test_if_no_snapshot_is_good_that_is_told_and_nothing_is_touched(tmp_path):
     for _ in range(2):
         with opened(tmp_path) as snapshots, pytest.raises(UserError) as error:
             snapshots.latest()
-        told = str(error.value)
-        assert told.startswith(sentences.NO_SNAPSHOT_USABLE)
-        assert all(f"{folder} " in told for folder in folders)
-        assert told.endswith(sentences.NO_SNAPSHOT_USABLE_REMEDY)
-        assert sentences.SNAPSHOT_FILE_DIFFERS.format(file.relative_to(folders[0])) in told
+        message = str(error.value)
+        assert message.startswith(sentences.NO_SNAPSHOT_USABLE)
+        assert all(f"{folder} " in message for folder in folders)
+        assert message.endswith(sentences.NO_SNAPSHOT_USABLE_REMEDY)
+        assert sentences.SNAPSHOT_FILE_DIFFERS.format(file.relative_to(folders[0])) in message
     assert content == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
-def test_reading_passes_over_a_damaged_snapshot_unless_it_is_asked_for(tmp_path, capfd):
+def test_reading_skips_a_damaged_snapshot_unless_its_step_is_requested(tmp_path, capfd):
     with opened(tmp_path) as snapshots:
         snapshots.save(snapshot(0, 0, finished=True))
         snapshots.save(snapshot(1, 0, finished=True, seed=1))
     assert_same(read(tmp_path), snapshot(1, 0, finished=True, seed=1))
     assert_same(read(tmp_path, step=0), snapshot(0, 0, finished=True))
-    for name, spoiled in (("1", "_CHECKPOINT_METADATA"), ("0", "arrays/_METADATA")):
-        file = tmp_path / "snapshots" / name / spoiled
+    for name, damaged in (("1", "_CHECKPOINT_METADATA"), ("0", "arrays/_METADATA")):
+        file = tmp_path / "snapshots" / name / damaged
         file.write_bytes(file.read_bytes().replace(b"kernel", b"kernfl").replace(b"_timestamp", b"_timestanp"))
         with pytest.raises(
-            UserError, match=sentences.SNAPSHOT_DAMAGED_AND_NO_OTHER.format(snapshot=f"snapshots/{name}", file=spoiled)
+            UserError, match=sentences.SNAPSHOT_DAMAGED_AND_NO_OTHER.format(snapshot=f"snapshots/{name}", file=damaged)
         ):
             read(tmp_path, step=int(name))
         if name == "1":
             assert_same(read(tmp_path), snapshot(0, 0, finished=True))
-            told = capfd.readouterr().err
-            assert told.startswith(f"iumad_jax: {sentences.SNAPSHOT_DAMAGED.format(tmp_path / 'snapshots/1')}")
-            assert told.endswith(sentences.SNAPSHOT_USED_INSTEAD.format(tmp_path / "snapshots/0") + "\n")
+            message = capfd.readouterr().err
+            assert message.startswith(f"iumad_jax: {sentences.SNAPSHOT_DAMAGED.format(tmp_path / 'snapshots/1')}")
+            assert message.endswith(sentences.SNAPSHOT_USED_INSTEAD.format(tmp_path / "snapshots/0") + "\n")
     with pytest.raises(UserError, match=sentences.SNAPSHOTS_ALL_DAMAGED.format(one="snapshots/1", other="snapshots/0")):
         read(tmp_path)
     assert sorted(path.name for path in (tmp_path / "snapshots").iterdir()) == ["0", "1", "by_object"]
 
 
-def test_a_kill_before_the_first_snapshot_is_whole_leaves_none(tmp_path, monkeypatch):
-    """Also when all but its manifest is written: the run begins anew, and nothing is called damaged."""
+def test_a_kill_during_the_first_save_leaves_no_snapshot(tmp_path, monkeypatch):
+    """A snapshot without a manifest is incomplete, not damaged: the run starts from the beginning."""
 
-    def killed(*_):
+    def kill(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as context, opened(tmp_path) as snapshots:
-        context.setattr("iumad_jax.runtime.snapshots.write_whole", killed)
+        context.setattr("iumad_jax.runtime.snapshots.write_whole", kill)
         snapshots.save(snapshot(0, 3))
         with pytest.raises(KeyboardInterrupt):
             snapshots.wait()
@@ -325,57 +325,57 @@ def test_a_kill_before_the_first_snapshot_is_whole_leaves_none(tmp_path, monkeyp
         assert snapshots.latest() is None
         assert not list((tmp_path / "snapshots_within_step").iterdir())
         snapshots.save(snapshot(0, 3))
-        snapshots.save(snapshot(0, 3))  # of the same position, as after going on from it
+        snapshots.save(snapshot(0, 3))  # again at the same position, as after resuming from it
         assert_same(snapshots.latest(), snapshot(0, 3))
 
 
-def learned(step, objects):
-    """After a step in which so many objects are known."""
+def with_objects(step, objects):
+    """A snapshot of a finished step with large arrays of each object."""
     size = 50_000  # numbers per object
     rng = np.random.default_rng(0)
     strategy = {"by_object": tuple({"mean": rng.normal(size=size).astype(np.float32)} for _ in range(objects))}
     return snapshot(step, 0, finished=True)._replace(strategy_state=strategy)
 
 
-def test_what_an_object_adds_is_stored_once(tmp_path):
+def test_arrays_of_an_object_are_stored_once(tmp_path):
     with opened(tmp_path) as snapshots:
         for step in range(20):
-            snapshots.save(learned(step, objects=step + 1))
+            snapshots.save(with_objects(step, objects=step + 1))
         snapshots.wait()
 
     def size(folder):
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
     folder = tmp_path / "snapshots"
-    assert size(folder / "19") < size(folder / "1") + 20 * 200  # the names of the arrays
+    assert size(folder / "19") < size(folder / "1") + 20 * 200  # for the names of the arrays
     assert 20 * 200_000 < size(folder / "by_object") < 20 * 201_000
-    assert_same(read(tmp_path, 1), learned(1, 2))
-    assert_same(read(tmp_path), learned(19, 20))
+    assert_same(read(tmp_path, 1), with_objects(1, 2))
+    assert_same(read(tmp_path), with_objects(19, 20))
 
 
-def test_a_damaged_shared_array_spoils_only_snapshots_that_have_it_and_is_written_anew(tmp_path, capfd):
+def test_a_damaged_shared_array_damages_only_its_snapshots_and_is_rewritten(tmp_path, capfd):
     with opened(tmp_path) as snapshots:
         for step in range(3):
-            snapshots.save(learned(step, objects=step + 1))
+            snapshots.save(with_objects(step, objects=step + 1))
     by_object = tmp_path / "snapshots" / "by_object"
     newest = max(by_object.iterdir(), key=lambda path: path.stat().st_mtime_ns)
     content = newest.read_bytes()
-    for spoiled in (None, content[:-1], content[:-1] + bytes([content[-1] ^ 1])):
-        newest.unlink() if spoiled is None else newest.write_bytes(spoiled)
+    for damaged in (None, content[:-1], content[:-1] + bytes([content[-1] ^ 1])):
+        newest.unlink() if damaged is None else newest.write_bytes(damaged)
         with pytest.raises(
             UserError,
             match=sentences.SNAPSHOT_ARRAY_DAMAGED.format(snapshot="snapshots/2", file=f"by_object/{newest.name}"),
         ):
             read(tmp_path, 2)
         with opened(tmp_path) as snapshots:
-            assert_same(snapshots.latest(), learned(1, 2))
+            assert_same(snapshots.latest(), with_objects(1, 2))
             assert sentences.SNAPSHOT_GOING_ON in capfd.readouterr().err
-            snapshots.save(learned(2, 3))
-            assert_same(snapshots.latest(), learned(2, 3))
+            snapshots.save(with_objects(2, 3))
+            assert_same(snapshots.latest(), with_objects(2, 3))
         assert newest.read_bytes() == content
 
 
-def test_what_is_not_finite_is_not_saved(tmp_path):
+def test_numbers_that_are_not_finite_are_not_saved(tmp_path):
     broken = snapshot(1, 0, finished=True)
     broken.recognition["mean"][1, 2] = np.nan
     with opened(tmp_path) as snapshots:

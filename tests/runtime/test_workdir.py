@@ -1,4 +1,4 @@
-"""A workdir belongs to one config."""
+"""Workdirs: they belong to one config, one run format, and one process at a time."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from iumad_jax.runtime import workdir as workdirs
 from tests import sentences
 
 
-def changed(**changes):
+def changed_config(**changes):
     config = paper("6-1")
     config.update_from_flattened_dict(changes)
     return config
@@ -25,10 +25,10 @@ def claim(folder, config):
         pass
 
 
-def test_a_new_workdir_is_anyones_until_it_is_claimed(tmp_path):
+def test_a_new_workdir_accepts_any_config_until_it_is_claimed(tmp_path):
     folder = tmp_path / "runs" / "new"
     workdirs.check(folder, paper("6-1"))
-    workdirs.check(folder, changed(seed=1))
+    workdirs.check(folder, changed_config(seed=1))
     assert not folder.exists()  # checking writes nothing
     claim(folder, paper("6-1"))
     claim(folder, paper("6-1"))
@@ -49,7 +49,7 @@ with workdir.claimed(Path(sys.argv[1]), paper("6-1")):
 """
 
 
-def test_two_processes_do_not_share_a_workdir_and_a_killed_one_leaves_it(tmp_path):
+def test_one_process_holds_a_workdir_until_it_ends(tmp_path):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], **pipes) as process:
         assert process.stdout.readline() == b"claimed\n"
@@ -62,11 +62,11 @@ def test_two_processes_do_not_share_a_workdir_and_a_killed_one_leaves_it(tmp_pat
     with pytest.raises(UserError, match=sentences.CANNOT_WRITE.format("")):
         claim(tmp_path, paper("6-1"))
     (tmp_path / "config.json.unfinished").rmdir()
-    claim(tmp_path, paper("6-1"))  # an error gives it up as well
+    claim(tmp_path, paper("6-1"))  # the error released the lock
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "differences"),
     [
         ({"seed": 3}, [sentences.KEY_DIFFERS.format(key="config.seed", there=0, now=3)]),
         (
@@ -79,20 +79,20 @@ def test_two_processes_do_not_share_a_workdir_and_a_killed_one_leaves_it(tmp_pat
         ),
     ],
 )
-def test_another_config_is_refused_naming_every_key_that_differs(tmp_path, changes, told):
+def test_another_config_is_refused_naming_every_key_that_differs(tmp_path, changes, differences):
     claim(tmp_path, paper("6-1"))
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(UserError) as error:
-        workdirs.check(tmp_path, changed(**changes))
+        workdirs.check(tmp_path, changed_config(**changes))
     message = str(error.value)
     assert message.startswith(sentences.WORKDIR_OF_ANOTHER_CONFIG.format(tmp_path))
     assert message.endswith(sentences.WORKDIR_REMEDY)
-    assert all(part in message for part in told)
-    assert message.count(sentences.KEY_DIFFERS_SHORTLY) == len(told)
+    assert all(difference in message for difference in differences)
+    assert message.count(sentences.KEY_DIFFERS_SHORTLY) == len(differences)
     assert (tmp_path / "config.json").read_bytes() == before
 
 
-def test_a_key_that_only_one_of_them_has_differs(tmp_path):
+def test_a_key_that_only_one_config_has_differs(tmp_path):
     config = paper("6-1")
     claim(tmp_path, config)
     del config.report.pictures_per_object
@@ -105,13 +105,13 @@ def test_a_key_that_only_one_of_them_has_differs(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{", "\xff", '{"seed": 0', "5", "[]", '"config"'])
-def test_a_damaged_note_is_told(tmp_path, content):
+def test_a_damaged_config_is_reported(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content.encode("latin1"))
     with pytest.raises(UserError, match=sentences.WORKDIR_CONFIG_DAMAGED.format(r"config\.json")):
         workdirs.check(tmp_path, paper("6-1"))
 
 
-def test_a_place_that_cannot_be_written_is_told(tmp_path):
+def test_an_unwritable_workdir_is_reported(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(
         UserError, match=re.escape(sentences.WORKDIR_NOT_WRITABLE.format(folder="file/run", reason="Not a directory"))
@@ -128,19 +128,19 @@ def test_a_full_disk_leaves_the_workdir_unclaimed(tmp_path, files_no_larger_than
     ):
         claim(tmp_path, paper("6-1"))
     assert not (tmp_path / "config.json").exists()
-    workdirs.check(tmp_path, changed(seed=1))
+    workdirs.check(tmp_path, changed_config(seed=1))
 
 
 @pytest.mark.parametrize(
-    ("format_", "told"),
+    ("format_", "sentence"),
     [
         (None, sentences.RUN_BY_OLDER_VERSION),
         (1, sentences.RUN_BY_OLDER_VERSION),
-        (3, sentences.RUN_BY_ANOTHER_VERSION),
+        (4, sentences.RUN_BY_ANOTHER_VERSION),
         ("x", sentences.RUN_BY_ANOTHER_VERSION),
     ],
 )
-def test_a_run_of_another_format_is_refused(tmp_path, format_, told):
+def test_a_run_of_another_format_is_refused(tmp_path, format_, sentence):
     claim(tmp_path, paper("6-1"))
     file = tmp_path / "config.json"
     content = json.loads(file.read_text())
@@ -148,4 +148,4 @@ def test_a_run_of_another_format_is_refused(tmp_path, format_, told):
     file.write_text(json.dumps(content if format_ is None else content | {"format": format_}))
     with pytest.raises(UserError) as error:
         workdirs.check(tmp_path, paper("6-1"))
-    assert str(error.value) == told.format(file=file, found=format_ or 0, read=2)
+    assert str(error.value) == sentence.format(file=file, found=format_ or 0, read=3)

@@ -1,8 +1,8 @@
-"""Tests that compile quickly."""
+"""Fixture of the training tests."""
 
 import pytest
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quickly(compile_quickly):
-    """Networks this small take longer to compile than to run."""
+def fast_compilation(compile_quickly):
+    """Compile without optimisation, since these networks take longer to compile than to run."""

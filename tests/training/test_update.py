@@ -1,4 +1,4 @@
-"""Training: the optimiser against float64 NumPy, the schedules by hand, and what a resumed or broken run leaves."""
+"""Training: the optimiser against float64 NumPy, schedules by hand, resumed training and non-finite numbers."""
 
 import logging
 import re
@@ -28,13 +28,13 @@ SHAPES = {"kernel": (3, 2), "query": (2,), "bias": (2,), "scale": (4,), "A_log":
 
 
 def images(seed=0):
-    """Images whose only feature is a number."""
+    """Create images whose only feature is a number."""
     values = np.random.default_rng(seed).normal(1, 2, IMAGES).astype(np.float32)
     return Batch({"rgb": values.reshape(IMAGES, 1, 1)}, {}, np.arange(IMAGES, dtype=np.int32))
 
 
 def pull(noise=0.0):
-    """A method whose parameters are pulled towards the images' numbers: the gradient is p - (mean number + noise)."""
+    """Build a method with the gradient p - (mean number of the images + noise) for each parameter p."""
 
     def init(key, batch):
         keys = jax.random.split(key, len(SHAPES))
@@ -59,22 +59,22 @@ def settings(**changes):
     return config
 
 
-def trained(method, config, images, first=0, state=None, update=None, stream=None, **rest):
-    """Every epoch from the first update, each as training leaves it."""
+def trained(method, config, images, first=0, state=None, update=None, stream=None, **arguments):
+    """Train from update `first` on, and yield the epochs."""
     optimizer = make_optimizer(config)
     if state is None:
         state = initial_state(method.init(jax.random.key(1), images), optimizer, 0, [])
     stream = stream or training_input([images], BATCH, 7, first)
     update = update or make_update(method, optimizer)
     rates = learning_rates(config, PER_EPOCH)
-    return train_epochs(update, state, stream, rates, jax.random.key(2), PER_EPOCH, config.epochs, **rest)
+    return train_epochs(update, state, stream, rates, jax.random.key(2), PER_EPOCH, config.epochs, **arguments)
 
 
 def test_updates_are_those_of_adamw_with_a_clipped_norm():
-    """Decoupled weight decay (Loshchilov and Hutter, 2019), gradients clipped before the moments are taken."""
+    """Weight decay is decoupled (Loshchilov and Hutter, 2019), and gradients are clipped before the moments."""
     config = settings(schedule="step", drop_epoch=2)
     method, data = pull(), images()
-    found = list(trained(method, config, data))
+    epochs = list(trained(method, config, data))
     batches = iter(training_batches([data], BATCH, seed=7, first=0))
 
     params = {k: np.asarray(v, np.float64) for k, v in method.init(jax.random.key(1), data)["params"].items()}
@@ -93,12 +93,12 @@ def test_updates_are_those_of_adamw_with_a_clipped_norm():
             direction = first[k] / (1 - 0.9**t) / (np.sqrt(second[k] / (1 - 0.999**t)) + 1e-8)
             params[k] = params[k] - rate * (direction + (0.5 * params[k] if k in DECAYED else 0))
         if t % PER_EPOCH == 0:
-            epoch = found[t // PER_EPOCH - 1]
+            epoch = epochs[t // PER_EPOCH - 1]
             assert epoch.number == t // PER_EPOCH - 1
             for k, p in params.items():
                 np.testing.assert_allclose(epoch.state.variables["params"][k], p, rtol=1e-4, atol=1e-5, err_msg=k)
-    assert 2 < sum(clipped) < len(clipped) - 2  # both kinds occurred
-    assert len(found) == 4
+    assert 2 < sum(clipped) < len(clipped) - 2  # both clipped and unclipped updates occurred
+    assert len(epochs) == 4
 
 
 def test_the_losses_of_an_epoch_are_means_over_its_updates():
@@ -118,16 +118,16 @@ def test_the_losses_of_an_epoch_are_means_over_its_updates():
         }
 
 
-def test_every_update_draws_its_own_noise():
-    """The same images over and over, to weights that stand still, have another loss in every update."""
+def test_every_update_draws_new_noise():
+    """With constant images and weights, the loss still differs between epochs."""
     config, data = settings(learning_rate=0.0, epochs=12), images()
     data.features["rgb"][:] = 1
     losses = [epoch.losses["loss"] for epoch in trained(pull(noise=1.0), config, data)]
     assert len(set(losses)) == 12
 
 
-def test_what_the_network_decays():
-    """Matrices, embeddings and queries; no bias, no norm's scale, nothing that shapes the scan's time."""
+def test_which_parameters_decay():
+    """Matrices, embeddings and queries decay; biases, scales of norms and time parameters of the scan do not."""
     config = paper("1-0").model
     config.update(width=8, heads=2, layers=1, hidden=12, patch_size=4, states=2)
     batch = Batch(
@@ -139,12 +139,12 @@ def test_what_the_network_decays():
     optimizer = make_optimizer(settings())
 
     @jax.jit
-    def at_rest():
+    def changes_without_gradient():
         params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes["params"])
         return optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)[0]
 
-    moved, kept, decayed = at_rest(), set(), set()
-    for path, change in jax.tree.leaves_with_path(moved):
+    changes, kept, decayed = changes_without_gradient(), set(), set()
+    for path, change in jax.tree.leaves_with_path(changes):
         (decayed if change.any() else kept).add(path[-1].key)
     assert kept == {"A_log", "D", "bias", "dt_bias", "scale"}
     assert decayed == {"kernel", "dt_proj", "x_proj", "row_position", "column_position", "decoder_0_query"}
@@ -155,7 +155,7 @@ def test_what_the_network_decays():
     [
         ({"schedule": "step", "drop_epoch": 2}, {0: 0.1, 9: 0.1, 10: 0.01, 19: 0.01}),
         ({"schedule": "step", "drop_epoch": 800}, {0: 0.1, 19: 0.1}),
-        # 40 epochs of 5 updates: 10 of warm-up, then half a cosine over the 190 that remain.
+        # 40 epochs of 5 updates: 10 updates of warm-up, then half a cosine over the other 190.
         ({"schedule": "cosine", "epochs": 40}, {0: 0, 5: 0.05, 10: 0.1, 105: 0.05, 190: 6.8188e-4, 200: 0}),
         ({"schedule": "cosine"}, {0: 0, 1: 0.1, 19: 0.1 * (1 + np.cos(np.pi * 18 / 19)) / 2}),
     ],
@@ -172,44 +172,46 @@ def test_unknown_schedule_is_refused():
         learning_rates(settings(schedule="linear"), PER_EPOCH)
 
 
-def test_training_goes_on_as_if_it_had_never_stopped():
-    """From the numbers after any update alone: same keys, same order of images, same moments and losses, bit by bit."""
+def test_resumed_training_equals_uninterrupted_training():
+    """After a stop at any update, keys, image order, moments and losses are equal bit by bit."""
     method, config, data = pull(noise=1.0), settings(schedule="cosine"), images()
-    whole = list(trained(method, config, data))
-    assert [epoch.updates for epoch in whole] == [5, 10, 15, 20]
-    assert all(epoch.whole for epoch in whole)
-    assert len({epoch.losses["loss"] for epoch in whole}) == 4
+    uninterrupted = list(trained(method, config, data))
+    assert [epoch.updates for epoch in uninterrupted] == [5, 10, 15, 20]
+    assert all(epoch.complete for epoch in uninterrupted)
+    assert len({epoch.losses["loss"] for epoch in uninterrupted}) == 4
     paused = list(trained(method, config, data, pause=lambda: True))
     assert [epoch.updates for epoch in paused] == list(range(1, 21))
-    assert [epoch.updates for epoch in paused if epoch.whole] == [5, 10, 15, 20]
+    assert [epoch.updates for epoch in paused if epoch.complete] == [5, 10, 15, 20]
     optimizer = make_optimizer(config)
     for stopped in (paused[i] for i in (0, 4, 6, 8, 9, 18)):
         done = stopped.updates
         state = initial_state(stopped.state.variables, optimizer, done, jax.tree.leaves(stopped.state.optimizer))
-        history = {} if stopped.whole else stopped.history
-        rest = list(trained(method, config, data, done, state, history=history))
-        assert [epoch.number for epoch in rest] == list(range(done // PER_EPOCH, 4))
-        for one, other in zip(whole[done // PER_EPOCH :], rest, strict=True):
-            assert one.losses == other.losses
-            jax.tree.map(np.testing.assert_array_equal, (one.state, one.history), (other.state, other.history))
+        history = {} if stopped.complete else stopped.history
+        resumed = list(trained(method, config, data, done, state, history=history))
+        assert [epoch.number for epoch in resumed] == list(range(done // PER_EPOCH, 4))
+        for expected, epoch in zip(uninterrupted[done // PER_EPOCH :], resumed, strict=True):
+            assert epoch.losses == expected.losses
+            jax.tree.map(
+                np.testing.assert_array_equal, (epoch.state, epoch.history), (expected.state, expected.history)
+            )
 
 
 @pytest.mark.parametrize("updates_per_loop", [1, PER_EPOCH])
-def test_resident_images_train_as_streamed_ones_do(updates_per_loop):
-    """Bit by bit update by update; to rounding where an epoch is one loop, which is compiled in another way."""
+def test_resident_images_train_like_streamed_ones(updates_per_loop):
+    """Single updates are equal bit by bit; an epoch as one loop, compiled differently, is equal up to rounding."""
     method, config, data = pull(noise=1.0), settings(schedule="cosine"), images()
-    streamed, found = (
+    streamed_epochs, resident_epochs = (
         trained(method, config, data, stream=training_input([data], BATCH, 7, 0, resident, updates_per_loop))
         for resident in ("never", "always")
     )
-    for one, other in zip(streamed, found, strict=True):
+    for expected, epoch in zip(streamed_epochs, resident_epochs, strict=True):
         rtol = 0 if updates_per_loop == 1 else 1e-5
-        jax.tree.map(lambda a, b, r=rtol: np.testing.assert_allclose(a, b, r), other.state, one.state)
-        assert other.losses == pytest.approx(one.losses, rel=rtol, abs=0)
+        jax.tree.map(lambda a, b, r=rtol: np.testing.assert_allclose(a, b, r), epoch.state, expected.state)
+        assert epoch.losses == pytest.approx(expected.losses, rel=rtol, abs=0)
 
 
 def square_root(number):
-    return jnp.sqrt(number)  # whose derivative at 0 is infinite
+    return jnp.sqrt(number)  # has an infinite derivative at 0
 
 
 def logarithm(number):
@@ -217,19 +219,23 @@ def logarithm(number):
 
 
 def flawed(flaw):
-    """`pull`, whose loss has a further term of one parameter that a flaw makes of it."""
+    """Build `pull` with a further loss term: a flawed function of the smallest number in the batch."""
     method = pull()
 
-    def loss(variables, batch, keys):
-        own = method.loss(variables, batch, keys)
+    def flawed_loss(variables, batch, keys):
+        loss = method.loss(variables, batch, keys)
         term = jnp.sum(jax.vmap(flaw)(variables["params"]["bias"] * 0 + batch.features["rgb"].min()))
-        return own._replace(total=own.total + term, terms=own.terms | {"flaw": term})
+        return loss._replace(total=loss.total + term, terms=loss.terms | {"flaw": term})
 
-    return Method(method.init, predict=None, loss=loss)
+    return Method(method.init, predict=None, loss=flawed_loss)
 
 
 def spoiled(number):
-    """Images of which one, left out of the first epoch, has another number; its place and the update that takes it."""
+    """Create images, one of which has another number and is not used in the first epoch.
+
+    Returns:
+        The images, the update that uses this image, and the rows of that update.
+    """
     data = images()
     data.features["rgb"][:] = np.abs(data.features["rgb"]) + 1
     order = [
@@ -243,7 +249,7 @@ def spoiled(number):
 
 
 @pytest.mark.parametrize(
-    ("flaw", "number", "told"),
+    ("flaw", "number", "message"),
     [
         (jnp.abs, np.nan, sentences.INPUT_NOT_FINITE.format("images/features/rgb")),
         (
@@ -262,32 +268,33 @@ def spoiled(number):
         ),
     ],
 )
-def test_the_operation_that_makes_nan_is_found(flaw, number, told):
-    """In the forward or backward pass, also within a loop; and the images of the update are named."""
+def test_the_operation_that_produces_nan_is_found(flaw, number, message):
+    """It is found in the forward and the backward pass, also within a loop; the update's images are listed."""
     data, update, rows = spoiled(number)
     method, config = flawed(flaw), settings(learning_rate=1e-3, schedule="step")
-    finding = make_update(method, make_optimizer(config), None, find_operations=True)
-    passes = trained(method, config, data, update=finding, stream=training_input([data], BATCH, 7, 0, "always", 1))
+    update_with_debugging = make_update(method, make_optimizer(config), None, debug_nans=True)
+    stream = training_input([data], BATCH, 7, 0, "always", 1)
+    epochs = trained(method, config, data, update=update_with_debugging, stream=stream)
     epochs = explain(
-        passes, 3, PER_EPOCH, lambda update: [f"x/{row}" for row in batch_indices(update, IMAGES, BATCH, 7)]
+        epochs, 3, PER_EPOCH, lambda update: [f"x/{row}" for row in batch_indices(update, IMAGES, BATCH, 7)]
     )
     assert np.isfinite(next(epochs).losses["loss"])
     with pytest.raises(UserError) as error:
         next(epochs)
-    named = ", ".join(f"x/{row}" for row in rows)
-    expected = sentences.IN_STEP.format(what=told, step=3, epoch=1, update=update - PER_EPOCH, images=named)
+    image_names = ", ".join(f"x/{row}" for row in rows)
+    expected = sentences.IN_STEP.format(what=message, step=3, epoch=1, update=update - PER_EPOCH, images=image_names)
     assert re.fullmatch(rf"{expected}; [^\n]*\.", str(error.value))
 
 
-def test_what_is_not_finite_is_told_by_its_first_part():
-    """Of the earliest update the term, not the total that it spoils; the gradient of the parameter that broke first."""
+def test_the_most_specific_cause_in_the_earliest_update_is_reported():
+    """A loss term takes precedence over the total loss, and the gradient of the first broken parameter is named."""
     params = {"a": 0, "b": {"c": 0}}
     good = {name: np.ones(4) for name in ("loss", "pull", "gradient_norm", "update_norm")} | {
         "parameter": np.zeros(4, int)
     }
     check(good, params, 10)
     bad = {name: np.array([1, 1, np.nan, np.nan]) for name in good} | {"parameter": np.array([0, 0, 1, 1])}
-    for broken, told in [
+    for broken, message in [
         (
             bad,
             sentences.IN_UPDATE_OF_STEP.format(
@@ -309,12 +316,12 @@ def test_what_is_not_finite_is_told_by_its_first_part():
             sentences.IN_UPDATE.format(what=sentences.UPDATE_NOT_FINITE.format(value="inf"), update=11),
         ),
     ]:
-        with pytest.raises(NotFinite, match=told):
+        with pytest.raises(NotFinite, match=message):
             check(broken, params, 10)
 
 
-def test_weights_that_are_not_finite_are_never_kept():
-    """Not even those of an epoch's last update, before any loss could tell."""
+def test_non_finite_weights_are_never_kept():
+    """They are detected even after an epoch's last update, before they affect any loss."""
     config = settings(learning_rate=1e38, schedule="step", clip_norm=1e9)
     with pytest.raises(
         NotFinite,
@@ -324,7 +331,7 @@ def test_weights_that_are_not_finite_are_never_kept():
 
 
 def test_the_update_is_compiled_once(caplog):
-    """After the first epoch nothing is, whether a step ends, another begins or a snapshot is resumed."""
+    """Nothing is compiled after the first epoch, even if another step begins or a snapshot is resumed."""
     method, config, data = pull(), settings(), images()
     optimizer = make_optimizer(config)
     update = make_update(method, optimizer)

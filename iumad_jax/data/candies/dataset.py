@@ -1,4 +1,4 @@
-"""Candies on disk: the Eyecandies layout, complete or not there at all."""
+"""Rendering of the candies dataset to disk, in the Eyecandies layout."""
 
 import colorsys
 import json
@@ -15,21 +15,20 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
-from iumad_jax.data.candies import defects as flaws
 from iumad_jax.data.candies import draw
-from iumad_jax.data.candies.defects import KINDS, Defects
-from iumad_jax.data.candies.scene import POSE, TILES, Surface, photograph, surveyor
+from iumad_jax.data.candies.defects import EDGE, KINDS, NO_DEFECTS, Defects, profile
+from iumad_jax.data.candies.scene import POSE, TILES, Surface, compile_geometry_pass, lighting_pass
 from iumad_jax.data.candies.sweets import SWEETS, Look
 from iumad_jax.errors import UserError
 from iumad_jax.runtime import preemption
 from iumad_jax.runtime.storage import write_whole
 
-RENDERER = 1  # of the pictures' format; tests/data/test_golden.py tells when what is rendered has changed
+RENDERER = 1  # version of the rendered files; tests/data/test_golden.py fails when rendering changes
 OBJECTS = tuple(SWEETS)
-SPLITS = {"train": 3, "val": 2, "test_public": 2}  # digits in a sample's id
+SPLITS = {"train": 3, "val": 2, "test_public": 2}  # number of digits in a sample id
 SIZES = 64, 1024
 MANIFEST = "candies.json"
-MASK_LIMITS = 0.0005, 0.03  # of the picture
+MASK_LIMITS = 0.0005, 0.03  # share of the picture
 
 
 def render(
@@ -45,24 +44,25 @@ def render(
 ) -> Path:
     """Render the embedded dataset in the Eyecandies layout.
 
-    A sample depends only on (seed, object, split, index, size). The pictures grow in `<root>.partial`, which becomes
-    `root` when the last is written; an interrupted run goes on from there, and a finished one is used as it is.
+    A sample depends only on (seed, object, split, index, size). Files are written to `<root>.partial`, which is renamed
+    to `root` when the dataset is complete. An interrupted run resumes, and a complete dataset is left as it is.
 
     Args:
-        root: directory to make.
-        seed: of everything random.
-        train: good samples per object in `train`.
-        val: good samples per object in `val`.
-        test: samples per object in `test_public`; every second one has a defect.
-        size: of the square pictures, pixels.
-        objects: "all", or names separated by commas.
-        progress: show a progress bar.
+        root: Directory to create.
+        seed: Random seed.
+        train: Number of good samples per object in `train`.
+        val: Number of good samples per object in `val`.
+        test: Number of samples per object in `test_public`; every second one has a defect.
+        size: Side of the square pictures in pixels.
+        objects: "all", or object names separated by commas.
+        progress: Whether to show a progress bar.
 
     Returns:
-        The root.
+        The absolute path of the root.
 
     Raises:
-        UserError: a setting out of range; a root with other settings or other files in it; a disk that refuses.
+        UserError: If a setting is out of range, if the root holds other files or was rendered with other settings, or
+            if files cannot be written.
     """
     root = Path(root).absolute()
     names = OBJECTS if objects == "all" else tuple(sorted(set(objects.split(","))))
@@ -72,7 +72,7 @@ def render(
     settings = {"seed": seed, "train": train, "val": val, "test": test, "size": size}
     for key, (low, high) in limits.items():
         if not low <= settings[key] <= high:
-            raise UserError(f"{key}={settings[key]}: give a whole number from {low} to {high}.")
+            raise UserError(f"{key} is {settings[key]}; choose a whole number from {low} to {high}.")
     manifest = {**settings, "objects": list(names), "renderer": RENDERER}
 
     unfinished = root.with_name(root.name + ".partial")
@@ -96,52 +96,61 @@ def render(
                 pool.shutdown(cancel_futures=True)
         unfinished.replace(root)
     except OSError as error:
-        raise UserError(f"{error.filename or root}: cannot write the dataset ({error.strerror}).") from error
+        raise UserError(
+            f"{error.filename or root} cannot be written ({error.strerror}); make room or choose another root."
+        ) from error
     return root
 
 
-def check_manifest(directory: Path, wanted: dict) -> None:
-    """Refuse a directory that holds anything but the dataset with these settings."""
+def check_manifest(directory: Path, expected: dict) -> None:
+    """Raise UserError unless a directory holds the dataset rendered with the expected settings."""
     try:
-        found = json.loads((directory / MANIFEST).read_text())
+        manifest = json.loads((directory / MANIFEST).read_text())
     except (OSError, ValueError, RecursionError):
-        raise UserError(f"{directory}: holds files, but no candies dataset; choose another root.") from None
-    if differing := [key for key in wanted if found.get(key) != wanted[key]]:
+        raise UserError(f"{directory} holds files but no candies dataset; choose another root.") from None
+    if differing := [key for key in expected if manifest.get(key) != expected[key]]:
         raise UserError(
-            f"{directory}: was made with other settings ({', '.join(differing)}); delete it or choose another root."
+            f"{directory} was rendered with other settings ({', '.join(differing)}); delete it or choose another root."
         )
 
 
 # ---- one sample ----------------------------------------------------------------------------------------------------
 
 
-def kinds_of(name: str, split: str, index: int) -> tuple[str, ...]:
-    """The kinds of defect of a sample: none, one, or all at once (combined)."""
+def defect_kinds(name: str, split: str, index: int) -> tuple[str, ...]:
+    """Return the kinds of defect of a sample: none, one or all of them (combined)."""
     if split != "test_public" or index % 2 == 0:
         return ()
-    turn = (index // 2 + OBJECTS.index(name)) % 5  # objects begin at different kinds: small test sets have them all
-    return (KINDS[turn],) if turn < 4 else KINDS
+    # Each object starts with a different kind, so that even small test sets contain every kind.
+    position = (index // 2 + OBJECTS.index(name)) % 5
+    return (KINDS[position],) if position < 4 else KINDS
 
 
 @jax.jit
-def inside(points: jax.Array, defects: Defects) -> jax.Array:
-    """Which points (3, n) in the sweet's frame lie in each patch: (4, n) bool."""
-    return jnp.stack([flaws.profile(points, defects, slot) for slot in range(4)]) > flaws.EDGE
+def patch_masks(points: jax.Array, defects: Defects) -> jax.Array:
+    """Return which points (3, n) in the sweet's frame lie in each of the four patches, as a boolean array (4, n)."""
+    return jnp.stack([profile(points, defects, slot) for slot in range(4)]) > EDGE
 
 
-def sample(seed: int, size: int, name: str, split: str, index: int) -> tuple[Surface, dict[str, np.ndarray], Look]:
-    """One sample: what its pixels show, the mask (n,) bool of each kind of defect, and what makes the instance."""
+def draw_sample(seed: int, size: int, name: str, split: str, index: int) -> tuple[Surface, dict[str, np.ndarray], Look]:
+    """Draw a sample.
+
+    Returns:
+        The visible surface, a boolean mask (n,) per kind of defect, and the look of the instance.
+    """
     rng = np.random.default_rng((seed, OBJECTS.index(name), list(SPLITS).index(split), index))
     look = draw.instance(SWEETS[name], rng)
-    survey = surveyor(name, size)
-    good = survey(look, flaws.NONE)
-    kinds = kinds_of(name, split, index)
+    geometry_pass = compile_geometry_pass(name, size)
+    good = geometry_pass(look, NO_DEFECTS)
+    kinds = defect_kinds(name, split, index)
     if not kinds:
         return good, {kind: np.zeros(size * size, bool) for kind in KINDS}, look
     while True:
         defects = draw.defects(kinds, good, size, rng)
-        bad = survey(look, defects)
-        patches = (inside(good.local, defects) & good.hit[None]) | (inside(bad.local, defects) & bad.hit[None])
+        bad = geometry_pass(look, defects)
+        patches = (patch_masks(good.local_point, defects) & good.hit[None]) | (
+            patch_masks(bad.local_point, defects) & bad.hit[None]
+        )
         masks = dict(zip(KINDS, np.asarray(patches), strict=True))
         low, high = MASK_LIMITS
         if all(masks[kind].mean() >= low / len(kinds) for kind in kinds) and low <= patches.any(0).mean() <= high:
@@ -149,14 +158,14 @@ def sample(seed: int, size: int, name: str, split: str, index: int) -> tuple[Sur
 
 
 def write_sample(root: Path, seed: int, size: int, name: str, split: str, index: int) -> None:
-    """Write a sample's 17 files, the metadata last: a sample that has them is complete."""
+    """Write the 17 files of a sample. The metadata is written last; where it exists, the sample is complete."""
     directory = root / name / split / "data"
     directory.mkdir(parents=True, exist_ok=True)
     prefix = f"{index:0{SPLITS[split]}d}_"
     if (directory / f"{prefix}metadata.yaml").exists():
         return
-    surface, masks, look = sample(seed, size, name, split, index)
-    images, normals = photograph(surface, SWEETS[name].material, look.belt, size)
+    surface, masks, look = draw_sample(seed, size, name, split, index)
+    images, normals = lighting_pass(surface, SWEETS[name].material, look.belt_shift, size)
 
     def save(file: str, pixels: np.ndarray) -> None:
         Image.fromarray(pixels.reshape(size, size, *pixels.shape[2:])).save(
@@ -178,15 +187,15 @@ def write_sample(root: Path, seed: int, size: int, name: str, split: str, index:
 
     np.savetxt(directory / f"{prefix}pose.txt", POSE)
     write("info_depth", {"normalization": {"max": float(high), "min": float(low)}})
-    write("object_params", parameters(look, seed))
+    write("object_params", object_parameters(look, seed))
     kinds = {f"anomalous_{kind}": int(mask.any()) for kind, mask in masks.items()}
     write("metadata", {"anomalous": int(any(kinds.values())), **kinds})
 
 
-def parameters(look: Look, seed: int) -> dict:
-    """What varies between samples, under Eyecandies' names where it has one; lengths in metres, angles in radians."""
-    x, y = map(float, look.place)
-    shift = float(look.belt)
+def object_parameters(look: Look, seed: int) -> dict:
+    """Return the varying parameters of a sample, named as in Eyecandies where possible, in metres and radians."""
+    x, y = map(float, look.position)
+    shift = float(look.belt_shift)
     hues = [colorsys.rgb_to_hsv(*map(float, colour))[0] for colour in look.palette]
     return {
         "scene": {"Count": TILES, "GeomOffset": shift, "Seed": seed, "ShadingOffset": shift, "Y": y, "Z": 0.0},
@@ -194,7 +203,7 @@ def parameters(look: Look, seed: int) -> dict:
             "Angle": 2 * math.pi * float(look.phase),
             "Hue1": hues[0],
             "Hue2": hues[1],
-            "RotationZ": float(look.turn),
+            "RotationZ": float(look.rotation),
             "Scale": float(look.scale),
             "Shape": [float(v) for v in look.shape],
             "X": x,

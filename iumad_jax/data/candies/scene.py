@@ -1,9 +1,10 @@
-"""The conveyor belt, the lights and the camera: from a sweet to pictures, depth and normals.
+"""The conveyor belt, the lights and the camera: pictures, depth and normals of a sweet.
 
-Two passes, as in deferred shading. The first finds what each pixel shows: the sweet by sphere tracing its signed
-distance (Hart, "Sphere tracing", 1996), the belt as a plane, exactly. The second lights it.
+Rendering takes two passes, as in deferred shading. The geometry pass finds what each pixel shows: the sweet by sphere
+tracing of its signed distance (Hart, "Sphere tracing", 1996), the belt exactly, as a plane. The lighting pass
+computes colours.
 
-World frame: x right, y away from the camera, z up from the belt's surface, metres. Camera frame as in Eyecandies'
+World frame: x right, y away from the camera, z up from the belt's surface, in metres. Camera frame, as in Eyecandies'
 files: x right, y up, z towards the camera.
 """
 
@@ -15,12 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from iumad_jax.data.candies import defects as flaws
 from iumad_jax.data.candies import sweets
-from iumad_jax.data.candies.defects import Defects
+from iumad_jax.data.candies.defects import Defects, apply_creases, apply_stain, relief
 from iumad_jax.data.candies.sweets import Look, Material, norm
 
-FOCAL = 711.11 / 512  # of the picture's width
+FOCAL = 711.11 / 512  # focal length over the picture's width
 POSE = np.array(
     [
         [1.0, 0.0, 0.0, 0.0],
@@ -28,17 +28,17 @@ POSE = np.array(
         [0.0, 0.5**0.5, 0.5**0.5, 2.221320343559642918],
         [0.0, 0.0, 0.0, 1.0],
     ]
-)  # Eyecandies' own
+)  # camera to world, the same as in Eyecandies
 
-TILES, TILE = 16, (0.135, 0.34)  # tiles across the belt; width and length of one
+TILES, TILE = 16, (0.135, 0.34)  # number of tiles across the belt; width and length of a tile
 BELT_HALF_WIDTH = TILES * TILE[0] / 2
-PLATE = -0.06  # height of the steel plates beside the belt, below its surface
+PLATE = -0.06  # metres; height of the steel plates beside the belt
 
-# Four lamps: where they hang, and how bright each is in each of the six pictures; the last column is the light from
-# everywhere. Picture 0 is lit from the camera's side, 1 to 3 by one lamp each, 4 by one lamp and some light from
-# everywhere, 5 by all.
+# Positions of the four lamps, and brightness of each lamp (columns) in each of the six pictures (rows); the last column
+# is ambient light. Picture 0 is lit from the camera's side, 1 to 3 by one lamp each, 4 by one lamp with some
+# ambient light, 5 by all.
 LAMPS = np.array([[-0.9, -2.2, 2.6], [0.5, 2.2, 2.4], [-2.4, 0.2, 2.0], [2.3, -0.3, 2.2]])
-RIG = np.array(
+BRIGHTNESS = np.array(
     [
         [1.10, 0.00, 0.00, 0.15, 0.30],
         [0.00, 1.00, 0.00, 0.00, 0.06],
@@ -49,103 +49,106 @@ RIG = np.array(
     ]
 )
 EXPOSURE = 1.5
-SOFTNESS = 9.0  # of the shadows: larger is sharper
+SHADOW_SHARPNESS = 9.0
 
-STEPS, SHADOW_STEPS = 48, 16
-HIT = 4e-4  # metres from the surface at which a ray has arrived
-CAREFUL = 0.8  # share of the distance that a step goes: relief makes distances a little too long
+STEPS, SHADOW_STEPS = 48, 16  # most steps of a ray
+HIT_DISTANCE = 4e-4  # a ray this close to the surface, in metres, has hit it
+STEP_SHARE = 0.8  # share of the distance that a ray advances: relief makes distances slightly too long
 
 BELT_MATERIAL = Material(0.04, 12.0)
-TALLEST = 0.95  # metres: rays start here
+START_HEIGHT = 0.95  # metres; rays start here, above all sweets
 
 Array = jax.Array | np.ndarray
 
 
-def unit(v: Array) -> Array:
-    """Vectors (3, ...) at length 1."""
+def normalise(v: Array) -> Array:
+    """Scale vectors (3, ...) to length 1."""
     return v / norm(*v)[None]
 
 
-def turned(v: Array, angle: Array) -> Array:
-    """Vectors (3, n) turned about z."""
+def rotate_z(v: Array, angle: Array) -> Array:
+    """Rotate vectors (3, n) about the z axis."""
     c, s = jnp.cos(angle), jnp.sin(angle)
     return jnp.stack([c * v[0] - s * v[1], s * v[0] + c * v[1], v[2]])
 
 
-# ---- what is where -------------------------------------------------------------------------------------------------
+# ---- geometry ------------------------------------------------------------------------------------------------------
 
 
-def trace(distance: Callable[[Array], Array], origin: Array, direction: Array, end: Array) -> tuple[Array, Array]:
-    """Follow rays to a surface.
+def sphere_trace(
+    distance: Callable[[Array], Array], origin: Array, direction: Array, end: Array
+) -> tuple[Array, Array]:
+    """Follow rays to a surface by sphere tracing.
 
     Args:
-        distance: signed distance (3, n) -> (n,), metres.
-        origin: (3,).
-        direction: (3, n), length 1.
-        end: (n,) metres along the rays at which they stop.
+        distance: Signed distance function, (3, n) -> (n,), in metres.
+        origin: Common origin of the rays, shape (3,).
+        direction: Unit directions, shape (3, n).
+        end: Lengths in metres at which the rays stop, shape (n,).
 
     Returns:
-        Metres along each ray (n,) to its hit or, if it misses, to where it passes closest; and how far from the
-        surface that is, per metre along the ray (n,).
+        Lengths (n,) of the rays up to the hit or, for rays that miss, to the closest approach; and the distances (n,)
+        to the surface there, divided by these lengths.
     """
 
     def proceed(state: tuple) -> tuple:
-        count, along, _, nearest, at = state
-        gap = distance(origin[:, None] + along[None] * direction)
-        near = gap / along
-        at, nearest = jnp.where(near < nearest, along, at), jnp.minimum(near, nearest)
-        moving = (gap > HIT) & (along < end)
-        return count + 1, jnp.where(moving, along + CAREFUL * gap, along), moving.any(), nearest, at
+        count, length, _, least_ratio, best_length = state
+        gap = distance(origin[:, None] + length[None] * direction)
+        ratio = gap / length
+        best_length = jnp.where(ratio < least_ratio, length, best_length)
+        least_ratio = jnp.minimum(ratio, least_ratio)
+        moving = (gap > HIT_DISTANCE) & (length < end)
+        return count + 1, jnp.where(moving, length + STEP_SHARE * gap, length), moving.any(), least_ratio, best_length
 
-    start = jnp.maximum((TALLEST - origin[2]) / direction[2], 0.1)
+    start = jnp.maximum((START_HEIGHT - origin[2]) / direction[2], 0.1)
     state = 0, start, True, jnp.full_like(end, jnp.inf), start
-    *_, nearest, at = jax.lax.while_loop(lambda s: s[2] & (s[0] < STEPS), proceed, state)
-    return at, nearest
+    *_, least_ratio, best_length = jax.lax.while_loop(lambda s: s[2] & (s[0] < STEPS), proceed, state)
+    return best_length, least_ratio
 
 
-def gradient(distance: Callable[[Array], Array], points: Array) -> Array:
-    """Unit normals (3, n) of the surface at points (3, n) on it, by differences over the corners of a tetrahedron."""
+def surface_normals(distance: Callable[[Array], Array], points: Array) -> Array:
+    """Estimate unit normals (3, n) at surface points (3, n) by differences over the corners of a tetrahedron."""
     corners = jnp.array([[1.0, -1, -1], [-1, -1, 1], [-1, 1, -1], [1, 1, 1]])
     gaps = jax.lax.map(lambda corner: distance(points + 1e-3 * corner[:, None]), corners)
-    return unit(jnp.einsum("ki,kn->in", corners, gaps))
+    return normalise(jnp.einsum("ki,kn->in", corners, gaps))
 
 
-def shadows(distance: Callable[[Array], Array], points: Array, lamps: Array) -> Array:
-    """How much of each lamp (lamps, 3) each point (3, n) sees: (lamps, n) in 0..1, soft at the edge."""
+def lamp_visibility(distance: Callable[[Array], Array], points: Array, lamps: Array) -> Array:
+    """Compute the visibility (lamps, n) of each lamp (lamps, 3) from each point (3, n): 0..1, with soft shadows."""
 
-    def from_lamp(lamp: Array) -> Array:
-        direction = unit(lamp[:, None] - points)
+    def visibility_of(lamp: Array) -> Array:
+        direction = normalise(lamp[:, None] - points)
 
         def proceed(_: int, state: tuple) -> tuple:
-            along, seen = state
-            gap = distance(points + along[None] * direction)
-            return along + jnp.clip(gap, 0.012, 0.12), jnp.minimum(seen, SOFTNESS * gap / along)
+            length, visible = state
+            gap = distance(points + length[None] * direction)
+            return length + jnp.clip(gap, 0.012, 0.12), jnp.minimum(visible, SHADOW_SHARPNESS * gap / length)
 
-        along = jnp.full_like(points[0], 0.03)
-        return jax.lax.fori_loop(0, SHADOW_STEPS, proceed, (along, jnp.ones_like(along)))[1]
+        start = jnp.full_like(points[0], 0.03)
+        return jax.lax.fori_loop(0, SHADOW_STEPS, proceed, (start, jnp.ones_like(start)))[1]
 
-    seen = jnp.clip(jax.lax.map(from_lamp, lamps), 0, 1)
-    return seen * seen * (3 - 2 * seen)
-
-
-def openness(distance: Callable[[Array], Array], points: Array, normals: Array) -> Array:
-    """Ambient occlusion (n,): 1 where nothing is near, towards 0 in corners."""
-    reach = jnp.array([0.04, 0.12])
-    gaps = jax.lax.map(lambda h: distance(points + h * normals), reach)
-    return jnp.clip(1 - (jnp.array([[5.0], [2.2]]) * jnp.maximum(reach[:, None] - gaps, 0)).sum(0), 0.15, 1)
+    visible = jnp.clip(jax.lax.map(visibility_of, lamps), 0, 1)
+    return visible * visible * (3 - 2 * visible)
 
 
-# ---- how it looks --------------------------------------------------------------------------------------------------
+def ambient_occlusion(distance: Callable[[Array], Array], points: Array, normals: Array) -> Array:
+    """Estimate the share (n,) of ambient light that reaches points (3, n): 1 in the open, less in corners."""
+    offsets = jnp.array([0.04, 0.12])
+    gaps = jax.lax.map(lambda h: distance(points + h * normals), offsets)
+    return jnp.clip(1 - (jnp.array([[5.0], [2.2]]) * jnp.maximum(offsets[:, None] - gaps, 0)).sum(0), 0.15, 1)
 
 
-def belt(points: Array, along: Array, shift: Array, pixel: float) -> tuple[Array, Array]:
-    """Colour and normals (3, n) of the belt, a row of green tiles, and of the steel plates beside it.
+# ---- appearance ----------------------------------------------------------------------------------------------------
+
+
+def belt_appearance(points: Array, along: Array, shift: Array, pixel: float) -> tuple[Array, Array]:
+    """Compute colours and normals (3, n) of the belt, which has green tiles, and of the steel plates beside it.
 
     Args:
-        points: (3, n) on it.
-        along: (n,) metres from the camera.
-        shift: () metres by which the belt has moved.
-        pixel: metres that a pixel spans at 1 m: seams thinner than that are drawn wider and fainter.
+        points: Points on the belt or the plates, shape (3, n).
+        along: Distances to the camera in metres, shape (n,).
+        shift: Distance in metres by which the belt has moved, shape ().
+        pixel: Width of a pixel in metres at a distance of 1 m; thinner seams are drawn wider and fainter.
     """
     x, y, z = points
     y = y + shift
@@ -160,32 +163,32 @@ def belt(points: Array, along: Array, shift: Array, pixel: float) -> tuple[Array
     green = jnp.array([[0.060], [0.140], [0.066]]) * ((1 - 0.45 * jnp.maximum(*seams)) * (1 + worn))[None]
     steel = jnp.array([[0.030], [0.031], [0.034]]) * (1 + 0.5 * worn)[None]
     on = jnp.abs(x) < BELT_HALF_WIDTH
-    normal = unit(jnp.stack([jnp.where(on, slopes[0], 0), jnp.where(on, slopes[1], 0), jnp.ones_like(x)]))
+    normal = normalise(jnp.stack([jnp.where(on, slopes[0], 0), jnp.where(on, slopes[1], 0), jnp.ones_like(x)]))
     return jnp.where(on[None], green, steel), normal
 
 
-def lit(surface: "Surface", points: Array, normals: Array, albedo: Array, view: Array, material: Material) -> Array:
-    """The six pictures (6, 3, n), linear, of points of a material seen along `view` (3, n)."""
-    gloss, shine, translucency = material
+def shade(surface: "Surface", points: Array, normals: Array, albedo: Array, view: Array, material: Material) -> Array:
+    """Compute the linear light (6, 3, n) of a material's points in the six pictures, seen along `view` (3, n)."""
+    gloss, shininess, translucency = material
     lights = []
-    for lamp, seen in zip(LAMPS, surface.seen, strict=True):
-        towards = jnp.asarray(lamp, jnp.float32)[:, None] - points
-        squared = (towards * towards).sum(0)
-        towards = towards / jnp.sqrt(squared)[None]
-        slant = (normals * towards).sum(0)
-        wrap = 0.5 * translucency  # light that comes round the corner, through the jelly
-        diffuse = jnp.maximum((slant + wrap) / (1 + wrap), 0) * (seen + wrap * (1 - seen))
-        half = unit(towards - view)
-        highlight = gloss * jnp.maximum((normals * half).sum(0), 1e-6) ** shine * (slant > 0) * seen
+    for lamp, visible in zip(LAMPS, surface.visibility, strict=True):
+        to_lamp = jnp.asarray(lamp, jnp.float32)[:, None] - points
+        squared = (to_lamp * to_lamp).sum(0)
+        to_lamp = to_lamp / jnp.sqrt(squared)[None]
+        slant = (normals * to_lamp).sum(0)
+        wrap = 0.5 * translucency  # light that passes through translucent material
+        diffuse = jnp.maximum((slant + wrap) / (1 + wrap), 0) * (visible + wrap * (1 - visible))
+        half = normalise(to_lamp - view)
+        highlight = gloss * jnp.maximum((normals * half).sum(0), 1e-6) ** shininess * (slant > 0) * visible
         lights.append((albedo * diffuse[None] + highlight[None]) * (9.0 / squared)[None])
     grazing = (1 + (normals * view).sum(0)) ** 4
     sky = 0.65 + 0.35 * normals[2]
-    lights.append((albedo * sky[None] + (0.35 * gloss * grazing)[None]) * surface.open[None])
-    return EXPOSURE * jnp.einsum("ij,jcn->icn", jnp.asarray(RIG, jnp.float32), jnp.stack(lights))
+    lights.append((albedo * sky[None] + (0.35 * gloss * grazing)[None]) * surface.openness[None])
+    return EXPOSURE * jnp.einsum("ij,jcn->icn", jnp.asarray(BRIGHTNESS, jnp.float32), jnp.stack(lights))
 
 
-def screen(light: Array) -> Array:
-    """Linear light as 8-bit values for a screen, with a soft shoulder instead of clipped highlights."""
+def tone_map(light: Array) -> Array:
+    """Convert linear light to 8-bit screen values, compressing highlights smoothly instead of clipping them."""
     return (255 * (1 - jnp.exp(-light)) ** (1 / 2.2) + 0.5).astype(jnp.uint8)
 
 
@@ -193,16 +196,16 @@ def screen(light: Array) -> Array:
 
 
 class View(NamedTuple):
-    """The camera's rays at a picture size and where they meet the floor: (3, n) and (n,), pixels row by row."""
+    """The camera's rays and where they meet the floor (belt or plates), for pixels in row-major order."""
 
-    direction: np.ndarray  # length 1
-    per_metre: np.ndarray  # metres along the ray per metre of depth
-    floor_depth: np.ndarray  # metres along the optical axis
+    direction: np.ndarray  # (3, n) unit vectors
+    per_metre: np.ndarray  # (n,) metres along the ray per metre of depth
+    floor_depth: np.ndarray  # (n,) metres along the optical axis
 
 
 @lru_cache
-def view_of(size: int) -> View:
-    """The rays of a square picture: Eyecandies' pinhole camera, scaled to its size."""
+def camera_view(size: int) -> View:
+    """Compute the rays of a square picture, from Eyecandies' pinhole camera scaled to its size."""
     offset = (np.arange(size) - (size - 1) / 2) / (FOCAL * size)
     x, y = np.meshgrid(offset, -offset)
     ray = np.einsum("ij,jn->in", POSE[:3, :3], np.stack([x.ravel(), y.ravel(), -np.ones(size * size)]))
@@ -214,91 +217,94 @@ def view_of(size: int) -> View:
 
 
 class Surface(NamedTuple):
-    """What the rays meet, (n,) or (channels, n). Where they meet the floor, the fields of the sweet mean nothing."""
+    """Visible surface per pixel, (n,) or (channels, n); the sweet's fields are undefined where a ray hits the floor."""
 
-    hit: Array  # whether it is the sweet
+    hit: Array  # whether the ray hits the sweet
     cover: Array  # share of the pixel that the sweet covers, for smooth outlines in the pictures
     depth: Array  # metres along the optical axis
-    local: Array  # the point in the sweet's frame
-    local_normal: Array  # there, before creases
-    facing: Array  # cosine between it and the direction to the camera
-    normal: Array  # in the world's frame, with creases
+    local_point: Array  # surface point in the sweet's frame
+    local_normal: Array  # normal in the sweet's frame, without creases
+    facing: Array  # cosine between local_normal and the direction to the camera
+    normal: Array  # normal in the world frame, with creases
     albedo: Array  # linear RGB
-    seen: Array  # how much of each lamp
-    open: Array  # how much of the sky
+    visibility: Array  # visible share of each lamp
+    openness: Array  # share of the ambient light
 
 
 @cache
-def surveyor(name: str, size: int) -> Callable[[Look, Defects], Surface]:
-    """The compiled first pass for one sweet: an instance and its defects -> what each pixel shows."""
+def compile_geometry_pass(name: str, size: int) -> Callable[[Look, Defects], Surface]:
+    """Return the compiled geometry pass of a sweet, which maps a look and defects to the visible surface."""
     sweet = sweets.SWEETS[name]
-    view = view_of(size)
+    view = camera_view(size)
     origin = POSE[:3, 3].astype(np.float32)
     floor_along = view.floor_depth * view.per_metre
     floor = origin[:, None] + floor_along * view.direction
 
-    def survey(look: Look, defects: Defects) -> Surface:
-        place = jnp.concatenate([look.place, jnp.zeros(1)])[:, None]
+    def geometry_pass(look: Look, defects: Defects) -> Surface:
+        position = jnp.concatenate([look.position, jnp.zeros(1)])[:, None]
 
         def distance(local: Array) -> Array:
-            return sweet.distance(local, look) - flaws.relief(local, defects)
+            return sweet.distance(local, look) - relief(local, defects)
 
         def to_sweet(world: Array) -> Array:
-            return turned(world - place, -look.turn) / look.scale
+            return rotate_z(world - position, -look.rotation) / look.scale
 
         def world_distance(world: Array) -> Array:
             return distance(to_sweet(world)) * look.scale
 
-        # Rays are followed in the sweet's own frame, where lengths are 1/scale as long.
-        eye, ray = to_sweet(origin[:, None])[:, 0], turned(jnp.asarray(view.direction), -look.turn)
-        along, nearest = trace(distance, eye, ray, floor_along / look.scale)
-        local = eye[:, None] + along[None] * ray
+        # Rays are traced in the sweet's frame, where lengths are divided by its scale.
+        eye, ray = to_sweet(origin[:, None])[:, 0], rotate_z(jnp.asarray(view.direction), -look.rotation)
+        along, miss_ratio = sphere_trace(distance, eye, ray, floor_along / look.scale)
+        local_point = eye[:, None] + along[None] * ray
         along = along * look.scale
         above = along < floor_along
-        hit = (nearest * along < 2 * HIT) & above
-        cover = jnp.where(hit, 1.0, jnp.clip(1 - nearest * FOCAL * size, 0, 1) * above)
+        hit = (miss_ratio * along < 2 * HIT_DISTANCE) & above
+        cover = jnp.where(hit, 1.0, jnp.clip(1 - miss_ratio * FOCAL * size, 0, 1) * above)
 
-        local_normal = gradient(distance, local)
-        smooth = turned(local_normal, look.turn)
+        local_normal = surface_normals(distance, local_point)
+        smooth = rotate_z(local_normal, look.rotation)
         up = jnp.array([[0.0], [0.0], [1.0]])
-        lit_from = jnp.where(hit[None], origin[:, None] + along[None] * view.direction + 0.004 * smooth, floor)
+        shadow_origin = jnp.where(hit[None], origin[:, None] + along[None] * view.direction + 0.004 * smooth, floor)
         return Surface(
             hit=hit,
             cover=cover,
             depth=jnp.where(hit, along, floor_along) / view.per_metre,
-            local=local,
+            local_point=local_point,
             local_normal=local_normal,
             facing=-(local_normal * ray).sum(0),
-            normal=turned(flaws.creased(local_normal, local, defects), look.turn),
-            albedo=flaws.stained(jnp.clip(sweet.colour(local, look), 0, 1), local, defects),
-            seen=shadows(world_distance, lit_from, jnp.asarray(LAMPS, jnp.float32)),
-            open=openness(world_distance, lit_from, jnp.where(hit[None], smooth, up)),
+            normal=rotate_z(apply_creases(local_normal, local_point, defects), look.rotation),
+            albedo=apply_stain(jnp.clip(sweet.colour(local_point, look), 0, 1), local_point, defects),
+            visibility=lamp_visibility(world_distance, shadow_origin, jnp.asarray(LAMPS, jnp.float32)),
+            openness=ambient_occlusion(world_distance, shadow_origin, jnp.where(hit[None], smooth, up)),
         )
 
-    return jax.jit(survey)
+    return jax.jit(geometry_pass)
 
 
 @partial(jax.jit, static_argnames="size")
-def photograph(surface: Surface, material: Material, shift: Array, size: int) -> tuple[Array, Array]:
-    """The second pass: the six pictures (6, size, size, 3) uint8, and unit normals (size, size, 3), camera frame.
+def lighting_pass(surface: Surface, material: Material, shift: Array, size: int) -> tuple[Array, Array]:
+    """Render the pictures and the normals from the result of the geometry pass.
 
     Args:
-        surface: what each pixel shows.
-        material: the sweet's.
-        shift: metres by which the belt has moved.
-        size: of the pictures.
+        surface: Visible surface.
+        material: Material of the sweet.
+        shift: Distance in metres by which the belt has moved.
+        size: Side of the pictures in pixels.
+
+    Returns:
+        The six pictures, uint8, shape (6, size, size, 3); and unit normals in the camera frame, shape (size, size, 3).
     """
-    view = view_of(size)
+    view = camera_view(size)
     origin = POSE[:3, 3].astype(np.float32)[:, None]
     floor_along = view.floor_depth * view.per_metre
     floor = origin + floor_along * view.direction
-    belt_colour, belt_normal = belt(jnp.asarray(floor), jnp.asarray(floor_along), shift, 1 / (FOCAL * size))
-    behind = lit(surface, floor, belt_normal, belt_colour, view.direction, BELT_MATERIAL)
+    belt_colour, belt_normal = belt_appearance(jnp.asarray(floor), jnp.asarray(floor_along), shift, 1 / (FOCAL * size))
+    background = shade(surface, floor, belt_normal, belt_colour, view.direction, BELT_MATERIAL)
     points = origin + (surface.depth * view.per_metre)[None] * view.direction
-    contact = jnp.clip(0.55 + 2.5 * points[2], 0, 1)  # little light reaches where the sweet meets the belt
-    near_belt = surface._replace(open=surface.open * jnp.where(surface.hit, contact, 1))
-    sweet = lit(near_belt, points, surface.normal, surface.albedo, view.direction, material)
-    light = behind + (sweet - behind) * surface.cover[None, None]
+    contact = jnp.clip(0.55 + 2.5 * points[2], 0, 1)  # little light reaches the contact of sweet and belt
+    near_belt = surface._replace(openness=surface.openness * jnp.where(surface.hit, contact, 1))
+    sweet = shade(near_belt, points, surface.normal, surface.albedo, view.direction, material)
+    light = background + (sweet - background) * surface.cover[None, None]
     normal = jnp.where(surface.hit[None], surface.normal, belt_normal)
     normal = jnp.einsum("ji,jn->ni", jnp.asarray(POSE[:3, :3], jnp.float32), normal)
-    return jnp.moveaxis(screen(light), 1, -1).reshape(len(RIG), size, size, 3), normal.reshape(size, size, 3)
+    return jnp.moveaxis(tone_map(light), 1, -1).reshape(len(BRIGHTNESS), size, size, 3), normal.reshape(size, size, 3)

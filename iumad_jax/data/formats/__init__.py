@@ -1,1 +1,1 @@
-"""Files as cameras and archives write them: images, depth, point clouds, archives."""
+"""File formats: images, depth, point clouds and archives."""

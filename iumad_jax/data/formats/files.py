@@ -1,4 +1,4 @@
-"""What lies in a dataset's folders, looked at without decoding anything, and its small text files."""
+"""Lists and checks the files of a dataset without decoding them, and reads its small YAML files."""
 
 import os
 import reprlib
@@ -15,20 +15,22 @@ _MAX_YAML_BYTES = 1 << 16
 _MAX_YAML_DEPTH = 20
 
 
-def select(objects: str | Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
-    """The names that `config.dataset.objects` gives, in the order of learning: "all", or some separated by commas.
+def select(objects: str | Sequence[str], available: Sequence[str]) -> tuple[str, ...]:
+    """Return the object names that `config.dataset.objects` selects, in the order of learning.
 
-    They may also be given one by one.
+    Args:
+        objects: "all", names separated by commas, or a sequence of names.
+        available: All objects of the dataset.
 
     Raises:
-        UserError: a name is unknown or given twice.
+        UserError: If a name is unknown or occurs twice.
     """
     if objects == "all":
-        return tuple(known)
+        return tuple(available)
     names = tuple(name.strip() for name in objects.split(",")) if isinstance(objects, str) else tuple(objects)
     for name in names:
-        if name not in known:
-            raise UserError(f'config.dataset.objects names "{name}"; known are all and {", ".join(known)}.')
+        if name not in available:
+            raise UserError(f'config.dataset.objects names "{name}"; choose all or any of {", ".join(available)}.')
         if names.count(name) > 1:
             raise UserError(f"config.dataset.objects names {name} twice; name it once.")
     return names
@@ -36,83 +38,85 @@ def select(objects: str | Sequence[str], known: Sequence[str]) -> tuple[str, ...
 
 @contextmanager
 def opening(root: Path) -> Iterator[None]:
-    """Around all that looks at a dataset's folders: the root must be one, and what the system refuses is told.
+    """Check the root of a dataset and turn OSErrors raised in the context into UserErrors.
 
     Raises:
-        UserError: the root is not a folder or empty, or something in it cannot be read.
+        UserError: If the root is not a folder, is empty, or a file or folder in it cannot be read.
     """
     try:
         if not root.is_dir():
-            raise UserError(f"config.dataset.root is {root}, which is not a folder; name the dataset's.")
+            raise UserError(f"config.dataset.root is {root}, which is not a folder; choose the dataset's folder.")
         if not any(root.iterdir()):
-            raise UserError(f"config.dataset.root is {root}, which is empty; name the dataset's folder.")
+            raise UserError(f"config.dataset.root is {root}, which is empty; choose the dataset's folder.")
         yield
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}); make it readable.") from error
 
 
-def listing(folder: Path, root: Path) -> dict[str, os.DirEntry[str]]:
-    """What a folder holds, by name, sorted, without hidden files.
+def list_entries(folder: Path, root: Path) -> dict[str, os.DirEntry[str]]:
+    """List the entries of a folder by name, sorted, without hidden files.
 
     Raises:
-        UserError: the folder or a link in it leads out of the root, or a name cannot be printed.
-        OSError: it cannot be read, or a link leads nowhere but to itself.
+        UserError: If the folder or a link in it leads out of the root, or a name cannot be printed.
+        OSError: If the folder cannot be read, or a link in it is broken or leads to itself.
     """
     _check_inside(folder, root)
     with os.scandir(folder) as entries:
-        found = {entry.name: entry for entry in sorted(entries, key=lambda one: one.name) if entry.name[0] != "."}
-    for name, entry in found.items():
+        visible = [entry for entry in entries if entry.name[0] != "."]
+    by_name = {entry.name: entry for entry in sorted(visible, key=lambda entry: entry.name)}
+    for name, entry in by_name.items():
         if not name.isprintable():
             raise UserError(f"{folder / name} has a name that cannot be printed; rename it.")
         if entry.is_symlink():
-            (folder / name).stat()
+            (folder / name).stat()  # raises OSError for a broken or circular link
             _check_inside(folder / name, root)
-    return found
+    return by_name
 
 
 def folders(folder: Path, root: Path) -> tuple[str, ...]:
-    """The names of the folders in a folder, sorted; see `listing`."""
-    return tuple(name for name, entry in listing(folder, root).items() if entry.is_dir())
+    """List the names of the subfolders of a folder, sorted; for the errors see `list_entries`."""
+    return tuple(name for name, entry in list_entries(folder, root).items() if entry.is_dir())
 
 
 def check_file(entry: os.DirEntry[str]) -> None:
-    """Raises UserError for what is not a file, or an empty one."""
+    """Raise UserError unless an entry is a file that is not empty."""
     if not entry.is_file():
-        raise UserError(f"{entry.path} is not a file; restore it.")
+        raise UserError(f"{entry.path} is not a file; replace it by one.")
     if entry.stat().st_size == 0:
-        raise UserError(f"{entry.path} is empty; restore it.")
+        raise UserError(f"{entry.path} is empty; replace it.")
 
 
 def _check_inside(path: Path, root: Path) -> None:
+    """Raise UserError if a path, with its links resolved, lies outside of the root."""
     if not path.resolve().is_relative_to(root.resolve()):
-        raise UserError(f"{path} leads out of config.dataset.root to {path.resolve()}; put a copy in its place.")
+        raise UserError(f"{path} leads out of config.dataset.root to {path.resolve()}; replace it by a copy.")
 
 
 def read_yaml(file: Path) -> dict[Any, Any]:
-    """The keys of a small YAML file.
+    """Read the keys and values of a small YAML file.
 
     Raises:
-        UserError: it cannot be read, is no plain YAML or holds no keys.
+        UserError: If the file cannot be read, is too large, is not plain YAML or holds no keys.
     """
     try:
         with file.open("rb") as stream:
             text = stream.read(_MAX_YAML_BYTES + 1)
     except OSError as error:
-        raise unreadable(file, error) from error
+        raise read_error(file, error) from error
     if len(text) > _MAX_YAML_BYTES:
-        raise UserError(f"{file} is larger than {_MAX_YAML_BYTES} bytes; restore it.")
+        raise UserError(f"{file} is larger than {_MAX_YAML_BYTES} bytes; replace it.")
     try:
         content = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{file} is not plain YAML ({reason}); restore it.") from error
+        raise UserError(f"{file} is not plain YAML ({reason}); replace it.") from error
     if not isinstance(content, dict):
-        raise UserError(f"{file} holds no keys; restore it.")
+        raise UserError(f"{file} holds no keys; replace it.")
     return content
 
 
 class _Loader(yaml.SafeLoader):
-    """Without aliases, a few of which can stand for more than any memory holds, and without much nesting."""
+    """YAML loader that refuses aliases, which can expand beyond any memory, and deep nesting."""
 
     depth = 0
 
@@ -127,15 +131,15 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def shown(value: Any) -> str:
-    """A value of such a file, in few characters."""
+def abbreviate(value: Any) -> str:
+    """Format a value of a YAML file in at most 40 characters."""
     try:
         return f"{reprlib.repr(value):.40}"
-    except ValueError:  # Python does not write numbers of more than some thousand digits
+    except ValueError:  # Python refuses to convert integers of thousands of digits to text
         return "a huge number"
 
 
-def unreadable(file: Path, error: Exception) -> UserError:
-    """The sentence for a file that cannot be opened or decoded."""
+def read_error(file: Path, error: Exception) -> UserError:
+    """Return the error for a file that cannot be opened or decoded."""
     reason = (isinstance(error, OSError) and error.strerror) or "it is truncated or damaged"
-    return UserError(f"{file} cannot be read ({reason}); restore it.")
+    return UserError(f"{file} cannot be read ({reason}); replace it.")

@@ -1,4 +1,4 @@
-"""One file per layout of a dataset; `open_reader` makes the reader that a config names."""
+"""Dataset readers, one module per layout; `open_reader` creates the reader that a config selects."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,19 +16,19 @@ from iumad_jax.errors import UserError
 
 
 def objects(config: ConfigDict) -> tuple[str, ...]:
-    """The objects that `config.dataset` chooses, known before anything is rendered or read.
+    """Return the objects that `config.dataset` selects, without rendering or reading images.
 
     Raises:
-        UserError: there is no such dataset or object.
+        UserError: If the dataset or an object is unknown.
     """
     return select(config.dataset.objects, available(config))
 
 
 def available(config: ConfigDict) -> tuple[str, ...]:
-    """All objects of the dataset, chosen or not.
+    """List all objects of the dataset, selected or not.
 
     Raises:
-        UserError: there is no such dataset.
+        UserError: If the dataset is unknown.
     """
     dataset, readers = config.dataset, _readers(config, "all")
     if dataset.name not in readers:
@@ -38,29 +38,29 @@ def available(config: ConfigDict) -> tuple[str, ...]:
 
 
 def render(config: ConfigDict) -> None:
-    """Renders what is missing of candies; other datasets have to be there.
+    """Render the missing images of the candies dataset; other datasets must exist already.
 
     Raises:
-        UserError: there is no such object, or they cannot be written.
+        UserError: If an object is unknown or the images cannot be written.
     """
     if config.dataset.name == "candies":
-        objects(config)  # an unknown name is told before anything is rendered
+        objects(config)  # raises for an unknown name before anything is rendered
         candies.render(Path(config.dataset.root), **config.dataset.render)
 
 
 def open_reader(config: ConfigDict, chosen: Sequence[str] | None = None) -> Reader:
-    """The reader of a whole config, which reads what its inputs need.
+    """Create the reader of a config's dataset, which reads depth and normals if the model's inputs need them.
 
     Args:
-        config: of a run.
-        chosen: the objects that it reads, in the order of learning; by default those that the config names.
+        config: Config of a run.
+        chosen: Objects to read, in the order of learning; by default those that the config selects.
 
     Raises:
-        UserError: there is no such dataset, or its files are at fault.
+        UserError: If the dataset or an object is unknown, or files are missing or unusable.
     """
     dataset = config.dataset
     if chosen is None:
-        objects(config)  # an unknown name is told first
+        objects(config)  # raises for an unknown name before any other check
     official = "depth" in config.modality and config.input.depth_encoding == "normals_official"
     if official and dataset.name not in ("eyecandies", "candies"):
         raise UserError(f'config.input.depth_encoding is "normals_official", which {dataset.name} lacks; use normals.')

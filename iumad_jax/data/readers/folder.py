@@ -1,4 +1,4 @@
-"""One's own objects, in folders."""
+"""Reader of custom objects in folders, with optional settings in dataset.yaml."""
 
 import math
 import sys
@@ -8,9 +8,9 @@ from typing import Any
 
 from iumad_jax.data import depth
 from iumad_jax.data.formats.depth_files import DEPTH_IMAGES
-from iumad_jax.data.formats.files import folders, opening, read_yaml, select, shown
+from iumad_jax.data.formats.files import abbreviate, folders, opening, read_yaml, select
 from iumad_jax.data.formats.images import PHOTOGRAPHS
-from iumad_jax.data.readers.layout import Item, good_items, items_of, labelled_items, read_item
+from iumad_jax.data.readers.layout import Item, list_good_items, list_items, list_labelled_items, read_item
 from iumad_jax.data.sample import Camera, Sample, Split
 from iumad_jax.errors import UserError
 
@@ -21,30 +21,32 @@ _UNLABELLED = {"rgb": PHOTOGRAPHS, "depth": DEPTH_IMAGES}
 _SPLITS = ("train", "val", "test", "unlabelled")
 _UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001}
 _CAMERA = ("fx", "fy", "cx", "cy")
-_LENGTHS = {"object_height": 0.005, "height_range": 0.1}  # metres, where the file does not tell
+_LENGTHS = {"object_height": 0.005, "height_range": 0.1}  # defaults, metres
 
 
 class Folder:
-    """Reads `<root>/<object>/{train,val,test}/{good,<defect>}/{rgb,depth,mask}/<id>.*`.
+    """Reader of `<root>/<object>/{train,val,test}/{good,<defect>}/{rgb,depth,mask}/<id>.*`.
 
-    `val` and `test` may be missing, and whole `depth` and `mask` folders; `<object>/unlabelled/{rgb,depth}` holds
-    images of which nothing is known. RGB: 8-bit PNG, JPEG, TIFF or BMP. Depth: see `depth_files.read_depth`. Masks: 0
-    where good. All images of one id have one size.
+    `val`, `test` and whole `depth` and `mask` folders are optional; images without labels belong in
+    `<object>/unlabelled/{rgb,depth}`. RGB: 8-bit PNG, JPEG, TIFF or BMP. Depth: see `depth_files.read_depth`. Masks: 0
+    where good. All images of one id must have one size.
 
-    `<root>/dataset.yaml` may have the keys `unit` of depth (m, cm, mm, or metres per level; needed for whole numbers,
-    else metres), `camera` of depth images (fx, fy, cx, cy in pixels; without it the focal length is taken to be the
-    image's width, which keeps planes plane but changes lengths along them), `object_height` (metres above the
-    background plane from which a pixel is the object's, 0.005), `height_range` (metres that the `height` encoding
-    spans, 0.1) and `normals_window` (pixels; by default `depth.window_for` the first training images).
+    `<root>/dataset.yaml` may have these keys:
+        unit: Unit of depth: m, cm, mm, or metres per level; required for integers, else metres by default.
+        camera: fx, fy, cx, cy of depth images in pixels. By default the focal length is the image's width, which keeps
+            planes flat but changes lengths along them.
+        object_height: Height above the background plane, in metres, from which a pixel belongs to the object (0.005).
+        height_range: Height in metres that the `height` encoding spans (0.1).
+        normals_window: Window of the normals in pixels; by default `depth.window_for` the first training images.
 
     Args:
-        root: the folder that holds one folder per object.
-        objects: "all", or names, also separated by commas in one text, in the order in which they are learned.
-        needs_depth: whether images without depth are refused.
+        root: Folder with one subfolder per object.
+        objects: "all", names separated by commas, or a sequence of names, in the order of learning.
+        needs_depth: Whether to refuse images without depth.
 
     Raises:
-        UserError: a folder or file is missing, empty, unusable as far as that is seen without reading all, or leads out
-            of the root, or an object is unknown.
+        UserError: If a folder or file is missing or empty, leads out of the root, or is found to be unusable without
+            reading all files; or if an object is unknown.
     """
 
     def __init__(self, root: str | Path, objects: str | Sequence[str] = "all", needs_depth: bool = False) -> None:
@@ -54,7 +56,7 @@ class Folder:
             self.objects = select(objects, object_names(self.root))
             file = self.root / SETTINGS
             self._settings_files = (file,) if file.exists() else ()
-            self._settings = _settings(file, read_yaml(file) if file.exists() else {})
+            self._settings = _check_settings(file, read_yaml(file) if file.exists() else {})
             for name in self.objects:
                 self._index(name, ("depth",) if needs_depth else ())
         self.object_height: float = self._settings["object_height"]
@@ -66,25 +68,25 @@ class Folder:
         return f"Folder({str(self.root)!r})"
 
     def ids(self, object: str, split: Split) -> tuple[str, ...]:
-        """The samples of one object and split, by name, those of a test set by defect first."""
+        """List the ids of one object and split, sorted by name; test images by defect first."""
         return tuple(self._items.get((object, split), ()))
 
     def files(self, object: str, split: Split, id: str) -> tuple[Path, ...]:
-        """RGB, depth, mask and settings, as far as there are."""
+        """List the files of RGB, depth, mask and settings that exist."""
         return self._items[object, split][id].files + self._settings_files
 
     def read(self, object: str, split: Split, id: str) -> Sample:
-        """One sample.
+        """Read one sample.
 
         Raises:
-            UserError: one of its files is unusable, or they do not fit together.
+            UserError: If one of its files is unusable or they contradict each other.
         """
         return read_item(
             object,
             id,
             self._items[object, split][id],
             unit=self._settings.get("unit"),
-            remedy=f"give the unit in {self.root / SETTINGS}, for example unit: mm",
+            remedy=f"set the unit in {self.root / SETTINGS}, for example unit: mm",
             camera=self._settings.get("camera"),
         )
 
@@ -92,18 +94,18 @@ class Folder:
         folder = self.root / name
         for split in folders(folder, self.root):
             if split not in _SPLITS:
-                raise UserError(f"{folder / split} is not one of {', '.join(_SPLITS)}; rename it or put it elsewhere.")
-        self._items[name, "train"] = good_items(folder / "train", self.root, _KINDS, needed)
+                raise UserError(f"{folder / split} is not one of {', '.join(_SPLITS)}; rename or remove it.")
+        self._items[name, "train"] = list_good_items(folder / "train", self.root, _KINDS, needed)
         if (folder / "val").exists():
-            self._items[name, "calibration"] = good_items(folder / "val", self.root, _KINDS, needed)
+            self._items[name, "calibration"] = list_good_items(folder / "val", self.root, _KINDS, needed)
         if (folder / "test").exists():
-            self._items[name, "test"] = labelled_items(folder / "test", self.root, _KINDS, needed)
+            self._items[name, "test"] = list_labelled_items(folder / "test", self.root, _KINDS, needed)
         if (folder / "unlabelled").exists():
-            items = items_of("unknown", folder / "unlabelled", self.root, _UNLABELLED, needed)
+            items = list_items("unknown", folder / "unlabelled", self.root, _UNLABELLED, needed)
             self._items[name, "unlabelled"] = items
 
     def _window(self, name: str) -> int:
-        """For the noise of an object's first training image; reading one also finds early what all have wrong."""
+        """Choose the window of normals for the first training image; which reveals mistakes common to all images."""
         sample = self.read(name, "train", self.ids(name, "train")[0])
         if sample.depth is None or sample.camera is None:
             return 3
@@ -111,41 +113,49 @@ class Folder:
 
 
 def object_names(root: Path) -> tuple[str, ...]:
-    """The objects that a folder has."""
+    """List the objects in a folder, one per subfolder.
+
+    Raises:
+        UserError: If the folder cannot be read or has no subfolders.
+    """
     with opening(root):
         names = folders(root, root)
     if not names:
-        raise UserError(f"config.dataset.root is {root}, which holds no folder; give every object a folder there.")
+        raise UserError(f"config.dataset.root is {root}, which holds no folder; add one for every object.")
     return names
 
 
-def _settings(file: Path, given: dict[Any, Any]) -> dict[str, Any]:
-    """The keys of dataset.yaml, checked: unit in metres, a `Camera`, lengths."""
-    known = ("unit", "camera", *_LENGTHS, "normals_window")
-    for key in given:
-        if key not in known:
-            raise UserError(f"{file} has the key {shown(key)}; known are {', '.join(known)}.")
-    settings: dict[str, Any] = {key: _number(file, key, given.get(key, value)) for key, value in _LENGTHS.items()}
-    if "unit" in given:
-        unit = given["unit"]
-        settings["unit"] = _UNITS[unit] if isinstance(unit, str) and unit in _UNITS else _number(file, "unit", unit)
-    if "camera" in given:
-        camera = given["camera"]
+def _check_settings(file: Path, content: dict[Any, Any]) -> dict[str, Any]:
+    """Check the content of dataset.yaml and convert it: unit in metres, a `Camera`, lengths with defaults."""
+    keys = ("unit", "camera", *_LENGTHS, "normals_window")
+    for key in content:
+        if key not in keys:
+            raise UserError(f"{file} has the unknown key {abbreviate(key)}; use {', '.join(keys)}.")
+    settings: dict[str, Any] = {
+        key: _check_number(file, key, content.get(key, value)) for key, value in _LENGTHS.items()
+    }
+    if "unit" in content:
+        unit = content["unit"]
+        settings["unit"] = (
+            _UNITS[unit] if isinstance(unit, str) and unit in _UNITS else _check_number(file, "unit", unit)
+        )
+    if "camera" in content:
+        camera = content["camera"]
         if not isinstance(camera, dict) or set(camera) != set(_CAMERA):
-            raise UserError(f"{file} has {shown(camera)} as camera; give {', '.join(_CAMERA)} in pixels.")
-        focal = [_number(file, f"camera: {key}", camera[key]) for key in ("fx", "fy")]
-        centre = [_number(file, f"camera: {key}", camera[key], above=-math.inf) for key in ("cx", "cy")]
+            raise UserError(f"{file} has {abbreviate(camera)} as camera; use {', '.join(_CAMERA)} in pixels.")
+        focal = [_check_number(file, f"camera: {key}", camera[key]) for key in ("fx", "fy")]
+        centre = [_check_number(file, f"camera: {key}", camera[key], above=-math.inf) for key in ("cx", "cy")]
         settings["camera"] = Camera(focal[0], focal[1], centre[0], centre[1])
-    if "normals_window" in given:
-        window = given["normals_window"]
+    if "normals_window" in content:
+        window = content["normals_window"]
         if window not in range(3, 100, 2) or isinstance(window, bool):
-            raise UserError(f"{file} has {shown(window)} as normals_window; give 3, 5, 7 or more, up to 99.")
+            raise UserError(f"{file} has {abbreviate(window)} as normals_window; use an odd number from 3 to 99.")
         settings["normals_window"] = window
     return settings
 
 
-def _number(file: Path, key: str, value: Any, above: float = 0) -> float:
+def _check_number(file: Path, key: str, value: Any, above: float = 0) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not above < value < sys.float_info.max:
-        known = f"{', '.join(_UNITS)} or metres per level" if key == "unit" else f"a number above {above}"
-        raise UserError(f"{file} has {shown(value)} as {key}; give {known}.")
+        expected = f"{', '.join(_UNITS)} or metres per level" if key == "unit" else f"a number above {above}"
+        raise UserError(f"{file} has {abbreviate(value)} as {key}; use {expected}.")
     return float(value)

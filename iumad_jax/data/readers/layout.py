@@ -1,4 +1,4 @@
-"""The layout `<object>/<split>/<good or defect>/<kind>/<name>.<ending>` of MVTec 3D-AD and of one's own objects."""
+"""Lists and reads files of the layout `<object>/<split>/<good or defect>/<kind>/<name>.<suffix>`."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -7,12 +7,12 @@ from typing import NamedTuple
 import numpy as np
 
 from iumad_jax.data.formats.depth_files import read_depth
-from iumad_jax.data.formats.files import check_file, folders, listing
+from iumad_jax.data.formats.files import check_file, folders, list_entries
 from iumad_jax.data.formats.images import check_same_size, read_mask, read_photograph
 from iumad_jax.data.sample import Camera, Sample
 from iumad_jax.errors import UserError
 
-Kinds = Mapping[str, Sequence[str]]  # the folders of RGB, depth and masks, in this order, with their files' endings
+Kinds = Mapping[str, Sequence[str]]  # folders of RGB, depth and masks, in this order, with their file suffixes
 
 
 class Item(NamedTuple):
@@ -25,66 +25,66 @@ class Item(NamedTuple):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Those that there are."""
+        """Existing files of the sample."""
         return tuple(file for file in self[1:] if isinstance(file, Path))
 
 
-def good_items(split: Path, root: Path, kinds: Kinds, needed: Collection[str] = ()) -> dict[str, Item]:
-    """The samples of a split of good images, by name; for the arguments and errors see `items_of`."""
-    _check_there(split)
+def list_good_items(split: Path, root: Path, kinds: Kinds, needed: Collection[str] = ()) -> dict[str, Item]:
+    """List the samples of a split of good images by name; for the arguments and errors see `list_items`."""
+    _check_exists(split)
     for name in folders(split, root):
         if name != "good":
-            raise UserError(f"{split / name} is not good; only test images may have defects.")
+            raise UserError(f"{split / name} is not good; move images with defects to test.")
     if not (split / "good").is_dir():
-        raise UserError(f"{split / 'good'} is missing; put the good images there, in folders {', '.join(kinds)}.")
-    return items_of("good", split / "good", root, kinds, needed)
+        raise UserError(f"{split / 'good'} is missing; add the good images there, in folders {', '.join(kinds)}.")
+    return list_items("good", split / "good", root, kinds, needed)
 
 
-def labelled_items(split: Path, root: Path, kinds: Kinds, needed: Collection[str] = ()) -> dict[str, Item]:
-    """The samples of a split with defects, as "defect/name"; no good image needs a mask. See `items_of`."""
-    _check_there(split)
-    found = {}
+def list_labelled_items(split: Path, root: Path, kinds: Kinds, needed: Collection[str] = ()) -> dict[str, Item]:
+    """List the samples of a labelled split as "defect/name"; good images need no mask. See `list_items`."""
+    _check_exists(split)
+    items = {}
     for defect in folders(split, root):
-        own = [kind for kind in needed if defect != "good" or kind != list(kinds)[2]]
-        for name, item in items_of(defect, split / defect, root, kinds, own).items():
-            found[f"{defect}/{name}"] = item
-    if not found:
-        raise UserError(f"{split} holds no folder good and none named after a defect; add one or remove {split.name}.")
-    return found
+        needed_here = [kind for kind in needed if defect != "good" or kind != list(kinds)[2]]
+        for name, item in list_items(defect, split / defect, root, kinds, needed_here).items():
+            items[f"{defect}/{name}"] = item
+    if not items:
+        raise UserError(f"{split} holds no folder good or named after a defect; add one or remove {split.name}.")
+    return items
 
 
-def items_of(defect: str, folder: Path, root: Path, kinds: Kinds, needed: Collection[str] = ()) -> dict[str, Item]:
-    """The samples in `<folder>/<kind>/<name>.<ending>`, by name, sorted.
+def list_items(defect: str, folder: Path, root: Path, kinds: Kinds, needed: Collection[str] = ()) -> dict[str, Item]:
+    """List the samples in `<folder>/<kind>/<name>.<suffix>` by name, sorted.
 
     Args:
-        defect: that the folder's images have.
-        folder: of folders by kind.
-        root: of the dataset.
-        kinds: the folders' names and their files' endings. The RGB images tell which names there are.
-        needed: kinds that must be there; others may be left out as a whole.
+        defect: Defect of the images in the folder, "good" or "unknown".
+        folder: Folder with one subfolder per kind of file.
+        root: Root folder of the dataset.
+        kinds: Subfolders and their file suffixes; the first subfolder holds the RGB images, one per sample.
+        needed: Kinds that must exist; the folders of other kinds may be missing.
 
     Raises:
-        UserError: a file is missing, empty, of an unknown ending, without its image or there twice.
-        OSError: something cannot be read.
+        UserError: If a file is missing, is empty, has an unknown suffix, belongs to no image or shares its name.
+        OSError: If a folder or file cannot be read.
     """
-    present = listing(folder, root)
-    for name in present:
+    entries = list_entries(folder, root)
+    for name in entries:
         if name not in kinds:
-            raise UserError(f"{folder / name} is not one of {', '.join(kinds)}; rename it or put it elsewhere.")
-    images, *others = (_by_name(folder / kind, root, kinds[kind]) if kind in present else {} for kind in kinds)
-    first, *rest = kinds
+            raise UserError(f"{folder / name} is not one of {', '.join(kinds)}; rename or remove it.")
+    images, *others = (_files_by_name(folder / kind, root, kinds[kind]) if kind in entries else {} for kind in kinds)
+    image_kind, *other_kinds = kinds
     if not images:
-        raise UserError(f"{folder / first} holds no images; put files such as 000{kinds[first][0]} there.")
-    for kind, by_name in zip(rest, others, strict=True):
+        raise UserError(f"{folder / image_kind} holds no images; add files such as 000{kinds[image_kind][0]}.")
+    for kind, by_name in zip(other_kinds, others, strict=True):
         if not by_name and kind not in needed:
             continue
         for name, file in by_name.items():
             if name not in images:
-                raise UserError(f"{file} has no image of its name in {folder / first}; add that or remove the file.")
+                raise UserError(f"{file} has no image of its name in {folder / image_kind}; add it or remove the file.")
         for name in images:
             if name not in by_name:
                 missing = folder / kind / (name + kinds[kind][0])
-                raise UserError(f"{missing} is missing; every image in {folder / first} needs its file in {kind}.")
+                raise UserError(f"{missing} is missing; add it, as every image in {folder / image_kind} needs one.")
     depth, mask, *_ = *others, {}
     return {name: Item(defect, rgb, depth.get(name), mask.get(name)) for name, rgb in images.items()}
 
@@ -100,30 +100,31 @@ def read_item(
     two_values: bool = True,
     needs_cloud: bool = False,
 ) -> Sample:
-    """One sample.
+    """Read one sample.
 
     Args:
-        object_: its object.
-        id_: its id.
-        item: its files.
-        unit: metres per unit of its depth; None: nobody said.
-        remedy: what to do about a wrong unit.
-        camera: of depth images. None: a pinhole camera whose focal length is the image's width. Clouds tell theirs.
-        two_values: whether a mask may have one value only beside 0.
-        needs_cloud: whether depth alone is refused.
+        object_: Object of the sample.
+        id_: Id of the sample.
+        item: Files of the sample.
+        unit: Metres per unit of depth; None if unspecified.
+        remedy: Advice on a missing or wrong unit, the end of the error message.
+        camera: Camera of depth images; by default a pinhole camera whose focal length is the image's width. The camera
+            of a cloud is estimated from the cloud instead.
+        two_values: Whether all values of a mask other than 0 must be equal.
+        needs_cloud: Whether to refuse depth without x and y.
 
     Raises:
-        UserError: one of its files is unusable, or they do not fit together.
+        UserError: If one of its files is unusable or they contradict each other.
     """
     rgb = read_photograph(item.rgb)
     height, width = rgb.shape[:2]
-    depth, own_camera = None, None
+    depth, depth_camera = None, None
     if item.depth is not None:
-        depth, own_camera = read_depth(item.depth, unit, (height, width), remedy)
+        depth, depth_camera = read_depth(item.depth, unit, (height, width), remedy)
         check_same_size(item.depth, depth, item.rgb, rgb)
-        if needs_cloud and own_camera is None:
-            raise UserError(f"{item.depth} has depth alone; give x, y and z.")
-        own_camera = own_camera or camera or Camera(width, width, (width - 1) / 2, (height - 1) / 2)
+        if needs_cloud and depth_camera is None:
+            raise UserError(f"{item.depth} holds only depth; save x, y and z.")
+        depth_camera = depth_camera or camera or Camera(width, width, (width - 1) / 2, (height - 1) / 2)
     anomalous = item.defect not in ("good", "unknown")
     mask = np.zeros((height, width), bool) if item.defect == "good" else None
     if item.mask is not None:
@@ -132,24 +133,24 @@ def read_item(
         if mask.any() and not anomalous:
             raise UserError(f"{item.mask} marks a defect but its image is good; clear the mask or move the image.")
         if anomalous and not mask.any():
-            raise UserError(f"{item.mask} marks nothing but its image has the defect {item.defect}; mark where it is.")
-    return Sample(object_, id_, item.defect, rgb, depth, mask, anomalous, own_camera)
+            raise UserError(f"{item.mask} marks nothing but its image has the defect {item.defect}; mark the defect.")
+    return Sample(object_, id_, item.defect, rgb, depth, mask, anomalous, depth_camera)
 
 
-def _check_there(split: Path) -> None:
+def _check_exists(split: Path) -> None:
     if not split.is_dir():
-        raise UserError(f"{split} is missing; put it there or leave {split.parent.name} out of config.dataset.objects.")
+        raise UserError(f"{split} is missing; add it or remove {split.parent.name} from config.dataset.objects.")
 
 
-def _by_name(folder: Path, root: Path, endings: Sequence[str]) -> dict[str, Path]:
-    """The files of a folder by their names without endings."""
-    found: dict[str, Path] = {}
-    for name, entry in listing(folder, root).items():
+def _files_by_name(folder: Path, root: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+    """List the files of a folder by their names without suffix."""
+    files: dict[str, Path] = {}
+    for name, entry in list_entries(folder, root).items():
         file = folder / name
-        if file.suffix.lower() not in endings:
-            raise UserError(f"{file} is not one of {' '.join(endings)}; convert it or put it elsewhere.")
+        if file.suffix.lower() not in suffixes:
+            raise UserError(f"{file} does not end in one of {' '.join(suffixes)}; convert or remove it.")
         check_file(entry)
-        if file.stem in found:
-            raise UserError(f"{file} and {found[file.stem].name} have one name; rename or remove either.")
-        found[file.stem] = file
-    return found
+        if file.stem in files:
+            raise UserError(f"{file} and {files[file.stem].name} differ only in suffix; rename or remove either.")
+        files[file.stem] = file
+    return files

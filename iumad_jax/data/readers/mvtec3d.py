@@ -1,10 +1,10 @@
-"""MVTec 3D-AD (Bergmann et al., VISAPP 2022) in its official layout."""
+"""Reader of MVTec 3D-AD (Bergmann et al., VISAPP 2022) in its official layout."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from iumad_jax.data.formats.files import opening, select
-from iumad_jax.data.readers.layout import Item, good_items, labelled_items, read_item
+from iumad_jax.data.readers.layout import Item, list_good_items, list_labelled_items, read_item
 from iumad_jax.data.sample import Sample, Split
 from iumad_jax.errors import UserError
 
@@ -14,25 +14,25 @@ _KINDS = {"rgb": (".png",), "xyz": (".tiff",), "gt": (".png",)}
 
 
 class MVTec3D:
-    """Reads `<root>/<object>/{train,validation,test}/<good or defect>/{rgb/000.png,xyz/000.tiff,gt/000.png}`.
+    """Reader of `<root>/<object>/{train,validation,test}/<good or defect>/{rgb/000.png,xyz/000.tiff,gt/000.png}`.
 
-    xyz are organised clouds in metres, zero where missing; depth is z, and the camera follows from x/z and y/z. Without
-    xyz folders there is no depth. Only images with defects need gt, which is positive on the defect.
+    xyz are organised clouds in metres, zero where missing: depth is z, and the camera is estimated from x/z and y/z.
+    Without xyz folders, samples have no depth. Only images with defects need gt, which is positive on the defect.
 
     Args:
-        root: the folder that holds one folder per object.
-        objects: "all", or names, also separated by commas in one text, in the order in which they are learned.
-        validation: what the validation images are for: "train", as in the benchmark's protocol (their ids are then
-            "validation/000" and so on), or "calibration".
-        needs_depth: whether images without xyz are refused.
+        root: Folder with one subfolder per object.
+        objects: "all", names separated by commas, or a sequence of names, in the order of learning.
+        validation: Split to which the validation images are added: "train", as in the benchmark's protocol (with ids
+            such as "validation/000"), or "calibration".
+        needs_depth: Whether to refuse images without xyz.
 
     Raises:
-        UserError: a folder or file is missing or empty, leads out of the root, or an object is unknown.
+        UserError: If a folder or file is missing or empty or leads out of the root, or an object is unknown.
     """
 
     object_height = 0.005
     height_range = 0.1
-    normals_window = 11  # by `depth.window_for`, for noise of 0.25 mm in pixels 0.37 mm apart
+    normals_window = 11  # from `depth.window_for`, for noise of 0.25 mm and pixels 0.37 mm apart
 
     def __init__(
         self,
@@ -45,34 +45,36 @@ class MVTec3D:
             raise UserError(f'config.dataset.validation is "{validation}"; use train or calibration.')
         self.root = Path(root)
         self.objects = select(objects, OBJECTS)
-        needed = ("xyz", "gt") if needs_depth else ("gt",)
-        good = ("xyz",) if needs_depth else ()
+        needed_good = ("xyz",) if needs_depth else ()
+        needed_test = (*needed_good, "gt")
         self._items: dict[tuple[str, Split], dict[str, Item]] = {}
         with opening(self.root):
             for name in self.objects:
                 folder = self.root / name
-                train, kept = (good_items(folder / split, self.root, _KINDS, good) for split in ("train", "validation"))
+                train = list_good_items(folder / "train", self.root, _KINDS, needed_good)
+                calibration = list_good_items(folder / "validation", self.root, _KINDS, needed_good)
                 if validation == "train":
-                    train, kept = train | {f"validation/{id_}": item for id_, item in kept.items()}, {}
-                self._items[name, "train"], self._items[name, "calibration"] = train, kept
-                self._items[name, "test"] = labelled_items(folder / "test", self.root, _KINDS, needed)
+                    train |= {f"validation/{id_}": item for id_, item in calibration.items()}
+                    calibration = {}
+                self._items[name, "train"], self._items[name, "calibration"] = train, calibration
+                self._items[name, "test"] = list_labelled_items(folder / "test", self.root, _KINDS, needed_test)
 
     def __repr__(self) -> str:
         return f"MVTec3D({str(self.root)!r})"
 
     def ids(self, object: str, split: Split) -> tuple[str, ...]:
-        """The samples of one object and split, by name, those of a test set by defect first."""
+        """List the ids of one object and split, sorted by name; test images by defect first."""
         return tuple(self._items.get((object, split), ()))
 
     def files(self, object: str, split: Split, id: str) -> tuple[Path, ...]:
-        """RGB, xyz and gt, as far as there are."""
+        """List the files of RGB, xyz and gt that exist."""
         return self._items[object, split][id].files
 
     def read(self, object: str, split: Split, id: str) -> Sample:
-        """One sample.
+        """Read one sample.
 
         Raises:
-            UserError: one of its files is unusable, or they do not fit together.
+            UserError: If one of its files is unusable or they contradict each other.
         """
         item = self._items[object, split][id]
-        return read_item(object, id, item, unit=1.0, remedy="give xyz in metres", two_values=False, needs_cloud=True)
+        return read_item(object, id, item, unit=1.0, remedy="save xyz in metres", two_values=False, needs_cloud=True)

@@ -1,4 +1,4 @@
-"""Images to look at, of which nothing is known: photographs in files or folders, or a split of a dataset."""
+"""Lists images to predict: photographs in files or folders, or a split of a dataset."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -14,67 +14,67 @@ from iumad_jax.errors import UserError
 
 
 class Shot(NamedTuple):
-    """An image to look at."""
+    """An image to predict."""
 
-    name: str  # of its files in the output, with their subfolders
+    name: str  # name of its files in the output, with subfolders
     read: Callable[[], tuple[np.ndarray, np.ndarray | None, Camera | None]]  # RGB, depth, camera
 
 
 def photographs(
     root: Path, needs_depth: bool, depth_place: Path | None, unit: float | None, camera: Camera | None
 ) -> Iterator[Shot]:
-    """The images that --input names, with the depth that --depth has of them.
+    """Yield the images of --input with their depth from --depth.
 
     Args:
-        root: an image, or a folder of images.
-        needs_depth: whether depth is read.
-        depth_place: an image's depth, or a folder with files of the images' names.
-        unit: metres per unit of the depth files; None: they hold metres.
-        camera: of the depth images; None: what a file says.
+        root: An image, or a folder of images.
+        needs_depth: Whether to read depth.
+        depth_place: Depth file of the image, or a folder with depth files of the images' names.
+        unit: Metres per unit of the depth files; by default they hold metres.
+        camera: Camera of the depth files; by default the one estimated from a cloud.
 
     Raises:
-        UserError: something is missing or of no use; about one file when it is read.
+        UserError: If the input or depth is missing or unusable. Errors of a single file are raised when it is read.
     """
     if not root.exists():
-        raise UserError(f"--input is {root}, which does not exist; name an image or a folder of images.")
-    images = [root] if root.is_file() else _photographs(root)
+        raise UserError(f"--input is {root}, which does not exist; choose an image or a folder of images.")
+    images = [root] if root.is_file() else _list_photographs(root)
     if not images or images[0].suffix.lower() not in PHOTOGRAPHS:
-        raise UserError(f"--input is {root}, which is or holds no image; give files ending in {' '.join(PHOTOGRAPHS)}.")
+        raise UserError(f"--input is {root}, which contains no image; use files ending in {' '.join(PHOTOGRAPHS)}.")
     if needs_depth:
         _check_depth(depth_place, unit, root)
     names: dict[str, Path] = {}
     for file in images:
         name = str(file.relative_to(root).with_suffix("")) if root.is_dir() else file.stem
         if name in names:
-            raise UserError(f"{file} and {names[name].name} have one name; rename or remove either.")
+            raise UserError(f"{file} and {names[name].name} differ only in suffix; rename or remove either.")
         names[name] = file
 
         def read(file: Path = file, name: str = name) -> tuple[np.ndarray, np.ndarray | None, Camera | None]:
             rgb = read_photograph(file)
             if not needs_depth or depth_place is None:
                 return rgb, None, None
-            depth_file = _depth_file(depth_place, name)
-            remedy = "give --depth_unit=METRES, such as 0.001 for millimetres"
-            depth, own = read_depth(depth_file, unit, rgb.shape[:2], remedy)
+            depth_file = _find_depth_file(depth_place, name)
+            remedy = "use --depth_unit=METRES, such as 0.001 for millimetres"
+            depth, cloud_camera = read_depth(depth_file, unit, rgb.shape[:2], remedy)
             check_same_size(depth_file, depth, file, rgb)
-            return rgb, depth, camera or own
+            return rgb, depth, camera or cloud_camera
 
         yield Shot(name, read)
 
 
 def _check_depth(place: Path | None, unit: float | None, root: Path) -> None:
-    """Raises UserError unless there is depth where --depth says, for one image or for many as --input has."""
+    """Raise UserError unless --depth and --depth_unit are valid; a folder of images needs a folder of depth files."""
     if place is None:
-        raise UserError("--depth is missing; this model was trained with depth.")
+        raise UserError("--depth is missing; add it, since this model was trained with depth.")
     if not place.exists():
-        raise UserError(f"--depth is {place}, which does not exist; name a file or a folder of depth images.")
+        raise UserError(f"--depth is {place}, which does not exist; choose a depth file or a folder of depth files.")
     if root.is_dir() and not place.is_dir():
-        raise UserError(f"--depth is {place}, one file for all of {root}; name a folder of depth images.")
+        raise UserError(f"--depth is {place}, one file for all of {root}; choose a folder of depth files.")
     if unit is not None and not 0 < unit < math.inf:
-        raise UserError(f"--depth_unit is {unit:g}; give metres per unit, such as 0.001 for millimetres.")
+        raise UserError(f"--depth_unit is {unit:g}; use metres per unit, such as 0.001 for millimetres.")
 
 
-def _photographs(root: Path) -> list[Path]:
+def _list_photographs(root: Path) -> list[Path]:
     images = sorted(file for file in root.rglob("*") if file.suffix.lower() in PHOTOGRAPHS and file.is_file())
     for file in images:
         if not str(file).isprintable():
@@ -82,30 +82,34 @@ def _photographs(root: Path) -> list[Path]:
     return images
 
 
-def _depth_file(place: Path, name: str) -> Path:
+def _find_depth_file(place: Path, name: str) -> Path:
     if place.is_file():
         return place
-    found = [file for ending in DEPTH_IMAGES if (file := place / f"{name}{ending}").is_file()]
-    if len(found) != 1:
-        endings = " ".join(DEPTH_IMAGES)
-        raise UserError(f"{place} has {len(found)} depth files named {name}; put one there, ending in {endings}.")
-    return found[0]
+    files = [file for suffix in DEPTH_IMAGES if (file := place / f"{name}{suffix}").is_file()]
+    if len(files) != 1:
+        suffixes = " ".join(DEPTH_IMAGES)
+        raise UserError(f"{place} has {len(files)} depth files named {name}; keep exactly one, ending in {suffixes}.")
+    return files[0]
 
 
-def camera_of(given: list[str]) -> Camera:
-    """The camera that --camera gives."""
+def camera_of(values: list[str]) -> Camera:
+    """Parse the values of --camera.
+
+    Raises:
+        UserError: If they are not fx, fy, cx and cy.
+    """
     try:
-        fx, fy, cx, cy = map(float, given)
+        fx, fy, cx, cy = map(float, values)
         return Camera(fx, fy, cx, cy)
     except (ValueError, UserError) as error:
-        raise UserError(f"--camera is {','.join(given)}; give fx,fy,cx,cy in pixels, fx and fy above 0.") from error
+        raise UserError(f"--camera is {','.join(values)}; use fx,fy,cx,cy in pixels, fx and fy above 0.") from error
 
 
 def samples(reader: Reader, split: Split) -> Iterator[Shot]:
-    """The images of a split of a dataset.
+    """Yield the images of a split of a dataset.
 
     Raises:
-        UserError: there are none; about one image when it is read.
+        UserError: If the split has no images. Errors of a single image are raised when it is read.
     """
     ids = [(name, id_) for name in reader.objects for id_ in reader.ids(name, split)]
     if not ids:

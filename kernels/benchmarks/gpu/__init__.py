@@ -1,1 +1,1 @@
-"""Everything that only a GPU can tell, in one command: python -m kernels.benchmarks.gpu --out=FOLDER."""
+"""Measurements that need a GPU, in one command: python -m kernels.benchmarks.gpu --out=FOLDER."""

@@ -1,16 +1,18 @@
-"""Everything that only a GPU can tell: python -m kernels.benchmarks.gpu --minutes=9 --out=FOLDER [--data=FOLDER].
+"""Measure correctness, speed and memory of the kernels, of training and of prediction on a GPU, in one command.
 
-Parts, in the order of their worth, each in a process of its own with its share of the time:
+    python -m kernels.benchmarks.gpu --minutes=9 --out=gpu_results
 
-    a correctness   the kernels against the definition in float64
-    b scan          times of the selective scan, and shares of the floor
-    c update        an update of configs/eyecandies.py: ms, share of peak, memory
-    d profile       its five hottest kernels
-    e training      as many epochs at the paper's sizes as fit, with the table of results
-    f prediction    a trained model on 1 and on 16 images
+The parts run in order of importance, each in a separate process with its share of the time:
 
-Each writes FOLDER/PART.json after every row. The same command once more does what is missing or failed. Exit codes: 0
-all is done; 1 something is missing, told in a sentence for each part; 2 a mistake.
+    a correctness   errors of the kernels relative to the definition in float64
+    b scan          times of the selective scan, and shares of the floor (a lower bound)
+    c update        time, share of peak rate and memory of an update of configs/eyecandies.py
+    d profile       the five kernels of that update that take most time
+    e training      training at the paper's sizes for as many epochs as fit, with its results
+    f prediction    time of a trained model on 1 and on 16 images
+
+Each part writes FOLDER/PART.json after every row. Run the same command again to complete missing or failed rows. Exit
+codes: 0 if everything is done; 1 if something is missing, with a sentence for each part; 2 for a mistake in the call.
 """
 
 import argparse
@@ -30,60 +32,75 @@ PARTS = {name: Part(f"kernels.benchmarks.gpu.{name}", share) for name, share in 
 _LETTERS = dict(zip("abcdef", PARTS, strict=True))
 
 
-def _parts(text: str) -> dict[str, Part]:
-    """Names or letters, separated by commas."""
+def _parse_parts(text: str) -> dict[str, Part]:
+    """Parse names or letters of parts, separated by commas."""
     names = [_LETTERS.get(name, name) for name in text.split(",")]
     if unknown := [name for name in names if name not in PARTS]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no part; use a to f, or {', '.join(PARTS)}")
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not a part; choose a to f, or {', '.join(PARTS)}")
     return {name: PARTS[name] for name in PARTS if name in names}
 
 
-def _minutes(text: str) -> float:
-    """A positive number."""
+def _parse_minutes(text: str) -> float:
+    """Parse a positive number."""
     try:
         minutes = float(text)
     except ValueError:
         minutes = -1
     if not 0 < minutes < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no time; give minutes above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time; choose a number of minutes above 0")
     return minutes
 
 
-def _dataset(text: str) -> str:
-    """A folder in the format of Eyecandies."""
+def _parse_dataset(text: str) -> str:
+    """Check that a folder has the format of Eyecandies and return its absolute path."""
     if not any((Path(text) / name).is_dir() for name in OBJECTS):
-        raise argparse.ArgumentTypeError(f"{text!r} holds no object of Eyecandies; give a folder with CandyCane, ...")
+        message = f"{text!r} contains no object of Eyecandies; choose a folder that contains CandyCane, for example"
+        raise argparse.ArgumentTypeError(message)
     return str(Path(text).resolve())
 
 
 def main(arguments: list[str] | None = None, parts: dict[str, Part] = PARTS) -> int:
-    """Runs the parts and returns the exit code."""
+    """Run the parts and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=_minutes, default=9.0, help="for all parts together")
-    parser.add_argument("--out", type=Path, required=True, help="the folder of the results")
-    parser.add_argument("--data", type=_dataset, help="Eyecandies to train on; without it candies are rendered")
-    parser.add_argument("--parts", type=_parts, default=parts, help="names or letters with commas between")
-    parser.add_argument("--rehearse", action="store_true", help="all of it at tiny sizes on the CPU")
-    given = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the part's process ends, too
+    parser.add_argument(
+        "--minutes", type=_parse_minutes, default=9.0, help="Time for all parts together, in minutes; the default is 9."
+    )
+    parser.add_argument("--out", type=Path, required=True, help="Folder of the results; required.")
+    parser.add_argument(
+        "--data", type=_parse_dataset, help="Folder of Eyecandies to train on; by default, candies are rendered."
+    )
+    parser.add_argument(
+        "--parts",
+        type=_parse_parts,
+        default=parts,
+        help="Names or letters of parts, separated by commas; all by default.",
+    )
+    parser.add_argument("--rehearse", action="store_true", help="Run all parts at tiny sizes on the CPU.")
+    flags = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the process of a part ends too
     with tempfile.TemporaryDirectory() as scratch:
-        options = Options(str(given.out.resolve()), scratch, given.data, given.rehearse, 60 * given.minutes)
+        options = Options(str(flags.out.resolve()), scratch, flags.data, flags.rehearse, 60 * flags.minutes)
         try:
-            given.out.mkdir(parents=True, exist_ok=True)
-            missing = scheduler.run(given.parts, options)
+            flags.out.mkdir(parents=True, exist_ok=True)
+            missing = scheduler.run(flags.parts, options)
         except scheduler.NoGPU:
-            with suppress(OSError):  # of results that are there
-                given.out.rmdir()
-            print("JAX finds no GPU here; run this where it does, or add --rehearse.", file=sys.stderr)
+            with suppress(OSError):  # the folder may contain results
+                flags.out.rmdir()
+            print("JAX finds no GPU; run this command on a machine with a GPU, or add --rehearse.", file=sys.stderr)
             return 2
         except OSError as error:
-            print(f"--out={given.out} cannot be written ({error.strerror}); choose another folder.", file=sys.stderr)
+            print(f"--out={flags.out} cannot be written ({error.strerror}); choose another folder.", file=sys.stderr)
             return 2
         except ValueError as error:
             print(f"--out: {error}", file=sys.stderr)
             return 2
     if missing:
-        print("Missing, and done by the same command once more:", *missing.values(), sep="\n  ", file=sys.stderr)
+        print(
+            "Some parts are incomplete; run the same command again to complete them:",
+            *missing.values(),
+            sep="\n  ",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

@@ -1,4 +1,4 @@
-"""Runs parts one after the other, each in a process of its own with its share of the time that is left."""
+"""Scheduler that runs one part after another, each in a separate process with its share of the remaining time."""
 
 import json
 import os
@@ -14,37 +14,37 @@ from kernels.benchmarks.gpu.results import Results
 from kernels.benchmarks.gpu.worker import NO_GPU, Options
 
 DONE, OUT_OF_TIME = "done", "out of time"
-_LEAST = 1  # seconds, with less than which no part begins
+_MIN_SECONDS = 1  # with less time left, no process is started
 
 
 class Part(NamedTuple):
-    """A module with cases(options), see `worker`, and its share of the time, relative to those of other parts."""
+    """Module with a function cases(options), see `worker`, and its share of the time relative to other parts."""
 
     module: str
     share: float
 
 
 class NoGPU(Exception):
-    """There is none."""
+    """JAX finds no GPU."""
 
 
 def run(parts: dict[str, Part], options: Options) -> dict[str, str]:
-    """Does what is missing of all parts within options.seconds.
+    """Run the missing rows of all parts within options.seconds.
 
     Returns:
-        A sentence for each part that is not done.
+        A sentence for each part that is not done, by name.
 
     Raises:
-        NoGPU: this is no rehearsal, and JAX finds none.
-        ValueError: options.out holds something else.
+        NoGPU: If this is no rehearsal and JAX finds no GPU.
+        ValueError: If options.out contains other files under the names of results.
     """
     end, missing = time.monotonic() + options.seconds, {}
-    todo = list(parts)  # a part that is done ends at once, unless it has other rows now
-    for name in todo:
-        _open(name, options)  # raises
-    for index, name in enumerate(todo):
-        began = time.monotonic()
-        limit = (end - began) * parts[name].share / sum(parts[other].share for other in todo[index:])
+    names = list(parts)  # completed parts run too, in case they have new rows
+    for name in names:
+        _open(name, options)  # raises an error before any part runs
+    for index, name in enumerate(names):
+        start = time.monotonic()
+        limit = (end - start) * parts[name].share / sum(parts[other].share for other in names[index:])
         print(f"{name}: at most {limit:.0f} s", flush=True)
         state = _run_part(name, parts[name].module, options._replace(seconds=limit))
         results = _open(name, options)
@@ -52,10 +52,10 @@ def run(parts: dict[str, Part], options: Options) -> dict[str, str]:
         if results.path.exists():
             results.save()
         rows, failed = results.content["rows"], results.failed
-        sentence = f"{name}: {state} after {time.monotonic() - began:.0f} s, {len(rows) - len(failed)} rows done"
+        sentence = f"{name}: {state} after {time.monotonic() - start:.0f} s; rows done: {len(rows) - len(failed)}"
         if failed:
             key, row = next(iter(failed.items()))
-            sentence += f", {len(failed)} failed, the first of them {key}: {row['error'].rstrip('.')}"
+            sentence += f", failed: {len(failed)}; first failure: {key}: {row['error'].rstrip('.')}"
         print(f"{sentence}.", flush=True)
         if state != DONE:
             missing[name] = f"{sentence}."
@@ -67,17 +67,17 @@ def _open(name: str, options: Options) -> Results:
 
 
 def _run_part(name: str, module: str, options: Options) -> str:
-    """The state that a part is in afterwards. One process follows another as long as each tries another row."""
-    end, tried = time.monotonic() + options.seconds, -1
+    """Run a part and return its state. A failed process is restarted as long as each one tries a new row."""
+    end, tried_rows = time.monotonic() + options.seconds, -1
     results = _open(name, options)
     results.content["tried"] = []
     if results.path.exists():
         results.save()
     while True:
-        left = end - time.monotonic()
-        if left < _LEAST:
+        remaining = end - time.monotonic()
+        if remaining < _MIN_SECONDS:
             return OUT_OF_TIME
-        code = _run_process(name, module, options._replace(seconds=left))
+        code = _run_process(name, module, options._replace(seconds=remaining))
         if code == NO_GPU:
             raise NoGPU
         if code is None:
@@ -85,15 +85,16 @@ def _run_part(name: str, module: str, options: Options) -> str:
         results = _open(name, options)
         if code == 0:
             return "incomplete" if results.failed else DONE
-        if len(results.content["tried"]) <= tried or not results.content["tried"]:
+        if len(results.content["tried"]) <= tried_rows or not results.content["tried"]:
             return f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        tried = len(results.content["tried"])
+        tried_rows = len(results.content["tried"])
 
 
 def _run_process(name: str, module: str, options: Options) -> int | None:
-    """The exit code; None where it was killed, with all that it started, as its time was over."""
+    """Run the process of a part and return its exit code. After its time, kill it with its children and return None."""
     command = [sys.executable, "-m", "kernels.benchmarks.gpu.worker", module, name, json.dumps(options._asdict())]
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{options.scratch}/compiled"}  # parts share programs
+    compiled = f"{options.scratch}/compiled"  # shared by all parts
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": compiled}
     if options.rehearse:
         environment["JAX_PLATFORMS"] = "cpu"
     process = subprocess.Popen(command, env=environment, start_new_session=True)

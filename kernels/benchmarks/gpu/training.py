@@ -1,4 +1,4 @@
-"""Training at the paper's sizes, for as many epochs as fit, by the code of `iumad_jax.main`: with its results."""
+"""Training at the paper's sizes, for as many epochs as fit, by the code of `iumad_jax.main`, with its results."""
 
 import json
 import time
@@ -17,24 +17,24 @@ from kernels.benchmarks.gpu import update
 from kernels.benchmarks.gpu.results import Row
 from kernels.benchmarks.gpu.worker import Cases, Options
 
-SHARE = 0.4  # of the time left once images are prepared that updates may take; the rest compiles and evaluates
+UPDATE_SHARE = 0.4  # share of the time after preparation that updates may take; the rest compiles and evaluates
 CANDIES = {"objects": "CandyCane,GummyBear", "train": 48, "val": 4, "test": 16, "size": 256}
 SMALL_CANDIES = {"objects": "CandyCane", "train": 5, "val": 1, "test": 2, "size": 64}
 
 
 def cases(options: Options) -> Cases:
-    """One row."""
+    """Yield one row."""
     yield "eyecandies" if options.data else "candies", lambda: train(options, workdir(options))
 
 
 def workdir(options: Options) -> Path:
-    """Where this part trains."""
+    """Return the workdir of the training."""
     return Path(options.scratch) / "training"
 
 
 def train(options: Options, folder: Path, epochs: int | None = None) -> Row:
-    """Prepares, trains for so many epochs or as many as fit, and evaluates."""
-    began = time.monotonic()
+    """Prepare the images, train for the given number of epochs or as many as fit, and evaluate."""
+    start = time.monotonic()
     config = settings(options)
     reader = readers.open_reader(config)
     store = open_store(config, reader, folder)
@@ -43,17 +43,17 @@ def train(options: Options, folder: Path, epochs: int | None = None) -> Row:
         for split in splits:
             if reader.ids(name, split):
                 store.prepare(name, split)
-    prepared = time.monotonic()
+    preparation_end = time.monotonic()
     images = sum(len(reader.ids(name, "train")) for name in reader.objects)
     if epochs is None:
         seconds = updates_per_epoch(images, config.train.batch_size) * seconds_of_update(options)
-        left = options.seconds - (time.monotonic() - began)
-        epochs = max(1, min(config.train.epochs, int(SHARE * left / seconds)))
+        remaining = options.seconds - (time.monotonic() - start)
+        epochs = max(1, min(config.train.epochs, int(UPDATE_SHARE * remaining / seconds)))
     config.train.epochs = epochs
-    trained = time.monotonic()
+    training_start = time.monotonic()
     experiment.run(config, folder)
     row: Row = {"method": config.method, "objects": len(reader.objects), "images": images, "epochs": epochs}
-    row |= {"prepare_seconds": prepared - began, "run_seconds": time.monotonic() - trained}
+    row |= {"prepare_seconds": preparation_end - start, "run_seconds": time.monotonic() - training_start}
     events = map(json.loads, (folder / "live.jsonl").read_text().splitlines())
     rates = [event["images_per_second"] for event in events if event["event"] == "epoch"]
     row |= {"images/s, last epoch": rates[-1] if rates else None}
@@ -61,21 +61,21 @@ def train(options: Options, folder: Path, epochs: int | None = None) -> Row:
 
 
 def settings(options: Options) -> ConfigDict:
-    """The paper's; all objects of --data, or of candies rendered here, are learned in one step."""
+    """Return the paper's config, with all objects of --data, or of rendered candies, learned in one step."""
     config = update.settings(options)
-    chosen: dict[str, Any] = SMALL_CANDIES if options.rehearse else CANDIES
-    root = Path(options.data) if options.data else candies.render(f"{options.scratch}/candies", **chosen)
+    candies_options: dict[str, Any] = SMALL_CANDIES if options.rehearse else CANDIES
+    root = Path(options.data) if options.data else candies.render(f"{options.scratch}/candies", **candies_options)
     names = [name for name in OBJECTS if (root / name).is_dir()]
     config.dataset.root = str(root)
-    if options.rehearse:  # a network that is compiled soon
+    if options.rehearse:  # a network that compiles quickly
         config.method, config.backbone.grid, config.baselines, config.train.epochs = "uniad", 8, "", 2
     config.dataset.objects, config.protocol = ",".join(names), f"{len(names)}-0"
     return config
 
 
 def seconds_of_update(options: Options) -> float:
-    """As the part `update` found, or else as it is found now: with TF32, which is JAX's default."""
+    """Return the time of an update with TF32, JAX's default, from the results of the part `update` or measured now."""
     file = Path(options.out) / "update.json"
     rows = json.loads(file.read_text())["rows"] if file.exists() else {}
-    found = [row["ms"] / 1e3 for key, row in rows.items() if "TF32" in key and "ms" in row]
-    return min(found) if found else update.measure(settings(options), "", "TF32", 0.0)["ms"] / 1e3
+    measured_seconds = [row["ms"] / 1e3 for key, row in rows.items() if "TF32" in key and "ms" in row]
+    return min(measured_seconds) if measured_seconds else update.measure(settings(options), "", "TF32", 0.0)["ms"] / 1e3

@@ -1,4 +1,4 @@
-"""An update of configs/eyecandies.py's training: time, share of the device's peak, memory."""
+"""Time, share of the device's peak rate and memory of a training update of configs/eyecandies.py."""
 
 import functools
 import statistics
@@ -14,13 +14,13 @@ from kernels.benchmarks import machine, training_step
 from kernels.benchmarks.gpu.results import Row
 from kernels.benchmarks.gpu.worker import Cases, Options
 
-PRECISIONS = {"TF32": "default", "float32": "highest"}  # what JAX calls them on a GPU that has TF32
-MVTEC3D, EPOCHS = 2_950, 800  # images to train on, and how often
-SECONDS, LEAST = 5.0, 5  # of measuring, and how many updates
+PRECISIONS = {"TF32": "default", "float32": "highest"}  # JAX's names of the precisions on a GPU with TF32
+MVTEC3D_IMAGES, EPOCHS = 2_950, 800  # numbers of training images and epochs of MVTec 3D-AD
+SECONDS, MIN_UPDATES = 5.0, 5  # time of a measurement, and smallest number of updates
 
 
 def cases(options: Options) -> Cases:
-    """A row for each implementation of the scan and precision of matrix products."""
+    """Yield one row per implementation of the scan and precision of matrix products."""
     config = settings(options)
     obstacle = pallas_mosaic.obstacle(np.float32, config.model.states)
     if obstacle:
@@ -32,32 +32,32 @@ def cases(options: Options) -> Cases:
 
 
 def settings(options: Options) -> ConfigDict:
-    """The paper's, or so small that a rehearsal is short."""
+    """Return the paper's config, or a tiny config for a rehearsal."""
     config = eyecandies.get_config()
     if options.rehearse:
         config.update_from_flattened_dict(training_step.SMALL)
     return config
 
 
-def prepared(config: ConfigDict, scan: str, precision: str) -> training_step.Update:
-    """The compiled update."""
+def compile_update(config: ConfigDict, scan: str, precision: str) -> training_step.Update:
+    """Compile the update with an implementation of the scan and a precision of matrix products."""
     config = config.copy_and_resolve_references()
     config.model.scan = scan
     with jax.default_matmul_precision(PRECISIONS[precision]):
-        return training_step.compiled(config)
+        return training_step.compile_update(config)
 
 
 def measure(config: ConfigDict, scan: str, precision: str, seconds: float) -> Row:
-    """Operations are XLA's count: of a loop only one turn, and nothing of a kernel's."""
-    update = prepared(config, scan, precision)
+    """Measure an update. XLA counts its operations: the body of a loop once, and none of a kernel."""
+    update = compile_update(config, scan, precision)
     update.run().block_until_ready()
-    taken: list[float] = []
+    times: list[float] = []
     end = time.monotonic() + seconds
-    while len(taken) < LEAST or time.monotonic() < end:
-        began = time.perf_counter()
+    while len(times) < MIN_UPDATES or time.monotonic() < end:
+        start = time.perf_counter()
         update.run().block_until_ready()
-        taken.append(time.perf_counter() - began)
-    median = statistics.median(taken)
+        times.append(time.perf_counter() - start)
+    median = statistics.median(times)
     images_per_second = config.train.batch_size / median
     peak = machine.peak(precision)
     return {
@@ -67,5 +67,5 @@ def measure(config: ConfigDict, scan: str, precision: str, seconds: float) -> Ro
         "GFLOP": update.flops / 1e9,
         "share of peak": update.flops / median / peak if peak else "unknown",
         "peak MiB": update.memory_bytes / 2**20,
-        "days for MVTec 3D-AD": MVTEC3D * EPOCHS / images_per_second / 86400,
+        "days for MVTec 3D-AD": MVTEC3D_IMAGES * EPOCHS / images_per_second / 86400,
     }

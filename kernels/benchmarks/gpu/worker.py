@@ -1,4 +1,4 @@
-"""The process of one part: goes through its cases and writes a row for each."""
+"""Process of one part, which measures its cases and writes one row for each."""
 
 import importlib
 import json
@@ -17,26 +17,26 @@ Cases = Iterator[tuple[str, Callable[[], Row]]]
 
 
 class Options(NamedTuple):
-    """What a part is told."""
+    """Options of a part."""
 
-    out: str  # the folder of all results
-    scratch: str  # a folder that the parts share, and that is removed in the end
-    data: str | None  # a dataset to train on
-    rehearse: bool  # at tiny sizes on a CPU
-    seconds: float  # until the process is killed
+    out: str  # folder of all results
+    scratch: str  # temporary folder that the parts share
+    data: str | None  # folder of the dataset to train on; None for rendered candies
+    rehearse: bool  # whether to run at tiny sizes on a CPU
+    seconds: float  # time until the process is killed
 
 
 def work(module: str, name: str, options: Options) -> int:
-    """Runs a part and returns the exit code of its process.
+    """Run a part and return the exit code of its process.
 
-    A row may take half of the time that is left, the last one all of it; if it takes more, SIGALRM ends the process.
+    A row may take half of the remaining time, the last row all of it. If it takes longer, SIGALRM ends the process.
 
     Args:
-        module: has cases(options) -> the rows' keys, and the functions that measure them.
-        name: of the part.
-        options: see there.
+        module: Module whose function cases(options) yields the keys of the rows and the functions that measure them.
+        name: Name of the part.
+        options: Options of the part.
     """
-    import jax  # loading takes a second, which the command itself need not
+    import jax  # here, so that the command itself does not spend a second on loading it
 
     from kernels.benchmarks import machine
 
@@ -46,30 +46,30 @@ def work(module: str, name: str, options: Options) -> int:
     if options.rehearse:
         _interpret_kernels()
     results = Results(Path(options.out) / f"{name}.json", options.rehearse)
-    number = results.machine(machine.describe())
+    machine_index = results.machine(machine.describe())
     cases: Cases = importlib.import_module(module).cases(options)
-    due = sorted((case for case in cases if results.is_due(case[0])), key=lambda case: case[0] in results.failed)
-    for key, measure in due:  # what failed before comes last
+    due_cases = sorted((case for case in cases if results.is_due(case[0])), key=lambda case: case[0] in results.failed)
+    for key, measure in due_cases:  # rows that failed before come last
         results.begin(key)
-        began = time.monotonic()
-        if key != due[-1][0]:  # a kernel that hangs must not take the time of all others
-            signal.alarm(max(1, int((end - began) / 2)))
+        start = time.monotonic()
+        if key != due_cases[-1][0]:  # a kernel that hangs must leave time for the other rows
+            signal.alarm(max(1, int((end - start) / 2)))
         try:
             row = measure()
         except Exception as error:
             traceback.print_exc()
             row = {"error": f"{type(error).__name__}: {error}"}
         signal.alarm(0)
-        row |= {"machine": number, "wall_seconds": time.monotonic() - began}
+        row |= {"machine": machine_index, "wall_seconds": time.monotonic() - start}
         results.put(key, row)
         print(f"{name}: {key}: {row.get('error', 'done')} ({row['wall_seconds']:.1f} s)", flush=True)
         if "error" in row:
-            jax.block_until_ready(jax.numpy.zeros(1) + 1)  # fails where the GPU is lost to this process
+            jax.block_until_ready(jax.numpy.zeros(1) + 1)  # fails if this process has lost the GPU
     return 0
 
 
 def _interpret_kernels() -> None:
-    """Lets the Mosaic kernels run on a CPU, if this jax can."""
+    """Run the Mosaic kernels in the interpreter on a CPU, if this version of jax has it."""
     from iumad_kernels.selective_scan import pallas_mosaic
     from jax.experimental.pallas import mosaic_gpu
 
@@ -78,7 +78,7 @@ def _interpret_kernels() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """MODULE NAME OPTIONS, the last in JSON."""
+    """Run the part of the arguments MODULE NAME OPTIONS, where OPTIONS is JSON."""
     module, name, options = arguments
     fields: dict[str, Any] = json.loads(options)
     return work(module, name, Options(**fields))

@@ -1,4 +1,4 @@
-"""The selective scan of Mamba (S6): one function, several implementations."""
+"""Selective scan of Mamba (S6): one function with several implementations."""
 
 from iumad_kernels.selective_scan.api import selective_scan
 

@@ -1,4 +1,4 @@
-"""The selective scan's one public function: checks its arguments and chooses an implementation."""
+"""Public function of the selective scan, which checks the arguments and chooses an implementation."""
 
 import functools
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from iumad_kernels.selective_scan import pallas_mosaic, reference, xla
-from iumad_kernels.selective_scan.arguments import Options, Parameters, Sequences, grouped
+from iumad_kernels.selective_scan.arguments import Options, Parameters, Sequences, split_arguments
 
 IMPLEMENTATIONS: dict[str, Callable[[Sequences, Parameters, Options], tuple[Array, Array]]] = {
     "mosaic": pallas_mosaic.selective_scan,
@@ -35,45 +35,46 @@ def selective_scan(
     reverse: bool = False,
     implementation: str | None = None,
 ) -> Any:
-    """The selective state-space scan of Mamba (S6).
+    """Compute the selective state-space scan of Mamba (S6).
 
-        d_t = softplus(delta_t + delta_bias)                  (the sum itself if not delta_softplus)
-        h_t = exp(d_t A) h_{t-1} + d_t x_t B_t                (E, N), h_0 = initial_state or 0
+        d_t = softplus(delta_t + delta_bias)                  (delta_t + delta_bias if not delta_softplus)
+        h_t = exp(d_t A) h_{t-1} + d_t x_t B_t                (channels, states), h_0 = initial_state or 0
         y_t = sum_n C_t h_t + D x_t, times SiLU(z_t) if z is given
 
-    in float32 (float64 where x is), whatever the dtypes of the arguments: float16, bfloat16, float32 or float64.
+    The arguments may be float16, bfloat16, float32 or float64. The scan computes in float64 if x is float64, otherwise
+    in float32.
     Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (2023), Algorithm 2.
 
-    Works under `jit`, `vmap` (the new axis joins the batch), `pmap`, `shard_map` and `grad`, also twice (second
-    derivatives are those of "reference"). Forward-mode differentiation raises a TypeError except with
+    The function supports `jit`, `vmap` (the new axis joins the batch), `pmap`, `shard_map` and `grad`. Second
+    derivatives are those of "reference". Forward-mode differentiation raises a TypeError except with
     `implementation="reference"`.
 
     Args:
-        x: the sequences, (batch, length, channels).
-        delta: step sizes, (batch, length, channels).
-        A: decay rates, negative, (channels, states).
-        B: input projections, (batch, length, groups, states), or (batch, length, states) for one group. Group g
+        x: Sequences, (batch, length, channels).
+        delta: Step sizes, (batch, length, channels).
+        A: Decay rates, negative, (channels, states).
+        B: Input projections, (batch, length, groups, states), or (batch, length, states) for one group. Group g
             belongs to the g-th run of channels / groups neighbouring channels.
-        C: output projections, as B.
-        D: the skip connection's weights, (channels,).
-        z: gates, (batch, length, channels).
-        delta_bias: added to delta, (channels,).
-        delta_softplus: whether softplus makes the step sizes positive.
-        initial_state: the state before the first position read, (batch, channels, states).
-        return_final_state: whether to return the state after the last position read, too.
-        reverse: whether to read the sequences from their ends to their starts.
+        C: Output projections, same shape as B.
+        D: Weights of the skip connection, (channels,).
+        z: Gates, (batch, length, channels).
+        delta_bias: Bias of delta, (channels,).
+        delta_softplus: Whether softplus makes the step sizes positive.
+        initial_state: State before the first position read, (batch, channels, states).
+        return_final_state: Whether to also return the state after the last position read.
+        reverse: Whether to read the sequences from end to start.
         implementation: "mosaic" (Pallas kernels for NVIDIA Hopper and newer; the default where they can run), "xla"
             (chunks of positions; the default elsewhere) or "reference" (one position at a time). The first two have
-            backward passes of their own. The default looks at JAX's default backend: for a computation on another
-            one, name an implementation.
+            hand-written backward passes. The default depends on JAX's default backend; name an implementation if the
+            computation runs on another backend.
 
     Returns:
-        y, (batch, length, channels), in the dtype of x; with return_final_state, also the final state,
-        (batch, channels, states), in float32 (float64 where x is).
+        y, (batch, length, channels), in the dtype of x. If return_final_state, also the final state,
+        (batch, channels, states), in float64 if x is float64, otherwise in float32.
 
     Raises:
-        ValueError: a shape, a dtype or the implementation's name is not one of the above, or the implementation named
-            cannot run here.
+        ValueError: If a shape, a dtype or the name of the implementation is invalid, or if the named implementation
+            cannot run on this machine.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation must be one of {sorted(IMPLEMENTATIONS)}; got {implementation!r}")
@@ -82,7 +83,7 @@ def selective_scan(
         "initial_state": initial_state,
     }  # fmt: skip
     arrays = {name: jnp.asarray(value) for name, value in arguments.items() if value is not None}
-    _check(arrays)
+    _check_arrays(arrays)
     for name in ("B", "C"):
         if arrays[name].ndim == 3:
             arrays[name] = arrays[name][:, :, None]
@@ -93,7 +94,7 @@ def selective_scan(
         raise ValueError(f'implementation "mosaic" cannot run: {obstacle}')
     if arrays["x"].size == 0:
         implementation = "reference"
-    y, final_state = _scan(*grouped(arrays), Options(delta_softplus, reverse), implementation)
+    y, final_state = _scan(*split_arguments(arrays), Options(delta_softplus, reverse), implementation)
     return (y, final_state) if return_final_state else y
 
 
@@ -102,7 +103,8 @@ def _scan(sequences: Sequences, parameters: Parameters, options: Options, implem
     return IMPLEMENTATIONS[implementation](sequences, parameters, options)
 
 
-def _check(arrays: dict[str, Array]) -> None:
+def _check_arrays(arrays: dict[str, Array]) -> None:
+    """Raise a ValueError if an array has an invalid dtype or shape."""
     for name, array in arrays.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{name} must be floating-point; got {array.dtype}")

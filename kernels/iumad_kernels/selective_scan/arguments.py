@@ -1,4 +1,4 @@
-"""The scan's arguments as the implementations take them: arrays with a batch axis, arrays without, and options."""
+"""Arguments of the implementations: arrays with a batch axis, arrays without a batch axis, and options."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from jax import Array
 
 
 class Sequences(NamedTuple):
-    """The arrays with a leading batch axis, as `selective_scan` explains them; B and C always have groups."""
+    """Arrays with a leading batch axis, see `selective_scan`. B and C always have an axis of groups."""
 
     x: Array
     delta: Array
@@ -17,7 +17,7 @@ class Sequences(NamedTuple):
 
 
 class Parameters(NamedTuple):
-    """The arrays that all sequences share."""
+    """Arrays that all sequences share."""
 
     A: Array
     D: Array | None = None
@@ -25,14 +25,14 @@ class Parameters(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What is known when the scan is compiled."""
+    """Options that are fixed when the scan is compiled."""
 
     delta_softplus: bool = True
     reverse: bool = False
 
 
-def grouped(arrays: dict[str, Array]) -> tuple[Sequences, Parameters]:
-    """Sorts arrays, by name, into the two groups."""
+def split_arguments(arrays: dict[str, Array]) -> tuple[Sequences, Parameters]:
+    """Split arrays, by name, into those of the sequences and the shared parameters."""
     sequences = {name: array for name, array in arrays.items() if name in Sequences._fields}
     parameters = {name: array for name, array in arrays.items() if name not in sequences}
     return Sequences(**sequences), Parameters(**parameters)

@@ -1,4 +1,4 @@
-"""The selective scan one position at a time, as its definition reads; differentiable in both modes."""
+"""Selective scan one position at a time, as in its definition; differentiable in both modes."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from iumad_kernels.selective_scan.arguments import Options, Parameters, Sequence
 
 
 def selective_scan(sequences: Sequences, parameters: Parameters, options: Options) -> tuple[Array, Array]:
-    """See `iumad_kernels.selective_scan`."""
+    """Compute y and the final state of `iumad_kernels.selective_scan`, one position at a time."""
     x, A = sequences.x, parameters.A
     batch, _, channels = x.shape
     states = A.shape[1]
@@ -17,8 +17,8 @@ def selective_scan(sequences: Sequences, parameters: Parameters, options: Option
     def position_first(array: Array) -> Array:
         return array.astype(dtype).swapaxes(0, 1)
 
-    def of_channels(array: Array) -> Array:
-        """Each group's B or C, (length, batch, groups, states), for each of its channels."""
+    def repeat_for_channels(array: Array) -> Array:
+        """Repeat B or C, (length, batch, groups, states), for every channel of a group."""
         return jnp.repeat(array, channels // array.shape[2], axis=2)
 
     d = position_first(sequences.delta)
@@ -34,7 +34,7 @@ def selective_scan(sequences: Sequences, parameters: Parameters, options: Option
 
     h = sequences.initial_state
     h = jnp.zeros((batch, channels, states), dtype) if h is None else h.astype(dtype)
-    B, C = (of_channels(position_first(array)) for array in (sequences.B, sequences.C))
+    B, C = (repeat_for_channels(position_first(array)) for array in (sequences.B, sequences.C))
     final_state, y = jax.lax.scan(step, h, (position_first(x), d, B, C), reverse=options.reverse)
     y = y.swapaxes(0, 1)
     if parameters.D is not None:

@@ -1,9 +1,9 @@
-"""Sequences cut into segments that are scanned at the same time, for where there are too few sequences for a GPU.
+"""Parallel scan of the segments of a sequence, for batches with too few sequences to occupy a GPU.
 
-A first pass scans every segment from a state of zeros. What a segment makes of the state before it is the product of
-its decays, exp(A sum d), times that state, plus the state that the first pass has found; so the states before all
-segments follow, and a second pass scans the segments from them. Backward it is the same with the gradients of states,
-from the last segment to the first.
+A first pass scans every segment from a state of zeros. The state after a segment is the state before it times the
+product of the segment's decays, exp(A sum d), plus the final state of the first pass. This gives the states before all
+segments, from which a second pass scans them. The backward pass does the same with the gradients of the states, from
+the last segment to the first.
 """
 
 import functools
@@ -18,12 +18,12 @@ from iumad_kernels.selective_scan.arguments import Options, Parameters, Sequence
 from iumad_kernels.selective_scan.softplus import softplus
 
 
-def in_segments(
+def segmented_passes(
     forward: Callable, backward: Callable, number: Callable[[Array, Array], int], options: Options
 ) -> tuple[Callable, Callable]:
-    """An implementation's two passes, as `differentiable` takes them, over number(x, B) segments of each sequence.
+    """Return the passes of an implementation for `differentiable`, over number(x, B) segments of each sequence.
 
-    Its residual "d" must have the batch axis first.
+    The residual "d" of the forward pass must have a leading batch axis.
     """
     forward, backward = (functools.partial(function, options=options) for function in (forward, backward))
 
@@ -35,40 +35,40 @@ def in_segments(
         if segments == 1:
             return forward(sequences, parameters, differentiated=differentiated)
         cut = _cut(sequences._replace(initial_state=None), segments)
-        (_, found), _ = forward(cut._replace(z=None), parameters, differentiated=False)
-        h = jnp.zeros((len(x), *found.shape[1:]), found.dtype) if h is None else h.astype(found.dtype)
-        starts, last = _chain(h, found, _decays(cut, parameters, options), options.reverse)
+        (_, added), _ = forward(cut._replace(z=None), parameters, differentiated=False)
+        h = jnp.zeros((len(x), *added.shape[1:]), added.dtype) if h is None else h.astype(added.dtype)
+        starts, last = _chain(h, added, _decays(cut, parameters, options), options.reverse)
         (y, _), residuals = forward(cut._replace(initial_state=starts), parameters, differentiated=differentiated)
         return (y.reshape(x.shape), last), residuals
 
     def backward_in_segments(
         sequences: Sequences, parameters: Parameters, residuals: dict, cotangents: tuple
     ) -> tuple[Sequences, Parameters]:
-        segments = len(residuals["d"]) // len(sequences.x)  # number() may have seen another batch, under vmap
+        segments = len(residuals["d"]) // len(sequences.x)  # under vmap, number() may have seen another batch
         if segments == 1:
             return backward(sequences, parameters, residuals, cotangents)
         dy, dh = cotangents
         cut, dy = _cut((sequences._replace(initial_state=None), dy), segments)
         decays = _decays(cut, parameters, options)
         zeros = jnp.zeros_like(decays)
-        cut = cut._replace(initial_state=zeros)  # only for it to have a gradient
-        found = backward(cut, parameters, residuals, (dy, zeros))[0].initial_state
-        ends, first = _chain(dh, found, decays, not options.reverse)
-        of_segments, by_segment = backward(cut, parameters, residuals, (dy, ends))
-        of_segments = of_segments._replace(initial_state=None if sequences.initial_state is None else first)
-        of_sequences = jax.tree.map(lambda g, of: g.reshape(of.shape).astype(of.dtype), of_segments, sequences)
-        return of_sequences, jax.tree.map(lambda g: g.reshape(len(dh), segments, *g.shape[1:]).sum(1), by_segment)
+        cut = cut._replace(initial_state=zeros)  # so that the state has a gradient
+        added = backward(cut, parameters, residuals, (dy, zeros))[0].initial_state
+        ends, first = _chain(dh, added, decays, not options.reverse)
+        dsegments, dparameters = backward(cut, parameters, residuals, (dy, ends))
+        dsegments = dsegments._replace(initial_state=None if sequences.initial_state is None else first)
+        dsequences = jax.tree.map(lambda g, array: g.reshape(array.shape).astype(array.dtype), dsegments, sequences)
+        return dsequences, jax.tree.map(lambda g: g.reshape(len(dh), segments, *g.shape[1:]).sum(1), dparameters)
 
     return forward_in_segments, backward_in_segments
 
 
 def _cut(arrays: Any, segments: int) -> Any:
-    """(batch, length, ...) as (batch * segments, length / segments, ...)."""
+    """Reshape (batch, length, ...) to (batch * segments, length / segments, ...)."""
     return jax.tree.map(lambda array: array.reshape(-1, array.shape[1] // segments, *array.shape[2:]), arrays)
 
 
 def _decays(sequences: Sequences, parameters: Parameters, options: Options) -> Array:
-    """What each sequence multiplies a state by, (batch, channels, states)."""
+    """Compute the product of the decays over each sequence, (batch, channels, states)."""
     d = sequences.delta.astype(jnp.float32)
     if parameters.delta_bias is not None:
         d += parameters.delta_bias.astype(jnp.float32)[None, None]
@@ -77,9 +77,9 @@ def _decays(sequences: Sequences, parameters: Parameters, options: Options) -> A
 
 
 def _chain(state: Array, added: Array, decays: Array, reverse: bool) -> tuple[Array, Array]:
-    """The states before the segments, (batch * segments, channels, states), and the one after the last of them.
+    """Compute the states before the segments, (batch * segments, channels, states), and the state after the last one.
 
-    Written out, for XLA to make one kernel of it.
+    The loop is unrolled, so that XLA makes one kernel of it.
     """
     added, decays = (array.reshape(len(state), -1, *state.shape[1:]) for array in (added, decays))
     before = {}

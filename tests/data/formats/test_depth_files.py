@@ -1,4 +1,4 @@
-"""Every format of depth against the scene it was written from, and all that can be wrong with such files."""
+"""Depth files in every format compared with their scene, and damaged or invalid depth files."""
 
 import contextlib
 import gc
@@ -22,7 +22,7 @@ from tests import sentences
 
 
 def ply(cloud: np.ndarray, kind: str = "ascii", size: bool = True, extra: bool = True) -> bytes:
-    """A PLY file of a cloud, with a colour in each vertex and a face after them."""
+    """Encode a cloud as PLY, with a colour in each vertex and a face after the vertices."""
     height, width = cloud.shape[:2]
     sizes = f"obj_info num_cols {width}\nobj_info num_rows {height}\n" if size else "comment of a scanner\n"
     colour = "property uchar red\n" if extra else ""
@@ -42,7 +42,7 @@ def ply(cloud: np.ndarray, kind: str = "ascii", size: bool = True, extra: bool =
 
 
 def pcd(cloud: np.ndarray, kind: str = "ascii", **changes: object) -> bytes:
-    """A PCD file of a cloud, padded as PCL pads it."""
+    """Encode a cloud as PCD, padded as PCL does."""
     height, width = cloud.shape[:2]
     keys = {
         "VERSION": "0.7", "FIELDS": "x y z _ rgb _", "SIZE": "4 4 4 1 4 1", "TYPE": "F F F U F U",
@@ -71,7 +71,7 @@ def tiff(array: np.ndarray, **settings) -> bytes:
 
 
 def png(cloud: np.ndarray) -> bytes:
-    """Depth in tenths of a millimetre."""
+    """Encode depth in tenths of a millimetre as PNG."""
     stream = io.BytesIO()
     Image.fromarray(np.round(cloud[..., 2] * 10_000).astype(np.uint16)).save(stream, "PNG")
     return stream.getvalue()
@@ -96,22 +96,24 @@ FORMATS = {
 @pytest.mark.parametrize(("ending", "encode"), FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("missing", [0, np.nan, np.inf, 1e30])
 def test_formats(tmp_path: Path, scan, ending: str, encode, missing: float) -> None:
-    """All in metres; a cloud tells its camera, depth alone does not."""
+    """Depth in metres is read unchanged; a camera is estimated from clouds and is None for depth images."""
     scene = scan(24, 32, seed=8, holes=0.2)
     file = tmp_path / f"000.{ending}"
     file.write_bytes(encode(np.where(scene.cloud[..., 2:] == 0, np.float32(missing), scene.cloud)))
-    measured, found = read_depth(file, None, (24, 32), "")
+    measured, camera = read_depth(file, None, (24, 32), "")
     assert measured.dtype == np.float32
     z = scene.cloud[..., 2]
     np.testing.assert_array_equal(measured, np.where(z == 0, np.nan, z))
     if ending.lower() in ("ply", "pcd") or encode in (tiff, npy):
         true = scene.camera
-        assert [found.fx, found.fy, found.cx, found.cy] == pytest.approx([true.fx, true.fy, true.cx, true.cy], abs=1e-3)
+        assert [camera.fx, camera.fy, camera.cx, camera.cy] == pytest.approx(
+            [true.fx, true.fy, true.cx, true.cy], abs=1e-3
+        )
     else:
-        assert found is None
+        assert camera is None
 
 
-def test_a_ply_file_tells_its_own_size(tmp_path: Path, scan) -> None:
+def test_the_size_in_a_ply_header_is_used(tmp_path: Path, scan) -> None:
     cloud = scan(24, 32, seed=8).cloud
     for size, shape in ((True, (24, 32)), (False, (32, 24))):
         (tmp_path / "000.ply").write_bytes(ply(cloud, size=size))
@@ -128,8 +130,8 @@ def test_units(tmp_path: Path, scan, factor: float) -> None:
     assert camera.fx == pytest.approx(scene.camera.fx, rel=1e-4)
 
 
-def test_a_scanner_without_perspective(tmp_path: Path) -> None:
-    """A profiler's cloud: x and y on a grid of half a millimetre. Heights and normals are as true as a pinhole's."""
+def test_an_orthographic_scanner(tmp_path: Path) -> None:
+    """The cloud of a laser profiler, with x and y on a grid of 0.5 mm, gives exact heights and normals."""
     columns, rows = np.meshgrid(np.arange(64), np.arange(48))
     x, y = (columns - 30) * 5e-4, (rows - 20) * 5e-4
     tilt = np.radians(35)
@@ -144,13 +146,13 @@ def test_a_scanner_without_perspective(tmp_path: Path) -> None:
     surface = depth.measure(measured, camera, window=5)
     assert np.degrees(np.arccos(surface.plane.normal @ normal)) < 0.2
     np.testing.assert_allclose(surface.height, step, atol=1.5e-4)
-    off = np.degrees(np.arccos(np.clip(surface.normals[..., 2], -1, 1)))
-    assert np.quantile(off[:, :38], 0.95) < 1
+    angles = np.degrees(np.arccos(np.clip(surface.normals[..., 2], -1, 1)))
+    assert np.quantile(angles[:, :38], 0.95) < 1
     points = depth.backproject(measured, camera)
     np.testing.assert_allclose(points[..., 0], x, atol=1e-6)
 
 
-# Everything that can be wrong
+# Bad input
 
 
 def npy_header(shape: str, descr: str = "'<f4'") -> bytes:
@@ -180,13 +182,13 @@ BAD = {
         sentences.NO_CAMERA_FITS,
     ),
     "no PLY": ("ply", b"mesh", sentences.NOT_A_CLOUD_OF_ITS_FORMAT.format(file="000.ply", format="PLY")),
-    "a PLY without format": ("ply", b"ply\nend_header\n", sentences.PLY_OF_UNKNOWN_FORMAT),
+    "a PLY without format": ("ply", b"ply\nend_header\n", sentences.PLY_WITHOUT_FORMAT),
     "a PLY of few points": ("ply", ply(CLOUD[:9], size=False), sentences.PLY_NOT_ORGANISED.format(576)),
     "a PLY without z": ("ply", ply(CLOUD).replace(b" z\n", b" w\n"), sentences.PLY_WITHOUT_COORDINATES),
     "a PLY of lists": (
         "ply",
         ply(CLOUD).replace(b"property uchar red", b"property list uchar int red"),
-        sentences.PLY_OF_UNKNOWN_TYPES,
+        sentences.PLY_WITH_UNKNOWN_TYPES,
     ),
     "a truncated PLY": ("ply", ply(CLOUD, "binary_little_endian")[:-99], sentences.FILE_UNREADABLE.format("000.ply")),
     "a PLY in words that ends early": ("ply", ply(CLOUD)[:-999], sentences.FILE_UNREADABLE.format("000.ply")),
@@ -205,7 +207,7 @@ BAD = {
     "a compressed PCD": (
         "pcd",
         pcd(CLOUD, "binary_compressed"),
-        sentences.PCD_OF_UNKNOWN_DATA.format("binary_compressed"),
+        sentences.PCD_WITH_UNKNOWN_DATA.format("binary_compressed"),
     ),
     "a PCD in no order": ("pcd", pcd(CLOUD, WIDTH=3072, HEIGHT=1), sentences.PCD_NOT_ORGANISED),
     "a PCD of unknown types": (
@@ -242,9 +244,9 @@ def test_bad_file(tmp_path: Path, ending: str, content: bytes, expected: str) ->
     assert ". " not in message
 
 
-def test_a_damaged_tiff_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_tiff_is_not_logged_as_well(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "000.tiff"
-    file.write_bytes(tiff(CLOUD).replace(struct.pack("<HH", 273, 4), struct.pack("<HH", 273, 99)))  # where its rows are
+    file.write_bytes(tiff(CLOUD).replace(struct.pack("<HH", 273, 4), struct.pack("<HH", 273, 99)))  # offset of its rows
     with pytest.raises(UserError, match=re.escape(sentences.FILE_UNREADABLE.format("000.tiff"))):
         read_depth(file, 1.0, (48, 64), "")
     assert not caplog.records
@@ -259,14 +261,14 @@ def test_a_damaged_file_is_read_or_refused(tmp_path: Path, scan, ending: str, en
     cut = draw.draw(st.integers(0, 8))
     file = tmp_path / f"000.{ending}"
     file.write_bytes(original[:start] + draw.draw(st.binary(max_size=8)) + original[start + cut :])
-    with contextlib.suppress(UserError):  # anything else that is raised is a traceback for the user
+    with contextlib.suppress(UserError):  # any other error would be a traceback for the user
         measured, camera = read_depth(file, 0.0001 if ending == "png" else 1.0, (12, 16), "")
         assert np.nanmin(measured) > 0
         if camera is not None:
             assert min(camera.fx, camera.fy) > 0
 
 
-def test_an_archive_by_the_name_of_an_array_is_refused(tmp_path: Path) -> None:
+def test_a_zip_archive_named_npy_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "000.npy"
     file.write_bytes(b"PK\3\4 and no more")
     with pytest.raises(UserError, match=re.escape(sentences.FILE_DAMAGED.format("000.npy") + ".")):

@@ -1,4 +1,4 @@
-"""The reader against files made by hand, the real samples, and everything that can be wrong with a file."""
+"""The Eyecandies reader on synthetic and real samples, and bad input."""
 
 import contextlib
 import os
@@ -29,7 +29,7 @@ FOLDERS = {"train": "train", "calibration": "val", "test": "test_public"}
 def write_sample(
     root: Path, folder: str = "test_public", id_: str = "00", object_: str = "Confetto", kinds: str = ""
 ) -> None:
-    """One sample of 24 x 16 pixels; depth rises from 1 m to 3 m along the columns."""
+    """Write one sample of 24 x 16 pixels; depth rises from 1 m to 3 m along the columns."""
     data = root / object_ / folder / "data"
     data.mkdir(parents=True, exist_ok=True)
     levels = np.tile(np.linspace(0, 65535, WIDTH).round().astype(np.uint16), (HEIGHT, 1))
@@ -54,7 +54,7 @@ def root(tmp_path: Path) -> Path:
     return root
 
 
-def test_reads_what_was_written(root: Path) -> None:
+def test_samples_are_read_as_written(root: Path) -> None:
     write_sample(root, id_="01", kinds="dents")
     reader = Eyecandies(root, "Confetto")
     assert reader.ids("Confetto", "test") == ("00", "01")
@@ -109,7 +109,7 @@ def test_ids_are_in_the_order_of_numbers(root: Path) -> None:
     assert Eyecandies(root, "Confetto").ids("Confetto", "train") == ("00", "3", "20", "100")
 
 
-def test_objects_keep_the_order_asked_for(root: Path) -> None:
+def test_objects_keep_the_selected_order(root: Path) -> None:
     for name in OBJECTS:
         for folder in FOLDERS.values():
             write_sample(root, folder, object_=name)
@@ -117,12 +117,12 @@ def test_objects_keep_the_order_asked_for(root: Path) -> None:
     assert Eyecandies(root, "Lollipop, CandyCane").objects == ("Lollipop", "CandyCane")
 
 
-def test_reads_only_the_files_it_names(root: Path) -> None:
+def test_only_the_listed_files_are_read(root: Path) -> None:
     reader = Eyecandies(root, "Confetto")
     before = reader.read("Confetto", "test", "00")
-    named = reader.files("Confetto", "test", "00")
+    listed = reader.files("Confetto", "test", "00")
     for file in root.rglob("*.*"):
-        if file not in named:
+        if file not in listed:
             file.unlink()
     np.testing.assert_array_equal(reader.read("Confetto", "test", "00").depth, before.depth)
 
@@ -130,9 +130,9 @@ def test_reads_only_the_files_it_names(root: Path) -> None:
 @pytest.mark.parametrize(("light", "expected"), [("all", range(6)), ("2", [2])])
 def test_all_lights_are_six_training_images(root: Path, light: str, expected: list[int]) -> None:
     for folder in FOLDERS.values():
-        for one in range(6):
-            rgb = np.full((HEIGHT, WIDTH, 3), one, np.uint8)
-            Image.fromarray(rgb).save(root / "Confetto" / folder / f"data/00_image_{one}.png")
+        for number in range(6):
+            rgb = np.full((HEIGHT, WIDTH, 3), number, np.uint8)
+            Image.fromarray(rgb).save(root / "Confetto" / folder / f"data/00_image_{number}.png")
     reader = Eyecandies(root, "Confetto", light)
     ids = reader.ids("Confetto", "train")
     assert len(set(ids)) == len(expected)
@@ -144,7 +144,7 @@ def test_all_lights_are_six_training_images(root: Path, light: str, expected: li
         assert (reader.read("Confetto", split, "00").rgb == (2 if light == "2" else 4)).all()
 
 
-def test_all_lights_must_be_there_to_train_on(root: Path) -> None:
+def test_training_on_all_lights_needs_all_images(root: Path) -> None:
     with pytest.raises(UserError, match=re.escape(sentences.SAMPLE_FILE_MISSING.format("train/data/00_image_1.png"))):
         Eyecandies(root, "Confetto", "all")
 
@@ -162,7 +162,7 @@ def test_unlabelled_images_have_neither_mask_nor_labels(root: Path) -> None:
 
 
 def test_official_normals(root: Path) -> None:
-    """Red to the right, green up, blue to the camera: in our axes, y points down and z away."""
+    """The files have red to the right, green up, blue to the camera; in `Camera` axes, y points down and z away."""
     for folder in FOLDERS.values():
         normals = np.full((HEIGHT, WIDTH, 3), [128, 128, 255], np.uint8)
         normals[0, 0] = [204, 230, 128]  # (0.6, 0.8, 0) and rounding
@@ -183,7 +183,7 @@ def test_official_normals(root: Path) -> None:
         Eyecandies(root, "Confetto", normals=True)
 
 
-# Everything that can be wrong
+# Bad input
 
 
 def chunk(name: bytes, content: bytes) -> bytes:
@@ -191,7 +191,7 @@ def chunk(name: bytes, content: bytes) -> bytes:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """The start of an 8-bit RGB PNG of any size."""
+    """Encode the start of an 8-bit RGB PNG of any size."""
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
 
 
@@ -217,7 +217,7 @@ AT_OPENING = {
     "a link to itself": (
         "mask.png",
         "loop",
-        sentences.FILE_UNREADABLE_SINCE.format(file="mask.png", reason="Too many levels of symbolic links"),
+        sentences.FILE_UNREADABLE_WITH_REASON.format(file="mask.png", reason="Too many levels of symbolic links"),
     ),
     "zero bytes of RGB": ("image_4.png", write(b""), sentences.FILE_EMPTY.format("image_4.png")),
     "zero bytes of YAML": ("metadata.yaml", write(b""), sentences.FILE_EMPTY.format("metadata.yaml")),
@@ -302,7 +302,7 @@ AT_READING = {
         sentences.SIZES_DIFFER.format(file="", size="24x8"),
     ),
     "small mask": ("mask.png", save(GREY[:, :5]), sentences.SIZES_DIFFER.format(file="", size="5x16")),
-    "mask of three values": ("mask.png", save(THREE_VALUES), sentences.MASK_OF_SEVERAL_VALUES.format([7, 255])),
+    "mask of three values": ("mask.png", save(THREE_VALUES), sentences.MASK_WITH_SEVERAL_VALUES.format([7, 255])),
     "no valid depth": (
         "info_depth.yaml",
         write("normalization: {min: 0, max: 0}"),
@@ -426,18 +426,18 @@ def assert_one_sentence(message: str, file: str, expected: str) -> None:
     assert ". " not in message
 
 
-@pytest.mark.parametrize(("ending", "how", "expected"), AT_OPENING.values(), ids=AT_OPENING)
-def test_what_is_cheap_is_checked_at_opening(root: Path, spoil, ending: str, how, expected: str) -> None:
-    spoil.apply(how, root / f"Confetto/test_public/data/00_{ending}")
+@pytest.mark.parametrize(("ending", "damage", "expected"), AT_OPENING.values(), ids=AT_OPENING)
+def test_cheap_checks_are_made_at_opening(root: Path, spoil, ending: str, damage, expected: str) -> None:
+    spoil.apply(damage, root / f"Confetto/test_public/data/00_{ending}")
     with pytest.raises(UserError) as error:
         Eyecandies(root, "Confetto")
     assert_one_sentence(str(error.value), ending, expected)
 
 
-@pytest.mark.parametrize(("ending", "how", "expected"), AT_READING.values(), ids=AT_READING)
-def test_bad_file(root: Path, spoil, monkeypatch: pytest.MonkeyPatch, ending: str, how, expected: str) -> None:
+@pytest.mark.parametrize(("ending", "damage", "expected"), AT_READING.values(), ids=AT_READING)
+def test_bad_file(root: Path, spoil, monkeypatch: pytest.MonkeyPatch, ending: str, damage, expected: str) -> None:
     monkeypatch.chdir(root)
-    spoil.apply(how, root / f"Confetto/test_public/data/00_{ending}")
+    spoil.apply(damage, root / f"Confetto/test_public/data/00_{ending}")
     reader = Eyecandies(root, "Confetto")
     with pytest.raises(UserError) as error:
         reader.read("Confetto", "test", "00")
@@ -450,13 +450,15 @@ def test_a_defect_among_good_images_is_refused(root: Path, split: str) -> None:
     write_sample(root, FOLDERS[split], id_="01", kinds="dents")
     with pytest.raises(
         UserError,
-        match=re.escape(sentences.LABELLED_DEFECT_OUTSIDE_TEST.format(file="01_metadata.yaml", defect="dents")),
+        match=re.escape(
+            sentences.LABELLED_DEFECT_OUTSIDE_TEST.format(file="01_metadata.yaml", split=split, defect="dents")
+        ),
     ):
         Eyecandies(root, "Confetto").read("Confetto", split, "01")
 
 
-def test_aliases_that_multiply_are_refused_without_being_written_out(root: Path) -> None:
-    """Each level holds the one before ten times: the whole text would fill the memory."""
+def test_multiplying_aliases_are_refused_without_being_expanded(root: Path) -> None:
+    """Each level repeats the level before ten times, so the expanded text would fill the memory."""
     levels = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10 if i else ['x'])}]" for i in range(12)]
     file = root / "Confetto/test_public/data/00_metadata.yaml"
     file.write_text("\n".join([*levels, "anomalous: *a11"]))
@@ -475,14 +477,14 @@ def test_a_damaged_file_is_read_or_refused(root: Path, ending: str, data: st.Dat
     damaged = original[:start] + data.draw(st.binary(max_size=8)) + original[start + cut :]
     reader = Eyecandies(root, "Confetto")
     file.write_bytes(damaged)
-    with contextlib.suppress(UserError):  # anything else that is raised is a traceback for the user
+    with contextlib.suppress(UserError):  # any other error would be a traceback for the user
         sample = reader.read("Confetto", "test", "00")
         assert sample.rgb.shape == (*sample.depth.shape, 3)
         assert sample.depth.shape == sample.mask.shape
     file.write_bytes(original)
 
 
-def test_file_gone_or_emptied_after_opening(root: Path) -> None:
+def test_files_removed_or_emptied_after_opening(root: Path) -> None:
     reader = Eyecandies(root, "Confetto")
     depth_file = root / "Confetto/test_public/data/00_depth.png"
     depth_file.write_bytes(b"")
@@ -492,7 +494,7 @@ def test_file_gone_or_emptied_after_opening(root: Path) -> None:
     with pytest.raises(
         UserError,
         match=re.escape(
-            sentences.FILE_UNREADABLE_SINCE.format(file="00_depth.png", reason="No such file or directory")
+            sentences.FILE_UNREADABLE_WITH_REASON.format(file="00_depth.png", reason="No such file or directory")
         ),
     ):
         reader.read("Confetto", "test", "00")
@@ -509,7 +511,7 @@ def test_file_gone_or_emptied_after_opening(root: Path) -> None:
         ("Confetto", "1", sentences.SAMPLE_FILE_MISSING.format("00_image_1.png")),
     ],
 )
-def test_wrong_choice(root: Path, objects: str, light: str, expected: str) -> None:
+def test_invalid_options(root: Path, objects: str, light: str, expected: str) -> None:
     with pytest.raises(UserError) as error:
         Eyecandies(root, objects, light)
     assert_one_sentence(str(error.value), "", expected)
@@ -546,12 +548,12 @@ def test_links_within_the_root_and_to_it_are_followed(root: Path) -> None:
     assert Eyecandies(link, "Lollipop").read("Lollipop", "test", "00").object == "Lollipop"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is unreadable to root")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can read every file")
 def test_unreadable_folder(root: Path) -> None:
     (root / "Confetto/train/data").chmod(0)
     with pytest.raises(
         UserError,
-        match=re.escape(sentences.FILE_UNREADABLE_SINCE.format(file="train/data", reason="Permission denied")),
+        match=re.escape(sentences.FILE_UNREADABLE_WITH_REASON.format(file="train/data", reason="Permission denied")),
     ):
         Eyecandies(root, "Confetto")
 
@@ -583,8 +585,8 @@ def test_real_labels(candy_canes: Eyecandies) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "calibration", "test"])
-def test_real_depth_lies_on_the_plane_that_the_camera_pose_tells(candy_canes: Eyecandies, split: str) -> None:
-    """The belt is world plane z = 0; a depth along the ray, or a centre half a pixel off, fails here."""
+def test_real_depth_lies_on_the_plane_of_the_camera_pose(candy_canes: Eyecandies, split: str) -> None:
+    """The belt is the world plane z = 0; depth along the ray or a centre half a pixel off would fail."""
     for id_ in candy_canes.ids("CandyCane", split)[::10]:
         sample = candy_canes.read("CandyCane", split, id_)
         assert np.isfinite(sample.depth).all()

@@ -1,4 +1,4 @@
-"""One's own objects: what the README shows, every format of depth against the scene it was written from, bad input."""
+"""The folder reader: the layout of the README, photographs, settings, cameras and bad input."""
 
 import re
 import struct
@@ -19,12 +19,12 @@ from tests import sentences
 
 
 def levels(scene) -> np.ndarray:
-    """Depth in tenths of a millimetre."""
+    """Return depth in tenths of a millimetre."""
     return np.round(scene.cloud[..., 2] * 10_000).astype(np.uint16)
 
 
 def write(folder: Path, scene, name: str = "000", kinds: tuple[str, ...] = ("rgb", "depth")) -> None:
-    """One sample as PNG; depth in tenths of a millimetre."""
+    """Write one sample as PNG; depth in tenths of a millimetre."""
     images = {"rgb": scene.rgb, "depth": levels(scene), "mask": scene.mask}
     for kind in kinds:
         (folder / kind).mkdir(parents=True, exist_ok=True)
@@ -33,7 +33,7 @@ def write(folder: Path, scene, name: str = "000", kinds: tuple[str, ...] = ("rgb
 
 @pytest.fixture
 def root(tmp_path: Path, scan) -> Path:
-    """Two objects, one of them never tested; names as people give them."""
+    """A dataset of two objects, one without test images, with spaces and non-ASCII letters in names."""
     root = tmp_path / "dataset"
     for name in ("part 2", "10"):
         write(root / "Zahnrad groß/train/good", scan(seed=len(name)), name)
@@ -46,7 +46,7 @@ def root(tmp_path: Path, scan) -> Path:
     return root
 
 
-def test_reads_what_was_written(root: Path, scan, tree) -> None:
+def test_samples_are_read_as_written(root: Path, scan, tree) -> None:
     before = tree(root)
     reader = Folder(root, needs_depth=True)
     gear, bolt = reader.objects
@@ -72,7 +72,7 @@ def test_reads_what_was_written(root: Path, scan, tree) -> None:
     assert tree(root) == before
 
 
-def test_the_config_finds_the_objects(root: Path) -> None:
+def test_the_config_selects_objects(root: Path) -> None:
     config = paper("1-1")
     config.dataset.name, config.dataset.root = "folder", str(root)
     assert readers.objects(config) == readers.open_reader(config).objects == ("Zahnrad groß", "bolt")
@@ -85,12 +85,12 @@ def test_the_config_finds_the_objects(root: Path) -> None:
     ):
         readers.objects(config)
     config.dataset.objects, config.input.depth_encoding = "all", "normals_official"
-    with pytest.raises(UserError, match=sentences.ENCODING_NOT_THERE.format(reader="folder", known="normals")):
+    with pytest.raises(UserError, match=sentences.ENCODING_UNAVAILABLE.format(reader="folder", known="normals")):
         readers.open_reader(config)
 
 
 def test_photographs_alone(tmp_path: Path, scan, read_all) -> None:
-    """The least that one can bring: every kind of photograph, no depth, no masks, no settings."""
+    """The smallest dataset: photographs in every format without depth, masks or settings."""
     folder = tmp_path / "bolt/train/good/rgb"
     folder.mkdir(parents=True)
     rgb = scan().rgb
@@ -114,7 +114,7 @@ def test_photographs_alone(tmp_path: Path, scan, read_all) -> None:
         Folder(tmp_path, needs_depth=True)
 
 
-def test_settings_and_what_is_assumed_without(root: Path) -> None:
+def test_settings_and_their_defaults(root: Path) -> None:
     reader = Folder(root)
     assert (reader.object_height, reader.height_range) == (0.005, 0.1)
     with (root / "dataset.yaml").open("a") as file:
@@ -125,8 +125,8 @@ def test_settings_and_what_is_assumed_without(root: Path) -> None:
     assert Folder(root).read("bolt", "train", "000").camera.fx == 64
 
 
-def test_a_cloud_knows_its_camera_better_than_the_settings(root: Path, scan) -> None:
-    """Here they are wrong; and only depth images need them."""
+def test_the_camera_of_a_cloud_overrides_the_settings(root: Path, scan) -> None:
+    """Only depth images use the unit and camera of the settings, which are wrong here."""
     (root / "dataset.yaml").write_text("unit: m\ncamera: {fx: 9, fy: 9, cx: 1, cy: 1}")
     (root / DEPTH).unlink()
     np.save((root / DEPTH).with_suffix(".npy"), scan().cloud)
@@ -135,13 +135,13 @@ def test_a_cloud_knows_its_camera_better_than_the_settings(root: Path, scan) -> 
 
 @pytest.mark.parametrize(("noise", "expected"), [(1e-4, 3), (2e-2, 15)])
 def test_the_window_of_normals_follows_from_the_noise(root: Path, scan, noise: float, expected: int) -> None:
-    """Pixels are 5.9 mm apart."""
+    """The pixel distance is 5.9 mm."""
     for object_, name in (("bolt", "000"), ("Zahnrad groß", "10"), ("Zahnrad groß", "part 2")):
         write(root / object_ / "train/good", scan(noise=noise), name)
     assert Folder(root).normals_window == expected
 
 
-# Everything that can be wrong
+# Bad input
 
 GOOD, BROKEN = "bolt/train/good", "Zahnrad groß/test/broken tooth"
 RGB, DEPTH, MASK = f"{GOOD}/rgb/000.png", f"{GOOD}/depth/000.png", f"{BROKEN}/mask/000.png"
@@ -158,13 +158,13 @@ def tiff_of_16_bits(file: Path) -> None:
 
 
 def exif(orientation: int) -> Image.Exif:
-    found = Image.Exif()
-    found[0x0112] = orientation
-    return found
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
 
 
 def jpeg_header(side: int) -> bytes:
-    """A JPEG of any size, without its pixels."""
+    """Encode a JPEG of any size without its pixels."""
     frame = struct.pack(">HBHHB", 17, 8, side, side, 3) + bytes([1, 17, 0, 2, 17, 0, 3, 17, 0])
     scan = struct.pack(">HB", 12, 3) + bytes([1, 0, 2, 0, 3, 0, 0, 63, 0])
     return b"\xff\xd8\xff\xc0" + frame + b"\xff\xda" + scan
@@ -215,9 +215,13 @@ BAD = {
     "an unknown ending": (
         RGB,
         ("copy_to", "001.webp"),
-        sentences.UNKNOWN_NAME.format(path="001.webp", known=".png .jpg"),
+        sentences.UNKNOWN_SUFFIX.format(path="001.webp", known=".png .jpg"),
     ),
-    "one name twice": (RGB, ("copy_to", "000.jpg"), sentences.NAME_TAKEN_TWICE.format(one="000.png", other="000.jpg")),
+    "one name twice": (
+        RGB,
+        ("copy_to", "000.jpg"),
+        sentences.NAMES_DIFFER_IN_SUFFIX.format(file="000.png", other="000.jpg"),
+    ),
     "depth without an image": (DEPTH, ("copy_to", "001.png"), sentences.FILE_WITHOUT_IMAGE.format("001.png")),
     "some masks missing": (
         f"{BROKEN}/rgb/000.png",
@@ -232,7 +236,7 @@ BAD = {
     "a mask of three values": (
         MASK,
         save(np.tile(np.uint8([0, 7, 255, 0]), (48, 16))),
-        sentences.MASK_OF_SEVERAL_VALUES.format([7, 255]),
+        sentences.MASK_WITH_SEVERAL_VALUES.format([7, 255]),
     ),
     "a mask of another size": (MASK, save(GREY[:, :9]), sentences.SIZES_DIFFER.format(file="000.png", size="9x48")),
     "a colour mask": (
@@ -245,7 +249,7 @@ BAD = {
     "a link to itself": (
         RGB,
         "loop",
-        sentences.FILE_UNREADABLE_SINCE.format(file="", reason="Too many levels of symbolic links"),
+        sentences.FILE_UNREADABLE_WITH_REASON.format(file="", reason="Too many levels of symbolic links"),
     ),
     "an object elsewhere": ("bolt", "move_out", sentences.LEADS_OUT_OF_ROOT.format("bolt")),
     "settings elsewhere": ("dataset.yaml", "move_out", sentences.LEADS_OUT_OF_ROOT.format("dataset.yaml")),
@@ -268,7 +272,7 @@ BAD = {
     "a turned photograph": (
         RGB,
         lambda file: Image.fromarray(GREY).save(file.with_suffix(".jpg"), exif=exif(6)) or file.unlink(),
-        sentences.IMAGE_TURNED.format("000.jpg"),
+        sentences.IMAGE_ROTATED.format("000.jpg"),
     ),
     "a PNG called JPEG": (
         RGB,
@@ -297,7 +301,7 @@ BAD = {
         sentences.SIZES_DIFFER.format(file="000.png", size="64x24"),
     ),
     "nothing valid": (DEPTH, save(GREY.astype(np.uint16)), sentences.DEPTH_ALL_MISSING.format("depth/000.png")),
-    "no unit": ("dataset.yaml", Path.unlink, sentences.UNIT_UNKNOWN.format(remedy=sentences.UNIT_GIVEN_IN_SETTINGS)),
+    "no unit": ("dataset.yaml", Path.unlink, sentences.UNIT_UNKNOWN.format(remedy=sentences.SET_UNIT_IN_SETTINGS)),
     "millimetres called metres": (
         "dataset.yaml",
         ("write", "unit: m"),
@@ -336,15 +340,15 @@ BAD = {
 
 
 def add_second(file: Path) -> None:
-    """A second image with depth, but without a mask."""
+    """Add a second image with depth but without a mask."""
     for kind in ("rgb", "depth"):
         source = file.parents[1] / kind / "000.png"
         source.with_name("001.png").write_bytes(source.read_bytes())
 
 
-@pytest.mark.parametrize(("path", "how", "expected"), BAD.values(), ids=BAD)
-def test_bad_input(root: Path, refused, spoil, path: str, how, expected: str) -> None:
-    spoil.apply(how, root / path)
+@pytest.mark.parametrize(("path", "damage", "expected"), BAD.values(), ids=BAD)
+def test_bad_input(root: Path, refused, spoil, path: str, damage, expected: str) -> None:
+    spoil.apply(damage, root / path)
     refused(lambda: Folder(root, "all" if path == "." else "bolt,Zahnrad groß", needs_depth=True), str(root), expected)
 
 

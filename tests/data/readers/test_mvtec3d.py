@@ -1,4 +1,4 @@
-"""The reader against trees in the official format with the geometry of a scanner, and all that can be wrong in them."""
+"""The MVTec 3D-AD reader on simulated scans in the official layout, and bad input."""
 
 import re
 import shutil
@@ -18,12 +18,12 @@ from tests import sentences
 
 
 def save(file: Path, cloud: np.ndarray, **settings) -> None:
-    """One page, channels last."""
+    """Write a cloud as a TIFF with one page, channels last."""
     tifffile.imwrite(file, cloud, **({"photometric": "rgb", "planarconfig": "contig"} | settings))
 
 
 def write(folder: Path, scene, name: str = "000", gt: bool = True) -> None:
-    """One sample: rgb, xyz, and gt with the ball as defect unless the folder's images are good."""
+    """Write one sample: rgb, xyz, and gt with the ball as defect unless the folder is good."""
     for kind in ("rgb", "xyz", *(("gt",) if gt else ())):
         (folder / kind).mkdir(parents=True, exist_ok=True)
     Image.fromarray(scene.rgb).save(folder / f"rgb/{name}.png")
@@ -34,7 +34,7 @@ def write(folder: Path, scene, name: str = "000", gt: bool = True) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path, scan) -> Path:
-    """Bagel, as the official archive has it: gt with the test images alone, of the good ones too."""
+    """The object bagel as in the official archive, with gt of test images only, good ones included."""
     root = tmp_path / "dataset"
     (root / "bagel").mkdir(parents=True)
     (root / "bagel/license.txt").touch()
@@ -47,7 +47,7 @@ def root(tmp_path: Path, scan) -> Path:
     return root
 
 
-def test_reads_what_was_written(root: Path, scan, tree) -> None:
+def test_samples_are_read_as_written(root: Path, scan, tree) -> None:
     before = tree(root)
     reader = MVTec3D(root, "bagel", needs_depth=True)
     assert reader.ids("bagel", "train") == ("000", "001", "validation/000")
@@ -66,17 +66,17 @@ def test_reads_what_was_written(root: Path, scan, tree) -> None:
         z = scene.cloud[..., 2]
         np.testing.assert_array_equal(sample.depth, np.where(z == 0, np.nan, z))
         assert sample.depth.dtype == np.float32
-        found, true = sample.camera, scene.camera
+        camera, true = sample.camera, scene.camera
         np.testing.assert_allclose(
-            [found.fx, found.fy, found.cx, found.cy], [true.fx, true.fy, true.cx, true.cy], atol=1e-3
+            [camera.fx, camera.fy, camera.cx, camera.cy], [true.fx, true.fy, true.cx, true.cy], atol=1e-3
         )
-        assert not found.orthographic
+        assert not camera.orthographic
     assert {file.name for file in reader.files("bagel", "test", "hole/000")} == {"000.png", "000.tiff"}
     assert len(reader.files("bagel", "test", "hole/000")) == 3
     assert tree(root) == before
 
 
-def test_validation_images_kept_for_calibration(root: Path) -> None:
+def test_validation_images_used_for_calibration(root: Path) -> None:
     reader = MVTec3D(root, "bagel", validation="calibration")
     assert reader.ids("bagel", "train") == ("000", "001")
     assert reader.ids("bagel", "calibration") == ("000",)
@@ -99,7 +99,7 @@ def test_without_xyz_there_is_no_depth(root: Path, read_all) -> None:
 
 @pytest.mark.parametrize(("height", "width", "pixel"), [(400, 400, 0.9e-3), (900, 800, 0.45e-3)])
 def test_geometry_at_the_official_sizes(root: Path, scan, height: int, width: int, pixel: float) -> None:
-    """Noise of a quarter of a millimetre and a tenth of the pixels missing: plane, heights and normals are right."""
+    """Plane, heights and normals are correct with noise of 0.25 mm and a tenth of the pixels missing."""
     scene = scan(height, width, tilt=30, noise=2.5e-4, holes=0.1, seed=6)
     assert scene.distance / scene.camera.fx == pytest.approx(pixel, rel=0.1)
     write(root / "bagel/test/cut", scene)
@@ -112,8 +112,8 @@ def test_geometry_at_the_official_sizes(root: Path, scan, height: int, width: in
     assert np.sqrt((error**2).mean()) < 3e-4
     assert np.median(np.abs(surface.height - scene.height)[~surface.valid]) < 5e-4
     flat = scene.height < 1e-9
-    off = np.degrees(np.arccos(np.clip(surface.normals[..., 2], -1, 1)))[flat]
-    assert np.quantile(off, 0.95) < 3
+    angles = np.degrees(np.arccos(np.clip(surface.normals[..., 2], -1, 1)))[flat]
+    assert np.quantile(angles, 0.95) < 3
     region = depth.object_mask(surface.height, reader.object_height)
     assert (region == (scene.height > reader.object_height))[surface.valid].mean() > 0.999
 
@@ -137,7 +137,7 @@ def test_a_gt_may_be_missing_from_good_images_and_have_several_values(root: Path
 
 
 def test_a_cloud_of_another_convention_keeps_its_geometry(root: Path, scan) -> None:
-    """The cloud's x points left and its y up."""
+    """A cloud with x to the left and y upwards gives the same camera."""
     scene = scan(seed=4)
     save(root / "bagel/test/hole/xyz/000.tiff", scene.cloud * np.float32([-1, -1, 1]))
     camera = MVTec3D(root, "bagel").read("bagel", "test", "hole/000").camera
@@ -145,8 +145,8 @@ def test_a_cloud_of_another_convention_keeps_its_geometry(root: Path, scan) -> N
     assert camera.cy == pytest.approx(scene.camera.cy, abs=1e-3)
 
 
-def test_the_camera_is_found_among_outliers_and_behind_a_lens(root: Path, scan) -> None:
-    """4 % of the points lie anywhere, and rays bend outwards by up to half a percent of the image's width."""
+def test_the_camera_fit_tolerates_outliers_and_lens_distortion(root: Path, scan) -> None:
+    """4 % of the points are random, and rays bend outwards by up to half a percent of the image's width."""
     scene = scan(96, 128, seed=4)
     columns, rows = np.meshgrid(np.arange(128) - scene.camera.cx, np.arange(96) - scene.camera.cy)
     bend = 1 + 0.01 * (columns**2 + rows**2) / 64**2
@@ -161,11 +161,11 @@ def test_the_camera_is_found_among_outliers_and_behind_a_lens(root: Path, scan) 
     assert camera.cx == pytest.approx(scene.camera.cx, abs=1.3)
 
 
-# Everything that can be wrong
+# Bad input
 
 
 def change(to: Callable, **settings) -> Callable:
-    """Writes the cloud again, with other values."""
+    """Return a function that replaces a cloud file by a changed cloud."""
 
     def spoil(file: Path) -> None:
         save(file, to(tifffile.imread(file)), **settings)
@@ -174,7 +174,7 @@ def change(to: Callable, **settings) -> Callable:
 
 
 def header_of(width: int, height: int) -> bytes:
-    """An uncompressed TIFF of three float channels, of any size, without its pixels."""
+    """Encode an uncompressed TIFF of three float channels, of any size, without its pixels."""
     tags = [
         (256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, 32), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 8),
         (277, 3, 1, 3), (278, 4, 1, height), (279, 4, 1, 4), (339, 3, 1, 3),
@@ -237,19 +237,19 @@ BAD = {
     "an unknown ending": (
         f"{GOOD}/xyz/000.tiff",
         ("copy_to", "000.mat"),
-        sentences.UNKNOWN_NAME.format(path="000.mat", known=".tiff"),
+        sentences.UNKNOWN_SUFFIX.format(path="000.mat", known=".tiff"),
     ),
     "an empty file": (f"{GOOD}/xyz/000.tiff", ("write", b""), sentences.FILE_EMPTY.format("000.tiff")),
     "a folder for a file": (f"{GOOD}/xyz/000.tiff", "fold", sentences.NOT_A_FILE.format("000.tiff")),
     "a link to itself": (
         f"{GOOD}/xyz/000.tiff",
         "loop",
-        sentences.FILE_UNREADABLE_SINCE.format(file="", reason="Too many levels of symbolic links"),
+        sentences.FILE_UNREADABLE_WITH_REASON.format(file="", reason="Too many levels of symbolic links"),
     ),
     "a folder that is a link to itself": (
         f"{GOOD}/xyz",
         "loop",
-        sentences.FILE_UNREADABLE_SINCE.format(file="", reason="Too many levels of symbolic links"),
+        sentences.FILE_UNREADABLE_WITH_REASON.format(file="", reason="Too many levels of symbolic links"),
     ),
     "a file elsewhere": (f"{GOOD}/xyz/000.tiff", "move_out", sentences.LEADS_OUT_OF_ROOT.format("000.tiff")),
     "a folder elsewhere": (f"{GOOD}/xyz", "move_out", sentences.LEADS_OUT_OF_ROOT.format("xyz")),
@@ -285,12 +285,12 @@ BAD = {
     "depth alone": (
         f"{GOOD}/xyz/000.tiff",
         change(to=lambda cloud: cloud[..., 2], photometric="minisblack", planarconfig=None),
-        sentences.TIFF_OF_DEPTH_ALONE,
+        sentences.TIFF_WITHOUT_COORDINATES,
     ),
     "several pages": (
         f"{GOOD}/xyz/000.tiff",
         change(to=lambda cloud: np.moveaxis(cloud, -1, 0), photometric="minisblack", planarconfig=None),
-        sentences.TIFF_OF_SEVERAL_PAGES,
+        sentences.TIFF_WITH_SEVERAL_PAGES,
     ),
     "millimetres": (
         f"{GOOD}/xyz/000.tiff",
@@ -337,10 +337,10 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("path", "how", "expected"), BAD.values(), ids=BAD)
-def test_bad_input(root: Path, refused, spoil, path: str, how, expected: str) -> None:
+@pytest.mark.parametrize(("path", "damage", "expected"), BAD.values(), ids=BAD)
+def test_bad_input(root: Path, refused, spoil, path: str, damage, expected: str) -> None:
     (root / "README").touch()
-    spoil.apply(how, root / path)
+    spoil.apply(damage, root / path)
     refused(lambda: MVTec3D(root, "bagel", needs_depth=True), str(root), expected)
 
 
@@ -360,7 +360,7 @@ def test_compressed_clouds(root: Path, scan) -> None:
     save(file, tifffile.imread(file), compression="zlib")
     np.testing.assert_array_equal(MVTec3D(root, "bagel").read("bagel", "test", "hole/000").depth, plain)
     content = bytearray(file.read_bytes())
-    tag = content.index(struct.pack("<HHI", 259, 3, 1))  # compression: says LZW
+    tag = content.index(struct.pack("<HHI", 259, 3, 1))  # the compression tag, set to LZW
     content[tag + 8 : tag + 10] = struct.pack("<H", 5)
     file.write_bytes(content)
     with pytest.raises(
@@ -373,7 +373,7 @@ def test_a_compressed_bomb_is_refused_before_it_grows(root: Path) -> None:
     file = root / HOLE / "xyz/000.tiff"
     save(file, np.zeros((6400, 64, 3), np.float32), compression="zlib", rowsperstrip=6400)
     content = bytearray(file.read_bytes())
-    for tag in (257, 278):  # rows of the image and of its strip: a hundredth
+    for tag in (257, 278):  # rows of the image and of its strip, set to a hundredth
         start = content.index(struct.pack("<H", tag))
         content[start + 2 : start + 12] = struct.pack("<HII", 4, 1, 64)
     file.write_bytes(content)

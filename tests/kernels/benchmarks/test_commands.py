@@ -1,4 +1,4 @@
-"""The other benchmark commands, each as a user runs it, at its smallest size."""
+"""Further benchmark commands, each run like by a user, at its smallest size."""
 
 import importlib.util
 import re
@@ -24,25 +24,25 @@ def run(command, *arguments):
 
 
 def test_training_step():
-    done = run("training_step", "--small", "--seconds=0")
-    assert done.returncode == 0, done.stderr
+    process = run("training_step", "--small", "--seconds=0")
+    assert process.returncode == 0, process.stderr
     expected = sentences.TRAINING_STEP_TIMED.format(system="quickstart", batch=2, number=NUMBER) + r"\n"
-    assert re.fullmatch(expected, done.stdout), done.stdout
+    assert re.fullmatch(expected, process.stdout), process.stdout
 
 
 def test_compile_selective_scan():
     if importlib.util.find_spec("jax_cuda13_plugin") or importlib.util.find_spec("jax_cuda12_plugin"):
-        done = run("compile_selective_scan", "1,8,32,4,1", "float32")
-        assert done.returncode == 0, done.stderr
-        assert re.search(sentences.MEMORY_COMPILED.format(number=r"[\d.]+"), done.stdout, re.MULTILINE)
+        process = run("compile_selective_scan", "1,8,32,4,1", "float32")
+        assert process.returncode == 0, process.stderr
+        assert re.search(sentences.MEMORY_COMPILED.format(number=r"[\d.]+"), process.stdout, re.MULTILINE)
     else:
-        done = run("compile_selective_scan")
-        assert done.returncode == 2
-        assert done.stderr.startswith(sentences.CUDA_PLUGIN_MISSING.format("jax-cuda13-plugin"))
+        process = run("compile_selective_scan")
+        assert process.returncode == 2
+        assert process.stderr.startswith(sentences.CUDA_PLUGIN_MISSING.format("jax-cuda13-plugin"))
 
 
 @pytest.mark.parametrize("file", ["cpu_quiet", "cpu"])
-def test_tables_in_the_readme_are_those_of_the_results(file, capsys):
+def test_tables_in_the_readme_match_the_results(file, capsys):
     assert tables.main([str(ROOT / "kernels" / "benchmarks" / "results" / f"{file}.json")]) == 0
     _, _, table = capsys.readouterr().out.partition("\n\n")
     assert table.strip() in (ROOT / "kernels" / "README.md").read_text()
@@ -50,7 +50,7 @@ def test_tables_in_the_readme_are_those_of_the_results(file, capsys):
 
 def test_tables_of_parts(capsys):
     row = {"ms": 1.25, "peak": None, "hottest": [{"kernel": "k", "ms an update": 1.0}], "results": "two\nlines"}
-    table = tables.of_part({"mosaic": row, "xla": {"error": "ValueError: no"}})
+    table = tables.part_table({"mosaic": row, "xla": {"error": "ValueError: no"}})
     expected = ["|  | ms | peak | error |", "| mosaic | 1.25 |  |  |", "| xla |  |  | ValueError: no |"]
     assert [line for line in table.splitlines() if line in expected] == expected
     assert sentences.HOTTEST.format("mosaic") + "\n\n| kernel | ms an update |\n| --- | --- |\n| k | 1 |" in table
@@ -58,17 +58,17 @@ def test_tables_of_parts(capsys):
 
 
 def test_share_of_the_floor():
-    """1,024 elements x 16 states: forward 20 exponentials each, at 1e9 a second 20.5 us; bytes take 1.2 us."""
+    """For 1,024 elements x 16 states, 20 exponentials each at 1e9 per second take 20.5 us, the bytes 1.2 us."""
     row = {"shape": [1, 32, 32, 16, 1], "dtype": "float32", "pass": "forward", "name": "xla", "seconds": [40.96e-6] * 3}
     rates = {"bytes_per_second": 1e10, "special_functions_per_second": 1e9}
     assert tables.floor(row, rates) == pytest.approx(20.48e-6)
     assert tables.floor(row | {"pass": "forward + backward"}, rates) == pytest.approx(20.48e-6 + 36.864e-6)
     assert tables.floor(row, rates | {"bytes_per_second": 1e6}) == pytest.approx(12_288e-6)
     assert tables.floor(row, rates | {"bytes_per_second": None}) is None
-    assert tables.of_scans([row], rates).splitlines()[-1].endswith("| 0.041 | ? | 50% |")
+    assert tables.scan_table([row], rates).splitlines()[-1].endswith("| 0.041 | ? | 50% |")
 
 
-def test_tables_say_what_is_no_result(tmp_path, capsys):
+def test_a_file_without_results_is_refused(tmp_path, capsys):
     file = tmp_path / "x.json"
     file.write_text("{}")
     assert tables.main([str(file)]) == 2

@@ -1,4 +1,4 @@
-"""The GPU command: rehearsed on a CPU, and its scheduler with parts that fail in every way."""
+"""GPU command: a rehearsal on a CPU, and the scheduler with parts that fail in every way."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def measure(options, key):
 
 @pytest.fixture
 def call(tmp_path, monkeypatch):
-    """Calls the command with parts made of cases: (minutes, **{name: (share, keys)}) -> exit code, files, keys."""
+    """Call the command with fake parts: (minutes, **{name: (share, keys)}) -> exit code, files, measured keys."""
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     out, measured = tmp_path / "out", tmp_path / "measured"
 
@@ -53,23 +53,23 @@ def call(tmp_path, monkeypatch):
         measured.write_text("")
         for name, (_, keys) in parts.items():
             (tmp_path / f"fake_{name}.py").write_text("no python" if keys is None else PART.format(keys=keys))
-        made = {name: Part(f"fake_{name}", share) for name, (share, _) in parts.items()}
-        code = main([f"--out={out}", f"--minutes={minutes}", "--rehearse"], made)
+        made_parts = {name: Part(f"fake_{name}", share) for name, (share, _) in parts.items()}
+        code = main([f"--out={out}", f"--minutes={minutes}", "--rehearse"], made_parts)
         return code, {file.stem: json.loads(file.read_text()) for file in out.iterdir()}, measured.read_text().split()
 
     return call
 
 
-def test_a_row_that_raises_leaves_the_rest_and_is_tried_again(call, monkeypatch, capsys):
+def test_other_rows_survive_a_row_that_raises_which_is_tried_again(call, monkeypatch, capsys):
     parts = {"first": (1, ["raises", "works"]), "second": (1, ["other"])}
     code, files, measured = call(**parts)
     assert (code, measured) == (1, ["raises", "works", "other"])
     assert files["first"]["rows"]["raises"]["error"] == "ValueError: boom"
     assert files["first"]["rows"]["works"]["value"] == 1
     assert [files[name]["state"] for name in parts] == ["incomplete", "done"]
-    said = capsys.readouterr().err
-    assert sentences.PART_INCOMPLETE.format("first") in said
-    assert said.endswith(
+    error_output = capsys.readouterr().err
+    assert sentences.PART_INCOMPLETE.format("first") in error_output
+    assert error_output.endswith(
         sentences.PART_OF_FAILED_ROWS.format(done=1, failed=1, row="raises", error="ValueError: boom") + "\n"
     )
 
@@ -80,7 +80,7 @@ def test_a_row_that_raises_leaves_the_rest_and_is_tried_again(call, monkeypatch,
     assert call(**parts)[2] == []
 
 
-def test_a_killed_process_leaves_the_rest(call):
+def test_other_rows_and_parts_survive_a_killed_process(call):
     code, files, measured = call(first=(1, ["works", "dies", "after"]), second=(1, ["other"]))
     assert (code, measured) == (1, ["works", "dies", "after", "other"])
     assert files["first"]["rows"]["dies"]["error"] == sentences.ROW_NOT_FINISHED
@@ -89,7 +89,7 @@ def test_a_killed_process_leaves_the_rest(call):
     assert files["second"]["state"] == "done"
 
 
-def test_a_part_out_of_time_is_killed_with_all_it_started(call, tmp_path):
+def test_a_part_out_of_time_is_killed_with_its_children(call, tmp_path):
     code, files, measured = call(0.3, first=(1, ["works", "hangs"]), second=(1, ["other"]))
     assert (code, measured) == (1, ["works", "hangs", "other"])
     assert files["first"]["state"] == "out of time"
@@ -108,19 +108,19 @@ def test_a_row_that_hangs_leaves_time_for_the_others(call):
     assert (code, measured) == (1, ["hangs", "after", "works"])
     assert files["first"]["state"] == "incomplete"
     assert list(files["first"]["rows"]) == ["hangs", "after", "works"]
-    assert list(call(0.1, first=(1, ["hangs", "later"]))[2]) == ["later", "hangs"]  # what failed comes last
+    assert list(call(0.1, first=(1, ["hangs", "later"]))[2]) == ["later", "hangs"]  # rows that failed come last
 
 
-def test_a_module_that_cannot_be_loaded_leaves_the_rest(call, capfd):
+def test_other_parts_survive_a_module_that_cannot_be_loaded(call, capfd):
     code, files, measured = call(first=(1, None), second=(1, ["other"]))
     assert (code, measured) == (1, ["other"])
     assert list(files) == ["second"]
-    said = capfd.readouterr().err
-    assert sentences.PART_ENDED.format(part="first", code=1) in said
-    assert "SyntaxError" in said
+    error_output = capfd.readouterr().err
+    assert sentences.PART_ENDED.format(part="first", code=1) in error_output
+    assert "SyntaxError" in error_output
 
 
-def test_says_what_it_needs(tmp_path, capfd):
+def test_invalid_calls_are_explained(tmp_path, capfd):
     out = tmp_path / "out"
     assert main([f"--out={out}", "--parts=a"]) == 2
     assert capfd.readouterr().err == sentences.NO_GPU + "\n"
@@ -131,7 +131,7 @@ def test_says_what_it_needs(tmp_path, capfd):
         ),
         "--minutes=0": sentences.MINUTES_WRONG.format(0),
         "--minutes=abc": sentences.MINUTES_WRONG.format("abc"),
-        f"--data={tmp_path}": sentences.EYECANDIES_MISSING.format(folder=tmp_path, example="CandyCane, ..."),
+        f"--data={tmp_path}": sentences.EYECANDIES_MISSING.format(folder=tmp_path, example="CandyCane"),
     }.items():
         with pytest.raises(SystemExit) as exit_:
             main([f"--out={out}", arguments])
@@ -144,7 +144,7 @@ def test_says_what_it_needs(tmp_path, capfd):
     )
 
 
-def test_refuses_a_folder_of_other_results(tmp_path, capsys):
+def test_a_folder_of_other_results_is_refused(tmp_path, capsys):
     file = tmp_path / "scan.json"
     for content, message in {
         "[]": sentences.NO_RESULTS_OF_COMMAND.format(file),
@@ -158,20 +158,22 @@ def test_refuses_a_folder_of_other_results(tmp_path, capsys):
         assert file.read_text() == content
 
 
-def test_cuts_into_as_many_segments_as_asked(monkeypatch):
-    """2 sequences of one block, 256 positions: by default 4 segments of 64, the shortest."""
-    seen = []
-    segments = pallas_mosaic._segments
-    monkeypatch.setattr(pallas_mosaic, "_segments", lambda x, B: seen.append(segments(x, B)) or seen[-1])
+def test_the_requested_number_of_segments_is_used(monkeypatch):
+    """By default, 2 sequences of one block with 256 positions are cut into 4 segments of 64, the minimum."""
+    numbers = []  # of segments
+    segments = pallas_mosaic._number_of_segments
+    monkeypatch.setattr(
+        pallas_mosaic, "_number_of_segments", lambda x, B: numbers.append(segments(x, B)) or numbers[-1]
+    )
     args = selective_scan.inputs((2, 256, 8, 1, 1), jnp.float32)
     for number in scan.SEGMENTS:
-        jax.eval_shape(lambda args: jax.vjp(lambda args: scan.in_segments(number, **args), args)[0], args)  # noqa: B023
-    assert seen == [1, 4]
+        jax.eval_shape(lambda args: jax.vjp(lambda args: scan.scan_in_segments(number, **args), args)[0], args)  # noqa: B023
+    assert numbers == [1, 4]
     assert pallas_mosaic.PROCESSORS == 132
 
 
 def test_rehearsal(tmp_path):
-    """Every part, twice: the second call finds nothing to do."""
+    """Run every part twice; the second call has nothing to do."""
     arguments = [f"--out={tmp_path}", "--minutes=9", "--rehearse"]
     assert main(arguments) == 0
     files = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in PARTS}
@@ -184,7 +186,7 @@ def test_rehearsal(tmp_path):
     kernel = "mosaic" if hasattr(mosaic_gpu, "InterpretGPUParams") else "xla"
     assert all(row["implementation"] == kernel and row["bit-equal"] for row in rows["correctness"].values())
     assert rows["scan"]["mamba-ssm"]["left_out"] == sentences.NEEDS_GPU
-    assert all(len(one["seconds"]) == 3 for row in rows["scan"].values() for one in row.get("timed", []))
+    assert all(len(timed_row["seconds"]) == 3 for row in rows["scan"].values() for timed_row in row.get("timed", []))
     assert f"1x5x4x2x1 {kernel}" in rows["scan"]
     assert rows["update"][f"{kernel}, TF32"]["compile_seconds"] > 0
     assert len(rows["profile"]["xla, TF32"]["hottest"]) == 5
@@ -192,6 +194,6 @@ def test_rehearsal(tmp_path):
     assert "| CandyCane |" in rows["training"]["candies"]["results"]
     assert np.isfinite(rows["prediction"]["batch 1"]["ms"])
     assert main(arguments) == 0
-    again = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in PARTS}
-    assert {name: content["rows"] for name, content in again.items()} == rows
-    assert {content["state"] for content in again.values()} == {"done"}
+    second_files = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in PARTS}
+    assert {name: content["rows"] for name, content in second_files.items()} == rows
+    assert {content["state"] for content in second_files.values()} == {"done"}

@@ -1,4 +1,4 @@
-"""The benchmark on what runs here: it checks before it times, and refuses to time what is wrong."""
+"""Benchmark of the selective scan: implementations are checked before they are timed, wrong ones are refused."""
 
 import json
 
@@ -15,8 +15,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    monkeypatch.setattr(command, "CHECKED", ["1x3x4x2x2"])
-    command.compiled_results.clear_cache()  # as another test may have put another scan in its place
+    monkeypatch.setattr(command, "CHECKED_SHAPES", ["1x3x4x2x2"])
+    command.compiled_results.clear_cache()  # another test may have replaced the scan
     return command
 
 
@@ -26,7 +26,7 @@ def run(benchmark, folder):
 
 
 @pytest.mark.parametrize("names", [["xla"], ["xla", "mosaic"]], ids="-".join)
-def test_checks_then_times(benchmark, names, request, tmp_path):
+def test_implementations_are_checked_and_timed(benchmark, names, request, tmp_path):
     if "mosaic" in names:
         request.getfixturevalue("interpreted")
     code, result = run(benchmark, tmp_path)
@@ -40,7 +40,7 @@ def test_checks_then_times(benchmark, names, request, tmp_path):
     assert all(len(row["seconds"]) == 3 and row["disagreement"] < 1e-5 for row in result["rows"])
 
 
-def test_says_which_peers_are_left_out(benchmark, capsys, tmp_path):
+def test_peers_that_are_left_out_are_reported(benchmark, capsys, tmp_path):
     run(benchmark, tmp_path)
     expected = [
         sentences.PEER_LEFT_OUT.format(peer=peer, reason=sentences.NEEDS_GPU)
@@ -49,10 +49,10 @@ def test_says_which_peers_are_left_out(benchmark, capsys, tmp_path):
     assert capsys.readouterr().out.splitlines()[:2] == expected
 
 
-def test_leaves_out_peers_that_are_not_installed(benchmark, monkeypatch):
+def test_peers_that_are_not_installed_are_left_out(benchmark, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    found, left_out = benchmark.peers()
-    assert found == {}
+    available, left_out = benchmark.peers()
+    assert available == {}
     assert left_out == {"jax-linear-attention": "No module named 'jla'", "mamba-ssm": "No module named 'torch'"}
 
 
@@ -73,12 +73,12 @@ def test_a_wrong_kernel_is_not_timed(benchmark, message, monkeypatch, tmp_path, 
     assert code == 1
     assert result["rows"] == []
     assert len(result["errors"]["xla"]["1x3x4x2x2"]) == 11
-    said = capsys.readouterr().err
-    assert said == sentences.KERNEL_WRONG.format(kernel="xla", shape="1x3x4x2x2", why=message) + "\n"
+    error_output = capsys.readouterr().err
+    assert error_output == sentences.KERNEL_WRONG.format(kernel="xla", shape="1x3x4x2x2", why=message) + "\n"
 
 
 @pytest.mark.parametrize("shape", ["ed2s", "4x196x512x16", "4x196x512x16x-1", "0x1x1x1x1"])
-def test_says_what_a_shape_is(benchmark, shape, capsys):
+def test_an_invalid_shape_is_explained(benchmark, shape, capsys):
     with pytest.raises(SystemExit) as exit_:
         benchmark.main([f"--shapes={shape}"])
     assert exit_.value.code == 2

@@ -1,4 +1,4 @@
-"""The selective scan and its gradients in numpy, float64, position by position: what each implementation must find."""
+"""Selective scan and its gradients in numpy, in float64, position by position, to compare implementations with."""
 
 import functools
 from types import SimpleNamespace
@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from iumad_kernels.selective_scan.arguments import Options, grouped
+from iumad_kernels.selective_scan.arguments import Options, split_arguments
 
-# Most of a test's time goes into compiling.
+# Tests spend most of their time on compiling.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-USUAL = Options()
+DEFAULT_OPTIONS = Options()
 
 
 def arguments(batch, length, channels, states, groups=1, seed=0, dtype=np.float64, without=()):
-    """Every argument of the scan, at random."""
+    """Make random values of every argument of the scan."""
     rng = np.random.default_rng(seed)
     shapes = {
         "x": (batch, length, channels),
@@ -28,13 +28,13 @@ def arguments(batch, length, channels, states, groups=1, seed=0, dtype=np.float6
         "delta_bias": (channels,),
         "initial_state": (batch, channels, states),
     }
-    made = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
-    made["A"] = -np.exp(made["A"])
-    return {name: value.astype(dtype) for name, value in made.items() if name not in without}
+    arrays = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    arrays["A"] = -np.exp(arrays["A"])
+    return {name: value.astype(dtype) for name, value in arrays.items() if name not in without}
 
 
 def cotangents(args, seed=1):
-    """Of y and the final state, at random."""
+    """Make random cotangents of y and the final state."""
     rng = np.random.default_rng(seed)
     y = rng.standard_normal(args["x"].shape)
     return y, rng.standard_normal((len(y), *args["A"].shape))
@@ -45,7 +45,7 @@ def sigmoid(x):
 
 
 def scan(args, dy, dh, delta_softplus=True, reverse=False):
-    """y, the final state and the gradients of <dy, y> + <dh, final state>, by hand."""
+    """Compute y, the final state and the gradients of <dy, y> + <dh, final state> in numpy."""
     a = {name: np.asarray(value, np.float64) for name, value in args.items()}
     x, A = a["x"], a["A"]
     batch, length, channels = x.shape
@@ -75,42 +75,42 @@ def scan(args, dy, dh, delta_softplus=True, reverse=False):
         dC[:, t] = dy[:, t, :, None] * h
         dh = dh + dy[:, t, :, None] * C[:, t]
         dB[:, t] = dh * (d[:, t] * x[:, t])[..., None]
-        of_u = (dh * B[:, t]).sum(-1)
+        du = (dh * B[:, t]).sum(-1)
         dh = dh * decay
-        grads["x"][:, t] = of_u * d[:, t] + D * dy[:, t]
-        dd[:, t] = of_u * x[:, t] + (dh * before[t] * A).sum(-1)
+        grads["x"][:, t] = du * d[:, t] + D * dy[:, t]
+        dd[:, t] = du * x[:, t] + (dh * before[t] * A).sum(-1)
         grads["A"] += (dh * before[t] * d[:, t, :, None]).sum(0)
         h = before[t]
     grads["delta"] = dd * sigmoid(raw) if delta_softplus else dd
     for name, value in (("B", dB), ("C", dC)):
         grads[name] = value.reshape(batch, length, groups, -1, states).sum(3)
-    of_channels = {"D": (dy * x).sum((0, 1)), "delta_bias": grads["delta"].sum((0, 1)), "initial_state": dh}
-    return y, final_state, grads | {name: value for name, value in of_channels.items() if name in a}
+    other_gradients = {"D": (dy * x).sum((0, 1)), "delta_bias": grads["delta"].sum((0, 1)), "initial_state": dh}
+    return y, final_state, grads | {name: value for name, value in other_gradients.items() if name in a}
 
 
 @functools.partial(jit, static_argnames=("implementation", "options"))
-def found(implementation, args, dy, dh, options=USUAL):
-    """The same by an implementation."""
-    (y, final_state), vjp = jax.vjp(lambda args: implementation(*grouped(args), options), args)
+def run(implementation, args, dy, dh, options=DEFAULT_OPTIONS):
+    """Compute y, the final state and the gradients with an implementation."""
+    (y, final_state), vjp = jax.vjp(lambda args: implementation(*split_arguments(args), options), args)
     (grads,) = vjp((jnp.asarray(dy, y.dtype), jnp.asarray(dh, final_state.dtype)))
     return y, final_state, grads
 
 
 def error(value, exact):
-    """The largest, relative to the largest value."""
+    """Return the largest error, relative to the largest value."""
     value, exact = np.asarray(value, np.float64), np.asarray(exact)
     assert value.shape == exact.shape
     return np.abs(value - exact).max(initial=0) / max(np.abs(exact).max(initial=0), 1e-30)
 
 
-def check(implementation, args, options=USUAL, forward=1e-5, backward=1e-4):
-    """That an implementation finds what the loops do."""
+def check(implementation, args, options=DEFAULT_OPTIONS, forward=1e-5, backward=1e-4):
+    """Check that an implementation agrees with the loops in numpy."""
     dtype = args["x"].dtype
-    if not options.delta_softplus:  # a negative step would make states grow
+    if not options.delta_softplus:  # negative step sizes would make the states grow
         args = args | {name: np.abs(args[name]) for name in ("delta", "delta_bias") if name in args}
     dy, dh = (cotangent.astype(dtype).astype(np.float64) for cotangent in cotangents(args))
     exact = scan(args, dy, dh, *options)
-    y, final_state, grads = found(implementation, jax.tree.map(jnp.asarray, args), dy, dh, options)
+    y, final_state, grads = run(implementation, jax.tree.map(jnp.asarray, args), dy, dh, options)
     assert y.dtype == dtype
     assert final_state.dtype == jnp.float32
     assert error(y, exact[0]) <= forward
@@ -122,7 +122,7 @@ def check(implementation, args, options=USUAL, forward=1e-5, backward=1e-4):
 
 @pytest.fixture(scope="session")
 def exact():
-    """The functions above."""
+    """Return the functions of this file."""
     return SimpleNamespace(
-        jit=jit, arguments=arguments, cotangents=cotangents, scan=scan, found=found, error=error, check=check
+        jit=jit, arguments=arguments, cotangents=cotangents, scan=scan, run=run, error=error, check=check
     )

@@ -1,4 +1,4 @@
-"""The one public function: what it accepts, what it says when it does not, and JAX's transformations of it."""
+"""Public function: accepted arguments, errors for invalid arguments, and transformations by JAX."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ SEQUENCES = ("x", "delta", "B", "C", "z", "initial_state")
 
 
 def split(args):
-    """Those with a batch axis, and the rest."""
+    """Split arguments into those with a batch axis and the others."""
     return {n: a for n, a in args.items() if n in SEQUENCES}, {n: a for n, a in args.items() if n not in SEQUENCES}
 
 
@@ -26,10 +26,10 @@ def args(exact):
 def test_outputs(exact, args, implementation):
     dy, dh = exact.cotangents(args)
     y, final_state, _ = exact.scan(args, dy, dh)
-    found = selective_scan(**args, return_final_state=True, implementation=implementation)
-    assert exact.error(found[0], y) < 1e-5
-    assert exact.error(found[1], final_state) < 1e-5
-    np.testing.assert_array_equal(selective_scan(**args, implementation=implementation), found[0])
+    results = selective_scan(**args, return_final_state=True, implementation=implementation)
+    assert exact.error(results[0], y) < 1e-5
+    assert exact.error(results[1], final_state) < 1e-5
+    np.testing.assert_array_equal(selective_scan(**args, implementation=implementation), results[0])
 
 
 def test_one_group_needs_no_axis(exact):
@@ -43,12 +43,12 @@ def test_the_state_carries_on_from_one_call_to_the_next(args):
         {n: a[:, part] if n in SEQUENCES[:5] else a for n, a in args.items()} for part in (slice(6), slice(6, None))
     )
     y, state = selective_scan(**first, return_final_state=True)
-    rest = selective_scan(**second | {"initial_state": state})
-    np.testing.assert_allclose(jnp.concatenate([y, rest], axis=1), selective_scan(**args), rtol=1e-5, atol=1e-5)
+    second_y = selective_scan(**second | {"initial_state": state})
+    np.testing.assert_allclose(jnp.concatenate([y, second_y], axis=1), selective_scan(**args), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 4), (2, 5, 0)])
-def test_nothing_in_nothing_out(exact, shape):
+def test_empty_arrays(exact, shape):
     args = exact.arguments(*shape, 3, dtype=np.float32)
     y, final_state = selective_scan(**args, return_final_state=True)
     assert y.shape == shape
@@ -61,46 +61,46 @@ def squares(sequences, parameters):
 
 
 def gradients_of_squares(exact, args):
-    """By numpy, of the sequences and of the parameters."""
+    """Compute the gradients of the sequences and of the parameters in numpy."""
     y, *_ = exact.scan(args, np.zeros(args["x"].shape), 0)
     _, _, grads = exact.scan(args, 2 * y, np.zeros(args["initial_state"].shape))
     return split(grads)
 
 
-def check_equal(exact, found, expected):
-    for name, gradient in found.items():
+def check_equal(exact, gradients, expected):
+    for name, gradient in gradients.items():
         assert exact.error(gradient, expected[name]) < 1e-5, name
 
 
 @pytest.mark.slow
-def test_vmap_over_sequences_gives_each_its_own_gradients(exact, args):
-    """Of parameters too, which do not differ along the axis."""
+def test_vmap_over_sequences_gives_separate_gradients(exact, args):
+    """This includes the gradients of parameters, which do not differ along the axis."""
     sequences, parameters = split(args)
 
-    def loss(parameters, one):
-        return squares({n: a[None] for n, a in one.items()}, parameters)
+    def loss(parameters, sequence):
+        return squares({n: a[None] for n, a in sequence.items()}, parameters)
 
-    found = exact.jit(jax.vmap(jax.grad(loss), (None, 0)))(parameters, sequences)
+    results = exact.jit(jax.vmap(jax.grad(loss), (None, 0)))(parameters, sequences)
     for i in range(4):
-        one = {n: a[i : i + 1] for n, a in sequences.items()}
-        _, expected = gradients_of_squares(exact, one | parameters)
-        check_equal(exact, {name: gradient[i] for name, gradient in found.items()}, expected)
+        sequence = {n: a[i : i + 1] for n, a in sequences.items()}
+        _, expected = gradients_of_squares(exact, sequence | parameters)
+        check_equal(exact, {name: gradient[i] for name, gradient in results.items()}, expected)
 
 
 def test_vmap_over_parameters(args):
     sequences, parameters = split(args)
     several = {n: jnp.stack([a, 0.5 * a]) for n, a in parameters.items()}
-    found = jax.vmap(lambda parameters: selective_scan(**sequences, **parameters))(several)
+    results = jax.vmap(lambda parameters: selective_scan(**sequences, **parameters))(several)
     expected = [
         selective_scan(**sequences, **parameters),
         selective_scan(**sequences, **{n: a[1] for n, a in several.items()}),
     ]
-    np.testing.assert_allclose(found, jnp.stack(expected), rtol=1e-6)
+    np.testing.assert_allclose(results, jnp.stack(expected), rtol=1e-6)
 
 
 @pytest.mark.slow
 def test_second_derivatives(exact, args):
-    """The product of the Hessian and a vector."""
+    """Products of the Hessian and a vector agree with the reference."""
 
     def product(implementation):
         def loss(args):
@@ -110,30 +110,30 @@ def test_second_derivatives(exact, args):
         gradient = jax.grad(loss)
         return exact.jit(jax.grad(lambda args: sum(jnp.vdot(g, jnp.cos(g)) for g in gradient(args).values())))(args)
 
-    found, expected = product("xla"), product("reference")
+    results, expected = product("xla"), product("reference")
     for name in args:
-        assert exact.error(found[name], expected[name]) < 1e-4, name
+        assert exact.error(results[name], expected[name]) < 1e-4, name
 
 
-def test_forward_mode_says_that_it_does_not_work(args):
+def test_forward_mode_raises_an_error(args):
     with pytest.raises(TypeError, match=sentences.NO_FORWARD_MODE):
         jax.jvp(lambda x: selective_scan(**args | {"x": x}), (args["x"],), (args["x"],))
     jax.jvp(lambda x: selective_scan(**args | {"x": x}, implementation="reference"), (args["x"],), (args["x"],))
 
 
 def gradients_on_a_device(sequences, parameters):
-    of_sequences, of_parameters = jax.grad(squares, (0, 1))(sequences, parameters)
-    return of_sequences, jax.lax.psum(of_parameters, "devices")
+    dsequences, dparameters = jax.grad(squares, (0, 1))(sequences, parameters)
+    return dsequences, jax.lax.psum(dparameters, "devices")
 
 
 @pytest.mark.slow
 def test_pmap(exact, args):
     sequences, parameters = split(args)
-    of_devices = {n: a.reshape(2, 2, *a.shape[1:]) for n, a in sequences.items()}
-    found = jax.pmap(gradients_on_a_device, "devices", in_axes=(0, None), out_axes=(0, None))(of_devices, parameters)
+    per_device = {n: a.reshape(2, 2, *a.shape[1:]) for n, a in sequences.items()}
+    results = jax.pmap(gradients_on_a_device, "devices", in_axes=(0, None), out_axes=(0, None))(per_device, parameters)
     expected = gradients_of_squares(exact, args)
-    check_equal(exact, {n: a.reshape(sequences[n].shape) for n, a in found[0].items()}, expected[0])
-    check_equal(exact, found[1], expected[1])
+    check_equal(exact, {n: a.reshape(sequences[n].shape) for n, a in results[0].items()}, expected[0])
+    check_equal(exact, results[1], expected[1])
 
 
 @pytest.mark.slow
@@ -141,14 +141,14 @@ def test_shard_map(exact, args):
     mesh = Mesh(np.array(jax.devices()[:2]), ("devices",))
     specs = PartitionSpec("devices"), PartitionSpec()
     function = jax.shard_map(gradients_on_a_device, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False)
-    found, expected = exact.jit(function)(*split(args)), gradients_of_squares(exact, args)
-    check_equal(exact, found[0], expected[0])
-    check_equal(exact, found[1], expected[1])
+    results, expected = exact.jit(function)(*split(args)), gradients_of_squares(exact, args)
+    check_equal(exact, results[0], expected[0])
+    check_equal(exact, results[1], expected[1])
 
 
 @pytest.mark.slow
 def test_a_sequence_of_65536_positions_takes_bounded_memory():
-    """32 MiB an array like x; one of all states would take 512 MiB."""
+    """An array like x takes 32 MiB, an array of all states would take 512 MiB."""
     length, channels, states = 65_536, 128, 16
     rng = np.random.default_rng(0)
     x, B = (rng.standard_normal((1, length, n)).astype(np.float32) for n in (channels, states))
@@ -159,9 +159,9 @@ def test_a_sequence_of_65536_positions_takes_bounded_memory():
 
     compiled = jax.jit(jax.grad(loss, (0, 1))).lower(x, A).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 350 * 2**20
-    of_x, of_A = compiled(x, A)
-    assert np.isfinite(of_A).all()
-    assert np.abs(of_x[0, -1]).max() > 0
+    dx, dA = compiled(x, A)
+    assert np.isfinite(dA).all()
+    assert np.abs(dx[0, -1]).max() > 0
 
 
 WRONG = {
@@ -201,7 +201,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_says_what_is_wrong(exact, message):
+def test_invalid_arguments_are_explained(exact, message):
     wrong = {
         n: a.astype(np.float32) if getattr(a, "dtype", None) == np.float64 else a for n, a in WRONG[message].items()
     }

@@ -1,4 +1,4 @@
-"""The chunked scan against loops in numpy, float64; its memory against its formula."""
+"""Chunked scan against loops in numpy in float64, and its memory against the formula."""
 
 import functools
 
@@ -9,14 +9,14 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from iumad_kernels.selective_scan import blocks, xla
-from iumad_kernels.selective_scan.arguments import Options, grouped
+from iumad_kernels.selective_scan.arguments import Options, split_arguments
 
 pytestmark = pytest.mark.slow
 
 OPTIONAL = ("D", "z", "delta_bias", "initial_state")
 
 
-@settings(max_examples=8, deadline=None, phases=[Phase.generate])  # to shrink is to compile for minutes
+@settings(max_examples=8, deadline=None, phases=[Phase.generate])  # shrinking would compile for minutes
 @given(
     batch=st.integers(1, 3),
     length=st.integers(1, 14),
@@ -29,19 +29,19 @@ OPTIONAL = ("D", "z", "delta_bias", "initial_state")
     halves=st.booleans(),
 )
 def test_any_shape(exact, batch, length, width, groups, states, without, delta_softplus, reverse, halves):
-    """Cut into chunks and blocks smaller than usual, so that a small sequence has several."""
-    scan = functools.partial(xla.selective_scan)  # not the function that other tests have compiled for the usual ones
+    """The chunks and blocks are smaller than usual, so that a small sequence has several of them."""
+    scan = functools.partial(xla.selective_scan)  # new function, as the usual one is compiled for usual sizes
     args = exact.arguments(batch, length, width * groups, states, groups, dtype=np.float32, without=without)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "CHUNK", 3)
-        patch.setattr(blocks, "CACHED", 12)
-        patch.setattr(xla, "LARGE", 0 if halves else xla.LARGE)
+        patch.setattr(blocks, "CACHED_ELEMENTS", 12)
+        patch.setattr(xla, "HALVED_ELEMENTS", 0 if halves else xla.HALVED_ELEMENTS)
         exact.check(scan, args, Options(delta_softplus, reverse))
 
 
 @pytest.mark.parametrize(
     ("batch", "length", "channels", "states", "groups"),
-    [(1, 9, 2 * blocks.CACHED // 16 + 2, 16, 2), (1, 2, 300, 64, 1), (2, 2, 5, 256, 1), (1, 1, 1, 1, 1)],
+    [(1, 9, 2 * blocks.CACHED_ELEMENTS // 16 + 2, 16, 2), (1, 2, 300, 64, 1), (2, 2, 5, 256, 1), (1, 1, 1, 1, 1)],
 )
 def test_blocks_of_channels_and_many_states(exact, batch, length, channels, states, groups):
     exact.check(xla.selective_scan, exact.arguments(batch, length, channels, states, groups, dtype=np.float32))
@@ -54,7 +54,7 @@ def test_half_precision(exact, dtype):
 
 @pytest.mark.parametrize("level", [-100.0, -20.0, 30.0, 1000.0])
 def test_extreme_step_sizes(exact, level):
-    """Neither softplus' tail is lost, nor does anything overflow."""
+    """The tail of softplus is preserved, and nothing overflows."""
     args = exact.arguments(2, 10, 8, 4, dtype=np.float32)
     args["delta"] = (args["delta"] + level).astype(np.float32)
     exact.check(xla.selective_scan, args)
@@ -64,7 +64,7 @@ def test_a_scan_in_float64(exact):
     args = exact.arguments(2, 9, 6, 3, 2)
     dy, dh = exact.cotangents(args)
     with jax.enable_x64(True):
-        y, final_state, grads = exact.found(xla.selective_scan, args, dy, dh)
+        y, final_state, grads = exact.run(xla.selective_scan, args, dy, dh)
     expected = exact.scan(args, dy, dh)
     assert y.dtype == final_state.dtype == jnp.float64
     assert max(exact.error(y, expected[0]), exact.error(final_state, expected[1])) < 1e-13
@@ -76,24 +76,24 @@ def test_a_scan_in_float64(exact):
     [(2, 1024, 256, 16, ("z",)), (1, 2048, 128, 4, ())],
 )
 def test_memory_of_the_gradient_follows_its_formula(exact, batch, length, channels, states, without):
-    """At most 8 arrays like x, or 9 with z, and twice one state a chunk; nothing of (length, channels, states)."""
+    """The memory is at most 8 arrays like x (9 with z) and two states per chunk; no array of all states exists."""
     args = exact.arguments(batch, length, channels, states, dtype=np.float32, without=without)
-    gradient = jax.jit(exact.found.__wrapped__, static_argnames="implementation")
+    gradient = jax.jit(exact.run.__wrapped__, static_argnames="implementation")
     lowered = gradient.lower(xla.selective_scan, args, *exact.cotangents(args))
-    of_starts = args["x"].nbytes * states / blocks.CHUNK
+    start_bytes = args["x"].nbytes * states / blocks.CHUNK
     measured = lowered.compile().memory_analysis().temp_size_in_bytes
-    assert of_starts < measured < args["x"].nbytes * (8 + ("z" in args)) + 2 * of_starts + 4 * 2**20
+    assert start_bytes < measured < args["x"].nbytes * (8 + ("z" in args)) + 2 * start_bytes + 4 * 2**20
 
 
-def test_on_accelerators_all_channels_at_once(exact, monkeypatch):
-    """What a TPU or a GPU older than Hopper gets: found right on CPU, and lowered for them."""
+def test_accelerators_process_all_channels_together(exact, monkeypatch):
+    """The variant for TPUs and GPUs older than Hopper is correct on CPU and lowers for both."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     args = exact.arguments(3, 9, 8, 3, 2, dtype=np.float32)
-    assert blocks.Blocks.of(args["x"], args["B"]).number(3) == 1
+    assert blocks.Blocks.for_arrays(args["x"], args["B"]).number_of_blocks(3) == 1
     exact.check(xla.selective_scan, args)
 
     def loss(args):
-        return xla.selective_scan(*grouped(args), Options())[0].sum()
+        return xla.selective_scan(*split_arguments(args), Options())[0].sum()
 
     traced = jax.jit(jax.grad(loss)).trace(args)
     for target in ("cuda", "tpu"):
