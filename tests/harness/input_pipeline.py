@@ -94,9 +94,9 @@ def _preparing(store: Any, object_: str) -> tuple[list[Row], float]:
     ids = store.reader.ids(object_, "train")
     size = store.processing.size
     np.asarray(store.encoder(np.zeros((ENCODED_AT_ONCE, size, size, 3), np.float32)))  # compiles the encoder
-    for start in range(0, len(ids), ENCODED_AT_ONCE):
+    for first in range(0, len(ids), ENCODED_AT_ONCE):
         samples = [
-            timed("read", store.reader.read, object_, "train", id_) for id_ in ids[start : start + ENCODED_AT_ONCE]
+            timed("read", store.reader.read, object_, "train", id_) for id_ in ids[first : first + ENCODED_AT_ONCE]
         ]
         for sample in samples:
             if sample.depth is not None:  # part of processing, here timed separately
