@@ -14,14 +14,14 @@
 # ---
 
 # %% [markdown]
-# # How fast the selective scan is here
+# # Speed of the selective scan on this machine
 #
 # `iumad_kernels.selective_scan` is the recurrence of Mamba, h(t) = exp(delta A) h(t-1) + delta B x, y = C h + D x, with
-# a hand-written gradient. It runs on any device; on Hopper GPUs there is a kernel of its own. This notebook times it
-# against what JAX has for recurrences.
+# a hand-written gradient. It runs on any device; Hopper GPUs have a special kernel. This notebook compares its speed
+# with JAX's own functions for recurrences.
 
 # %% tags=["install"]
-# The package, where it is not installed yet: from the repository this notebook lies in, or by its name.
+# Installs the package if it is missing: from this notebook's repository, else by its name.
 import importlib.util
 import pathlib
 import subprocess
@@ -34,13 +34,13 @@ if importlib.util.find_spec("iumad_kernels") is None:
 # %% tags=["parameters"]
 batch, channels, states = 2, 256, 16
 lengths = [64, 256, 1024]
-turns = 5
+rounds = 5
 
 # %% [markdown]
-# ## The contestants
+# ## The implementations
 #
-# `jax.lax.scan` takes one position after the other. `jax.lax.associative_scan` takes them in parallel, but needs all
-# states of all positions at once.
+# `jax.lax.scan` processes one position after the other. `jax.lax.associative_scan` processes them in parallel, but
+# holds the states of all positions in memory at once.
 
 # %%
 import jax
@@ -49,11 +49,11 @@ import numpy as np
 from iumad_kernels.selective_scan import selective_scan
 
 
-def one_after_the_other(x, delta, A, B, C):
-    """The recurrence as it is written."""
+def sequential_scan(x, delta, A, B, C):
+    """Compute the recurrence position by position."""
 
-    def step(state, now):
-        x, delta, B, C = now
+    def step(state, position):
+        x, delta, B, C = position
         decay = jnp.exp(delta[..., None] * A[None])
         state = decay * state + (delta * x)[..., None] * B[:, None]
         return state, (state * C[:, None]).sum(-1)
@@ -63,27 +63,27 @@ def one_after_the_other(x, delta, A, B, C):
     return jnp.moveaxis(y, 0, 1)
 
 
-def all_at_once(x, delta, A, B, C):
-    """The recurrence as a parallel prefix."""
+def parallel_scan(x, delta, A, B, C):
+    """Compute the recurrence as a parallel prefix sum."""
     decay = jnp.exp(delta[..., None] * A[None, None])
-    entering = (delta * x)[..., None] * B
+    increment = (delta * x)[..., None] * B
 
-    def after(first, second):
+    def compose(first, second):
         return first[0] * second[0], second[0] * first[1] + second[1]
 
-    _, states = jax.lax.associative_scan(after, (decay, entering), axis=1)
+    _, states = jax.lax.associative_scan(compose, (decay, increment), axis=1)
     return (states * C).sum(-1)
 
 
-contestants = {
+implementations = {
     "selective_scan": lambda **inputs: selective_scan(**inputs, delta_softplus=False),
-    "lax.scan": one_after_the_other,
-    "associative_scan": all_at_once,
+    "lax.scan": sequential_scan,
+    "associative_scan": parallel_scan,
 }
 
 
 def inputs(length):
-    """At random; the rates of decay are those Mamba starts with."""
+    """Draw random inputs; A has Mamba's initial decay rates."""
     rng = np.random.default_rng(0)
     return {
         "x": jnp.asarray(rng.standard_normal((batch, length, channels), np.float32)),
@@ -95,14 +95,14 @@ def inputs(length):
 
 
 # %% [markdown]
-# ## They agree
+# ## Agreement
 #
-# Forward, and the gradient of every input, relative to the largest value.
+# The largest difference of the output and of the gradient of every input, relative to the largest value.
 
 
 # %%
 def with_gradients(scan):
-    """The output, and the gradients of the sum of its squares."""
+    """Return a function that computes the output and the gradients of its sum of squares."""
 
     def run(inputs):
         y, vjp = jax.vjp(lambda inputs: scan(**inputs), inputs)
@@ -111,20 +111,20 @@ def with_gradients(scan):
     return jax.jit(run)
 
 
-given = inputs(lengths[0])
-expected = with_gradients(one_after_the_other)(given)
-for name, scan in contestants.items():
-    found = with_gradients(scan)(given)
-    differences = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max() / jnp.abs(b).max()), found, expected)
+example = inputs(lengths[0])
+expected = with_gradients(sequential_scan)(example)
+for name, scan in implementations.items():
+    results = with_gradients(scan)(example)
+    differences = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max() / jnp.abs(b).max()), results, expected)
     largest = max(jax.tree.leaves(differences))
     print(f"{name:18} differs by {largest:.1e}")
     assert largest < 1e-4
 
 # %% [markdown]
-# ## Forward and gradients, timed
+# ## Time of the output and the gradients
 #
-# The median of some turns; the contestants take turns, so that whatever else the machine does hits all of them. The
-# repository's `kernels/benchmarks/` times more shapes more carefully.
+# Medians over several rounds. In every round all implementations are timed, so that other load on the machine affects
+# them alike. The repository's `kernels/benchmarks/` times more shapes more carefully.
 
 # %%
 import statistics
@@ -132,24 +132,24 @@ import time
 
 times = {}
 for length in lengths:
-    given = inputs(length)
-    compiled = {name: with_gradients(scan).lower(given).compile() for name, scan in contestants.items()}
-    for turn in range(turns + 1):  # the first warms up
+    example = inputs(length)
+    compiled = {name: with_gradients(scan).lower(example).compile() for name, scan in implementations.items()}
+    for round_ in range(rounds + 1):  # the first round warms up
         for name, run in compiled.items():
             start = time.perf_counter()
-            jax.block_until_ready(run(given))
-            if turn:
+            jax.block_until_ready(run(example))
+            if round_:
                 times.setdefault((name, length), []).append(1e3 * (time.perf_counter() - start))
 medians = {key: statistics.median(values) for key, values in times.items()}
 
 print(jax.devices()[0].device_kind, "· jax", jax.__version__)
 for length in lengths:
-    print(f"{length:6} positions:", ", ".join(f"{name} {medians[name, length]:.2f} ms" for name in contestants))
+    print(f"{length:6} positions:", ", ".join(f"{name} {medians[name, length]:.2f} ms" for name in implementations))
 
 # %%
 import matplotlib.pyplot as plt
 
-for name in contestants:
+for name in implementations:
     plt.loglog(lengths, [medians[name, length] for length in lengths], "o-", base=2, label=name)
 plt.yscale("log")
 plt.xlabel("positions")

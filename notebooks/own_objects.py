@@ -17,11 +17,11 @@
 # %% [markdown]
 # # Your own objects
 #
-# Any object that a camera sees, with or without a depth sensor: put good images into folders, train, and look. Here the
-# images are drawn so that the notebook runs as it is; put yours into the same folders.
+# Train a model on images of your own objects, with or without depth: put good images into folders, train, and look at
+# the anomaly maps. This notebook draws its images, so that it runs without any data; put yours into the same folders.
 
 # %% tags=["install"]
-# The package, where it is not installed yet: from the repository this notebook lies in, or by its name.
+# Installs the package if it is missing: from this notebook's repository, else by its name.
 import importlib.util
 import pathlib
 import subprocess
@@ -35,18 +35,18 @@ if importlib.util.find_spec("iumad_jax") is None:
 root = "data/objects"  # one folder per object
 workdir = "runs/own_objects"
 epochs, images, pixels = 20, 24, 256
-size = 224  # pixels that the network sees; its tokens are of 16 x 16
+size = 224  # input size of the network in pixels; a token covers 16 x 16
 
 # %% [markdown]
 # ## The folders
 #
 # ```
-# data/objects/washer/train/good/rgb/000.png      good images to learn from
-# data/objects/washer/train/good/depth/000.tiff   their depth in metres, NaN where missing; may be left out
-# data/objects/washer/val/good/rgb/000.png        more good ones, which set thresholds
-# data/objects/washer/test/good/rgb/000.png       images to judge by: good ones,
-# data/objects/washer/test/notch/rgb/000.png      and every kind of defect,
-# data/objects/washer/test/notch/mask/000.png     with masks, 0 where good; may be left out
+# data/objects/washer/train/good/rgb/000.png      good images for training
+# data/objects/washer/train/good/depth/000.tiff   their depth in metres, NaN where missing; optional
+# data/objects/washer/val/good/rgb/000.png        good images for the thresholds; optional
+# data/objects/washer/test/good/rgb/000.png       test images: good ones
+# data/objects/washer/test/notch/rgb/000.png      and every kind of defect
+# data/objects/washer/test/notch/mask/000.png     with masks, 0 where good; optional
 # ```
 
 # %%
@@ -57,7 +57,7 @@ from PIL import Image
 
 
 def draw(shape, seed, defective):
-    """An object on a belt half a metre below the camera: RGB, depth in metres, and the mask of a notch or a dent."""
+    """Draw an object on a belt half a metre below the camera: RGB, depth in metres, mask of its defect."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:pixels, :pixels] / pixels - 0.5 + rng.uniform(-0.05, 0.05, (2, 1, 1))
     radius, angle = np.hypot(x, y), np.arctan2(y, x) + rng.uniform(0, 6)
@@ -72,7 +72,7 @@ def draw(shape, seed, defective):
 
 
 def save(folder, number, rgb, depth, mask=None):
-    """The files of one image."""
+    """Save the files of one image."""
     for kind, array, suffix in (("rgb", rgb, "png"), ("depth", depth, "tiff"), ("mask", mask, "png")):
         if array is not None:
             (folder / kind).mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ for shape, defect in (("washer", "notch"), ("gear", "dent")):
         save(Path(root) / shape / "test" / defect, number, *draw(shape, 3000 + number, True))
 
 # %% [markdown]
-# ## Learning them one after the other
+# ## Learning the objects one after the other
 #
 # Without depth, set `config.modality = "rgb"`. Every key is explained in `iumad_jax/config.py`.
 
@@ -107,7 +107,7 @@ config.train.epochs = epochs
 results = experiment.run(config, Path(workdir))
 
 # %% [markdown]
-# ## What it sees
+# ## Anomaly maps
 
 # %%
 from IPython.display import Image as Picture
@@ -120,5 +120,5 @@ for name in results["objects"]:
     display(Picture(filename=f"{workdir}/pictures/step1_{name}.jpg", width=900))
 
 # %% [markdown]
-# `report.html` in the workdir shows the best, the median and the worst images of every kind, with a threshold to play
-# with. For new images there is `python -m iumad_jax.predict`; the README tells how.
+# `report.html` in the workdir shows the best, the median and the worst images of every kind, with an adjustable
+# threshold. `python -m iumad_jax.predict` predicts new images; the README explains it.

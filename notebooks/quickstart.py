@@ -17,11 +17,11 @@
 # %% [markdown]
 # # Quickstart
 #
-# Renders a few sweets on a conveyor belt, teaches one model two of them and then a third, and looks at what it sees as
-# defective. Three minutes on 2 CPU cores or so; a GPU is used where there is one.
+# Render a few sweets on a conveyor belt, train one model on two of them and then on a third, and look at the defects
+# that it detects. This takes about three minutes on 2 CPU cores; a GPU is used if available.
 
 # %% tags=["install"]
-# The package, where it is not installed yet: from the repository this notebook lies in, or by its name.
+# Installs the package if it is missing: from this notebook's repository, else by its name.
 import importlib.util
 import pathlib
 import subprocess
@@ -35,13 +35,13 @@ if importlib.util.find_spec("iumad_jax") is None:
 workdir = "runs/notebook"
 objects = "CandyCane,GummyBear,Marshmallow"
 epochs, images, pixels = 20, 24, 256
-size = 224  # pixels that the network sees; its tokens are of 16 x 16
+size = 224  # input size of the network in pixels; a token covers 16 x 16
 
 # %% [markdown]
 # ## The experiment
 #
-# `configs.paper` has the paper's values, `configs.small` what suits few images and any machine. The protocol `2-1`
-# learns two objects first and then one more. Every key is explained in `iumad_jax/config.py`.
+# `configs.paper` has the paper's values; `configs.small` suits few images and small machines. The protocol `2-1` learns
+# two objects first and then one more. Every key is explained in `iumad_jax/config.py`.
 
 # %%
 from iumad_jax import config as configs
@@ -58,8 +58,8 @@ config.train.epochs = epochs
 # %% [markdown]
 # ## The run
 #
-# It renders what is missing, learns and evaluates step by step, and keeps everything in the workdir: run the cell
-# again, and it goes on where it stopped, or says that it is finished.
+# The run renders missing images, learns and evaluates step by step, and stores everything in the workdir. Running
+# the cell again resumes an interrupted run, or reports that the run is finished.
 
 # %%
 from pathlib import Path
@@ -69,9 +69,10 @@ from iumad_jax import experiment
 results = experiment.run(config, Path(workdir))
 
 # %% [markdown]
-# ## What it learned, and what it forgot
+# ## Learning and forgetting
 #
-# `feature_norm` and `nearest_neighbours` are not trained. What does not beat these baselines has not shown anything.
+# The baselines `feature_norm` and `nearest_neighbours` are not trained. A trained method is of use only if it beats
+# them.
 
 # %%
 from IPython.display import HTML, Image, Markdown, display
@@ -81,7 +82,7 @@ from iumad_jax.report import tables
 display(Markdown(tables.markdown(results).split("\n## ")[0]))
 
 # %% [markdown]
-# ## What it looks at
+# ## Anomaly maps
 #
 # From left to right: the image, its depth as a relief, the true defect, the anomaly map, and the map over the image.
 
@@ -93,8 +94,8 @@ for name in results["objects"]:
 # %% [markdown]
 # ## The report
 #
-# `report.html` holds all of it in one file that needs no network: every metric, curves, and samples with a threshold to
-# play with. In Colab it is under Files, to download; elsewhere this link opens it.
+# `report.html` is a single file that needs no network: every metric, curves, and test images with an adjustable
+# threshold. This link opens it; in Colab, download it from Files instead.
 
 # %%
 HTML(f'<a href="{workdir}/report.html" target="_blank">{workdir}/report.html</a>')

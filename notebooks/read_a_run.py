@@ -16,11 +16,11 @@
 # %% [markdown]
 # # Reading a finished run
 #
-# What lies in a workdir is meant to be read by other programs: `results.json`, `ledger.jsonl`, `results.csv`, and
-# `samples/` with the score of every test image. This notebook reads them with nothing but NumPy and Matplotlib.
+# The files in a workdir are made for other programs: `results.json`, `ledger.jsonl`, `results.csv`, and `samples/` with
+# the score of every test image. This notebook reads and plots them.
 
 # %% tags=["install"]
-# The package, where it is not installed yet: from the repository this notebook lies in, or by its name.
+# Installs the package if it is missing: from this notebook's repository, else by its name.
 import importlib.util
 import pathlib
 import subprocess
@@ -31,10 +31,10 @@ if importlib.util.find_spec("iumad_jax") is None:
     subprocess.check_call([sys.executable, "-m", "pip", "install", "--quiet", source])
 
 # %% tags=["parameters"]
-workdir = "runs/notebook"  # of a finished run, such as the quickstart's
+workdir = "runs/notebook"  # workdir of a finished run, such as the quickstart's
 
 # %% [markdown]
-# Where no run lies there, the smallest one is made, so that there is something to read: two sweets, nothing trained.
+# If the workdir has no results, this cell makes the smallest run: two sweets and a method without training.
 
 # %%
 from pathlib import Path
@@ -55,8 +55,8 @@ if not (Path(workdir) / "results.json").exists():
 # %% [markdown]
 # ## The results
 #
-# `matrix[metric][step][object]` is null before the step that learned the object; `baselines` holds the same for the
-# methods without training.
+# `matrix[metric][step][object]` is null before the step that learned the object; `baselines` has the matrices of
+# the methods without training.
 
 # %%
 import json
@@ -81,13 +81,13 @@ for axis, (name, method) in zip(axes[0], methods.items(), strict=True):
     axis.plot(matrix, "o-", color="0.7", linewidth=1)
     axis.plot(np.nanmean(matrix, axis=1), "o-", linewidth=3)
     axis.set(title=name, xlabel="step", xticks=range(len(matrix)))
-axes[0][0].set_ylabel("I-AUROC: every object, and their mean")
+axes[0][0].set_ylabel("I-AUROC per object, and mean")
 plt.show()
 
 # %% [markdown]
 # ## The ledger
 #
-# One event per line, in order; two runs with one seed on a CPU write the same bytes.
+# One event per line, in order. On a CPU, two runs with the same seed write identical ledgers.
 
 # %%
 from iumad_jax.runtime import ledger
@@ -101,30 +101,31 @@ if epochs:
 print(len(events), "events, of which", len(epochs), "are epochs")
 
 # %% [markdown]
-# ## Every test image
+# ## Test images
 #
-# `samples/` keeps scores, curves and small maps of all test images after every step, here those of the first object.
+# `samples/` has the scores, curves and small anomaly maps of all test images after every step. These are the results of
+# the first object after the last step.
 
 # %%
 from iumad_jax.report import samples
 
 name, last = results["objects"][0], len(results["steps"]) - 1
-kept = samples.load(Path(workdir), last, name)
+summary = samples.load(Path(workdir), last, name)
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
-for method, scores in kept.scores.items():
+for method, scores in summary.scores.items():
     order = np.argsort(-scores)
-    left.plot(np.cumsum(~kept.anomalous[order]), np.cumsum(kept.anomalous[order]), label=method)
-    right.plot(samples.RATES, kept.overlap[method], label=method)
-left.set(title=f"{name}: images", xlabel="good images raised", ylabel="defective images found")
-right.set(title=f"{name}: pixels", xlabel="share of normal pixels raised", ylabel="mean share of a defect found")
+    left.plot(np.cumsum(~summary.anomalous[order]), np.cumsum(summary.anomalous[order]), label=method)
+    right.plot(samples.RATES, summary.overlap[method], label=method)
+left.set(title=f"{name}: images", xlabel="false alarms", ylabel="detected anomalous images")
+right.set(title=f"{name}: pixels", xlabel="false positive rate", ylabel="mean overlap with a defect")
 right.legend()
 plt.show()
 
 # %%
-worst = np.argsort(-kept.scores[results["config"]["method"]])[:6]
+worst = np.argsort(-summary.scores[results["config"]["method"]])[:6]
 figure, axes = plt.subplots(1, len(worst), figsize=(2 * len(worst), 2.4))
 for axis, row in zip(axes, worst, strict=True):
-    axis.imshow(kept.maps[row], "inferno", vmin=0, vmax=255)
-    axis.set(title=f"{kept.defects[row]} {kept.ids[row]}", xticks=[], yticks=[])
-figure.suptitle("The highest scores")
+    axis.imshow(summary.maps[row], "inferno", vmin=0, vmax=255)
+    axis.set(title=f"{summary.defects[row]} {summary.ids[row]}", xticks=[], yticks=[])
+figure.suptitle("Highest scores")
 plt.show()

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-# On 2 cores and jax <= 0.11, steps over emulated devices deadlock unless this is set before jax is imported.
+# With 2 cores and jax <= 0.11, updates on emulated devices deadlock unless this is set before jax is imported.
 os.environ.setdefault("NPROC", "8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Models this small train no faster on two cores than on one, and much slower where they have to share them.
+# Every worker uses a single core: small models train no faster on two cores, and much slower on shared ones.
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]})
@@ -20,7 +20,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
-import tests.shape_checks  # the hook looks for it by name
+import tests.shape_checks  # the hook imports it by name
 
 install_import_hook(["iumad_jax", "iumad_kernels"], f"{tests.shape_checks.__name__}.checked")
 jax.config.update("jax_num_cpu_devices", 4)
@@ -28,13 +28,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_collection_modifyitems(items):
-    """Begins with the slow tests, so that no core is idle in the end."""
+    """Run the slow tests first, so that no worker is idle at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session")
 def eyecandies_root() -> Path:
-    """The real Eyecandies samples beside the project, read where they lie."""
+    """Return the folder of the real Eyecandies samples, which is next to the repository."""
     root = Path(__file__).parents[2] / "shared" / "data" / "eyecandies"
     if not (root / "CandyCane").is_dir():
         pytest.skip("the real Eyecandies samples are not at ../shared/data/eyecandies")
@@ -43,7 +43,7 @@ def eyecandies_root() -> Path:
 
 @pytest.fixture(scope="session")
 def files_no_larger_than() -> Callable[[int], AbstractContextManager[None]]:
-    """A full disk: the system refuses to let any file of this process grow beyond a size in bytes."""
+    """Return a context manager that emulates a full disk: files of this process cannot exceed a size in bytes."""
 
     @contextmanager
     def limit(size: int) -> Iterator[None]:
@@ -61,22 +61,22 @@ def files_no_larger_than() -> Callable[[int], AbstractContextManager[None]]:
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory, worker_id):
-    """Where tests keep what they have compiled: most runs train the same small model."""
+    """Return the folder of the shared compilation cache. Most tests compile the same small model."""
     folder = tmp_path_factory.getbasetemp()
     return (folder if worker_id == "master" else folder.parent) / "compiled"
 
 
 @pytest.fixture(scope="module")
 def compile_quickly(compiled):
-    """This process compiles without optimisation, and once what many tests have in common."""
+    """Compile without optimisation and with the shared compilation cache."""
     settings = {
         "jax_disable_most_optimizations": (True, False),
         "jax_compilation_cache_dir": (str(compiled), None),
         "jax_persistent_cache_min_compile_time_secs": (0.1, 1.0),
         "jax_persistent_cache_min_entry_size_bytes": (0, 0),
     }
-    for name, (here, _) in settings.items():
-        jax.config.update(name, here)
+    for name, (value, _) in settings.items():
+        jax.config.update(name, value)
     yield
     for name, (_, default) in settings.items():
         jax.config.update(name, default)

@@ -1,6 +1,6 @@
-"""Checks the shapes that annotations give, and nothing else, whenever a function is called.
+"""Check annotated array shapes whenever a function is called, for the import hook of jaxtyping.
 
-This is for jaxtyping's import hook. Whether an array is JAX's or NumPy's, and of which type, is left open.
+Only shapes are checked: neither dtypes, nor whether an array belongs to JAX or NumPy.
 """
 
 import functools
@@ -11,32 +11,32 @@ from typing import Any, Union, get_args, get_origin
 
 from jaxtyping import AbstractArray, Shaped
 
-TELL_THEMSELVES = {"Detector.__call__", "Detector.prepare"}  # functions that say in a sentence what is wrong
+UNCHECKED = {"Detector.__call__", "Detector.prepare"}  # they report wrong shapes themselves
 
 
 def checked(function):
-    """The function, which raises TypeError where an array that it is given or returns is not as annotated."""
+    """Wrap a function so that it raises TypeError when an argument or the result does not have its annotated shape."""
     hints = {name: _shaped(hint) for name, hint in function.__annotations__.items()}
     hints = {name: hint for name, hint in hints.items() if hint is not None}
-    if not hints or inspect.isgeneratorfunction(function) or function.__qualname__ in TELL_THEMSELVES:
+    if not hints or inspect.isgeneratorfunction(function) or function.__qualname__ in UNCHECKED:
         return function
     signature = inspect.signature(function)
-    several = {name for name, parameter in signature.parameters.items() if parameter.kind == parameter.VAR_POSITIONAL}
+    variadic = {name for name, parameter in signature.parameters.items() if parameter.kind == parameter.VAR_POSITIONAL}
 
     @functools.wraps(function)
     def with_checks(*args, **kwargs):
         for name, value in signature.bind(*args, **kwargs).arguments.items():
-            for one in value if name in several else (value,):
-                _check(f"{function.__qualname__}: {name}", one, hints.get(name))
+            for argument in value if name in variadic else (value,):
+                _check(f"{function.__qualname__}: {name}", argument, hints.get(name))
         result = function(*args, **kwargs)
-        _check(f"{function.__qualname__}: what it returns", result, hints.get("return"))
+        _check(f"{function.__qualname__}: result", result, hints.get("return"))
         return result
 
     return with_checks
 
 
 def _shaped(hint: Any) -> Any:
-    """A hint less all that says nothing of shapes; None if that leaves nothing."""
+    """Reduce a hint to its shapes. Return None if it has no shapes."""
     if isinstance(hint, type) and issubclass(hint, AbstractArray):
         return Shaped[Any, hint.dim_str]
     origin, parts = get_origin(hint), get_args(hint)
@@ -51,27 +51,27 @@ def _shaped(hint: Any) -> Any:
 
 
 def _check(name: str, value: Any, hint: Any) -> None:
-    """Raises TypeError for an array that is not as the hint says; None and what has no shape may be anywhere."""
+    """Raise TypeError for an array that does not match the hint. None and values without shape are accepted."""
     origin, parts = get_origin(hint), get_args(hint)
     if hint in (None, Any) or value is None:
         return
     if origin in (Union, types.UnionType):
-        if not any(_is(value, part) for part in parts):
+        if not any(_matches(value, part) for part in parts):
             _refuse(name, value, hint)
     elif origin is dict:
-        for key, of_key in value.items():
-            _check(f"{name}[{key!r}]", of_key, parts[1])
+        for key, item in value.items():
+            _check(f"{name}[{key!r}]", item, parts[1])
     elif origin is tuple:
-        each = parts[:1] * len(value) if ... in parts else parts
-        for number, (of_place, part) in enumerate(zip(value, each, strict=True)):
-            _check(f"{name}[{number}]", of_place, part)
-    elif not _is(value, hint):
+        hints = parts[:1] * len(value) if ... in parts else parts
+        for index, (item, part) in enumerate(zip(value, hints, strict=True)):
+            _check(f"{name}[{index}]", item, part)
+    elif not _matches(value, hint):
         _refuse(name, value, hint)
 
 
-def _is(value: Any, hint: Any) -> bool:
+def _matches(value: Any, hint: Any) -> bool:
     return not hasattr(value, "shape") or not hasattr(value, "dtype") or isinstance(value, hint)
 
 
 def _refuse(name: str, value: Any, hint: Any) -> None:
-    raise TypeError(f"{name} is {value.dtype} of shape {value.shape}, and not {hint}")
+    raise TypeError(f"{name} is {value.dtype} of shape {value.shape}, not {hint}")

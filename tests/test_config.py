@@ -1,4 +1,4 @@
-"""Every experiment in configs/, against the public names, the paper's values and what the parts ask for."""
+"""Every config in configs/: public keys, the paper's values, and acceptance by all parts."""
 
 import re
 from importlib.util import module_from_spec, spec_from_file_location
@@ -40,18 +40,18 @@ def flat(config, prefix=""):
     return keys
 
 
-def test_there_are_configs():
+def test_configs_exist():
     assert {"quickstart", "eyecandies"} <= {file.stem for file in CONFIGS}
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_config_can_be_run(file):
-    """Its command is told, it has the public keys and no key that the others lack, and its parts accept its values."""
+    """The docstring has its command, its keys are those of all configs, and all parts accept its values."""
     module = load(file)
     command = r"python -m (iumad_jax\.(main|benchmark)|tests\.harness\.survival)"
     assert re.search(rf"{command} --config=configs/{file.name}", module.__doc__)
     config = module.get_config()
-    if "benchmark" in config:  # what cells differ in
+    if "benchmark" in config:  # describes the differences between cells
         del config.benchmark
     assert set(PUBLIC) <= set(flat(config))
     types = {key: type(value) for key, value in flat(paper("10-0")).items()}
@@ -66,9 +66,9 @@ def test_every_config_can_be_run(file):
 
 
 def test_the_papers_values():
-    found = flat(load(next(file for file in CONFIGS if file.stem == "eyecandies")).get_config("6-1"))
-    assert found["protocol"] == "6-1"
-    papers = {
+    config = flat(load(next(file for file in CONFIGS if file.stem == "eyecandies")).get_config("6-1"))
+    assert config["protocol"] == "6-1"
+    expected = {
         "method": "ib_iumad",
         "modality": "rgb+depth",
         "input.size": 224,
@@ -84,14 +84,14 @@ def test_the_papers_values():
         "model.width": 256,
         "model.layers": 4,
     }
-    assert {key: found[key] for key in papers} == papers
+    assert {key: config[key] for key in expected} == expected
 
 
-def test_every_key_is_read_somewhere():
-    """A key that no code asks for would be a setting without effect."""
+def test_every_key_is_used():
+    """A key that no code reads has no effect."""
     package = Path(__file__).parents[1] / "iumad_jax"
     code = "".join(file.read_text() for file in package.rglob("*.py") if file.name != "config.py")
-    whole = {"dataset.render", "backbone"}  # handed on with all their keys
+    groups = {"dataset.render", "backbone"}  # passed on with all their keys
     for key in flat(paper("10-0")):
         name = key.rsplit(".", 1)[-1]
-        assert re.search(rf"\.{name}\b", code) or any(key.startswith(part) for part in whole), key
+        assert re.search(rf"\.{name}\b", code) or any(key.startswith(part) for part in groups), key

@@ -1,4 +1,4 @@
-"""The notebooks run from their first to their last cell, at small sizes, and are what their paired scripts say."""
+"""The notebooks run from the first to the last cell with small sizes, and match their scripts."""
 
 from pathlib import Path
 
@@ -17,14 +17,14 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 
 @pytest.fixture(scope="module")
 def execute(tmp_path_factory):
-    """Runs a notebook in a folder with other parameters; returns the cells' outputs."""
+    """Return a function that runs a notebook with changed parameters and returns its folder and outputs."""
     home = tmp_path_factory.mktemp("home")
-    quick = pytest.MonkeyPatch()
-    quick.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    quick.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
-    quick.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))  # what they share compiles once
-    quick.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-    quick.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+    environment = pytest.MonkeyPatch()
+    environment.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    environment.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    environment.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))  # shared by all notebooks
+    environment.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    environment.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
     def execute(name, **parameters):
         notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
@@ -36,30 +36,31 @@ def execute(tmp_path_factory):
         return home, [output for cell in notebook.cells for output in cell.get("outputs", [])]
 
     yield execute
-    quick.undo()
+    environment.undo()
 
 
-def shown(outputs, kind):
-    """What was displayed of a MIME type."""
+def displayed(outputs, kind):
+    """Return the displayed outputs of a MIME type."""
     return [output["data"][kind] for output in outputs if kind in output.get("data", {})]
 
 
-def said(outputs):
+def printed(outputs):
+    """Return the printed text."""
     return "".join(output["text"] for output in outputs if output["output_type"] == "stream")
 
 
-def test_all_four_are_there():
+def test_all_notebooks_exist():
     assert NAMES == ["kernels", "own_objects", "quickstart", "read_a_run"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_notebook_and_its_script_are_one(name):
+def test_a_notebook_matches_its_script(name):
     notebook, script = (jupytext.read(FOLDER / f"{name}.{suffix}") for suffix in ("ipynb", "py"))
-    of_notebook, of_script = (
-        [(cell.cell_type, cell.source, cell.metadata.get("tags", [])) for cell in one.cells]
-        for one in (notebook, script)
+    notebook_cells, script_cells = (
+        [(cell.cell_type, cell.source, cell.metadata.get("tags", [])) for cell in document.cells]
+        for document in (notebook, script)
     )
-    assert of_notebook == of_script
+    assert notebook_cells == script_cells
     assert (FOLDER / f"{name}.ipynb").stat().st_size < 200_000
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert code[0].metadata.tags == ["install"]
@@ -74,39 +75,39 @@ def quickstart(execute):
 
 def test_quickstart(quickstart):
     home, outputs = quickstart
-    (table,) = shown(outputs, "text/markdown")
+    (table,) = displayed(outputs, "text/markdown")
     for name in ("CandyCane", "GummyBear", "Marshmallow", "nearest_neighbours"):
         assert name in table
-    assert len(shown(outputs, "image/jpeg")) == 3
-    assert 'href="runs/notebook/report.html"' in shown(outputs, "text/html")[-1]
+    assert len(displayed(outputs, "image/jpeg")) == 3
+    assert 'href="runs/notebook/report.html"' in displayed(outputs, "text/html")[-1]
     assert (home / "runs" / "notebook" / "report.html").stat().st_size > 100_000
 
 
-def test_reading_a_run(quickstart, execute):
+def test_read_a_run(quickstart, execute):
     _, outputs = execute("read_a_run")
-    assert len(shown(outputs, "image/png")) == 4
-    assert sentences.NOTEBOOK_EVENTS.format(2) in said(outputs)
-    assert sentences.NOTEBOOK_OBJECTS.format("CandyCane GummyBear Marshmallow") in said(outputs)
+    assert len(displayed(outputs, "image/png")) == 4
+    assert sentences.NOTEBOOK_EVENTS.format(2) in printed(outputs)
+    assert sentences.NOTEBOOK_OBJECTS.format("CandyCane GummyBear Marshmallow") in printed(outputs)
 
 
-def test_reading_without_a_run_makes_the_smallest(execute):
+def test_read_a_run_makes_a_run_if_there_is_none(execute):
     home, outputs = execute("read_a_run", workdir="runs/smallest")
     assert (home / "runs" / "smallest" / "results.json").exists()
-    assert len(shown(outputs, "image/png")) == 3  # nothing was trained
-    assert sentences.NOTEBOOK_EVENTS_SHORTLY.format(0) in said(outputs)
+    assert len(displayed(outputs, "image/png")) == 3  # without training there is no loss curve
+    assert sentences.NOTEBOOK_EVENTS_SHORTLY.format(0) in printed(outputs)
 
 
 def test_own_objects(execute):
     home, outputs = execute("own_objects", epochs=1, images=8, pixels=64, size=64)
-    (table,) = shown(outputs, "text/markdown")
+    (table,) = displayed(outputs, "text/markdown")
     assert "washer" in table
     assert "gear" in table
-    assert len(shown(outputs, "image/jpeg")) == 2
+    assert len(displayed(outputs, "image/jpeg")) == 2
     assert (home / "runs" / "own_objects" / "report.html").exists()
 
 
 def test_kernels(execute):
-    _, outputs = execute("kernels", batch=1, channels=16, states=4, lengths=[8, 16], turns=1)
-    assert said(outputs).count(sentences.NOTEBOOK_DIFFERENCE) == 3
-    assert sentences.NOTEBOOK_POSITIONS.format(positions=16, name="selective_scan") in said(outputs)
-    assert len(shown(outputs, "image/png")) == 1
+    _, outputs = execute("kernels", batch=1, channels=16, states=4, lengths=[8, 16], rounds=1)
+    assert printed(outputs).count(sentences.NOTEBOOK_DIFFERENCE) == 3
+    assert sentences.NOTEBOOK_POSITIONS.format(positions=16, name="selective_scan") in printed(outputs)
+    assert len(displayed(outputs, "image/png")) == 1

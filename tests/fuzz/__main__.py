@@ -1,6 +1,6 @@
-"""Feeds damaged and forged inputs to every reader of untrusted data.
+"""Feed damaged and forged inputs to every reader of untrusted data.
 
-    python -m tests.fuzz --inputs=10000 [--target=ledger] [--coverage] [--first=N]
+    python -m tests.fuzz --inputs=100
 
 Every input must lead to a result or to the documented UserError, in one printable sentence, within 5 seconds and 512 MB
 (peak of the additional resident memory; the address space may grow by 8 GB). `mutations.mutate` makes an input from
@@ -29,25 +29,24 @@ from tabulate import tabulate
 
 HANG, EXTRA_ADDRESS_SPACE = 60, 8 << 30  # seconds, bytes
 
-_FLAGS = flags.FlagValues()
-flags.DEFINE_string("target", "all", "Names of targets, separated by commas, or all.", flag_values=_FLAGS)
-flags.DEFINE_integer("inputs", 10_000, "Number of inputs per target.", flag_values=_FLAGS)
-flags.DEFINE_integer("first", 0, "Number of the first input.", flag_values=_FLAGS)
-flags.DEFINE_bool("coverage", False, "Whether to choose inputs by code coverage, with atheris.", flag_values=_FLAGS)
-flags.DEFINE_string("log", None, "File for the outcomes; set in the process of a target.", flag_values=_FLAGS)
-
 
 def main(arguments: list[str]) -> int:
     """Run the command; return 1 if any input crashed."""
-    _FLAGS(arguments)
-    if _FLAGS.log:
-        return work(_FLAGS.target, _FLAGS.first, _FLAGS.inputs, Path(_FLAGS.log), _FLAGS.coverage)
+    if "--help" in arguments:
+        from iumad_jax import cli  # not at the top: atheris instruments the package before its import
+
+        return cli.execute(str(__doc__), arguments, _define, lambda _: "")
+    values = flags.FlagValues()
+    _define(values)
+    values(arguments)
+    if values.log:
+        return work(values.target, values.first, values.inputs, Path(values.log), values.coverage)
     from tests.fuzz.targets import TARGETS
 
-    names = list(TARGETS) if _FLAGS.target == "all" else _FLAGS.target.split(",")
+    names = list(TARGETS) if values.target == "all" else values.target.split(",")
     rows, crashes = [], []
     for name in names:
-        outcomes = supervise(name, _FLAGS.first, _FLAGS.inputs, _FLAGS.coverage)
+        outcomes = supervise(name, values.first, values.inputs, values.coverage)
         counts = collections.Counter(outcome["kind"] for outcome in outcomes)
         for outcome in outcomes:
             if outcome["kind"] == "crash":
@@ -60,6 +59,14 @@ def main(arguments: list[str]) -> int:
     print(tabulate(rows, headers, "github"))
     print("\n".join(crashes[:100]))
     return 1 if crashes else 0
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("target", "all", "Names of targets, separated by commas, or all.", flag_values=values)
+    flags.DEFINE_integer("inputs", 10_000, "Number of inputs per target.", flag_values=values)
+    flags.DEFINE_integer("first", 0, "Number of the first input.", flag_values=values)
+    flags.DEFINE_bool("coverage", False, "Choose inputs by code coverage, with atheris.", flag_values=values)
+    flags.DEFINE_string("log", None, "File for the outcomes; set in the process of a target.", flag_values=values)
 
 
 def supervise(name: str, first: int, inputs: int, coverage: bool) -> list[dict]:

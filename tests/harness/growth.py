@@ -1,6 +1,8 @@
-"""What grows with the number of objects: python -m tests.harness.growth --config=FILE --objects=10,1000,100000.
+"""Compute how storage and memory grow with the number of objects.
 
-Nothing is run: bytes are those of what the code would make, by its shapes, were one object learned per step.
+    python -m tests.harness.growth --config=configs/quickstart.py --objects=10,1000,100000
+
+Nothing is trained: the sizes follow from the shapes of all arrays, for a protocol that learns one object per step.
 """
 
 import json
@@ -15,27 +17,27 @@ from iumad_jax import cli
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command and returns its exit code."""
+    """Run the command and return its exit code."""
     return cli.execute(str(__doc__), arguments, _define, _compute)
 
 
 def _define(values: flags.FlagValues) -> None:
     cli.define_config(values)
     cli.define_workdir(values)
-    flags.DEFINE_list("objects", "10,1000,100000", "How many, in turn.", flag_values=values)
-    flags.DEFINE_integer("train", 1000, "Training images per object.", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("test", 50, "Test images per object.", lower_bound=1, flag_values=values)
+    flags.DEFINE_list("objects", "10,1000,100000", "Numbers of objects, separated by commas.", flag_values=values)
+    flags.DEFINE_integer("train", 1000, "Number of training images per object.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("test", 50, "Number of test images per object.", lower_bound=1, flag_values=values)
 
 
 def _compute(values: flags.FlagValues) -> str:
     config, _ = cli.given_config(values)
     columns = [_sizes(config, int(number), values.train, values.test) for number in values.objects]
-    rows = [[what, *(_told(column[what]) for column in columns)] for what in columns[0]]
+    rows = [[name, *(_format_bytes(column[name]) for column in columns)] for name in columns[0]]
     headers = ["", *(f"{int(number):,} objects" for number in values.objects)]
     return tabulate(rows, headers, "github", disable_numparse=True, colalign=["left", *["right"] * len(columns)])
 
 
-def _told(value: float) -> str:
+def _format_bytes(value: float) -> str:
     for unit, factor in {"PB": 1e15, "TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}.items():
         if value >= factor:
             return f"{value / factor:.3g} {unit}"
@@ -43,7 +45,7 @@ def _told(value: float) -> str:
 
 
 def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]:
-    """Bytes, by what they hold."""
+    """Return the number of bytes of everything that is stored, by name."""
     import jax
 
     from iumad_jax import config as configs
@@ -73,8 +75,8 @@ def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]
     )
     truth = MAP_SIZE**2 * (3 * np.dtype(bool).itemsize + 3 + np.dtype(np.float32).itemsize)
 
-    built = methods.with_baselines(config, objects)
-    method = built[config.method]
+    variants = methods.with_baselines(config, objects)
+    method = variants[config.method]
     variables = jax.eval_shape(method.init, jax.random.key(0), image)
     optimizer = jax.eval_shape(make_optimizer(config.train).init, variables["params"])
     activations = jax.tree.leaves(jax.eval_shape(method.activations, variables, image))
@@ -82,16 +84,16 @@ def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]
     neighbours = len(modalities) * config.nearest_neighbours.patches_per_object * channels * 4
     recognition = 4 * len(modalities) * channels * np.array([objects, len(modalities) * channels])
 
-    rng, pairs = np.random.default_rng(0), objects * (objects + 1) / 2  # of a step and an object seen by then
+    rng, pairs = np.random.default_rng(0), objects * (objects + 1) / 2  # pairs of a step and an object learned by then
     values = {metric: rng.random() for metric in METRICS}
     event = {"event": "evaluation", "step": objects, "object": "a" * 12, "method": config.method, **values}
     maps: Any = rng.random((test, 2, 2))
     good = thresholds.calibration_of(Prediction(maps, maps.max((1, 2)), None), rng.random((test, 2)), 0)
-    one = json.dumps(thresholds.describe({"a" * 12: good, "b": good}, 0.995)["objects"]["a" * 12])
-    numbers = len(built) * len(METRICS)
+    decision = json.dumps(thresholds.describe({"a" * 12: good, "b": good}, 0.995)["objects"]["a" * 12])
+    numbers = len(variants) * len(METRICS)
     calibration = json.dumps(as_json(good._asdict()))
 
-    at_once = {
+    sizes = {
         "prepared images": objects * (train * size(image) + test * (size(image) + truth)),
         f"weights of {config.method}": size(variables),
         "state of the optimiser": size(optimizer),
@@ -103,11 +105,11 @@ def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]
         "every metric of every object after every step": 8.0 * numbers * objects**2,
         "calibration scores, as text in a snapshot": float(objects * len(calibration)),
     }
-    return at_once | {
-        "weights and optimiser, on every device": at_once[f"weights of {config.method}"] + size(optimizer),
+    return sizes | {
+        "weights and optimiser, on every device": sizes[f"weights of {config.method}"] + size(optimizer),
         "all snapshots, of the weights": objects * size(variables),
         "all snapshots, of nearest_neighbours": float(objects * neighbours),
-        "ledger": len(built) * pairs * (len(json.dumps(event)) + 1) + pairs * len(one),
+        "ledger": len(variants) * pairs * (len(json.dumps(event)) + 1) + pairs * len(decision),
     }
 
 

@@ -1,9 +1,11 @@
-"""How fast images are prepared, read and brought to a model: python -m tests.harness.input_pipeline --config=FILE.
+"""Measure how fast images are prepared, read and transferred to the device.
 
-With the training images of the config's first object, prepared anew in a temporary folder, in one run: preparing, stage
-by stage in a single-threaded loop, and by the store; reading prepared images, and the same from ArrayRecord; images
-ready on the device, prepared and not; how long training waits for them; and memory over an epoch of 10,000 images, made
-by repetition.
+    python -m tests.harness.input_pipeline --config=configs/quickstart.py
+
+The training images of the config's first object are prepared in a temporary folder. Measured are: preparation, stage by
+stage in a single-threaded loop and by the store; reading prepared images, compared with ArrayRecord; transfer to the
+device, streamed and resident; the time that training waits for images; and memory use during an epoch of 10,000 images,
+which repeats the prepared ones.
 """
 
 import sys
@@ -25,22 +27,24 @@ from tabulate import tabulate
 from iumad_jax import cli
 
 _BATCH = 8
-_SECONDS = 3.0  # of a measurement that can be repeated
+_SECONDS = 3.0  # duration of a repeated measurement
 _ROUNDS = 5
-_EPOCH = 10_000  # images
+_EPOCH = 10_000  # images per epoch of the memory measurement
 
-Row = tuple[str, str, str]  # what, how much, of what unit or against what
+Row = tuple[str, str, str]  # quantity, value, unit or comparison
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command and returns its exit code."""
+    """Run the command and return its exit code."""
     return cli.execute(str(__doc__), arguments, _define, _measure)
 
 
 def _define(values: flags.FlagValues) -> None:
     cli.define_config(values)
     cli.define_workdir(values)
-    flags.DEFINE_integer("epochs", 3, "Of training, after a first one.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer(
+        "epochs", 3, "Number of timed training epochs; one more warms up.", lower_bound=1, flag_values=values
+    )
 
 
 def _measure(values: flags.FlagValues) -> str:
@@ -54,14 +58,14 @@ def _measure(values: flags.FlagValues) -> str:
     object_ = reader.objects[0]
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(config, reader, Path(folder))
-        rows, per_second = _preparing(store, object_)
+        rows, loop_rate = _preparing(store, object_)
         batch = store.get(object_, "train").batch
-        began = time.perf_counter()
+        start = time.perf_counter()
         open_store(config, reader, Path(folder)).get(object_, "train")
         size = sum(array.nbytes for array in jax.tree.leaves(batch))
-        rows.append(("opening with all checksums", _rate(size / 1e9, began, 2), "GB/s"))
+        rows.append(("opening, all checksums verified", _rate(size / 1e9, start, 2), "GB/s"))
         rows += _reading(batch, Path(folder))
-        rows += _ready(batch, per_second)
+        rows += _ready(batch, loop_rate)
         rows += _waiting(config, batch, len(reader.objects), values.epochs)
         rows += _memory(batch)
     images = f"{len(batch.object_id)} images of {object_}, {config.modality}, {psutil.cpu_count()} CPU cores"
@@ -70,57 +74,64 @@ def _measure(values: flags.FlagValues) -> str:
     )
 
 
-def _rate(count: float, began: float, digits: int = 0) -> str:
-    return f"{count / (time.perf_counter() - began):,.{digits}f}"
+def _rate(count: float, start: float, digits: int = 0) -> str:
+    return f"{count / (time.perf_counter() - start):,.{digits}f}"
 
 
 def _preparing(store: Any, object_: str) -> tuple[list[Row], float]:
-    """Also how many images a single-threaded loop makes ready per second."""
+    """Return the rows about preparation, and the images per second of a single-threaded loop."""
     from iumad_jax.data import depth
     from iumad_jax.data.prepared.store import ENCODED_AT_ONCE
 
     seconds = dict.fromkeys(("read", "depth", "processing", "backbone"), 0.0)
 
     def timed(stage: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        began = time.perf_counter()
+        start = time.perf_counter()
         result = function(*arguments)
-        seconds[stage] += time.perf_counter() - began
+        seconds[stage] += time.perf_counter() - start
         return result
 
     ids = store.reader.ids(object_, "train")
     size = store.processing.size
-    np.asarray(store.encoder(np.zeros((ENCODED_AT_ONCE, size, size, 3), np.float32)))  # compiles
-    for start in range(0, len(ids), ENCODED_AT_ONCE):
+    np.asarray(store.encoder(np.zeros((ENCODED_AT_ONCE, size, size, 3), np.float32)))  # compiles the encoder
+    for first in range(0, len(ids), ENCODED_AT_ONCE):
         samples = [
-            timed("read", store.reader.read, object_, "train", id_) for id_ in ids[start : start + ENCODED_AT_ONCE]
+            timed("read", store.reader.read, object_, "train", id_) for id_ in ids[first : first + ENCODED_AT_ONCE]
         ]
         for sample in samples:
-            if sample.depth is not None:  # a part of processing, timed once more by itself
+            if sample.depth is not None:  # part of processing, here timed separately
                 timed("depth", depth.measure, sample.depth, sample.camera, store.processing.normals_window)
         arrays = [timed("processing", store.processing, sample) for sample in samples]
         for modality in store.processing.modalities:
             images = np.zeros((ENCODED_AT_ONCE, size, size, 3), np.float32)
-            images[: len(arrays)] = [one[f"images_{modality}"] for one in arrays]
+            images[: len(arrays)] = [array[f"images_{modality}"] for array in arrays]
             timed("backbone", lambda images: np.asarray(store.encoder(images)), images)
     loop = len(ids) / (seconds["read"] + seconds["processing"] + seconds["backbone"])
-    began = time.perf_counter()
+    start = time.perf_counter()
     store.prepare(object_, "train")
-    whole = len(ids) / (time.perf_counter() - began)
+    with_store = len(ids) / (time.perf_counter() - start)
     seconds["processing"] -= seconds["depth"]
     stages = {"read": "decoding", "depth": "plane, height, normals", "processing": "encoding of depth, resizing"}
     rows = [
-        (f"loop: {stages.get(stage, stage)}", f"{1e3 * taken / len(ids):.1f}", "ms/image")
-        for stage, taken in seconds.items()
+        (f"loop: {stages.get(stage, stage)}", f"{1e3 * total / len(ids):.1f}", "ms/image")
+        for stage, total in seconds.items()
     ]
     rows += [
         ("loop: all", f"{loop:.1f}", "images/s"),
-        ("store: all, with hashes and writing", f"{whole:.1f}", f"images/s, {whole / loop:.2f} times the loop"),
+        (
+            "store: all, with hashes and writing",
+            f"{with_store:.1f}",
+            f"images/s, {with_store / loop:.2f} times the loop",
+        ),
     ]
     return rows, loop
 
 
 def _reading(batch: Any, folder: Path) -> Iterator[Row]:
-    """Features alone, and all that training reads: the best of some rounds in turn."""
+    """Yield the rates of reading features, and of reading features and images, from the store and from ArrayRecord.
+
+    The two take turns; the best round counts.
+    """
     count = len(batch.object_id)
     for name, arrays in {"features": batch.features, "features and images": (batch.features, batch.images)}.items():
         leaves = jax.tree.leaves(arrays)
@@ -132,28 +143,30 @@ def _reading(batch: Any, folder: Path) -> Iterator[Row]:
         with closing(ArrayRecordReader(file)) as reader:
             rates: dict[str, list[float]] = {"": [], " from ArrayRecord": []}
             for turn in range(2 * _ROUNDS):
-                which = list(rates)[turn % 2]
-                order, done, began = np.random.default_rng(turn).permutation(count), 0, time.perf_counter()
-                while time.perf_counter() - began < _SECONDS / _ROUNDS:
+                source = list(rates)[turn % 2]
+                order, rows_read = np.random.default_rng(turn).permutation(count), 0
+                start = time.perf_counter()
+                while time.perf_counter() - start < _SECONDS / _ROUNDS:
                     for row in order:
-                        _parse(reader.read([int(row)])[0], leaves) if which else [np.array(a[row]) for a in leaves]
-                    done += count
-                rates[which].append(done / (time.perf_counter() - began))
-        for which, every in rates.items():
-            yield f"reading {name}{which}", f"{max(every):,.0f}", "images/s"
+                        _parse(reader.read([int(row)])[0], leaves) if source else [np.array(a[row]) for a in leaves]
+                    rows_read += count
+                rates[source].append(rows_read / (time.perf_counter() - start))
+        for source, rounds in rates.items():
+            yield f"reading {name}{source}", f"{max(rounds):,.0f}", "images/s"
 
 
-def _parse(record: bytes, like: list[np.ndarray]) -> list[np.ndarray]:
-    """The arrays of one image from its record."""
-    parsed, at = [], 0
-    for array in like:
-        parsed.append(np.frombuffer(record, array.dtype, array[0].size, at).reshape(array.shape[1:]))
-        at += array[0].nbytes
-    return parsed
+def _parse(record: bytes, templates: list[np.ndarray]) -> list[np.ndarray]:
+    """Parse the arrays of one image, which have the dtypes and the row shapes of the templates."""
+    arrays, offset = [], 0
+    for template in templates:
+        array = np.frombuffer(record, template.dtype, template[0].size, offset)
+        arrays.append(array.reshape(template.shape[1:]))
+        offset += template[0].nbytes
+    return arrays
 
 
 def _on_device(stream: Generator[Any, None, None], updates: int) -> Generator[None, None, None]:
-    """Every device_batches's images as float32 on the device; of resident ones, those of one update."""
+    """Place the images of every update on the device, as float32; yield when they are there."""
     take = jax.jit(lambda images, rows: jax.tree.map(lambda a: a[0, rows[0, 0]].astype(np.float32), images))
     with closing(stream):
         for images, rows, *_ in islice(stream, updates):
@@ -161,25 +174,26 @@ def _on_device(stream: Generator[Any, None, None], updates: int) -> Generator[No
             yield
 
 
-def _ready(batch: Any, per_second: float) -> Iterator[Row]:
+def _ready(batch: Any, loop_rate: float) -> Iterator[Row]:
+    """Yield the rates of images that are ready on the device, compared with those of the single-threaded loop."""
     from iumad_jax.data import batches
 
     for name, resident in {"streamed": "never", "resident": "always"}.items():
-        began = time.perf_counter()
-        steps = _on_device(batches.training_input([batch], _BATCH, 0, 0, resident, 1), 10**6)
-        next(steps)
-        placed, began, done = time.perf_counter() - began, time.perf_counter(), 0
-        while time.perf_counter() - began < _SECONDS:
-            next(steps)
-            done += _BATCH
-        rate = done / (time.perf_counter() - began)
-        yield f"on the device, {name}", f"{rate:,.0f}", f"images/s, {rate / per_second:.0f} times the loop"
-        yield f"until the first batch, {name}", f"{placed:.2f}", "s, with compilation"
-        steps.close()
+        start = time.perf_counter()
+        updates = _on_device(batches.training_input([batch], _BATCH, 0, 0, resident, 1), 10**6)
+        next(updates)
+        first_batch, start, count = time.perf_counter() - start, time.perf_counter(), 0
+        while time.perf_counter() - start < _SECONDS:
+            next(updates)
+            count += _BATCH
+        rate = count / (time.perf_counter() - start)
+        yield f"on the device, {name}", f"{rate:,.0f}", f"images/s, {rate / loop_rate:.0f} times the loop"
+        yield f"until the first batch, {name}", f"{first_batch:.2f}", "s, with compilation"
+        updates.close()
 
 
 def _waiting(config: Any, batch: Any, objects: int, epochs: int) -> Iterator[Row]:
-    """The share of training in which it waits for its input."""
+    """Yield the time per update, and the share of it in which training waits for input."""
     from iumad_jax import methods
     from iumad_jax.data import batches
     from iumad_jax.training.epochs import train_epochs
@@ -194,39 +208,43 @@ def _waiting(config: Any, batch: Any, objects: int, epochs: int) -> Iterator[Row
     for name, resident in {"streamed": "never", "resident": "always"}.items():
         waits: list[float] = []
 
-        def watched(stream: Generator[Any, None, None], waits: list[float] = waits) -> Generator[Any, None, None]:
+        def timed(stream: Generator[Any, None, None], waits: list[float] = waits) -> Generator[Any, None, None]:
             with closing(stream):
                 while True:
-                    began = time.perf_counter()
+                    start = time.perf_counter()
                     device_batches = next(stream)
-                    waits.append(time.perf_counter() - began)
+                    waits.append(time.perf_counter() - start)
                     yield device_batches
 
-        stream = watched(batches.training_input([batch], config.train.batch_size, 0, 0, resident))
+        stream = timed(batches.training_input([batch], config.train.batch_size, 0, 0, resident))
         state = initial_state(variables, optimizer, 0, [])
         passes = train_epochs(update, state, stream, lambda _: 1e-4, jax.random.key(0), per_epoch, 1 + epochs)
         next(passes)
         waits.clear()
-        began = time.perf_counter()
+        start = time.perf_counter()
         for _ in passes:
             pass
-        taken = time.perf_counter() - began
-        yield f"training, {name}: an update", f"{1e3 * taken / epochs / per_epoch:.0f}", "ms"
-        yield f"training, {name}: waiting for input", f"{100 * sum(waits) / taken:.2f}", "% of the time"
+        seconds = time.perf_counter() - start
+        yield f"training, {name}: an update", f"{1e3 * seconds / epochs / per_epoch:.0f}", "ms"
+        yield f"training, {name}: waiting for input", f"{100 * sum(waits) / seconds:.2f}", "% of the time"
 
 
 def _memory(batch: Any) -> Iterator[Row]:
-    """What the process holds beside mapped files, while it streams an epoch of many images."""
+    """Yield the memory of the process, mapped files excluded, while it streams a long epoch."""
     from iumad_jax.data import batches
 
     sets = [batch] * (1 + _EPOCH // len(batch.object_id))
     updates = _EPOCH // _BATCH
-    held = []
+    megabytes = []
     for _ in _on_device(batches.training_input(sets, _BATCH, 0, 0, "never"), updates):
         memory = psutil.Process().memory_info()
-        held.append((memory.rss - memory.shared) / 1e6)
-    tenths = [max(part) for part in np.array_split(held, 10)]
-    yield "memory, first to last tenth of an epoch", " ".join(f"{tenth:.0f}" for tenth in tenths), "MB, not of files"
+        megabytes.append((memory.rss - memory.shared) / 1e6)
+    tenths = [max(part) for part in np.array_split(megabytes, 10)]
+    yield (
+        "memory, first to last tenth of an epoch",
+        " ".join(f"{tenth:.0f}" for tenth in tenths),
+        "MB, without mapped files",
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
-"""Time, memory and exactness of an evaluation the size of MVTec 3D-AD: python -m tests.harness.metrics.
+"""Measure time, memory and exactness of an evaluation of the size of MVTec 3D-AD.
 
-All metrics and tables of 1,197 maps of 224 x 224 pixels over ten objects, without pictures. The maps are interpolated
-from 14 x 14 tokens, as a model's are. The first object's metrics are computed again by scikit-learn and by loops.
+    python -m tests.harness.metrics
+
+The evaluation computes all metrics and tables of 1,197 anomaly maps of ten objects, without pictures. The random maps
+of 224 x 224 pixels are interpolated from 14 x 14 tokens, like those of a model. The metrics of the first object are
+compared with scikit-learn and with AUPRO computed by loops.
 """
 
 import resource
@@ -20,11 +23,11 @@ from iumad_jax.report import tables
 from iumad_jax.report.history import History, results
 from iumad_jax.shapes import MAP_SIZE, GroundTruth, Prediction
 
-_IMAGES = (110, 108, 159, 131, 130, 100, 132, 114, 101, 112)  # of the test split, a fifth of them good
+_IMAGES = (110, 108, 159, 131, 130, 100, 132, 114, 101, 112)  # test images per object, a fifth of them good
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command and returns its exit code."""
+    """Run the command and return its exit code."""
     return cli.execute(str(__doc__), arguments, lambda _: None, lambda _: _measure())
 
 
@@ -33,47 +36,48 @@ def _measure() -> str:
     matrix = {metric: np.full((1, len(objects)), np.nan) for metric in tables.METRICS}
     seconds = sorting = 0.0
     for index, (prediction, truth) in enumerate(_sets()):
-        began = time.perf_counter()
+        start = time.perf_counter()
         for metric, value in metrics_of(prediction, truth).items():
             matrix[metric][0, index] = value
-        seconds += time.perf_counter() - began
-        began = time.perf_counter()
+        seconds += time.perf_counter() - start
+        start = time.perf_counter()
         np.sort(prediction.map, axis=None)
-        sorting += time.perf_counter() - began
+        sorting += time.perf_counter() - start
         if index == 0:
             difference = _difference(matrix, prediction, truth)
-    began = time.perf_counter()
+    start = time.perf_counter()
     config: dict[str, Any] = {"method": "random", "modality": "rgb", "dataset": {"name": "noise"}, "protocol": "10-0"}
     config["continual"] = {"strategy": "none"}
     history = History((tuple(objects),), {"random": matrix}, [], {"random": 0}, 0)
     tables.markdown(results(config, history, seconds))
-    seconds += time.perf_counter() - began
+    seconds += time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kB on Linux
     return (
-        f"evaluation of {sum(_IMAGES)} maps: {seconds:.2f} s, {seconds / sorting:.1f} times what sorting them takes\n"
+        f"evaluation of {sum(_IMAGES)} maps: {seconds:.2f} s, {seconds / sorting:.1f} times the time of sorting them\n"
         f"largest difference from scikit-learn and loops: {difference:.1e}\n"
         f"peak memory: {peak:.2f} GB"
     )
 
 
 def _sets() -> Iterator[tuple[Prediction, GroundTruth]]:
+    """Yield random predictions and ground truth of every object."""
     rng: Any = np.random.default_rng(0)
-    shape, nothing = (MAP_SIZE, MAP_SIZE), rng.random(0)
+    shape, empty = (MAP_SIZE, MAP_SIZE), rng.random(0)
     for count in _IMAGES:
         tokens = rng.gamma(2, size=(count, 14, 14))
-        maps: Any = np.stack([ndimage.zoom(one, MAP_SIZE / 14, order=1) for one in tokens]).astype(np.float32)
+        maps: Any = np.stack([ndimage.zoom(grid, MAP_SIZE / 14, order=1) for grid in tokens]).astype(np.float32)
         anomalous: Any = np.arange(count) % 5 > 0
         masks: Any = np.zeros((count, *shape), bool)
         for mask, top, left in zip(masks, *rng.integers(0, MAP_SIZE - 24, (2, count)), strict=True):
             mask[top : top + 24, left : left + 16] = True
         masks &= anomalous[:, None, None]
         region: Any = np.broadcast_to(np.hypot(*np.mgrid[-1:1:224j, -1:1:224j]) < 0.6, masks.shape)
-        truth = GroundTruth(masks, anomalous | True, region, region, anomalous, nothing, nothing)
+        truth = GroundTruth(masks, anomalous | True, region, region, anomalous, empty, empty)
         yield Prediction(maps, maps.max((1, 2)), None), truth
 
 
 def _difference(matrix: dict[str, np.ndarray], prediction: Prediction, truth: GroundTruth) -> float:
-    """The largest difference of an object's metrics from scikit-learn's, and from AUPRO as its definition reads."""
+    """Return the largest difference of an object's metrics from scikit-learn and from AUPRO as defined."""
     maps, masks = np.asarray(prediction.map), np.asarray(truth.mask)
     expected = {
         "i_auroc": roc_auc_score(truth.anomalous, prediction.score),
@@ -85,6 +89,7 @@ def _difference(matrix: dict[str, np.ndarray], prediction: Prediction, truth: Gr
 
 
 def _aupro(masks: np.ndarray, maps: np.ndarray, negative: np.ndarray, limit: float = 0.3) -> float:
+    """Compute AUPRO by loops, as it is defined."""
     defects = []
     for mask, heat in zip(masks, maps, strict=True):
         labels, count = ndimage.label(mask, np.ones((3, 3)))

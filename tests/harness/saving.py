@@ -1,7 +1,10 @@
-"""What snapshots within a step cost: python -m tests.harness.saving --config=FILE.
+"""Measure the cost of snapshots within a step.
 
-The config's method trains on noise of its sizes, in rounds of some updates. As every second round begins, a snapshot is
-taken as in a run: copied while training waits, then written and hashed by another thread, which a round should outlast.
+    python -m tests.harness.saving --config=configs/quickstart.py
+
+The config's method trains on random images, in rounds of --updates updates. At the start of every second round a
+snapshot is saved as in a run: training waits while it is copied; then another thread hashes and writes it. A round
+should last longer than the writing.
 """
 
 import sys
@@ -22,15 +25,21 @@ _OBJECTS = 10
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command and returns its exit code."""
+    """Run the command and return its exit code."""
     return cli.execute(str(__doc__), arguments, _define, _measure)
 
 
 def _define(values: flags.FlagValues) -> None:
     cli.define_config(values)
     cli.define_workdir(values)
-    flags.DEFINE_integer("updates", 20, "Of a round.", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("rounds", 5, "Of each kind, after a first one.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("updates", 20, "Number of updates per round.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer(
+        "rounds",
+        5,
+        "Number of rounds with a save, and of rounds without; one more warms up.",
+        lower_bound=1,
+        flag_values=values,
+    )
 
 
 def _measure(values: flags.FlagValues) -> str:
@@ -58,42 +67,40 @@ def _measure(values: flags.FlagValues) -> str:
     batch = Batch(dict.fromkeys(modalities, features), dict.fromkeys(modalities, images), objects)
     method, optimizer = methods.build(config.method, config, _OBJECTS), make_optimizer(config.train)
     variables = jax.jit(method.init)(jax.random.key(0), jax.tree.map(lambda array: array[:1], batch))
-    ends: list[float] = []  # of rounds
-    copying: list[float] = []
-    asked = 0
+    round_ends: list[float] = []
+    copying: list[float] = []  # seconds per snapshot
+    updates = 0
 
     def pause() -> bool:
-        nonlocal asked
-        asked += 1
-        if asked % values.updates:
+        nonlocal updates
+        updates += 1
+        if updates % values.updates:
             return False
-        ends.append(time.perf_counter())
-        return len(ends) % 2 == 1
+        round_ends.append(time.perf_counter())
+        return len(round_ends) % 2 == 1
 
-    state, total = (
-        initial_state(variables, optimizer, 0, []),
-        values.updates * (2 * values.rounds + 1) + 1,
-    )  # nobody pauses after the last
+    state = initial_state(variables, optimizer, 0, [])
+    total = values.updates * (2 * values.rounds + 1) + 1  # training cannot pause after the last update
     stream, update = training_input([batch], config.train.batch_size, 0, 0), make_update(method, optimizer)
-    with tempfile.TemporaryDirectory() as folder, closing(Snapshots(Path(folder))) as saved:
-        for reached in train_epochs(update, state, stream, lambda _: 1e-4, jax.random.key(0), total, 1, pause=pause):
+    with tempfile.TemporaryDirectory() as folder, closing(Snapshots(Path(folder))) as snapshots:
+        for paused in train_epochs(update, state, stream, lambda _: 1e-4, jax.random.key(0), total, 1, pause=pause):
             progress = BEGINNING._replace(
-                position=Position(0, reached.updates),
-                variables={config.method: reached.state.variables},
-                optimizer=jax.tree.leaves(reached.state.optimizer),
-                losses=reached.history,
+                position=Position(0, paused.updates),
+                variables={config.method: paused.state.variables},
+                optimizer=jax.tree.leaves(paused.state.optimizer),
+                losses=paused.history,
             )
-            began = time.perf_counter()
-            saved.save(progress)
-            copying.append(time.perf_counter() - began)
-    beside, alone = (float(np.median(np.diff(ends)[kind::2])) for kind in (0, 1))
-    share = (beside - alone) / (60 * config.snapshots.every_minutes)
+            start = time.perf_counter()
+            snapshots.save(progress)
+            copying.append(time.perf_counter() - start)
+    with_save, without = (float(np.median(np.diff(round_ends)[first::2])) for first in (0, 1))
+    share = (with_save - without) / (60 * config.snapshots.every_minutes)
     rows = [
         ("snapshot", f"{size_of((progress.variables, progress.optimizer, progress.losses)) / 1e6:.1f}", "MB"),
-        ("an update", f"{1e3 * alone / values.updates:.1f}", "ms"),
-        ("a save: copying, while training waits", f"{1e3 * np.median(copying):.1f}", "ms"),
-        (f"a save: {values.updates} updates beside it take longer by", f"{1e3 * (beside - alone):.0f}", "ms"),
-        (f"a save every {config.snapshots.every_minutes:g} minutes", f"{100 * share:.2f}", "% of the time"),
+        ("an update", f"{1e3 * without / values.updates:.1f}", "ms"),
+        ("copying a snapshot, while training waits", f"{1e3 * np.median(copying):.1f}", "ms"),
+        (f"delay of {values.updates} updates during a save", f"{1e3 * (with_save - without):.0f}", "ms"),
+        (f"delay with a save every {config.snapshots.every_minutes:g} minutes", f"{100 * share:.2f}", "% of the time"),
     ]
     table = tabulate(rows, ["", "", ""], "simple", disable_numparse=True, colalign=["left", "right", "left"])
     return f"{config.method}, {psutil.cpu_count()} CPU cores\n{table}"

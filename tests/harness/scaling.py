@@ -1,7 +1,9 @@
-"""How training scales with devices: python -m tests.harness.scaling --config=FILE --devices=1,2,4,8.
+"""Measure how training scales with the number of devices.
 
-Updates with one batch of random images of the config's sizes, for each number of devices in a process of its own: on
-GPUs if there are any, else on devices that are emulated on the same cores, which shows the overhead alone.
+    python -m tests.harness.scaling --config=configs/quickstart.py --devices=1,2,4
+
+Every number of devices is measured in a separate process, which repeats the update of one batch of random images.
+Without GPUs, the devices are emulated on the CPU cores, which shows the overhead only.
 """
 
 import json
@@ -22,7 +24,7 @@ _OBJECTS = 10
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command and returns its exit code."""
+    """Run the command and return its exit code."""
 
     def act(values: flags.FlagValues) -> str:
         return json.dumps(_measure(values)) if values.here else _compare(values, arguments)
@@ -33,10 +35,12 @@ def main(arguments: list[str]) -> int:
 def _define(values: flags.FlagValues) -> None:
     cli.define_config(values)
     cli.define_workdir(values)
-    flags.DEFINE_list("devices", "1,2,4,8", "How many, in turn.", flag_values=values)
-    flags.register_validator("devices", _are_counts, "give whole numbers from 1 with commas between.", values)
-    flags.DEFINE_float("seconds", 20, "Of every measurement.", lower_bound=0, flag_values=values)
-    flags.DEFINE_bool("here", False, "Measure in this process, with all of its devices.", flag_values=values)
+    flags.DEFINE_list("devices", "1,2,4,8", "Numbers of devices, separated by commas.", flag_values=values)
+    flags.register_validator("devices", _are_counts, "give whole numbers from 1, separated by commas.", values)
+    flags.DEFINE_float("seconds", 20, "Duration of every measurement in seconds.", lower_bound=0, flag_values=values)
+    flags.DEFINE_bool(
+        "here", False, "Measure in this process, on all of its devices, and print JSON.", flag_values=values
+    )
 
 
 def _are_counts(numbers: list[str]) -> bool:
@@ -44,29 +48,31 @@ def _are_counts(numbers: list[str]) -> bool:
 
 
 def _compare(values: flags.FlagValues, arguments: list[str]) -> str:
-    """A table of all numbers of devices."""
+    """Measure every number of devices in a separate process and return the table."""
     rows: list[list[Any]] = []
     (config, _), first = cli.given_config(values), 0.0
     for number in values.devices:
-        seen = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(int(number)))), "JAX_NUM_CPU_DEVICES": number}
+        environment = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(int(number)))), "JAX_NUM_CPU_DEVICES": number}
         command = [sys.executable, "-m", "tests.harness.scaling", *arguments[1:], "--here"]
-        done = subprocess.run(command, env=os.environ | {"NPROC": "8"} | seen, stdout=subprocess.PIPE)
-        if done.returncode:
-            raise UserError(f"--devices={number}: measuring failed with exit code {done.returncode}; see above.")
-        kind, devices, seconds = json.loads(done.stdout)
+        process = subprocess.run(command, env=os.environ | {"NPROC": "8"} | environment, stdout=subprocess.PIPE)
+        if process.returncode:
+            raise UserError(
+                f"--devices={number}: measuring failed with exit code {process.returncode}; see the output above."
+            )
+        kind, devices, seconds = json.loads(process.stdout)
         if devices != int(number):
-            raise UserError(f"--devices asks for {number} but there are {devices}; give numbers up to that.")
+            raise UserError(f"--devices contains {number}, but only {devices} devices exist; give at most {devices}.")
         first = first or seconds * devices
         share = first / devices / seconds if kind != "cpu" else first / rows[0][1] / seconds if rows else 1.0
         rows.append([kind, devices, 1e3 * seconds, config.train.batch_size / seconds, share])
-    against = "images/s against the first row" if rows[0][0] == "cpu" else "efficiency against the first row"
+    relative = "images/s relative to the first row" if rows[0][0] == "cpu" else "efficiency relative to the first row"
     return tabulate(
-        rows, ["", "devices", "ms/update", "images/s", against], "github", floatfmt=("", "", ".1f", ".1f", ".3f")
+        rows, ["", "devices", "ms/update", "images/s", relative], "github", floatfmt=("", "", ".1f", ".1f", ".3f")
     )
 
 
 def _measure(values: flags.FlagValues) -> tuple[str, int, float]:
-    """The kind of device, how many, and seconds of an update, the median."""
+    """Return the kind and the number of devices, and the median seconds per update."""
     import jax
 
     from iumad_jax import config as configs
@@ -99,16 +105,16 @@ def _measure(values: flags.FlagValues) -> tuple[str, int, float]:
     method, optimizer = methods.build(config.method, config, _OBJECTS), make_optimizer(config.train)
     update, device_batches = make_update(method, optimizer), single_update(batch)
     state = devices.replicate(initial_state(jax.jit(method.init)(jax.random.key(0), batch), optimizer, 0, []))
-    taken: list[float] = []
-    began = time.perf_counter()
-    while not taken or time.perf_counter() - began < values.seconds:
+    durations: list[float] = []
+    start = time.perf_counter()
+    while not durations or time.perf_counter() - start < values.seconds:
         before = time.perf_counter()
         state, scalars = update(state, device_batches, jax.random.key(1), np.full(1, 1e-4, np.float32))
         jax.block_until_ready(scalars)
-        taken.append(time.perf_counter() - before)
-        if len(taken) == 1:  # which compiled
-            began = time.perf_counter()
-    return jax.devices()[0].device_kind, jax.device_count(), float(np.median(taken[1:] or taken))
+        durations.append(time.perf_counter() - before)
+        if len(durations) == 1:  # the first update includes compilation
+            start = time.perf_counter()
+    return jax.devices()[0].device_kind, jax.device_count(), float(np.median(durations[1:] or durations))
 
 
 if __name__ == "__main__":

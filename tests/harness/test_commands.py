@@ -1,4 +1,4 @@
-"""The benchmarks of this folder and of latency, each at its smallest size."""
+"""The measuring commands of this folder and iumad_jax.latency, each at its smallest size."""
 
 import re
 import sys
@@ -14,7 +14,7 @@ from tests.harness import growth, input_pipeline, metrics, saving, scaling
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),  # of ml_collections
+    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),  # ml_collections reads a config
 ]
 KEYS = {
     "method": "uniad",
@@ -34,8 +34,8 @@ KEYS = {
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
-    """--config=FILE and its keys, at the smallest size."""
-    folder = tmp_path_factory.mktemp("speed")
+    """Flags of the smallest config: --config=FILE and its keys."""
+    folder = tmp_path_factory.mktemp("harness")
     root = candies.render(folder / "candies", objects="CandyCane", train=5, val=1, test=2, size=64)
     config = folder / "config.py"
     config.write_text(
@@ -47,10 +47,10 @@ def flags(tmp_path_factory):
 
 @pytest.fixture
 def run(monkeypatch, capfd):
-    """Runs a command's main and returns what it printed."""
+    """Run a command's main and return its output."""
 
     def run(main, *arguments):
-        monkeypatch.setattr(sys, "argv", ["command", *arguments])  # where ml_collections finds --config.KEY
+        monkeypatch.setattr(sys, "argv", ["command", *arguments])  # ml_collections reads --config.KEY from here
         assert main(sys.argv) == 0
         return capfd.readouterr().out
 

@@ -1,4 +1,4 @@
-"""Runs that are killed, asked to stop, damaged or out of room at random moments end as if nothing had been."""
+"""Runs that are killed, stopped, damaged or out of disk space at random moments end like an uninterrupted run."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from iumad_jax.data.candies import render
 pytestmark = pytest.mark.slow
 
 CONFIG = Path(__file__).parents[2] / "configs" / "survival.py"
-QUICK = {  # a method and baselines that are soon traced
+QUICK = {  # a method and a baseline that are traced quickly
     "dataset.name": "eyecandies",
     "dataset.root": "candies",
     "method": "uniad",
@@ -26,16 +26,16 @@ QUICK = {  # a method and baselines that are soon traced
 FAULTS = {"kills": 4, "preemptions": 1, "damages": 1, "full_disks": 1}
 
 
-def test_what_happens_to_a_run_leaves_no_trace_in_it(tmp_path):
+def test_interrupted_runs_end_like_an_uninterrupted_run(tmp_path):
     render(tmp_path / "candies", train=6, val=1, test=4, size=64, objects="CandyCane,GummyBear", progress=False)
     flags = [f"--{name}={count}" for name, count in FAULTS.items()]
     flags += [f"--config.{key}={value}" for key, value in QUICK.items()]
     command = [sys.executable, "-m", "tests.harness.survival", f"--config={CONFIG}", *flags]
-    done = subprocess.run(
+    process = subprocess.run(
         command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(CONFIG.parents[1])}, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]]
+    assert process.returncode == 0, process.stdout + process.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in process.stdout.splitlines()[2:]]
     assert sum(int(tried) for _, _, tried, _ in rows) == sum(FAULTS.values())
     assert sum(int(tried) for fault, _, tried, _ in rows if fault == "SIGKILL") == 4
     assert all(tried == survived for _, _, tried, survived in rows)

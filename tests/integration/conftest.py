@@ -1,10 +1,10 @@
-"""What tests of whole runs share: the smallest model, and how to compile it quickly."""
+"""Shared parts of the tests of whole runs: the smallest model and quick compilation."""
 
 import pytest
 
-SMALL = {  # keys of a config, upon `config.small`, that a test changes where it looks at something else
+SMALL = {  # changes to `config.small` that make the model as small as possible
     "input.size": 64,
-    "backbone.grid": 8,  # the smallest that uniad can do with
+    "backbone.grid": 8,  # the smallest grid that uniad supports
     "model.width": 8,
     "model.hidden": 8,
     "model.heads": 2,
@@ -16,13 +16,13 @@ SMALL = {  # keys of a config, upon `config.small`, that a test changes where it
 
 
 def as_flags(keys):
-    """The same on a command line."""
+    """Return the config keys as flags of a command."""
     return [f"--config.{key}={value}" for key, value in keys.items()]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def processes_compile_quickly(compiled):
-    """Processes that tests start compile without optimisation, and once for all of them."""
+    """Let the processes that tests start compile without optimisation and share their compilation cache."""
     settings = {
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(compiled),
@@ -37,7 +37,7 @@ def processes_compile_quickly(compiled):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with candies, and a workdir `run` that learned two of three objects; some modules have their own."""
+    """Create a folder with candies and a workdir `run` that learned two of three objects; some modules override it."""
     from tests.integration.trained import train
 
     return train(tmp_path_factory.mktemp("home"))

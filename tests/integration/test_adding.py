@@ -1,4 +1,4 @@
-"""The README's own method, dataset and strategy, added to a copy of the package as it says, make a run together."""
+"""The method, dataset and strategy of the README, added to a copy of the package as it describes, make a run."""
 
 import os
 import re
@@ -22,7 +22,7 @@ ARRAYS = SMALL | {"dataset.name": "arrays", "dataset.root": "arrays", "backbone.
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"<!-- (file|line) (\S+) -->\n```python\n(.*?)```\n", re.DOTALL)
 
-EVERYTHING = '''"""A method that has everything that a method may have: it learns the mean token of each object."""
+EVERYTHING = '''"""A method that uses every optional part of a method: it learns the mean token of each object."""
 
 from pathlib import Path
 
@@ -56,12 +56,12 @@ def everything():
     def predict(variables, batch):
         return upsample_errors({"rgb": norm(error(variables, batch))})
 
-    def less_and_less(updates, state, params=None, *, progress, **_):
+    def decay_to_zero(updates, state, params=None, *, progress, **_):
         return jax.tree.map(lambda update: (1 - progress) * update, updates), state
 
     def optimizer(config):
-        less = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), less_and_less)
-        return optax.chain(optax.scale_by_adam(), less)
+        decay = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), decay_to_zero)
+        return optax.chain(optax.scale_by_adam(), decay)
 
     def frozen():
         return {"offset": np.load("offset.npy")}
@@ -72,22 +72,22 @@ def everything():
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with a changed copy of the package, and small images of two objects."""
+    """Create a folder with an extended copy of the package, and small images of two objects."""
     home = tmp_path_factory.mktemp("home")
     shutil.copytree(ROOT / "iumad_jax", home / "iumad_jax", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "configs", home / "configs")
     blocks = BLOCK.findall((ROOT / "README.md").read_text())
     assert [kind for kind, _, _ in blocks] == ["file", "line"] * 3
-    for (_, file, content), (_, room, line) in zip(blocks[::2], blocks[1::2], strict=True):
+    for (_, file, content), (_, registry, line) in zip(blocks[::2], blocks[1::2], strict=True):
         assert len(content.splitlines()) < 30
         assert not (home / file).exists()
         (home / file).write_text(content)
         (name,) = re.findall(r"^(?:def|class) (\w+)(?!.*nn\.Module)", content, re.MULTILINE)
-        before = (home / room).read_text()
+        before = (home / registry).read_text()
         imported = before.replace("\n\n", f"\n\nfrom {file[:-3].replace('/', '.')} import {name}\n", 1)
         after = re.sub(r"(    (?:\w+ =|return) \{\n)", rf"\1{line}", imported, count=1)
         assert len(after.splitlines()) == len(before.splitlines()) + 2
-        (home / room).write_text(after)
+        (home / registry).write_text(after)
     (home / "iumad_jax/methods/everything.py").write_text(EVERYTHING)
     methods = home / "iumad_jax/methods/__init__.py"
     text = methods.read_text().replace("    methods = {\n", '    methods = {\n        "everything": everything,\n')
@@ -115,10 +115,10 @@ def run(home, module, *flags):
     )
 
 
-def test_the_readmes_method_dataset_and_strategy(home):
+def test_method_dataset_and_strategy_of_the_readme(home):
     keys = ARRAYS | {"method": "autoencoder", "continual.strategy": "l2", "train.epochs": 3}
-    done = run(home, "main", "--config=configs/quickstart.py:1-1", "--workdir=run", *as_flags(keys))
-    assert done.returncode == 0, done.stderr
+    process = run(home, "main", "--config=configs/quickstart.py:1-1", "--workdir=run", *as_flags(keys))
+    assert process.returncode == 0, process.stderr
     epochs = [event for event in read(home / "run" / "ledger.jsonl") if event["event"] == "epoch"]
     assert [set(event) - {"event", "step", "epoch"} for event in epochs] == [
         *[{"loss", "error", "gradient_norm", "update_norm"}] * 3,
@@ -126,30 +126,30 @@ def test_the_readmes_method_dataset_and_strategy(home):
     ]
     assert epochs[2]["error"] < epochs[0]["error"]
     assert epochs[5]["pull"] > 0
-    assert sentences.STRATEGY_STORES.format(strategy="l2", size="0.0 kB") in done.stdout
-    assert re.search(r"I-AUROC +autoencoder +[01]\.\d+", done.stdout)
+    assert sentences.STRATEGY_STORES.format(strategy="l2", size="0.0 kB") in process.stdout
+    assert re.search(r"I-AUROC +autoencoder +[01]\.\d+", process.stdout)
 
 
-def test_everything_that_a_method_may_have(home):
-    """What a step adds for its objects, an optimiser of its own, progress, statistics of training, frozen arrays."""
+def test_method_that_uses_every_optional_part(home):
+    """Growth by objects, an optimiser, training progress, training statistics and frozen arrays."""
     offset = np.linspace(-1, 1, 192, dtype=np.float32)
     np.save(home / "offset.npy", offset)
     keys = ARRAYS | {"method": "everything", "modality": "rgb", "continual.strategy": "finetune"}
     keys |= {"train.epochs": 40, "train.schedule": "step", "train.learning_rate": 0.1}
-    done = run(home, "main", "--config=configs/quickstart.py:1-1", "--workdir=all", *as_flags(keys))
-    assert done.returncode == 0, done.stderr
+    process = run(home, "main", "--config=configs/quickstart.py:1-1", "--workdir=all", *as_flags(keys))
+    assert process.returncode == 0, process.stderr
     snapshots = {step: snapshot(home / "all", step) for step in (0, 1)}
-    first, second = (found.variables["everything"] for found in snapshots.values())
+    first, second = (progress.variables["everything"] for progress in snapshots.values())
     assert [first["params"]["mean"].shape, second["params"]["mean"].shape] == [(1, 192), (2, 192)]
     np.testing.assert_array_equal(first["params"]["mean"][0], second["params"]["mean"][0])
-    assert second["statistics"]["done"] == pytest.approx(79 / 80)  # before the last of 80 updates
+    assert second["statistics"]["done"] == pytest.approx(79 / 80)  # progress at the last of 80 updates
     assert "frozen" not in second
     assert len(snapshots[1].frozen["everything"]) == 64
     epochs = [event for event in read(home / "all" / "ledger.jsonl") if event["event"] == "epoch"]
     assert epochs[79]["squares"] < 0.7 * epochs[40]["squares"]
-    assert epochs[39]["update_norm"] < 0.1 * epochs[0]["update_norm"]  # progress reaches the optimiser
+    assert epochs[39]["update_norm"] < 0.1 * epochs[0]["update_norm"]  # the optimiser uses the progress
     assert run(home, "evaluate", "--workdir=all").returncode == 0
     np.save(home / "offset.npy", offset + 1)
-    refused = run(home, "evaluate", "--workdir=all", "--output=other")
-    assert refused.returncode == 2
-    assert sentences.FROZEN_DIFFERS.format("everything") in refused.stderr
+    process = run(home, "evaluate", "--workdir=all", "--output=other")
+    assert process.returncode == 2
+    assert sentences.FROZEN_DIFFERS.format("everything") in process.stderr

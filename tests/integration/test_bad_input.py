@@ -1,4 +1,4 @@
-"""Mistakes through the command: one sentence, exit code 2, no traceback, nothing half-written."""
+"""Mistakes in a command: one sentence, exit code 2, no traceback, no incomplete files."""
 
 import os
 import pickle
@@ -21,7 +21,7 @@ HEIGHT, WIDTH = 24, 32
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Two objects with two samples in each split: a box on a belt."""
+    """Create a dataset of two objects with two samples per split, which show a box on a belt."""
     root = tmp_path_factory.mktemp("data")
     levels = np.full((HEIGHT, WIDTH), 65535, np.uint16)
     levels[8:16, 8:20] = 0
@@ -40,15 +40,15 @@ def root(tmp_path_factory):
 
 
 def refused(folder, *flags, config=f"{CONFIG}:1-1", workdir="run"):
-    """What the command says, without its name, when started in a folder; it must have said that alone."""
-    done = subprocess.run(
+    """Run the command in a folder and return its error sentence; it must print nothing else and exit with code 2."""
+    process = subprocess.run(
         [sys.executable, "-m", "iumad_jax.main", f"--config={config}", f"--workdir={workdir}", *flags],
         cwd=folder,
         capture_output=True,
         text=True,
     )
-    assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    name, _, sentence = done.stderr.partition(": ")
+    assert (process.returncode, process.stdout) == (2, ""), process.stderr
+    name, _, sentence = process.stderr.partition(": ")
     assert name == "iumad_jax"
     assert sentence.count("\n") == 1
     return sentence.rstrip("\n")
@@ -58,44 +58,50 @@ def keys(**values):
     return [f"--config.{key.replace('__', '.')}={value}" for key, value in values.items()]
 
 
-def good(root):
-    """What a command needs that goes well."""
+def valid_flags(root):
+    """Return the flags of a command that succeeds."""
     return keys(dataset__root=root, dataset__objects="Confetto,Lollipop", train__batch_size=2)
 
 
 WRONG_FLAGS = {
     "an unknown key": (["--config.train.epoch=3"], sentences.UNKNOWN_KEY.format(key="epoch", meant="epochs")),
     "an unknown group": (["--config.trian.epochs=3"], sentences.UNKNOWN_KEY.format(key="trian", meant="train")),
-    "words for a number": (
+    "a word instead of a number": (
         ["--config.train.epochs=many"],
         "flag --config.train.epochs=many: invalid literal for int()",
     ),
-    "a fraction for a whole number": (["--config.seed=1.5"], "flag --config.seed=1.5: invalid literal for int()"),
-    "words for yes or no": (["--config.model.detach_condition=maybe"], "flag --config.model.detach_condition=maybe:"),
-    "a number for a group": (["--config.train=3"], "flag --config.train=3: Failed to parse '3'"),
+    "a fraction instead of a whole number": (
+        ["--config.seed=1.5"],
+        "flag --config.seed=1.5: invalid literal for int()",
+    ),
+    "a word instead of true or false": (
+        ["--config.model.detach_condition=maybe"],
+        "flag --config.model.detach_condition=maybe:",
+    ),
+    "a number instead of a group": (["--config.train=3"], "flag --config.train=3: Failed to parse '3'"),
     "an unknown flag": (["--confg=x"], "Unknown command line flag 'confg'"),
-    "something that is no flag": (["more"], sentences.NOT_A_FLAG.format("more")),
-    "no such config": (
+    "an argument that is not a flag": (["more"], sentences.NOT_A_FLAG.format("more")),
+    "a missing config file": (
         ["--config=configs/nowhere.py"],
         sentences.CONFIG_UNREADABLE.format("[Errno 2] No such file or directory"),
     ),
-    "no Python": (
+    "a config file that is not Python": (
         [f"--config={CONFIG.parents[1] / 'LICENSE'}"],
         sentences.CONFIG_UNREADABLE.format("unexpected indent"),
     ),
 }
 
 
-@pytest.mark.parametrize(("flags", "told"), WRONG_FLAGS.values(), ids=WRONG_FLAGS)
-def test_wrong_flags(tmp_path, flags, told):
-    assert refused(tmp_path, *flags).startswith(told)
+@pytest.mark.parametrize(("flags", "sentence"), WRONG_FLAGS.values(), ids=WRONG_FLAGS)
+def test_wrong_flags_are_refused(tmp_path, flags, sentence):
+    assert refused(tmp_path, *flags).startswith(sentence)
     assert not list(tmp_path.iterdir())
 
 
 WRONG_VALUES = {
-    "no such root": (keys(dataset__root="nowhere"), sentences.ROOT_NOT_A_FOLDER.format("nowhere")),
+    "a missing root": (keys(dataset__root="nowhere"), sentences.ROOT_NOT_A_FOLDER.format("nowhere")),
     "an empty root": (keys(dataset__root="."), sentences.ROOT_EMPTY.format(".")),
-    "no such object": (
+    "an unknown object": (
         keys(dataset__objects="Candycane"),
         sentences.UNKNOWN_OBJECT.format(name="Candycane", known=""),
     ),
@@ -113,7 +119,7 @@ WRONG_VALUES = {
         sentences.WIDTH_NOT_DIVISIBLE.format(width=128, heads=3),
     ),
     "a patch larger than the image": (keys(model__patch_size=4000), sentences.PATCH_TOO_LARGE.format(4000)),
-    "a baseline that is none": (
+    "an unknown baseline": (
         keys(baselines="ib_iumad"),
         sentences.UNKNOWN_BASELINE.format(found="ib_iumad", known="feature_norm,nearest_neighbours"),
     ),
@@ -121,7 +127,7 @@ WRONG_VALUES = {
         keys(method="iuf", model__heads=1, model__width=6),
         sentences.WIDTH_NOT_DIVISIBLE_BY_HEADS_OF_IUF.format(6),
     ),
-    "a grid that uniad's mask hides": (
+    "a grid that uniad's mask covers": (
         keys(method="uniad", backbone__grid=7),
         sentences.GRID_ALL_MASKED.format(7),
     ),
@@ -140,10 +146,10 @@ WRONG_VALUES = {
 }
 
 
-@pytest.mark.parametrize(("flags", "told"), WRONG_VALUES.values(), ids=WRONG_VALUES)
-def test_wrong_values_leave_the_workdir_to_the_corrected_command(root, tmp_path, flags, told):
-    sentence = refused(tmp_path, *good(root), *flags)
-    assert sentence.startswith(told)
+@pytest.mark.parametrize(("flags", "beginning"), WRONG_VALUES.values(), ids=WRONG_VALUES)
+def test_wrong_values_are_refused_before_the_workdir_is_created(root, tmp_path, flags, beginning):
+    sentence = refused(tmp_path, *valid_flags(root), *flags)
+    assert sentence.startswith(beginning)
     assert sentence.endswith(".")
     assert not list(tmp_path.iterdir())
 
@@ -153,22 +159,22 @@ class Evil:
         return os.mkdir, ("hacked",)
 
 
-def test_weights_that_are_a_program(root, tmp_path):
+def test_weights_with_executable_code_are_refused(root, tmp_path):
     (tmp_path / "evil.pth").write_bytes(pickle.dumps(Evil()))
-    sentence = refused(tmp_path, *good(root), *keys(backbone__weights="evil.pth"))
+    sentence = refused(tmp_path, *valid_flags(root), *keys(backbone__weights="evil.pth"))
     assert sentence.startswith(sentences.WEIGHTS_REFUSED.format("evil.pth"))
     assert [path.name for path in tmp_path.iterdir()] == ["evil.pth"]
 
 
-def test_a_workdir_that_cannot_be_written(root, tmp_path):
+def test_a_workdir_that_cannot_be_created_is_refused(root, tmp_path):
     (tmp_path / "file").touch()
-    sentence = refused(tmp_path, *good(root), workdir="file/run")
+    sentence = refused(tmp_path, *valid_flags(root), workdir="file/run")
     assert sentence == sentences.WORKDIR_NOT_WRITABLE.format(folder="file/run", reason="Not a directory")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "beginning"),
     [
         ("mask.png", None, sentences.SAMPLE_FILE_MISSING),
         ("depth.png", b"", sentences.FILE_EMPTY),
@@ -176,19 +182,19 @@ def test_a_workdir_that_cannot_be_written(root, tmp_path):
         ("info_depth.yaml", b"!!python/object/apply:os.mkdir ['hacked']", sentences.YAML_REFUSED),
     ],
 )
-def test_a_bad_file_of_the_dataset(root, tmp_path, name, content, told):
-    """The reader's own tests have every kind; here, one or two of those found early and late."""
+def test_a_damaged_file_of_the_dataset_is_refused(root, tmp_path, name, content, beginning):
+    """These cases are found early and late; the reader's tests have all kinds of damage."""
     file = root / "Confetto" / "train" / "data" / f"01_{name}"
-    before = file.read_bytes()
+    original = file.read_bytes()
     file.unlink()
     if content is not None:
-        file.write_bytes(before[:content] if isinstance(content, int) else content)
+        file.write_bytes(original[:content] if isinstance(content, int) else content)
     try:
-        sentence = refused(tmp_path, *good(root))
+        sentence = refused(tmp_path, *valid_flags(root))
     finally:
-        file.write_bytes(before)
-    assert sentence.startswith(told.format(file))
+        file.write_bytes(original)
+    assert sentence.startswith(beginning.format(file))
     assert not (tmp_path / "hacked").exists()
     assert not list((tmp_path / "run").glob("prepared/*/manifest.json"))
-    for kept in ("results.json", "snapshots/0"):
-        assert not (tmp_path / "run" / kept).exists()
+    for name in ("results.json", "snapshots/0"):
+        assert not (tmp_path / "run" / name).exists()

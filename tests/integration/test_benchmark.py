@@ -1,4 +1,4 @@
-"""The benchmark as a user runs it: cells that go on where they stopped, and one table of all."""
+"""The benchmark command: interrupted cells are resumed, and one table compares all cells."""
 
 import json
 import signal
@@ -43,41 +43,43 @@ def plan(**changes):
 
 
 def test_cells():
-    """Two variants, two protocols: one seed for one modality, three for both; baselines once for each input."""
-    found = {comparison.name(*key): config for config, key in cells(plan())}
-    assert len(found) == 2 * 2 * (1 + 3)
-    one = found["ib_iumad_rgb+depth_6-1_seed2"]
-    assert (one.method, one.modality, one.protocol, one.seed) == ("ib_iumad", "rgb+depth", "6-1", 2)
-    assert one.continual.strategy == "iuf"
-    assert found["uniad_rgb_6-4_seed0"].continual.strategy == "finetune"
-    assert "uniad_rgb_6-4_seed1" not in found
-    assert {name for name, config in found.items() if config.baselines} == {name for name in found if "uniad" in name}
-    assert all("benchmark" not in config for config in found.values())
+    """Both variants and protocols have one seed with one modality and three with both; baselines run once per input."""
+    configs = {comparison.name(*key): config for config, key in cells(plan())}
+    assert len(configs) == 2 * 2 * (1 + 3)
+    config = configs["ib_iumad_rgb+depth_6-1_seed2"]
+    assert (config.method, config.modality, config.protocol, config.seed) == ("ib_iumad", "rgb+depth", "6-1", 2)
+    assert config.continual.strategy == "iuf"
+    assert configs["uniad_rgb_6-4_seed0"].continual.strategy == "finetune"
+    assert "uniad_rgb_6-4_seed1" not in configs
+    assert {name for name, config in configs.items() if config.baselines} == {
+        name for name in configs if "uniad" in name
+    }
+    assert all("benchmark" not in config for config in configs.values())
 
 
-def test_an_unknown_system_is_refused():
+def test_an_unknown_variant_is_refused():
     with pytest.raises(UserError, match=sentences.UNKNOWN_VARIANTS.format(found="uniad,cdad", known="uniad, iuf")):
         list(cells(plan(variants="uniad,cdad")))
 
 
-def test_cells_that_stop_are_an_error_in_the_end(tmp_path):
-    """All of them are tried; the exit code must tell a script."""
+def test_failed_cells_are_reported_after_all_cells_were_tried(tmp_path):
+    """The exit code shows the failure to scripts."""
     for name in ("uniad_rgb_1-1_seed0", "iuf_rgb_1-1_seed0"):
         (tmp_path / "cells" / name).mkdir(parents=True)
         (tmp_path / "cells" / name / "config.json").write_text("{")
     flags = [f"--config={CONFIG}", "--workdir=.", *as_flags(KEYS)]
     command = [sys.executable, "-m", "iumad_jax.benchmark", *flags]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
-    *told, last = done.stderr.splitlines()
-    for line, name in zip(told, ("uniad_rgb_1-1_seed0", "iuf_rgb_1-1_seed0"), strict=True):
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 2
+    *messages, last = process.stderr.splitlines()
+    for line, name in zip(messages, ("uniad_rgb_1-1_seed0", "iuf_rgb_1-1_seed0"), strict=True):
         assert line.startswith(sentences.CELL_STOPPED.format(name))
     assert last.startswith(
         f"iumad_jax: {sentences.CELLS_STOPPED.format(count=2, all=2, cells='uniad_rgb_1-1_seed0, iuf_rgb_1-1_seed0')}"
     )
 
 
-def test_a_benchmark_goes_on_where_it_stopped(tmp_path):
+def test_an_interrupted_benchmark_is_resumed(tmp_path):
     render(tmp_path / "candies", train=2, val=1, test=2, size=64, objects=OBJECTS, progress=False)
     flags = [f"--config={CONFIG}", "--workdir=runs", *as_flags(KEYS)]
 
@@ -95,7 +97,7 @@ def test_a_benchmark_goes_on_where_it_stopped(tmp_path):
         out, err = process.communicate()
     assert process.returncode == 75, err
     assert sentences.STOPPING.format("SIGTERM") in err
-    assert sentences.CELL_STOPPED_SHORTLY not in err  # which is said of a cell that cannot be trained
+    assert sentences.CELL_STOPPED_SHORTLY not in err  # this is reported only for cells that cannot be trained
     table = (tmp_path / "runs" / "comparison.md").read_text()
     assert "| uniad " in table
     assert "| iuf " not in table

@@ -1,4 +1,4 @@
-"""A run and a dataset that changes: before, while and after the run works."""
+"""Runs whose dataset changes before, during or after training."""
 
 import json
 import os
@@ -30,8 +30,8 @@ KEYS = SMALL | {
 }
 
 
-def photographs(folder, count, seed=0, first=0):
-    """Stripes whose width tells the object, and noise that tells the image."""
+def save_images(folder, count, seed=0, first=0):
+    """Save images of stripes, whose width depends on the object, and of noise, which differs between images."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([seed, first])
     for number in range(first, first + count):
@@ -41,9 +41,9 @@ def photographs(folder, count, seed=0, first=0):
 
 
 def add_object(root, name, seed, count=6):
-    photographs(root / name / "train" / "good" / "rgb", count, seed)
-    photographs(root / name / "test" / "good" / "rgb", 2, seed, first=100)
-    photographs(root / name / "test" / "hole" / "rgb", 2, seed + 5, first=200)
+    save_images(root / name / "train" / "good" / "rgb", count, seed)
+    save_images(root / name / "test" / "good" / "rgb", 2, seed, first=100)
+    save_images(root / name / "test" / "hole" / "rgb", 2, seed + 5, first=200)
 
 
 def run():
@@ -52,10 +52,10 @@ def run():
     return experiment.run(config, Path("run"))
 
 
-def exchange(one, other):
-    one.rename(one.with_name("aside"))
-    other.rename(one)
-    one.with_name("aside").rename(other)
+def exchange(first, second):
+    first.rename(first.with_name("aside"))
+    second.rename(first)
+    first.with_name("aside").rename(second)
 
 
 def files(folder):
@@ -63,8 +63,8 @@ def files(folder):
 
 
 @pytest.fixture(scope="module")
-def learned(tmp_path_factory, compile_quickly):
-    """A dataset of bolts and nuts, and a finished run."""
+def finished(tmp_path_factory, compile_quickly):
+    """Create a dataset of bolts and nuts, and a finished run."""
     home = tmp_path_factory.mktemp("home")
     for seed, name in enumerate(("bolt", "nut")):
         add_object(home / "objects", name, seed)
@@ -75,16 +75,16 @@ def learned(tmp_path_factory, compile_quickly):
 
 
 @pytest.fixture
-def home(learned, tmp_path, monkeypatch):
-    """A copy of both, to be spoiled."""
+def home(finished, tmp_path, monkeypatch):
+    """Copy the dataset and the run, which the test may change."""
     for name in ("objects", "run"):
-        shutil.copytree(learned / name, tmp_path / name)
+        shutil.copytree(finished / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def stop_after_step(step, within=False):
-    """Leaves of the run what a kill after this step would, or at the end of the next one's training."""
+    """Remove what the run wrote after this step, or with `within` after the training of the next step."""
     Path("run/results.json").unlink()
     for folder in Path("run/snapshots").glob("[0-9]*"):
         if int(folder.name) > step:
@@ -93,7 +93,7 @@ def stop_after_step(step, within=False):
         shutil.rmtree("run/snapshots_within_step")
 
 
-def test_a_finished_run_tells_of_an_object_that_it_did_not_learn(home):
+def test_a_finished_run_reports_new_objects(home):
     before = files(home / "run")
     add_object(home / "objects", "washer", 2)
     with pytest.raises(experiment.DatasetChanged) as error:
@@ -103,34 +103,34 @@ def test_a_finished_run_tells_of_an_object_that_it_did_not_learn(home):
     assert files(home / "run") == before
 
 
-def test_a_finished_run_tells_of_images_that_it_has_not_used(home):
+def test_a_finished_run_reports_changed_images(home):
     before = files(home / "run")
-    photographs(home / "objects/bolt/train/good/rgb", 7, seed=0, first=50)
-    photographs(home / "objects/nut/val/good/rgb", 1, seed=1, first=70)
-    photographs(home / "objects/nut/test/hole/rgb", 1, seed=9, first=200)  # the first one is another now
+    save_images(home / "objects/bolt/train/good/rgb", 7, seed=0, first=50)
+    save_images(home / "objects/nut/val/good/rgb", 1, seed=1, first=70)
+    save_images(home / "objects/nut/test/hole/rgb", 1, seed=9, first=200)  # replaces the first test image
     (home / "objects/nut/train/good/rgb/003.png").unlink()
     with pytest.raises(experiment.DatasetChanged) as error:
         run()
-    seven = sentences.AND_MORE.format(shown="050, 051, 052, 053, 054", count=2)
+    added = sentences.AND_MORE.format(shown="050, 051, 052, 053, 054", count=2)
     changed = [
-        sentences.IMAGES_ADDED.format(object="bolt", split="training", count=7, which=seven),
+        sentences.IMAGES_ADDED.format(object="bolt", split="training", count=7, which=added),
         sentences.IMAGES_REMOVED.format(object="nut", split="training", count=1, which="003"),
         sentences.IMAGES_ADDED.format(object="nut", split="validation", count=1, which="070"),
         sentences.IMAGES_CHANGED.format(object="nut", split="test", count=1, which="hole/200"),
     ]
-    told = [sentences.DATASET_CHANGED.format("run"), *map(sentences.SINCE_USED.format, changed)]
-    assert str(error.value) == " ".join(told)
+    messages = [sentences.DATASET_CHANGED.format("run"), *map(sentences.SINCE_USED.format, changed)]
+    assert str(error.value) == " ".join(messages)
     assert files(home / "run") == before
 
 
-def test_a_copy_with_other_times_is_the_same_dataset(home, capsys):
+def test_other_file_times_are_not_a_change(home, capsys):
     for path in (home / "objects").rglob("*.png"):
         os.utime(path, (1, 1))
     run()
     assert capsys.readouterr().out == f"{sentences.RUN_FINISHED.format('run')}\n"
 
 
-def test_a_finished_run_without_its_dataset_is_still_finished(home, capsys):
+def test_a_finished_run_stays_finished_without_its_dataset(home, capsys):
     (home / "objects").rename(home / "elsewhere")
     assert run() == json.loads((home / "run/results.json").read_text())
     out, err = capsys.readouterr()
@@ -138,19 +138,19 @@ def test_a_finished_run_without_its_dataset_is_still_finished(home, capsys):
     assert err == f"run: {sentences.DATASET_GONE.format('objects')}\n"
 
 
-def test_a_run_goes_on_with_the_objects_that_it_began_with(home, learned, capsys):
-    """Though one that would be learned first has arrived."""
+def test_a_resumed_run_learns_its_original_objects(home, finished, capsys):
+    """The new object comes first in the alphabet, so that a new run would learn it first."""
     stop_after_step(0)
     add_object(home / "objects", "anchor", 2)
     with pytest.raises(experiment.DatasetChanged, match=sentences.OBJECTS_NEW_SHORTLY.format("anchor")):
         run()
-    assert (home / "run/ledger.jsonl").read_bytes() == (learned / "run/ledger.jsonl").read_bytes()
-    assert (home / "run/results.md").read_bytes() == (learned / "run/results.md").read_bytes()
+    assert (home / "run/ledger.jsonl").read_bytes() == (finished / "run/ledger.jsonl").read_bytes()
+    assert (home / "run/results.md").read_bytes() == (finished / "run/results.md").read_bytes()
     assert Detector.load("run").objects == ("bolt", "nut")
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (
             lambda root: (root / "bolt").rename(root / "screw"),
@@ -164,16 +164,16 @@ def test_a_run_goes_on_with_the_objects_that_it_began_with(home, learned, capsys
         (lambda root: shutil.rmtree(root / "nut"), sentences.OBJECT_GONE.format("nut")),
     ],
 )
-def test_a_run_whose_object_is_renamed_or_gone_does_not_go_on(home, change, told):
+def test_a_run_with_a_renamed_or_removed_object_is_not_resumed(home, change, message):
     stop_after_step(0)
     before = files(home / "run")
     change(home / "objects")
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         run()
     assert files(home / "run") == before
 
 
-def test_a_step_that_is_half_done_does_not_go_on_with_other_images(home):
+def test_an_interrupted_step_is_not_resumed_with_other_images(home):
     stop_after_step(0, within=True)
     before = files(home / "run")
     for number in (1, 4):
@@ -193,10 +193,10 @@ def test_a_step_that_is_half_done_does_not_go_on_with_other_images(home):
     assert [event["images"] for event in read(home / "run/ledger.jsonl") if event["event"] == "step"] == [6, 4]
 
 
-def test_other_images_of_a_learned_object_are_told(home, capsys):
+def test_changed_images_of_a_learned_object_are_reported(home, capsys):
     stop_after_step(0)
-    photographs(home / "objects/bolt/train/good/rgb", 1, seed=0, first=50)
-    photographs(home / "objects/bolt/val/good/rgb", 2, seed=0, first=70)
+    save_images(home / "objects/bolt/train/good/rgb", 1, seed=0, first=50)
+    save_images(home / "objects/bolt/val/good/rgb", 2, seed=0, first=70)
     with pytest.raises(
         experiment.DatasetChanged,
         match=re.escape(
@@ -207,8 +207,8 @@ def test_other_images_of_a_learned_object_are_told(home, capsys):
         + "$",
     ):
         run()
-    told = capsys.readouterr().err.splitlines()
-    assert told[:2] == [
+    messages = capsys.readouterr().err.splitlines()
+    assert messages[:2] == [
         sentences.LEARNED_AS_IT_WAS.format(
             sentences.IMAGES_ADDED.format(object="bolt", split="training", count=1, which="050")
         ),
@@ -216,15 +216,18 @@ def test_other_images_of_a_learned_object_are_told(home, capsys):
             sentences.IMAGES_ADDED.format(object="bolt", split="validation", count=2, which="070, 071")
         ),
     ]
-    decided = history(read(home / "run/ledger.jsonl")).decisions
-    assert [step["objects"]["bolt"]["image"]["images"] for step in decided] == [6 + 20, 2]  # with copies; validation
+    decisions = history(read(home / "run/ledger.jsonl")).decisions
+    assert [step["objects"]["bolt"]["image"]["images"] for step in decisions] == [
+        6 + 20,
+        2,
+    ]  # training images and worse copies, then validation images
 
 
-def test_a_learned_object_s_images_that_are_still_needed_may_not_change(home):
-    """Here for its thresholds, which nothing else sets."""
+def test_images_of_a_learned_object_that_are_still_needed_may_not_change(home):
+    """They set its thresholds, because it has no validation images."""
     stop_after_step(0)
     before = files(home / "run")
-    photographs(home / "objects/bolt/train/good/rgb", 1, seed=0, first=50)
+    save_images(home / "objects/bolt/train/good/rgb", 1, seed=0, first=50)
     with pytest.raises(UserError) as error:
         run()
     assert str(error.value) == (
@@ -235,8 +238,8 @@ def test_a_learned_object_s_images_that_are_still_needed_may_not_change(home):
     assert files(home / "run") == before
 
 
-def test_a_finished_run_tells_of_names(home):
-    """Renamed, also beside a folder that is no object yet; all gone; exchanged."""
+def test_a_finished_run_reports_renamed_objects(home):
+    """One object renamed beside a new empty folder; both objects renamed; their names exchanged."""
     (home / "objects/bolt").rename(home / "objects/screw")
     (home / "objects/half").mkdir()
     with pytest.raises(experiment.DatasetChanged) as error:
@@ -248,18 +251,18 @@ def test_a_finished_run_tells_of_names(home):
     (home / "objects/half").rmdir()
     (home / "objects/nut").rename(home / "objects/mother")
     names = {"bolt": "screw", "nut": "mother"}
-    told = (sentences.OBJECT_RENAMED_SHORTLY.format(known=known, found=found) for known, found in names.items())
-    with pytest.raises(experiment.DatasetChanged, match=".* ".join(told)):
+    messages = (sentences.OBJECT_RENAMED_SHORTLY.format(known=known, found=found) for known, found in names.items())
+    with pytest.raises(experiment.DatasetChanged, match=".* ".join(messages)):
         run()
     (home / "objects/screw").rename(home / "objects/nut")
     (home / "objects/mother").rename(home / "objects/bolt")
     exchanged = (("bolt", "nut"), ("nut", "bolt"))
-    told = (sentences.OBJECT_HOLDS_IMAGES_OF_ANOTHER.format(object=one, other=other) for one, other in exchanged)
-    with pytest.raises(experiment.DatasetChanged, match="; .* ".join(told)):
+    messages = (sentences.OBJECT_HOLDS_IMAGES_OF_ANOTHER.format(object=name, other=other) for name, other in exchanged)
+    with pytest.raises(experiment.DatasetChanged, match="; .* ".join(messages)):
         run()
 
 
-def test_objects_are_those_of_the_snapshot_also_without_an_inventory(home):
+def test_without_an_inventory_the_objects_of_the_snapshot_are_required(home):
     stop_after_step(0)
     (home / "run/dataset.json").unlink()
     add_object(home / "objects", "anchor", 2)
@@ -271,7 +274,7 @@ def test_objects_are_those_of_the_snapshot_also_without_an_inventory(home):
     assert (home / "run/ledger.jsonl").read_bytes() == ledger
 
 
-def test_a_damaged_inventory_is_told(home):
+def test_a_damaged_inventory_is_refused(home):
     for content in (b"", b"[]", b'{"bolt": 3}', b"\xff", b'{"bolt": {"train": {"000": [1]}}}'):
         (home / "run/dataset.json").write_bytes(content)
         with pytest.raises(UserError, match=sentences.INVENTORY_DAMAGED.format(r"run/dataset\.json:")):

@@ -1,4 +1,4 @@
-"""Wherever a run writes, what the system refuses is told in a sentence; once it no longer does, nothing is missing."""
+"""Files that a run cannot write are reported in a sentence; the resumed run then writes all of them."""
 
 import pytest
 
@@ -13,7 +13,7 @@ OBJECTS = "CandyCane,GummyBear"
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Where two objects lie, and what a run leaves that nothing stands in the way of."""
+    """Create a dataset of two objects and an uninterrupted run."""
     home = tmp_path_factory.mktemp("home")
     render(home / "candies", train=2, val=1, test=2, size=64, objects=OBJECTS, progress=False)
     experiment.run(config(home), home / "run")
@@ -22,12 +22,12 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """The workdir of a run that is stopped time and again."""
+    """Return the workdir of a run that is stopped repeatedly."""
     return tmp_path_factory.mktemp("stopped") / "run"
 
 
 def config(home):
-    """A run of a baseline: it writes all that others do, and nothing has to be trained."""
+    """Return the config of a baseline, which writes the same files as other methods without training."""
     config = configs.small("1-1")
     config.method, config.baselines, config.modality = "feature_norm", "", "rgb"
     config.dataset.update(name="eyecandies", root=str(home / "candies"), objects=OBJECTS)
@@ -35,8 +35,8 @@ def config(home):
     return config
 
 
-def ends_well(home, workdir):
-    """Whether the run now ends as the other did."""
+def assert_run_completes(home, workdir):
+    """Resume a run and require the ledger and the files of the uninterrupted run."""
     experiment.run(config(home), workdir)
     assert (workdir / "ledger.jsonl").read_bytes() == (home / "run" / "ledger.jsonl").read_bytes()
     written = {path.relative_to(home / "run") for path in (home / "run").glob("*")}
@@ -45,7 +45,7 @@ def ends_well(home, workdir):
 
 @pytest.mark.parametrize(
     "name",
-    [  # in the order in which a run comes to them
+    [  # in the order in which a run writes them
         "pictures",
         "lock",
         "config.json.unfinished",
@@ -63,32 +63,33 @@ def ends_well(home, workdir):
         "results.json.unfinished",
     ],
 )
-def test_what_cannot_be_written_is_told_wherever_it_is(home, stopped, name, capfd):
-    """Where a file belongs there is a folder, and where a folder does a file, which stops root as well."""
+def test_paths_that_cannot_be_written_are_reported(home, stopped, name, capfd):
+    """A folder takes the place of a file, or a file that of a folder, which also stops the user root."""
     path = stopped / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = path.rename(stopped.with_name("kept")) if path.exists() else None
+    original = path.rename(stopped.with_name("original")) if path.exists() else None
     path.touch() if (home / "run" / name).is_dir() else path.mkdir()
     with pytest.raises(UserError) as error:
         experiment.run(config(home), stopped)
-    told = str(error.value)
-    assert str(path).removesuffix(".unfinished") in told or (str(stopped) in told and name in ("lock", "pictures"))
-    assert "\n" not in told
+    message = str(error.value)
+    in_workdir = str(stopped) in message and name in ("lock", "pictures")
+    assert str(path).removesuffix(".unfinished") in message or in_workdir
+    assert "\n" not in message
     assert capfd.readouterr().err.count("Traceback") == 0
     path.rmdir() if path.is_dir() else path.unlink()
-    if kept:
-        kept.rename(path)
+    if original:
+        original.rename(path)
     assert not (stopped / "results.json").exists()
 
 
-def test_once_it_can_be_written_nothing_is_missing(home, stopped):
-    ends_well(home, stopped)
+def test_a_run_completes_once_all_paths_can_be_written(home, stopped):
+    assert_run_completes(home, stopped)
 
 
-def test_a_full_disk_is_told_whatever_does_not_fit(home, tmp_path, capfd, files_no_larger_than):
+def test_a_full_disk_is_reported_for_every_file(home, tmp_path, capfd, files_no_larger_than):
     assert max(path.stat().st_size for path in (home / "run").glob("*.*")) > 100_000
-    for room in (0, 1_000, 5_000, 30_000, 100_000):
-        with files_no_larger_than(room), pytest.raises(UserError, match=sentences.MAKE_ROOM):
+    for size in (0, 1_000, 5_000, 30_000, 100_000):
+        with files_no_larger_than(size), pytest.raises(UserError, match=sentences.MAKE_ROOM):
             experiment.run(config(home), tmp_path / "run")
-    ends_well(home, tmp_path / "run")
+    assert_run_completes(home, tmp_path / "run")
     assert "Traceback" not in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""A run whose second object has a broken prepared image: it says which, and keeps what it had."""
+"""A run stops at a prepared image with NaN, names it and keeps the earlier step."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def _compiled_without_optimisation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def test_a_broken_image_stops_the_run_and_is_named(tmp_path):
+def test_an_image_with_nan_stops_the_run_and_is_named(tmp_path):
     rng = np.random.default_rng(0)
     for name in ("nut", "bolt"):
         folder = tmp_path / "objects" / name / "train" / "good" / "rgb"
@@ -50,28 +50,28 @@ def test_a_broken_image_stops_the_run_and_is_named(tmp_path):
 
     store = open_store(config, readers.open_reader(config), workdir)
     manifest = store.prepare("bolt", "train")
-    (home,) = (workdir / "prepared").glob("bolt-*")
-    features = np.load(home / manifest["rows"] / "features_rgb.npy", mmap_mode="r+")
+    (folder,) = (workdir / "prepared").glob("bolt-*")
+    features = np.load(folder / manifest["rows"] / "features_rgb.npy", mmap_mode="r+")
     features[5, 3, 2] = np.nan
     features.flush()
-    arrays = {name: np.load(home / manifest["rows"] / f"{name}.npy") for name in ("features_rgb", "images_rgb")}
+    arrays = {name: np.load(folder / manifest["rows"] / f"{name}.npy") for name in ("features_rgb", "images_rgb")}
     manifest["images"][5]["crc32"] = records.checksum(records.row(arrays, 5))
-    records.write_manifest(home, manifest)
+    records.write_manifest(folder, manifest)
 
-    told = {}
-    for nans in (False, True):  # the second run looks for the operation, from where the first one stopped
+    causes = {}
+    for nans in (False, True):  # the second run resumes the first and searches for the operation
         config.debug.nans = nans
         with pytest.raises(UserError) as error:
             experiment.run(config, workdir)
         expected = sentences.IN_STEP.format(what="(.*?)", step=1, epoch=0, update=r"\d+", images="([^;]*)")
-        told[nans], named = re.match(expected, str(error.value)).groups()
-        assert "bolt/train/5" in named.split(", ")
-        assert len(named.split(", ")) == 4
+        causes[nans], images = re.match(expected, str(error.value)).groups()
+        assert "bolt/train/5" in images.split(", ")
+        assert len(images.split(", ")) == 4
         assert snapshots.read(workdir).position.step == 0
         events = [json.loads(line) for line in (workdir / "ledger.jsonl").read_text().splitlines()]
         assert [event["step"] for event in events if event["event"] == "epoch"] == [0]
         assert not (workdir / "results.json").exists()
-    assert told == {
+    assert causes == {
         False: sentences.LOSS_NOT_FINITE.format(term="reconstruction_rgb", value="nan"),
         True: sentences.INPUT_NOT_FINITE.format("images/features/rgb"),
     }

@@ -1,4 +1,4 @@
-"""Few and odd training images: a run ends with a usable model, tells what is wrong with them, and never makes NaN."""
+"""With few or odd training images, a run reports them and ends with a usable model without NaN."""
 
 import jax
 import numpy as np
@@ -24,8 +24,8 @@ KEYS = SMALL | {
 }
 
 
-def photograph(seed, number, hole=False):
-    """Stripes whose width tells the object, and noise and a shift that tell the image."""
+def draw(seed, number, hole=False):
+    """Draw stripes, whose width depends on the object, with noise and a shift, which differ between images."""
     rng = np.random.default_rng([seed, number])
     stripes = 100 + 60 * ((np.arange(64) + rng.integers(3)) // (2 + 3 * seed) % 2)
     pixels = stripes[None, :, None] + rng.normal(0, 8, (64, 64, 3))
@@ -42,53 +42,53 @@ def save(folder, images):
 
 def add_object(root, name, seed, training):
     save(root / name / "train/good/rgb", training)
-    save(root / name / "test/good/rgb", [photograph(seed, number) for number in range(100, 104)])
-    save(root / name / "test/hole/rgb", [photograph(seed, number, hole=True) for number in range(200, 204)])
+    save(root / name / "test/good/rgb", [draw(seed, number) for number in range(100, 104)])
+    save(root / name / "test/hole/rgb", [draw(seed, number, hole=True) for number in range(200, 204)])
 
 
 def config(**changes):
-    made = small("1-1")
-    made.update_from_flattened_dict(KEYS | changes)
-    return made
+    config = small("1-1")
+    config.update_from_flattened_dict(KEYS | changes)
+    return config
 
 
 @pytest.mark.parametrize(("count", "method"), [(1, "ib_iumad"), (4, "feature_norm")])
-def test_a_second_object_of_few_images(tmp_path, monkeypatch, capsys, count, method):
-    """It can be used, its thresholds promise nothing, and the object before is recognised and known as before."""
+def test_a_second_object_with_few_images(tmp_path, monkeypatch, capsys, count, method):
+    """The model detects its defects without a bound on false alarms, and recognises the first object as before."""
     monkeypatch.chdir(tmp_path)
-    add_object(tmp_path / "objects", "bolt", 0, [photograph(0, number) for number in range(20)])
-    add_object(tmp_path / "objects", "nut", 1, [photograph(1, number) for number in range(count)])
+    add_object(tmp_path / "objects", "bolt", 0, [draw(0, number) for number in range(20)])
+    add_object(tmp_path / "objects", "nut", 1, [draw(1, number) for number in range(count)])
     results = experiment.run(config(method=method), tmp_path / "run")
-    told = sentences.BATCHES_OF_ONE.format(1) + "\n"
-    assert (told in capsys.readouterr().err) == (method == "ib_iumad")
+    message = sentences.BATCHES_OF_ONE.format(1) + "\n"
+    assert (message in capsys.readouterr().err) == (method == "ib_iumad")
     first, last = (step["objects"] for step in results["decisions"])
     assert last["nut"]["image"]["false_alarm_bound"] is None
     assert last["bolt"]["test"]["recognised"] == last["nut"]["test"]["recognised"] == 1
     assert last["bolt"]["test"]["taken_as_unknown"] <= first["bolt"]["test"]["taken_as_unknown"]
     detector = Detector.load(tmp_path / "run")
-    good, hole = (detector(np.stack([photograph(1, n, hole) for n in range(300, 306)])) for hole in (False, True))
+    good, hole = (detector(np.stack([draw(1, n, hole) for n in range(300, 306)])) for hole in (False, True))
     assert good.object.tolist() == ["nut"] * 6
     assert not good.unknown.any()
     assert good.anomalous.mean() < 0.5 < hole.anomalous.mean()
     assert np.isfinite(good.score).all()
 
 
-def test_a_single_image_and_nothing_else(tmp_path, monkeypatch):
+def test_a_single_training_image(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    add_object(tmp_path / "objects", "bolt", 0, [photograph(0, 0)])
+    add_object(tmp_path / "objects", "bolt", 0, [draw(0, 0)])
     results = experiment.run(config(protocol="1-0", method="feature_norm"), tmp_path / "run")
-    decided = results["decisions"][0]["objects"]["bolt"]
-    assert decided["test"]["recognised"] == 1
-    assert decided["test"]["taken_as_unknown"] < 1
-    assert decided["test"]["false_alarms"] < 1
-    assert decided["image"]["false_alarm_bound"] is None
+    decisions = results["decisions"][0]["objects"]["bolt"]
+    assert decisions["test"]["recognised"] == 1
+    assert decisions["test"]["taken_as_unknown"] < 1
+    assert decisions["test"]["false_alarms"] < 1
+    assert decisions["image"]["false_alarm_bound"] is None
 
 
 BLACK, WHITE, GREY = (np.full((64, 64, 3), value, np.uint8) for value in (0, 255, 90))
 ODD = {
-    "black": ([photograph(0, 0), BLACK], sentences.IMAGES_BLACK.format(count=1, object="bolt", all=8, which="001")),
+    "black": ([draw(0, 0), BLACK], sentences.IMAGES_BLACK.format(count=1, object="bolt", all=8, which="001")),
     "saturated": (
-        [WHITE, photograph(0, 0)],
+        [WHITE, draw(0, 0)],
         sentences.IMAGES_SATURATED.format(count=1, object="bolt", all=8, which="000"),
     ),
     "constant": (
@@ -96,30 +96,36 @@ ODD = {
         sentences.IMAGES_OF_ONE_COLOUR.format(count=2, object="bolt", all=8, which="000, 001"),
     ),
     "identical": (
-        [photograph(0, 1)] * 2,
+        [draw(0, 1)] * 2,
         sentences.IMAGES_IDENTICAL.format(count=1, object="bolt", all=8, which="001"),
     ),
 }
 
 
-@pytest.mark.parametrize(("images", "told"), ODD.values(), ids=ODD)
-def test_odd_images_are_told_and_learned(tmp_path, monkeypatch, capsys, images, told):
+@pytest.mark.parametrize(("images", "message"), ODD.values(), ids=ODD)
+def test_odd_images_are_reported_and_learned(tmp_path, monkeypatch, capsys, images, message):
     monkeypatch.chdir(tmp_path)
-    add_object(tmp_path / "objects", "bolt", 0, images + [photograph(0, number) for number in range(10, 16)])
+    add_object(tmp_path / "objects", "bolt", 0, images + [draw(0, number) for number in range(10, 16)])
     experiment.run(config(protocol="1-0", method="feature_norm"), tmp_path / "run")
-    assert told in capsys.readouterr().err.splitlines()
+    assert message in capsys.readouterr().err.splitlines()
 
 
 @pytest.mark.parametrize(
-    ("image", "method"), [(BLACK, "ib_iumad"), (photograph(0, 0), "feature_norm")], ids=["black", "a photograph"]
+    ("image", "method"), [(BLACK, "ib_iumad"), (draw(0, 0), "feature_norm")], ids=["black", "stripes"]
 )
-def test_images_that_are_all_the_same(tmp_path, monkeypatch, image, method):
-    """Nothing varies, so that every spread is 0."""
+def test_identical_training_images(tmp_path, monkeypatch, image, method):
+    """Nothing varies between the images, so every variance is 0."""
     monkeypatch.chdir(tmp_path)
     add_object(tmp_path / "objects", "bolt", 0, [image] * 6)
     experiment.run(config(protocol="1-0", method=method), tmp_path / "run")
     for array in jax.tree.leaves(snapshots.read(tmp_path / "run").variables):
         assert np.isfinite(array).all()
-    found = Detector.load(tmp_path / "run")(photograph(0, 5))
-    numbers = (found.score, found.distance, found.probability, found.image_threshold, found.unknown_threshold)
+    detection = Detector.load(tmp_path / "run")(draw(0, 5))
+    numbers = (
+        detection.score,
+        detection.distance,
+        detection.probability,
+        detection.image_threshold,
+        detection.unknown_threshold,
+    )
     assert np.isfinite(numbers).all()

@@ -1,4 +1,4 @@
-"""The README's way to bring one's own objects, done in a new folder."""
+"""The README's commands for new objects, run in a new folder."""
 
 import json
 import re
@@ -24,7 +24,7 @@ KEYS = SMALL | {
 
 
 def write(folder: Path, name: str, mask: bool = False) -> None:
-    """A tilted plane half a metre away with a block on it; a dent in the block where a mask is asked for."""
+    """Save images of a block on a tilted plane half a metre away; with a mask, the block has a dent."""
     columns, rows = np.meshgrid(np.arange(96), np.arange(72))
     block, dent = (np.maximum(abs(columns - 48), abs(rows - 36)) < reach for reach in (20, 6))
     levels = 500 + rows / 4 - 30 * block + 15 * (dent & mask)
@@ -39,7 +39,7 @@ def write(folder: Path, name: str, mask: bool = False) -> None:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Photographs and measurements of bolts; of nuts, test images too."""
+    """Create RGB and depth images of bolts and nuts; only nuts have test images."""
     home = tmp_path_factory.mktemp("home")
     for name in ("1", "22", "333"):
         write(home / "bolts", name)
@@ -52,17 +52,17 @@ def home(tmp_path_factory):
     return home
 
 
-def test_five_lines(home):
-    """Bolts are learned first and never tested: their scores stay undefined, those of nuts do not."""
+def test_commands_of_the_readme_make_a_run(home):
+    """Bolts are learned first and have no test images: their scores are undefined, those of nuts are not."""
     flags = "".join(f" --config.{key}={value}" for key, value in KEYS.items())
-    done = subprocess.run(
+    process = subprocess.run(
         COMMANDS.replace("python", sys.executable) + flags + " --workdir=run",
         shell=True,
         cwd=home,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     results = json.loads((home / "run/results.json").read_text())
     assert results["objects"] == ["bolt", "nut"]
     scores = np.array(results["matrix"]["i_auroc"], float)
@@ -72,13 +72,12 @@ def test_five_lines(home):
     assert (home / "run/pictures/step1_nut.jpg").exists()
 
 
-def test_evaluation_leaves_out_what_the_run_left_out(home):
-    """An object without test images, which the run skips."""
+def test_evaluation_skips_objects_without_test_images_like_the_run(home):
     command = [sys.executable, "-m", "iumad_jax.evaluate", "--workdir=run", "--output=again"]
-    done = subprocess.run(command, cwd=home, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    of_run, again = (json.loads((home / folder / "results.json").read_text()) for folder in ("run", "again"))
-    for metric, matrix in of_run["matrix"].items():
-        assert again["matrix"][metric] == [matrix[-1]]
-    assert again["decisions"][0]["objects"] == of_run["decisions"][-1]["objects"]
-    assert "test" not in again["decisions"][0]["objects"]["bolt"]
+    process = subprocess.run(command, cwd=home, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    results, evaluation = (json.loads((home / folder / "results.json").read_text()) for folder in ("run", "again"))
+    for metric, matrix in results["matrix"].items():
+        assert evaluation["matrix"][metric] == [matrix[-1]]
+    assert evaluation["decisions"][0]["objects"] == results["decisions"][-1]["objects"]
+    assert "test" not in evaluation["decisions"][0]["objects"]["bolt"]

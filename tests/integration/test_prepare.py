@@ -1,4 +1,4 @@
-"""The command that prepares: an archive goes in; a store, a table and contact sheets come out."""
+"""The prepare command: it makes a store, a table and contact sheets from an archive."""
 
 import hashlib
 import re
@@ -26,7 +26,7 @@ KEYS = SMALL | {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
+def _compiled_without_optimisation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -34,7 +34,7 @@ def quick_compilation():
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with rendered sweets and an archive of them."""
+    """Create a folder with rendered sweets and an archive of them."""
     home = tmp_path_factory.mktemp("home")
     render(home / "sweets", train=2, val=1, test=4, size=64, objects=KEYS["dataset.objects"], progress=False)
     with tarfile.open(home / "sweets.tar.gz", "w:gz") as archive:
@@ -46,20 +46,20 @@ def home(tmp_path_factory):
 
 @pytest.fixture
 def run(home, monkeypatch, capfd):
-    """Runs the command in that folder: exit code, standard output and error."""
+    """Run the command in this folder and return its exit code, standard output and standard error."""
 
     def run(*flags, **changes):
         monkeypatch.chdir(home)
         keys = KEYS | {key.replace("__", "."): value for key, value in changes.items()}
         config = f"--config={CONFIG}:1-1"
         arguments = ["prepare", config, *flags, *as_flags(keys)]
-        monkeypatch.setattr(sys, "argv", arguments)  # where config_flags look for the keys
+        monkeypatch.setattr(sys, "argv", arguments)  # config_flags reads the keys from here
         return prepare.main(arguments), *capfd.readouterr()
 
     return run
 
 
-def prepared(home):
+def times_of_prepared_files(home):
     return {file: file.stat().st_mtime_ns for file in home.glob("prepared/*/rows-*/*")}
 
 
@@ -81,8 +81,8 @@ def test_an_archive_becomes_a_store_with_a_table_and_contact_sheets(home, run):
         files = (home / "sweets" / name / "test_public" / "data").glob("*_mask.png")
         masks = [np.asarray(Image.open(file)) > 0 for file in files if re.fullmatch(r"\d+_mask\.png", file.name)]
         areas = [100 * mask.mean() for mask in masks if mask.any()]
-        found = [float(number) for number in re.findall(r"[\d.]+(?= %)", row[6])]
-        np.testing.assert_allclose(found, np.quantile(areas, [0.5, 0.05, 0.95]), rtol=0.05)
+        percentages = [float(number) for number in re.findall(r"[\d.]+(?= %)", row[6])]
+        np.testing.assert_allclose(percentages, np.quantile(areas, [0.5, 0.05, 0.95]), rtol=0.05)
         assert sum(int(number) for number in re.findall(r"\d+", row[3])) == 4
         assert row[5] == "0.0 %"
         assert row[3].startswith("2 good, ")
@@ -91,16 +91,16 @@ def test_an_archive_becomes_a_store_with_a_table_and_contact_sheets(home, run):
         first = Image.open(min((home / "sweets" / name / "train" / "data").glob("*_image_4.png"))).convert("RGB")
         expected = np.asarray(first.resize((160, 160), Image.Resampling.BILINEAR), float)
         errors = [np.abs(sheet[top : top + 156, 3:157] - expected[2:158, 3:157]).mean() for top in range(60, 90)]
-        assert min(errors) < 5  # the first training image is in the corner
+        assert min(errors) < 5  # the first training image is in a corner
 
-    before = prepared(home)
-    again = run("--archive=sweets.tar.gz", dataset__root="unpacked")
-    assert (again[0], again[1]) == (0, out)
-    assert prepared(home) == before
+    before = times_of_prepared_files(home)
+    repeated = run("--archive=sweets.tar.gz", dataset__root="unpacked")
+    assert (repeated[0], repeated[1]) == (0, out)
+    assert times_of_prepared_files(home) == before
 
 
-def test_mistakes_are_told_in_a_sentence(home, run):
-    for flags, changes, told in [
+def test_mistakes_are_reported_in_a_sentence(home, run):
+    for flags, changes, message in [
         (
             ["--archive=none.tar"],
             {},
@@ -126,6 +126,6 @@ def test_mistakes_are_told_in_a_sentence(home, run):
     ]:
         code, out, err = run(*flags, **changes)
         assert (code, out) == (2, "")
-        assert told in err
+        assert message in err
         assert err.count("\n") == 1
     assert not (home / "new").exists()

@@ -1,4 +1,4 @@
-"""The command as several processes that share its training: killed, started again, with more or fewer devices."""
+"""Training by several processes: killed, resumed, and with more or fewer devices."""
 
 import os
 import re
@@ -30,20 +30,19 @@ KEYS = SMALL | {
     "modality": "rgb",
     "model.dropout": 0.1,
     "train.epochs": 12,
-    "train.batch_size": 3,  # over four devices
+    "train.batch_size": 3,  # fewer images than the four devices
     "snapshots.every_minutes": 0.0,
 }
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """Starts the command with so many devices, as one of several processes if told so by further flags."""
+    """Return a function that starts the command with a number of devices, alone or as one of several processes."""
     home = tmp_path_factory.mktemp("home")
     render(home / "candies", train=7, val=1, test=4, size=64, objects=KEYS["dataset.objects"], progress=False)
 
     def start(workdir, devices, *flags, home=home):
-        small = as_flags(KEYS)
-        flags = [f"--config={QUICKSTART}:1-1", f"--workdir={workdir}", *small, *flags]
+        flags = [f"--config={QUICKSTART}:1-1", f"--workdir={workdir}", *as_flags(KEYS), *flags]
         return subprocess.Popen(
             [sys.executable, "-m", "iumad_jax.main", *flags],
             cwd=home,
@@ -58,21 +57,21 @@ def start(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start_two(start):
-    """Starts two processes with two devices each, which find each other; the second may have further flags."""
+    """Return a function that starts two connected processes with two devices each; the second can differ."""
 
-    def start_two(workdir, *of_both, of_second=(), devices=2, **place):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            address = f"localhost:{free.getsockname()[1]}"
-        flags = [f"--coordinator={address}", "--processes=2", *of_both]
-        second = start(workdir, devices, *flags, "--process=1", *of_second, **place)
+    def start_two(workdir, *common_flags, second_flags=(), devices=2, **options):
+        with socket.socket() as free_port:
+            free_port.bind(("localhost", 0))
+            address = f"localhost:{free_port.getsockname()[1]}"
+        flags = [f"--coordinator={address}", "--processes=2", *common_flags]
+        second = start(workdir, devices, *flags, "--process=1", *second_flags, **options)
         return start(workdir, 2, *flags, "--process=0"), second
 
     return start_two
 
 
-def ends(process):
-    """Exit code, standard output, standard error."""
+def wait(process):
+    """Return the exit code, standard output and standard error of a process."""
     try:
         out, err = process.communicate(timeout=600)
     finally:
@@ -80,10 +79,10 @@ def ends(process):
     return process.returncode, out, err
 
 
-def assert_ends_since_another_did(process, limit):
-    """It does so by itself before the time limit, says so, and does not pretend to be done."""
+def assert_ends_after_another_process(process, deadline):
+    """Require that a process ends by itself before the deadline, reports why and asks to be restarted."""
     try:
-        _, err = process.communicate(timeout=max(limit - time.monotonic(), 1))
+        _, err = process.communicate(timeout=max(deadline - time.monotonic(), 1))
     finally:
         process.kill()
     assert process.returncode == 75
@@ -93,47 +92,47 @@ def assert_ends_since_another_did(process, limit):
     assert last.endswith(sentences.PROCESSES_START_AGAIN)
 
 
-def kill(process, ledger, place):
-    """Kills a process when the ledger says so."""
-    while not (ledger.exists() and place in ledger.read_text()):
+def kill(process, ledger, text):
+    """Kill a process when its ledger contains a text."""
+    while not (ledger.exists() and text in ledger.read_text()):
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
     process.kill()
     process.communicate()
 
 
-def assert_same(ledger, expected):
-    """To rounding, since sums over images are taken in another order."""
+def assert_close(ledger, expected):
+    """Compare ledgers up to rounding, because sums over images are computed in another order."""
     assert [event["event"] for event in ledger] == [event["event"] for event in expected]
-    near = {"epoch": {"rel": 1e-4}, "evaluation": {"abs": 1e-3}}  # of whose pixels a few change places
+    tolerances = {"epoch": {"rel": 1e-4}, "evaluation": {"abs": 1e-3}}  # a few pixels change ranks in evaluations
     for event, other in zip(ledger, expected, strict=True):
-        if tolerance := near.get(event["event"]):
+        if tolerance := tolerances.get(event["event"]):
             assert event == {k: pytest.approx(v, **tolerance) if isinstance(v, float) else v for k, v in other.items()}
 
 
-def test_two_processes_train_as_one_does_whatever_happens_to_them(start, start_two, tmp_path):
-    """With two devices each, a batch of three images, and processes that are killed; and so do four devices of one."""
-    one, two, four = (tmp_path / name for name in ("one", "two", "four"))
+def test_killed_and_resumed_processes_train_like_a_single_one(start, start_two, tmp_path):
+    """Two processes with two devices each, and one process with four devices, train on batches of three images."""
+    single, two, four = (tmp_path / name for name in ("single", "two", "four"))
     first, second = start_two(two)
     kill(second, two / "ledger.jsonl", '"step": 0, "epoch": 3')
-    killed = time.monotonic()
-    assert ends(start(one, 1))[0] == 0
-    expected = read(one / "ledger.jsonl")
-    assert_ends_since_another_did(first, killed + 60)
+    killed_at = time.monotonic()
+    assert wait(start(single, 1))[0] == 0
+    expected = read(single / "ledger.jsonl")
+    assert_ends_after_another_process(first, killed_at + 60)
 
     first, second = start_two(two)
     kill(first, two / "ledger.jsonl", '"step": 1, "epoch": 3')
-    assert_ends_since_another_did(second, time.monotonic() + 60)
+    assert_ends_after_another_process(second, time.monotonic() + 60)
 
     shutil.copytree(two, four)
-    code, _, err = ends(start(four, 4))
+    code, _, err = wait(start(four, 4))
     assert code == 0, err
-    assert_same(read(four / "ledger.jsonl"), expected)
+    assert_close(read(four / "ledger.jsonl"), expected)
 
     first, second = start_two(two)
-    (code, out, err), (other_code, other_out, other_err) = ends(first), ends(second)
+    (code, out, err), (other_code, other_out, other_err) = wait(first), wait(second)
     assert (code, other_code) == (0, 0), (err, other_err)
-    assert_same(read(two / "ledger.jsonl"), expected)
+    assert_close(read(two / "ledger.jsonl"), expected)
     assert sentences.PICTURES_ARE_IN.format(two) in out
     assert sentences.PROCESS_PRINTS_RESULTS.format(0) in other_out
     assert re.fullmatch(
@@ -142,68 +141,70 @@ def test_two_processes_train_as_one_does_whatever_happens_to_them(start, start_t
         + r"\n",
         other_err,
     )
-    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}  # and nothing else is written
+    assert {path.name for path in two.iterdir()} == {
+        path.name for path in single.iterdir()
+    }  # no other files are written
 
 
 @pytest.mark.parametrize(
-    ("unlike", "told"),
+    ("differences", "message"),
     [
-        ({"of_second": ["--config.seed=1"]}, "config"),
-        ({"of_second": ["--workdir=elsewhere"]}, "workdir"),
-        ({"of_second": ["--config.debug.nans=True"]}, "config"),
+        ({"second_flags": ["--config.seed=1"]}, "config"),
+        ({"second_flags": ["--workdir=elsewhere"]}, "workdir"),
+        ({"second_flags": ["--config.debug.nans=True"]}, "config"),
         ({"devices": 1}, sentences.NUMBER_OF_DEVICES),
     ],
     ids=["seed", "workdir", "debug", "devices"],
 )
-def test_processes_that_are_not_alike_do_not_train(start_two, tmp_path, unlike, told):
+def test_processes_with_different_settings_are_refused(start_two, tmp_path, differences, message):
     run = tmp_path / "run"
     run.mkdir()
     (run / "results.json").write_text("{}")
-    for process in start_two(run, **unlike):
-        code, _, err = ends(process)
+    for process in start_two(run, **differences):
+        code, _, err = wait(process)
         assert code == 2, err
         *_, last = err.splitlines()
-        assert last.startswith(f"iumad_jax: {sentences.PROCESSES_DIFFER_IN_COMMAND.format(told)}")
+        assert last.startswith(f"iumad_jax: {sentences.PROCESSES_DIFFER_IN_COMMAND.format(message)}")
     assert [path.name for path in run.iterdir()] == ["results.json"]
 
 
-def test_processes_with_other_images_do_not_train(start_two, tmp_path):
-    """Of the same names, as where each host has a disk of its own."""
+def test_processes_with_different_images_are_refused(start_two, tmp_path):
+    """The images have the same names, as they may on hosts with separate disks."""
     render(
         tmp_path / "candies", train=7, val=1, test=4, size=64, objects=KEYS["dataset.objects"], progress=False, seed=1
     )
     for process in start_two(tmp_path / "run", home=tmp_path):
-        code, _, err = ends(process)
+        code, _, err = wait(process)
         assert code == 2, err
         assert f"iumad_jax: {sentences.PROCESSES_DIFFER.format(sentences.IMAGES_OF_PROCESSES)}" in err
 
 
-def test_a_process_that_is_asked_to_end_has_the_first_one_save(start_two, tmp_path):
+def test_a_signal_to_any_process_lets_process_0_save(start_two, tmp_path):
     run = tmp_path / "run"
     first, second = start_two(run, "--config.snapshots.every_minutes=60", "--config.train.epochs=400")
     while not ((run / "ledger.jsonl").exists() and '"epoch": 2' in (run / "ledger.jsonl").read_text()):
         assert first.poll() is None, first.communicate()
         time.sleep(0.05)
-    asked = time.monotonic()
+    signalled_at = time.monotonic()
     second.send_signal(signal.SIGTERM)
-    code, _, err = ends(first)
-    assert time.monotonic() - asked < 10
+    code, _, err = wait(first)
+    assert time.monotonic() - signalled_at < 10
     assert code == 75, err
     assert err.splitlines()[-1].startswith(f"iumad_jax: {sentences.STOPPING.format('SIGTERM')}")
     assert len(list((run / "snapshots_within_step").iterdir())) == 1
-    code, _, err = ends(second)
+    code, _, err = wait(second)
     assert code == 75, err
     assert err.splitlines()[-1].startswith(f"iumad_jax: {sentences.STOPPING.format('SIGTERM')}")
 
 
-def test_a_port_that_is_taken_is_told(start, tmp_path):
-    with socket.create_server(("", 0)) as other:
-        port = other.getsockname()[1]
-        code, _, err = ends(start(tmp_path, 1, f"--coordinator=localhost:{port}", "--processes=2", "--process=0"))
+def test_a_port_in_use_is_reported(start, tmp_path):
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        code, _, err = wait(start(tmp_path, 1, f"--coordinator=localhost:{port}", "--processes=2", "--process=0"))
     assert code == 2
     *_, last = err.splitlines()
-    told = sentences.COORDINATOR_PORT_TAKEN.format(address=f"localhost:{port}", reason="Address already in use")
-    assert last.startswith(f"iumad_jax: {told}")
+    message = sentences.COORDINATOR_PORT_TAKEN.format(address=f"localhost:{port}", reason="Address already in use")
+    assert last.startswith(f"iumad_jax: {message}")
 
 
 @pytest.mark.parametrize(
@@ -221,8 +222,8 @@ def test_a_port_that_is_taken_is_told(start, tmp_path):
         ),
     ],
 )
-def test_flags_that_do_not_name_a_process_are_refused(start, tmp_path, flags, sentence):
-    code, out, err = ends(start(tmp_path / "run", 1, *flags))
+def test_flags_that_do_not_identify_a_process_are_refused(start, tmp_path, flags, sentence):
+    code, out, err = wait(start(tmp_path / "run", 1, *flags))
     assert (code, out) == (2, "")
     assert err.startswith(f"iumad_jax: {sentence}")
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""The command as a user runs it: a process, from rendered files to results, stopped and started again."""
+"""The training command: from rendered images to results, interrupted and resumed."""
 
 import json
 import os
@@ -39,13 +39,13 @@ KEYS = SMALL | {
     "model.hidden": 16,
     "train.epochs": 6,
     "snapshots.every_minutes": 0.0,
-    "continual.strategy": "iuf",  # which has memory of every kind: within a step, and between steps
+    "continual.strategy": "iuf",  # has state within and between steps
 }
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with candies."""
+    """Create a folder with candies."""
     home = tmp_path_factory.mktemp("home")
     render(home / "candies", train=5, val=1, test=4, size=64, objects=",".join(OBJECTS), progress=False)
     return home
@@ -53,7 +53,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(home):
-    """Starts the command in a folder of its own, with the quickstart's config made small and then changed."""
+    """Return a function that starts the command with the small config and changes to it."""
 
     def start(workdir, protocol="1-1", stderr=subprocess.PIPE, **changes):
         keys = KEYS | changes
@@ -71,7 +71,7 @@ def start(home):
 
 @pytest.fixture(scope="module")
 def run(start):
-    """Runs the command to its end: exit code, standard output, standard error."""
+    """Return a function that runs the command and returns its exit code, standard output and standard error."""
 
     def run(*args, **changes):
         with start(*args, **changes) as process:
@@ -82,9 +82,9 @@ def run(start):
 
 
 @pytest.fixture(scope="module")
-def whole(run, tmp_path_factory):
-    """The workdir and the output of a run that nothing interrupts."""
-    workdir = tmp_path_factory.mktemp("whole") / "run"
+def finished_run(run, tmp_path_factory):
+    """Return the workdir and the output of an uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
     code, out, err = run(workdir)
     assert code == 0, err
     workdir.with_name("stderr").write_text(err)
@@ -95,15 +95,15 @@ def results_of(workdir):
     return json.loads((workdir / "results.json").read_text())
 
 
-def files(folder):
+def times_of_files(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def test_results_have_the_public_form(whole):
-    workdir, _ = whole
+def test_results_have_the_documented_form(finished_run):
+    workdir, _ = finished_run
     results = results_of(workdir)
-    public = {"config", "protocol", "objects", "steps", "matrix", "summary", "seconds", "versions"}
-    assert set(results) == public | {"baselines", "bytes", "strategy_bytes", "decisions"}
+    required = {"config", "protocol", "objects", "steps", "matrix", "summary", "seconds", "versions"}
+    assert set(results) == required | {"baselines", "bytes", "strategy_bytes", "decisions"}
     assert (results["protocol"], results["objects"]) == ("1-1", list(OBJECTS))
     assert results["steps"] == [["CandyCane"], ["GummyBear"]]
     assert {"format": 3} | results["config"] == json.loads((workdir / "config.json").read_text())
@@ -129,12 +129,12 @@ def test_results_have_the_public_form(whole):
             )
 
 
-def test_the_ledger_tells_the_story_in_order(whole):
-    workdir, _ = whole
+def test_the_ledger_records_all_events_in_order(finished_run):
+    workdir, _ = finished_run
     events = read(workdir / "ledger.jsonl")
-    story = [event["event"] for event in events]
+    kinds = [event["event"] for event in events]
     methods = 3
-    assert story == [
+    assert kinds == [
         "step", *["epoch"] * 6, *["evaluation"] * methods, "decisions", "snapshot",
         "step", *["epoch"] * 6, *["evaluation"] * 2 * methods, "decisions", "snapshot",
     ]  # fmt: skip
@@ -155,8 +155,8 @@ def test_the_ledger_tells_the_story_in_order(whole):
                 assert event[metric] == method["matrix"][metric][event["step"]][column]
 
 
-def test_tables_and_pictures_are_there(whole):
-    workdir, out = whole
+def test_tables_and_pictures_are_written(finished_run):
+    workdir, out = finished_run
     results, tables = results_of(workdir), (workdir / "results.md").read_text()
     for metric in METRICS:
         for column, name in enumerate(OBJECTS):
@@ -176,155 +176,158 @@ def test_tables_and_pictures_are_there(whole):
             assert np.asarray(picture.convert("L")).std() > 5  # not blank
 
 
-def test_where_there_is_no_terminal_a_few_plain_lines_tell_how_far_it_is(whole):
-    workdir, _ = whole
-    of_step = [np.nanmean(np.array(row, float)) for row in results_of(workdir)["matrix"]["i_auroc"]]
+def test_without_a_terminal_progress_is_printed_as_plain_lines(finished_run):
+    workdir, _ = finished_run
+    means = [np.nanmean(np.array(row, float)) for row in results_of(workdir)["matrix"]["i_auroc"]]
     lines = workdir.with_name("stderr").read_text().split("\n")
-    assert [line for line in lines if sentences.EPOCH_SHORTLY not in line] == [  # which comes every half a minute
+    assert [line for line in lines if sentences.EPOCH_SHORTLY not in line] == [  # printed every half a minute
         sentences.STEP_BEGINS.format(step=0, objects="CandyCane", images=5),
-        sentences.STEP_EVALUATED.format(step=0, mean=f"{of_step[0]:.3f}"),
+        sentences.STEP_EVALUATED.format(step=0, mean=f"{means[0]:.3f}"),
         sentences.STEP_BEGINS.format(step=1, objects="GummyBear", images=5),
-        sentences.STEP_EVALUATED.format(step=1, mean=f"{of_step[1]:.3f}"),
+        sentences.STEP_EVALUATED.format(step=1, mean=f"{means[1]:.3f}"),
         "",
     ]
 
 
-def test_on_a_terminal_bars_tell_how_much_time_is_left(start, whole, tmp_path):
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 100))
+def test_on_a_terminal_bars_show_the_remaining_time(start, finished_run, tmp_path):
+    reader, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 100))
     changes = {
         "dataset.objects": "CandyCane",
         "dataset.prepared": str(tmp_path / "prepared"),
         "report.tensorboard": True,
     }
-    shown = b""
-    with start(tmp_path / "run", "1-0", stderr=theirs, **changes) as process:
-        os.close(theirs)
-        with suppress(OSError):  # EIO: the other end was closed
-            while more := os.read(ours, 4096):
-                shown += more
-    os.close(ours)
+    output = b""
+    with start(tmp_path / "run", "1-0", stderr=terminal, **changes) as process:
+        os.close(terminal)
+        with suppress(OSError):  # EIO: the process closed the terminal
+            while data := os.read(reader, 4096):
+                output += data
+    os.close(reader)
     assert process.returncode == 0
-    text = shown.decode()
+    text = output.decode()
     for name, unit in sentences.BARS:
         bar = name.format(object="CandyCane", split="train")
         assert re.search(rf"\r{bar}: .*<\d\d:\d\d, .*{unit}", text) or re.search(rf"\r{bar}: +0%\|", text)
     assert re.search(
         rf"\r{sentences.BAR_OF_TRAINING}: .*\[\d\d:\d\d<\d\d:\d\d, .*loss=", text
-    )  # time left, and the loss
+    )  # remaining time, and the loss
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 
-def test_the_live_view_tells_the_same_as_the_ledger_with_the_time(whole):
-    workdir, _ = whole
-    kept, live = read(workdir / "ledger.jsonl"), read(workdir / "live.jsonl")
-    for event, shown in zip(kept, live, strict=True):
-        assert event.items() <= shown.items()
-        assert set(shown) - set(event) == {"time"} | (
+def test_the_live_file_has_the_events_of_the_ledger_with_their_times(finished_run):
+    workdir, _ = finished_run
+    ledger, live = read(workdir / "ledger.jsonl"), read(workdir / "live.jsonl")
+    for event, live_event in zip(ledger, live, strict=True):
+        assert event.items() <= live_event.items()
+        assert set(live_event) - set(event) == {"time"} | (
             {"learning_rate", "images_per_second"} if event["event"] == "epoch" else set()
         )
 
 
-def wait_until(process, happened):
-    while not happened():
+def wait_until(process, condition):
+    while not condition():
         assert process.poll() is None
         time.sleep(0.005)
 
 
-def asked_to_stop(process, number):
-    """Sends a signal and returns what the process still said; it has to end with 75 within 10 seconds."""
-    asked = time.monotonic()
+def stop(process, number):
+    """Send a signal, require exit code 75 within 10 seconds and return the last lines of standard error."""
+    start = time.monotonic()
     process.send_signal(number)
     out, err = process.communicate()
-    assert time.monotonic() - asked < 10
+    assert time.monotonic() - start < 10
     assert (process.returncode, out) == (75, ""), err
     return err.splitlines()
 
 
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_nothing_had_been(start, run, whole, tmp_path):
-    """While it prepares, in the middle of an epoch and while it evaluates, though snapshots are taken rarely."""
+def test_a_stopped_run_saves_and_ends_like_an_uninterrupted_run(start, run, finished_run, tmp_path):
+    """It is stopped during preparation, within an epoch and during evaluation, between its rare snapshots."""
     workdir, prepared = tmp_path / "run", tmp_path / "prepared"
-    rarely = {"snapshots.every_minutes": 5.0, "dataset.prepared": str(prepared)}
-    ledger, within = workdir / "ledger.jsonl", workdir / "snapshots_within_step"
+    changes = {"snapshots.every_minutes": 5.0, "dataset.prepared": str(prepared)}
+    ledger, folder = workdir / "ledger.jsonl", workdir / "snapshots_within_step"
 
-    def updates():
-        return [int(path.name) for path in within.glob("*[0-9]") if path.is_dir()]
+    def saved_updates():
+        return [int(path.name) for path in folder.glob("*[0-9]") if path.is_dir()]
 
-    with start(workdir, **rarely) as process:
+    with start(workdir, **changes) as process:
         wait_until(process, prepared.exists)
-        *_, last = asked_to_stop(process, signal.SIGTERM)
+        *_, last = stop(process, signal.SIGTERM)
     assert last == (f"iumad_jax: {sentences.STOPPING_AND_AGAIN.format('SIGTERM')}")
-    assert not updates()
-    with start(workdir, **rarely) as process:
+    assert not saved_updates()
+    with start(workdir, **changes) as process:
         wait_until(process, lambda: ledger.exists() and '"epoch": 1' in ledger.read_text())
-        assert any(sentences.STOPPING.format("SIGINT") in line for line in asked_to_stop(process, signal.SIGINT))
-    assert len(updates()) == 1  # where it was: losses are told of whole epochs, and all updates are kept
-    assert updates()[0] // 2 + 1 == len(read(ledger))
-    with start(workdir, **rarely) as process:
+        assert any(sentences.STOPPING.format("SIGINT") in line for line in stop(process, signal.SIGINT))
+    assert len(saved_updates()) == 1  # a snapshot of the last update; the ledger has whole epochs only
+    assert saved_updates()[0] // 2 + 1 == len(read(ledger))
+    with start(workdir, **changes) as process:
         wait_until(process, lambda: read(ledger)[-1]["event"] == "evaluation")
-        asked_to_stop(process, signal.SIGTERM)
-    assert 12 in updates()
-    code, _, err = run(workdir, **rarely)
+        stop(process, signal.SIGTERM)
+    assert 12 in saved_updates()
+    code, _, err = run(workdir, **changes)
     assert code == 0, err
-    assert ledger.read_bytes() == (whole[0] / "ledger.jsonl").read_bytes()
+    assert ledger.read_bytes() == (finished_run[0] / "ledger.jsonl").read_bytes()
 
 
 def test_a_second_sigint_ends_a_run_at_once(start, tmp_path):
     with start(tmp_path / "run") as process:
         assert process.stderr.readline().startswith(
             sentences.STEP_BEGINS_SHORTLY.format(0)
-        )  # compiles next, and does not look up
+        )  # compilation follows, which does not react to signals
         process.send_signal(signal.SIGINT)
         assert sentences.STOPPING_SHORTLY.format("SIGINT") in process.stderr.readline()
-        asked = time.monotonic()
+        start_time = time.monotonic()
         process.send_signal(signal.SIGINT)
         assert process.wait() == 130
-        assert time.monotonic() - asked < 2
+        assert time.monotonic() - start_time < 2
 
 
-def test_a_finished_run_says_so_and_prints_its_result_again(run, whole):
-    workdir, out = whole
-    before = files(workdir)
-    code, again, err = run(workdir)
+def test_a_finished_run_is_reported_and_its_results_are_printed_again(run, finished_run):
+    workdir, out = finished_run
+    before = times_of_files(workdir)
+    code, repeated, err = run(workdir)
     assert code == 0, err
-    assert again == f"{sentences.RUN_FINISHED.format(workdir)}\n{out}"
-    assert files(workdir) == before
+    assert repeated == f"{sentences.RUN_FINISHED.format(workdir)}\n{out}"
+    assert times_of_files(workdir) == before
 
 
-@pytest.mark.parametrize("there", [True, False], ids=["with", "without the dataset"])
-def test_what_was_removed_of_a_finished_run_is_written_anew(run, home, whole, tmp_path, there):
-    """From the workdir alone."""
+@pytest.mark.parametrize("with_dataset", [True, False], ids=["with the dataset", "without the dataset"])
+def test_removed_results_are_rewritten_from_the_workdir(run, home, finished_run, tmp_path, with_dataset):
     workdir = tmp_path / "run"
-    shutil.copytree(whole[0], workdir)
-    kept = {name: (workdir / name).read_bytes() for name in ("results.md", "ledger.jsonl", "pictures/matrix_aupro.png")}
+    shutil.copytree(finished_run[0], workdir)
+    contents = {
+        name: (workdir / name).read_bytes() for name in ("results.md", "ledger.jsonl", "pictures/matrix_aupro.png")
+    }
     for name in ("results.md", "report.html", "pictures/matrix_aupro.png"):
         (workdir / name).unlink()
-    for folder in () if there else ("candies", "prepared"):
+    for folder in () if with_dataset else ("candies", "prepared"):
         (home / folder).rename(home / f"{folder} elsewhere")
     code, out, err = run(workdir)
-    for folder in () if there else ("candies", "prepared"):
+    for folder in () if with_dataset else ("candies", "prepared"):
         (home / f"{folder} elsewhere").rename(home / folder)
     assert code == 0, err
     assert sentences.RUN_FINISHED_SHORTLY not in out
-    assert (sentences.DATASET_GONE_SHORTLY.format("candies") in err) != there
-    assert {name: (workdir / name).read_bytes() for name in kept} == kept
-    assert (workdir / "report.html").stat().st_size == pytest.approx((whole[0] / "report.html").stat().st_size, abs=50)
+    assert (sentences.DATASET_GONE_SHORTLY.format("candies") in err) != with_dataset
+    assert {name: (workdir / name).read_bytes() for name in contents} == contents
+    assert (workdir / "report.html").stat().st_size == pytest.approx(
+        (finished_run[0] / "report.html").stat().st_size, abs=50
+    )
 
 
-def test_another_config_in_the_same_workdir_is_refused(run, whole):
-    workdir, _ = whole
-    before = files(workdir)
+def test_another_config_in_the_same_workdir_is_refused(run, finished_run):
+    workdir, _ = finished_run
+    before = times_of_files(workdir)
     code, out, err = run(workdir, seed=1, **{"train.epochs": 7})
     assert (code, out) == (2, "")
     assert err.startswith(f"iumad_jax: {sentences.WORKDIR_OF_ANOTHER_CONFIG.format(workdir)}")
     assert sentences.KEY_DIFFERS.format(key="config.seed", there=0, now=1) in err
     assert sentences.KEY_DIFFERS.format(key="config.train.epochs", there=6, now=7) in err
     assert err.count("\n") == 1
-    assert files(workdir) == before
+    assert times_of_files(workdir) == before
 
 
-def test_a_full_disk_stops_the_run(start, whole, tmp_path):
-    """With room for the ledger but not for a snapshot."""
+def test_a_full_disk_stops_the_run(start, finished_run, tmp_path):
+    """The disk has room for the ledger but not for a snapshot."""
     workdir = tmp_path / "run"
     with start(workdir) as process:
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (200_000, 200_000))
@@ -338,7 +341,7 @@ def test_a_full_disk_stops_the_run(start, whole, tmp_path):
 
 
 @pytest.mark.parametrize(("modality", "method"), [("rgb+depth", "ib_iumad"), ("depth", "feature_norm")])
-def test_other_modalities_and_methods(run, whole, tmp_path, modality, method):
+def test_other_modalities_and_methods(run, finished_run, tmp_path, modality, method):
     workdir = tmp_path / "run"
     changes = {"dataset.objects": "CandyCane", "train.epochs": 1, "modality": modality, "method": method}
     code, _, err = run(workdir, "1-0", **changes)
@@ -355,11 +358,11 @@ def test_other_modalities_and_methods(run, whole, tmp_path, modality, method):
         assert results["summary"][metric] == {
             "final": value, "acc": value, "fm": None, "fm_aggregate": None, "new": value
         }  # fmt: skip
-    of_depth = (results["baselines"]["feature_norm"] if trained else results)["matrix"]["aupro"][0][0]
-    assert of_depth != results_of(whole[0])["baselines"]["feature_norm"]["matrix"]["aupro"][0][0]
+    depth_aupro = (results["baselines"]["feature_norm"] if trained else results)["matrix"]["aupro"][0][0]
+    assert depth_aupro != results_of(finished_run[0])["baselines"]["feature_norm"]["matrix"]["aupro"][0][0]
 
 
-def test_joint_trains_on_all_objects_seen_so_far_and_says_that_it_is_not_incremental(run, home, tmp_path):
+def test_joint_trains_on_all_objects_seen_so_far_and_is_reported_as_not_incremental(run, home, tmp_path):
     workdir, changes = tmp_path / "run", {"method": "iuf", "model.class_grid": 8, "train.epochs": 1}
     code, out, err = run(workdir, **changes, **{"continual.strategy": "joint"})
     assert code == 0, err
@@ -368,23 +371,23 @@ def test_joint_trains_on_all_objects_seen_so_far_and_says_that_it_is_not_increme
     assert [event["learned"] for event in events if event["event"] == "step"] == [["CandyCane"], ["GummyBear"]]
     for text in (out, (workdir / "results.md").read_text()):
         assert sentences.STRATEGY_JOINT in text
-    image = 64 * 64 * 3 * 4 + 4 * 4 * 192 * 4 + 4  # as prepared: pixels, features and the object's number
-    assert 0 < results_of(workdir)["strategy_bytes"] <= 10 * image
-    command = [sys.executable, "-m", "iumad_jax.evaluate", f"--workdir={workdir}"]  # tells the same of what was kept
+    image_bytes = 64 * 64 * 3 * 4 + 4 * 4 * 192 * 4 + 4  # prepared pixels, features and the object's number
+    assert 0 < results_of(workdir)["strategy_bytes"] <= 10 * image_bytes
+    command = [sys.executable, "-m", "iumad_jax.evaluate", f"--workdir={workdir}"]
     folder = workdir / "evaluations"
     for step in (0, 1):
         output = folder / str(step)
         subprocess.run([*command, f"--step={step}", f"--output={output}"], cwd=home, check=True)
-    kept = [results_of(folder / str(step))["strategy_bytes"] for step in (0, 1)]
-    assert kept == [results_of(workdir)["strategy_bytes"] // 2, results_of(workdir)["strategy_bytes"]]
+    stored = [results_of(folder / str(step))["strategy_bytes"] for step in (0, 1)]
+    assert stored == [results_of(workdir)["strategy_bytes"] // 2, results_of(workdir)["strategy_bytes"]]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(run, whole, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run(run, finished_run, tmp_path):
     code, out, err = run(tmp_path / "run", **{"train.learning_rate": 1e30, "train.schedule": "step"})
     assert (code, out) == (2, "")
     *_, last = err.splitlines()
-    what = sentences.UPDATE_NOT_FINITE.format(value="inf")
-    told = sentences.IN_STEP.format(what=what, step=0, epoch=0, update=0, images="CandyCane/")
-    assert last.startswith(f"iumad_jax: {told}")
+    cause = sentences.UPDATE_NOT_FINITE.format(value="inf")
+    message = sentences.IN_STEP.format(what=cause, step=0, epoch=0, update=0, images="CandyCane/")
+    assert last.startswith(f"iumad_jax: {message}")
     assert sentences.TRAINING_STOPPED in last
     assert [event["event"] for event in read(tmp_path / "run" / "ledger.jsonl")] == ["step"]

@@ -1,4 +1,4 @@
-"""What people do with a trained model: predict, evaluate, export. One run is trained for all tests."""
+"""Commands that use a trained model: predict, evaluate, export, robustness. All tests share one run."""
 
 import csv
 import json
@@ -19,18 +19,18 @@ from iumad_jax.export import __main__ as export
 from iumad_jax.inference import predictions
 from iumad_jax.runtime import snapshots
 from tests import sentences
-from tests.integration.trained import LEARNED, NEVER, in_process, results_of, samples, stacked
+from tests.integration.trained import LEARNED, NEVER_LEARNED, in_process, results_of, samples, stacked
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
 
 
 @pytest.fixture
 def command(home, capsys, monkeypatch):
-    """Runs a command within this process, which spares its start: exit code, standard output, standard error."""
+    """Run a command in this process, which is faster, and return its exit code, standard output and standard error."""
     monkeypatch.chdir(home)
 
     def run(name, *flags):
-        monkeypatch.setattr(sys, "argv", arguments := ["command", *flags])  # where ml_collections looks for keys
+        monkeypatch.setattr(sys, "argv", arguments := ["command", *flags])  # ml_collections reads the keys from here
         commands = {"predict": predict, "evaluate": evaluate, "export": export, "robustness": robustness}
         code = commands[name].main(arguments)
         captured = capsys.readouterr()
@@ -39,13 +39,13 @@ def command(home, capsys, monkeypatch):
     return run
 
 
-def test_predict_writes_what_the_detector_says(home, command, detector, reader):
+def test_predict_writes_the_results_of_the_detector(home, command, detector, reader):
     for folder in ("rgb/sub", "depth/sub"):
         (home / "in" / folder).mkdir(parents=True)
-    given = {"cane": samples(reader, "CandyCane")[1], "sub/pop": samples(reader, NEVER)[0]}
-    for name, one in given.items():
-        Image.fromarray(one.rgb).save(home / "in" / "rgb" / f"{name}.png")
-        millimetres = np.nan_to_num(one.depth * 1000)
+    inputs = {"cane": samples(reader, "CandyCane")[1], "sub/pop": samples(reader, NEVER_LEARNED)[0]}
+    for name, sample in inputs.items():
+        Image.fromarray(sample.rgb).save(home / "in" / "rgb" / f"{name}.png")
+        millimetres = np.nan_to_num(sample.depth * 1000)
         np.save(home / "in" / "depth" / f"{name}.npy", millimetres)
     (home / "in" / "rgb" / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     flags = ["--input=in/rgb", "--depth=in/depth", "--depth_unit=0.001", "--output=out"]
@@ -55,25 +55,25 @@ def test_predict_writes_what_the_detector_says(home, command, detector, reader):
     assert bad == f"iumad_jax: {sentences.FILE_DAMAGED.format('in/rgb/bad.png')}."
     assert summary == f"iumad_jax: {sentences.IMAGES_NOT_USED.format(bad=1, all=3, output='out')}"
     written = json.loads((home / "out" / "predictions.json").read_text())
-    assert [one["image"] for one in written["damaged"]] == ["bad"]
+    assert [image["image"] for image in written["damaged"]] == ["bad"]
     assert written["step"] == 1
     with (home / "out" / "predictions.csv").open() as file:
         table = list(csv.DictReader(file))
-    for name, row, line in zip(given, written["images"], table, strict=True):
-        one = given[name]
-        told = detector(one.rgb, one.depth)
+    for name, row, line in zip(inputs, written["images"], table, strict=True):
+        sample = inputs[name]
+        detection = detector(sample.rgb, sample.depth)
         assert {key: str(value) for key, value in row.items()} == line
-        assert (row["image"], row["decision"], row["object"]) == (name, told.decision, told.object)
-        assert row["score"] == pytest.approx(float(told.score), rel=1e-3)  # millimetres are rounded
+        assert (row["image"], row["decision"], row["object"]) == (name, detection.decision, detection.object)
+        assert row["score"] == pytest.approx(float(detection.score), rel=1e-3)  # millimetres are rounded
         assert (row["distance"] > row["unknown_threshold"]) == (row["decision"] == "unknown")
-        assert row["defective_share"] == pytest.approx(told.mask.mean(), abs=1e-3)
+        assert row["defective_share"] == pytest.approx(detection.mask.mean(), abs=1e-3)
         mask = np.asarray(Image.open(home / "out" / row["mask"]))
-        assert mask.shape == one.rgb.shape[:2]
+        assert mask.shape == sample.rgb.shape[:2]
         assert set(np.unique(mask)) <= {0, 255}
-        assert mask.mean() / 255 == pytest.approx(told.mask.mean(), abs=0.02)
+        assert mask.mean() / 255 == pytest.approx(detection.mask.mean(), abs=0.02)
         heatmap = np.asarray(Image.open(home / "out" / row["heatmap"])).astype(int)
-        strong = np.asarray(Image.fromarray(told.map).resize((64, 64))) > 0.7 * told.pixel_threshold
-        changed = np.abs(heatmap - one.rgb).sum(-1) > 10
+        strong = np.asarray(Image.fromarray(detection.map).resize((64, 64))) > 0.7 * detection.pixel_threshold
+        changed = np.abs(heatmap - sample.rgb).sum(-1) > 10
         assert changed[strong].mean() > 0.9
     assert not list((home / "out").rglob("*.unfinished"))
     before = {path: path.stat().st_mtime_ns for path in (home / "out").rglob("*")}
@@ -82,12 +82,12 @@ def test_predict_writes_what_the_detector_says(home, command, detector, reader):
     assert {path: path.stat().st_mtime_ns for path in (home / "out").rglob("*")} == before
 
 
-def test_a_unit_that_is_missing_is_told_once_and_leaves_nothing(home, command, reader):
+def test_a_missing_unit_is_reported_once_and_nothing_is_written(home, command, reader):
     for folder in ("counts/rgb", "counts/depth"):
         (home / folder).mkdir(parents=True)
-    for number, one in enumerate(samples(reader, "CandyCane")[:2]):
-        Image.fromarray(one.rgb).save(home / "counts" / "rgb" / f"{number}.png")
-        Image.fromarray((one.depth * 1000).astype(np.uint16)).save(home / "counts" / "depth" / f"{number}.png")
+    for number, sample in enumerate(samples(reader, "CandyCane")[:2]):
+        Image.fromarray(sample.rgb).save(home / "counts" / "rgb" / f"{number}.png")
+        Image.fromarray((sample.depth * 1000).astype(np.uint16)).save(home / "counts" / "depth" / f"{number}.png")
     flags = ["--workdir=run", "--input=counts/rgb", "--depth=counts/depth", "--output=counted"]
     code, out, err = command("predict", *flags)
     assert (code, out) == (2, "")
@@ -98,18 +98,18 @@ def test_a_unit_that_is_missing_is_told_once_and_leaves_nothing(home, command, r
     assert len(json.loads((home / "counted" / "predictions.json").read_text())["images"]) == 2
 
 
-def test_an_evaluation_that_fails_leaves_earlier_results(home, command):
-    shutil.copytree(home / "candies", home / "spoiled")
-    flags = ["--workdir=run", "--output=before", "--config.dataset.root=spoiled"]
+def test_a_failed_evaluation_keeps_earlier_results(home, command):
+    shutil.copytree(home / "candies", home / "damaged")
+    flags = ["--workdir=run", "--output=before", "--config.dataset.root=damaged"]
     assert command("evaluate", *flags)[0] == 0
     before = {path: path.read_bytes() for path in (home / "before").rglob("*") if path.is_file()}
-    (home / "spoiled" / "GummyBear" / "test_public" / "data" / "03_image_4.png").write_bytes(b"")
+    (home / "damaged" / "GummyBear" / "test_public" / "data" / "03_image_4.png").write_bytes(b"")
     assert command("evaluate", *flags)[0] == 2
     assert {path: path.read_bytes() for path in (home / "before").rglob("*") if path.is_file()} == before
 
 
-def test_what_was_predicted_before_the_disk_was_full_is_listed(home, command, files_no_larger_than, monkeypatch):
-    flags = ["--workdir=run", "--output=cut", f"--config.dataset.objects={NEVER}"]
+def test_predictions_before_the_disk_was_full_are_listed(home, command, files_no_larger_than, monkeypatch):
+    flags = ["--workdir=run", "--output=cut", f"--config.dataset.objects={NEVER_LEARNED}"]
     written, write = [], predictions._write_image
 
     def write_three(path, pixels):
@@ -126,29 +126,29 @@ def test_what_was_predicted_before_the_disk_was_full_is_listed(home, command, fi
     assert len(json.loads((home / "cut" / "predictions.json").read_text())["images"]) == 1
 
 
-def test_predict_looks_at_a_dataset(home, command):
-    code, out, err = command("predict", "--workdir=run", "--output=all", f"--config.dataset.objects={NEVER}")
+def test_predict_reads_a_dataset(home, command):
+    code, out, err = command("predict", "--workdir=run", "--output=all", f"--config.dataset.objects={NEVER_LEARNED}")
     assert code == 0, err
     assert out == sentences.IMAGES_JUDGED.format(images=4, good=0, anomalous=0, unknown=4, output="all") + "\n"
-    assert len(list((home / "all" / "masks" / NEVER).glob("*.png"))) == 4
+    assert len(list((home / "all" / "masks" / NEVER_LEARNED).glob("*.png"))) == 4
 
 
-def test_evaluate_repeats_what_training_found(home, command):
+def test_evaluate_repeats_the_results_of_training(home, command):
     code, out, err = command("evaluate", "--workdir=run", "--output=again")
     assert code == 0, err
-    before, again = results_of(home / "run"), results_of(home / "again")
-    assert again["matrix"] == {metric: [rows[-1]] for metric, rows in before["matrix"].items()}
-    for name, baseline in before["baselines"].items():
-        assert again["baselines"][name]["matrix"] == {metric: [rows[-1]] for metric, rows in baseline["matrix"].items()}
-    assert again["decisions"] == before["decisions"][-1:]
+    results, evaluation = results_of(home / "run"), results_of(home / "again")
+    assert evaluation["matrix"] == {metric: [rows[-1]] for metric, rows in results["matrix"].items()}
+    for name, baseline in results["baselines"].items():
+        last_rows = {metric: [rows[-1]] for metric, rows in baseline["matrix"].items()}
+        assert evaluation["baselines"][name]["matrix"] == last_rows
+    assert evaluation["decisions"] == results["decisions"][-1:]
     assert command("evaluate", "--workdir=run")[1].endswith(
         sentences.RESULTS_ARE_IN.format("run/evaluations/eyecandies_step1") + "\n"
     )
-    assert again["evaluated"] == {"workdir": "run", "step": 1, "learned": 2}
-    out_of_one = command("evaluate", "--workdir=run", "--output=one", "--config.dataset.objects=CandyCane")[1]
-    assert (
-        sentences.STRATEGY_STORES_SHORTLY.format(f"{before['strategy_bytes'] / 2 / 1e3:.1f} kB") in out_of_one
-    )  # of both
+    assert evaluation["evaluated"] == {"workdir": "run", "step": 1, "learned": 2}
+    output = command("evaluate", "--workdir=run", "--output=one", "--config.dataset.objects=CandyCane")[1]
+    per_object = f"{results['strategy_bytes'] / 2 / 1e3:.1f} kB"  # the strategy stores both learned objects
+    assert sentences.STRATEGY_STORES_SHORTLY.format(per_object) in output
     assert (
         sentences.OF_EVALUATION.format(
             method="ib_iumad", dataset="eyecandies", modality="rgb+depth", step=1, workdir="run"
@@ -159,41 +159,43 @@ def test_evaluate_repeats_what_training_found(home, command):
     assert (home / "again" / "report.html").exists()
 
 
-def test_evaluate_tells_objects_apart_that_were_never_learned(home, command):
+def test_evaluate_reports_objects_that_were_never_learned_separately(home, command):
     code, out, err = command("evaluate", "--workdir=run", "--step=0", "--config.dataset.objects=GummyBear,CandyCane")
     assert code == 0, err
     (folder,) = (home / "run" / "evaluations").glob("*_step0")
     assert re.fullmatch("eyecandies_[0-9a-f]{8}_step0", folder.name)
     assert re.search(r"^GummyBear +[0-9.]+%$", out, re.MULTILINE)
-    results, before = results_of(folder), results_of(home / "run")
-    assert results["objects"] == ["CandyCane"]
-    assert results["matrix"] == {metric: [rows[0][:1]] for metric, rows in before["matrix"].items()}
-    assert set(results["unknown"]["objects"]) == {"GummyBear"}
-    assert results["unknown"]["auroc_distance"] == 1
+    evaluation, results = results_of(folder), results_of(home / "run")
+    assert evaluation["objects"] == ["CandyCane"]
+    assert evaluation["matrix"] == {metric: [rows[0][:1]] for metric, rows in results["matrix"].items()}
+    assert set(evaluation["unknown"]["objects"]) == {"GummyBear"}
+    assert evaluation["unknown"]["auroc_distance"] == 1
     assert "| GummyBear" in (folder / "results.md").read_text()
     events = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
-    story = ["step", *["evaluation"] * 3, "decisions", "unknown", "snapshot"]
-    assert [event["event"] for event in events] == story
+    kinds = ["step", *["evaluation"] * 3, "decisions", "unknown", "snapshot"]
+    assert [event["event"] for event in events] == kinds
 
 
-def test_robustness_finds_what_the_run_did_where_nothing_is_wrong(home, command):
-    code, out, err = command("robustness", "--workdir=run", f"--config.dataset.objects={','.join([*LEARNED, NEVER])}")
+def test_robustness_repeats_the_results_of_the_run_on_unchanged_images(home, command):
+    code, out, err = command(
+        "robustness", "--workdir=run", f"--config.dataset.objects={','.join([*LEARNED, NEVER_LEARNED])}"
+    )
     assert code == 0, err
     head, _, *rows = ([cell.strip() for cell in line.strip("|\n").split("|")] for line in out.splitlines())
-    found = {tuple(row[:2]): dict(zip(head[2:], row[2:], strict=True)) for row in rows}
+    cells = {tuple(row[:2]): dict(zip(head[2:], row[2:], strict=True)) for row in rows}
     results = results_of(home / "run")
-    tested = [of_object["test"] for of_object in results["decisions"][-1]["objects"].values()]
+    tests = [decisions["test"] for decisions in results["decisions"][-1]["objects"].values()]
     rates = ("false_alarms", "misses", "recognised")
-    expected = {rate: f"{np.mean([of[rate] for of in tested]):.1%}" for rate in rates}
-    untouched = found["none", ""]
-    assert {rate: untouched[rate.replace("_", " ")] for rate in expected} == expected
-    assert untouched["I-AUROC"] == f"{np.mean(results['matrix']['i_auroc'][-1]):.1%}"
-    assert untouched["unknown (never learned)"] == "100.0%"
-    assert float(found["noise, grey levels", "10"]["unknown"][:-1]) >= float(untouched["unknown"][:-1])
-    assert {fault for fault, _ in found} == {"none", *FAULTS, "depth noise, mm"}
+    expected = {rate: f"{np.mean([test[rate] for test in tests]):.1%}" for rate in rates}
+    unchanged = cells["none", ""]
+    assert {rate: unchanged[rate.replace("_", " ")] for rate in expected} == expected
+    assert unchanged["I-AUROC"] == f"{np.mean(results['matrix']['i_auroc'][-1]):.1%}"
+    assert unchanged["unknown (never learned)"] == "100.0%"
+    assert float(cells["noise, grey levels", "10"]["unknown"][:-1]) >= float(unchanged["unknown"][:-1])
+    assert {fault for fault, _ in cells} == {"none", *FAULTS, "depth noise, mm"}
 
 
-def test_evaluate_neither_takes_the_place_of_a_run_nor_judges_what_nothing_learned(home, command):
+def test_evaluate_neither_overwrites_a_run_nor_evaluates_unlearned_objects_alone(home, command):
     before = (home / "run" / "ledger.jsonl").read_bytes(), (home / "run" / "results.json").read_bytes()
     code, out, err = command("evaluate", "--workdir=run", "--output=run")
     assert (code, out) == (2, "")
@@ -214,28 +216,28 @@ def test_evaluate_neither_takes_the_place_of_a_run_nor_judges_what_nothing_learn
     assert not (home / "unlearned").exists()
 
 
-ALONE = """
+SCRIPT = """
 import sys
 import numpy as np
 images = [np.load(f"{name}.npy") for name in ("rgb", "depth")]
 if sys.argv[1] == "onnx":
     import onnxruntime
     session = onnxruntime.InferenceSession("detector.onnx")
-    names = [one.name for one in session.get_outputs()]
-    found = dict(zip(names, session.run(None, {"rgb": images[0], "depth": images[1]})))
+    names = [output.name for output in session.get_outputs()]
+    outputs = dict(zip(names, session.run(None, {"rgb": images[0], "depth": images[1]})))
     assert "jax" not in sys.modules
 else:
     import jax
     from jax import export
-    found = export.deserialize(bytearray(open("detector.stablehlo", "rb").read())).call(*images)
+    outputs = export.deserialize(bytearray(open("detector.stablehlo", "rb").read())).call(*images)
 assert "iumad_jax" not in sys.modules
-np.savez("found.npz", **found)
+np.savez("outputs.npz", **outputs)
 """
 
 
 @pytest.mark.parametrize("format_", ["stablehlo", "onnx"])
-def test_an_exported_file_runs_alone(home, command, detector, eyecandies_root, format_):
-    """On real images of CandyCane, in a process that does not load this package."""
+def test_an_exported_file_runs_without_this_package(home, command, detector, eyecandies_root, format_):
+    """It predicts real images of CandyCane in a process that does not load iumad_jax."""
     real = samples(Eyecandies(eyecandies_root, "CandyCane"), "CandyCane")[:2]
     expected = detector(*stacked(real))
     for name, array in detector.prepare(*stacked(real)).items():
@@ -245,33 +247,33 @@ def test_an_exported_file_runs_alone(home, command, detector, eyecandies_root, f
     )
     assert code == 0, err
     assert out.startswith(f"detector.{format_}: ")
-    described = json.loads((home / f"detector.{format_}.json").read_text())
-    assert (described["format"], described["step"]) == (format_, 1)
-    assert described["objects"] == list(LEARNED)
-    assert described["inputs"] == {"rgb": [2, 64, 64, 3], "depth": [2, 64, 64, 3]}
-    subprocess.run([sys.executable, "-c", ALONE, format_], cwd=home, check=True)
-    with np.load(home / "found.npz") as found:
-        assert set(found) == set(described["outputs"])
+    description = json.loads((home / f"detector.{format_}.json").read_text())
+    assert (description["format"], description["step"]) == (format_, 1)
+    assert description["objects"] == list(LEARNED)
+    assert description["inputs"] == {"rgb": [2, 64, 64, 3], "depth": [2, 64, 64, 3]}
+    subprocess.run([sys.executable, "-c", SCRIPT, format_], cwd=home, check=True)
+    with np.load(home / "outputs.npz") as outputs:
+        assert set(outputs) == set(description["outputs"])
         scale = expected.map.max()
-        np.testing.assert_allclose(found["map"], expected.map, atol=1e-4 * scale)
-        np.testing.assert_allclose(found["score"], expected.score, rtol=1e-4)
-        np.testing.assert_allclose(found["probability"], expected.probability, rtol=1e-3)
-        np.testing.assert_allclose(found["distance"], expected.distance, rtol=1e-4)
-        assert [LEARNED[index] for index in found["object_id"]] == expected.object.tolist()
+        np.testing.assert_allclose(outputs["map"], expected.map, atol=1e-4 * scale)
+        np.testing.assert_allclose(outputs["score"], expected.score, rtol=1e-4)
+        np.testing.assert_allclose(outputs["probability"], expected.probability, rtol=1e-3)
+        np.testing.assert_allclose(outputs["distance"], expected.distance, rtol=1e-4)
+        assert [LEARNED[index] for index in outputs["object_id"]] == expected.object.tolist()
         for field in ("anomalous", "unknown", "image_threshold", "pixel_threshold", "unknown_threshold"):
-            np.testing.assert_allclose(found[field], getattr(expected, field))
-        assert (found["mask"] != expected.mask).mean() < 1e-3
+            np.testing.assert_allclose(outputs[field], getattr(expected, field))
+        assert (outputs["mask"] != expected.mask).mean() < 1e-3
 
 
 BAD_COMMANDS = {
-    "no workdir": ("predict", ["--output=x"], sentences.FLAG_MISSING.format(flag="--workdir")),
-    "no run there": ("evaluate", ["--workdir=candies"], sentences.NO_RUN_THERE.format("candies")),
-    "no such step": (
+    "a missing workdir": ("predict", ["--output=x"], sentences.FLAG_MISSING.format(flag="--workdir")),
+    "a folder without a run": ("evaluate", ["--workdir=candies"], sentences.NO_RUN_THERE.format("candies")),
+    "a step without a snapshot": (
         "evaluate",
         ["--workdir=run", "--step=7"],
         sentences.NO_SNAPSHOT_OF_STEP.format(step=7, known="0, 1"),
     ),
-    "no such key": (
+    "an unknown key": (
         "evaluate",
         ["--workdir=run", "--config.dataset.rot=x"],
         sentences.UNKNOWN_KEY.format(key="rot", meant="root"),
@@ -281,25 +283,33 @@ BAD_COMMANDS = {
         ["--workdir=run", "--config.seed=1"],
         sentences.TRAINING_KEY.format("--config.seed"),
     ),
-    "no output": ("predict", ["--workdir=run"], sentences.OUTPUT_MISSING),
-    "no depth": ("predict", ["--workdir=run", "--output=x", "--input=candies"], sentences.DEPTH_FLAG_MISSING),
-    "no input": ("predict", ["--workdir=run", "--output=x", "--input=nix"], sentences.INPUT_NOT_THERE.format("nix")),
-    "no such depth": (
+    "a missing output": ("predict", ["--workdir=run"], sentences.OUTPUT_MISSING),
+    "a missing depth flag": (
+        "predict",
+        ["--workdir=run", "--output=x", "--input=candies"],
+        sentences.DEPTH_FLAG_MISSING,
+    ),
+    "an input that does not exist": (
+        "predict",
+        ["--workdir=run", "--output=x", "--input=nix"],
+        sentences.INPUT_NOT_THERE.format("nix"),
+    ),
+    "a depth folder that does not exist": (
         "predict",
         ["--workdir=run", "--output=x", "--input=candies", "--depth=nix"],
         sentences.DEPTH_NOT_THERE.format("nix"),
     ),
-    "one depth for all": (
+    "one depth file for a folder": (
         "predict",
         ["--workdir=run", "--output=x", "--input=candies", "--depth=run/config.json"],
         sentences.DEPTH_OF_ONE_FILE.format(file="run/config.json", root="candies"),
     ),
-    "no unit": (
+    "a depth unit of 0": (
         "predict",
         ["--workdir=run", "--output=x", "--input=candies", "--depth=candies", "--depth_unit=0"],
         sentences.DEPTH_UNIT_WRONG.format(0),
     ),
-    "no camera": (
+    "a camera of zeros": (
         "predict",
         ["--workdir=run", "--output=x", "--input=candies", "--depth=candies", "--camera=0,0,0,0"],
         sentences.CAMERA_FLAG_WRONG.format("0,0,0,0"),
@@ -309,13 +319,13 @@ BAD_COMMANDS = {
         ["--workdir=run", "--output=candies/x", "--input=candies"],
         sentences.OUTPUT_WITHIN_INPUT.format("candies/x"),
     ),
-    "nothing there": (
+    "a root that does not exist": (
         "evaluate",
         ["--workdir=run", "--config.dataset.name=candies", "--config.dataset.root=x"],
         sentences.ROOT_NOT_A_FOLDER.format("x"),
     ),
-    "no such format": ("export", ["--workdir=run", "--format=pb"], "flag --format=pb: value should be one of"),
-    "no object": (
+    "an unknown format": ("export", ["--workdir=run", "--format=pb"], "flag --format=pb: value should be one of"),
+    "an unknown object": (
         "predict",
         ["--workdir=run", "--output=x", "--object=Bear"],
         sentences.NO_OBJECT_OF_MODEL.format("Bear"),
@@ -323,11 +333,11 @@ BAD_COMMANDS = {
 }
 
 
-@pytest.mark.parametrize(("name", "flags", "told"), BAD_COMMANDS.values(), ids=BAD_COMMANDS)
-def test_mistakes_are_told_in_a_sentence(home, command, name, flags, told):
+@pytest.mark.parametrize(("name", "flags", "message"), BAD_COMMANDS.values(), ids=BAD_COMMANDS)
+def test_mistakes_are_reported_in_a_sentence(home, command, name, flags, message):
     code, out, err = command(name, *flags)
     assert (code, out) == (2, "")
-    assert told in err
+    assert message in err
     assert err.count("\n") == 1
     assert not (home / "x").exists()
 

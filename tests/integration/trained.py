@@ -1,4 +1,4 @@
-"""A run of two small objects, of three that there are, for tests of what people do with a trained model."""
+"""A run that learned two of three small objects, for tests of commands that use a trained model."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from iumad_jax.data.candies import render
 from iumad_jax.data.readers.eyecandies import Eyecandies
 from tests.integration.conftest import SMALL, as_flags
 
-LEARNED, NEVER = ("CandyCane", "GummyBear"), "Lollipop"
+LEARNED, NEVER_LEARNED = ("CandyCane", "GummyBear"), "Lollipop"
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.py"
 KEYS = SMALL | {
     "dataset.name": "eyecandies",
@@ -24,22 +24,24 @@ KEYS = SMALL | {
 
 
 def train(home):
-    """Makes a folder with candies, and a workdir `run` that learned two of three objects."""
-    render(home / "candies", train=8, val=3, test=4, size=64, objects=",".join([*LEARNED, NEVER]), progress=False)
+    """Render candies into a folder and learn two of the three objects in its workdir `run`."""
+    render(
+        home / "candies", train=8, val=3, test=4, size=64, objects=",".join([*LEARNED, NEVER_LEARNED]), progress=False
+    )
     code, _, err = in_process(home, "main", f"--config={QUICKSTART}:1-1", "--workdir=run", *as_flags(KEYS))
     assert code == 0, err
     return home
 
 
 def open_reader(home):
-    return Eyecandies(home / "candies", ",".join([*LEARNED, NEVER]))
+    return Eyecandies(home / "candies", ",".join([*LEARNED, NEVER_LEARNED]))
 
 
 def in_process(home, name, *flags):
-    """Runs a command as a process: exit code, standard output, standard error."""
+    """Run a command as a process and return its exit code, standard output and standard error."""
     module = [sys.executable, "-m", f"iumad_jax.{name}"]
-    done = subprocess.run([*module, *flags], cwd=home, capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
+    process = subprocess.run([*module, *flags], cwd=home, capture_output=True, text=True)
+    return process.returncode, process.stdout, process.stderr
 
 
 def samples(reader, object_, split="test"):
@@ -47,7 +49,7 @@ def samples(reader, object_, split="test"):
 
 
 def stacked(samples):
-    return np.stack([one.rgb for one in samples]), np.stack([one.depth for one in samples])
+    return np.stack([sample.rgb for sample in samples]), np.stack([sample.depth for sample in samples])
 
 
 def results_of(folder):

@@ -1,4 +1,4 @@
-"""Runs side by side: means and deviations by hand, the paper's numbers where they belong, pictures of every variant."""
+"""Comparison of runs: means and deviations, the paper's numbers, and pictures of every variant."""
 
 import csv
 import io
@@ -15,8 +15,8 @@ from tests import sentences
 OBJECTS = ["bagel", "rope", "tire"]
 
 
-def keep(workdir, folder, *matrices, dataset="candies", steps=(("bagel", "rope"), ("tire",))):
-    """A finished run: the matrix of every metric, of the method and then of the baselines."""
+def save_run(workdir, folder, *matrices, dataset="candies", steps=(("bagel", "rope"), ("tire",))):
+    """Save the results of a run; the matrices, used for every metric, are those of the method and of the baseline."""
     variants = [
         {"matrix": dict.fromkeys(METRICS, m), "summary": summarise(dict.fromkeys(METRICS, m))} for m in matrices
     ]
@@ -33,32 +33,32 @@ def keep(workdir, folder, *matrices, dataset="candies", steps=(("bagel", "rope")
     (workdir / "cells" / folder / "results.json").write_text(text)
 
 
-def falls(base, last):
-    """Two objects learned first, the third then; the first falls."""
+def forgetting(base, last):
+    """Return a matrix of two objects learned first and a third; the metric of the first object changes."""
     return [[base, 0.8, np.nan], [last, 0.8, 0.6]]
 
 
 @pytest.fixture
 def workdir(tmp_path):
-    keep(tmp_path, "iuf_rgb_2-1_seed1", falls(1.0, 0.4))
+    save_run(tmp_path, "iuf_rgb_2-1_seed1", forgetting(1.0, 0.4))
     baseline = [[0.5, 0.5, np.nan], [0.5, 0.5, 0.5]]
-    keep(tmp_path, "iuf_rgb_2-1_seed0", falls(0.9, 0.7), baseline)
-    keep(tmp_path, "ib_iumad-no_mamba_rgb_2-1_seed0", falls(0.9, 0.9), baseline)
-    keep(tmp_path, "iuf_rgb_3-0_seed0", [[0.9, 0.8, 0.7]], steps=[OBJECTS])
-    (tmp_path / "cells" / "iuf_rgb_2-1_seed2").mkdir()  # not finished
+    save_run(tmp_path, "iuf_rgb_2-1_seed0", forgetting(0.9, 0.7), baseline)
+    save_run(tmp_path, "ib_iumad-no_mamba_rgb_2-1_seed0", forgetting(0.9, 0.9), baseline)
+    save_run(tmp_path, "iuf_rgb_3-0_seed0", [[0.9, 0.8, 0.7]], steps=[OBJECTS])
+    (tmp_path / "cells" / "iuf_rgb_2-1_seed2").mkdir()  # an unfinished run
     return tmp_path
 
 
 def table(text, protocol):
-    """The rows of a protocol's table by modality and variant, each by its header."""
+    """Parse the table of a protocol: rows by modality and variant, cells by header."""
     lines = text.split(f"## {protocol}\n")[1].strip().split("\n\n")[0].splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {tuple(row[:2]): dict(zip(cells[0], row, strict=True)) for row in cells[2:]}
 
 
 def test_cells_are_found_by_their_folders(workdir):
-    found = {cell: len(runs) for cell, runs in comparison.gather(workdir).items()}
-    assert found == {
+    counts = {cell: len(runs) for cell, runs in comparison.gather(workdir).items()}
+    assert counts == {
         Cell("2-1", "rgb", "iuf"): 2,
         Cell("2-1", "rgb", "feature_norm"): 1,
         Cell("2-1", "rgb", "ib_iumad-no_mamba"): 1,
@@ -72,7 +72,7 @@ def test_means_and_deviations_over_seeds(workdir):
     iuf = rows["rgb", "iuf"]
     assert iuf["seeds"] == "2"
     assert iuf["I-AUROC"] == "65.0 ± 7.1"  # 5 * sqrt(2)
-    assert iuf["FM I-AUROC"] == "20.0 ± 14.1"  # of 10 and 30
+    assert iuf["FM I-AUROC"] == "20.0 ± 14.1"  # mean of 10 and 30
     assert iuf["aggregate FM I-AUROC"] == "22.5 ± 10.6"  # base 85 and 90, then 70 and 60
     assert iuf["new AUPRO"] == "78.3 ± 2.4"  # 76.67 and 80
     assert rows["rgb", "ib_iumad-no_mamba"]["I-AUROC"] == "76.7"  # one seed has no deviation
@@ -93,7 +93,7 @@ def test_overview_in_the_form_of_the_paper(workdir):
     assert rows["rgb", "feature_norm"]["3-0"] == sentences.NOT_MEASURED
 
 
-def test_where_no_run_is_finished_there_is_no_row(tmp_path):
+def test_without_finished_runs_the_table_is_empty(tmp_path):
     text = comparison.write(tmp_path)
     assert "| rgb" not in text
     assert len((tmp_path / "comparison.csv").read_text().splitlines()) == 1
@@ -114,8 +114,8 @@ def test_csv_has_every_figure(workdir):
 
 
 def test_retention_follows_the_objects_of_the_base_step(workdir):
-    found = comparison.gather(workdir)[Cell("2-1", "rgb", "iuf")]
-    np.testing.assert_allclose(comparison.retention(found, "aupro"), [[0.85, 0.75], [0.9, 0.6]])
+    runs = comparison.gather(workdir)[Cell("2-1", "rgb", "iuf")]
+    np.testing.assert_allclose(comparison.retention(runs, "aupro"), [[0.85, 0.75], [0.9, 0.6]])
 
 
 def test_pictures(workdir):
@@ -130,8 +130,8 @@ def test_pictures(workdir):
     }
 
 
-def test_printed_numbers_stand_beside_the_real_dataset_only(workdir, tmp_path):
-    keep(tmp_path / "real", "ib_iumad_rgb+depth_6-1_seed0", falls(0.9, 0.7), dataset="eyecandies")
+def test_published_numbers_are_shown_for_the_real_dataset_only(workdir, tmp_path):
+    save_run(tmp_path / "real", "ib_iumad_rgb+depth_6-1_seed0", forgetting(0.9, 0.7), dataset="eyecandies")
     row = table(comparison.write(tmp_path / "real"), "6-1")["rgb+depth", "ib_iumad"]
     printed = {title: value for title, value in row.items() if title.startswith("printed")}
     assert printed == {  # the paper's table of Eyecandies

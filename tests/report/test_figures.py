@@ -1,4 +1,4 @@
-"""Pictures, by their pixels: every panel shows what it should where it should."""
+"""The pixels of the pictures: every panel shows the right content at the right place."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ RED, CYAN, MAGENTA = (200, 40, 40), (0, 255, 255), (255, 0, 200)
 
 
 def scene(rows=2):
-    """Flat red photographs, flat depth, no defects, maps at rest."""
+    """Return red images, flat heights, empty masks and maps of zeros."""
     return {
         "title": "Sweet after step 0",
         "labels": [f"good\n{row:02}" for row in range(rows)],
@@ -32,7 +32,7 @@ def scene(rows=2):
 
 
 def drawn(folder, **changes):
-    """The picture's pixels, (h, w, 3)."""
+    """Draw a picture and return its pixels, shape (h, w, 3)."""
     path = folder / "picture.png"
     save_heatmaps(path, **(scene() | changes))
     return np.asarray(Image.open(path).convert("RGB")).astype(int)
@@ -43,7 +43,7 @@ def near(picture, colour, tolerance=40):
 
 
 def panels(folder, columns=5, rows=2):
-    """Where the panels are, as slices: those of a picture whose every panel is one flat colour."""
+    """Return the slices of the panels, found in a picture whose panels have a single colour each."""
     blank = {"maps": np.zeros((rows, 4, 4)), "heights": np.full((rows, SIZE, SIZE), np.nan) if columns == 5 else None}
     picture = drawn(folder, **(scene(rows) | blank))
     flat = (
@@ -61,9 +61,9 @@ def grid(tmp_path_factory):
 
 
 def cut(picture, panel):
-    """One panel and the scale from its pixels to the image's."""
-    inside = picture[panel[0], panel[1]]
-    return inside, SIZE / np.array(inside.shape[:2])
+    """Return a panel and the scale from its pixels to those of the image."""
+    pixels = picture[panel[0], panel[1]]
+    return pixels, SIZE / np.array(pixels.shape[:2])
 
 
 def test_the_outline_runs_around_the_mask(grid, tmp_path):
@@ -94,8 +94,8 @@ def test_a_defect_at_the_border_is_outlined_within_the_picture(grid, tmp_path):
     assert [y.min(), y.max(), x.min(), x.max()] == pytest.approx([0, len(inside) - 1, 0, inside.shape[1] - 1], abs=1)
 
 
-def test_the_map_is_hot_where_it_should_be_in_one_scale(grid, tmp_path):
-    """A map at another size than the image; the second row reaches half the first's height."""
+def test_the_maps_have_a_common_colour_scale(grid, tmp_path):
+    """The maps are smaller than the images; the peak of the second row is half of the first one."""
     maps = np.zeros((2, 8, 8), np.float32)
     maps[0, 1, 6], maps[1, 5, 2] = 4, 2
     picture = drawn(tmp_path, maps=maps)
@@ -108,11 +108,13 @@ def test_the_map_is_hot_where_it_should_be_in_one_scale(grid, tmp_path):
                 opacity = [0.85, 0.8][row]
                 expected = opacity * expected + (1 - opacity) * np.array(RED)
             assert middle == pytest.approx(expected, abs=4), (row, column)
-            rest = inside[int((1 - y) * len(inside)), int((1 - x) * inside.shape[1])]
-            assert rest == pytest.approx(RED if column == 4 else np.array(colormaps["inferno"](0)[:3]) * 255, abs=2)
+            elsewhere = inside[int((1 - y) * len(inside)), int((1 - x) * inside.shape[1])]
+            assert elsewhere == pytest.approx(
+                RED if column == 4 else np.array(colormaps["inferno"](0)[:3]) * 255, abs=2
+            )
 
 
-def test_relief_shows_what_rises_from_the_plane_and_where_depth_is_missing(grid, tmp_path):
+def test_the_relief_shows_heights_and_missing_depth(grid, tmp_path):
     heights = np.zeros((2, SIZE, SIZE), np.float32)
     heights[0, 20:36, 24:44] = 0.02
     heights[1, 50:60, 4:14] = np.nan
@@ -123,9 +125,8 @@ def test_relief_shows_what_rises_from_the_plane_and_where_depth_is_missing(grid,
     assert (np.ptp(inside, axis=-1) <= 2).all()  # grey
     grey = inside[..., 0]
     floor = np.median(grey)
-    assert 20 < floor < 100  # dark, but not black: holes downwards show as well
-    bright = ndimage.find_objects(ndimage.label(grey > floor + 60)[0])
-    (box,) = bright
+    assert 20 < floor < 100  # dark, but not black, so that holes are visible
+    (box,) = ndimage.find_objects(ndimage.label(grey > floor + 60)[0])
     edges = [box[0].start * scale[0], box[0].stop * scale[0], box[1].start * scale[1], box[1].stop * scale[1]]
     assert edges == pytest.approx([20, 36, 24, 44], abs=0.5)
     outside = np.abs(grey - floor)
@@ -138,25 +139,25 @@ def test_relief_shows_what_rises_from_the_plane_and_where_depth_is_missing(grid,
     assert edges == [pytest.approx([0, 1, 60, 64], abs=0.5), pytest.approx([50, 60, 4, 14], abs=0.5)]
 
 
-def test_without_depth_there_is_no_relief(tmp_path):
+def test_without_depth_the_relief_is_left_out(tmp_path):
     narrow = panels(tmp_path, columns=4)
     picture = drawn(tmp_path, heights=None, maps=np.ones((2, 4, 4)) * [[[0]], [[1]]])
-    assert near(cut(picture, narrow[1, 1])[0], RED, 2).all()  # the truth
+    assert near(cut(picture, narrow[1, 1])[0], RED, 2).all()  # the image with the outline of the truth, which is empty
     assert near(cut(picture, narrow[1, 2])[0], np.array(colormaps["inferno"](1.0)[:3]) * 255, 4).all()
 
 
 def test_labels_scores_and_title_are_printed(grid, tmp_path):
-    """Other text gives other pixels, in its own place and nowhere else."""
+    """Other text changes the pixels at its place and nowhere else."""
     before = drawn(tmp_path)
     left, top = grid[0, 0][1].start, grid[0, 0][0].start
-    for change, inside in (
+    for change, region in (
         ({"labels": ["good\n00", "dents\n01"]}, np.s_[top + 200 :, :left]),
         ({"scores": [0, 1234]}, np.s_[top + 200 :, :left]),
         ({"title": "Other after step 0"}, np.s_[:top, :]),
     ):
         changed = (drawn(tmp_path, **change) != before).any(axis=-1)
-        assert changed[inside].any()
-        changed[inside] = False
+        assert changed[region].any()
+        changed[region] = False
         assert not changed.any()
 
 
@@ -221,23 +222,23 @@ def test_the_matrix_has_a_coloured_cell_for_every_value(tmp_path):
         (99, [0, 2, 5, 3, 4, 1]),
     ],
 )
-def test_choice_takes_kinds_in_turn_good_first(rows, expected):
+def test_images_are_chosen_from_all_kinds_in_turn_good_first(rows, expected):
     assert choose(["good", "dents", "good", "bumps", "bumps", "good"], rows) == expected
 
 
-def test_choice_without_good_or_without_samples():
+def test_choice_without_good_images_or_without_samples():
     assert choose(["b", "a", "a"], 2) == [1, 0]
     assert choose([], 3) == []
 
 
-def test_a_folder_that_is_not_there(tmp_path):
+def test_a_missing_folder_is_reported(tmp_path):
     with pytest.raises(UserError, match=sentences.CANNOT_WRITE.format("")):
         save_heatmaps(tmp_path / "nowhere" / "a.png", **scene())
     with pytest.raises(UserError, match=sentences.CANNOT_WRITE.format("")):
         save_matrix(tmp_path / "nowhere" / "a.png", [[0.5]], ["a"], ["0"], "t")
 
 
-def test_two_pictures_of_the_same_are_the_same_bytes(tmp_path):
+def test_pictures_of_the_same_data_have_identical_bytes(tmp_path):
     for name in ("a.png", "b.png"):
         save_heatmaps(tmp_path / name, **scene())
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

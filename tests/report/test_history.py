@@ -1,4 +1,4 @@
-"""What a ledger tells, from events written by hand."""
+"""The history and results in a ledger whose events are written by hand."""
 
 import json
 
@@ -13,7 +13,7 @@ def evaluation(step, object_, method, value):
     return {"event": "evaluation", "step": step, "object": object_, "method": method} | dict.fromkeys(METRICS, value)
 
 
-def decided(step, threshold):
+def decisions(step, threshold):
     return {"event": "decisions", "step": step, "quantile": 0.9, "objects": {"bee": {"image": threshold}}}
 
 
@@ -28,14 +28,14 @@ EVENTS = [
     evaluation(0, "bee", "baseline", 0.4),
     evaluation(0, "ant", "net", None),  # undefined
     evaluation(0, "ant", "baseline", None),
-    decided(0, 0.5),
+    decisions(0, 0.5),
     snapshot(0, 100),
     {"event": "step", "step": 1, "learned": ["cow"], "images": 3},
     evaluation(1, "bee", "net", 0.7),
     evaluation(1, "bee", "baseline", 0.4),
-    evaluation(1, "cow", "net", 0.8),  # ant has no test images any more
+    evaluation(1, "cow", "net", 0.8),  # ant has no test images in this step
     evaluation(1, "cow", "baseline", 0.2),
-    decided(1, 0.6),
+    decisions(1, 0.6),
     snapshot(1, 200),
     {"event": "step", "step": 2, "learned": ["dog"], "images": 3},
     evaluation(2, "bee", "net", 0.1),  # the step is not finished
@@ -44,33 +44,33 @@ NAN = np.nan
 
 
 def test_matrices_and_decisions_are_those_of_finished_steps():
-    found = history(EVENTS)
-    assert found.steps == (("bee", "ant"), ("cow",))
-    assert found.objects == ("bee", "ant", "cow")
-    assert list(found.matrices) == ["net", "baseline"]
+    past = history(EVENTS)
+    assert past.steps == (("bee", "ant"), ("cow",))
+    assert past.objects == ("bee", "ant", "cow")
+    assert list(past.matrices) == ["net", "baseline"]
     for metric in METRICS:
-        np.testing.assert_array_equal(found.matrices["net"][metric], [[0.9, NAN, NAN], [0.7, NAN, 0.8]])
-        np.testing.assert_array_equal(found.matrices["baseline"][metric], [[0.4, NAN, NAN], [0.4, NAN, 0.2]])
-    assert [one["objects"]["bee"]["image"] for one in found.decisions] == [0.5, 0.6]
-    assert (found.bytes, found.strategy_bytes) == ({"net": 200, "baseline": 1}, 2000)
+        np.testing.assert_array_equal(past.matrices["net"][metric], [[0.9, NAN, NAN], [0.7, NAN, 0.8]])
+        np.testing.assert_array_equal(past.matrices["baseline"][metric], [[0.4, NAN, NAN], [0.4, NAN, 0.2]])
+    assert [step["objects"]["bee"]["image"] for step in past.decisions] == [0.5, 0.6]
+    assert (past.bytes, past.strategy_bytes) == ({"net": 200, "baseline": 1}, 2000)
 
 
-def test_it_can_end_with_an_earlier_step():
-    found = history(EVENTS, last_step=0)
-    assert found.steps == (("bee", "ant"),)
-    np.testing.assert_array_equal(found.matrices["net"]["aupro"], [[0.9, NAN]])
-    assert (len(found.decisions), found.strategy_bytes) == (1, 1000)
+def test_history_until_an_earlier_step():
+    past = history(EVENTS, last_step=0)
+    assert past.steps == (("bee", "ant"),)
+    np.testing.assert_array_equal(past.matrices["net"]["aupro"], [[0.9, NAN]])
+    assert (len(past.decisions), past.strategy_bytes) == (1, 1000)
 
 
-def test_a_ledger_without_a_finished_step_tells_nothing():
-    found = history(EVENTS[:4])
-    assert (found.steps, found.matrices, found.decisions) == ((), {}, [])
+def test_history_without_a_finished_step_is_empty():
+    past = history(EVENTS[:4])
+    assert (past.steps, past.matrices, past.decisions) == ((), {}, [])
 
 
-def test_results_hold_all_of_it():
-    found = results({"method": "net", "protocol": "2-1"}, history(EVENTS), seconds=3.5)
-    assert json.loads(json.dumps(found["steps"])) == [["bee", "ant"], ["cow"]]
-    assert (found["seconds"], found["bytes"], found["baselines"]["baseline"]["bytes"]) == (3.5, 200, 1)
-    matrix = np.array(found["matrix"]["i_auroc"])
-    assert found["summary"]["i_auroc"]["fm"] == forgetting(matrix)
-    assert round(found["summary"]["i_auroc"]["fm"], 6) == 0.2
+def test_results_contain_the_history():
+    run = results({"method": "net", "protocol": "2-1"}, history(EVENTS), seconds=3.5)
+    assert json.loads(json.dumps(run["steps"])) == [["bee", "ant"], ["cow"]]
+    assert (run["seconds"], run["bytes"], run["baselines"]["baseline"]["bytes"]) == (3.5, 200, 1)
+    matrix = np.array(run["matrix"]["i_auroc"])
+    assert run["summary"]["i_auroc"]["fm"] == forgetting(matrix)
+    assert round(run["summary"]["i_auroc"]["fm"], 6) == 0.2

@@ -1,4 +1,4 @@
-"""Tables of hand-made results, cell by cell."""
+"""Tables of results that are written by hand, compared cell by cell."""
 
 import copy
 import csv
@@ -17,7 +17,7 @@ from tests import sentences
 
 nan = math.nan
 
-# Columns in the dataset's order; the protocol learns zebra and ant first, then cat.
+# The columns have the order of the dataset; the protocol learns zebra and ant first, then cat.
 OBJECTS = ["ant", "cat", "zebra"]
 STEPS = [["zebra", "ant"], ["cat"]]
 MATRIX = {
@@ -49,7 +49,7 @@ def run(matrix=MATRIX, steps=STEPS, **others):
 
 
 def cells(text, *start):
-    """The rows of any table in the text that begin with these cells."""
+    """Return the other cells of all table rows that begin with the given cells."""
     rows = [re.split(r"\s*\|\s*|\s{2,}", line.strip().strip("|").strip()) for line in text.splitlines()]
     return [row[len(start) :] for row in rows if tuple(row[: len(start)]) == start]
 
@@ -100,16 +100,20 @@ def test_undefined_cells_are_counted_with_their_reason(console):
     assert re.search(sentences.UNDEFINED_WITHOUT_DEFECT.format(count=1, metric="P-AUROC"), line)
     assert re.search(sentences.UNDEFINED_WITHOUT_DEPTH.format(count=3, metric="object P-AUROC"), line)
     assert re.search(sentences.UNDEFINED_WITHOUT_DEPTH.format(count=3, metric="object AUPRO"), line)
-    assert line.count("(no depth") == 1  # a reason that metrics share is given once
+    assert line.count("(no depth") == 1  # metrics with the same reason share a sentence
     assert "I-AUROC" not in line
-    defined = {metric: [[0.9, nan, 0.9], [0.9] * 3] for metric in MATRIX}  # what is not yet learned is not undefined
+    defined = {
+        metric: [[0.9, nan, 0.9], [0.9] * 3] for metric in MATRIX
+    }  # cells before learning do not count as undefined
     assert sentences.UNDEFINED not in console(run(defined))
 
 
-def test_without_test_images_no_table_is_full_of_dashes(console):
+def test_without_test_images_metrics_have_no_table(console):
     matrix = {metric: [[nan] * 3] * 2 for metric in MATRIX}
     baselines = {"feature_norm": {"matrix": matrix, "summary": tables.summarise(matrix)}}
-    results = run(matrix, baselines=baselines, decisions=[{"objects": {name: decided() for name in OBJECTS}}])
+    results = run(
+        matrix, baselines=baselines, decisions=[{"objects": {name: decisions_of_object() for name in OBJECTS}}]
+    )
     for text in (console(results), tables.markdown(results)):
         assert sentences.NOTHING_MEASURED in text
         assert cells(text, "zebra")[0] == ["0", "7", "12.5%"]
@@ -117,7 +121,7 @@ def test_without_test_images_no_table_is_full_of_dashes(console):
         assert not any("-" in row for name in OBJECTS for row in cells(text, name))
 
 
-def decided(bound=0.125, **test):
+def decisions_of_object(bound=0.125, **test):
     """Thresholds of an object and error rates on its test images."""
     image = {"threshold": 2.0, "interval": [1.5, 2.0], "images": 7, "false_alarm_bound": bound}
     return {"image": image, "pixel": image} | ({"test": test} if test else {})
@@ -127,7 +131,7 @@ def test_decisions_come_before_metrics(console):
     """Error rates by object in the order of learning, with their means; undefined rates have no column."""
     rates = {"false_alarms": [0.25, 0.0, nan], "misses": [nan] * 3, "recognised": [1.0, 0.5, 1.0]}
     test = {name: {rate: values[i] for rate, values in rates.items()} for i, name in enumerate(OBJECTS)}
-    objects = {name: decided(None if name == "cat" else 0.125, **test[name]) for name in OBJECTS}
+    objects = {name: decisions_of_object(None if name == "cat" else 0.125, **test[name]) for name in OBJECTS}
     text = console(run(decisions=[{"objects": {}}, {"objects": objects}]))
     header = ["step", "calibration images", "false-alarm bound", "false alarms", "recognised"]
     assert cells(text, "object")[0] == header
@@ -139,7 +143,7 @@ def test_decisions_come_before_metrics(console):
     assert cells(text, "mean")[0] == ["12.5%", "83.3%"]
     assert text.index("false alarms") < text.index("report.html") < text.index("I-AUROC")
     assert sentences.NO_BOUND in text
-    objects["cat"] = decided(**test["cat"])
+    objects["cat"] = decisions_of_object(**test["cat"])
     assert sentences.NO_BOUND not in console(run(decisions=[{"objects": {}}, {"objects": objects}]))
 
 
@@ -165,7 +169,7 @@ def test_a_single_step_has_nothing_to_forget(console):
     assert sentences.SINGLE_STEP not in console(run())
 
 
-def test_a_run_half_way_shows_what_it_has_learned(console):
+def test_a_partial_run_shows_its_learned_objects(console):
     matrix = {metric: rows[:1] for metric, rows in MATRIX.items()}
     text = console(run(matrix))
     assert cells(text, "zebra", "0")[0][0] == "0.800"
@@ -185,16 +189,16 @@ def test_baselines_are_in_every_table(console):
     assert sentences.NO_BETTER_THAN_BASELINE.format("") not in console(run())
 
 
-def test_what_the_strategy_stores_per_object(console):
-    def told(strategy):
+def test_bytes_that_the_strategy_stores_per_object(console):
+    def line_about(strategy):
         config = run()["config"] | {"continual": {"strategy": strategy}}
         text = console(run(config=config, strategy_bytes=6_000))
         (line,) = [line for line in text.splitlines() if line.startswith(sentences.STRATEGY)]
         return line
 
-    assert told("replay") == sentences.STRATEGY_STORES.format(strategy="replay", size="2.0 kB")
-    assert told("joint").startswith(sentences.STRATEGY_JOINT)
-    assert sentences.STRATEGY_JOINT_STORES.format("2.0 kB") in told("joint")
+    assert line_about("replay") == sentences.STRATEGY_STORES.format(strategy="replay", size="2.0 kB")
+    assert line_about("joint").startswith(sentences.STRATEGY_JOINT)
+    assert sentences.STRATEGY_JOINT_STORES.format("2.0 kB") in line_about("joint")
     assert f"\n{sentences.STRATEGY}" not in console(run())
 
 
@@ -205,8 +209,8 @@ def test_the_console_ends_with_the_folder_of_the_results(console, tmp_path):
 def test_markdown_holds_every_matrix():
     baseline = {"matrix": BASELINE, "summary": tables.summarise(BASELINE)}
     text = tables.markdown(run(baselines={"feature_norm": baseline}))
-    of_protocol = sentences.OF_PROTOCOL.format(method="ib_iumad", dataset="zoo", modality="rgb+depth", protocol="2-1")
-    assert text.startswith(f"# {of_protocol}\n")
+    title = sentences.OF_PROTOCOL.format(method="ib_iumad", dataset="zoo", modality="rgb+depth", protocol="2-1")
+    assert text.startswith(f"# {title}\n")
     parts = dict(part.split(f"{sentences.AFTER_EVERY_STEP}\n", 1) for part in text.split("## ")[1:])
     assert list(parts) == ["I-AUROC", "P-AUROC", "AUPRO", "AUPRO exact"]
     assert cells(parts["I-AUROC"], "method", sentences.AFTER_STEP) == [["zebra", "ant", "cat", "mean"]]
@@ -224,18 +228,18 @@ def test_results_read_back_with_null_for_undefined(tmp_path, console):
     tables.write_results(tmp_path, results)
     text = (tmp_path / "results.json").read_text()
     assert "NaN" not in text
-    found = tables.read_results(tmp_path)
-    assert found == json.loads(text)
-    assert found["matrix"]["p_auroc"] == [[0.9, None, None], [0.96, 0.6, None]]
-    assert found["summary"]["aupro_object"]["fm"] is None
-    assert found["summary"]["i_auroc"]["fm"] == results["summary"]["i_auroc"]["fm"]  # to the last bit
-    assert {key: found[key] for key in ("config", "protocol", "objects", "steps", "seconds", "versions")} == {
+    loaded = tables.read_results(tmp_path)
+    assert loaded == json.loads(text)
+    assert loaded["matrix"]["p_auroc"] == [[0.9, None, None], [0.96, 0.6, None]]
+    assert loaded["summary"]["aupro_object"]["fm"] is None
+    assert loaded["summary"]["i_auroc"]["fm"] == results["summary"]["i_auroc"]["fm"]  # to the last bit
+    assert {key: loaded[key] for key in ("config", "protocol", "objects", "steps", "seconds", "versions")} == {
         key: results[key] for key in ("config", "protocol", "objects", "steps", "seconds", "versions")
     }
-    assert console(found) == console(results)
-    assert (tmp_path / "results.md").read_text() == tables.markdown(found) == tables.markdown(results)
-    assert (tmp_path / "results.tex").read_text() == tables.latex(found) == tables.latex(results)
-    assert (tmp_path / "results.csv").read_text() == tables.comma_separated(found) == tables.comma_separated(results)
+    assert console(loaded) == console(results)
+    assert (tmp_path / "results.md").read_text() == tables.markdown(loaded) == tables.markdown(results)
+    assert (tmp_path / "results.tex").read_text() == tables.latex(loaded) == tables.latex(results)
+    assert (tmp_path / "results.csv").read_text() == tables.comma_separated(loaded) == tables.comma_separated(results)
 
 
 def test_results_of_an_older_version_are_refused(tmp_path):
@@ -244,14 +248,14 @@ def test_results_of_an_older_version_are_refused(tmp_path):
         tables.read_results(tmp_path)
 
 
-def test_writing_changes_nothing_in_the_results(tmp_path):
+def test_writing_does_not_modify_the_results(tmp_path):
     results = run()
     before = copy.deepcopy(results)
     tables.write_results(tmp_path, results)
     assert repr(results) == repr(before)
 
 
-def test_results_that_cannot_be_read_or_written(tmp_path):
+def test_results_that_cannot_be_read_or_written_are_reported(tmp_path):
     with pytest.raises(UserError, match=sentences.CANNOT_WRITE.format(".*results")):
         tables.write_results(tmp_path / "nowhere", run())
     (tmp_path / "results.json").write_text('{"config": ')
@@ -277,20 +281,20 @@ mean & \textbf{71.7} & 43.3 & 7.5 & 10.0 & 65.0 & \textbf{65.0} & \textbf{0.0} &
 """
 
 
-def with_floor(**others):
+def run_with_baseline(**others):
     return run(baselines={"feature_norm": {"matrix": BASELINE, "summary": tables.summarise(BASELINE)}}, **others)
 
 
 def test_latex_in_the_papers_form():
-    assert tables.latex(with_floor()) == LATEX
-    alone = tables.latex(run())  # nothing is the best of one
+    assert tables.latex(run_with_baseline()) == LATEX
+    alone = tables.latex(run())  # without a comparison no value is bold
     assert r"zebra & 70.0 & 60.0 & 10.0 & 10.0 \\" in alone.splitlines()
 
 
-def test_latex_keeps_names_from_being_commands_and_fits_a_column(tmp_path):
+def test_latex_escapes_names_and_fits_a_column(tmp_path):
     names = [r"50%_a&b#c$d", r"\input{x}^2~y", "cat"]
     steps = [[names[1], names[0]], ["cat"]]
-    text = tables.latex(with_floor(objects=names, steps=steps))
+    text = tables.latex(run_with_baseline(objects=names, steps=steps))
     assert r"50\%\_a\&b\#c\$d & " in text
     assert r"\textbackslash{}input\{x\}\textasciicircum{}2\textasciitilde{}y & " in text
     if program := shutil.which("pdflatex"):
@@ -303,19 +307,19 @@ def test_latex_keeps_names_from_being_commands_and_fits_a_column(tmp_path):
         assert "Overfull" not in (tmp_path / "page.log").read_text()
 
 
-def test_names_are_neither_formulas_nor_markup():
+def test_names_are_escaped_in_csv_and_markdown():
     names = ["=HYPERLINK(1)", "a|b<img src=x>", "@cat"]
-    results = with_floor(objects=names, steps=[[names[1], names[0]], ["@cat"]])
+    results = run_with_baseline(objects=names, steps=[[names[1], names[0]], ["@cat"]])
     rows = list(csv.DictReader(io.StringIO(tables.comma_separated(results))))
     assert [row["object"] for row in rows[:3]] == ["a|b<img src=x>", "'=HYPERLINK(1)", "'@cat"]
-    assert rows[0]["fm_p_auroc"] == "" or float(rows[0]["fm_p_auroc"]) < 0  # a number stays one, also a negative one
+    assert rows[0]["fm_p_auroc"] == "" or float(rows[0]["fm_p_auroc"]) < 0  # negative numbers are not escaped
     text = tables.markdown(results)
     assert r"| a\|b&lt;img src=x&gt; " in text
     assert "<img" not in text
 
 
 def test_comma_separated_values_read_back_to_the_last_digit():
-    rows = list(csv.DictReader(io.StringIO(tables.comma_separated(with_floor()))))
+    rows = list(csv.DictReader(io.StringIO(tables.comma_separated(run_with_baseline()))))
     assert [(row["method"], row["object"], row["step"]) for row in rows] == [
         (method, *place)
         for method in ("ib_iumad", "feature_norm")

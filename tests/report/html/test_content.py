@@ -1,4 +1,4 @@
-"""What goes into the page of a run."""
+"""The data in the page of a run."""
 
 import json
 import re
@@ -14,17 +14,17 @@ from tests import sentences
 
 
 def embedded(path):
-    """The data of a page."""
+    """Return the data of a page."""
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text())[1])
 
 
-def test_the_best_the_median_and_the_worst_of_every_kind():
+def test_best_median_and_worst_images_of_every_kind_are_picked():
     scores = np.array([0.3, 0.1, 0.2, 0.9, 0.5, 0.7, 0.6])
-    of_object = samples.summarise(
+    summary = samples.summarise(
         list("abcdefg"), ["good"] * 3 + ["bump"] * 2 + ["dent", "good"], [0, 0, 0, 1, 1, 1, 0], None, {"ours": scores},
         {"ours": np.zeros((7, 8, 8))}, [0] * 7, [1] * 7,
     )  # fmt: skip
-    assert html.pick(of_object) == [
+    assert html.pick(summary) == [
         (1, "best", 1, 4),  # good: 0.1 < 0.2 < 0.3 < 0.6
         (0, "median", 3, 4),
         (6, "worst", 4, 4),
@@ -45,25 +45,27 @@ def test_the_outline_encloses_the_mask():
         area += (x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2
         assert x.min() >= 4
         assert x.max() <= 30
-    corners = 3 * 4 * 0.125  # each is cut, or filled in the hole; outside and hole run in opposite directions
+    corners = (
+        3 * 4 * 0.125
+    )  # corners are cut, in the hole filled; the outlines of outside and hole have opposite directions
     assert abs(area) == pytest.approx(mask.sum(), abs=corners)
     assert samples.outline(np.zeros((4, 4))) == ""
 
 
-def test_pictures_that_do_not_fit_are_left_out_median_first(workdir, tmp_path, monkeypatch, zoo):
-    whole = embedded(workdir / "report.html")["samples"]
-    size = len(json.dumps(whole)) / len(whole)
+def test_pictures_beyond_the_budget_are_left_out_median_first(workdir, tmp_path, monkeypatch, zoo):
+    all_samples = embedded(workdir / "report.html")["samples"]
+    size = len(json.dumps(all_samples)) / len(all_samples)
     monkeypatch.setattr(html, "BUDGET", int(12.5 * size))
     zoo.write(tmp_path)
-    found = embedded(tmp_path / "report.html")
-    kept = [one["pick"] for one in found["samples"]]
-    assert kept.count("worst") == 9  # three objects, three kinds
-    assert 1 <= kept.count("best") <= 4
-    assert "median" not in kept
-    assert found["left_out"] == len(whole) - len(kept)
+    data = embedded(tmp_path / "report.html")
+    picks = [sample["pick"] for sample in data["samples"]]
+    assert picks.count("worst") == 9  # three objects, three kinds
+    assert 1 <= picks.count("best") <= 4
+    assert "median" not in picks
+    assert data["left_out"] == len(all_samples) - len(picks)
 
 
-def test_a_run_without_its_samples_is_told_of(workdir, tmp_path, zoo):
+def test_missing_samples_are_reported(workdir, tmp_path, zoo):
     with pytest.raises(UserError, match=re.escape(sentences.FILE_UNREADABLE.format("step1_cat.npz"))):
         html.write(tmp_path, zoo.run())
 

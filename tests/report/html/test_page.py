@@ -1,4 +1,4 @@
-"""The page of a run against the numbers it was made from, read and driven in a real browser."""
+"""The page of a run, used in a real browser and compared with the numbers in its data."""
 
 import math
 
@@ -15,7 +15,7 @@ def background(page):
     return page.run("getComputedStyle(document.body).backgroundColor")
 
 
-def test_names_stay_names(page, workdir, zoo):
+def test_names_are_escaped(page, workdir, zoo):
     assert page.run("document.title") == tables.title(zoo.run())
     assert page.run("document.querySelector('h1').innerText") == tables.title(zoo.run())
     assert page.run("[...document.images].filter(i => !i.src.startsWith('data:')).length") == 0
@@ -23,7 +23,7 @@ def test_names_stay_names(page, workdir, zoo):
     assert zoo.EVIL in page.run("[...document.querySelectorAll('.chip')].map(chip => chip.innerText)")
 
 
-def test_nothing_but_its_own_script_may_run(page):
+def test_other_scripts_are_blocked(page):
     page.run("document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.evil = 1'}))")
     assert page.run("window.evil === undefined")
     assert len(page.errors) == 1
@@ -31,11 +31,11 @@ def test_nothing_but_its_own_script_may_run(page):
 
 
 @pytest.mark.parametrize("metric", ["i_auroc", "aupro", "p_auroc_object"])
-def test_the_matrix_of_a_metric_with_its_floors(page, metric, zoo):
+def test_the_matrix_of_a_metric_with_its_baselines(page, metric, zoo):
     page.choose("#metric", metric)
     results = zoo.run()
-    found = page.rows("#matrix")
-    assert found[0] == ["after", "cat", "ant", "bee", "mean"]
+    rows = page.rows("#matrix")
+    assert rows[0] == ["after", "cat", "ant", "bee", "mean"]
     expected = []
     for name, method in tables.methods_of(results).items():
         expected.append([name])
@@ -43,7 +43,7 @@ def test_the_matrix_of_a_metric_with_its_floors(page, metric, zoo):
             ant, bee, cat = ["–" if math.isnan(value) else f"{value:.3f}" for value in values]
             learned = values[[2, 0]] if step == 0 else values
             expected.append([f"step {step}", cat, ant, "" if step == 0 else bee, f"{np.nanmean(learned):.3f}"])
-    assert found[1:] == expected
+    assert rows[1:] == expected
     summary = page.rows("#summary")
     assert summary[0] == [tables.METRICS[metric], "final", "acc", "fm", "fm_aggregate", "new"]
     for row, (name, method) in zip(summary[1:], tables.methods_of(results).items(), strict=True):
@@ -57,7 +57,7 @@ def test_objects_sort_by_mouse_and_keyboard(page, zoo):
     def order():
         return [row[0] for row in page.rows("#object-table tbody")]
 
-    assert order() == ["cat", "ant", "bee"]  # as they were learned
+    assert order() == ["cat", "ant", "bee"]  # the order of learning
     page.click("#object-table th:nth-child(3) button")
     assert order() == by_value
     assert page.run("document.querySelector('#object-table th:nth-child(3)').ariaSort") == "descending"
@@ -68,10 +68,10 @@ def test_objects_sort_by_mouse_and_keyboard(page, zoo):
     undefined = 3 + [m for m in tables.METRICS if m != "aupro_exact"].index("p_auroc_object")
     for _ in range(2):
         page.click(f"#object-table th:nth-child({undefined}) button")
-        assert order()[-1] == "ant"  # what is undefined comes last either way
+        assert order()[-1] == "ant"  # undefined values come last in both orders
 
 
-def test_floors_stand_beside_the_method_in_every_cell(page, zoo):
+def test_cells_show_baselines_beside_the_method(page, zoo):
     (cell,) = [row[2] for row in page.rows("#object-table tbody") if row[0] == "bee"]
     results = zoo.run()
     assert cell.split() == [
@@ -80,7 +80,7 @@ def test_floors_stand_beside_the_method_in_every_cell(page, zoo):
 
 
 def test_curves_are_drawn_to_scale(page, zoo):
-    """The area under the lines on the screen is the number beside them."""
+    """The area under a line on the screen is the metric printed beside it."""
     drawn = page.run(
         "[...document.querySelectorAll('.multiple')].map(m => [m.querySelector('h3').innerText,"
         " [...m.querySelectorAll('figure:first-child .line')].map(l => l.getAttribute('points')),"
@@ -90,7 +90,7 @@ def test_curves_are_drawn_to_scale(page, zoo):
     assert [name for name, *_ in drawn] == ["cat", "ant", "bee"]
     labels = [kind != "good" for kind in zoo.KINDS]
     for name, lines, ((left, bottom, right, top),) in drawn:
-        order = (*zoo.VARIANTS[1:], zoo.VARIANTS[0])  # the run's own lies on top
+        order = (*zoo.VARIANTS[1:], zoo.VARIANTS[0])  # the run's method is drawn last, on top
         for method, line in zip(order, lines, strict=True):
             x, y = np.array([point.split(",") for point in line.split()], float).T
             area = np.trapezoid((y - bottom) / (top - bottom), (x - left) / (right - left))
@@ -98,16 +98,16 @@ def test_curves_are_drawn_to_scale(page, zoo):
 
 
 def test_the_marker_on_the_curves_follows_the_slider(page):
-    def at():
+    def positions():
         return page.run("[...document.querySelectorAll('.marker')].map(m => +m.getAttribute('x1'))")
 
-    before = at()
+    before = positions()
     assert len(before) == 3
     page.run("document.querySelector('#threshold').focus()")
     page.press("Home", 36)
-    assert all(after > x for after, x in zip(at(), before, strict=True))
+    assert all(after > x for after, x in zip(positions(), before, strict=True))
     end = page.run("+document.querySelector('.marker').ownerSVGElement.querySelector('.grid').getAttribute('x2')")
-    assert at()[0] == pytest.approx(end)  # the largest rate
+    assert positions()[0] == pytest.approx(end)  # the largest false positive rate
 
 
 def test_the_legend_names_the_losses_that_are_drawn(page):
@@ -119,7 +119,7 @@ def test_the_legend_names_the_losses_that_are_drawn(page):
     assert "idle" in page.run("document.querySelector('#losses thead').textContent")
 
 
-def test_light_and_dark_by_the_system_and_by_choice(page):
+def test_colour_scheme_of_the_system_and_by_choice(page):
     light = background(page)
     page.click("#theme")
     assert page.run("document.querySelector('#theme').innerText") == "☀ light"
@@ -136,13 +136,13 @@ def test_light_and_dark_by_the_system_and_by_choice(page):
 
 
 @pytest.mark.parametrize("width", [320, 390, 768, 1920])
-def test_nothing_sticks_out_of_a_window_of_any_width(page, width):
+def test_the_page_fits_windows_of_any_width(page, width):
     page.resize(width, 800)
     page.settle()
     assert page.run("document.documentElement.scrollWidth") == width
     assert page.run("document.querySelector('.card').offsetWidth") <= width - 40
     assert page.run("[...document.querySelectorAll('.chart')].every(c => c.clientWidth >= 130)")
-    if width < 500:  # of what is touched, nothing is too small
+    if width < 500:  # controls are large enough to touch
         assert (
             page.run(
                 "Math.min(...[...document.querySelectorAll('select, button')].filter(e => e.offsetParent)"
@@ -152,7 +152,7 @@ def test_nothing_sticks_out_of_a_window_of_any_width(page, width):
         )
 
 
-def test_everything_can_be_reached_by_keyboard(page):
+def test_all_controls_can_be_reached_by_keyboard(page):
     reached = []
     for _ in range(60):
         page.call("Input.dispatchKeyEvent", type="keyDown", key="Tab", code="Tab", windowsVirtualKeyCode=9)
@@ -172,11 +172,11 @@ def test_a_single_step_without_depth_masks_decisions_training_or_test_images(bro
     matrices = {metric: np.full((1, 1), math.nan) for metric in tables.METRICS} | {"i_auroc": np.array([[0.75]])}
     matrices = {
         metric: np.append(rows, [[math.nan]], axis=1) for metric, rows in matrices.items()
-    }  # nothing of the dog
-    samples.save(tmp_path, 0, "cat", zoo.kept("cat", 0, marked=False))
+    }  # all metrics of the dog are undefined
+    samples.save(tmp_path, 0, "cat", zoo.summary("cat", 0, with_masks=False))
     Ledger(tmp_path / "ledger.jsonl")
-    own = {"matrix": matrices, "summary": tables.summarise(matrices)}
-    results = zoo.run(objects=["cat", "dog"], steps=[["cat", "dog"]], baselines={}, decisions=[], **own)
+    method = {"matrix": matrices, "summary": tables.summarise(matrices)}
+    results = zoo.run(objects=["cat", "dog"], steps=[["cat", "dog"]], baselines={}, decisions=[], **method)
     rgb, heights, masks = zoo.truth("cat")
     samples.save_pictures(tmp_path, "cat", rgb, np.full_like(heights, np.nan), np.zeros_like(masks), height_scale=1)
     html.write(tmp_path, results)
@@ -187,8 +187,8 @@ def test_a_single_step_without_depth_masks_decisions_training_or_test_images(bro
         ["ib_iumad"],
         ["step 0", "0.750", "–", "0.750"],
     ]
-    absent = ["#state-label", "#decided-label", "#decisions", "#training figure"]
-    assert browser.run(f"{absent}.every(s => document.querySelector(s).hidden)")
+    hidden = ["#state-label", "#decided-label", "#decisions", "#training figure"]
+    assert browser.run(f"{hidden}.every(s => document.querySelector(s).hidden)")
     assert browser.run("document.querySelectorAll('.card:first-child .panels figure').length") == 3
     browser.resize(390, 800)
     browser.settle()
@@ -197,9 +197,9 @@ def test_a_single_step_without_depth_masks_decisions_training_or_test_images(bro
 
 def test_a_run_without_any_test_images(browser, tmp_path, zoo):
     matrices = {metric: np.full((1, 1), math.nan) for metric in tables.METRICS}
-    own = {"matrix": matrices, "summary": tables.summarise(matrices)}
+    method = {"matrix": matrices, "summary": tables.summarise(matrices)}
     results = zoo.run(
-        objects=["cat"], steps=[["cat"]], baselines={"feature_norm": own}, decisions=zoo.decisions()[:1], **own
+        objects=["cat"], steps=[["cat"]], baselines={"feature_norm": method}, decisions=zoo.decisions()[:1], **method
     )
     ledger = Ledger(tmp_path / "ledger.jsonl")
     for epoch in range(20):
@@ -207,10 +207,10 @@ def test_a_run_without_any_test_images(browser, tmp_path, zoo):
     html.write(tmp_path, results)
     browser.open(tmp_path / "report.html")
     assert browser.errors == []
-    shown = "[...document.querySelectorAll('main > section')].filter(e => !e.hidden).map(e => e.id)"
-    assert browser.run(shown) == ["overview", "objects", "training", "run"]
-    linked = "[...document.querySelectorAll('nav a')].filter(e => !e.hidden).map(e => e.hash.slice(1))"
-    assert browser.run(linked) == browser.run(shown)
+    visible_sections = "[...document.querySelectorAll('main > section')].filter(e => !e.hidden).map(e => e.id)"
+    assert browser.run(visible_sections) == ["overview", "objects", "training", "run"]
+    visible_links = "[...document.querySelectorAll('nav a')].filter(e => !e.hidden).map(e => e.hash.slice(1))"
+    assert browser.run(visible_links) == browser.run(visible_sections)
     assert sentences.NOTHING_MEASURED_SHORTLY in browser.run("document.querySelector('#remarks').innerText")
     assert browser.rows("#object-table") == [["object", "step"], ["cat", "0"]]
     assert "–" not in browser.run("document.querySelector('#overview').innerText")
