@@ -1,0 +1,69 @@
+"""The list of commands and their --help: every example works as it stands."""
+
+import shlex
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+from iumad_jax import __main__ as commands
+from iumad_jax import cli
+from tests import sentences
+from tests.integration.trained import QUICKSTART, in_process
+
+ROOT = QUICKSTART.parents[1]
+NAMES = [name.removesuffix(".__main__") for name in commands.COMMANDS]
+ON_A_RUN = ("evaluate", "predict", "latency", "export", "robustness")
+
+
+def example(name):
+    """Return the flags of a command's example, checking that it starts the command."""
+    module = import_module(f"iumad_jax.{dict(zip(NAMES, commands.COMMANDS, strict=True))[name]}")
+    python, option, called, *flags = shlex.split(cli.summary_and_example(module.__doc__)[1])
+    assert (python, option, called) == ("python", "-m", f"iumad_jax.{name}")
+    return flags
+
+
+def test_every_command_is_listed_in_two_lines():
+    out = subprocess.run([sys.executable, "-m", "iumad_jax"], capture_output=True, text=True, check=True).stdout
+    lines = out.splitlines()[2:]
+    assert [line.split()[2].removeprefix("iumad_jax.") for line in lines[::2]] == NAMES
+    assert all(line.startswith("    ") and line.endswith(".") for line in lines[1::2])
+    modules = {file.stem for file in (ROOT / "iumad_jax").glob("*.py") if "cli.execute(" in file.read_text()}
+    assert set(NAMES) == modules - {"cli"} | {"export"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_begins_with_the_example(capsys, name):
+    module = import_module(f"iumad_jax.{dict(zip(NAMES, commands.COMMANDS, strict=True))[name]}")
+    assert module.main([name, "--help"]) == 0
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert (first, shlex.split(second)[3:]) == ("Example:", example(name))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ON_A_RUN])
+def test_the_example_is_accepted_from_the_repository_root(name):
+    """All flags are valid, so that the wrong seed added to them is what is reported."""
+    flags = [*example(name), "--config.seed=-1"]
+    code, _, err = in_process(ROOT, name, *flags)
+    assert (code, err) == (2, f"iumad_jax: {sentences.SEED_OUT_OF_RANGE.format(found=-1, most=4000000)}.\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ON_A_RUN if name != "robustness"])
+def test_the_example_runs_after_the_quickstart(home, tmp_path, name):
+    """Its workdir is the default workdir of the quickstart, here a link to another run."""
+    (workdir,) = [flag.removeprefix("--workdir=") for flag in example(name) if flag.startswith("--workdir=")]
+    values = cli.flags.FlagValues()
+    cli.define_config(values)
+    cli.define_workdir(values)
+    values(["main", f"--config={QUICKSTART}"])
+    assert workdir == str(cli.given_config(values)[1])
+    run = home / workdir
+    run.parent.mkdir(exist_ok=True)
+    if not run.exists():
+        run.symlink_to(home / "run")
+    code, out, err = in_process(home, name, *example(name))
+    assert code == 0, err
+    assert out
