@@ -76,7 +76,7 @@ def strategy_state(method, variables, images):
     return jax.tree.map(jnp.asarray, strategy.begin(strategy_state, variables, images(1, 2), 1))
 
 
-def test_samples_are_of_seen_objects_and_have_their_statistics(strategy_state, images):
+def test_samples_have_the_statistics_of_learned_objects(strategy_state, images):
     parts, objects = jax.vmap(lambda key: draw_sample(strategy_state, key))(jax.random.split(jax.random.key(0), 2000))
     assert set(np.unique(objects)) == {0, 1}
     assert abs((objects == 0).mean() - 0.5) < 0.05

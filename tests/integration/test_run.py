@@ -362,7 +362,7 @@ def test_other_modalities_and_methods(run, finished_run, tmp_path, modality, met
     assert depth_aupro != results_of(finished_run[0])["baselines"]["feature_norm"]["matrix"]["aupro"][0][0]
 
 
-def test_joint_trains_on_all_objects_seen_so_far_and_is_reported_as_not_incremental(run, home, tmp_path):
+def test_joint_trains_on_all_objects_learned_so_far_and_is_reported_as_not_incremental(run, home, tmp_path):
     workdir, changes = tmp_path / "run", {"method": "iuf", "model.class_grid": 8, "train.epochs": 1}
     code, out, err = run(workdir, **changes, **{"continual.strategy": "joint"})
     assert code == 0, err

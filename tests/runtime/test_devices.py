@@ -210,8 +210,8 @@ if __name__ == "__main__":  # the same training on another number of devices, wh
 
 def test_a_coordinator_that_does_not_answer_is_reported(monkeypatch):
     monkeypatch.setattr(joining, "_START_TIMEOUT", 1)
-    with socket.create_server(("localhost", 0)) as taken:
-        address = f"localhost:{taken.getsockname()[1]}"
+    with socket.create_server(("localhost", 0)) as server:
+        address = f"localhost:{server.getsockname()[1]}"
     with (
         pytest.raises(
             UserError,
