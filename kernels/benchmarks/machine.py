@@ -67,10 +67,10 @@ def rates() -> dict[str, float | None]:
     """
     device, clock = jax.devices()[0], nvidia_smi("clocks.max.sm")
     processors = getattr(device, "core_count", None)
-    is_rate_known = device.platform == "gpu" and processors and clock
+    is_known = device.platform == "gpu" and processors and clock
     return {
         "bytes_per_second": _bandwidth() if device.platform == "gpu" else None,
-        "special_functions_per_second": processors * SPECIAL_FUNCTION_UNITS * 1e6 * float(clock) if is_rate_known else None,
+        "special_functions_per_second": processors * SPECIAL_FUNCTION_UNITS * 1e6 * float(clock) if is_known else None,
     }
 
 

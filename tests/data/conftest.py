@@ -27,7 +27,7 @@ class Scene(NamedTuple):
 
 @pytest.fixture(scope="session")
 def scan() -> Callable[..., Scene]:
-    """Return a function that simulates a scan: exact intersections with the rays, then noise and holes along the rays."""
+    """Return a function that simulates a scan: exact intersections with rays, then noise along them and holes."""
 
     def scan(
         height: int = 48, width: int = 64, tilt: float = 20, noise: float = 2e-4, holes: float = 0.05, seed: int = 0

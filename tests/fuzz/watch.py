@@ -22,7 +22,7 @@ class Outcome(NamedTuple):
 
 
 def watch(target: Target, name: str, content: bytes) -> Outcome:
-    """Read an input with a target. Anything but a result or a UserError of one sentence within the limits is a crash."""
+    """Read an input. Anything but a result or a UserError of one sentence, within the limits, is a crash."""
     _RESET.write_text("5")  # resets the peak (VmHWM)
     memory, start = _memory("VmRSS"), time.process_time()
     kind, message = "read", ""

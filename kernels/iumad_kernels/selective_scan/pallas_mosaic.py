@@ -61,8 +61,8 @@ def _number_of_segments(x: Array, B: Array) -> int:
     """Return the number of segments to scan in parallel, which is 1 if fewer than four fit on the processors."""
     batch, length, channels = x.shape
     tiling = Tiling(length, channels, *B.shape[2:])
-    fitting = PROCESSORS // (batch * tiling.groups * tiling.blocks_per_group)
-    number = max((n for n in range(1, fitting + 1) if length % (n * TILE) == 0 and length >= n * MIN_SEGMENT), default=1)
+    limit = PROCESSORS // (batch * tiling.groups * tiling.blocks_per_group)
+    number = max((n for n in range(1, limit + 1) if length % (n * TILE) == 0 and length >= n * MIN_SEGMENT), default=1)
     return number if number >= 4 else 1
 
 
