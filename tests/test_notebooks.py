@@ -94,7 +94,7 @@ def test_read_a_run_makes_a_missing_run(execute):
     home, outputs = execute("read_a_run", workdir="runs/smallest")
     assert (home / "runs" / "smallest" / "results.json").exists()
     assert len(displayed(outputs, "image/png")) == 3  # without training there is no loss curve
-    assert sentences.NOTEBOOK_EVENTS_SHORTLY.format(0) in printed(outputs)
+    assert sentences.NOTEBOOK_EVENTS_PART.format(0) in printed(outputs)
 
 
 def test_own_objects(execute):

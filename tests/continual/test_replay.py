@@ -69,7 +69,7 @@ def test_more_directions_than_images_are_zero():
 
 @pytest.fixture
 def strategy_state(method, variables, images):
-    """State with the first two of three objects, within a step that learns the third."""
+    """Return the state with the first two of three objects, within a step that learns the third."""
     strategy, strategy_state = replay(settings(), method, objects=3), {}
     for object_ in (0, 1):
         strategy_state = strategy.finish(strategy_state, variables, images(25, object_), object_)

@@ -34,7 +34,7 @@ def write(folder: Path, scene, name: str = "000", gt: bool = True) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path, scan) -> Path:
-    """The object bagel as in the official archive, with gt of test images only, good ones included."""
+    """Create the object bagel as in the official archive, with gt for all test images and no others."""
     root = tmp_path / "dataset"
     (root / "bagel").mkdir(parents=True)
     (root / "bagel/license.txt").touch()
