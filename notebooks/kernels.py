@@ -17,8 +17,8 @@
 # # Speed of the selective scan on this machine
 #
 # `iumad_kernels.selective_scan` is the recurrence of Mamba, h(t) = exp(delta A) h(t-1) + delta B x, y = C h + D x, with
-# a hand-written gradient. It runs on any device; Hopper and newer GPUs use special kernels. This notebook compares its speed
-# with JAX's own functions for recurrences.
+# a hand-written gradient. It runs on any device, on Hopper and newer GPUs with special kernels. This notebook compares
+# its speed with JAX's own functions for recurrences.
 
 # %% tags=["install"]
 # Installs the package if it is missing: from this notebook's repository, else by its name.

@@ -57,7 +57,7 @@ from PIL import Image
 
 
 def draw(shape, seed, anomalous):
-    """Draw an object on a belt half a metre below the camera; return RGB, depth in metres and the mask of its defect."""
+    """Draw an object on a belt half a metre below the camera; return RGB, depth in metres and defect mask."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:pixels, :pixels] / pixels - 0.5 + rng.uniform(-0.05, 0.05, (2, 1, 1))
     radius, angle = np.hypot(x, y), np.arctan2(y, x) + rng.uniform(0, 6)

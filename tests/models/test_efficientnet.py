@@ -112,7 +112,7 @@ def variables(goldens, tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def ours(variables) -> Callable[[str, int], tuple[np.ndarray, list[np.ndarray]]]:
-    """Return a function that computes features on a 14 x 14 grid and endpoints of the seeded images, by backbone and size."""
+    """Return a function (backbone, size) -> features on a 14 x 14 grid and endpoints of the seeded images."""
 
     @cache
     def compute(backbone: str, size: int) -> tuple[np.ndarray, list[np.ndarray]]:
