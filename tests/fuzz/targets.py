@@ -74,7 +74,7 @@ def weights(folder: Path) -> Target:
 
 
 def config(folder: Path) -> Target:
-    """Return a target that reads flags --config.KEY=VALUE, one per line, with all checks of a run before it writes files."""
+    """Return a target that reads flags --config.KEY=VALUE, one per line, and makes the early checks of a run."""
     root, files = folder / "dataset", folder_files()
     write(root, files)
     for number in range(4):  # one batch
@@ -153,7 +153,7 @@ def ledger_(folder: Path) -> Target:
 
 
 def workdir(folder: Path) -> Target:
-    """Return a target that reads the files of a finished run: config, data record, results and samples of the report."""
+    """Return a target that reads the files of a finished run: config, data record, results and report samples."""
     config = configs.small("1-1")
     with workdirs.claimed(folder, config):
         pass
@@ -195,7 +195,7 @@ def workdir(folder: Path) -> Target:
 
 
 def snapshot(folder: Path) -> Target:
-    """Return a target that reads a snapshot as saved or refuses it, whether or not the hashes match the mutated file."""
+    """Return a target that reads or refuses a snapshot, whether or not the hashes match the mutated file."""
     variables = {"ib_iumad": {"params": {"kernel": np.arange(600, dtype=np.float32)}, "statistics": {}}}
     scores = np.float32([0.5, 0.25])
     saved = BEGINNING._replace(
