@@ -17,8 +17,8 @@
 # # Speed of the selective scan on this machine
 #
 # `iumad_kernels.selective_scan` is the recurrence of Mamba, h(t) = exp(delta A) h(t-1) + delta B x, y = C h + D x, with
-# a hand-written gradient. It runs on any device; Hopper GPUs have a special kernel. This notebook compares its speed
-# with JAX's own functions for recurrences.
+# a hand-written gradient. It runs on any device, on Hopper and newer GPUs with special kernels. This notebook compares
+# its speed with JAX's own functions for recurrences.
 
 # %% tags=["install"]
 # Installs the package if it is missing: from this notebook's repository, else by its name.
@@ -40,7 +40,7 @@ rounds = 5
 # ## The implementations
 #
 # `jax.lax.scan` processes one position after the other. `jax.lax.associative_scan` processes them in parallel, but
-# holds the states of all positions in memory at once.
+# needs memory for the states of all positions.
 
 # %%
 import jax
@@ -97,7 +97,7 @@ def inputs(length):
 # %% [markdown]
 # ## Agreement
 #
-# The largest difference of the output and of the gradient of every input, relative to the largest value.
+# Largest difference of the output and of the gradients of all inputs from `lax.scan`, relative to the largest value.
 
 
 # %%
@@ -123,8 +123,8 @@ for name, scan in implementations.items():
 # %% [markdown]
 # ## Time of the output and the gradients
 #
-# Medians over several rounds. In every round all implementations are timed, so that other load on the machine affects
-# them alike. The repository's `kernels/benchmarks/` times more shapes more carefully.
+# The times are medians over several rounds. Every round times all implementations, so that other load on the machine
+# affects them alike. The repository's `kernels/benchmarks/` times more shapes more carefully.
 
 # %%
 import statistics

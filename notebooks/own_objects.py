@@ -56,14 +56,14 @@ import numpy as np
 from PIL import Image
 
 
-def draw(shape, seed, defective):
-    """Draw an object on a belt half a metre below the camera: RGB, depth in metres, mask of its defect."""
+def draw(shape, seed, anomalous):
+    """Draw an object on a belt half a metre below the camera; return RGB, depth in metres and defect mask."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:pixels, :pixels] / pixels - 0.5 + rng.uniform(-0.05, 0.05, (2, 1, 1))
     radius, angle = np.hypot(x, y), np.arctan2(y, x) + rng.uniform(0, 6)
     body = (radius < 0.3) & (radius > 0.12) if shape == "washer" else radius < 0.26 + 0.03 * np.cos(8 * angle)
     mask = np.zeros_like(body)
-    if defective:
+    if anomalous:
         mask = body & (np.hypot(x - 0.2 * np.cos(seed), y - 0.2 * np.sin(seed)) < 0.06)
     colour = np.array([180, 180, 190] if shape == "washer" else [190, 140, 60])
     rgb = np.where((body & ~mask)[..., None], colour, (60, 70, 60)) + rng.normal(0, 4, (pixels, pixels, 3))

@@ -41,7 +41,7 @@ size = 224  # input size of the network in pixels; a token covers 16 x 16
 # ## The experiment
 #
 # `configs.paper` has the paper's values; `configs.small` suits few images and small machines. The protocol `2-1` learns
-# two objects first and then one more. Every key is explained in `iumad_jax/config.py`.
+# two objects in the first step and one more in the second. Every key is explained in `iumad_jax/config.py`.
 
 # %%
 from iumad_jax import config as configs
@@ -71,7 +71,7 @@ results = experiment.run(config, Path(workdir))
 # %% [markdown]
 # ## Learning and forgetting
 #
-# The baselines `feature_norm` and `nearest_neighbours` are not trained. A trained method is of use only if it beats
+# The baselines `feature_norm` and `nearest_neighbours` are not trained. A trained method is useful only if it beats
 # them.
 
 # %%

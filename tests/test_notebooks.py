@@ -90,11 +90,11 @@ def test_read_a_run(quickstart, execute):
     assert sentences.NOTEBOOK_OBJECTS.format("CandyCane GummyBear Marshmallow") in printed(outputs)
 
 
-def test_read_a_run_makes_a_run_if_there_is_none(execute):
+def test_read_a_run_makes_a_missing_run(execute):
     home, outputs = execute("read_a_run", workdir="runs/smallest")
     assert (home / "runs" / "smallest" / "results.json").exists()
     assert len(displayed(outputs, "image/png")) == 3  # without training there is no loss curve
-    assert sentences.NOTEBOOK_EVENTS_SHORTLY.format(0) in printed(outputs)
+    assert sentences.NOTEBOOK_EVENTS_PART.format(0) in printed(outputs)
 
 
 def test_own_objects(execute):

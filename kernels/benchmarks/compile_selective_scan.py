@@ -40,7 +40,7 @@ gpu_device_info {
 platform_name: "CUDA"
 device_description_str: "NVIDIA H200"
 """
-# (batch, length, channels, states, groups): ES2D at patch sizes 4, 8 and 16, other numbers of states, and segments.
+# (batch, length, channels, states, groups) of ES2D at patch sizes 4, 8 and 16, other numbers of states, and segments.
 SHAPES = [(24, 784, 2048, 16, 4), (24, 196, 2048, 16, 4), (24, 49, 2048, 16, 4)]
 SHAPES += [(32, 1024, 512, states, 1) for states in (1, 8, 32, 64, 128)] + [(1, 4096, 512, 16, 1)]
 
@@ -70,7 +70,10 @@ def compile_gradient(shape: tuple[int, ...], dtype: jnp.dtype) -> None:
 
 
 def main() -> int:
-    """Run each compilation in a separate process, because the report of ptxas appears when the process ends."""
+    """Run the command and return its exit code.
+
+    Each compilation runs in a separate process, because the report of ptxas appears when the process ends.
+    """
     if len(sys.argv) == 3:
         compile_gradient(tuple(map(int, sys.argv[1].split(","))), jnp.dtype(sys.argv[2]))
         return 0

@@ -256,7 +256,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Check the implementations, then measure, print and save the times."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shapes_help = "Shapes and names of lists, separated by commas; the default is target,es2d,long."
     parser.add_argument("--shapes", type=parse_shapes, default="target,es2d,long", help=shapes_help)

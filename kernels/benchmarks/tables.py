@@ -2,7 +2,7 @@
 
     python -m kernels.benchmarks.tables kernels/benchmarks/results/cpu.json
 
-Each table follows the date, device, driver and package versions of its file.
+Each table is preceded by the date, device, driver and package versions of its measurement.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def scan_table(rows: list[dict[str, Any]], rates: Rates) -> str:
 
 
 def part_table(rows: dict[str, dict[str, Any]]) -> str:
-    """Format a part of the GPU command: a table of its rows, then the tables that rows contain."""
+    """Format the results of a part of the GPU command: a table of its rows, then the tables within rows."""
     names = dict.fromkeys(name for row in rows.values() for name, value in row.items() if _fits_in_cell(value))
     names.pop("machine", None)
     lines = [[key, *(_cell(row.get(name)) for name in names)] for key, row in rows.items()]
@@ -76,7 +76,7 @@ def part_table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def file_tables(content: dict[str, Any]) -> str:
-    """Format the tables of a file of results."""
+    """Format the results of one file."""
     rows = content["rows"]
     if content["part"] != "scan":
         return part_table(rows)
@@ -89,7 +89,7 @@ def file_tables(content: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the tables of every file."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "files",

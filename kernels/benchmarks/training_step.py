@@ -2,7 +2,7 @@
 
     python -m kernels.benchmarks.training_step --config=quickstart --batch_size=8 --seconds=120
 
-Prints median times, their ratio and compile times. The losses of the two updates must agree in every turn.
+The command prints median times, their ratio and compile times. The losses of the two updates must agree in every turn.
 """
 
 import argparse
@@ -56,7 +56,7 @@ class Update(NamedTuple):
 
 
 def lax_scan(*args: jax.Array, delta_softplus: bool, implementation: str | None, **kwargs: jax.Array) -> jax.Array:
-    """Replace `selective_scan` by `jax.lax.scan`."""
+    """Compute `selective_scan` with `jax.lax.scan`."""
     assert delta_softplus
     return baselines.lax_scan(*args, **kwargs)
 
@@ -77,7 +77,7 @@ def compile_update(config: ConfigDict) -> Update:
     """Compile the update of a config, with a learning rate of zero."""
     method, batch = methods.build(config.method, config, OBJECTS), random_batch(config)
     optimizer = make_optimizer(config.train)
-    rng = np.random.default_rng(1)  # noise: compiling the initialisation takes as long as compiling the update
+    rng = np.random.default_rng(1)  # noise, because compiling the initialisation takes as long as compiling the update
     shapes = jax.eval_shape(method.init, jax.random.key(0), batch)
     variables = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
     noise = jax.tree.map(lambda leaf: 0.05 * rng.standard_normal(leaf.shape, np.float32), shapes["params"])
@@ -102,7 +102,7 @@ def compile_update(config: ConfigDict) -> Update:
 
 
 def compile_with_scan(config: ConfigDict, scan: Callable[..., Any]) -> Update:
-    """Compile the update of a config with another function in place of `selective_scan`."""
+    """Compile the update of a config with another scan function."""
     original, mamba.selective_scan = mamba.selective_scan, scan
     try:
         return compile_update(config)
@@ -111,7 +111,7 @@ def compile_with_scan(config: ConfigDict, scan: Callable[..., Any]) -> Update:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the medians and their ratio."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--config",
@@ -146,11 +146,11 @@ def main(arguments: list[str] | None = None) -> int:
             losses.append(np.asarray(update.run()))
             times[name].append(time.perf_counter() - start)
         np.testing.assert_allclose(*losses, rtol=1e-4, equal_nan=False)
-    own_median, lax_median = (statistics.median(times[name]) for name in scans)
+    scan_median, lax_median = (statistics.median(times[name]) for name in scans)
     compile_times = " and ".join(f"{update.compile_seconds:.3g}" for update in updates.values())
     print(
-        f"{options.config}, batch size {config.train.batch_size}: {own_median:.3g} s per update,"
-        f" {lax_median:.3g} s with lax.scan, {lax_median / own_median:.2f} times as long"
+        f"{options.config}, batch size {config.train.batch_size}: {scan_median:.3g} s per update,"
+        f" {lax_median:.3g} s with lax.scan, {lax_median / scan_median:.2f} times as long"
         f" (medians of {len(times['lax.scan'])} turns); compiled in {compile_times} s"
     )
     return 0

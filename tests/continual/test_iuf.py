@@ -139,7 +139,7 @@ def test_project_changes_kernel_and_bias_of_the_named_layers_alone():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_training_leaves_the_strongest_direction_as_it_was(method, variables, images, optimizer):
+def test_training_does_not_change_the_strongest_direction(method, variables, images, optimizer):
     """This holds despite AdamW's element-wise scaling and weight decay."""
     config = paper("1-1")
     config.train.optimizer, config.train.weight_decay = optimizer, 0.1

@@ -69,14 +69,14 @@ def test_more_directions_than_images_are_zero():
 
 @pytest.fixture
 def strategy_state(method, variables, images):
-    """State with the first two of three objects, within a step that learns the third."""
+    """Return the state with the first two of three objects, within a step that learns the third."""
     strategy, strategy_state = replay(settings(), method, objects=3), {}
     for object_ in (0, 1):
         strategy_state = strategy.finish(strategy_state, variables, images(25, object_), object_)
     return jax.tree.map(jnp.asarray, strategy.begin(strategy_state, variables, images(1, 2), 1))
 
 
-def test_samples_are_of_seen_objects_and_have_their_statistics(strategy_state, images):
+def test_samples_have_the_statistics_of_learned_objects(strategy_state, images):
     parts, objects = jax.vmap(lambda key: draw_sample(strategy_state, key))(jax.random.split(jax.random.key(0), 2000))
     assert set(np.unique(objects)) == {0, 1}
     assert abs((objects == 0).mean() - 0.5) < 0.05

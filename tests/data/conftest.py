@@ -1,4 +1,4 @@
-"""A scene as scanners see it, and ways to spoil its files, shared by the readers' tests."""
+"""A simulated scan of a scene, and ways to damage its files, shared by the tests of the readers."""
 
 import itertools
 import shutil
@@ -14,20 +14,20 @@ from iumad_jax.errors import UserError
 
 
 class Scene(NamedTuple):
-    """A ball half sunk into a plane; metres, camera coordinates."""
+    """Scan of a ball half sunk into a plane, in metres and camera coordinates."""
 
     rgb: np.ndarray  # (h w 3) uint8
     cloud: np.ndarray  # (h w 3) float32, zero where missing
     mask: np.ndarray  # (h w) uint8, 255 on the ball
     camera: Camera
-    normal: np.ndarray  # of the plane n . p + distance = 0
+    normal: np.ndarray  # unit normal n of the plane n . p + distance = 0
     distance: float
-    height: np.ndarray  # (h w) exact, above the plane
+    height: np.ndarray  # (h w) exact height above the plane
 
 
 @pytest.fixture(scope="session")
 def scan() -> Callable[..., Scene]:
-    """Makes a scene: rays are intersected exactly, then z is given noise and holes; x and y lie on the rays."""
+    """Return a function that simulates a scan: exact intersections with rays, then noise along them and holes."""
 
     def scan(
         height: int = 48, width: int = 64, tilt: float = 20, noise: float = 2e-4, holes: float = 0.05, seed: int = 0
@@ -57,7 +57,7 @@ def scan() -> Callable[..., Scene]:
 
 @pytest.fixture(scope="session")
 def read_all() -> Callable[[Reader], list[Sample]]:
-    """Every sample of a reader."""
+    """Return a function that reads every sample of a reader."""
 
     def read_all(reader: Reader) -> list[Sample]:
         samples = []
@@ -70,7 +70,7 @@ def read_all() -> Callable[[Reader], list[Sample]]:
 
 @pytest.fixture(scope="session")
 def refused(read_all: Callable[[Reader], list[Sample]]) -> Callable[[Callable[[], Reader], str, str], None]:
-    """Asserts that opening or reading a dataset ends with one sentence that names a file and says what is expected."""
+    """Return an assertion that a dataset is refused in one sentence, which contains a name and the expected reason."""
 
     def refused(open_: Callable[[], Reader], named: str, expected: str) -> None:
         with pytest.raises(UserError) as error:
@@ -87,7 +87,7 @@ def refused(read_all: Callable[[Reader], list[Sample]]) -> Callable[[Callable[[]
 
 @pytest.fixture(scope="session")
 def tree() -> Callable[[Path], Iterable[tuple]]:
-    """All that lies under a folder: paths, sizes and times."""
+    """Return a function that lists paths, sizes and times of everything in a folder."""
 
     def tree(root: Path) -> list[tuple]:
         return sorted((str(path), path.lstat().st_size, path.lstat().st_mtime_ns) for path in root.rglob("*"))
@@ -96,16 +96,16 @@ def tree() -> Callable[[Path], Iterable[tuple]]:
 
 
 class Spoil:
-    """What can happen to a file or folder."""
+    """Kinds of damage to a file or folder."""
 
     @staticmethod
-    def apply(how: Callable[[Path], None] | str | tuple, path: Path) -> None:
-        """Does to a path what a function does, or one of these by its name, or by its name and arguments."""
-        if isinstance(how, tuple):
-            how = getattr(Spoil, how[0])(*how[1:])
-        elif isinstance(how, str):
-            how = getattr(Spoil, how)
-        how(path)
+    def apply(damage: Callable[[Path], None] | str | tuple, path: Path) -> None:
+        """Damage a path by a function, by the name of one of these methods, or by (name, *arguments)."""
+        if isinstance(damage, tuple):
+            damage = getattr(Spoil, damage[0])(*damage[1:])
+        elif isinstance(damage, str):
+            damage = getattr(Spoil, damage)
+        damage(path)
 
     @staticmethod
     def write(content: bytes | str) -> Callable[[Path], None]:
@@ -117,19 +117,19 @@ class Spoil:
 
     @staticmethod
     def fold(file: Path) -> None:
-        """A folder in place of a file."""
+        """Replace a file by a folder."""
         file.unlink()
         file.mkdir()
 
     @staticmethod
     def loop(path: Path) -> None:
-        """A link to itself in place of a file or folder."""
+        """Replace a file or folder by a link to itself."""
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         path.symlink_to(path.name)
 
     @staticmethod
     def move_out(path: Path) -> None:
-        """A link to what now lies outside of the dataset, which is the folder "dataset"."""
+        """Move a file or folder out of the folder "dataset" and link to it."""
         root = next(parent for parent in path.parents if parent.name == "dataset")
         target = root.parent / f"outside {path.name}"
         shutil.move(path, target)
@@ -141,7 +141,7 @@ class Spoil:
 
     @staticmethod
     def replace(name: str, content: bytes) -> Callable[[Path], None]:
-        """Another file in the place of one."""
+        """Replace a file by another one with this name and content."""
         return lambda file: file.rename(file.with_name(name)).write_bytes(content) and None
 
     @staticmethod

@@ -37,7 +37,7 @@ def rays(camera: Camera = CAMERA) -> np.ndarray:
 
 
 def normal_of(tilt: float) -> np.ndarray:
-    """Return the normal of a plane seen `tilt` degrees off the perpendicular, slightly sideways."""
+    """Return the normal of a plane tilted by `tilt` degrees, slightly sideways."""
     down, sideways = np.radians(tilt), np.radians(25)
     return np.array([np.sin(down) * np.sin(sideways), -np.sin(down) * np.cos(sideways), -np.cos(down)])
 
@@ -235,7 +235,7 @@ def test_the_window_follows_from_the_step_of_quantised_depth(step: float, expect
 
 
 def test_orthographic_camera() -> None:
-    """A ball on a tilted plane, seen with pixels of 0.4 mm, against its closed form."""
+    """A ball on a tilted plane with pixels of 0.4 mm, against its closed form."""
     camera = Camera(2500, 2500, 118, 97, orthographic=True)
     columns, rows = np.meshgrid(np.arange(SHAPE[1]), np.arange(SHAPE[0]))
     x, y = (columns - 118) / 2500, (rows - 97) / 2500

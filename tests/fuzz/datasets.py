@@ -68,7 +68,7 @@ LEVELS = np.round(CLOUD[..., 2] * 10_000).astype(np.uint16)
 
 
 def images(folder: Path) -> Target:
-    """Photographs and masks in every format."""
+    """Return a target that reads photographs and masks in every format."""
     grey = RGB[..., 0]
     seeds = {
         "rgb.png": _encode(RGB, "PNG"),
@@ -92,7 +92,7 @@ def images(folder: Path) -> Target:
 
 
 def depth(folder: Path) -> Target:
-    """Depth images and clouds in every format."""
+    """Return a target that reads depth images and clouds in every format."""
     encoders = [*test_depth_files.FORMATS.values(), ("png", test_depth_files.png)]
     seeds = {f"{i}.{ending}": encode(CLOUD) for i, (ending, encode) in enumerate(encoders)}
     seeds["deflated.tiff"] = test_depth_files.tiff(CLOUD[..., 2], compression="zlib")
@@ -163,12 +163,12 @@ def _eyecandies_files() -> dict[str, bytes]:
 
 
 def eyecandies(folder: Path) -> Target:
-    """Eyecandies with a mutated file."""
+    """Return a target that reads Eyecandies with a mutated file."""
     return _dataset(folder, _eyecandies_files(), lambda root: Eyecandies(root, "Confetto", normals=True))
 
 
 def mvtec3d(folder: Path) -> Target:
-    """MVTec 3D-AD with a mutated file."""
+    """Return a target that reads MVTec 3D-AD with a mutated file."""
     files = {}
     for images_folder in ("train/good", "validation/good", "test/good", "test/hole"):
         files[f"bagel/{images_folder}/rgb/000.png"] = _encode(RGB, "PNG")
@@ -187,7 +187,7 @@ def folder_files() -> dict[str, bytes]:
 
 
 def folder(folder: Path) -> Target:
-    """Custom objects with a mutated file."""
+    """Return a target that reads custom objects with a mutated file."""
     return _dataset(folder, folder_files(), lambda root: Folder(root, needs_depth=True))
 
 
@@ -230,7 +230,7 @@ def _disarrange(paths: list[Path], draw: Iterator[int]) -> None:
 
 
 def layout(folder: Path) -> Target:
-    """Datasets whose files and folders are renamed, removed, linked or moved."""
+    """Return a target that reads datasets whose files and folders are renamed, removed, linked or moved."""
     templates: dict[str, tuple[dict[str, bytes], Callable[[Path], Reader]]] = {
         "eyecandies": (_eyecandies_files(), lambda root: Eyecandies(root, "Confetto")),
         "folder": (folder_files(), lambda root: Folder(root)),
@@ -254,7 +254,7 @@ def layout(folder: Path) -> Target:
 
 
 def store(folder: Path) -> Target:
-    """A prepared set with a mutated file, which must lead to the original arrays."""
+    """Return a target that reads a prepared set with a mutated file, which must lead to the original arrays."""
     root, prepared = folder / "dataset", folder / "prepared"
     write(root, folder_files())
     processing = Processing(("rgb", "depth"), 16, "height", 0.1, 0.005, 3)
@@ -287,7 +287,7 @@ def store(folder: Path) -> Target:
 
 
 def archive(folder: Path) -> Target:
-    """Archives in every format; nothing may be written outside of the target folder."""
+    """Return a target that unpacks archives in every format; nothing may be written outside of the target folder."""
     seeds = {}
     for kind in test_archives.FORMATS:
         file = test_archives.write(folder / f"a.{kind}", test_archives.FILES.items())

@@ -1,11 +1,11 @@
-"""Mutates valid files as a faulty disk, a faulty program or an attacker would."""
+"""Mutate valid files as a faulty disk, a faulty program or an attacker would."""
 
 import re
 import struct
 import zlib
 from collections.abc import Callable
 
-Draw = Callable[[int], int]  # draws an integer from 0, below its argument
+Draw = Callable[[int], int]  # draws an integer from 0 to below its argument
 
 _NUMBERS = (0, 1, -1, 2, 127, 128, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2**64, 10**30)
 _WORDS = (
@@ -17,7 +17,7 @@ _WORDS = (
 
 
 def mutate(content: bytes, other: bytes, draw: Draw) -> bytes:
-    """Return the content with one to four random changes; `other` is a valid file to take pieces from."""
+    """Return the content with one to four random changes; pieces of `other`, a valid file, may be spliced in."""
     changed = bytearray(content)
     for _ in range(1 + draw(4)):
         _CHANGES[draw(len(_CHANGES))](changed, other, draw)
@@ -25,7 +25,7 @@ def mutate(content: bytes, other: bytes, draw: Draw) -> bytes:
 
 
 def _place(changed: bytearray, draw: Draw) -> int:
-    """Draw a position: half of them anywhere, half in the first 200 bytes, where headers are."""
+    """Draw a position: half the time anywhere, half the time in the first 200 bytes, where headers are."""
     return draw((min(len(changed), 200) if draw(2) else len(changed)) + 1)
 
 

@@ -48,7 +48,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "folder.py"
 
 
 def weights(folder: Path) -> Target:
-    """Both formats of .pth, and .safetensors."""
+    """Return a target that reads both formats of .pth, and .safetensors."""
     stored = {"0": np.arange(24, dtype=np.float32).tobytes()}
     whole = pth.storage("0", 24)
     views = {
@@ -74,7 +74,7 @@ def weights(folder: Path) -> Target:
 
 
 def config(folder: Path) -> Target:
-    """--config.KEY=VALUE, one flag per line, with all checks that a run makes before it writes anything."""
+    """Return a target that reads flags --config.KEY=VALUE, one per line, and makes the early checks of a run."""
     root, files = folder / "dataset", folder_files()
     write(root, files)
     for number in range(4):  # one batch
@@ -133,7 +133,7 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 
 
 def ledger_(folder: Path) -> Target:
-    """A ledger that is read and then continued."""
+    """Return a target that reads a ledger and then continues it."""
     file = folder / "ledger.jsonl"
     written = ledger.Ledger(file)
     written.append("step", step=0, learned=["bolt"], images=3)
@@ -153,7 +153,7 @@ def ledger_(folder: Path) -> Target:
 
 
 def workdir(folder: Path) -> Target:
-    """Files of a finished run: its config, data record, results and the samples of its report."""
+    """Return a target that reads the files of a finished run: config, data record, results and report samples."""
     config = configs.small("1-1")
     with workdirs.claimed(folder, config):
         pass
@@ -195,7 +195,7 @@ def workdir(folder: Path) -> Target:
 
 
 def snapshot(folder: Path) -> Target:
-    """A snapshot, which is read as saved or refused; with and without hashes recomputed for the mutated file."""
+    """Return a target that reads or refuses a snapshot, whether or not the hashes match the mutated file."""
     variables = {"ib_iumad": {"params": {"kernel": np.arange(600, dtype=np.float32)}, "statistics": {}}}
     scores = np.float32([0.5, 0.25])
     saved = BEGINNING._replace(

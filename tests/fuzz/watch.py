@@ -1,4 +1,4 @@
-"""Measures the outcome, processor time and memory of reading one input."""
+"""Measure the outcome, processor time and memory of reading one input."""
 
 import time
 import traceback
@@ -18,11 +18,11 @@ class Outcome(NamedTuple):
     kind: str  # "read", "refused" or "crash"
     seconds: float  # processor time
     megabytes: float  # peak of the additional resident memory
-    message: str  # of the error, empty for "read"
+    message: str  # error message, empty for "read"
 
 
 def watch(target: Target, name: str, content: bytes) -> Outcome:
-    """Let a target read an input. Anything but a result or one sentence, within the limits, is a crash."""
+    """Read an input. Anything but a result or a UserError of one sentence, within the limits, is a crash."""
     _RESET.write_text("5")  # resets the peak (VmHWM)
     memory, start = _memory("VmRSS"), time.process_time()
     kind, message = "read", ""

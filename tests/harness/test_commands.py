@@ -34,7 +34,7 @@ KEYS = {
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
-    """Flags of the smallest config: --config=FILE and its keys."""
+    """Return the flags of the smallest config: --config=FILE and its keys."""
     folder = tmp_path_factory.mktemp("harness")
     root = candies.render(folder / "candies", objects="CandyCane", train=5, val=1, test=2, size=64)
     config = folder / "config.py"

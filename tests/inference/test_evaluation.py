@@ -16,7 +16,7 @@ SIDE = 16
 
 
 def flat(values):
-    """Constant maps, whose value is also the score."""
+    """Return constant maps, whose value is also the score."""
     return ErrorMaps({"rgb": jnp.ones((len(values), SIDE, SIDE)) * values[:, None, None]}, None)
 
 
@@ -31,7 +31,7 @@ def position(variables, batch):
 
 
 def images(positions, true_object):
-    """Images of one object at positions in the plane of two feature channels; every second image is anomalous."""
+    """Make images of one object at positions in the plane of two feature channels; every second image is anomalous."""
     count = len(positions)
     features = np.repeat(np.array(positions, np.float32)[:, None], 3, axis=1)
     anomalous = np.arange(count) % 2 == 1
@@ -45,7 +45,7 @@ def images(positions, true_object):
 
 @pytest.fixture
 def model():
-    """A model of objects A at (0, 0) and B at (10, 0), whose distances are proportional to Euclidean ones."""
+    """Return a model of objects A at (0, 0) and B at (10, 0), whose distances are proportional to Euclidean ones."""
     calibration = {
         name: Calibration(np.array([score]), np.array([score]), np.array([[1.0, 1, 8]]))
         for name, score in (("A", 0.5), ("B", 2.0))

@@ -13,7 +13,7 @@ OBJECTS, CHANNELS = 3, 4
 
 
 def images_of(object_, count, seed):
-    """Tokens of both modalities about the object's mean, with noise that is correlated between channels."""
+    """Make tokens of both modalities about the object's mean, with noise that is correlated between channels."""
     rng = np.random.default_rng([object_, seed])
     mean = np.random.default_rng(object_).normal(size=2 * CHANNELS)
     noise = rng.normal(size=(count, 1, 2 * CHANNELS)) @ np.random.default_rng(9).normal(size=(2 * CHANNELS,) * 2) / 3
@@ -34,7 +34,7 @@ def learned():
 
 
 def shifts_of(object_):
-    """Shifts of the mean tokens of five degraded images of the object, by modality."""
+    """Draw the shifts of the mean tokens of five degraded images of the object, by modality."""
     rng = np.random.default_rng([object_, 8])
     return {"rgb": rng.normal(0, 0.3, (5, CHANNELS)), "depth": rng.normal(0, 0.2, (5, CHANNELS))}
 
@@ -44,7 +44,7 @@ def descriptors(batch):
 
 
 def by_hand(x):
-    """Mahalanobis distances for the covariance of training images about their objects' means, with shifts.
+    """Compute Mahalanobis distances for the covariance of training images about their objects' means, with shifts.
 
     Every image adds 60 shifts in depth and 60 in RGB, cycling through the object's five.
     """

@@ -97,7 +97,7 @@ def test_an_interrupted_benchmark_is_resumed(tmp_path):
         out, err = process.communicate()
     assert process.returncode == 75, err
     assert sentences.STOPPING.format("SIGTERM") in err
-    assert sentences.CELL_STOPPED_SHORTLY not in err  # this is reported only for cells that cannot be trained
+    assert sentences.CELL_STOPPED_PART not in err  # this is reported only for cells that cannot be trained
     table = (tmp_path / "runs" / "comparison.md").read_text()
     assert "| uniad " in table
     assert "| iuf " not in table

@@ -111,14 +111,14 @@ def test_a_finished_run_reports_changed_images(home):
     (home / "objects/nut/train/good/rgb/003.png").unlink()
     with pytest.raises(experiment.DatasetChanged) as error:
         run()
-    added = sentences.AND_MORE.format(shown="050, 051, 052, 053, 054", count=2)
+    added = sentences.NAMES_AND_MORE.format(shown="050, 051, 052, 053, 054", count=2)
     changed = [
         sentences.IMAGES_ADDED.format(object="bolt", split="training", count=7, which=added),
         sentences.IMAGES_REMOVED.format(object="nut", split="training", count=1, which="003"),
         sentences.IMAGES_ADDED.format(object="nut", split="validation", count=1, which="070"),
         sentences.IMAGES_CHANGED.format(object="nut", split="test", count=1, which="hole/200"),
     ]
-    messages = [sentences.DATASET_CHANGED.format("run"), *map(sentences.SINCE_USED.format, changed)]
+    messages = [sentences.DATASET_CHANGED.format("run"), *map(sentences.CHANGED_SINCE_USE.format, changed)]
     assert str(error.value) == " ".join(messages)
     assert files(home / "run") == before
 
@@ -135,14 +135,14 @@ def test_a_finished_run_stays_finished_without_its_dataset(home, capsys):
     assert run() == json.loads((home / "run/results.json").read_text())
     out, err = capsys.readouterr()
     assert out == f"{sentences.RUN_FINISHED.format('run')}\n"
-    assert err == f"run: {sentences.DATASET_GONE.format('objects')}\n"
+    assert err == f"run: {sentences.DATASET_MISSING.format('objects')}\n"
 
 
 def test_a_resumed_run_learns_its_original_objects(home, finished, capsys):
     """The new object comes first in the alphabet, so that a new run would learn it first."""
     stop_after_step(0)
     add_object(home / "objects", "anchor", 2)
-    with pytest.raises(experiment.DatasetChanged, match=sentences.OBJECTS_NEW_SHORTLY.format("anchor")):
+    with pytest.raises(experiment.DatasetChanged, match=sentences.OBJECTS_NEW_PART.format("anchor")):
         run()
     assert (home / "run/ledger.jsonl").read_bytes() == (finished / "run/ledger.jsonl").read_bytes()
     assert (home / "run/results.md").read_bytes() == (finished / "run/results.md").read_bytes()
@@ -156,12 +156,12 @@ def test_a_resumed_run_learns_its_original_objects(home, finished, capsys):
             lambda root: (root / "bolt").rename(root / "screw"),
             sentences.OBJECT_RENAMED.format(known="bolt", found="screw"),
         ),
-        (lambda root: shutil.rmtree(root / "bolt"), sentences.OBJECT_GONE.format("bolt")),
+        (lambda root: shutil.rmtree(root / "bolt"), sentences.OBJECT_MISSING.format("bolt")),
         (
             lambda root: exchange(root / "bolt", root / "nut"),
             sentences.OBJECT_NAMES_EXCHANGED.format(object="nut", other="bolt"),
         ),
-        (lambda root: shutil.rmtree(root / "nut"), sentences.OBJECT_GONE.format("nut")),
+        (lambda root: shutil.rmtree(root / "nut"), sentences.OBJECT_MISSING.format("nut")),
     ],
 )
 def test_a_run_with_a_renamed_or_removed_object_is_not_resumed(home, change, message):
@@ -181,7 +181,7 @@ def test_an_interrupted_step_is_not_resumed_with_other_images(home):
     with pytest.raises(UserError) as error:
         run()
     assert str(error.value) == (
-        sentences.STEP_HALF_DONE.format(
+        sentences.CHANGED_WITHIN_STEP.format(
             changed=sentences.IMAGES_REMOVED.format(object="nut", split="training", count=2, which="001, 004"),
             step=1,
             folder="run/snapshots_within_step",
@@ -200,7 +200,7 @@ def test_changed_images_of_a_learned_object_are_reported(home, capsys):
     with pytest.raises(
         experiment.DatasetChanged,
         match=re.escape(
-            sentences.SINCE_USED.format(
+            sentences.CHANGED_SINCE_USE.format(
                 sentences.IMAGES_ADDED.format(object="bolt", split="training", count=1, which="050")
             )
         )
@@ -209,10 +209,10 @@ def test_changed_images_of_a_learned_object_are_reported(home, capsys):
         run()
     messages = capsys.readouterr().err.splitlines()
     assert messages[:2] == [
-        sentences.LEARNED_AS_IT_WAS.format(
+        sentences.EARLIER_IMAGES_LEARNED.format(
             sentences.IMAGES_ADDED.format(object="bolt", split="training", count=1, which="050")
         ),
-        sentences.GOES_ON_WITH_WHAT_IS_THERE.format(
+        sentences.CURRENT_IMAGES_USED.format(
             sentences.IMAGES_ADDED.format(object="bolt", split="validation", count=2, which="070, 071")
         ),
     ]
@@ -231,7 +231,7 @@ def test_images_of_a_learned_object_that_are_still_needed_may_not_change(home):
     with pytest.raises(UserError) as error:
         run()
     assert str(error.value) == (
-        sentences.THRESHOLDS_NEED_THEM.format(
+        sentences.THRESHOLDS_DEPEND_ON_IMAGES.format(
             sentences.IMAGES_ADDED.format(object="bolt", split="training", count=1, which="050")
         )
     )
@@ -251,7 +251,7 @@ def test_a_finished_run_reports_renamed_objects(home):
     (home / "objects/half").rmdir()
     (home / "objects/nut").rename(home / "objects/mother")
     names = {"bolt": "screw", "nut": "mother"}
-    messages = (sentences.OBJECT_RENAMED_SHORTLY.format(known=known, found=found) for known, found in names.items())
+    messages = (sentences.OBJECT_RENAMED_PART.format(known=known, found=found) for known, found in names.items())
     with pytest.raises(experiment.DatasetChanged, match=".* ".join(messages)):
         run()
     (home / "objects/screw").rename(home / "objects/nut")

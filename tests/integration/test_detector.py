@@ -120,7 +120,7 @@ WRONG = {
         lambda rgb, depth: (rgb / 255, depth),
         sentences.ARRAY_WRONG.format(name="rgb", dtype="float64", shape="(64, 64, 3)"),
     ),
-    "missing depth": (lambda rgb, depth: (rgb, None), sentences.DEPTH_NOT_GIVEN),
+    "missing depth": (lambda rgb, depth: (rgb, None), sentences.DEPTH_ARGUMENT_MISSING),
     "integer depth": (
         lambda rgb, depth: (rgb, rgb[..., 0]),
         sentences.ARRAY_WRONG.format(name="depth", dtype="uint8", shape="(64, 64)"),
@@ -129,35 +129,35 @@ WRONG = {
         lambda rgb, depth: (rgb, depth[1:]),
         sentences.ARRAY_WRONG.format(name="depth", dtype="float32", shape="(63, 64)"),
     ),
-    "depth without valid pixels": (lambda rgb, depth: (rgb, depth * np.nan), sentences.GIVEN_DEPTH_ALL_MISSING),
+    "depth without valid pixels": (lambda rgb, depth: (rgb, depth * np.nan), sentences.DEPTH_ARGUMENT_ALL_MISSING),
     "a file name": (
         lambda rgb, depth: ("cane.png", depth),
-        sentences.ARRAY_NOT_GIVEN.format(name="rgb", type="str", of="uint8"),
+        sentences.NOT_AN_ARRAY.format(name="rgb", type="str", content="uint8"),
     ),
     "a list": (
         lambda rgb, depth: (rgb.tolist(), depth),
-        sentences.ARRAY_NOT_GIVEN.format(name="rgb", type="list", of="uint8"),
+        sentences.NOT_AN_ARRAY.format(name="rgb", type="list", content="uint8"),
     ),
     "a PIL image": (
         lambda rgb, depth: (Image.fromarray(rgb), depth),
-        sentences.ARRAY_NOT_GIVEN.format(name="rgb", type="Image", of="uint8"),
+        sentences.NOT_AN_ARRAY.format(name="rgb", type="Image", content="uint8"),
     ),
     "a list of depths": (
         lambda rgb, depth: (rgb, depth.tolist()),
-        sentences.ARRAY_NOT_GIVEN.format(name="depth", type="list", of="metres"),
+        sentences.NOT_AN_ARRAY.format(name="depth", type="list", content="metres"),
     ),
     "a masked array": (
         lambda rgb, depth: (rgb, np.ma.array(depth)),
-        sentences.ARRAY_NOT_GIVEN.format(name="depth", type="MaskedArray", of="metres"),
+        sentences.NOT_AN_ARRAY.format(name="depth", type="MaskedArray", content="metres"),
     ),
-    "a camera as a tuple": (lambda rgb, depth: (rgb, depth, (1, 1, 0, 0)), sentences.CAMERA_NOT_GIVEN.format("tuple")),
+    "a camera as a tuple": (lambda rgb, depth: (rgb, depth, (1, 1, 0, 0)), sentences.NOT_A_CAMERA.format("tuple")),
     "a camera with text": (
         lambda rgb, depth: (rgb, depth, Camera("1", 1, 0, 0)),
         sentences.CAMERA_NOT_NUMBERS.format("('1', 1, 0, 0)"),
     ),
     "an empty batch": (
         lambda rgb, depth: (rgb[None][:0], depth[None][:0]),
-        sentences.NO_IMAGE_GIVEN.format("(0, 64, 64, 3)"),
+        sentences.NO_IMAGES.format("(0, 64, 64, 3)"),
     ),
 }
 

@@ -88,7 +88,7 @@ def assert_ends_after_another_process(process, deadline):
     assert process.returncode == 75
     *_, last = err.splitlines()
     assert last.startswith("iumad_jax: ")
-    assert sentences.PROCESS_ENDED_SINCE_ANOTHER_DID in last
+    assert sentences.OTHER_PROCESS_ENDED in last
     assert last.endswith(sentences.PROCESSES_START_AGAIN)
 
 

@@ -180,7 +180,7 @@ def test_without_a_terminal_progress_is_printed_as_plain_lines(finished_run):
     workdir, _ = finished_run
     means = [np.nanmean(np.array(row, float)) for row in results_of(workdir)["matrix"]["i_auroc"]]
     lines = workdir.with_name("stderr").read_text().split("\n")
-    assert [line for line in lines if sentences.EPOCH_SHORTLY not in line] == [  # printed every half a minute
+    assert [line for line in lines if sentences.EPOCH_PART not in line] == [  # printed every half a minute
         sentences.STEP_BEGINS.format(step=0, objects="CandyCane", images=5),
         sentences.STEP_EVALUATED.format(step=0, mean=f"{means[0]:.3f}"),
         sentences.STEP_BEGINS.format(step=1, objects="GummyBear", images=5),
@@ -253,7 +253,7 @@ def test_a_stopped_run_saves_and_ends_like_an_uninterrupted_run(start, run, fini
     with start(workdir, **changes) as process:
         wait_until(process, prepared.exists)
         *_, last = stop(process, signal.SIGTERM)
-    assert last == (f"iumad_jax: {sentences.STOPPING_AND_AGAIN.format('SIGTERM')}")
+    assert last == (f"iumad_jax: {sentences.STOPPING_WITH_SIGINT.format('SIGTERM')}")
     assert not saved_updates()
     with start(workdir, **changes) as process:
         wait_until(process, lambda: ledger.exists() and '"epoch": 1' in ledger.read_text())
@@ -272,10 +272,10 @@ def test_a_stopped_run_saves_and_ends_like_an_uninterrupted_run(start, run, fini
 def test_a_second_sigint_ends_a_run_at_once(start, tmp_path):
     with start(tmp_path / "run") as process:
         assert process.stderr.readline().startswith(
-            sentences.STEP_BEGINS_SHORTLY.format(0)
+            sentences.STEP_BEGINS_PART.format(0)
         )  # compilation follows, which does not react to signals
         process.send_signal(signal.SIGINT)
-        assert sentences.STOPPING_SHORTLY.format("SIGINT") in process.stderr.readline()
+        assert sentences.STOPPING_PART.format("SIGINT") in process.stderr.readline()
         start_time = time.monotonic()
         process.send_signal(signal.SIGINT)
         assert process.wait() == 130
@@ -306,8 +306,8 @@ def test_removed_results_are_rewritten_from_the_workdir(run, home, finished_run,
     for folder in () if with_dataset else ("candies", "prepared"):
         (home / f"{folder} elsewhere").rename(home / folder)
     assert code == 0, err
-    assert sentences.RUN_FINISHED_SHORTLY not in out
-    assert (sentences.DATASET_GONE_SHORTLY.format("candies") in err) != with_dataset
+    assert sentences.RUN_FINISHED_PART not in out
+    assert (sentences.DATASET_MISSING_PART.format("candies") in err) != with_dataset
     assert {name: (workdir / name).read_bytes() for name in contents} == contents
     assert (workdir / "report.html").stat().st_size == pytest.approx(
         (finished_run[0] / "report.html").stat().st_size, abs=50
@@ -320,8 +320,8 @@ def test_another_config_in_the_same_workdir_is_refused(run, finished_run):
     code, out, err = run(workdir, seed=1, **{"train.epochs": 7})
     assert (code, out) == (2, "")
     assert err.startswith(f"iumad_jax: {sentences.WORKDIR_OF_ANOTHER_CONFIG.format(workdir)}")
-    assert sentences.KEY_DIFFERS.format(key="config.seed", there=0, now=1) in err
-    assert sentences.KEY_DIFFERS.format(key="config.train.epochs", there=6, now=7) in err
+    assert sentences.KEY_DIFFERS.format(key="config.seed", stored=0, now=1) in err
+    assert sentences.KEY_DIFFERS.format(key="config.train.epochs", stored=6, now=7) in err
     assert err.count("\n") == 1
     assert times_of_files(workdir) == before
 
@@ -362,7 +362,7 @@ def test_other_modalities_and_methods(run, finished_run, tmp_path, modality, met
     assert depth_aupro != results_of(finished_run[0])["baselines"]["feature_norm"]["matrix"]["aupro"][0][0]
 
 
-def test_joint_trains_on_all_objects_seen_so_far_and_is_reported_as_not_incremental(run, home, tmp_path):
+def test_joint_trains_on_all_objects_learned_so_far_and_is_reported_as_not_incremental(run, home, tmp_path):
     workdir, changes = tmp_path / "run", {"method": "iuf", "model.class_grid": 8, "train.epochs": 1}
     code, out, err = run(workdir, **changes, **{"continual.strategy": "joint"})
     assert code == 0, err

@@ -92,7 +92,7 @@ def test_a_missing_unit_is_reported_once_and_nothing_is_written(home, command, r
     code, out, err = command("predict", *flags)
     assert (code, out) == (2, "")
     assert err == (
-        f"iumad_jax: counts/depth/0.png {sentences.UNIT_UNKNOWN.format(remedy=sentences.UNIT_GIVEN_BY_FLAG)}\n"
+        f"iumad_jax: counts/depth/0.png {sentences.UNIT_UNKNOWN.format(remedy=sentences.SET_UNIT_BY_FLAG)}\n"
     )
     assert command("predict", *flags, "--depth_unit=0.001")[0] == 0
     assert len(json.loads((home / "counted" / "predictions.json").read_text())["images"]) == 2
@@ -148,9 +148,9 @@ def test_evaluate_repeats_the_results_of_training(home, command):
     assert evaluation["evaluated"] == {"workdir": "run", "step": 1, "learned": 2}
     output = command("evaluate", "--workdir=run", "--output=one", "--config.dataset.objects=CandyCane")[1]
     per_object = f"{results['strategy_bytes'] / 2 / 1e3:.1f} kB"  # the strategy stores both learned objects
-    assert sentences.STRATEGY_STORES_SHORTLY.format(per_object) in output
+    assert sentences.STRATEGY_STORES_PART.format(per_object) in output
     assert (
-        sentences.OF_EVALUATION.format(
+        sentences.TITLE_OF_EVALUATION.format(
             method="ib_iumad", dataset="eyecandies", modality="rgb+depth", step=1, workdir="run"
         )
         in (home / "again" / "results.md").read_text()
@@ -204,14 +204,14 @@ def test_evaluate_neither_overwrites_a_run_nor_evaluates_unlearned_objects_alone
     code, out, err = command("export", "--workdir=run", "--output=run/config")
     assert (code, err) == (
         2,
-        f"iumad_jax: {sentences.EXPORT_PLACE_WRONG.format('run/config')}\n",
+        f"iumad_jax: {sentences.EXPORT_PATH_WRONG.format('run/config')}\n",
     )
     flags = ("--step=0", "--config.dataset.objects=GummyBear", "--output=unlearned")
     code, out, err = command("evaluate", "--workdir=run", *flags)
     assert (code, out) == (2, "")
     assert (
         err.splitlines()[-1]
-        == f"iumad_jax: {sentences.NONE_WAS_LEARNED.format(objects='GummyBear', learned='CandyCane')}"
+        == f"iumad_jax: {sentences.NO_OBJECT_LEARNED.format(objects='GummyBear', learned='CandyCane')}"
     )
     assert not (home / "unlearned").exists()
 
@@ -267,7 +267,7 @@ def test_an_exported_file_runs_without_this_package(home, command, detector, eye
 
 BAD_COMMANDS = {
     "a missing workdir": ("predict", ["--output=x"], sentences.FLAG_MISSING.format(flag="--workdir")),
-    "a folder without a run": ("evaluate", ["--workdir=candies"], sentences.NO_RUN_THERE.format("candies")),
+    "a folder without a run": ("evaluate", ["--workdir=candies"], sentences.NO_RUN_IN_WORKDIR.format("candies")),
     "a step without a snapshot": (
         "evaluate",
         ["--workdir=run", "--step=7"],
@@ -292,12 +292,12 @@ BAD_COMMANDS = {
     "an input that does not exist": (
         "predict",
         ["--workdir=run", "--output=x", "--input=nix"],
-        sentences.INPUT_NOT_THERE.format("nix"),
+        sentences.INPUT_MISSING.format("nix"),
     ),
     "a depth folder that does not exist": (
         "predict",
         ["--workdir=run", "--output=x", "--input=candies", "--depth=nix"],
-        sentences.DEPTH_NOT_THERE.format("nix"),
+        sentences.DEPTH_MISSING.format("nix"),
     ),
     "one depth file for a folder": (
         "predict",

@@ -22,7 +22,7 @@ def z_norm(training, features):
     return np.sqrt((((features - rows.mean(0)) / rows.std(0)) ** 2).sum(-1))
 
 
-def test_error_is_the_norm_of_z_scores_over_all_objects_seen():
+def test_error_is_the_norm_of_z_scores_over_all_learned_objects():
     method = feature_norm()
     first, second, test = (random_batch(seed) for seed in range(3))
     variables = method.init(jax.random.key(0), first)

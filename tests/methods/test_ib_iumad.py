@@ -258,7 +258,7 @@ def test_target_is_not_jittered():
 
 @pytest.fixture(scope="module")
 def parts():
-    """Function from the tokens and images of both modalities to the output of every part of the network."""
+    """Return a function from the tokens and images of both modalities to the output of every part of the network."""
     params = variables_for(tiny())["params"]
 
     @jax.jit

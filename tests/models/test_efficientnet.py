@@ -102,7 +102,7 @@ def goldens() -> dict:
 
 @pytest.fixture(scope="module")
 def variables(goldens, tmp_path_factory) -> dict:
-    """Variables by backbone; those of B4 are loaded from a .safetensors file."""
+    """Return the variables by backbone; those of B4 are loaded from a .safetensors file."""
     path = tmp_path_factory.mktemp("weights") / "b4.safetensors"
     safetensors.numpy.save_file(seeded_state(goldens["efficientnet_b4"]["shapes"]), path)
     b4 = pretrained.load("efficientnet_b4", str(path))
@@ -112,7 +112,7 @@ def variables(goldens, tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def ours(variables) -> Callable[[str, int], tuple[np.ndarray, list[np.ndarray]]]:
-    """Function that computes features on a 14 x 14 grid and endpoints of the seeded images, by backbone and size."""
+    """Return a function (backbone, size) -> features on a 14 x 14 grid and endpoints of the seeded images."""
 
     @cache
     def compute(backbone: str, size: int) -> tuple[np.ndarray, list[np.ndarray]]:

@@ -81,7 +81,7 @@ MALFORMED = {
         b"ccollections\nOrderedDict.fromkeys\n.",
         sentences.NAME_REFUSED.format(r"collections\.OrderedDict\.fromkeys"),
     ),
-    "a module with a dotted name": (b"ccollections.OrderedDict\nfromkeys\n.", sentences.NAME_REFUSED_SHORTLY),
+    "a module with a dotted name": (b"ccollections.OrderedDict\nfromkeys\n.", sentences.NAME_REFUSED_PART),
     "an endless name": (b"c" + b"x" * 500_000 + b"\ny\n.", sentences.NAME_REFUSED.format("x{80}")),
     "a name with control characters": (b"c\x1b[2J\ny\n.", sentences.NAME_REFUSED.format(r"\\x1b\[2J\.y")),
     "a large memo index": (b"Nr\xff\xff\xff\xff.", sentences.NOT_A_DICTIONARY),
@@ -102,7 +102,9 @@ MALFORMED = {
 @FORMATS
 def test_malformed_pickles_are_refused(write, name):
     content, reason = MALFORMED[name]
-    with pytest.raises(UserError, match=sentences.WEIGHTS_REFUSED_SINCE.format(file=r"weights\.pth", reason=reason)):
+    with pytest.raises(
+        UserError, match=sentences.WEIGHTS_REFUSED_WITH_REASON.format(file=r"weights\.pth", reason=reason)
+    ):
         parse(write(HEAD + content, STORED), PTH)
 
 

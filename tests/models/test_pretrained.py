@@ -220,7 +220,9 @@ REFUSED = {
 @FORMATS
 def test_invalid_tensors_are_refused(write, name):
     content, reason = REFUSED[name]
-    with pytest.raises(UserError, match=sentences.WEIGHTS_REFUSED_SINCE.format(file=r"weights\.pth", reason=reason)):
+    with pytest.raises(
+        UserError, match=sentences.WEIGHTS_REFUSED_WITH_REASON.format(file=r"weights\.pth", reason=reason)
+    ):
         parse(write(state_dict(x=content), STORED), PTH)
 
 

@@ -186,7 +186,7 @@ def test_a_picture_of_real_samples_is_small_and_outlines_their_defects(eyecandie
         pictures.append(np.asarray(Image.open(path)).astype(int))
     outlines = near(pictures[0], CYAN, 90) & ~near(pictures[1], CYAN, 90)
     y, x = np.nonzero(outlines)
-    counts, _ = np.histogram(y, [0, *len(outlines) / 8 * np.arange(4, 9)])  # only the last four are defective
+    counts, _ = np.histogram(y, [0, *len(outlines) / 8 * np.arange(4, 9)])  # only the last four are anomalous
     assert counts[0] == 0
     assert (counts[1:] > 20).all()
     assert x.max() - x.min() < outlines.shape[1] / 5  # all in one column

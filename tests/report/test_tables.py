@@ -122,7 +122,7 @@ def test_without_test_images_metrics_have_no_table(console):
 
 
 def decisions_of_object(bound=0.125, **test):
-    """Thresholds of an object and error rates on its test images."""
+    """Return the thresholds of an object and error rates on its test images."""
     image = {"threshold": 2.0, "interval": [1.5, 2.0], "images": 7, "false_alarm_bound": bound}
     return {"image": image, "pixel": image} | ({"test": test} if test else {})
 
@@ -209,7 +209,7 @@ def test_the_console_ends_with_the_folder_of_the_results(console, tmp_path):
 def test_markdown_holds_every_matrix():
     baseline = {"matrix": BASELINE, "summary": tables.summarise(BASELINE)}
     text = tables.markdown(run(baselines={"feature_norm": baseline}))
-    title = sentences.OF_PROTOCOL.format(method="ib_iumad", dataset="zoo", modality="rgb+depth", protocol="2-1")
+    title = sentences.TITLE_OF_PROTOCOL.format(method="ib_iumad", dataset="zoo", modality="rgb+depth", protocol="2-1")
     assert text.startswith(f"# {title}\n")
     parts = dict(part.split(f"{sentences.AFTER_EVERY_STEP}\n", 1) for part in text.split("## ")[1:])
     assert list(parts) == ["I-AUROC", "P-AUROC", "AUPRO", "AUPRO exact"]

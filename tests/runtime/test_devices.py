@@ -130,7 +130,7 @@ def small_trainings():
 
 @pytest.fixture(scope="module")
 def by_devices(tmp_path_factory):
-    """Results of the small trainings and, for one and four devices, of `three_updates`, by number of devices."""
+    """Return the results of `small_trainings` and, for 1 and 4 devices, `three_updates`, by number of devices."""
     folder = tmp_path_factory.mktemp("devices")
     assert jax.local_device_count() == 4
     processes = [subprocess.Popen([sys.executable, __file__, folder / str(n), str(n)]) for n in (1, 2, 8)]
@@ -210,8 +210,8 @@ if __name__ == "__main__":  # the same training on another number of devices, wh
 
 def test_a_coordinator_that_does_not_answer_is_reported(monkeypatch):
     monkeypatch.setattr(joining, "_START_TIMEOUT", 1)
-    with socket.create_server(("localhost", 0)) as taken:
-        address = f"localhost:{taken.getsockname()[1]}"
+    with socket.create_server(("localhost", 0)) as server:
+        address = f"localhost:{server.getsockname()[1]}"
     with (
         pytest.raises(
             UserError,

@@ -115,7 +115,7 @@ def test_a_ledger_that_does_not_match_the_snapshot_is_refused(path):
         ledger.append("a", number=number)
     sha256, content = ledger.sha256, path.read_bytes()
     for damaged, problem in {
-        b'{"event": "a"}\n': sentences.LEDGER_LINES_THERE.format(1),
+        b'{"event": "a"}\n': sentences.LEDGER_LINES_LEFT.format(1),
         content.replace(b"1", b"3"): sentences.LEDGER_LINES_DIFFER,
     }.items():
         path.write_bytes(damaged)

@@ -33,7 +33,7 @@ def events(folder):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that is advanced by hand."""
+    """Replace the clock by one that is advanced by hand."""
     now = [100.0]
     monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
     return now

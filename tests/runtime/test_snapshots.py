@@ -61,7 +61,7 @@ def snapshot(step, updates, finished=False, seed=0, size=3):
 
 
 def per_object(seed, objects=2):
-    """Arrays of each object, among them half-precision, empty and nested ones."""
+    """Make arrays of each object, among them half-precision, empty and nested ones."""
     return tuple(
         {"mean": {"rgb": np.full(3, seed + i, np.float16)}, "patches": np.full((i, 4), i, np.float32)}
         for i in range(objects)
@@ -213,7 +213,7 @@ def test_an_error_in_the_background_is_raised_once_by_the_next_save(tmp_path, fi
             snapshots.save(snapshot(0, 1))
             while not snapshots.failed:
                 time.sleep(0.01)
-        with pytest.raises(UserError, match=sentences.SNAPSHOT_NOT_SAVED_SHORTLY):
+        with pytest.raises(UserError, match=sentences.SNAPSHOT_NOT_SAVED_PART):
             snapshots.save(snapshot(0, 2))
         assert not snapshots.failed
 
@@ -249,7 +249,7 @@ def test_a_damaged_snapshot_is_replaced_by_the_one_before(tmp_path, capfd, caplo
             assert_same(snapshots.latest(), snapshot(1, 3, seed=1))
         (message,) = capfd.readouterr().err.splitlines()
         assert re.fullmatch(
-            "iumad_jax: " + sentences.SNAPSHOT_PASSED_OVER.format(snapshot=newest, before=before, aside=aside.name),
+            "iumad_jax: " + sentences.SNAPSHOT_SKIPPED.format(snapshot=newest, before=before, aside=aside.name),
             message,
         )
         assert not newest.exists()
@@ -296,7 +296,7 @@ def test_reading_skips_a_damaged_snapshot_unless_its_step_is_requested(tmp_path,
         file = tmp_path / "snapshots" / name / damaged
         file.write_bytes(file.read_bytes().replace(b"kernel", b"kernfl").replace(b"_timestamp", b"_timestanp"))
         with pytest.raises(
-            UserError, match=sentences.SNAPSHOT_DAMAGED_AND_NO_OTHER.format(snapshot=f"snapshots/{name}", file=damaged)
+            UserError, match=sentences.ONLY_SNAPSHOT_DAMAGED.format(snapshot=f"snapshots/{name}", file=damaged)
         ):
             read(tmp_path, step=int(name))
         if name == "1":
@@ -304,7 +304,9 @@ def test_reading_skips_a_damaged_snapshot_unless_its_step_is_requested(tmp_path,
             message = capfd.readouterr().err
             assert message.startswith(f"iumad_jax: {sentences.SNAPSHOT_DAMAGED.format(tmp_path / 'snapshots/1')}")
             assert message.endswith(sentences.SNAPSHOT_USED_INSTEAD.format(tmp_path / "snapshots/0") + "\n")
-    with pytest.raises(UserError, match=sentences.SNAPSHOTS_ALL_DAMAGED.format(one="snapshots/1", other="snapshots/0")):
+    with pytest.raises(
+        UserError, match=sentences.SNAPSHOTS_ALL_DAMAGED.format(newest="snapshots/1", other="snapshots/0")
+    ):
         read(tmp_path)
     assert sorted(path.name for path in (tmp_path / "snapshots").iterdir()) == ["0", "1", "by_object"]
 
@@ -330,7 +332,7 @@ def test_a_kill_during_the_first_save_leaves_no_snapshot(tmp_path, monkeypatch):
 
 
 def with_objects(step, objects):
-    """A snapshot of a finished step with large arrays of each object."""
+    """Make a snapshot of a finished step with large arrays of each object."""
     size = 50_000  # numbers per object
     rng = np.random.default_rng(0)
     strategy = {"by_object": tuple({"mean": rng.normal(size=size).astype(np.float32)} for _ in range(objects))}
@@ -369,7 +371,7 @@ def test_a_damaged_shared_array_damages_only_its_snapshots_and_is_rewritten(tmp_
             read(tmp_path, 2)
         with opened(tmp_path) as snapshots:
             assert_same(snapshots.latest(), with_objects(1, 2))
-            assert sentences.SNAPSHOT_GOING_ON in capfd.readouterr().err
+            assert sentences.RUN_CONTINUES in capfd.readouterr().err
             snapshots.save(with_objects(2, 3))
             assert_same(snapshots.latest(), with_objects(2, 3))
         assert newest.read_bytes() == content

@@ -68,13 +68,13 @@ def test_one_process_holds_a_workdir_until_it_ends(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "differences"),
     [
-        ({"seed": 3}, [sentences.KEY_DIFFERS.format(key="config.seed", there=0, now=3)]),
+        ({"seed": 3}, [sentences.KEY_DIFFERS.format(key="config.seed", stored=0, now=3)]),
         (
             {"train.epochs": 5, "dataset.render.size": 64, "modality": "rgb"},
             [
-                sentences.KEY_DIFFERS.format(key="config.train.epochs", there=800, now=5),
-                sentences.KEY_DIFFERS.format(key="config.dataset.render.size", there=256, now=64),
-                sentences.KEY_DIFFERS.format(key="config.modality", there="rgb+depth", now="rgb"),
+                sentences.KEY_DIFFERS.format(key="config.train.epochs", stored=800, now=5),
+                sentences.KEY_DIFFERS.format(key="config.dataset.render.size", stored=256, now=64),
+                sentences.KEY_DIFFERS.format(key="config.modality", stored="rgb+depth", now="rgb"),
             ],
         ),
     ],
@@ -88,7 +88,7 @@ def test_another_config_is_refused_naming_every_key_that_differs(tmp_path, chang
     assert message.startswith(sentences.WORKDIR_OF_ANOTHER_CONFIG.format(tmp_path))
     assert message.endswith(sentences.WORKDIR_REMEDY)
     assert all(difference in message for difference in differences)
-    assert message.count(sentences.KEY_DIFFERS_SHORTLY) == len(differences)
+    assert message.count(sentences.KEY_DIFFERS_PART) == len(differences)
     assert (tmp_path / "config.json").read_bytes() == before
 
 
@@ -100,8 +100,8 @@ def test_a_key_that_only_one_config_has_differs(tmp_path):
     config.train.momentum = 0.9
     with pytest.raises(UserError) as error:
         workdirs.check(tmp_path, config)
-    assert sentences.KEY_DIFFERS.format(key="config.report.pictures_per_object", there=6, now=None) in str(error.value)
-    assert sentences.KEY_DIFFERS.format(key="config.train.momentum", there=None, now=0.9) in str(error.value)
+    assert sentences.KEY_DIFFERS.format(key="config.report.pictures_per_object", stored=6, now=None) in str(error.value)
+    assert sentences.KEY_DIFFERS.format(key="config.train.momentum", stored=None, now=0.9) in str(error.value)
 
 
 @pytest.mark.parametrize("content", ["", "{", "\xff", '{"seed": 0', "5", "[]", '"config"'])

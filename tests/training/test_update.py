@@ -184,12 +184,12 @@ def test_resumed_training_equals_uninterrupted_training():
     assert [epoch.updates for epoch in paused if epoch.complete] == [5, 10, 15, 20]
     optimizer = make_optimizer(config)
     for stopped in (paused[i] for i in (0, 4, 6, 8, 9, 18)):
-        done = stopped.updates
-        state = initial_state(stopped.state.variables, optimizer, done, jax.tree.leaves(stopped.state.optimizer))
+        updates = stopped.updates
+        state = initial_state(stopped.state.variables, optimizer, updates, jax.tree.leaves(stopped.state.optimizer))
         history = {} if stopped.complete else stopped.history
-        resumed = list(trained(method, config, data, done, state, history=history))
-        assert [epoch.number for epoch in resumed] == list(range(done // PER_EPOCH, 4))
-        for expected, epoch in zip(uninterrupted[done // PER_EPOCH :], resumed, strict=True):
+        resumed = list(trained(method, config, data, updates, state, history=history))
+        assert [epoch.number for epoch in resumed] == list(range(updates // PER_EPOCH, 4))
+        for expected, epoch in zip(uninterrupted[updates // PER_EPOCH :], resumed, strict=True):
             assert epoch.losses == expected.losses
             jax.tree.map(
                 np.testing.assert_array_equal, (epoch.state, epoch.history), (expected.state, expected.history)
@@ -341,7 +341,7 @@ def test_the_update_is_compiled_once(caplog):
         assert "Compiling" in caplog.text
         caplog.clear()
         (*_, last) = epochs
-        for done, leaves in [(0, []), (2, jax.tree.leaves(last.state.optimizer))]:
-            state = initial_state(last.state.variables, optimizer, done, leaves)
-            list(trained(method, config, images(1), done, state, update))
+        for updates, leaves in [(0, []), (2, jax.tree.leaves(last.state.optimizer))]:
+            state = initial_state(last.state.variables, optimizer, updates, leaves)
+            list(trained(method, config, images(1), updates, state, update))
     assert "Compiling" not in caplog.text

@@ -12,7 +12,7 @@ The parts run in order of importance, each in a separate process with its share 
     f prediction    time of a trained model on 1 and on 16 images
 
 Each part writes FOLDER/PART.json after every row. Run the same command again to complete missing or failed rows. Exit
-codes: 0 if everything is done; 1 if something is missing, with a sentence for each part; 2 for a mistake in the call.
+codes: 0 if everything is done; 1 if something is missing, with a sentence for each part; 2 for invalid arguments.
 """
 
 import argparse

@@ -53,7 +53,7 @@ def cases(options: Options) -> Cases:
 
 
 def check(shape_key: str, dtype_name: str, variation: str = "") -> Row:
-    """Compute the errors of a scan and of all its gradients, and whether a second run gives the same bits."""
+    """Compute the errors of a scan and of all its gradients, and whether a second run is bit-equal."""
     shape, dtype = selective_scan.parse_shape(shape_key), jnp.dtype(dtype_name)
     name = selective_scan.implementations(shape, dtype)[-1]
     args, cotangents = selective_scan.inputs_and_cotangents(shape, dtype)

@@ -1,4 +1,4 @@
-"""Time of a prediction of a trained model, from prepared images to decisions."""
+"""Time of predicting with a trained model, from prepared images to decisions."""
 
 import functools
 import statistics
@@ -24,7 +24,7 @@ def cases(options: Options) -> Cases:
 
 
 def predict(options: Options, batch: int) -> Row:
-    """Measure the prediction of the model that the part `training` saved, or of an untrained model."""
+    """Measure predictions of the model that the part `training` saved or, without one, of an untrained model."""
     workdir = training.workdir(options)
     if not (workdir / "results.json").exists():
         workdir = Path(options.scratch) / "untrained"

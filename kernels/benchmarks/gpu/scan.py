@@ -16,7 +16,7 @@ from kernels.benchmarks.gpu.results import Row
 from kernels.benchmarks.gpu.worker import Cases, Options
 
 Shape = tuple[int, ...]
-# These shapes take 16 blocks of threads per sequence. By default, the first two are cut into 4 segments.
+# Each sequence takes 16 blocks of threads. The first two shapes are cut into 4 segments by default.
 CUT_SHAPES = ["1x256x2048x16x1", "2x1024x2048x16x1", "4x256x2048x16x1", "4x1024x2048x16x1", "4x4096x2048x16x1"]
 SEGMENTS = (1, 4)
 MEMORY = 8  # largest temporary memory of a contestant, in GiB
@@ -51,9 +51,9 @@ def cases(options: Options) -> Cases:
 
 def measure(shape: Shape, contestant: dict[str, Any], seconds: float) -> Row:
     """Measure both passes of one contestant, whose results must agree with those of "xla"."""
-    # "xla" is not computed beforehand, so that its compilation is measured.
-    known_results = {} if "xla" in contestant else dict(expected_results(shape))
-    return {"timed": selective_scan.measure(shape, jnp.float32, contestant, seconds, MEMORY, known_results)}
+    # "xla" has no expected results: computing them would compile it before its compilation is measured.
+    expected = {} if "xla" in contestant else dict(expected_results(shape))
+    return {"timed": selective_scan.measure(shape, jnp.float32, contestant, seconds, MEMORY, expected)}
 
 
 @functools.lru_cache(maxsize=1)  # the contestants of a shape follow each other

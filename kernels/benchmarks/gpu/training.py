@@ -1,4 +1,4 @@
-"""Training at the paper's sizes, for as many epochs as fit, by the code of `iumad_jax.main`, with its results."""
+"""Training and evaluation at the paper's sizes with the code of `iumad_jax.main`, for as many epochs as fit."""
 
 import json
 import time
@@ -23,7 +23,7 @@ SMALL_CANDIES = {"objects": "CandyCane", "train": 5, "val": 1, "test": 2, "size"
 
 
 def cases(options: Options) -> Cases:
-    """Yield one row."""
+    """Yield a single row, named after the dataset."""
     yield "eyecandies" if options.data else "candies", lambda: train(options, workdir(options))
 
 

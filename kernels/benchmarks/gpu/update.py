@@ -48,7 +48,7 @@ def compile_update(config: ConfigDict, scan: str, precision: str) -> training_st
 
 
 def measure(config: ConfigDict, scan: str, precision: str, seconds: float) -> Row:
-    """Measure an update. XLA counts its operations: the body of a loop once, and none of a kernel."""
+    """Measure an update. GFLOP is as counted by XLA: the body of a loop once, and kernels as nothing."""
     update = compile_update(config, scan, precision)
     update.run().block_until_ready()
     times: list[float] = []

@@ -44,7 +44,7 @@ def obstacle(dtype: Any, states: int) -> str | None:
     if dtype == jnp.float64:
         return "it computes in float32; x is float64"
     if states > MAX_STATES:
-        return f"it takes up to {MAX_STATES} states; got {states}"
+        return f"it supports up to {MAX_STATES} states; got {states}"
     return None
 
 
@@ -58,11 +58,11 @@ def selective_scan(sequences: Sequences, parameters: Parameters, options: Option
 
 
 def _number_of_segments(x: Array, B: Array) -> int:
-    """Return the number of segments to scan in parallel: 1 unless four or more fit on idle processors."""
+    """Return the number of segments to scan in parallel, which is 1 if fewer than four fit on the processors."""
     batch, length, channels = x.shape
     tiling = Tiling(length, channels, *B.shape[2:])
-    idle = PROCESSORS // (batch * tiling.groups * tiling.blocks_per_group)
-    number = max((n for n in range(1, idle + 1) if length % (n * TILE) == 0 and length >= n * MIN_SEGMENT), default=1)
+    limit = PROCESSORS // (batch * tiling.groups * tiling.blocks_per_group)
+    number = max((n for n in range(1, limit + 1) if length % (n * TILE) == 0 and length >= n * MIN_SEGMENT), default=1)
     return number if number >= 4 else 1
 
 

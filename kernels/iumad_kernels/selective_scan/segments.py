@@ -44,7 +44,7 @@ def segmented_passes(
     def backward_in_segments(
         sequences: Sequences, parameters: Parameters, residuals: dict, cotangents: tuple
     ) -> tuple[Sequences, Parameters]:
-        segments = len(residuals["d"]) // len(sequences.x)  # under vmap, number() may have seen another batch
+        segments = len(residuals["d"]) // len(sequences.x)  # under vmap, number() may have had another batch size
         if segments == 1:
             return backward(sequences, parameters, residuals, cotangents)
         dy, dh = cotangents

@@ -148,7 +148,7 @@ def test_a_bad_image_prevents_a_set_but_earlier_images_are_kept(root):
 def test_a_full_disk_is_reported_and_nothing_is_lost(root, files_no_larger_than, size):
     with (
         files_no_larger_than(size),
-        pytest.raises(UserError, match=sentences.PREPARING_WITHOUT_ROOM.format("File too large")),
+        pytest.raises(UserError, match=sentences.PREPARING_ON_FULL_DISK.format("File too large")),
     ):
         prepare_counted(root, "test")
     assert not list(root.parent.glob("prepared/*/manifest.json"))

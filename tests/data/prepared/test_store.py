@@ -234,5 +234,5 @@ def test_a_split_without_images_is_refused(root):
 
 def test_an_unwritable_folder_is_refused(root, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=sentences.PREPARED_PLACE_UNUSABLE.format("Not a directory")):
+    with pytest.raises(UserError, match=sentences.PREPARED_FOLDER_UNUSABLE.format("Not a directory")):
         store(root, folder=tmp_path / "file" / "prepared").get("Confetto", "train")

@@ -47,7 +47,7 @@ def write_sample(
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A dataset with one sample of Confetto in each split."""
+    """Create a dataset with one sample of Confetto in each split."""
     root = tmp_path / "dataset"
     for folder in FOLDERS.values():
         write_sample(root, folder)
@@ -393,7 +393,7 @@ AT_READING = {
     "range is upside down": (
         "info_depth.yaml",
         write("normalization: {min: 3, max: 1}"),
-        sentences.RANGE_UPSIDE_DOWN.format(low=3.0, high=1.0),
+        sentences.RANGE_REVERSED.format(low=3.0, high=1.0),
     ),
     "no label": (
         "metadata.yaml",

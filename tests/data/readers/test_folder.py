@@ -33,7 +33,7 @@ def write(folder: Path, scene, name: str = "000", kinds: tuple[str, ...] = ("rgb
 
 @pytest.fixture
 def root(tmp_path: Path, scan) -> Path:
-    """A dataset of two objects, one without test images, with spaces and non-ASCII letters in names."""
+    """Create a dataset of two objects, one without test images, with spaces and non-ASCII letters in names."""
     root = tmp_path / "dataset"
     for name in ("part 2", "10"):
         write(root / "Zahnrad groß/train/good", scan(seed=len(name)), name)
@@ -175,7 +175,7 @@ def bmp_header(side: int) -> bytes:
 
 
 BAD = {
-    "an empty root": (".", "empty", sentences.ROOT_EMPTY_SHORTLY),
+    "an empty root": (".", "empty", sentences.ROOT_EMPTY_PART),
     "no train": ("bolt/train", "rmtree", sentences.SPLIT_MISSING.format(path="bolt/train", object="bolt")),
     "no good images": (GOOD, ("rename_to", "fine"), sentences.DEFECT_OUTSIDE_TEST.format("train/fine")),
     "an empty train": ("bolt/train", "empty", sentences.GOOD_IMAGES_MISSING.format("train/good")),

@@ -34,7 +34,7 @@ def write(folder: Path, scene, name: str = "000", gt: bool = True) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path, scan) -> Path:
-    """The object bagel as in the official archive, with gt of test images only, good ones included."""
+    """Create the object bagel as in the official archive, with gt for all test images and no others."""
     root = tmp_path / "dataset"
     (root / "bagel").mkdir(parents=True)
     (root / "bagel/license.txt").touch()
@@ -137,7 +137,7 @@ def test_a_gt_may_be_missing_from_good_images_and_have_several_values(root: Path
 
 
 def test_a_cloud_of_another_convention_keeps_its_geometry(root: Path, scan) -> None:
-    """A cloud with x to the left and y upwards gives the same camera."""
+    """The camera estimated from a cloud with x to the left and y upwards is unchanged."""
     scene = scan(seed=4)
     save(root / "bagel/test/hole/xyz/000.tiff", scene.cloud * np.float32([-1, -1, 1]))
     camera = MVTec3D(root, "bagel").read("bagel", "test", "hole/000").camera

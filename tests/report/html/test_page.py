@@ -211,7 +211,7 @@ def test_a_run_without_any_test_images(browser, tmp_path, zoo):
     assert browser.run(visible_sections) == ["overview", "objects", "training", "run"]
     visible_links = "[...document.querySelectorAll('nav a')].filter(e => !e.hidden).map(e => e.hash.slice(1))"
     assert browser.run(visible_links) == browser.run(visible_sections)
-    assert sentences.NOTHING_MEASURED_SHORTLY in browser.run("document.querySelector('#remarks').innerText")
+    assert sentences.NOTHING_MEASURED_PART in browser.run("document.querySelector('#remarks').innerText")
     assert browser.rows("#object-table") == [["object", "step"], ["cat", "0"]]
     assert "–" not in browser.run("document.querySelector('#overview').innerText")
     browser.settle()
