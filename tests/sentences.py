@@ -1,6 +1,6 @@
-"""What users are told, as the tests know it: each constant names a meaning, and its value is the pattern of its words.
+"""Messages, or parts of them, that the tests expect; the tests fill in the placeholders.
 
-Facts are filled in by the tests. A value is a regular expression where a test searches with it, and plain otherwise.
+A value is a regular expression where a test searches with it, and plain text otherwise.
 """
 
 # config, protocol and command line
@@ -132,10 +132,10 @@ BATCH_LARGER_THAN_STEP = (
     r"train\.batch_size is {size} but a step has only {count} training images; use {count} or less\."
 )
 ANOTHER_PROCESS_PREPARES = r".*{}: waiting for another process that prepares the same images\.\n"
-PREPARED_AGAIN = "{lost} of {all} images are damaged and will be prepared again."
+DAMAGED_IMAGES = "{lost} of {all} images are damaged and will be prepared again."
 PREPARING_WITHOUT_ROOM = r"cannot be prepared \({}\); make room .* \(images prepared so far are kept\)\."
 PREPARED_PLACE_UNUSABLE = r"cannot be prepared \({}\).* --config\.dataset\.prepared"
-NORMALS_MISSING = r"{} has no official normals; choose another depth encoding\."
+NORMALS_MISSING = r"{} has no official normals; choose another config\.input\.depth_encoding\."
 FEATURES_TOO_LARGE = "features are NaN or exceed the range of {}"
 SPLIT_WITHOUT_IMAGES = "{object} has no {split} images; add some"
 
@@ -160,21 +160,21 @@ IMAGES_ADDED = "{object}'s {split} images: {count} added ({which})"
 IMAGES_REMOVED = "{object}'s {split} images: {count} removed ({which})"
 IMAGES_CHANGED = "{object}'s {split} images: {count} changed ({which})"
 AND_MORE = "{shown} and {count} more"
-SINCE_USED = "{} since the run used them."
-LEARNED_AS_IT_WAS = "{}; the run has learned the earlier images."
-GOES_ON_WITH_WHAT_IS_THERE = "{}; the run continues with the current ones."
-STEP_HALF_DONE = (
+CHANGED_SINCE_USED = "{} since the run used them."
+RUN_LEARNED_EARLIER_IMAGES = "{}; the run has learned the earlier images."
+RUN_CONTINUES_WITH_CURRENT_IMAGES = "{}; the run continues with the current ones."
+CHANGED_DURING_STEP = (
     "{changed} in the middle of step {step}, which trains on them; undo the change, or remove {folder} to restart the"
     " step."
 )
-THRESHOLDS_NEED_THEM = (
+THRESHOLDS_DEPEND_ON_IMAGES = (
     "{} since the run learned this object, and its thresholds depend on these images; undo the change, or choose"
     " another --workdir."
 )
 DATASET_GONE = "{} no longer exists, so changes of the dataset cannot be detected."
 DATASET_GONE_SHORTLY = "{} no longer exists"
 OBJECTS_CHOSEN_DIFFER = "this run learns {learned}, but {chosen} are selected now"
-INVENTORY_DAMAGED = "{} not a dataset inventory"
+INVENTORY_DAMAGED = "{} is not a dataset inventory"
 IMAGES_BLACK = "{count} of {object}'s {all} training images are black ({which}); check them."
 IMAGES_SATURATED = "{count} of {object}'s {all} training images are saturated ({which}); check them."
 IMAGES_OF_ONE_COLOUR = "{count} of {object}'s {all} training images are of a single colour ({which}); check them."

@@ -118,7 +118,7 @@ def test_a_finished_run_reports_changed_images(home):
         sentences.IMAGES_ADDED.format(object="nut", split="validation", count=1, which="070"),
         sentences.IMAGES_CHANGED.format(object="nut", split="test", count=1, which="hole/200"),
     ]
-    messages = [sentences.DATASET_CHANGED.format("run"), *map(sentences.SINCE_USED.format, changed)]
+    messages = [sentences.DATASET_CHANGED.format("run"), *map(sentences.CHANGED_SINCE_USED.format, changed)]
     assert str(error.value) == " ".join(messages)
     assert files(home / "run") == before
 
@@ -181,7 +181,7 @@ def test_an_interrupted_step_is_not_resumed_with_other_images(home):
     with pytest.raises(UserError) as error:
         run()
     assert str(error.value) == (
-        sentences.STEP_HALF_DONE.format(
+        sentences.CHANGED_DURING_STEP.format(
             changed=sentences.IMAGES_REMOVED.format(object="nut", split="training", count=2, which="001, 004"),
             step=1,
             folder="run/snapshots_within_step",
@@ -200,7 +200,7 @@ def test_changed_images_of_a_learned_object_are_reported(home, capsys):
     with pytest.raises(
         experiment.DatasetChanged,
         match=re.escape(
-            sentences.SINCE_USED.format(
+            sentences.CHANGED_SINCE_USED.format(
                 sentences.IMAGES_ADDED.format(object="bolt", split="training", count=1, which="050")
             )
         )
@@ -209,10 +209,10 @@ def test_changed_images_of_a_learned_object_are_reported(home, capsys):
         run()
     messages = capsys.readouterr().err.splitlines()
     assert messages[:2] == [
-        sentences.LEARNED_AS_IT_WAS.format(
+        sentences.RUN_LEARNED_EARLIER_IMAGES.format(
             sentences.IMAGES_ADDED.format(object="bolt", split="training", count=1, which="050")
         ),
-        sentences.GOES_ON_WITH_WHAT_IS_THERE.format(
+        sentences.RUN_CONTINUES_WITH_CURRENT_IMAGES.format(
             sentences.IMAGES_ADDED.format(object="bolt", split="validation", count=2, which="070, 071")
         ),
     ]
@@ -231,7 +231,7 @@ def test_images_of_a_learned_object_that_are_still_needed_may_not_change(home):
     with pytest.raises(UserError) as error:
         run()
     assert str(error.value) == (
-        sentences.THRESHOLDS_NEED_THEM.format(
+        sentences.THRESHOLDS_DEPEND_ON_IMAGES.format(
             sentences.IMAGES_ADDED.format(object="bolt", split="training", count=1, which="050")
         )
     )
@@ -277,5 +277,5 @@ def test_without_an_inventory_the_objects_of_the_snapshot_are_required(home):
 def test_a_damaged_inventory_is_refused(home):
     for content in (b"", b"[]", b'{"bolt": 3}', b"\xff", b'{"bolt": {"train": {"000": [1]}}}'):
         (home / "run/dataset.json").write_bytes(content)
-        with pytest.raises(UserError, match=sentences.INVENTORY_DAMAGED.format(r"run/dataset\.json:")):
+        with pytest.raises(UserError, match=sentences.INVENTORY_DAMAGED.format(r"run/dataset\.json")):
             run()

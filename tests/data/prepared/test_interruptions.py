@@ -127,7 +127,7 @@ def test_damage_is_detected_and_repaired(root, capfd, name, damage, lost):
     assert_same(after, before)
     messages = capfd.readouterr().err
     if "json" not in name and folder.exists() and lost < 11:
-        assert sentences.PREPARED_AGAIN.format(lost=lost, all=11) in messages
+        assert sentences.DAMAGED_IMAGES.format(lost=lost, all=11) in messages
     assert prepare_counted(root, "test")[1] == 0
 
 
