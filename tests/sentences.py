@@ -188,7 +188,7 @@ UNKNOWN_STRATEGY = 'config.continual.strategy is "{found}"; use one of {known}'
 UNKNOWN_OPTIMIZER = 'config.train.optimizer or config.continual.optimizer is "{found}"; use one of {known}'
 FROZEN_DIFFERS = "the frozen arrays of {} are not those that this run was trained with"
 
-UNKNOWN_BACKBONE = "'{found}' is unknown; choose one of {known}"
+UNKNOWN_BACKBONE = 'config.backbone.name is "{found}"; use one of {known}'
 WEIGHTS_REFUSED = "weights file {} is refused: "
 WEIGHTS_REFUSED_WITH_REMEDY = r"^weights file {} is refused: .*; use a plain state dict"
 WEIGHTS_REFUSED_SINCE = r"{file} is refused: .*{reason}"

@@ -2,7 +2,7 @@
 
 A .pth file is a pickle: a program for a small stack machine that may call any function. This module restricts Python's
 unpickler to the few names and operations that a state dict needs. It extends the implementation in Python: the one in
-C cannot be kept from hashing a dictionary key of nested tuples, which may overflow the stack or never end.
+C always hashes dictionary keys, and hashing nested tuples may overflow the stack or never end.
 """
 
 import hashlib
@@ -372,7 +372,7 @@ def load(backbone: str, weights: str = "") -> Variables:
         UserError: If the backbone is unknown, has no shipped weights, or the file is not a state dict of the backbone.
     """
     if backbone not in ARCHITECTURES:
-        raise UserError(f"backbone {backbone!r} is unknown; choose one of {', '.join(ARCHITECTURES)}.")
+        raise UserError(f'config.backbone.name is "{backbone}"; use one of {", ".join(ARCHITECTURES)}.')
     if weights == "random":
         return random(backbone)
     if weights:

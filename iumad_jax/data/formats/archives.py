@@ -102,7 +102,7 @@ def unpack(archive: Path, root: Path, limits: Limits) -> str:
 
 
 def _recorded_sha256(root: Path) -> str | None:
-    """Read the SHA-256 of the archive that a folder was unpacked from, None if there is no valid record."""
+    """Read the SHA-256 of the archive that a folder was unpacked from; None without a valid record."""
     try:
         return json.loads((root / _RECORD).read_text())["sha256"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -149,8 +149,8 @@ class Eyecandies:
 def _read_depth(file: Path, range_file: Path) -> np.ndarray:
     """Read depth along the optical axis in metres, shape (h, w).
 
-    The file's values run linearly from the nearest to the farthest pixel. The renderer has no value for missing depth,
-    since it sees a surface everywhere, but depths that are not positive are set to NaN.
+    The file's values run linearly from the nearest to the farthest pixel. The renderer has a surface in every pixel and
+    hence no value for missing depth, but depths that are not positive are set to NaN.
     """
     nearest, farthest = _read_range(range_file)
     depth = read_image(file, "16-bit grey").astype(np.float32)

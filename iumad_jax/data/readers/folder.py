@@ -37,8 +37,8 @@ class Folder:
             planes flat but changes lengths along them.
         object_height: Height above the background plane, in metres, from which a pixel belongs to the object (0.005).
         height_range: Height in metres that the `height` encoding spans (0.1).
-        normals_window: Window of the normals in pixels; by default the median of
-            `depth.window_for` over the objects' first training images.
+        normals_window: Window of the normals in pixels; by default the median of `depth.window_for` over the
+            objects' first training images.
 
     Args:
         root: Folder with one subfolder per object.
