@@ -136,7 +136,7 @@ ANOTHER_PROCESS_PREPARES = r".*{}: waiting for another process that prepares the
 PREPARED_AGAIN = "{lost} of {all} images are damaged and will be prepared again."
 PREPARING_ON_FULL_DISK = r"cannot be prepared \({}\); make room .* \(images prepared so far are kept\)\."
 PREPARED_FOLDER_UNUSABLE = r"cannot be prepared \({}\).* --config\.dataset\.prepared"
-NORMALS_MISSING = r"{} has no official normals; choose another depth encoding\."
+NORMALS_MISSING = r"{} has no official normals; choose another config\.input\.depth_encoding\."
 FEATURES_TOO_LARGE = "features are NaN or exceed the range of {}"
 SPLIT_WITHOUT_IMAGES = "{object} has no {split} images; add some"
 
@@ -175,7 +175,7 @@ THRESHOLDS_DEPEND_ON_IMAGES = (
 DATASET_MISSING = "{} no longer exists, so changes of the dataset cannot be detected."
 DATASET_MISSING_PART = "{} no longer exists"
 OBJECTS_CHOSEN_DIFFER = "this run learns {learned}, but {chosen} are selected now"
-INVENTORY_DAMAGED = "{} not a dataset inventory"
+INVENTORY_DAMAGED = "{} is not a dataset inventory"
 IMAGES_BLACK = "{count} of {object}'s {all} training images are black ({which}); check them."
 IMAGES_SATURATED = "{count} of {object}'s {all} training images are saturated ({which}); check them."
 IMAGES_OF_ONE_COLOUR = "{count} of {object}'s {all} training images are of a single colour ({which}); check them."
@@ -189,7 +189,7 @@ UNKNOWN_STRATEGY = 'config.continual.strategy is "{found}"; use one of {known}'
 UNKNOWN_OPTIMIZER = 'config.train.optimizer or config.continual.optimizer is "{found}"; use one of {known}'
 FROZEN_DIFFERS = "the frozen arrays of {} are not those that this run was trained with"
 
-UNKNOWN_BACKBONE = "'{found}' is unknown; choose one of {known}"
+UNKNOWN_BACKBONE = 'config.backbone.name is "{found}"; use one of {known}'
 WEIGHTS_REFUSED = "weights file {} is refused: "
 WEIGHTS_REFUSED_WITH_REMEDY = r"^weights file {} is refused: .*; use a plain state dict"
 WEIGHTS_REFUSED_WITH_REASON = r"{file} is refused: .*{reason}"

@@ -22,7 +22,7 @@ class DeviceBatches(NamedTuple):
     images: Batch  # leaves (devices, images, ...)
     indices: Int[Array | np.ndarray, "devices updates per_device"]  # indices into `images`, per update
     sample_weight: Float[Array | np.ndarray, "devices per_device"] | None  # see `devices.sample_weight`
-    progress: Float[Array | np.ndarray, "devices updates"] | None = None  # fraction of the step's updates before each
+    progress: Float[Array | np.ndarray, "devices updates"] | None = None  # completed fraction of the step, per update
 
 
 class _ConcatenatedSets:
@@ -36,9 +36,9 @@ class _ConcatenatedSets:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Batch:
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        row = int(index) - (int(self._ends[number - 1]) if number else 0)
-        return jax.tree.map(lambda array: np.asarray(array[row]), self._sets[number])
+        set_index = int(np.searchsorted(self._ends, index, side="right"))
+        row = int(index) - (int(self._ends[set_index - 1]) if set_index else 0)
+        return jax.tree.map(lambda array: np.asarray(array[row]), self._sets[set_index])
 
     def device_batches(self, rows: Int[np.ndarray, " batch"]) -> DeviceBatches:
         """Load the images of one update, split over the devices."""
@@ -109,7 +109,7 @@ def fit_on_device(sets: Sequence[Batch]) -> bool:
 
 
 def training_batches(sets: Sequence[Batch], batch_size: int, seed: int, first: int) -> grain.IterDataset:
-    """Read this process's part of the batches of `training_input`, with a bounded number in advance."""
+    """Return this process's part of the batches of `training_input`, of which a bounded number is read in advance."""
     images = _ConcatenatedSets(sets)
     batches = _shuffled_batches(len(images), batch_size, seed)
     updates_per_epoch(len(images), batch_size)  # raises if there are too few images
@@ -118,7 +118,7 @@ def training_batches(sets: Sequence[Batch], batch_size: int, seed: int, first: i
 
 
 def streamed(batches: grain.IterDataset) -> Generator[DeviceBatches, None, None]:
-    """Yield the batches until the generator is closed."""
+    """Yield endless batches until the generator is closed."""
     with closing(iter(batches)) as stream:
         yield from stream
 

@@ -19,7 +19,7 @@ class Fault(NamedTuple):
     """Fault of a photograph."""
 
     apply: Callable[[_Pixels, float, np.random.Generator], _Pixels]  # arguments: image, strength, rng
-    mild: tuple[float, float]  # range of strengths that a model should tolerate
+    mild: tuple[float, float]  # range of strengths that a detector should tolerate
 
 
 def _compress(rgb: _Pixels, quality: float, _: np.random.Generator) -> _Pixels:
@@ -64,13 +64,13 @@ def degrade(sample: Sample, number: int, object_height: float) -> Sample:
     """
     rng = np.random.default_rng(number)
     fault = list(FAULTS.values())[number % len(FAULTS)]
-    worse = dataclasses.replace(sample, rgb=fault.apply(sample.rgb, rng.uniform(*fault.mild), rng))
-    return with_depth_noise(worse, rng.uniform(0, MILD_DEPTH_NOISE) * object_height, rng)
+    degraded = dataclasses.replace(sample, rgb=fault.apply(sample.rgb, rng.uniform(*fault.mild), rng))
+    return with_depth_noise(degraded, rng.uniform(0, MILD_DEPTH_NOISE) * object_height, rng)
 
 
 def vary(sample: Sample, number: int, object_height: float) -> Sample:
     """Degrade a sample as `degrade` does, and shift it by up to 3 % of its size with edge pixels repeated."""
-    worse, rng = degrade(sample, number, object_height), np.random.default_rng([number, 1])
+    degraded, rng = degrade(sample, number, object_height), np.random.default_rng([number, 1])
     rows, columns = (round(rng.uniform(-0.03, 0.03) * size) for size in sample.rgb.shape[:2])
 
     def shifted(array: np.ndarray | None) -> np.ndarray | None:
@@ -79,11 +79,11 @@ def vary(sample: Sample, number: int, object_height: float) -> Sample:
         shifts = zip(array.shape[:2], (rows, columns), strict=True)
         return array[np.ix_(*((np.arange(size) - shift).clip(0, size - 1) for size, shift in shifts))]
 
-    camera = worse.camera
+    camera = degraded.camera
     if camera is not None:
         camera = dataclasses.replace(camera, cx=camera.cx + columns, cy=camera.cy + rows)
-    arrays: dict[str, Any] = {name: shifted(getattr(worse, name)) for name in ("rgb", "depth", "mask", "normals")}
-    return dataclasses.replace(worse, camera=camera, **arrays)
+    arrays: dict[str, Any] = {name: shifted(getattr(degraded, name)) for name in ("rgb", "depth", "mask", "normals")}
+    return dataclasses.replace(degraded, camera=camera, **arrays)
 
 
 def with_depth_noise(sample: Sample, deviation: float, rng: np.random.Generator) -> Sample:

@@ -32,7 +32,7 @@ class Plane:
 
 @dataclass(frozen=True, eq=False)
 class Surface:
-    """Geometry of a depth image; where depth is invalid, it is that of the nearest valid pixel."""
+    """Geometry of a depth image, whose missing depth is filled from the nearest valid pixel."""
 
     valid: Bool[np.ndarray, "h w"]  # pixels with measured depth
     points: Float32[np.ndarray, "h w 3"]  # camera coordinates
@@ -186,10 +186,10 @@ def normals(depth: Float32[np.ndarray, "h w"], camera: Camera, window: int = 3) 
 def window_for(depth: Float32[np.ndarray, "h w"], camera: Camera, largest: int = 15) -> int:
     """Return the smallest odd window of `normals` in which noise tilts 95 % of the normals by less than 3 degrees.
 
-    With noise of s metres and pixels p metres apart, the normal of a w x w window tilts along each axis by s/p over the
-    root of w^2 (w^2 - 1) / 12, the sum of the squared offsets; the root is 2.4 for w = 3, 7 for 5, 14 for 7, 35 for 11.
-    s/p in radians is estimated from the median of second differences along the rows, which are zero on planes, and from
-    the step of quantised depth. Use one window for a whole dataset, so that normals are equally smooth in all images.
+    With noise of s metres and pixels p metres apart, the normal of a w x w window tilts along each axis by s/p radians
+    divided by sqrt(w^2 (w^2 - 1) / 12), the root of the sum of the squared offsets: 2.4 for w = 3, 7 for 5, 35 for 11.
+    s/p is estimated from the median of second differences along the rows, which are zero on planes, and from the step
+    of quantised depth. Use one window for a whole dataset, so that normals are equally smooth in all images.
 
     Args:
         depth: Depth image of the dataset, NaN where depth is missing.

@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float32, UInt8
 
 from iumad_jax.errors import UserError
 
-# Good images for training, good images for thresholds, labelled good and anomalous images, images without labels.
+# In this order: good training images, good images that set thresholds, good and anomalous images with labels, images
+# without labels.
 Split = Literal["train", "calibration", "test", "unlabelled"]
 
 

@@ -1,7 +1,7 @@
 """Area under the per-region overlap curve (AUPRO).
 
 The definition is that of the MVTec 3D-AD benchmark (Bergmann et al., VISAPP 2022): the mean overlap with the defects,
-each weighted equally whatever its size, against the fraction of normal pixels that are false alarms.
+each weighted equally whatever its size, against the fraction of pixels outside all defects that are false alarms.
 """
 
 import math
@@ -92,9 +92,9 @@ def pro_curve(masks: ArrayLike, maps: ArrayLike, rates: ArrayLike) -> tuple[NDAr
         rates: False positive rates, shape (r,), each in [0, 1].
 
     Returns:
-        The overlap with the defects, and the thresholds, shape (r,) each. A threshold is the lowest score of a normal
-        pixel that at most the given fraction of the normal pixels exceeds. Both are NaN without normal pixels; the
-        overlap is NaN without defects.
+        The overlap with the defects, and the thresholds, shape (r,) each. Each threshold is the lowest score of a
+        negative that at most the given fraction of the negatives exceeds. Both are NaN without negatives; the overlap
+        is NaN without defects.
 
     Raises:
         ValueError: If the shapes differ, or a map holds NaN or infinity.
@@ -115,8 +115,8 @@ def pro_curve(masks: ArrayLike, maps: ArrayLike, rates: ArrayLike) -> tuple[NDAr
 
 def _defects(masks: NDArray, maps: NDArray) -> tuple[NDArray, NDArray]:
     """Return the defective pixels' ascending scores and weights, which sum to 1 with an equal sum per defect."""
-    defective = masks.any(axis=(1, 2))
-    masks, maps = masks[defective], maps[defective]
+    anomalous = masks.any(axis=(1, 2))
+    masks, maps = masks[anomalous], maps[anomalous]
     labels, count = scipy.ndimage.label(masks, _NEIGHBOURS)
     labels = labels[masks]
     weights = 1 / (np.bincount(labels, minlength=count + 1)[labels] * max(count, 1))

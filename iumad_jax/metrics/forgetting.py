@@ -20,7 +20,7 @@ def final(matrix: ArrayLike) -> float:
 
 
 def average_accuracy(matrix: ArrayLike) -> float:
-    """Compute the mean over steps of the mean over the objects seen by then: ACC of IUF (Tang et al., ECCV 2024)."""
+    """Compute the mean over steps of the mean over the objects learned by then: ACC of IUF (Tang et al., ECCV 2024)."""
     return _mean(_step_means(_validated(matrix)))
 
 
@@ -44,7 +44,7 @@ def forgetting(matrix: ArrayLike) -> float:
 
 
 def aggregate_forgetting(matrix: ArrayLike) -> float:
-    """Compute the drop of the mean over objects seen from the base step, averaged over incremental steps.
+    """Compute the drop since the base step of the mean over the objects learned so far, averaged over later steps.
 
     The drop includes the difficulty of new objects, not only forgetting. It is NaN with a single step.
     """

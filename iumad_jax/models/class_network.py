@@ -1,4 +1,4 @@
-"""IUF's class network: recognises the object in an image, so that objects do not interfere with each other.
+"""IUF's class network, which recognises the object in an image and conditions the reconstruction on it.
 
 Modules process one image; use `jax.vmap` for batches.
 """
@@ -12,7 +12,7 @@ from iumad_jax.shapes import Condition, Image, Logits
 
 
 def pooled_pixels(image: Image, side: int) -> Float[Array, "s 3"]:
-    """Average an image (0..255) to side * side pixels with values from about -1 to 1."""
+    """Average an image (0..255) to side * side pixels with values from -1 to 1."""
     return pool_to_grid(image / 127.5 - 1, side)
 
 

@@ -17,7 +17,7 @@ from iumad_jax.models.layers import DepthwiseConv, resize_aligned
 
 
 class Stage(NamedTuple):
-    """A sequence of equal blocks, of which only the first has the stride."""
+    """A sequence of blocks, the first of which has the stride."""
 
     repeats: int
     size: int  # side of the depthwise kernel

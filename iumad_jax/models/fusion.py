@@ -16,7 +16,7 @@ from iumad_jax.shapes import Logits
 class Fused(NamedTuple):
     """Fused representations before and after the bottleneck, with object logits of each.
 
-    Without a bottleneck both representations are the same, and there are no logits.
+    Without a bottleneck, the representations are equal and the logits None.
     """
 
     fused: Float[Array, "p f"]  # F_fu

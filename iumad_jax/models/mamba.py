@@ -1,4 +1,4 @@
-"""The Mamba decoder (IB-IUMAD, section 3): recognises the object, so that objects do not interfere with each other.
+"""The Mamba decoder (IB-IUMAD, section 3), which recognises the object and conditions the reconstruction on it.
 
 Modules process one image; use `jax.vmap` for batches.
 """

@@ -2,7 +2,7 @@
 
 A .pth file is a pickle: a program for a small stack machine that may call any function. This module restricts Python's
 unpickler to the few names and operations that a state dict needs. It extends the implementation in Python: the one in
-C cannot be kept from hashing a dictionary key of nested tuples, which may overflow the stack or never end.
+C always hashes dictionary keys, and hashing nested tuples may overflow the stack or never end.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db
 
 MAX_BYTES = 2**28  # the file of B4 has 78 MB
 MAX_PICKLE = 2**19  # bytes; the pickle of Lite0 has 42,349
-MAX_PARTS = 8  # most dimensions of a tensor or arguments of a call
+MAX_PARTS = 8  # largest number of dimensions of a tensor, or of arguments of a call
 BATCH_NORM_EPSILON = 1e-3
 
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
@@ -111,7 +111,7 @@ class _Unpickler(pickle._Unpickler):
         raise ValueError("it has a storage of an unknown number type or layout")
 
     def _reduce(self) -> None:
-        """Execute REDUCE. pickle's version would format what it cannot call, which may never end for nested tuples."""
+        """Execute REDUCE. pickle's own version formats uncallable objects, which may never end for nested tuples."""
         arguments, function = self.stack.pop(), self.stack.pop()
         if not callable(function) or type(arguments) is not tuple or len(arguments) > MAX_PARTS:
             raise ValueError("it contains a call that no state dict needs")
@@ -130,7 +130,7 @@ class _Unpickler(pickle._Unpickler):
 
 
 def _unpickle(file: io.BytesIO) -> Any:
-    """Load the pickle at the file's position, and move the position behind it."""
+    """Load the pickle at the file's position, and move the position past it."""
     try:
         return _Unpickler(file).load()
     except EOFError as error:
@@ -239,7 +239,7 @@ _LAYER_NAMES = {  # convolution, batch norm: in EfficientNet-PyTorch, in timm, a
 
 
 def _layer_names(path: list[str], architecture: Architecture, timm: bool) -> list[str]:
-    """Return a file's names of the convolution and, if any, batch norm of the layer at `path` in our parameters."""
+    """Return a file's names of the convolution and, if any, batch norm of the Flax layer at `path`."""
     if path == ["stem"]:
         return ["conv_stem", "bn1"] if timm else ["_conv_stem", "_bn0"]
     number = int(path[0].removeprefix("block_"))
@@ -250,7 +250,7 @@ def _layer_names(path: list[str], architecture: Architecture, timm: bool) -> lis
 
 
 def _unused_prefixes(architecture: Architecture, timm: bool) -> tuple[str, ...]:
-    """Return name prefixes of the tensors behind the last endpoint."""
+    """Return the name prefixes of the tensors after the last endpoint."""
     if timm:
         return ("blocks.5.", "blocks.6.", "conv_head.", "bn2.", "classifier.")
     blocks = len(architecture.blocks)
@@ -283,13 +283,13 @@ def convert(state: dict[str, np.ndarray], backbone: str, path: Path) -> Variable
         path: File of the state dict, for error messages.
 
     Raises:
-        UserError: If a tensor is missing, unknown, not finite or of another shape; names the first one.
+        UserError: If a tensor is missing, unknown or not finite, or has another shape; the message names the first.
     """
     architecture = ARCHITECTURES[backbone]
     timm = "conv_stem.weight" in state
     used = set()
 
-    def take(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    def read_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
         actual = state[name].shape if name in state else "missing"
         if actual != shape:
             raise UserError(
@@ -304,15 +304,16 @@ def convert(state: dict[str, np.ndarray], backbone: str, path: Path) -> Variable
         if parameter != "kernel":
             continue
         convolution, *norm = _layer_names(layer, architecture, timm)
-        kernel = take(f"{convolution}.weight", _torch_shape(leaf.shape)).transpose(2, 3, 1, 0).reshape(leaf.shape)
+        kernel = read_tensor(f"{convolution}.weight", _torch_shape(leaf.shape))
+        kernel = kernel.transpose(2, 3, 1, 0).reshape(leaf.shape)
         channels = leaf.shape[-1:]
         if norm:
             parts = ("weight", "bias", "running_mean", "running_var")
-            gamma, beta, mean, variance = (take(f"{norm[0]}.{part}", channels) for part in parts)
+            gamma, beta, mean, variance = (read_tensor(f"{norm[0]}.{part}", channels) for part in parts)
             scale = gamma / np.sqrt(np.where(variance < 0, np.nan, variance) + BATCH_NORM_EPSILON)
             kernel, bias = kernel * scale, beta - mean * scale
         else:
-            bias = take(f"{convolution}.bias", channels)
+            bias = read_tensor(f"{convolution}.bias", channels)
         if not (np.isfinite(kernel).all() and np.isfinite(bias).all()):
             raise UserError(f"weights file {path}: {convolution!r} or its batch norm is not finite; download it again.")
         params[*layer, "kernel"], params[*layer, "bias"] = kernel, bias
@@ -359,7 +360,7 @@ def load_lite0() -> Variables:
 def load(backbone: str, weights: str = "") -> Variables:
     """Load variables of `FeatureExtractor`.
 
-    timm's `efficientnet_b4` and `tf_efficientnet_b4` name their tensors alike; padding and batch-norm epsilon here are
+    timm's `efficientnet_b4` and `tf_efficientnet_b4` have equal tensor names; padding and batch-norm epsilon here are
     those of the latter.
 
     Args:
@@ -368,10 +369,10 @@ def load(backbone: str, weights: str = "") -> Variables:
             "random" for untrained weights; or "" for the shipped weights.
 
     Raises:
-        UserError: If the backbone is unknown, has no shipped weights, or the file is not a state dict of it.
+        UserError: If the backbone is unknown, has no shipped weights, or the file is not a state dict of the backbone.
     """
     if backbone not in ARCHITECTURES:
-        raise UserError(f"backbone {backbone!r} is unknown; choose one of {', '.join(ARCHITECTURES)}.")
+        raise UserError(f'config.backbone.name is "{backbone}"; use one of {", ".join(ARCHITECTURES)}.')
     if weights == "random":
         return random(backbone)
     if weights:

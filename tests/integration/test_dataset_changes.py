@@ -277,5 +277,5 @@ def test_without_an_inventory_the_objects_of_the_snapshot_are_required(home):
 def test_a_damaged_inventory_is_refused(home):
     for content in (b"", b"[]", b'{"bolt": 3}', b"\xff", b'{"bolt": {"train": {"000": [1]}}}'):
         (home / "run/dataset.json").write_bytes(content)
-        with pytest.raises(UserError, match=sentences.INVENTORY_DAMAGED.format(r"run/dataset\.json:")):
+        with pytest.raises(UserError, match=sentences.INVENTORY_DAMAGED.format(r"run/dataset\.json")):
             run()

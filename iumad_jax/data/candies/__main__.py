@@ -16,15 +16,15 @@ class _Parser(argparse.ArgumentParser):
 def main() -> None:
     """Parse the flags and render the dataset; report a user's mistake in one sentence."""
     parser = _Parser(prog="python -m iumad_jax.data.candies", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--root", required=True, help="directory to create")
-    parser.add_argument("--seed", type=int, default=0, help="random seed (%(default)s)")
-    parser.add_argument("--train", type=int, default=24, help="good training samples per object (%(default)s)")
-    parser.add_argument("--val", type=int, default=4, help="good validation samples per object (%(default)s)")
+    parser.add_argument("--root", required=True, help="folder to create")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    parser.add_argument("--train", type=int, default=24, help="good training samples per object (default: %(default)s)")
+    parser.add_argument("--val", type=int, default=4, help="good validation samples per object (default: %(default)s)")
     parser.add_argument(
-        "--test", type=int, default=16, help="test samples per object, half of them with defects (%(default)s)"
+        "--test", type=int, default=16, help="test samples per object, half of them with defects (default: %(default)s)"
     )
-    parser.add_argument("--size", type=int, default=256, help="side of the square pictures in pixels (%(default)s)")
-    parser.add_argument("--objects", default="all", help="object names separated by commas, or all (%(default)s)")
+    parser.add_argument("--size", type=int, default=256, help="side of the images in pixels (default: %(default)s)")
+    parser.add_argument("--objects", default="all", help="all, or names separated by commas (default: %(default)s)")
     try:
         root = render(**vars(parser.parse_args()))
     except UserError as error:

@@ -25,10 +25,10 @@ from iumad_jax.runtime.storage import write_whole
 
 RENDERER = 1  # version of the rendered files; tests/data/test_golden.py fails when rendering changes
 OBJECTS = tuple(SWEETS)
-SPLITS = {"train": 3, "val": 2, "test_public": 2}  # number of digits in a sample id
-SIZES = 64, 1024
+SPLITS = {"train": 3, "val": 2, "test_public": 2}  # number of digits in a sample id, by split
+SIZES = 64, 1024  # smallest and largest side of the images in pixels
 MANIFEST = "candies.json"
-MASK_LIMITS = 0.0005, 0.03  # share of the picture
+MASK_LIMITS = 0.0005, 0.03  # smallest and largest fraction of the image that defects cover
 
 
 def render(
@@ -45,15 +45,15 @@ def render(
     """Render the embedded dataset in the Eyecandies layout.
 
     A sample depends only on (seed, object, split, index, size). Files are written to `<root>.partial`, which is renamed
-    to `root` when the dataset is complete. An interrupted run resumes, and a complete dataset is left as it is.
+    to `root` when the dataset is complete. Interrupted rendering is resumed; a complete dataset is left unchanged.
 
     Args:
-        root: Directory to create.
+        root: Folder to create.
         seed: Random seed.
         train: Number of good samples per object in `train`.
         val: Number of good samples per object in `val`.
         test: Number of samples per object in `test_public`; every second one has a defect.
-        size: Side of the square pictures in pixels.
+        size: Side of the square images in pixels.
         objects: "all", or object names separated by commas.
         progress: Whether to show a progress bar.
 
@@ -118,7 +118,7 @@ def check_manifest(directory: Path, expected: dict) -> None:
 
 
 def defect_kinds(name: str, split: str, index: int) -> tuple[str, ...]:
-    """Return the kinds of defect of a sample: none, one or all of them (combined)."""
+    """Return the defects of a sample: no kind, a single kind or all kinds."""
     if split != "test_public" or index % 2 == 0:
         return ()
     # Each object starts with a different kind, so that even small test sets contain every kind.
@@ -133,10 +133,10 @@ def patch_masks(points: jax.Array, defects: Defects) -> jax.Array:
 
 
 def draw_sample(seed: int, size: int, name: str, split: str, index: int) -> tuple[Surface, dict[str, np.ndarray], Look]:
-    """Draw a sample.
+    """Draw a sample; defects are redrawn until their visible sizes are within MASK_LIMITS.
 
     Returns:
-        The visible surface, a boolean mask (n,) per kind of defect, and the look of the instance.
+        The visible surface, a boolean mask (n,) by kind of defect, and the look of the sweet.
     """
     rng = np.random.default_rng((seed, OBJECTS.index(name), list(SPLITS).index(split), index))
     look = draw.instance(SWEETS[name], rng)
@@ -158,7 +158,7 @@ def draw_sample(seed: int, size: int, name: str, split: str, index: int) -> tupl
 
 
 def write_sample(root: Path, seed: int, size: int, name: str, split: str, index: int) -> None:
-    """Write the 17 files of a sample. The metadata is written last; where it exists, the sample is complete."""
+    """Write the 17 files of a sample. The metadata is written last, so that it marks a complete sample."""
     directory = root / name / split / "data"
     directory.mkdir(parents=True, exist_ok=True)
     prefix = f"{index:0{SPLITS[split]}d}_"

@@ -25,8 +25,8 @@ class Defects(NamedTuple):
     centre: Array  # (4, 3)
     axes: Array  # (4, 3, 3): rows are two directions along the surface and the normal, each divided by its radius
     amount: Array  # (4,): height of the bump, depth of the dent, opacity of the stain, slope of the creases
-    outline: Array  # (4, 2): coefficients of the unevenness of the outline
-    stain: Array  # (3,) linear RGB
+    outline: Array  # (4, 2): coefficients of the uneven outline
+    stain: Array  # (3,): linear RGB of the stain
 
 
 NO_DEFECTS = Defects(*(np.zeros(s, np.float32) for s in ((4, 3), (4, 3, 3), (4,), (4, 2), (3,))))
@@ -49,15 +49,15 @@ def profile(points: Array, defects: Defects, slot: int) -> Array:
 
 
 def relief(points: Array, defects: Defects) -> Array:
-    """Compute the metres (n,) by which bumps raise and dents lower the surface at points (3, n)."""
+    """Compute the relief (n,) in metres at points (3, n): positive on bumps, negative in dents."""
     bump, dent = (defects.amount[slot] * profile(points, defects, slot) for slot in (0, 1))
     return bump - dent
 
 
 def apply_stain(colour: Array, points: Array, defects: Defects) -> Array:
     """Blend the stain into the surface's colour (3, n)."""
-    share = defects.amount[2] * jnp.clip(4 * (profile(points, defects, 2) - EDGE), 0, 1)
-    return colour + (defects.stain[:, None] - colour) * share[None]
+    opacity = defects.amount[2] * jnp.clip(4 * (profile(points, defects, 2) - EDGE), 0, 1)
+    return colour + (defects.stain[:, None] - colour) * opacity[None]
 
 
 def apply_creases(normal: Array, points: Array, defects: Defects) -> Array:

@@ -19,21 +19,21 @@ ROTATION = 0.15  # radians
 SCALE = 0.03  # relative
 SHAPE = 0.8  # entries of Look.shape
 PHASE = 0.08  # turns
-HUE = 0.012  # share of the colour wheel
+HUE = 0.012  # fraction of the colour wheel
 VALUE = 0.04  # relative brightness
 BELT_SHIFT = 0.04  # metres
 
 # Properties of defects are uniform or log-uniform between two limits.
-AREA = 0.006, 0.022  # share of the picture
-TINY_AREA = 0.0009, 0.002  # the same for tiny defects
+AREA = 0.006, 0.022  # fraction of the image's area
+TINY_AREA = 0.0009, 0.002  # area of tiny defects
 TINY_SHARE = 0.12  # probability that a defect is tiny
 ASPECT = 1.0, 2.2  # length over width
 RELIEF = 0.35, 0.5  # height of a bump or depth of a dent over the patch's mean radius
 RELIEF_LIMITS = 0.02, 0.06  # metres
 STAIN = 0.75, 1.0  # opacity of the stain
-CONTRAST = 0.35  # least difference between stain and sweet in at least one channel, screen values 0..1
+CONTRAST = 0.35  # smallest contrast of stain and sweet: largest difference of a channel's screen values (0..1)
 CREASE = 1.1, 1.8  # slope of the creases
-UNEVEN = 0.22  # largest coefficient of the outline's unevenness
+UNEVEN = 0.22  # largest coefficient of the uneven outline
 
 
 def instance(sweet: Sweet, rng: np.random.Generator) -> Look:
@@ -61,19 +61,19 @@ def linear_rgb(hue: float, saturation: float, value: float) -> np.ndarray:
 
 
 def defects(kinds: tuple[str, ...], good: Surface, size: int, rng: np.random.Generator) -> Defects:
-    """Draw defects on parts of a good instance that the camera sees well.
+    """Draw defects on clearly visible parts of a good instance.
 
     Args:
         kinds: Kinds of defect from KINDS, without repetition.
         good: Visible surface of the good instance.
-        size: Side of the picture in pixels.
+        size: Side of the image in pixels.
         rng: Random generator of the sample.
     """
     good = Surface(*map(np.asarray, good))
     from_outline = distance_transform_edt(good.hit.reshape(size, size)).ravel()
     inner = from_outline >= min(0.02 * size, 0.5 * from_outline.max())
     (suitable,) = np.nonzero(inner & (good.facing > 0.5) & (good.local_point[2] > 0.03))
-    # Draw several candidate placements and keep the one whose defects lie farthest apart.
+    # Draw several candidate placements and choose the one whose defects lie farthest apart.
     candidates = rng.choice(suitable, (8, len(kinds)))
     positions = np.stack([candidates // size, candidates % size], -1)
     gaps = np.linalg.norm(positions[:, :, None] - positions[:, None], axis=-1) + 1e9 * np.eye(len(kinds))

@@ -1,8 +1,8 @@
-"""The conveyor belt, the lights and the camera: pictures, depth and normals of a sweet.
+"""The conveyor belt, the lamps and the camera: images, depth and normals of a sweet.
 
-Rendering takes two passes, as in deferred shading. The geometry pass finds what each pixel shows: the sweet by sphere
-tracing of its signed distance (Hart, "Sphere tracing", 1996), the belt exactly, as a plane. The lighting pass
-computes colours.
+Rendering takes two passes, as in deferred shading. The geometry pass computes the surface in each pixel: the sweet by
+sphere tracing of its signed distance (Hart, "Sphere tracing", 1996), the belt as a plane. The lighting pass computes
+colours.
 
 World frame: x right, y away from the camera, z up from the belt's surface, in metres. Camera frame, as in Eyecandies'
 files: x right, y up, z towards the camera.
@@ -20,7 +20,7 @@ from iumad_jax.data.candies import sweets
 from iumad_jax.data.candies.defects import Defects, apply_creases, apply_stain, relief
 from iumad_jax.data.candies.sweets import Look, Material, norm
 
-FOCAL = 711.11 / 512  # focal length over the picture's width
+FOCAL = 711.11 / 512  # focal length over the image's width
 POSE = np.array(
     [
         [1.0, 0.0, 0.0, 0.0],
@@ -28,14 +28,14 @@ POSE = np.array(
         [0.0, 0.5**0.5, 0.5**0.5, 2.221320343559642918],
         [0.0, 0.0, 0.0, 1.0],
     ]
-)  # camera to world, the same as in Eyecandies
+)  # camera-to-world matrix of Eyecandies
 
 TILES, TILE = 16, (0.135, 0.34)  # number of tiles across the belt; width and length of a tile
 BELT_HALF_WIDTH = TILES * TILE[0] / 2
 PLATE = -0.06  # metres; height of the steel plates beside the belt
 
-# Positions of the four lamps, and brightness of each lamp (columns) in each of the six pictures (rows); the last column
-# is ambient light. Picture 0 is lit from the camera's side, 1 to 3 by one lamp each, 4 by one lamp with some
+# Positions of the four lamps, and brightness of each lamp (columns) in each of the six images (rows); the last column
+# is ambient light. Image 0 is lit from the camera's side, 1 to 3 by one lamp each, 4 by one lamp with some
 # ambient light, 5 by all.
 LAMPS = np.array([[-0.9, -2.2, 2.6], [0.5, 2.2, 2.4], [-2.4, 0.2, 2.0], [2.3, -0.3, 2.2]])
 BRIGHTNESS = np.array(
@@ -51,9 +51,9 @@ BRIGHTNESS = np.array(
 EXPOSURE = 1.5
 SHADOW_SHARPNESS = 9.0
 
-STEPS, SHADOW_STEPS = 48, 16  # most steps of a ray
+STEPS, SHADOW_STEPS = 48, 16  # largest number of steps towards a surface, number of steps towards a lamp
 HIT_DISTANCE = 4e-4  # a ray this close to the surface, in metres, has hit it
-STEP_SHARE = 0.8  # share of the distance that a ray advances: relief makes distances slightly too long
+STEP_SHARE = 0.8  # fraction of the distance that a ray advances, since relief makes distances slightly too long
 
 BELT_MATERIAL = Material(0.04, 12.0)
 START_HEIGHT = 0.95  # metres; rays start here, above all sweets
@@ -132,7 +132,7 @@ def lamp_visibility(distance: Callable[[Array], Array], points: Array, lamps: Ar
 
 
 def ambient_occlusion(distance: Callable[[Array], Array], points: Array, normals: Array) -> Array:
-    """Estimate the share (n,) of ambient light that reaches points (3, n): 1 in the open, less in corners."""
+    """Estimate the fraction (n,) of ambient light that reaches points (3, n): 1 in the open, less in corners."""
     offsets = jnp.array([0.04, 0.12])
     gaps = jax.lax.map(lambda h: distance(points + h * normals), offsets)
     return jnp.clip(1 - (jnp.array([[5.0], [2.2]]) * jnp.maximum(offsets[:, None] - gaps, 0)).sum(0), 0.15, 1)
@@ -168,7 +168,7 @@ def belt_appearance(points: Array, along: Array, shift: Array, pixel: float) -> 
 
 
 def shade(surface: "Surface", points: Array, normals: Array, albedo: Array, view: Array, material: Material) -> Array:
-    """Compute the linear light (6, 3, n) of a material's points in the six pictures, seen along `view` (3, n)."""
+    """Compute the linear light (6, 3, n) of a material's points in the six images, seen along `view` (3, n)."""
     gloss, shininess, translucency = material
     lights = []
     for lamp, visible in zip(LAMPS, surface.visibility, strict=True):
@@ -205,7 +205,7 @@ class View(NamedTuple):
 
 @lru_cache
 def camera_view(size: int) -> View:
-    """Compute the rays of a square picture, from Eyecandies' pinhole camera scaled to its size."""
+    """Compute the rays of a square image, from Eyecandies' pinhole camera scaled to its size."""
     offset = (np.arange(size) - (size - 1) / 2) / (FOCAL * size)
     x, y = np.meshgrid(offset, -offset)
     ray = np.einsum("ij,jn->in", POSE[:3, :3], np.stack([x.ravel(), y.ravel(), -np.ones(size * size)]))
@@ -220,15 +220,15 @@ class Surface(NamedTuple):
     """Visible surface per pixel, (n,) or (channels, n); the sweet's fields are undefined where a ray hits the floor."""
 
     hit: Array  # whether the ray hits the sweet
-    cover: Array  # share of the pixel that the sweet covers, for smooth outlines in the pictures
+    cover: Array  # fraction of the pixel that the sweet covers, for smooth outlines in the images
     depth: Array  # metres along the optical axis
     local_point: Array  # surface point in the sweet's frame
     local_normal: Array  # normal in the sweet's frame, without creases
     facing: Array  # cosine between local_normal and the direction to the camera
     normal: Array  # normal in the world frame, with creases
     albedo: Array  # linear RGB
-    visibility: Array  # visible share of each lamp
-    openness: Array  # share of the ambient light
+    visibility: Array  # visible fraction of each lamp
+    openness: Array  # fraction of the ambient light that arrives
 
 
 @cache
@@ -283,16 +283,16 @@ def compile_geometry_pass(name: str, size: int) -> Callable[[Look, Defects], Sur
 
 @partial(jax.jit, static_argnames="size")
 def lighting_pass(surface: Surface, material: Material, shift: Array, size: int) -> tuple[Array, Array]:
-    """Render the pictures and the normals from the result of the geometry pass.
+    """Render the images and the normals from the result of the geometry pass.
 
     Args:
         surface: Visible surface.
         material: Material of the sweet.
         shift: Distance in metres by which the belt has moved.
-        size: Side of the pictures in pixels.
+        size: Side of the images in pixels.
 
     Returns:
-        The six pictures, uint8, shape (6, size, size, 3); and unit normals in the camera frame, shape (size, size, 3).
+        The six images, uint8, shape (6, size, size, 3); and unit normals in the camera frame, shape (size, size, 3).
     """
     view = camera_view(size)
     origin = POSE[:3, 3].astype(np.float32)[:, None]

@@ -1,8 +1,8 @@
 """The ten sweets: signed distance functions for their shapes, and colours of their surfaces.
 
-In its own frame, a sweet lies on the plane z = 0 around the origin, with z up, in metres. Points are arrays (3, n): the
-long axis is the last one, so that every operation is a plain vector operation. Formulas of the primitives and of the
-smooth union: Inigo Quilez, "3D SDFs" (https://iquilezles.org/articles/distfunctions/).
+In its own frame, a sweet lies on the plane z = 0 around the origin, with z up, in metres. Points are arrays (3, n):
+the long axis is the last one, so that every operation is vectorised. Formulas of the primitives and of the smooth
+union: Inigo Quilez, "3D SDFs" (https://iquilezles.org/articles/distfunctions/).
 """
 
 from collections.abc import Callable
@@ -106,20 +106,20 @@ def arctan2_turns(y: Array, x: Array) -> Array:
 
 
 def smoothstep(x: Array, edge: Array | float, width: float) -> Array:
-    """Rise smoothly from 0 below the edge to 1 above it, over `width`."""
+    """Interpolate smoothly from 0 below the edge to 1 above it."""
     t = jnp.clip((x - edge) / width + 0.5, 0, 1)
     return t * t * (3 - 2 * t)
 
 
-def mix(a: Array, b: Array, share: Array) -> Array:
-    """Blend two colours (3,) or (3, n) by the share (n,) of the second."""
+def mix(a: Array, b: Array, fraction: Array) -> Array:
+    """Blend two colours (3,) or (3, n) by the fraction (n,) of the second."""
     a, b = (c[:, None] if c.ndim == 1 else c for c in (a, b))
-    return a + (b - a) * share[None]
+    return a + (b - a) * fraction[None]
 
 
-def stripes(turns: Array, share: float, soft: float) -> Array:
-    """Return 1 inside and 0 outside of a soft-edged stripe that covers the given share of every turn."""
-    return smoothstep(share / 2 - jnp.abs(turns - jnp.round(turns)), 0.0, soft)
+def stripes(turns: Array, fraction: float, soft: float) -> Array:
+    """Return 1 inside and 0 outside of a soft-edged stripe that covers a fraction of every turn."""
+    return smoothstep(fraction / 2 - jnp.abs(turns - jnp.round(turns)), 0.0, soft)
 
 
 def mottle(p: Array, frequency: float, phase: Array | float) -> Array:
@@ -381,8 +381,8 @@ def _peppermint_colour(p: Array, look: Look) -> Array:
     radius = norm(x, y)
     turns = 6 * arctan2_turns(y, x) + 1.5 * (1 + 0.1 * look.shape[1]) * radius / MINT_RADIUS + look.phase
     red, white, _, _ = look.palette
-    share = stripes(turns, 0.5, 0.07) * smoothstep(radius, 0.07, 0.08)
-    return mix(white, red, share)
+    red_fraction = stripes(turns, 0.5, 0.07) * smoothstep(radius, 0.07, 0.08)
+    return mix(white, red, red_fraction)
 
 
 SWEETS = {

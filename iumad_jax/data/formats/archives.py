@@ -53,7 +53,7 @@ class _Entry(NamedTuple):
 def unpack(archive: Path, root: Path, limits: Limits) -> str:
     """Unpack a .tar, .tar.gz, .tar.xz or .zip into a new folder, completely or not at all.
 
-    The next call removes what an interrupted call left. A folder unpacked from the same archive is kept as it is.
+    The next call removes the files of an interrupted call. An existing folder of this archive is left unchanged.
 
     Returns:
         The archive's SHA-256.
@@ -69,7 +69,9 @@ def unpack(archive: Path, root: Path, limits: Limits) -> str:
         with archive.open("rb") as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"--archive is {archive}, which cannot be read ({error.strerror}); correct it.") from error
+        raise UserError(
+            f"--archive is {archive}, which cannot be read ({error.strerror}); choose another file."
+        ) from error
     unfinished = root.with_name(root.name + ".unpacking")
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +102,7 @@ def unpack(archive: Path, root: Path, limits: Limits) -> str:
 
 
 def _recorded_sha256(root: Path) -> str | None:
-    """Read the SHA-256 of the archive that a folder was unpacked from, None if there is no valid record."""
+    """Read the SHA-256 of the archive that a folder was unpacked from; None without a valid record."""
     try:
         return json.loads((root / _RECORD).read_text())["sha256"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -177,14 +179,14 @@ def _tar_entries(archive: Path, stream: Any) -> Iterator[_Entry]:
             bounded.remaining = member.size + _MAX_HEADER_BYTES
             yield _Entry(member.name, member.size if member.isreg() else 0, tar.extractfile(member))
             bounded.remaining = _MAX_HEADER_BYTES
-    while bounded.read(_BLOCK):  # up to the end, where the compression's checksums are
+    while bounded.read(_BLOCK):  # read to the end, which verifies the compression's checksums
         pass
     if any(bounded.last[-1024:]):
         raise EOFError("its end is missing")
 
 
 class _Bounded:
-    """A stream with limited reading, since headers can be decompression bombs, too."""
+    """Stream that limits the bytes between two files, since headers can be decompression bombs, too."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

@@ -28,7 +28,7 @@ def read_ply(file: Path, size: tuple[int, int]) -> Float64[np.ndarray, "h w 3"]:
 
     Raises:
         UserError: If the cloud is not organised or the variant of the format is not supported.
-        Exception: Of any type, if the file is damaged.
+        Exception: If the file is damaged; the type varies.
     """
     header, body = _split(file, b"ply", b"end_header")
     grid = {key: int(value) for key, value in re.findall(r"^obj_info (num_rows|num_cols) (\d+)$", header, re.MULTILINE)}
@@ -50,7 +50,7 @@ def read_pcd(file: Path) -> Float64[np.ndarray, "h w 3"]:
 
     Raises:
         UserError: If the cloud is not organised or the variant of the format is not supported.
-        Exception: Of any type, if the file is damaged.
+        Exception: If the file is damaged; the type varies.
     """
     header, body = _split(file, b"#|VERSION", b"DATA .*")
     keys = {key: values.split() for key, values in re.findall(r"^([A-Z]+) (.*)$", header, re.MULTILINE)}
@@ -85,7 +85,7 @@ def _split(file: Path, first: bytes, last: bytes) -> tuple[str, bytes]:
 def _points(
     file: Path, body: bytes, fields: list[tuple], count: int, size: tuple[int, int], *, text: bool
 ) -> Float64[np.ndarray, "h w 3"]:
-    """Decode x, y and z from the body of a file with these fields (name, type, count) per point."""
+    """Decode x, y and z from the body of a file; `fields` are the (name, type[, count]) of a point's values."""
     check_size(file, size[1], size[0])
     if count != size[0] * size[1]:
         raise UserError(f"{file} has {count} points; save an organised cloud of {size[0]} x {size[1]} points.")

@@ -21,8 +21,8 @@ from iumad_jax.errors import UserError
 DEPTH_IMAGES = (".png", ".tiff", ".tif", ".npy", ".ply", ".pcd")  # file suffixes
 
 _MIN_MEDIAN = 0.005  # metres; a smaller median depth means a wrong unit
-_MIN_DEPTH, _MAX_DEPTH = 1e-4, 20.0  # metres; depths outside count as missing, a median above means a wrong unit
-_MAX_ERROR = 0.01  # fraction of the image's longer side that points may lie beside the rays of their pixels
+_MIN_DEPTH, _MAX_DEPTH = 1e-4, 20.0  # metres; depths outside count as missing; a larger median means a wrong unit
+_MAX_ERROR = 0.01  # largest distance of points from the rays of their pixels over the image's longer side
 _ROUNDS, _MAX_POINTS = 4, 20_000  # for the robust fit of the camera
 logging.getLogger("tifffile").disabled = True  # damaged files raise a UserError instead of its log lines
 _TIFF_PLAIN, _TIFF_DEFLATE = (1,), (8, 32946)  # compression codes
@@ -135,9 +135,8 @@ def _decode(file: Path, size: tuple[int, int]) -> np.ndarray:
         case ".png":
             return read_image(file, "16-bit grey")
         case ".npy":
-            array = np.lib.format.open_memmap(
-                file, mode="r"
-            )  # np.load would leave a file open that looks like a zip archive
+            # np.load would leave a file that looks like a zip archive open.
+            array = np.lib.format.open_memmap(file, mode="r")
             _check_array(file, array.shape, array.dtype)
             return np.array(array)
         case ".ply":

@@ -1,8 +1,8 @@
 """Altered copies of training images, prepared as two further splits.
 
-`degraded`: training images with one mild fault each. Only their mean tokens are kept; they show how features move when
-the camera is slightly worse. `varied`: copies that supplement the few training images of an object without calibration
-images when its thresholds are set.
+`degraded`: training images with one mild fault each. Only their mean tokens are stored, which show how features move
+when the camera is slightly worse. `varied`: copies that help to set the thresholds of objects with few training images
+and no calibration images.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from iumad_jax.data.sample import Reader, Sample, Split
 PreparedSplit = Split | Literal["degraded", "varied"]
 ALTERED: tuple[PreparedSplit, ...] = ("degraded", "varied")
 
-FEW = 20  # with fewer training images, none is held out to set thresholds
+FEW = 20  # with fewer training images, no image is held out to set thresholds
 _COPIES = 20  # number of copies when originals are repeated
 _DEGRADED = 50  # largest number of degraded training images per object
 _ALTER = {"degraded": degrade, "varied": vary}

@@ -11,7 +11,7 @@ from iumad_jax.data.prepared import copies
 from iumad_jax.data.prepared.store import PreparedSet, Store, mean_tokens
 from iumad_jax.shapes import Batch, Modality
 
-_GREY_LEVELS = 3  # an image that spans no more is constant
+_GREY_LEVELS = 3  # an image with at most this range is constant
 
 
 class GoodImages(NamedTuple):
@@ -20,7 +20,7 @@ class GoodImages(NamedTuple):
     learned: Batch  # images that recognition of the object is learned from
     calibrating: Batch  # calibration images, which set the thresholds
     from_training_images: bool  # whether the method is also trained on the calibration images
-    few: bool  # whether there are too few images to hold any out; most calibration images are then altered copies
+    few: bool  # whether no image can be held out; most calibration images are then altered copies
 
 
 def good_images(store: Store, name: str) -> GoodImages:

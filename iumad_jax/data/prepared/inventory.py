@@ -39,12 +39,12 @@ def read(workdir: Path) -> Inventory:
         return {}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{file}: not a dataset inventory ({error}); restore it from a backup, or choose another --workdir."
+            f"{file} is not a dataset inventory ({error}); restore it from a backup, or choose another --workdir."
         ) from error
 
 
 def note(workdir: Path, store: Store, objects: Iterable[str], splits: Sequence[Split]) -> None:
-    """Record the present images of objects and splits as used by the run.
+    """Record the current images of objects and splits as used by the run.
 
     Raises:
         UserError: If the inventory cannot be written, or an image cannot be read.

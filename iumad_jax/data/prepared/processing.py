@@ -77,7 +77,8 @@ class Processing:
             if self.depth_encoding == "normals_official":
                 if sample.normals is None:
                     raise UserError(
-                        f"{sample.object} {sample.id} has no official normals; choose another depth encoding."
+                        f"{sample.object} {sample.id} has no official normals; choose another"
+                        " config.input.depth_encoding."
                     )
                 surface = depth.with_normals(surface, sample.normals)
             encoded = depth.encode(surface, self.depth_encoding, self.height_range)

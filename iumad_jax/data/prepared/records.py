@@ -30,7 +30,7 @@ class Source(TypedDict):
 
 
 class Image(TypedDict, total=False):
-    """Description of a prepared image; `id` and `sources` identify what it was made from."""
+    """Description of a prepared image; `id` and `sources` identify its source image."""
 
     id: str
     sources: dict[str, Source]  # state of each source file by path
@@ -74,7 +74,7 @@ def hash_file(file: Path, previous: Source | None) -> Source:
         with file.open("rb") as stream:
             return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "stamp": stamp}
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); restore it from the dataset.") from error
+        raise UserError(f"{file} cannot be read ({error.strerror}); replace it or make it readable.") from error
 
 
 def checksum(values: Values) -> int:
@@ -95,7 +95,7 @@ def _load(file: Path, count: int) -> np.ndarray:
     with suppress(Exception):  # a damaged header can make NumPy raise any exception
         array = np.load(file, mmap_mode="r")
         if len(array) == count and _starts_with(file, _header(array.shape, array.dtype)):
-            return array  # `Writer` overwrites files with any other header, and their rows with them
+            return array  # `Writer` replaces files with another header, so their rows cannot be reused
     return np.zeros((0,))
 
 

@@ -1,4 +1,4 @@
-"""Prepared images: read, processed and encoded by the frozen backbone once, kept as memory-mapped arrays.
+"""Prepared images: read, processed and encoded by the frozen backbone once, stored as memory-mapped arrays.
 
 Each object and split has a folder named `<object>-<split>-<hash>`, where the hash is that of FORMAT and the settings:
 
@@ -62,7 +62,7 @@ class Store:
     """Prepared sets, computed on first use and reused while the settings and the content of source files are unchanged.
 
     Only changed or added images are prepared again. Changed settings, or another FORMAT, lead to another set beside
-    the old one. An interrupted preparation is resumed. Several processes may share a folder. Every store checks the
+    the old one. An interrupted preparation is resumed. Several processes may share a folder. Every store verifies the
     checksums of a set once, and prepares damaged images again.
 
     Attributes:
@@ -154,7 +154,7 @@ class Store:
         }
 
     def describe(self) -> dict[str, Any]:
-        """Return what a detector needs in order to prepare images: processing, camera and image width, as JSON."""
+        """Return the settings with which a detector prepares images: processing, camera and image width, as JSON."""
         first = self.reader.objects[0]
         sample = self.reader.read(first, "train", self.reader.ids(first, "train")[0])
         camera = sample.camera and dataclasses.asdict(sample.camera)
@@ -311,7 +311,7 @@ class Store:
     def _process_all(
         self, pool: ThreadPoolExecutor, object_: str, split: PreparedSplit, images: list[tuple[int, Image]]
     ) -> Iterator[tuple[int, Image, Values]]:
-        """Yield processed images in order, with a bounded number processed in advance."""
+        """Yield processed images in order; a bounded number is processed in advance."""
         waiting: deque[tuple[int, Future[tuple[Image, Values]]]] = deque()
         for index, image in images:
             waiting.append((index, pool.submit(self._process, object_, split, image)))
@@ -333,9 +333,10 @@ class Store:
             padded = np.zeros((ENCODED_AT_ONCE, *images.shape[1:]), np.float32)
             padded[: len(images)] = images
             features = np.asarray(self.encoder(padded))[: len(images)]
-            if not np.abs(features).max() <= np.finfo(np.float16).max:  # also NaN
+            if not np.abs(features).max() <= np.finfo(np.float16).max:  # true for NaN, too
                 raise UserError(
-                    "the backbone's features are NaN or exceed the range of float16; use its pretrained weights."
+                    "the backbone's features are NaN or exceed the range of float16; set config.backbone.weights to"
+                    " pretrained weights."
                 )
             tokens = features.reshape(len(images), -1, features.shape[-1]).astype(np.float16)
             for values, image_tokens in zip(chunk, tokens, strict=True):
@@ -357,7 +358,7 @@ def _describe(sample: Sample) -> Image:
 
 
 def _update_stamps(home: Path, manifest: Manifest, images: list[Image]) -> None:
-    """Store new times of unchanged files, so that they are not hashed again, unless the set is locked or read-only."""
+    """Store the new times of unchanged files, so that they are not hashed again; skip a locked or read-only set."""
     stamped = [Image(**(old | new)) for old, new in zip(manifest["images"], images, strict=True)]
     if stamped != manifest["images"]:
         with suppress(OSError, UserError), locked(home / "lock"):

@@ -1,4 +1,4 @@
-"""Reader of the Eyecandies format (Bonfiglioli et al., ACCV 2022), which the rendered `candies` share."""
+"""Reader of the Eyecandies format (Bonfiglioli et al., ACCV 2022), which the rendered `candies` use, too."""
 
 import re
 from collections.abc import Sequence
@@ -48,9 +48,9 @@ class Eyecandies:
     Args:
         root: Folder with one subfolder per object.
         objects: "all", names separated by commas, or a sequence of names, in the order of learning.
-        light: Number of the light, of six, whose image is the RGB image; or "all", for which each training image
-            counts six times, as `<id>_<light>`, and the other splits have light 4.
-        normals: Whether to read the official normals, too; most releases in circulation lack them.
+        light: Light of the RGB images, "0" to "5"; or "all", which reads six training images per sample, with the ids
+            `<id>_<light>`, and light 4 in the other splits.
+        normals: Whether to read the official normals, too; most releases lack them.
 
     Raises:
         UserError: If a folder or file is missing or empty or leads out of the root, or an object is unknown.
@@ -149,8 +149,8 @@ class Eyecandies:
 def _read_depth(file: Path, range_file: Path) -> np.ndarray:
     """Read depth along the optical axis in metres, shape (h, w).
 
-    The file's values run linearly from the nearest to the farthest pixel. The renderer has no value for missing depth,
-    since it sees a surface everywhere, but depths that are not positive are set to NaN.
+    The file's values run linearly from the nearest to the farthest pixel. The renderer has a surface in every pixel and
+    hence no value for missing depth, but depths that are not positive are set to NaN.
     """
     nearest, farthest = _read_range(range_file)
     depth = read_image(file, "16-bit grey").astype(np.float32)

@@ -37,7 +37,8 @@ class Folder:
             planes flat but changes lengths along them.
         object_height: Height above the background plane, in metres, from which a pixel belongs to the object (0.005).
         height_range: Height in metres that the `height` encoding spans (0.1).
-        normals_window: Window of the normals in pixels; by default `depth.window_for` the first training images.
+        normals_window: Window of the normals in pixels; by default the median of `depth.window_for` over the
+            objects' first training images.
 
     Args:
         root: Folder with one subfolder per object.
@@ -45,8 +46,8 @@ class Folder:
         needs_depth: Whether to refuse images without depth.
 
     Raises:
-        UserError: If a folder or file is missing or empty, leads out of the root, or is found to be unusable without
-            reading all files; or if an object is unknown.
+        UserError: If a folder or file is missing or empty or leads out of the root, if the settings or an object's
+            first training image are unusable, or if an object is unknown.
     """
 
     def __init__(self, root: str | Path, objects: str | Sequence[str] = "all", needs_depth: bool = False) -> None:
@@ -105,7 +106,7 @@ class Folder:
             self._items[name, "unlabelled"] = items
 
     def _window(self, name: str) -> int:
-        """Choose the window of normals for the first training image. This reveals mistakes common to all images."""
+        """Choose the window of normals for the first training image, which reveals mistakes common to all images."""
         sample = self.read(name, "train", self.ids(name, "train")[0])
         if sample.depth is None or sample.camera is None:
             return 3

@@ -57,14 +57,15 @@ def list_items(defect: str, folder: Path, root: Path, kinds: Kinds, needed: Coll
     """List the samples in `<folder>/<kind>/<name>.<suffix>` by name, sorted.
 
     Args:
-        defect: Defect of the images in the folder, "good" or "unknown".
+        defect: Defect of the images in the folder; "good" for none, "unknown" for images without labels.
         folder: Folder with one subfolder per kind of file.
         root: Root folder of the dataset.
         kinds: Subfolders and their file suffixes; the first subfolder holds the RGB images, one per sample.
         needed: Kinds that must exist; the folders of other kinds may be missing.
 
     Raises:
-        UserError: If a file is missing, is empty, has an unknown suffix, belongs to no image or shares its name.
+        UserError: If a file is missing, is empty, has an unknown suffix, belongs to no image, or differs
+            from another only in suffix.
         OSError: If a folder or file cannot be read.
     """
     entries = list_entries(folder, root)

@@ -16,21 +16,21 @@ from iumad_jax.errors import UserError
 class Shot(NamedTuple):
     """An image to predict."""
 
-    name: str  # name of its files in the output, with subfolders
+    name: str  # path of its output files, relative and without suffix
     read: Callable[[], tuple[np.ndarray, np.ndarray | None, Camera | None]]  # RGB, depth, camera
 
 
 def photographs(
-    root: Path, needs_depth: bool, depth_place: Path | None, unit: float | None, camera: Camera | None
+    root: Path, needs_depth: bool, depth_path: Path | None, unit: float | None, camera: Camera | None
 ) -> Iterator[Shot]:
     """Yield the images of --input with their depth from --depth.
 
     Args:
         root: An image, or a folder of images.
         needs_depth: Whether to read depth.
-        depth_place: Depth file of the image, or a folder with depth files of the images' names.
-        unit: Metres per unit of the depth files; by default they hold metres.
-        camera: Camera of the depth files; by default the one estimated from a cloud.
+        depth_path: Depth file of the image, or a folder with depth files of the images' names.
+        unit: Metres per unit of the depth files; by default floats are metres, and integers are refused.
+        camera: Camera of the depth files; by default it is estimated from clouds.
 
     Raises:
         UserError: If the input or depth is missing or unusable. Errors of a single file are raised when it is read.
@@ -41,7 +41,7 @@ def photographs(
     if not images or images[0].suffix.lower() not in PHOTOGRAPHS:
         raise UserError(f"--input is {root}, which contains no image; use files ending in {' '.join(PHOTOGRAPHS)}.")
     if needs_depth:
-        _check_depth(depth_place, unit, root)
+        _check_depth(depth_path, unit, root)
     names: dict[str, Path] = {}
     for file in images:
         name = str(file.relative_to(root).with_suffix("")) if root.is_dir() else file.stem
@@ -51,9 +51,9 @@ def photographs(
 
         def read(file: Path = file, name: str = name) -> tuple[np.ndarray, np.ndarray | None, Camera | None]:
             rgb = read_photograph(file)
-            if not needs_depth or depth_place is None:
+            if not needs_depth or depth_path is None:
                 return rgb, None, None
-            depth_file = _find_depth_file(depth_place, name)
+            depth_file = _find_depth_file(depth_path, name)
             remedy = "use --depth_unit=METRES, such as 0.001 for millimetres"
             depth, cloud_camera = read_depth(depth_file, unit, rgb.shape[:2], remedy)
             check_same_size(depth_file, depth, file, rgb)
@@ -62,14 +62,14 @@ def photographs(
         yield Shot(name, read)
 
 
-def _check_depth(place: Path | None, unit: float | None, root: Path) -> None:
+def _check_depth(path: Path | None, unit: float | None, root: Path) -> None:
     """Raise UserError unless --depth and --depth_unit are valid; a folder of images needs a folder of depth files."""
-    if place is None:
+    if path is None:
         raise UserError("--depth is missing; add it, since this model was trained with depth.")
-    if not place.exists():
-        raise UserError(f"--depth is {place}, which does not exist; choose a depth file or a folder of depth files.")
-    if root.is_dir() and not place.is_dir():
-        raise UserError(f"--depth is {place}, one file for all of {root}; choose a folder of depth files.")
+    if not path.exists():
+        raise UserError(f"--depth is {path}, which does not exist; choose a depth file or a folder of depth files.")
+    if root.is_dir() and not path.is_dir():
+        raise UserError(f"--depth is {path}, one file for all of {root}; choose a folder of depth files.")
     if unit is not None and not 0 < unit < math.inf:
         raise UserError(f"--depth_unit is {unit:g}; use metres per unit, such as 0.001 for millimetres.")
 
@@ -82,13 +82,13 @@ def _list_photographs(root: Path) -> list[Path]:
     return images
 
 
-def _find_depth_file(place: Path, name: str) -> Path:
-    if place.is_file():
-        return place
-    files = [file for suffix in DEPTH_IMAGES if (file := place / f"{name}{suffix}").is_file()]
+def _find_depth_file(path: Path, name: str) -> Path:
+    if path.is_file():
+        return path
+    files = [file for suffix in DEPTH_IMAGES if (file := path / f"{name}{suffix}").is_file()]
     if len(files) != 1:
         suffixes = " ".join(DEPTH_IMAGES)
-        raise UserError(f"{place} has {len(files)} depth files named {name}; keep exactly one, ending in {suffixes}.")
+        raise UserError(f"{path} has {len(files)} depth files named {name}; keep exactly one, ending in {suffixes}.")
     return files[0]
 
 
