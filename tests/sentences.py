@@ -1,6 +1,6 @@
-"""What users are told, as the tests know it: each constant names a meaning, and its value is the pattern of its words.
+"""Patterns of the user-facing messages that tests check, one constant per message.
 
-Facts are filled in by the tests. A value is a regular expression where a test searches with it, and plain otherwise.
+Tests fill in the facts. A pattern is a regular expression where a test searches with it, and plain text otherwise.
 """
 
 # config, protocol and command line
@@ -255,7 +255,7 @@ BAR_OF_TRAINING = "training"
 BARS = (("preparing {object} {split}", "image"), (BAR_OF_TRAINING, "update"), ("evaluating", "object"))
 RUN_FINISHED = "{}: this run is finished."
 RUN_FINISHED_SHORTLY = "is finished"
-UNKNOWN_VARIANTS = r'config\.benchmark\.variants is "{found}"; use names of {known}'
+UNKNOWN_VARIANTS = r'config\.benchmark\.variants is "{found}"; use comma-separated names of {known}'
 CELL_STOPPED = "{} stopped: "
 CELL_STOPPED_SHORTLY = "stopped:"
 CELLS_STOPPED = "{count} of {all} cells stopped: {cells};"
@@ -287,7 +287,9 @@ OUTPUT_WITHIN_INPUT = "--output={} lies within"
 OUTPUT_NOT_EMPTY = "--output={} is not empty; empty it or choose a new folder."
 OUTPUT_IS_A_RUN = "--output={} is the workdir of a run, whose results would be overwritten; choose another folder."
 NO_OBJECT_OF_MODEL = '"{}" is not an object of this model'
-NONE_WAS_LEARNED = "none of {objects} was learned; include one of {learned}."
+NONE_WAS_LEARNED = (
+    "config.dataset.objects selects {objects}, which this model has not learned; include one of {learned}."
+)
 IMAGES_NOT_USED = "{bad} of {all} images cannot be used; the others are in {output}."
 IMAGES_JUDGED = (
     "{images} images: {good} good, {anomalous} anomalous, {unknown} unknown. Scores, masks and heatmaps are in"

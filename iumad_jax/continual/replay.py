@@ -1,7 +1,7 @@
 """Replay without stored images: old objects are sampled from low-rank Gaussians of their features and images.
 
 A network that is trained end to end keeps reconstructing old objects only if it rehearses them. Since the backbone is
-frozen, stored statistics of its features never go stale. Recognising objects needs images, so each sample consists of
+frozen, stored statistics of its features remain valid. Recognising objects needs images, so each sample consists of
 features and a coarse image, drawn jointly.
 """
 

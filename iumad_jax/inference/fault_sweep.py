@@ -40,7 +40,9 @@ def measure(config: ConfigDict, workdir: Path, progress: Progress) -> str:
     learned = tuple(progress.calibration)
     tested = tuple(name for name in reader.objects if reader.ids(name, "test"))
     if not set(tested) & set(learned):
-        raise UserError(f"the dataset has no test images of the learned objects {', '.join(learned)}; add some.")
+        raise UserError(
+            f"{config.dataset.root} has no test images of the learned objects {', '.join(learned)}; add some."
+        )
     config.baselines = ""  # baselines make no decisions
     model = evaluation.load(config, progress)
     rows = []

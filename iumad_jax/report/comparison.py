@@ -42,7 +42,7 @@ class Cell(NamedTuple):
     variant: str
 
 
-Runs = dict[Cell, list[dict[str, Any]]]  # results of each cell, by seed
+Runs = dict[Cell, list[dict[str, Any]]]  # results of each cell, one per seed
 
 
 def name(variant: str, modality: str, protocol: str, seed: int) -> str:
@@ -98,7 +98,7 @@ def draw(workdir: Path) -> None:
 
 
 def retention(seed_runs: list[dict[str, Any]], metric: str) -> NDArray:
-    """Return the mean over the base step's objects after every step, (seeds, steps)."""
+    """Return the mean over the base step's objects after every step, shape (seeds, steps)."""
     base = [seed_runs[0]["objects"].index(name) for name in seed_runs[0]["steps"][0]]
     return np.stack([np.nanmean(_matrix(run, metric)[:, base], axis=1) for run in seed_runs])
 

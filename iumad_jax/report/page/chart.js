@@ -14,11 +14,11 @@ const s = (tag, attributes = {}, ...children) => make("http://www.w3.org/2000/sv
 
 const $ = (id) => document.getElementById(id);
 
-const known = (value) => value !== null && value !== undefined;
-const show = (value, digits = 3) => (known(value) ? value.toFixed(digits).replace(/^-(0\.?0*)$/, "$1") : "–");
+const isDefined = (value) => value !== null && value !== undefined;
+const show = (value, digits = 3) => (isDefined(value) ? value.toFixed(digits).replace(/^-(0\.?0*)$/, "$1") : "–");
 const percent = (share) => `${Number((100 * share).toPrecision(2))} %`;
 const mean = (values) => {
-  const defined = values.filter(known);
+  const defined = values.filter(isDefined);
   return defined.length ? defined.reduce((sum, value) => sum + value, 0) / defined.length : null;
 };
 
@@ -81,13 +81,13 @@ function chart(box, { lines: all, x, y, height, label, extras = [], end = 12 }) 
       .filter((line) => line.label)
       .map((line) => ({ ...line, at: toY(line.points.at(-1)[1]) }))
       .sort((a, b) => a.at - b.at);
-    labels.forEach((one, i) => {
-      one.at = Math.max(one.at, i ? labels[i - 1].at + 13 : 0);
+    labels.forEach((entry, i) => {
+      entry.at = Math.max(entry.at, i ? labels[i - 1].at + 13 : 0);
     });
     const overflow = labels.length ? Math.max(0, labels.at(-1).at - frame.bottom) : 0;
-    for (const one of labels) {
+    for (const entry of labels) {
       svg.append(
-        s("text", { class: "label", x: frame.right + 8, y: one.at + 4 - overflow, style: one.style }, one.label),
+        s("text", { class: "label", x: frame.right + 8, y: entry.at + 4 - overflow, style: entry.style }, entry.label),
       );
     }
     svg.addEventListener("pointermove", (event) => {
