@@ -50,7 +50,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     Raises:
         UserError: If the config, the dataset or the workdir has an error.
         DatasetChanged: If the run is finished and the dataset has changed since.
-        Interrupted: If the process was asked to stop, see `preemption.handled`.
+        Interrupted: If the process was asked to end, see `preemption.handled`.
     """
     processes.check_same(lambda: {"config": config.to_dict(), "workdir": workdirs.content(workdir)})
     configs.check(config)

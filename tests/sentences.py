@@ -356,7 +356,7 @@ SNAPSHOT_NOT_SAVED = (
     " run the same command again."
 )
 SNAPSHOT_NOT_SAVED_SHORTLY = "could not be saved"
-SNAPSHOT_PASSED_OVER = r"{snapshot} is damaged \(.*\); it is kept as {aside}, and the run continues from {before}\."
+SNAPSHOT_PASSED_OVER = r"{snapshot} is damaged \(.*\); it was renamed to {aside}, and the run continues from {before}\."
 SNAPSHOT_GOING_ON = "the run continues from"
 SNAPSHOT_FILE_DIFFERS = "({} is missing or was changed)"
 SNAPSHOT_DAMAGED = "{} is damaged ("

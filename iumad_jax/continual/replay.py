@@ -99,9 +99,9 @@ def replay(config: ConfigDict, method: Method, objects: int) -> Strategy:
             batch.sample_weight,
         )
         new = batch._replace(progress=None)
-        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b.astype(a.dtype)]), new, old)
-        both = both._replace(progress=batch.progress)
-        return without_replay.loss(strategy_state, variables, both, jnp.concatenate([keys, old_keys]))
+        combined = jax.tree.map(lambda a, b: jnp.concatenate([a, b.astype(a.dtype)]), new, old)
+        combined = combined._replace(progress=batch.progress)
+        return without_replay.loss(strategy_state, variables, combined, jnp.concatenate([keys, old_keys]))
 
     def begin(strategy_state: StrategyState, _: Variables, batch: Batch, step: int) -> StrategyState:
         """Stack the Gaussians of old objects, padded to all objects so that all later steps share a compiled update."""

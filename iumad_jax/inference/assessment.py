@@ -101,7 +101,7 @@ def _save_samples(folder: Path, step: int, judgements: Sequence[Judgement], heig
 def evaluate_snapshot(config: ConfigDict, workdir: Path, progress: Progress, output: Path) -> dict[str, Any]:
     """Evaluate a snapshot on the test images of `config.dataset`.
 
-    Writes ledger, samples, tables and report to the output folder.
+    Ledger, samples, tables and report are written to the output folder.
 
     Args:
         config: Config of the run, possibly with another dataset.

@@ -90,7 +90,7 @@ def judge(model: Model, test_sets: TestSets) -> Iterator[Judgement]:
 def infer(
     method: Method, variables: Variables, recogniser: Recogniser, images: Batch
 ) -> tuple[Prediction, Float[np.ndarray, "n k"]]:
-    """Predict images of unspecified objects: as in a detector, the method receives the recognised object.
+    """Predict images without knowing their objects: as in a detector, the method receives the recognised ones.
 
     Returns:
         The predictions, and the distance of each image to each learned object.

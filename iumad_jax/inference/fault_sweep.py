@@ -87,7 +87,7 @@ def _rates(judgement: Judgement, learned: tuple[str, ...]) -> dict[str, float]:
 
 
 def corrupt(sample: Sample, corruption: str, strength: float) -> Sample:
-    """Return the corrupted sample. Its noise is reproducible: the seed is the name of its object and its id."""
+    """Return the corrupted sample. Its noise is reproducible: object name and image id are the seed."""
     rng = np.random.default_rng(list(f"{sample.object}/{sample.id}".encode()))
     if corruption == _DEPTH_NOISE:
         return with_depth_noise(sample, strength / 1e3, rng)

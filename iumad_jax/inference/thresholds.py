@@ -69,7 +69,7 @@ def thresholds(calibrations: Mapping[str, Calibration], quantile: float) -> Thre
 
     Args:
         calibrations: Calibration by object, in the order of learning.
-        quantile: Share of good images that are to be decided good.
+        quantile: Share of good images that should be decided good.
     """
     objects = calibrations.values()
     shared = _UnknownThreshold.fit(_with_enough_images(calibrations), quantile)
@@ -87,7 +87,7 @@ def describe(calibrations: Mapping[str, Calibration], quantile: float) -> Record
 
     Args:
         calibrations: Calibration by object, in the order of learning.
-        quantile: Share of good images that are to be decided good.
+        quantile: Share of good images that should be decided good.
 
     Returns:
         `quantile`; `rms_distance`, the root mean square distance of an image to its object; `unknown`, the distance
@@ -153,7 +153,7 @@ class _UnknownThreshold(NamedTuple):
         """Fit the threshold to calibration images: the geometric mean of `good` and `others`, but at least `good`.
 
         It lies above `good` because anomalous images of a learned object are farther away than good ones and must not
-        be taken for an unknown object.
+        be mistaken for an unknown object.
         """
         distance = np.concatenate([calibration.distance for calibration in calibrations])
         good, others = _conformal(distance[:, 1], quantile)[0], -_conformal(-distance[:, 2], quantile)[0]

@@ -30,7 +30,7 @@ _LEGEND = (
     "step. FM: mean drop of objects from their best earlier value (Chaudhry et al.). aggregate FM: drop of the mean\n"
     "over the objects learned so far since the base step. new: value right after an object was learned.\n"
     "`feature_norm` and `nearest_neighbours` are training-free baselines. `joint` is not incremental: it trains on\n"
-    "all objects learned so far."
+    "all objects learned so far. printed: value in the paper."
 )
 
 
@@ -108,11 +108,11 @@ def markdown(runs: Runs) -> str:
     protocols = sorted({cell.protocol for cell in runs}, key=lambda text: [-int(n) for n in text.split("-")])
     parts = ["# Comparison", "I-AUROC / AUPRO / FM of I-AUROC:", _overview(runs, protocols)]
     for protocol in protocols:
-        chosen = {cell: seed_runs for cell, seed_runs in runs.items() if cell.protocol == protocol}
-        single = all(len(seed_runs[0]["steps"]) == 1 for seed_runs in chosen.values())
+        selected = {cell: seed_runs for cell, seed_runs in runs.items() if cell.protocol == protocol}
+        single = all(len(seed_runs[0]["steps"]) == 1 for seed_runs in selected.values())
         columns = {title: key for title, key in _COLUMNS.items() if not (single and key[0] != "final")}
         rows = []
-        for cell, seed_runs in chosen.items():
+        for cell, seed_runs in selected.items():
             printed = published.printed(seed_runs[0]["config"]["dataset"]["name"], *cell)
             cells = [_cell(*_spread(seed_runs, *key)) for key in columns.values()]
             rows.append([cell.modality, cell.variant, len(seed_runs), *cells, *printed.values()])

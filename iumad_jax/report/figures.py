@@ -28,11 +28,11 @@ _PANEL, _LABEL, _BAR, _HEAD, _RIM = 1.93, 1.15, 0.75, 0.62, 0.06  # inches
 def choose(defects: Sequence[str], rows: int) -> list[int]:
     """Choose the samples to show: one of each kind in turn, good first, up to `rows`; then grouped by kind."""
     kinds = sorted(set(defects), key=lambda kind: (kind != "good", kind))
-    seen = dict.fromkeys(kinds, 0)
+    counts = dict.fromkeys(kinds, 0)
     turns = []
     for index, kind in enumerate(defects):
-        turns.append((seen[kind], kinds.index(kind), index))
-        seen[kind] += 1
+        turns.append((counts[kind], kinds.index(kind), index))
+        counts[kind] += 1
     return [index for _, _, index in sorted(sorted(turns)[:rows], key=lambda turn: turn[1:])]
 
 

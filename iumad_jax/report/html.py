@@ -40,11 +40,11 @@ def write(workdir: Path, results: dict[str, Any]) -> None:
     Raises:
         UserError: If a file is missing or damaged, or the page cannot be written.
     """
-    done = len(results["matrix"]["i_auroc"])
+    count = len(results["matrix"]["i_auroc"])
     columns = tables.learned_objects(results)
     tested = [(step, name) for step, name, column in columns if _is_tested(workdir, results, name, column)]
-    last = {name: samples.load(workdir, done - 1, name) for _, name in tested}
-    as_learned = {name: last[name] if step == done - 1 else samples.load(workdir, step, name) for step, name in tested}
+    last = {name: samples.load(workdir, count - 1, name) for _, name in tested}
+    as_learned = {name: last[name] if step == count - 1 else samples.load(workdir, step, name) for step, name in tested}
     shown, left_out = _pictures(workdir, last, as_learned)
     page = {
         "results": results,
@@ -146,8 +146,8 @@ def _curves(object_samples: Samples) -> dict[str, Any]:
     """Return, by method, the corners of the ROC curve of images and the overlaps of the PRO curve."""
     curves = {}
     for method, scores in object_samples.scores.items():
-        both = 0 < np.count_nonzero(object_samples.anomalous) < len(object_samples.anomalous)
-        roc = roc_curve(object_samples.anomalous, scores)[:2] if both else ([], [])
+        defined = 0 < np.count_nonzero(object_samples.anomalous) < len(object_samples.anomalous)
+        roc = roc_curve(object_samples.anomalous, scores)[:2] if defined else ([], [])
         curves[method] = {
             "roc": np.round(roc, _DIGITS),
             "overlap": np.round(object_samples.overlap[method], _DIGITS),

@@ -1,6 +1,6 @@
 """Stores the report's data on every test image in `samples/`, a few kB per image.
 
-`step<l>_<object>.npz` holds exact scores and curves, and maps at a quarter of their size in 8 bits for display;
+`step<number>_<object>.npz` holds exact scores and curves, and maps at a quarter of their size in 8 bits for display;
 `pictures_<object>.npz` holds small pictures of the test images last evaluated.
 """
 

@@ -5,7 +5,7 @@
     config, protocol   of the run
     objects            names of all objects; the columns of every matrix
     steps              the objects learned at each step
-    matrix             metric -> (steps done, objects); NaN or None where an object is not yet learned or undefined
+    matrix             metric -> (finished steps, objects); NaN or None where an object is not yet learned or undefined
     summary            metric -> figure -> value, see `summarise`
     baselines          name -> `matrix`, `summary` and `bytes` of each training-free method on the same inputs
     bytes              bytes that the method stores
@@ -446,8 +446,8 @@ def measured(results: dict[str, Any]) -> list[str]:
 
 def learned_objects(results: dict[str, Any]) -> list[tuple[int, str, int]]:
     """Return the (step, object, column) of the objects learned so far, in the order of learning."""
-    done = len(results["matrix"]["i_auroc"])
-    steps = enumerate(results["steps"][:done])
+    count = len(results["matrix"]["i_auroc"])
+    steps = enumerate(results["steps"][:count])
     return [(step, name, results["objects"].index(name)) for step, names in steps for name in names]
 
 

@@ -271,7 +271,7 @@ def _set_aside(folder: Path, damage: str, replacement: Path) -> None:
         raise UserError(
             f"{folder} {damage} but cannot be renamed ({_reason(error)}); make its folder writable."
         ) from error
-    message = f"{folder} {damage}; it is kept as {aside.name}, and the run continues from {replacement}."
+    message = f"{folder} {damage}; it was renamed to {aside.name}, and the run continues from {replacement}."
     print(f"iumad_jax: {message}", file=sys.stderr, flush=True)
 
 

@@ -33,21 +33,21 @@ function ticks(low, high, count) {
 }
 
 /** Draws lines [{name, points, style, kind, label}] into a box, and redraws them when its width changes. */
-function chart(box, { lines: all, x, y, height, label, extras = [], end = 12 }) {
+function chart(box, { lines: allLines, x, y, height, label, extras = [], end = 12 }) {
   box.classList.add("chart");
   const readout = h("output");
-  const lines = all.filter(({ points }) => points.length);
+  const lines = allLines.filter(({ points }) => points.length);
   const draw = () => {
     const width = Math.max(box.clientWidth, 140);
-    const tall = typeof height === "function" ? height(width) : height;
-    const frame = { left: 38, right: width - end, top: 22, bottom: tall - 32 };
+    const boxHeight = typeof height === "function" ? height(width) : height;
+    const frame = { left: 38, right: width - end, top: 22, bottom: boxHeight - 32 };
     const along = ({ from, to, log }, start, stop) => {
       const scale = log ? Math.log10 : (value) => value;
       return (value) => start + ((scale(value) - scale(from)) / (scale(to) - scale(from) || 1)) * (stop - start);
     };
     const toX = along(x, frame.left, frame.right);
     const toY = along(y, frame.bottom, frame.top);
-    const svg = s("svg", { viewBox: `0 0 ${width} ${tall}`, role: "img", "aria-label": label });
+    const svg = s("svg", { viewBox: `0 0 ${width} ${boxHeight}`, role: "img", "aria-label": label });
     for (const value of y.ticks ?? ticks(y.from, y.to, 4)) {
       svg.append(
         s("line", { class: "grid", x1: frame.left, x2: frame.right, y1: toY(value), y2: toY(value) }),
@@ -64,7 +64,7 @@ function chart(box, { lines: all, x, y, height, label, extras = [], end = 12 }) 
       );
     }
     svg.append(
-      s("text", { x: (frame.left + frame.right) / 2, y: tall - 2, "text-anchor": "middle" }, x.name),
+      s("text", { x: (frame.left + frame.right) / 2, y: boxHeight - 2, "text-anchor": "middle" }, x.name),
       s("text", { x: frame.left, y: 10 }, y.name),
     );
     for (const extra of extras) svg.append(extra(toX, toY, frame));

@@ -103,7 +103,7 @@ function overview() {
 function curves() {
   for (const [, object, column] of columns) {
     const byMethod = page.curves[object];
-    if (!byMethod) continue; // without test images
+    if (!byMethod) continue; // an object without test images
     const last = (metric, name) => show(methods[name].matrix[metric][steps - 1][column]);
     const line = (name, points) => ({
       name,

@@ -121,8 +121,8 @@ function makeCard(sample) {
     const stage = state();
     values[stage] ??= upsampled(sample.maps[stage], sample.size);
     const threshold = pixelThreshold(sample, stage);
-    const low = Math.min(...sample.maps.map((map) => map.low));
-    const high = Math.max(...sample.maps.map((map) => map.high));
+    const low = Math.min(...sample.maps.map((quantised) => quantised.low));
+    const high = Math.max(...sample.maps.map((quantised) => quantised.high));
     const over = values[stage].map((value) => isDefined(threshold) && value > threshold);
     const [masked, heat] = [new ImageData(width, height), new ImageData(width, height)];
     values[stage].forEach((value, i) => {
@@ -191,7 +191,7 @@ function samples() {
   );
   for (const { element } of cards) watcher.observe(element);
 
-  const redrawn = () => {
+  const redraw = () => {
     for (const card of cards) card.dirty = true;
     const overlap = (name) => mean(objects.map((object) => page.curves[object]?.[name].overlap[chosen()]));
     const overlaps = names.flatMap((name) => [" ", h("b", { style: colour(name), title: name }, show(overlap(name)))]);
@@ -216,36 +216,36 @@ function samples() {
     high: (a, b) => score(b) - score(a),
     low: (a, b) => score(a) - score(b),
   };
-  let most = SHOWN;
-  const arranged = () => {
-    const wanted = [
+  let limit = SHOWN;
+  const arrange = () => {
+    const filters = [
       ["by-object", ({ sample }) => sample.object],
       ["by-label", ({ label }) => label],
       ["by-kind", ({ sample }) => sample.defect],
       ["by-pick", ({ sample }) => sample.pick],
     ];
     const sorted = [...cards].sort(orders[$("sort").value]);
-    const matching = sorted.filter((card) => wanted.every(([id, of]) => !$(id).value || $(id).value === of(card)));
-    const shown = new Set(matching.slice(0, most));
+    const matching = sorted.filter((card) => filters.every(([id, get]) => !$(id).value || $(id).value === get(card)));
+    const shown = new Set(matching.slice(0, limit));
     for (const card of cards) card.element.hidden = !shown.has(card);
     $("cards").append(...sorted.map(({ element }) => element));
     const leftOut = page.left_out ? ` (${page.left_out} more would make this file too large)` : "";
     $("count").textContent = `${shown.size} of ${cards.length} pictures${leftOut}`;
-    $("more").hidden = matching.length <= most;
+    $("more").hidden = matching.length <= limit;
     $("more").textContent = `Show all ${matching.length}`;
   };
   const showAll = () => {
-    most = Infinity;
-    arranged();
+    limit = Infinity;
+    arrange();
   };
   $("more").addEventListener("click", showAll);
-  for (const id of ["by-object", "by-label", "by-kind", "by-pick", "sort"]) $(id).addEventListener("change", arranged);
-  $("state").addEventListener("change", redrawn);
+  for (const id of ["by-object", "by-label", "by-kind", "by-pick", "sort"]) $(id).addEventListener("change", arrange);
+  $("state").addEventListener("change", redraw);
   $("threshold").addEventListener("input", () => {
     $("decided").checked = false;
-    redrawn();
+    redraw();
   });
-  $("decided").addEventListener("change", redrawn);
+  $("decided").addEventListener("change", redraw);
   $("decided").checked = !!results.decisions?.length;
   $("decided-label").hidden = !$("decided").checked;
   $("controls").addEventListener("submit", (event) => event.preventDefault());
@@ -254,6 +254,6 @@ function samples() {
     for (const card of cards) if (!card.element.hidden) card.draw();
     for (const details of document.querySelectorAll("details")) details.open = true;
   });
-  arranged();
-  redrawn();
+  arrange();
+  redraw();
 }
