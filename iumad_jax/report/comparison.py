@@ -30,7 +30,7 @@ _LEGEND = (
     "step. FM: mean drop of objects from their best earlier value (Chaudhry et al.). aggregate FM: drop of the mean\n"
     "over the objects learned so far since the base step. new: value right after an object was learned.\n"
     "`feature_norm` and `nearest_neighbours` are training-free baselines. `joint` is not incremental: it trains on\n"
-    "all objects learned so far. printed: value in the paper."
+    "all objects learned so far."
 )
 
 
