@@ -1,4 +1,4 @@
-"""Lists the commands: python -m iumad_jax."""
+"""List the commands: python -m iumad_jax."""
 
 from importlib import import_module
 

@@ -17,7 +17,9 @@ from iumad_jax.errors import UserError
 
 
 def benchmark(config: ConfigDict, workdir: Path) -> str:
-    """Run every unfinished cell and return the table of all finished ones, which is written after each.
+    """Run every unfinished cell, that is one run of the grid, and return the table of all finished cells.
+
+    The table is also written after each cell.
 
     Args:
         config: Config of a run, with `config.benchmark` (explained in configs/benchmark.py).
@@ -27,7 +29,7 @@ def benchmark(config: ConfigDict, workdir: Path) -> str:
         UserError: If a cell cannot be trained; the others are run first.
     """
     cells, table, stopped = list(configs.cells(config)), "", []
-    import jax  # after the config was checked: mistakes are reported before JAX is loaded
+    import jax  # after the config was checked, so that mistakes are reported without loading JAX
 
     from iumad_jax import experiment
     from iumad_jax.report import comparison

@@ -28,7 +28,7 @@ def execute(
         doc: Docstring of the command: a summary, an example and a description, separated by empty lines.
         arguments: Arguments of the process, beginning with its name.
         define: Defines the command's flags.
-        act: Runs the command and returns what to print. It imports JAX, so that wrong flags are reported at once.
+        act: Runs the command and returns its output. Only this imports JAX, so that wrong flags are reported at once.
         dataset: Whether --config.dataset.KEY=VALUE changes the config of the run in --workdir.
         resumable: Whether SIGTERM and SIGINT may interrupt the command, which then resumes when started again.
     """
@@ -67,8 +67,8 @@ def _help(doc: str, values: flags.FlagValues, dataset: bool, resumable: bool) ->
         lines.append("  --config.KEY  Changes a key of the config; iumad_jax/config.py explains all keys.")
     if resumable:
         description.append(
-            f"Exit codes: 0 done; {USER_ERROR} a mistake, reported in one sentence; {INTERRUPTED} interrupted by"
-            " SIGTERM or SIGINT with\nall work saved: the same command resumes."
+            f"Exit codes: 0 done; {USER_ERROR} a mistake, reported in one sentence; {INTERRUPTED} interrupted, for"
+            " example by SIGTERM\nor SIGINT: the same command resumes."
         )
     return "\n\n".join([f"Example:\n  {example}", summary, *description, "\n".join(["Flags:", *lines])])
 

@@ -1,4 +1,4 @@
-"""Defines all config keys with the paper's values, and a small setting; every file in configs/ starts from one."""
+"""Config keys with the paper's values (`paper`) or small ones (`small`), from which every file in configs/ starts."""
 
 import functools
 import math
@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from iumad_jax.errors import UserError
 
 _LIMITS = {
-    "seed": (0, 4_000_000),  # grain takes 1000 times this value as a 32-bit number
+    "seed": (0, 4_000_000),  # grain's seeds have 32 bits and begin at 1000 times this value
     "input.size": (32, 4096),
     "backbone.grid": (1, 256),
     "model.width": (2, 8192),
@@ -85,27 +85,27 @@ def paper(protocol: str) -> ConfigDict:
     config.model = ConfigDict()
     config.model.width = 256
     config.model.heads = 8
-    config.model.layers = 4  # of the Mamba decoder or class network, of the encoder and of the decoder
+    config.model.layers = 4  # of the Mamba decoder or class network, and of the transformer's encoder and decoder each
     config.model.hidden = 1024  # width of feed-forward layers
     config.model.dropout = 0.1
-    config.model.patch_size = 8  # of the Mamba decoder's stem, pixels
+    config.model.patch_size = 8  # side of a patch in the Mamba decoder's stem, pixels
     config.model.states = 16  # states per channel of the selective scan
     config.model.scan = ""  # selective scan: reference, xla, mosaic; "" chooses for the device
     config.model.class_grid = 56  # input side of iuf's class network, pixels
     config.model.mamba = True  # False removes the Mamba decoder, which recognises the object (ablation)
-    config.model.detach_condition = True  # no gradient of the reconstruction to the Mamba decoder
+    config.model.detach_condition = True  # reconstruction losses do not train the Mamba decoder or class network
     config.model.fusion = "attention"  # attention between modalities, or addition (ablation)
     config.model.bottleneck = True  # False uses the fused features as reconstruction (ablation)
     config.model.bottleneck_ratio = 2 / 3
-    config.model.kl = True  # False leaves the bottleneck only the loss of its heads (ablation)
+    config.model.kl = True  # False removes the KL term of the bottleneck loss (ablation)
     config.model.target = "both"  # features to reconstruct from two modalities: both, rgb (paper), depth
     config.model.standardise = False  # True z-scores features by statistics of the base step
-    config.model.jitter = ConfigDict({"scale": 20.0, "probability": 1.0})
-    config.model.fusion_weight = 1.0
-    config.model.object_weight = 1.0
-    config.model.ib_weight = 1.0
-    config.model.ib_head_weight = 1.0
-    config.model.aux_reconstruction_weight = 0.0
+    config.model.jitter = ConfigDict({"scale": 20.0, "probability": 1.0})  # noise on tokens, in training
+    config.model.fusion_weight = 1.0  # weight of the reconstruction loss
+    config.model.object_weight = 1.0  # weight of the object classification loss
+    config.model.ib_weight = 1.0  # weight of the bottleneck loss
+    config.model.ib_head_weight = 1.0  # weight of the classification heads within the bottleneck loss
+    config.model.aux_reconstruction_weight = 0.0  # weight of the reconstruction loss of each modality alone
 
     config.nearest_neighbours = ConfigDict({"patches_per_object": 2_000})
 
@@ -121,8 +121,8 @@ def paper(protocol: str) -> ConfigDict:
 
     config.continual = ConfigDict()
     config.continual.strategy = "iuf"  # iuf, finetune, replay; joint is not incremental (upper bound)
-    config.continual.optimizer = "adamw"  # of steps after the base step: adamw, or sgd as in IUF's release
-    config.continual.sgd_learning_rate = 1.0  # of these steps with sgd; adamw uses train.learning_rate
+    config.continual.optimizer = "adamw"  # optimiser after the base step: adamw, or sgd as in IUF's release
+    config.continual.sgd_learning_rate = 1.0  # learning rate of this sgd; adamw uses train.learning_rate
     config.continual.anchor = 0.05  # iuf: share by which every update pulls weights back to those before the step
     config.continual.projection = True  # iuf: project updates away from directions that old objects use
     config.continual.compression = 10.0  # iuf: weight of the base step's loss that frees directions for new objects
@@ -184,8 +184,8 @@ def cells(config: ConfigDict) -> Iterator[tuple[ConfigDict, tuple[str, str, str,
         raise UserError(
             f'config.benchmark.variants is "{plan.variants}"; use comma-separated names of {", ".join(VARIANTS)}.'
         )
-    most = max(plan.seeds, plan.seeds_of_one_modality)
-    for seed, protocol, modality, variant in product(range(most), protocols, modalities, variants):
+    seeds = max(plan.seeds, plan.seeds_of_one_modality)
+    for seed, protocol, modality, variant in product(range(seeds), protocols, modalities, variants):
         if seed >= (plan.seeds if "+" in modality else plan.seeds_of_one_modality):
             continue
         cell = config.copy_and_resolve_references()
@@ -204,10 +204,10 @@ def check(config: ConfigDict) -> None:
     Raises:
         UserError: If a key is unknown, or a value is out of range.
     """
-    known = flat(paper("1-0").to_dict())
+    valid_keys = flat(paper("1-0").to_dict())
     for key in flat(config.to_dict()):
-        if key not in known and not key.startswith("benchmark."):
-            raise UserError(f"config.{key} is not a key of this version; iumad_jax/config.py explains all keys.")
+        if key not in valid_keys and not key.startswith("benchmark."):
+            raise UserError(f"config.{key} is not a key of this version; use the keys in iumad_jax/config.py.")
     for key, (low, high) in _LIMITS.items():
         value = functools.reduce(lambda group, name: group[name], key.split("."), config)
         if not low <= value <= high:  # includes NaN

@@ -1,7 +1,7 @@
 """The error for mistakes of users, and the exit codes of commands."""
 
 USER_ERROR = 2  # a mistake of the user, reported in one sentence
-INTERRUPTED = 75  # stopped with all work saved; the same command resumes (EX_TEMPFAIL of sysexits.h)
+INTERRUPTED = 75  # interrupted; the same command resumes from the last saved state (EX_TEMPFAIL of sysexits.h)
 STOPPED_AT_ONCE = 130  # stopped at once by a second SIGINT, as shells report it
 
 _LONGEST = 4000  # characters

@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
 
 def _define(values: flags.FlagValues) -> None:
     cli.define_trained(values)
-    help_ = "Folder of the results, which are overwritten. Default: a folder in WORKDIR/evaluations."
+    help_ = "Folder of the results; existing results are overwritten. Default: a folder in WORKDIR/evaluations."
     flags.DEFINE_string("output", None, help_, flag_values=values)
 
 

@@ -50,7 +50,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     Raises:
         UserError: If the config, the dataset or the workdir has an error.
         DatasetChanged: If the run is finished and the dataset has changed since.
-        Interrupted: If the process was asked to stop, see `preemption.handled`.
+        Interrupted: If the process was asked to end, see `preemption.handled`.
     """
     processes.check_same(lambda: {"config": config.to_dict(), "workdir": workdirs.content(workdir)})
     configs.check(config)
@@ -99,11 +99,11 @@ def run_steps(config: ConfigDict, workdir: Path, resources: ExitStack) -> float:
 
 @processes.process_zero_only
 def prepare(run: Run, step: protocol.Step) -> None:
-    """Prepare the images that the step learns from, and report odd ones."""
+    """Prepare the training and calibration images of the step, and report suspicious ones."""
     splits: tuple[Split, ...] = ("train", "calibration")
-    for name, prepared in itertools.product(step.learned, (*splits, *copies.ALTERED)):
-        if copies.ids(run.store.reader, name, prepared):
-            run.store.prepare(name, prepared)
+    for name, image_set in itertools.product(step.learned, (*splits, *copies.ALTERED)):
+        if copies.ids(run.store.reader, name, image_set):
+            run.store.prepare(name, image_set)
     for name, split in itertools.product(step.learned, splits):
         if run.store.reader.ids(name, split):
             for message in odd_images(run.store.get(name, split), name, inventory.SPLITS[split]):
@@ -117,9 +117,9 @@ class Training(NamedTuple):
     step: protocol.Step
     objects: tuple[str, ...]
     sets: list[PreparedSet]  # prepared training images, by object
-    images: int
+    images: int  # number of images
     batch_size: int
-    seed: int  # of the order of images
+    seed: int  # determines the order of images
 
     @property
     def per_epoch(self) -> int:
@@ -133,7 +133,7 @@ class Training(NamedTuple):
 
 
 def learn(run: Run, step: protocol.Step, progress: Progress) -> Progress:
-    """Train on the good images of the objects that this step learns, from the current position."""
+    """Train the step from the current position to its end."""
     objects = run.strategy.objects(step)
     processes.check_same(lambda: {"images": run.store.sources(objects), "weights": run.store.settings})
     sets = [run.store.get(name, "train") for name in objects]
@@ -149,12 +149,11 @@ def learn(run: Run, step: protocol.Step, progress: Progress) -> Progress:
         live.log(f"step {step.index}: batches of {batch_size}, because there are only {images} training images")
     for epoch in epochs(run, training, progress):
         progress = record(run, training, epoch, progress)
+    strategy_state, variables = progress.strategy_state, progress.variables[run.config.method]
     for name in step.learned:
         batch = run.store.get(name, "train").batch
-        variables = progress.variables[run.config.method]
-        strategy_state = run.strategy.finish(progress.strategy_state, variables, batch, int(batch.object_id[0]))
-        progress = progress._replace(strategy_state=strategy_state)
-    return progress
+        strategy_state = run.strategy.finish(strategy_state, variables, batch, int(batch.object_id[0]))
+    return progress._replace(strategy_state=strategy_state)
 
 
 def observe(run: Run, training: Training, progress: Progress) -> Progress:
@@ -181,20 +180,20 @@ def observe(run: Run, training: Training, progress: Progress) -> Progress:
 
 
 def epochs(run: Run, training: Training, progress: Progress) -> Iterator[Epoch]:
-    """Train and yield every epoch, and a part of one when a snapshot is due."""
-    config, index, done = run.config, training.step.index, progress.position.updates
+    """Train the step; yield every epoch, and an incomplete one when a snapshot is due."""
+    config, index, first = run.config, training.step.index, progress.position.updates
     train_config = step_config(config, index)
     name = optimizer_name(run.method, train_config)
     rates, optimizer = learning_rates(train_config, training.per_epoch), run.optimizers[name]
     variables = progress.variables[config.method]
-    state = initial_state(variables, optimizer, done, progress.optimizer, progress.strategy_state)
+    state = initial_state(variables, optimizer, first, progress.optimizer, progress.strategy_state)
     batches = [prepared.batch for prepared in training.sets]
     stream = training_input(
-        batches, training.batch_size, training.seed, done, config.input.resident, int(config.debug.nans)
+        batches, training.batch_size, training.seed, first, config.input.resident, int(config.debug.nans)
     )
     key = jax.random.fold_in(jax.random.key(config.seed), index)
-    update, last = run.updates[name], config.train.epochs
-    passes = train_epochs(update, state, stream, rates, key, training.per_epoch, last, progress.losses, run.due)
+    update, count = run.updates[name], config.train.epochs
+    passes = train_epochs(update, state, stream, rates, key, training.per_epoch, count, progress.losses, run.due)
     return nonfinite.explain(passes, index, training.per_epoch, training.names)
 
 
@@ -203,8 +202,8 @@ def record(run: Run, training: Training, epoch: Epoch, progress: Progress) -> Pr
     index, total = training.step.index, run.config.train.epochs
     if epoch.complete:
         run.ledger.append("epoch", step=index, epoch=epoch.number, **epoch.losses)
-        seen = training.per_epoch * training.batch_size
-        run.live.epoch(index, epoch.number, total, epoch.losses, epoch.learning_rate, seen, epoch.seconds)
+        images = training.per_epoch * training.batch_size
+        run.live.epoch(index, epoch.number, total, epoch.losses, epoch.learning_rate, images, epoch.seconds)
     progress = progress._replace(
         position=Position(index, epoch.updates),
         variables=progress.variables | {run.config.method: epoch.state.variables},
@@ -222,18 +221,17 @@ def assess(run: Run, step: protocol.Step, progress: Progress) -> Progress:
     recogniser = recognition.fit(progress.recognition)
     calibration = calibrate(run, step, progress, recogniser)
     quantile, scale = run.config.decisions.quantile, run.store.processing.height_scale
-    decided, limits = describe(calibration, quantile), thresholds(calibration, quantile)
+    decisions, limits = describe(calibration, quantile), thresholds(calibration, quantile)
     tests = evaluation.test_sets(run.store.reader, step.seen, lambda name: run.store.get(name, "test"))
     model = Model(run.methods, progress.variables, recogniser, limits)
     numbers = {name: number for number, name in enumerate(step.seen)}
-    for judgement in assessment.assess(model, tests, numbers, decided, step.index, run.ledger, run.workdir, scale):
+    for judgement in assessment.assess(model, tests, numbers, decisions, step.index, run.ledger, run.workdir, scale):
         preemption.check()
         show(run, step, judgement)
+    stored = {"bytes": sizes(run, progress), "strategy_bytes": strategy_bytes(run, step, progress)}
     for append in (run.ledger.append, run.live.event):
-        append("decisions", step=step.index, **decided)
-        append(
-            "snapshot", step=step.index, bytes=sizes(run, progress), strategy_bytes=strategy_bytes(run, step, progress)
-        )
+        append("decisions", step=step.index, **decisions)
+        append("snapshot", step=step.index, **stored)
     mean = final(history(ledgers.read(run.workdir / "ledger.jsonl")).matrices[run.config.method]["i_auroc"])
     if np.isfinite(mean):
         live.log(f"step {step.index}: mean I-AUROC {mean:.3f} over the objects learned so far")

@@ -2,8 +2,8 @@
 
     python -m iumad_jax.latency --workdir=runs/quickstart_6-4_ib_iumad_rgb+depth_replay_seed0
 
-Medians over repetitions, without the first call, which compiles. The image is the first test image of the run's
-dataset, or of the dataset that --config.dataset.KEY=VALUE names. onnxruntime needs the extra iumad-jax[export].
+Times are medians over repetitions, excluding the first call, which compiles. The image is the first test image of the
+run's dataset, or of the dataset that --config.dataset.KEY=VALUE names. onnxruntime needs the extra iumad-jax[export].
 """
 
 import sys

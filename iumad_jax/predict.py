@@ -35,7 +35,7 @@ def _define(values: flags.FlagValues) -> None:
         flags.DEFINE_string(name, None, help_, flag_values=values)
     splits = ["test", "unlabelled", "calibration", "train"]
     flags.DEFINE_enum(
-        "split", splits[0], splits, "Images of the dataset to predict without --input.", flag_values=values
+        "split", splits[0], splits, "Split of the dataset to predict without --input.", flag_values=values
     )
     help_ = "Metres per unit of the depth files, such as 0.001; required for integer files."
     flags.DEFINE_float("depth_unit", None, help_, flag_values=values)

@@ -8,11 +8,11 @@ from iumad_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Step:
-    """An incremental step. Training sees only the objects that it learns, evaluation all objects seen so far."""
+    """A step of a run."""
 
     index: int
-    learned: tuple[str, ...]
-    seen: tuple[str, ...]
+    learned: tuple[str, ...]  # objects that the step learns
+    seen: tuple[str, ...]  # objects learned so far, including these
 
 
 def steps(protocol: str, objects: tuple[str, ...]) -> tuple[Step, ...]:

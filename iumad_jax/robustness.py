@@ -3,7 +3,7 @@
     python -m iumad_jax.robustness --workdir=runs/quickstart_6-4_ib_iumad_rgb+depth_replay_seed0
 
 The test images of the run's dataset, or of the dataset that --config.dataset.KEY=VALUE names, are predicted unchanged
-and with corruptions of several strengths. The table holds means over learned objects: I-AUROC, false alarms, misses,
+and with corruptions of several strengths. The table contains means over learned objects: I-AUROC, false alarms, misses,
 images recognised correctly, and images taken as unknown, the latter also for objects that were never learned.
 """
 

@@ -27,7 +27,7 @@ AnomalyMap = Float[Array, "m m"]
 Keys = Key[Array, " b"]  # one per image, so that randomness does not depend on how devices share a batch
 Variables = dict[str, Any]  # "params" (trained by gradients), "statistics" (gathered), "frozen" (see `Method.frozen`)
 Scalars = dict[str, Float[Array, ""]]
-StrategyState = dict[str, Any]  # nested dictionary of arrays that a strategy keeps
+StrategyState = dict[str, Any]  # nested dictionary of arrays
 BY_OBJECT = (
     "by_object"  # key of a tuple with one item per learned object; items never change, so snapshots store each once
 )
@@ -74,7 +74,7 @@ class GroundTruth(NamedTuple):
     """Labels and geometry of a set of images, in NumPy arrays."""
 
     mask: Bool[Array, "n m m"]  # pixels of a defect
-    masked: Bool[Array, " n"]  # False if the image has a defect that nobody marked in the mask
+    masked: Bool[Array, " n"]  # False if the image has a defect but no mask
     object: Bool[Array, "n m m"]  # pixels above the background plane, with a rim: negatives of object-only metrics
     workpiece: Bool[Array, "n m m"]  # `object` without parts that the image border cuts off, such as walls
     anomalous: Bool[Array, " n"]
@@ -88,5 +88,5 @@ class Calibration(NamedTuple):
     score: Float[np.ndarray, " n"]  # image score
     peak: Float[np.ndarray, " n"]  # largest value of the anomaly map
     distance: Float[np.ndarray, "n 3"]  # `recognition.distances` to the true, nearest and second nearest object
-    from_training_images: bool = False  # for lack of other images; the scores are too low to guarantee anything
-    few: bool = False  # too few images to estimate how distant other images of this object may be
+    from_training_images: bool = False  # True without calibration images: scores too low to guarantee anything
+    few: bool = False  # True if n is too small to estimate the distances of further images

@@ -256,7 +256,7 @@ BAR_OF_TRAINING = "training"
 BARS = (("preparing {object} {split}", "image"), (BAR_OF_TRAINING, "update"), ("evaluating", "object"))
 RUN_FINISHED = "{}: this run is finished."
 RUN_FINISHED_PART = "is finished"
-UNKNOWN_VARIANTS = r'config\.benchmark\.variants is "{found}"; use names of {known}'
+UNKNOWN_VARIANTS = r'config\.benchmark\.variants is "{found}"; use comma-separated names of {known}'
 CELL_STOPPED = "{} stopped: "
 CELL_STOPPED_PART = "stopped:"
 CELLS_STOPPED = "{count} of {all} cells stopped: {cells};"
@@ -288,7 +288,9 @@ OUTPUT_WITHIN_INPUT = "--output={} lies within"
 OUTPUT_NOT_EMPTY = "--output={} is not empty; empty it or choose a new folder."
 OUTPUT_IS_A_RUN = "--output={} is the workdir of a run, whose results would be overwritten; choose another folder."
 NO_OBJECT_OF_MODEL = '"{}" is not an object of this model'
-NO_OBJECT_LEARNED = "none of {objects} was learned; include one of {learned}."
+NO_OBJECT_LEARNED = (
+    "config.dataset.objects selects {objects}, which this model has not learned; include one of {learned}."
+)
 IMAGES_NOT_USED = "{bad} of {all} images cannot be used; the others are in {output}."
 IMAGES_JUDGED = (
     "{images} images: {good} good, {anomalous} anomalous, {unknown} unknown. Scores, masks and heatmaps are in"
@@ -355,7 +357,7 @@ SNAPSHOT_NOT_SAVED = (
     " run the same command again."
 )
 SNAPSHOT_NOT_SAVED_PART = "could not be saved"
-SNAPSHOT_SKIPPED = r"{snapshot} is damaged \(.*\); it is kept as {aside}, and the run continues from {before}\."
+SNAPSHOT_SKIPPED = r"{snapshot} is damaged \(.*\); it was renamed to {aside}, and the run continues from {before}\."
 RUN_CONTINUES = "the run continues from"
 SNAPSHOT_FILE_DIFFERS = "({} is missing or was changed)"
 SNAPSHOT_DAMAGED = "{} is damaged ("

@@ -85,7 +85,7 @@ def iuf(config: ConfigDict, method: Method) -> Strategy:
     """Build the strategy for `config.continual`, whose keys can switch off each part.
 
     Between steps the state holds one d x d matrix for each layer in the method's `activations`, whatever the number of
-    images and objects. Within later steps it also holds the weights before the step.
+    images and objects. Within later steps it also holds each layer's projection and the weights before the step.
     """
 
     def begin(strategy_state: StrategyState, variables: Variables, batch: Batch, step: int) -> StrategyState:

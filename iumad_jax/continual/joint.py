@@ -8,5 +8,5 @@ from iumad_jax.methods.method import Method
 
 
 def joint(method: Method) -> Strategy:
-    """Build the strategy that trains each step on the images of all objects seen so far."""
+    """Build the strategy that trains each step on the images of all objects learned so far."""
     return dataclasses.replace(finetune(method), incremental=False)

@@ -1,7 +1,7 @@
 """Replay without stored images: old objects are sampled from low-rank Gaussians of their features and images.
 
 A network that is trained end to end keeps reconstructing old objects only if it rehearses them. Since the backbone is
-frozen, stored statistics of its features never go stale. Recognising objects needs images, so each sample consists of
+frozen, stored statistics of its features remain valid. Recognising objects needs images, so each sample consists of
 features and a coarse image, drawn jointly.
 """
 
@@ -99,9 +99,9 @@ def replay(config: ConfigDict, method: Method, objects: int) -> Strategy:
             batch.sample_weight,
         )
         new = batch._replace(progress=None)
-        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b.astype(a.dtype)]), new, old)
-        both = both._replace(progress=batch.progress)
-        return without_replay.loss(strategy_state, variables, both, jnp.concatenate([keys, old_keys]))
+        combined = jax.tree.map(lambda a, b: jnp.concatenate([a, b.astype(a.dtype)]), new, old)
+        combined = combined._replace(progress=batch.progress)
+        return without_replay.loss(strategy_state, variables, combined, jnp.concatenate([keys, old_keys]))
 
     def begin(strategy_state: StrategyState, _: Variables, batch: Batch, step: int) -> StrategyState:
         """Stack the Gaussians of old objects, padded to all objects so that all later steps share a compiled update."""

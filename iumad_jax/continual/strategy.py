@@ -29,9 +29,9 @@ class Strategy:
             example of the shapes.
         finish: (state, variables, batch, object id) -> state. Called after the last update of a step, once per object
             that the step learned, with all training images of that object as one (memory-mapped) batch. The result is
-            what the strategy keeps between steps. Entries that belong to one object and never change go under the key
+            stored between steps. Entries that belong to one object and never change go under the key
             BY_OBJECT, as a tuple with one item per object; snapshots store each item once.
-        incremental: False if the strategy trains on the images of all objects seen so far.
+        incremental: False if the strategy trains on the images of all objects learned so far.
     """
 
     loss: Callable[[StrategyState, Variables, Batch, Keys], tuple[Loss, StrategyState]]

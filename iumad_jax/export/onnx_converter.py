@@ -38,7 +38,7 @@ def convert(
     """Convert a function of arrays that returns a flat tuple of arrays to an ONNX model.
 
     Args:
-        function: Function to convert. It is inner_jaxpr once, with tracers.
+        function: Function to convert. It is called once, with tracers.
         inputs: Shape and dtype of each argument by name, in order.
         outputs: Names of the results, in order.
 

@@ -35,7 +35,7 @@ def measure(config: ConfigDict, workdir: Path, step: int | None, repetitions: in
         Two Markdown tables: median time of each part of a prediction, and median time per image of each engine.
 
     Raises:
-        UserError: If the dataset or the workdir is faulty.
+        UserError: If the dataset or the workdir cannot be used.
     """
     reader = readers.open_reader(config)
     object_name = reader.objects[0]

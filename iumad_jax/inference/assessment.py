@@ -101,7 +101,7 @@ def _save_samples(folder: Path, step: int, judgements: Sequence[Judgement], heig
 def evaluate_snapshot(config: ConfigDict, workdir: Path, progress: Progress, output: Path) -> dict[str, Any]:
     """Evaluate a snapshot on the test images of `config.dataset`.
 
-    Writes ledger, samples, tables and report to the output folder.
+    Ledger, samples, tables and report are written to the output folder.
 
     Args:
         config: Config of the run, possibly with another dataset.
@@ -122,11 +122,12 @@ def evaluate_snapshot(config: ConfigDict, workdir: Path, progress: Progress, out
     learned = [name for name in reader.objects if name in progress.calibration]
     if not learned:
         raise UserError(
-            f"none of {', '.join(reader.objects)} was learned; include one of {', '.join(progress.calibration)}."
+            f"config.dataset.objects selects {', '.join(reader.objects)}, which this model has not learned; include one"
+            f" of {', '.join(progress.calibration)}."
         )
     test_sets = evaluation.test_sets(reader, reader.objects, lambda name: store.get(name, "test"))
     if not test_sets:
-        raise UserError(f"the dataset has no test images of {', '.join(reader.objects)}; add some.")
+        raise UserError(f"{config.dataset.root} has no test images of {', '.join(reader.objects)}; add some.")
     for name in test_sets:  # before anything is written, so that unusable images leave earlier results intact
         store.prepare(name, "test")
     before = history(ledgers.read(workdir / "ledger.jsonl"), step)

@@ -35,7 +35,7 @@ class Detection(NamedTuple):
     Attributes:
         score: Anomaly score.
         map: Anomaly map of 224 x 224 pixels.
-        mask: Defective pixels: where `map` exceeds `pixel_threshold`.
+        mask: Anomalous pixels, where `map` exceeds `pixel_threshold`.
         anomalous: Whether `score` exceeds `image_threshold`.
         object: Name of the recognised or specified object, a str; an array of names for a batch.
         probability: Probability that the image shows this object, assuming that it shows a learned one.

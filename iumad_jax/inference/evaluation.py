@@ -28,7 +28,7 @@ from iumad_jax.shapes import Batch, GroundTruth, Prediction, Variables
 
 
 class Model(NamedTuple):
-    """Methods as they were after a step, with the recogniser, and the thresholds of the config's method."""
+    """Methods after a step, the recogniser, and the thresholds of the config's method."""
 
     methods: dict[str, Method]  # by name: the config's method first, then its baselines
     variables: dict[str, Variables]  # by method name
@@ -65,7 +65,7 @@ class Judgement:
 
     @functools.cached_property
     def metrics(self) -> dict[str, float]:
-        """The metrics of `metrics_of`."""
+        """All metrics, see `metrics_of`."""
         return metrics_of(self.prediction, self.truth)
 
 
@@ -90,7 +90,7 @@ def judge(model: Model, test_sets: TestSets) -> Iterator[Judgement]:
 def infer(
     method: Method, variables: Variables, recogniser: Recogniser, images: Batch
 ) -> tuple[Prediction, Float[np.ndarray, "n k"]]:
-    """Predict images of unspecified objects: as in a detector, the method receives the recognised object.
+    """Predict images without knowing their objects: as in a detector, the method receives the recognised ones.
 
     Returns:
         The predictions, and the distance of each image to each learned object.
@@ -118,9 +118,8 @@ def _decide(state: tuple, batch: tuple) -> Decision:
 def metrics_of(prediction: Prediction, truth: GroundTruth) -> dict[str, float]:
     """Compute all metrics for the test images of one object, each from 0 to 1, or NaN where undefined.
 
-    Pixel metrics are undefined unless every defect is masked. Object-only metrics take their negatives where something
-    rises above the belt; the stricter `workpiece` metrics exclude regions cut off by the image border, such as the
-    belt's side walls.
+    Pixel metrics are undefined unless every defect is masked. The negatives of object-only metrics are pixels above
+    the background plane; the stricter `workpiece` metrics exclude regions cut off by the image border, such as walls.
     """
     regions = {"object": truth.object, "workpiece": truth.workpiece}
     pixels = pixel_metrics(truth.mask, prediction.map, regions)

@@ -40,7 +40,9 @@ def measure(config: ConfigDict, workdir: Path, progress: Progress) -> str:
     learned = tuple(progress.calibration)
     tested = tuple(name for name in reader.objects if reader.ids(name, "test"))
     if not set(tested) & set(learned):
-        raise UserError(f"the dataset has no test images of the learned objects {', '.join(learned)}; add some.")
+        raise UserError(
+            f"{config.dataset.root} has no test images of the learned objects {', '.join(learned)}; add some."
+        )
     config.baselines = ""  # baselines make no decisions
     model = evaluation.load(config, progress)
     rows = []
@@ -85,7 +87,7 @@ def _rates(judgement: Judgement, learned: tuple[str, ...]) -> dict[str, float]:
 
 
 def corrupt(sample: Sample, corruption: str, strength: float) -> Sample:
-    """Return the corrupted sample. Its noise is reproducible: the seed is the name of its object and its id."""
+    """Return the corrupted sample. Its noise is reproducible: object name and image id are the seed."""
     rng = np.random.default_rng(list(f"{sample.object}/{sample.id}".encode()))
     if corruption == _DEPTH_NOISE:
         return with_depth_noise(sample, strength / 1e3, rng)

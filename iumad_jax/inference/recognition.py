@@ -2,7 +2,7 @@
 
 Each learned object is modelled as a normal distribution of the mean tokens of its images (modalities concatenated). The
 objects differ in their means and share one covariance (linear discriminant analysis), as in the detection of unknown
-classes by Mahalanobis distance (Lee et al., NeurIPS 2018). The backbone is frozen, so later steps forget nothing of it.
+classes by Mahalanobis distance (Lee et al., NeurIPS 2018). The backbone is frozen, so later steps cannot degrade it.
 
 The covariance also includes the shifts that a slightly worse camera causes. Training images of one camera hardly vary
 in these directions; without the shifts, a JPEG copy of an image would be farther away than another object.

@@ -27,7 +27,7 @@ class Thresholds(NamedTuple):
 
     Attributes:
         image: Threshold of anomaly scores: an image with a higher score is anomalous.
-        pixel: Threshold of anomaly maps: a pixel with a higher value is defective.
+        pixel: Threshold of anomaly maps: a pixel with a higher value is anomalous.
         unknown: Threshold of the distance to the object: an image farther away shows an unknown object.
         rms_distance: Root mean square distance of calibration images to their object, see
             `recognition.probabilities`.
@@ -64,12 +64,12 @@ def thresholds(calibrations: Mapping[str, Calibration], quantile: float) -> Thre
     """Compute the thresholds of all objects.
 
     The pixel threshold is a quantile of each image's largest pixel, not of all pixels. Neighbouring pixels are not
-    independent but images are, so a good image has a defective pixel as rarely as it raises a false alarm. With a
-    quantile of all pixels, every good image would have defective pixels.
+    independent but images are, so a good image has an anomalous pixel as rarely as it is a false alarm. With a
+    quantile of all pixels, every good image would have anomalous pixels.
 
     Args:
         calibrations: Calibration by object, in the order of learning.
-        quantile: Share of good images that are to be decided good.
+        quantile: Share of good images that should be decided good.
     """
     objects = calibrations.values()
     shared = _UnknownThreshold.fit(_with_enough_images(calibrations), quantile)
@@ -87,7 +87,7 @@ def describe(calibrations: Mapping[str, Calibration], quantile: float) -> Record
 
     Args:
         calibrations: Calibration by object, in the order of learning.
-        quantile: Share of good images that are to be decided good.
+        quantile: Share of good images that should be decided good.
 
     Returns:
         `quantile`; `rms_distance`, the root mean square distance of an image to its object; `unknown`, the distance
@@ -146,14 +146,14 @@ class _UnknownThreshold(NamedTuple):
     threshold: float
     distance: Float[np.ndarray, " n"]  # distance of each good image to the nearest object
     good: float  # distance to the nearest object that few good images exceed
-    others: float  # distance to the second nearest object that few good images fall below; 4 `good` if it is infinite
+    others: float  # distance to the second nearest object that few good images fall below; if infinite, 4 * `good`
 
     @classmethod
     def fit(cls, calibrations: Iterable[Calibration], quantile: float) -> "_UnknownThreshold":
         """Fit the threshold to calibration images: the geometric mean of `good` and `others`, but at least `good`.
 
         It lies above `good` because anomalous images of a learned object are farther away than good ones and must not
-        be taken for an unknown object.
+        be mistaken for an unknown object.
         """
         distance = np.concatenate([calibration.distance for calibration in calibrations])
         good, others = _conformal(distance[:, 1], quantile)[0], -_conformal(-distance[:, 2], quantile)[0]

@@ -11,7 +11,7 @@ from iumad_jax.shapes import Batch, ErrorMaps, Variables
 def feature_norm() -> Method:
     """Build the method with the error |(f - mean) / std|, summed over modalities.
 
-    Mean and standard deviation are those of each channel over all training features seen so far.
+    Mean and standard deviation are those of each channel over all training features observed so far.
     """
 
     def init(_: jax.Array, batch: Batch) -> Variables:

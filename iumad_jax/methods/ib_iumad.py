@@ -87,7 +87,7 @@ def _target_modalities(target: str, modalities: tuple[Modality, ...]) -> tuple[M
 def bottleneck_loss(fused: Fused, object_id: Array, head_weight: float) -> Scalars:
     """Compute the bottleneck loss of one image by variational self-distillation.
 
-    The compressed representation must keep what the fused one, F_fu, contains about the object.
+    The compressed representation must retain the information about the object in the fused one, F_fu.
     """
     assert fused.fused_logits is not None
     assert fused.compressed_logits is not None

@@ -21,7 +21,7 @@ class Loss(NamedTuple):
     Attributes:
         total: Scalar to minimise. It is differentiated with respect to `variables["params"]`.
         terms: Parts of the total by name, each a mean over images (`Batch.mean`). They are logged.
-        outputs: Token means of layer outputs by name, to which a strategy may apply a loss of its own.
+        outputs: Token means of layer outputs by name, to which a strategy may apply another loss.
         statistics: New value of `variables["statistics"]`, identical on every device. None leaves it unchanged.
     """
 
@@ -38,13 +38,13 @@ class Method:
     Attributes:
         init: (key, batch) -> variables. Creates all variables except the frozen ones; the batch is an example of the
             shapes. Jitted by the caller.
-        predict: (variables, batch) -> error maps. The batch contains the recognised objects, right or wrong. Jitted by
-            the caller.
+        predict: (variables, batch) -> error maps. `batch.object_id` holds the recognised objects, which may be wrong.
+            Jitted by the caller.
         loss: (variables, batch, keys) -> loss. Computes the training loss, with one random key per image. Jitted by
             the caller. None for a method without training.
         grow: (variables, objects, key) -> variables. Called at the beginning of every step, before `observe`. Adds
-            what the method needs for the objects that the step will learn; `objects` is the number of objects seen so
-            far, including these. Not jitted.
+            what the method needs for the objects that the step will learn; `objects` is the number of objects learned
+            so far, including these. Not jitted.
         observe: (variables, batch, step) -> variables. Updates the statistics. Called before the training of a step,
             once per object that the step learns, with all training images of that object as one (memory-mapped)
             batch. Entries that belong to one object and never change go under the key BY_OBJECT, as a tuple with one

@@ -21,7 +21,7 @@ Errors = dict[str, Float[Array, " p"]]  # at each token, by modality or group of
 def jitter(key: PRNGKeyArray, tokens: Tokens, *, scale: float, probability: float) -> Tokens:
     """Replace each token t of an image by t + n * (|t|_2 / f) * scale with n ~ N(0, I), as UniAD does.
 
-    With probability 1 - `probability` the image stays as it is. UniAD decides this once for a whole batch.
+    With probability 1 - `probability` the image is left unchanged. UniAD decides this once for a whole batch.
     """
     apply_key, noise_key = jax.random.split(key)
     strength = scale * jnp.linalg.norm(tokens, axis=-1, keepdims=True) / tokens.shape[-1]

@@ -1,1 +1,1 @@
-"""The ledger, tables and figures of a run."""
+"""Tables, pictures and the HTML page of a run's results."""

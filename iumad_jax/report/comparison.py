@@ -42,7 +42,7 @@ class Cell(NamedTuple):
     variant: str
 
 
-Runs = dict[Cell, list[dict[str, Any]]]  # results of each cell, by seed
+Runs = dict[Cell, list[dict[str, Any]]]  # results of each cell, one per seed
 
 
 def name(variant: str, modality: str, protocol: str, seed: int) -> str:
@@ -98,7 +98,7 @@ def draw(workdir: Path) -> None:
 
 
 def retention(seed_runs: list[dict[str, Any]], metric: str) -> NDArray:
-    """Return the mean over the base step's objects after every step, (seeds, steps)."""
+    """Return the mean over the base step's objects after every step, shape (seeds, steps)."""
     base = [seed_runs[0]["objects"].index(name) for name in seed_runs[0]["steps"][0]]
     return np.stack([np.nanmean(_matrix(run, metric)[:, base], axis=1) for run in seed_runs])
 
@@ -108,11 +108,11 @@ def markdown(runs: Runs) -> str:
     protocols = sorted({cell.protocol for cell in runs}, key=lambda text: [-int(n) for n in text.split("-")])
     parts = ["# Comparison", "I-AUROC / AUPRO / FM of I-AUROC:", _overview(runs, protocols)]
     for protocol in protocols:
-        chosen = {cell: seed_runs for cell, seed_runs in runs.items() if cell.protocol == protocol}
-        single = all(len(seed_runs[0]["steps"]) == 1 for seed_runs in chosen.values())
+        selected = {cell: seed_runs for cell, seed_runs in runs.items() if cell.protocol == protocol}
+        single = all(len(seed_runs[0]["steps"]) == 1 for seed_runs in selected.values())
         columns = {title: key for title, key in _COLUMNS.items() if not (single and key[0] != "final")}
         rows = []
-        for cell, seed_runs in chosen.items():
+        for cell, seed_runs in selected.items():
             printed = published.printed(seed_runs[0]["config"]["dataset"]["name"], *cell)
             cells = [_cell(*_spread(seed_runs, *key)) for key in columns.values()]
             rows.append([cell.modality, cell.variant, len(seed_runs), *cells, *printed.values()])

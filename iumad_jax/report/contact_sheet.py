@@ -1,4 +1,4 @@
-"""Draws a contact sheet: some images of an object in one picture."""
+"""Draws contact sheets: several images of an object in one picture."""
 
 import io
 from collections.abc import Mapping, Sequence

@@ -28,11 +28,11 @@ _PANEL, _LABEL, _BAR, _HEAD, _RIM = 1.93, 1.15, 0.75, 0.62, 0.06  # inches
 def choose(defects: Sequence[str], rows: int) -> list[int]:
     """Choose the samples to show: one of each kind in turn, good first, up to `rows`; then grouped by kind."""
     kinds = sorted(set(defects), key=lambda kind: (kind != "good", kind))
-    seen = dict.fromkeys(kinds, 0)
+    counts = dict.fromkeys(kinds, 0)
     turns = []
     for index, kind in enumerate(defects):
-        turns.append((seen[kind], kinds.index(kind), index))
-        seen[kind] += 1
+        turns.append((counts[kind], kinds.index(kind), index))
+        counts[kind] += 1
     return [index for _, _, index in sorted(sorted(turns)[:rows], key=lambda turn: turn[1:])]
 
 
@@ -69,7 +69,7 @@ def save_heatmaps(
     Raises:
         UserError: If the disk is full or the folder is not writable.
     """
-    images, defective, heats, values = np.asarray(rgb), np.asarray(masks) > 0, np.asarray(maps), np.asarray(scores)
+    images, truth, heats, values = np.asarray(rgb), np.asarray(masks) > 0, np.asarray(maps), np.asarray(scores)
     names = ["RGB", "relief", "truth", "map", "map over RGB"]
     if heights is None:
         names.remove("relief")
@@ -97,9 +97,9 @@ def save_heatmaps(
             shaded, (dark, bright) = relief(np.asarray(heights)[row], height_scale), RELIEF
             panels["relief"].imshow(shaded, "gray", extent=extent, vmin=dark, vmax=bright, interpolation="nearest")
         heat = panels["map"].imshow(heats[row], _HEAT, norm, extent=extent)
-        strength = np.clip(1.6 * norm(heats[row]), 0, 0.85)  # normal areas stay clear
+        strength = np.clip(1.6 * norm(heats[row]), 0, 0.85)  # normal areas stay transparent
         panels["map over RGB"].imshow(heats[row], _HEAT, norm, extent=extent, alpha=strength)
-        _outline(panels["truth"], defective[row])
+        _outline(panels["truth"], truth[row])
     bar = figure.add_axes((1 - (_BAR - 0.1) / width, box["bottom"], 0.13 / width, box["top"] - box["bottom"]))
     figure.colorbar(heat, cax=bar).ax.tick_params(labelsize=8)
     _save(path, figure)
@@ -108,7 +108,7 @@ def save_heatmaps(
 def overlay(rgb: NDArray, heat: NDArray, threshold: float) -> NDArray:
     """Draw an anomaly map over its image, (h, w, 3) uint8.
 
-    Values below half of the threshold stay clear; the region above the threshold is outlined.
+    Values below half of the threshold stay transparent; the region above the threshold is outlined.
     """
     height, width = rgb.shape[:2]
     full = np.asarray(Image.fromarray(heat.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR))
@@ -201,7 +201,7 @@ def _outline(axes: Axes, mask: NDArray) -> None:
 
 def _save(path: Path, figure: Figure) -> None:
     picture = io.BytesIO()
-    # Without chroma subsampling, which blurs thin outlines.
+    # Chroma subsampling would blur thin outlines.
     options = {"quality": 75, "subsampling": 0} if path.suffix == ".jpg" else {}
     figure.savefig(picture, format=path.suffix[1:], pil_kwargs={"optimize": True, **options})
     write_whole(path, picture.getvalue())

@@ -37,21 +37,21 @@ def history(events: Iterable[Mapping[str, Any]], last_step: int | None = None) -
     by_kind: dict[str, list[Mapping[str, Any]]] = {kind: [] for kind in ("step", "evaluation", "decisions", "snapshot")}
     for event in events:
         by_kind.get(event["event"], []).append(event)
-    done = len(by_kind["snapshot"][: None if last_step is None else last_step + 1])  # the last event of each step
-    steps = tuple(tuple(event["learned"]) for event in by_kind["step"][:done])
-    last: Mapping[str, Any] = by_kind["snapshot"][done - 1] if done else {"bytes": {}, "strategy_bytes": 0}
+    count = len(by_kind["snapshot"][: None if last_step is None else last_step + 1])  # the last event of each step
+    steps = tuple(tuple(event["learned"]) for event in by_kind["step"][:count])
+    last: Mapping[str, Any] = by_kind["snapshot"][count - 1] if count else {"bytes": {}, "strategy_bytes": 0}
     objects: tuple[str, ...] = sum(steps, ())
     matrices: dict[str, Matrices] = {
-        method: {metric: np.full((done, len(objects)), np.nan) for metric in METRICS} for method in last["bytes"]
+        method: {metric: np.full((count, len(objects)), np.nan) for metric in METRICS} for method in last["bytes"]
     }
     for event in by_kind["evaluation"]:
-        if event["step"] < done:
+        if event["step"] < count:
             for metric, matrix in matrices[event["method"]].items():
                 value = event[metric]
                 matrix[event["step"], objects.index(event["object"])] = np.nan if value is None else value
     decisions = [
         {key: value for key, value in event.items() if key not in ("event", "step")}
-        for event in by_kind["decisions"][:done]
+        for event in by_kind["decisions"][:count]
     ]
     return History(steps, matrices, decisions, last["bytes"], last["strategy_bytes"])
 

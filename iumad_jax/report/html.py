@@ -40,11 +40,11 @@ def write(workdir: Path, results: dict[str, Any]) -> None:
     Raises:
         UserError: If a file is missing or damaged, or the page cannot be written.
     """
-    done = len(results["matrix"]["i_auroc"])
+    count = len(results["matrix"]["i_auroc"])
     columns = tables.learned_objects(results)
     tested = [(step, name) for step, name, column in columns if _is_tested(workdir, results, name, column)]
-    last = {name: samples.load(workdir, done - 1, name) for _, name in tested}
-    as_learned = {name: last[name] if step == done - 1 else samples.load(workdir, step, name) for step, name in tested}
+    last = {name: samples.load(workdir, count - 1, name) for _, name in tested}
+    as_learned = {name: last[name] if step == count - 1 else samples.load(workdir, step, name) for step, name in tested}
     shown, left_out = _pictures(workdir, last, as_learned)
     page = {
         "results": results,
@@ -58,7 +58,7 @@ def write(workdir: Path, results: dict[str, Any]) -> None:
         "remarks": list(tables.remarks(results)),
         "losses": [event for event in ledger.read(workdir / "ledger.jsonl") if event["event"] == "epoch"],
         "rates": samples.RATES,
-        "curves": {name: _curves(kept) for name, kept in last.items()},
+        "curves": {name: _curves(object_samples) for name, object_samples in last.items()},
         "thresholds": {name: [_first(as_learned[name].thresholds), _first(last[name].thresholds)] for name in last},
         "samples": shown,
         "left_out": left_out,
@@ -73,7 +73,7 @@ def _is_tested(workdir: Path, results: dict[str, Any], name: str, column: int) -
     return any(value is not None and not math.isnan(value) for value in last) or samples.exist(workdir, step, name)
 
 
-def pick(kept: Samples) -> list[tuple[int, str, int, int]]:
+def pick(object_samples: Samples) -> list[tuple[int, str, int, int]]:
     """Pick the best, the median and the worst test image of each kind by the score of the run's method.
 
     The best good image has the lowest score, the best anomalous one the highest.
@@ -81,11 +81,11 @@ def pick(kept: Samples) -> list[tuple[int, str, int, int]]:
     Returns:
         (index of the image, "best", "median" or "worst", rank from 1, number of images of the kind) of each pick.
     """
-    scores = _first(kept.scores)
+    scores = _first(object_samples.scores)
     picked = []
-    for kind in sorted(set(kept.defects), key=lambda kind: (kind != "good", kind)):
-        rows = [row for row, defect in enumerate(kept.defects) if defect == kind]
-        rows.sort(key=lambda row: -scores[row] if kept.anomalous[row] else scores[row])
+    for kind in sorted(set(object_samples.defects), key=lambda kind: (kind != "good", kind)):
+        rows = [row for row, defect in enumerate(object_samples.defects) if defect == kind]
+        rows.sort(key=lambda row: -scores[row] if object_samples.anomalous[row] else scores[row])
         ranks = {len(rows) // 2: "median", 0: "best", len(rows) - 1: "worst"}  # extremes win where they coincide
         picked += [(rows[rank], name, rank + 1, len(rows)) for rank, name in sorted(ranks.items())]
     return picked
@@ -101,26 +101,26 @@ def _pictures(
 ) -> tuple[list[dict[str, Any]], int]:
     """Return the picked samples as the page shows them, and how many of them did not fit."""
     shown: list[dict[str, Any]] = []
-    for name, kept in tqdm(last.items(), "report.html", unit="object", disable=None, leave=False):
+    for name, object_samples in tqdm(last.items(), "report.html", unit="object", disable=None, leave=False):
         pictures = samples.load_pictures(workdir, name)
-        for row, rank_name, rank, count in pick(kept):
+        for row, rank_name, rank, count in pick(object_samples):
             picture = pictures[row]
             shown.append(
                 {
                     "object": name,
-                    "id": kept.ids[row],
-                    "defect": kept.defects[row],
-                    "anomalous": kept.anomalous[row],
+                    "id": object_samples.ids[row],
+                    "defect": object_samples.defects[row],
+                    "anomalous": object_samples.anomalous[row],
                     "pick": rank_name,
                     "rank": [rank, count],
-                    "scores": {method: scores[row] for method, scores in kept.scores.items()},
+                    "scores": {method: scores[row] for method, scores in object_samples.scores.items()},
                     "rgb": _webp(picture.rgb),
                     "relief": _webp(picture.relief) if picture.relief else None,
                     "size": picture.size,
                     "truth": picture.outline,
-                    "maps": [_quantised(state, row) for state in (as_learned[name], kept)],
-                    "alarm": kept.alarm[row],
-                    "pixel_thresholds": [state.pixel_threshold[row] for state in (as_learned[name], kept)],
+                    "maps": [_quantised(state, row) for state in (as_learned[name], object_samples)],
+                    "alarm": object_samples.alarm[row],
+                    "pixel_thresholds": [state.pixel_threshold[row] for state in (as_learned[name], object_samples)],
                 }
             )
     sizes = [len(json.dumps(storage.as_json(sample))) for sample in shown]
@@ -132,20 +132,25 @@ def _pictures(
     return [sample for index, sample in enumerate(shown) if index in fitting], len(shown) - len(fitting)
 
 
-def _quantised(kept: Samples, row: int) -> dict[str, Any]:
-    pixels = base64.b64encode(kept.maps[row].tobytes()).decode()
-    return {"pixels": pixels, "side": kept.maps.shape[1], "low": kept.low, "high": kept.high}
+def _quantised(object_samples: Samples, row: int) -> dict[str, Any]:
+    pixels = base64.b64encode(object_samples.maps[row].tobytes()).decode()
+    return {
+        "pixels": pixels,
+        "side": object_samples.maps.shape[1],
+        "low": object_samples.low,
+        "high": object_samples.high,
+    }
 
 
-def _curves(kept: Samples) -> dict[str, Any]:
+def _curves(object_samples: Samples) -> dict[str, Any]:
     """Return, by method, the corners of the ROC curve of images and the overlaps of the PRO curve."""
     curves = {}
-    for method, scores in kept.scores.items():
-        both = 0 < np.count_nonzero(kept.anomalous) < len(kept.anomalous)
-        roc = roc_curve(kept.anomalous, scores)[:2] if both else ([], [])
+    for method, scores in object_samples.scores.items():
+        defined = 0 < np.count_nonzero(object_samples.anomalous) < len(object_samples.anomalous)
+        roc = roc_curve(object_samples.anomalous, scores)[:2] if defined else ([], [])
         curves[method] = {
             "roc": np.round(roc, _DIGITS),
-            "overlap": np.round(kept.overlap[method], _DIGITS),
+            "overlap": np.round(object_samples.overlap[method], _DIGITS),
         }
     return curves
 

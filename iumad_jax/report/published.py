@@ -4,7 +4,7 @@ TITLES = ("I-AUROC", "AUPRO", "FM I-AUROC", "FM AUPRO")
 
 
 def printed(dataset: str, protocol: str, modality: str, variant: str) -> dict[str, str]:
-    """Return the paper's values by title, "-" where it has none; empty for a dataset that is not in the paper."""
+    """Return the paper's values by title, "-" where the paper has none; empty for other datasets."""
     if dataset not in {key[0] for key in _PRINTED}:
         return {}
     values = _PRINTED.get((dataset, protocol, modality, variant), (None,) * len(TITLES))

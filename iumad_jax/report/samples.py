@@ -1,6 +1,6 @@
-"""Stores what a report shows of every test image, in `samples/`: a few kB per image.
+"""Stores the report's data on every test image in `samples/`, a few kB per image.
 
-`step<l>_<object>.npz` holds exact scores and curves, and maps at a quarter of their size in 8 bits for display;
+`step<number>_<object>.npz` holds exact scores and curves, and maps at a quarter of their size in 8 bits for display;
 `pictures_<object>.npz` holds small pictures of the test images last evaluated.
 """
 
@@ -23,7 +23,7 @@ from iumad_jax.runtime import storage
 RATES = np.concatenate(
     [np.geomspace(1e-4, 0.01, 21)[:-1], np.linspace(0.01, 0.3, 30)]
 )  # false positive rates of PRO curves
-_SHRINK = 4  # maps are interpolated from tokens larger than this, pixels
+_SHRINK = 4  # reduction of maps; tokens, from which they are interpolated, are usually larger than 4 pixels
 
 
 class Samples(NamedTuple):
@@ -199,7 +199,7 @@ def _reading(path: Path) -> Iterator[dict[str, Any]]:
             arrays = dict(file)
         yield arrays
     except Exception as error:  # damage makes NumPy and zipfile raise many kinds
-        raise UserError(f"{path} cannot be read ({error}); restore the file") from error
+        raise UserError(f"{path} cannot be read ({error}); restore the file from a backup.") from error
 
 
 def outline(mask: ArrayLike) -> str:

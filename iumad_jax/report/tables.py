@@ -5,7 +5,7 @@
     config, protocol   of the run
     objects            names of all objects; the columns of every matrix
     steps              the objects learned at each step
-    matrix             metric -> (steps done, objects); NaN or None where an object is not yet learned or undefined
+    matrix             metric -> (finished steps, objects); NaN or None where an object is not yet learned or undefined
     summary            metric -> figure -> value, see `summarise`
     baselines          name -> `matrix`, `summary` and `bytes` of each training-free method on the same inputs
     bytes              bytes that the method stores
@@ -90,7 +90,7 @@ def summarise(matrix: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def title(results: dict[str, Any]) -> str:
-    """Describe in one line what was run."""
+    """Describe the run or evaluation in one line."""
     config, evaluated = results["config"], results.get("evaluated")
     model = (
         f"after step {evaluated['step']} of {evaluated['workdir']}" if evaluated else f"protocol {results['protocol']}"
@@ -268,14 +268,14 @@ def _decisions_on_test_images(results: dict[str, Any], style: str) -> Iterator[s
     yield (
         "Decisions on test images, at thresholds set by good calibration images. False alarm: a good image called\n"
         "anomalous, expected at a rate of at most the bound, which more calibration images lower. Miss: an anomalous\n"
-        "image called good. Recognised: taken for the right object. step: the step that learned the object."
+        "image called good. Recognised: with the right object. step: the step that learned the object."
     )
     if any(decided[name]["image"]["false_alarm_bound"] is None for _, name, _ in learned_objects(results)):
         yield "No bound (none) holds where thresholds come from training images: add good images for calibration."
 
 
 def _next_steps(results: dict[str, Any], workdir: Path) -> str:
-    """Describe how to look at pictures of test images, and how to predict new images."""
+    """Describe how to view pictures of test images, and how to predict new images."""
     lines = [f"Test images with their anomaly maps: open {workdir / 'report.html'} in a browser."]
     if "evaluated" not in results:
         depth = " --depth=DEPTH" if "depth" in results["config"]["modality"] else ""
@@ -304,7 +304,7 @@ def _metrics_of_objects(results: dict[str, Any], style: str) -> Iterator[str]:
 
 
 def remarks(results: dict[str, Any]) -> Iterator[str]:
-    """Yield what must be said beside the metrics after the last step: undefined values, and baselines not beaten."""
+    """Yield remarks on the metrics after the last step: undefined values, and baselines not beaten."""
     if not measured(results):
         yield (
             "No metric is defined: no object has both good and anomalous test images. Thresholds are set by good"
@@ -328,9 +328,9 @@ def remarks(results: dict[str, Any]) -> Iterator[str]:
     for name, baseline in results.get("baselines", {}).items():
         pairs = [(results["summary"][m]["final"], baseline["summary"][m]["final"], METRICS[m]) for m in columns]
         unbeaten = [
-            f"{metric} ({_cell(own)} against {_cell(other)})"
-            for own, other, metric in pairs
-            if not _undefined(own) and own <= other
+            f"{metric} ({_cell(value)} against {_cell(baseline_value)})"
+            for value, baseline_value, metric in pairs
+            if not _undefined(value) and value <= baseline_value
         ]
         if unbeaten:
             yield f"No better than the training-free baseline {name} in {', '.join(unbeaten)}."
@@ -446,8 +446,8 @@ def measured(results: dict[str, Any]) -> list[str]:
 
 def learned_objects(results: dict[str, Any]) -> list[tuple[int, str, int]]:
     """Return the (step, object, column) of the objects learned so far, in the order of learning."""
-    done = len(results["matrix"]["i_auroc"])
-    steps = enumerate(results["steps"][:done])
+    count = len(results["matrix"]["i_auroc"])
+    steps = enumerate(results["steps"][:count])
     return [(step, name, results["objects"].index(name)) for step, names in steps for name in names]
 
 

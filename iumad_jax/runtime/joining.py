@@ -36,17 +36,17 @@ def joined(coordinator: str | None, number: int | None, process: int | None, clu
     Args:
         coordinator: HOST:PORT of process 0.
         number: Number of processes.
-        process: Number of this process, from 0.
+        process: Rank of this process, from 0.
         cluster: Whether JAX detects these three, as it can under SLURM and Open MPI.
 
     Raises:
         UserError: If arguments are missing, the coordinator does not answer, or the processes differ.
     """
-    given = [argument is not None for argument in (coordinator, number, process)]
-    if not cluster and not any(given):
+    present = [argument is not None for argument in (coordinator, number, process)]
+    if not cluster and not any(present):
         yield
         return
-    if any(given) if cluster else not all(given):
+    if any(present) if cluster else not all(present):
         raise UserError("--coordinator, --processes and --process must be given together, or --cluster without them.")
     if process is not None and number is not None and process >= number:
         raise UserError(f"--process is {process}; choose 0 to {number - 1}, since --processes is {number}.")
@@ -151,7 +151,7 @@ def _wait_in_background(
 def _aborted(_: int) -> None:
     """Handle JAX's abort of this process after another one has ended, which no public option prevents."""
     _end()
-    time.sleep(_HEARTBEAT_TIMEOUT)  # lets another thread finish that is ending this process already
+    time.sleep(_HEARTBEAT_TIMEOUT)  # in which another thread may already be ending this process
 
 
 def _end(reason: str = "") -> None:

@@ -1,7 +1,7 @@
 """The ledger of a run: every event once, in order, one JSON object per line.
 
-Two runs with the same seed write the same bytes: events hold no times, fields keep their order, and floats are written
-with full precision.
+Two runs with the same seed write the same bytes: events contain no times, fields keep their order, and floats are
+written with full precision.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ SHA256_OF_NOTHING = hashlib.sha256().hexdigest()
 class Ledger:
     """Writer of a ledger file. Its length is the number of events.
 
-    Opening a file keeps its events; an incomplete last line, left by a crash, is removed.
+    Opening a file preserves its events; an incomplete last line, left by a crash, is removed.
     """
 
     def __init__(self, path: Path):

@@ -1,6 +1,6 @@
 """Live view of a working run: live.jsonl, optionally TensorBoard, and log lines where standard error is no terminal.
 
-Unlike the ledger, live.jsonl holds times and is never truncated: a resumed run appends to it.
+Unlike the ledger, live.jsonl contains times and is never truncated: a resumed run appends to it.
 """
 
 import sys

@@ -96,7 +96,7 @@ def check_same(values: Callable[[], dict[str, Any]]) -> None:
     if jax.process_count() == 1:
         return
     digests = {name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()) for name, value in values().items()}
-    barrier()  # values may take other processes longer than the timeout of process_allgather
+    barrier()  # computing the values may take longer than the timeout of process_allgather
     devices = Counter(device.process_index for device in jax.devices())
     if len(set(devices.values())) > 1:
         differing = ["number of devices"]

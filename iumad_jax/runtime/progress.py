@@ -28,12 +28,12 @@ class Progress(NamedTuple):
 
     position: Position
     objects: tuple[str, ...]  # all objects of the run, numbered in the order of learning
-    variables: dict[str, Variables]  # by name, of the config's method and its baselines; `frozen` ones are not stored
-    frozen: dict[str, str]  # SHA-256 of the frozen variables, by name, of the methods that have any
+    variables: dict[str, Variables]  # by method, baselines included; `frozen` ones are not stored
+    frozen: dict[str, str]  # SHA-256 of the frozen variables, by method that has any
     recognition: Variables  # statistics of `recognition.observe`
     calibration: dict[str, Calibration]  # by learned object, as of the last finished step; determines the thresholds
     optimizer: list[Any]  # leaves of the optimiser's state; empty between steps
-    strategy_state: StrategyState  # memory of the strategy against forgetting
+    strategy_state: StrategyState  # state of the strategy against forgetting
     losses: dict[str, np.ndarray]  # losses per update of an unfinished epoch
     ledger: LedgerMark
     seconds: float  # run time so far

@@ -67,7 +67,7 @@ class Snapshots:
         self._saving: Future[None] | None = None
 
     def save(self, progress: Progress) -> None:
-        """Start saving a snapshot in the background. Of several processes, only process 0 saves.
+        """Start saving a snapshot in the background. Only process 0 saves.
 
         Snapshots of finished steps are kept; of those within steps, only the two newest.
 
@@ -181,8 +181,8 @@ def _check_finite(arrays: dict[str, Any], folder: Path) -> None:
         if np.issubdtype(array.dtype, np.inexact) and not np.isfinite(array).all():
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise UserError(
-                f"{folder} is not saved, because {name} is not finite; look for broken images among those learned last,"
-                " or lower config.train.learning_rate."
+                f"{folder} is not saved, because {name} is not finite; look for damaged images among those learned"
+                " last, or lower config.train.learning_rate."
             )
 
 
@@ -261,7 +261,7 @@ def _damage(folder: Path, shared: SharedArrays) -> str | None:
 
 
 def _set_aside(folder: Path, damage: str, replacement: Path) -> None:
-    """Rename a damaged snapshot, print that, and name the snapshot that replaces it."""
+    """Rename a damaged snapshot and print which snapshot replaces it."""
     number = 1
     while (aside := folder.with_name(f"{folder.name}.damaged{number}")).exists():
         number += 1
@@ -271,7 +271,7 @@ def _set_aside(folder: Path, damage: str, replacement: Path) -> None:
         raise UserError(
             f"{folder} {damage} but cannot be renamed ({_reason(error)}); make its folder writable."
         ) from error
-    message = f"{folder} {damage}; it is kept as {aside.name}, and the run continues from {replacement}."
+    message = f"{folder} {damage}; it was renamed to {aside.name}, and the run continues from {replacement}."
     print(f"iumad_jax: {message}", file=sys.stderr, flush=True)
 
 

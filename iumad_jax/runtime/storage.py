@@ -57,7 +57,7 @@ def locked(file: Path, waiting: str | None = None) -> Iterator[None]:
 
     Args:
         file: Lock file, created if missing.
-        waiting: Message to print before waiting for another process; None: do not wait.
+        waiting: Message to print before waiting for another process; None to raise TimeoutError instead.
 
     Raises:
         TimeoutError: If another process holds the lock and `waiting` is None.

@@ -42,7 +42,7 @@ def read(workdir: Path) -> ConfigDict:
     """Read the config of the run in a workdir.
 
     Raises:
-        UserError: If there is no run, or if its config cannot be read.
+        UserError: If the workdir holds no run, or if its config cannot be read.
     """
     file = workdir / _NAME
     try:

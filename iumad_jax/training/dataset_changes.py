@@ -18,7 +18,7 @@ from iumad_jax.runtime.progress import Progress
 
 
 class DatasetChanged(UserError):
-    """Raised if a run is finished, but its dataset has changed since."""
+    """Error for a finished run whose dataset has changed since."""
 
     def __init__(self, message: str, results: dict[str, Any]) -> None:
         super().__init__(message)

@@ -20,10 +20,10 @@ class Epoch(NamedTuple):
     """One pass over the images of a step, possibly still incomplete."""
 
     number: int
-    updates: int  # done in this step so far
+    updates: int  # updates made in this step so far
     complete: bool
     history: dict[str, np.ndarray]  # scalars of each update of the epoch so far; "loss" is the total
-    learning_rate: float  # of the last update
+    learning_rate: float  # value in the last update
     seconds: float  # duration of the complete epoch, extrapolated if it is incomplete
     state: TrainState
 
@@ -72,31 +72,31 @@ def train_epochs(
         for epoch in range(first // per_epoch, epochs):
             numbers = np.arange(epoch * per_epoch, (epoch + 1) * per_epoch)
             epoch_rates = np.broadcast_to(np.asarray(rates(numbers), np.float32), numbers.shape)
-            done = done_before = max(0, first - epoch * per_epoch)
+            completed = completed_before = max(0, first - epoch * per_epoch)
             start = time.monotonic()
-            while done < per_epoch:
+            while completed < per_epoch:
                 device_batches = next(stream)
-                chosen = slice(done, done + device_batches.indices.shape[1])
-                batch_rates, progress = epoch_rates[chosen], np.float32(numbers[chosen] / total)
+                span = slice(completed, completed + device_batches.indices.shape[1])
+                batch_rates, progress = epoch_rates[span], np.float32(numbers[span] / total)
                 device_batches = device_batches._replace(
                     progress=np.broadcast_to(progress, (len(device_batches.indices), progress.size))
                 )
                 state, scalars = updates(state, device_batches, key, batch_rates)
-                jax.block_until_ready(parts[-1:])  # otherwise work would queue up in front of a slow device
+                jax.block_until_ready(parts[-1:])  # keeps updates from queueing up on a slow device
                 parts.append(scalars)
-                done += batch_rates.size
+                completed += batch_rates.size
                 bar.update(batch_rates.size)
-                if done == per_epoch or pause():
+                if completed == per_epoch or pause():
                     losses = {name: np.concatenate([np.asarray(part[name])[0] for part in parts]) for name in parts[0]}
                     nonfinite.check(losses, state.variables["params"], epoch * per_epoch)
                     bar.set_postfix(loss=f"{losses['loss'].mean():.4f}")
                     yield Epoch(
                         number=epoch,
-                        updates=epoch * per_epoch + done,
-                        complete=done == per_epoch,
+                        updates=epoch * per_epoch + completed,
+                        complete=completed == per_epoch,
                         history=losses,
                         learning_rate=float(batch_rates[-1]),
-                        seconds=(time.monotonic() - start) * per_epoch / (done - done_before),
+                        seconds=(time.monotonic() - start) * per_epoch / (completed - completed_before),
                         state=devices.unreplicate(state),
                     )
             parts = []

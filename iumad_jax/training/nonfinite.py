@@ -20,7 +20,7 @@ _LIBRARIES = tuple(str(Path(str(library.__file__)).parent) for library in (jax, 
 
 
 class NotFinite(UserError):
-    """Raised if a number became NaN or infinite in an update of a step."""
+    """Error for a number that became NaN or infinite in an update of a step."""
 
     def __init__(self, problem: str, update: int) -> None:
         super().__init__(f"{problem} in update {update} of its step; training stopped.")

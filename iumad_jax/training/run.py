@@ -104,7 +104,7 @@ def plan(config: ConfigDict, workdir: Path) -> tuple[protocol.Step, ...]:
 def start(
     config: ConfigDict, workdir: Path, steps: tuple[protocol.Step, ...], stack: ExitStack
 ) -> tuple[Run, Progress]:
-    """Set up a run, with the progress of its last snapshot, or none if it is new.
+    """Set up a run and load the progress of its last snapshot; a new run begins with empty progress.
 
     Args:
         config: Config of the run.

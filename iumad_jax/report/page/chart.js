@@ -14,11 +14,11 @@ const s = (tag, attributes = {}, ...children) => make("http://www.w3.org/2000/sv
 
 const $ = (id) => document.getElementById(id);
 
-const known = (value) => value !== null && value !== undefined;
-const show = (value, digits = 3) => (known(value) ? value.toFixed(digits).replace(/^-(0\.?0*)$/, "$1") : "–");
+const isDefined = (value) => value !== null && value !== undefined;
+const show = (value, digits = 3) => (isDefined(value) ? value.toFixed(digits).replace(/^-(0\.?0*)$/, "$1") : "–");
 const percent = (share) => `${Number((100 * share).toPrecision(2))} %`;
 const mean = (values) => {
-  const defined = values.filter(known);
+  const defined = values.filter(isDefined);
   return defined.length ? defined.reduce((sum, value) => sum + value, 0) / defined.length : null;
 };
 
@@ -33,21 +33,21 @@ function ticks(low, high, count) {
 }
 
 /** Draws lines [{name, points, style, kind, label}] into a box, and redraws them when its width changes. */
-function chart(box, { lines: all, x, y, height, label, extras = [], end = 12 }) {
+function chart(box, { lines: allLines, x, y, height, label, extras = [], end = 12 }) {
   box.classList.add("chart");
   const readout = h("output");
-  const lines = all.filter(({ points }) => points.length);
+  const lines = allLines.filter(({ points }) => points.length);
   const draw = () => {
     const width = Math.max(box.clientWidth, 140);
-    const tall = typeof height === "function" ? height(width) : height;
-    const frame = { left: 38, right: width - end, top: 22, bottom: tall - 32 };
+    const boxHeight = typeof height === "function" ? height(width) : height;
+    const frame = { left: 38, right: width - end, top: 22, bottom: boxHeight - 32 };
     const along = ({ from, to, log }, start, stop) => {
       const scale = log ? Math.log10 : (value) => value;
       return (value) => start + ((scale(value) - scale(from)) / (scale(to) - scale(from) || 1)) * (stop - start);
     };
     const toX = along(x, frame.left, frame.right);
     const toY = along(y, frame.bottom, frame.top);
-    const svg = s("svg", { viewBox: `0 0 ${width} ${tall}`, role: "img", "aria-label": label });
+    const svg = s("svg", { viewBox: `0 0 ${width} ${boxHeight}`, role: "img", "aria-label": label });
     for (const value of y.ticks ?? ticks(y.from, y.to, 4)) {
       svg.append(
         s("line", { class: "grid", x1: frame.left, x2: frame.right, y1: toY(value), y2: toY(value) }),
@@ -64,7 +64,7 @@ function chart(box, { lines: all, x, y, height, label, extras = [], end = 12 }) 
       );
     }
     svg.append(
-      s("text", { x: (frame.left + frame.right) / 2, y: tall - 2, "text-anchor": "middle" }, x.name),
+      s("text", { x: (frame.left + frame.right) / 2, y: boxHeight - 2, "text-anchor": "middle" }, x.name),
       s("text", { x: frame.left, y: 10 }, y.name),
     );
     for (const extra of extras) svg.append(extra(toX, toY, frame));
@@ -81,13 +81,13 @@ function chart(box, { lines: all, x, y, height, label, extras = [], end = 12 }) 
       .filter((line) => line.label)
       .map((line) => ({ ...line, at: toY(line.points.at(-1)[1]) }))
       .sort((a, b) => a.at - b.at);
-    labels.forEach((one, i) => {
-      one.at = Math.max(one.at, i ? labels[i - 1].at + 13 : 0);
+    labels.forEach((entry, i) => {
+      entry.at = Math.max(entry.at, i ? labels[i - 1].at + 13 : 0);
     });
     const overflow = labels.length ? Math.max(0, labels.at(-1).at - frame.bottom) : 0;
-    for (const one of labels) {
+    for (const entry of labels) {
       svg.append(
-        s("text", { class: "label", x: frame.right + 8, y: one.at + 4 - overflow, style: one.style }, one.label),
+        s("text", { class: "label", x: frame.right + 8, y: entry.at + 4 - overflow, style: entry.style }, entry.label),
       );
     }
     svg.addEventListener("pointermove", (event) => {

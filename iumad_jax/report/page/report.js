@@ -1,7 +1,7 @@
 const page = JSON.parse(document.getElementById("data").textContent);
 const { results, methods, metrics, columns, rates } = page;
 const names = Object.keys(methods); // the run's method, then its baselines
-const own = names[0];
+const runMethod = names[0]; // the method of the run's config
 const baselines = names.slice(1);
 const objects = columns.map(([, name]) => name);
 const steps = results.matrix.i_auroc.length;
@@ -20,14 +20,14 @@ function overview() {
   const count = (number, name) => `${number} ${name}${number === 1 ? "" : "s"}`;
   $("subtitle").textContent =
     `${count(objects.length, "object")} in ${count(steps, "step")} · seed ${config.seed} · ${time}`;
-  const trivial = `${baselines.join(" and ")}: training-free ${baselines.length > 1 ? "baselines" : "baseline"}.`;
+  const baselineNote = `${baselines.join(" and ")}: training-free ${baselines.length > 1 ? "baselines" : "baseline"}.`;
   $("key").hidden = $("ranking").hidden = !Object.keys(metrics).length;
   $("key").textContent =
     "Means over objects after the last step; 1 is perfect. I-AUROC: anomalous above good images (0.5 is chance)." +
     " P-AUROC: the same for pixels. AUPRO: mean share of a defect found, for up to 30 % of normal pixels marked." +
-    ` object: normal pixels of the object alone.${baselines.length ? ` ${trivial}` : ""}`;
+    ` object: normal pixels of the object alone.${baselines.length ? ` ${baselineNote}` : ""}`;
   for (const metric of ["i_auroc", "aupro", "p_auroc_object", "aupro_object"].filter((key) => metrics[key])) {
-    const figures = methods[own].summary[metric];
+    const figures = methods[runMethod].summary[metric];
     $("tiles").append(
       h(
         "div",
@@ -43,7 +43,7 @@ function overview() {
             return [h("span", {}, name), bar, h("span", {}, show(final))];
           }),
         ),
-        h("p", { class: "quiet" }, known(figures.fm)
+        h("p", { class: "quiet" }, isDefined(figures.fm)
           ? `forgetting (fm) ${show(figures.fm)} · right after learning (new) ${show(figures.new)}`
           : "a single step: nothing to forget"),
       ),
@@ -54,11 +54,11 @@ function overview() {
     legend.append(...names.map((name) => h("span", { style: colour(name) + dashed(name) }, name)));
   }
   const facts = { Experiment: null, Versions: versions, Stored: {} };
-  for (const [name, method] of [[own, results], ...Object.entries(results.baselines ?? {})]) {
-    if (known(method.bytes)) facts.Stored[name] = `${(method.bytes / 1e6).toFixed(1)} MB`;
+  for (const [name, method] of [[runMethod, results], ...Object.entries(results.baselines ?? {})]) {
+    if (isDefined(method.bytes)) facts.Stored[name] = `${(method.bytes / 1e6).toFixed(1)} MB`;
   }
   facts.Experiment = {
-    method: own,
+    method: runMethod,
     dataset: config.dataset.name,
     modality: config.modality,
     protocol: results.protocol,
@@ -85,7 +85,7 @@ function overview() {
   }
   const flat = (tree, prefix = "") =>
     Object.entries(tree).flatMap(([key, value]) =>
-      known(value) && typeof value === "object" ? flat(value, `${prefix}${key}.`) : [[prefix + key, value]],
+      isDefined(value) && typeof value === "object" ? flat(value, `${prefix}${key}.`) : [[prefix + key, value]],
     );
   $("config").append(
     h(
@@ -102,14 +102,14 @@ function overview() {
 
 function curves() {
   for (const [, object, column] of columns) {
-    const of = page.curves[object];
-    if (!of) continue; // without test images
+    const byMethod = page.curves[object];
+    if (!byMethod) continue; // an object without test images
     const last = (metric, name) => show(methods[name].matrix[metric][steps - 1][column]);
     const line = (name, points) => ({
       name,
       points,
       style: colour(name) + dashed(name),
-      kind: name === own ? "bold" : "",
+      kind: name === runMethod ? "bold" : "",
     });
     const side = (title, metric, options) => {
       const box = h("div");
@@ -127,12 +127,12 @@ function curves() {
           empty || chart(box, { height: (width) => width, label: `${title} curves of ${object}`, ...options }),
       };
     };
-    const order = [...baselines, own];
+    const order = [...baselines, runMethod];
     const roc = side("I-AUROC", "i_auroc", {
       lines: order.map((name) =>
         line(
           name,
-          of[name].roc[0].map((x, i) => [x, of[name].roc[1][i]]),
+          byMethod[name].roc[0].map((x, i) => [x, byMethod[name].roc[1][i]]),
         ),
       ),
       x: { from: 0, to: 1, name: "false alarms" },
@@ -143,7 +143,7 @@ function curves() {
       lines: order.map((name) =>
         line(
           name,
-          of[name].overlap.flatMap((y, i) => (known(y) ? [[rates[i], y]] : [])),
+          byMethod[name].overlap.flatMap((y, i) => (isDefined(y) ? [[rates[i], y]] : [])),
         ),
       ),
       x: { from: 0, to: rates.at(-1), name: "normal pixels marked" },
@@ -242,15 +242,15 @@ function training() {
 function theme() {
   const choices = { auto: "◐ auto", light: "☀ light", dark: "☾ dark" };
   const order = Object.keys(choices);
-  let now = "auto";
+  let current = "auto";
   const set = (name) => {
-    now = name;
+    current = name;
     document.documentElement.dataset.theme = name;
     $("theme").textContent = choices[name];
     $("theme").setAttribute("aria-label", `Colours: ${name}`);
   };
-  $("theme").addEventListener("click", () => set(order[(order.indexOf(now) + 1) % order.length]));
-  set(now);
+  $("theme").addEventListener("click", () => set(order[(order.indexOf(current) + 1) % order.length]));
+  set(current);
 }
 
 const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));

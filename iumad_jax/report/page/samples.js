@@ -21,8 +21,8 @@ const chosen = () => rates.length - 1 - Number($("threshold").value); // the thr
 const state = () => Number($("state").value);
 
 /** Pixel threshold of a sample after the last step (1) or the step that learned its object (0). */
-function pixelThreshold({ object, pixel_thresholds }, which) {
-  return ($("decided").checked ? pixel_thresholds[which] : page.thresholds[object][which][chosen()]) ?? null;
+function pixelThreshold({ object, pixel_thresholds }, stage) {
+  return ($("decided").checked ? pixel_thresholds[stage] : page.thresholds[object][stage][chosen()]) ?? null;
 }
 
 /** A chip with the decision about a sample after the last step; null without decisions. */
@@ -118,14 +118,14 @@ function makeCard(sample) {
   const card = { sample, element, label, dirty: true, near: false };
   card.draw = () => {
     card.dirty = false;
-    const which = state();
-    values[which] ??= upsampled(sample.maps[which], sample.size);
-    const threshold = pixelThreshold(sample, which);
-    const low = Math.min(...sample.maps.map((one) => one.low));
-    const high = Math.max(...sample.maps.map((one) => one.high));
-    const over = values[which].map((value) => known(threshold) && value > threshold);
+    const stage = state();
+    values[stage] ??= upsampled(sample.maps[stage], sample.size);
+    const threshold = pixelThreshold(sample, stage);
+    const low = Math.min(...sample.maps.map((quantised) => quantised.low));
+    const high = Math.max(...sample.maps.map((quantised) => quantised.high));
+    const over = values[stage].map((value) => isDefined(threshold) && value > threshold);
     const [masked, heat] = [new ImageData(width, height), new ImageData(width, height)];
-    values[which].forEach((value, i) => {
+    values[stage].forEach((value, i) => {
       const level = Math.round((255 * (value - low)) / (high - low || 1));
       heat.data.set(HEAT.subarray(3 * level, 3 * level + 3), 4 * i);
       heat.data[4 * i + 3] = 255;
@@ -144,14 +144,14 @@ function makeCard(sample) {
         .map((alpha) => alpha > 127);
     }
     let [defect, both, all] = [0, 0, 0];
-    over.forEach((is, i) => {
+    over.forEach((marked, i) => {
       defect += truthPixels[i];
-      all += is;
-      both += is && truthPixels[i];
+      all += marked;
+      both += marked && truthPixels[i];
     });
-    const rest = `${percent((all - both) / (width * height - defect))} of normal pixels`;
-    coverage.textContent = defect ? `${percent(both / defect)} of the defect, ${rest}` : rest;
-    if (!known(threshold)) coverage.textContent = "no threshold";
+    const normal = `${percent((all - both) / (width * height - defect))} of normal pixels`;
+    coverage.textContent = defect ? `${percent(both / defect)} of the defect, ${normal}` : normal;
+    if (!isDefined(threshold)) coverage.textContent = "no threshold";
   };
   return card;
 }
@@ -191,7 +191,7 @@ function samples() {
   );
   for (const { element } of cards) watcher.observe(element);
 
-  const redrawn = () => {
+  const redraw = () => {
     for (const card of cards) card.dirty = true;
     const overlap = (name) => mean(objects.map((object) => page.curves[object]?.[name].overlap[chosen()]));
     const overlaps = names.flatMap((name) => [" ", h("b", { style: colour(name), title: name }, show(overlap(name)))]);
@@ -208,7 +208,7 @@ function samples() {
     }
     refresh();
   };
-  const score = ({ sample }) => sample.scores[own];
+  const score = ({ sample }) => sample.scores[runMethod];
   const orders = {
     object: () => 0,
     kind: (a, b) => (b.label === "good") - (a.label === "good") || a.sample.defect.localeCompare(b.sample.defect),
@@ -216,36 +216,36 @@ function samples() {
     high: (a, b) => score(b) - score(a),
     low: (a, b) => score(a) - score(b),
   };
-  let most = SHOWN;
-  const arranged = () => {
-    const wanted = [
+  let limit = SHOWN;
+  const arrange = () => {
+    const filters = [
       ["by-object", ({ sample }) => sample.object],
       ["by-label", ({ label }) => label],
       ["by-kind", ({ sample }) => sample.defect],
       ["by-pick", ({ sample }) => sample.pick],
     ];
     const sorted = [...cards].sort(orders[$("sort").value]);
-    const matching = sorted.filter((card) => wanted.every(([id, of]) => !$(id).value || $(id).value === of(card)));
-    const shown = new Set(matching.slice(0, most));
+    const matching = sorted.filter((card) => filters.every(([id, get]) => !$(id).value || $(id).value === get(card)));
+    const shown = new Set(matching.slice(0, limit));
     for (const card of cards) card.element.hidden = !shown.has(card);
     $("cards").append(...sorted.map(({ element }) => element));
-    const rest = page.left_out ? ` (${page.left_out} more would make this file too large)` : "";
-    $("count").textContent = `${shown.size} of ${cards.length} pictures${rest}`;
-    $("more").hidden = matching.length <= most;
+    const leftOut = page.left_out ? ` (${page.left_out} more would make this file too large)` : "";
+    $("count").textContent = `${shown.size} of ${cards.length} pictures${leftOut}`;
+    $("more").hidden = matching.length <= limit;
     $("more").textContent = `Show all ${matching.length}`;
   };
   const showAll = () => {
-    most = Infinity;
-    arranged();
+    limit = Infinity;
+    arrange();
   };
   $("more").addEventListener("click", showAll);
-  for (const id of ["by-object", "by-label", "by-kind", "by-pick", "sort"]) $(id).addEventListener("change", arranged);
-  $("state").addEventListener("change", redrawn);
+  for (const id of ["by-object", "by-label", "by-kind", "by-pick", "sort"]) $(id).addEventListener("change", arrange);
+  $("state").addEventListener("change", redraw);
   $("threshold").addEventListener("input", () => {
     $("decided").checked = false;
-    redrawn();
+    redraw();
   });
-  $("decided").addEventListener("change", redrawn);
+  $("decided").addEventListener("change", redraw);
   $("decided").checked = !!results.decisions?.length;
   $("decided-label").hidden = !$("decided").checked;
   $("controls").addEventListener("submit", (event) => event.preventDefault());
@@ -254,6 +254,6 @@ function samples() {
     for (const card of cards) if (!card.element.hidden) card.draw();
     for (const details of document.querySelectorAll("details")) details.open = true;
   });
-  arranged();
-  redrawn();
+  arrange();
+  redraw();
 }

@@ -1,10 +1,10 @@
 // ---- matrix of a metric, summary of forgetting ----
 
 function forgetting(metric) {
-  const all = names.flatMap((name) => methods[name].matrix[metric].flat()).filter(known);
+  const all = names.flatMap((name) => methods[name].matrix[metric].flat()).filter(isDefined);
   const lowest = Math.min(0.5, ...all);
   const cell = (value, kind, title) => {
-    const depth = known(value) ? (value - lowest) / (1 - lowest) : 0;
+    const depth = isDefined(value) ? (value - lowest) / (1 - lowest) : 0;
     return h("td", { class: kind, title, style: `--v: ${depth}` }, show(value));
   };
   const rows = (name) =>
@@ -71,21 +71,21 @@ function forgetting(metric) {
   const path = (name, i) =>
     methods[name].matrix[metric]
       .map((_, step) => [step, row(name, metric, step)[i]])
-      .filter(([, value]) => known(value));
+      .filter(([, value]) => isDefined(value));
   const means = (name) =>
     methods[name].matrix[metric]
       .map((_, step) => [step, mean(row(name, metric, step))])
-      .filter(([, value]) => known(value));
+      .filter(([, value]) => isDefined(value));
   const lines = [
     ...objects.map((name, i) => ({
       name,
       label: name,
-      points: path(own, i),
+      points: path(runMethod, i),
       kind: "thin",
       style: `--color: oklch(0.62 0.13 ${Math.round((360 * i) / objects.length)})`,
     })),
     ...baselines.map((name) => ({ name: `mean of ${name}`, points: means(name), style: colour(name) + dashed(name) })),
-    { name: `mean of ${own}`, points: means(own), kind: "bold", style: colour(own) },
+    { name: `mean of ${runMethod}`, points: means(runMethod), kind: "bold", style: colour(runMethod) },
   ];
   const low = Math.floor(Math.min(...lines.flatMap(({ points }) => points.map(([, value]) => value)), 0.99) * 10) / 10;
   const box = h("div");
@@ -118,8 +118,8 @@ function sortable(table, headers, rows) {
             for (const head of heads) head.removeAttribute("aria-sort");
             heads[i].setAttribute("aria-sort", direction > 0 ? "ascending" : "descending");
             const order = [...rows].sort(({ keys: { [i]: a } }, { keys: { [i]: b } }) =>
-              !known(a) || !known(b)
-                ? known(b) - known(a)
+              !isDefined(a) || !isDefined(b)
+                ? isDefined(b) - isDefined(a)
                 : direction * (typeof a === "string" ? a.localeCompare(b) : a - b),
             );
             body.append(...order.map(({ element }) => element));
@@ -137,11 +137,11 @@ function objectTable() {
   const shown = Object.keys(metrics).filter((metric) => metric !== "aupro_exact");
   const cell = (values) => {
     const [ours, ...theirs] = values;
-    const wins = known(ours) && theirs.every((value) => !known(value) || ours > value);
+    const wins = isDefined(ours) && theirs.every((value) => !isDefined(value) || ours > value);
     return h(
       "td",
       {},
-      h("span", { class: wins && baselines.length ? "wins" : null, style: colour(own) }, show(ours)),
+      h("span", { class: wins && baselines.length ? "wins" : null, style: colour(runMethod) }, show(ours)),
       ...baselines.map((name, i) => h("small", { style: colour(name), title: name }, h("b", {}, show(theirs[i])))),
     );
   };
@@ -156,7 +156,7 @@ function objectTable() {
   if (!shown.length) return;
   $("objects-note").replaceChildren(
     "Every cell: ",
-    h("b", { style: colour(own) }, own),
+    h("b", { style: colour(runMethod) }, runMethod),
     ...baselines.flatMap((name) => [", ", h("b", { style: `color: var(--color); ${colour(name)}` }, name)]),
     baselines.length ? "; ✓ where the method is better than every baseline." : ".",
   );
@@ -196,9 +196,9 @@ function decisions() {
     taken_as_unknown: "unknown",
     recognised: "recognised",
   };
-  const measured = (key) => objects.some((name) => known(last.objects[name]?.test?.[key]));
+  const measured = (key) => objects.some((name) => isDefined(last.objects[name]?.test?.[key]));
   const shownRates = Object.keys(rateNames).filter(measured);
-  const share = (value) => (known(value) ? `${(100 * value).toFixed(1)} %` : "–");
+  const share = (value) => (isDefined(value) ? `${(100 * value).toFixed(1)} %` : "–");
   const limit = ({ threshold, interval, images }) =>
     h(
       "td",
@@ -217,7 +217,7 @@ function decisions() {
           {},
           h("th", { scope: "row" }, name),
           ...shares.map((value) => h("td", {}, share(value))),
-          h("td", {}, known(image.false_alarm_bound) ? share(image.false_alarm_bound) : "none"),
+          h("td", {}, isDefined(image.false_alarm_bound) ? share(image.false_alarm_bound) : "none"),
           limit(image),
           limit(pixel),
           h("td", {}, String(image.images)),
@@ -230,7 +230,7 @@ function decisions() {
     "After the last step, at thresholds set by good calibration images for a false-alarm rate of" +
     ` ${share(1 - last.quantile)}. False alarm: a good image called anomalous; expected at a rate of at most the bound,` +
     " which more calibration images lower; none where thresholds come from training images." +
-    " Miss: an anomalous image called good. Recognised: taken for the right object." +
+    " Miss: an anomalous image called good. Recognised: with the right object." +
     neverLearned(share);
   sortable($("decision-table"), ["object", ...rateHeaders, ...thresholdHeaders], rows);
   $("decisions").hidden = false;
