@@ -329,7 +329,7 @@ NEVER_LEARNED = "Taken as unknown: of objects never learned {never}; of learned 
 SHOW_ALL = "Show all {}"
 SAMPLES_SHOWN = "{shown} of {all} pictures"
 FALSE_ALARM = "false alarm"
-DEFECT_FOUND = "defect found"
+DEFECT_FOUND = "found"
 EPOCHS_OF_ALL_STEPS = "epochs of all steps"
 NOT_MEASURED = "not measured"
 

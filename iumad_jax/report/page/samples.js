@@ -28,7 +28,7 @@ function pixelThreshold({ object, pixel_thresholds }, stage) {
 /** A chip with the decision about a sample after the last step; null without decisions. */
 function verdict({ anomalous, alarm }) {
   if (!results.decisions?.length) return null;
-  const text = alarm ? (anomalous ? "defect found" : "false alarm") : anomalous ? "missed" : "passed";
+  const text = alarm ? (anomalous ? "found" : "false alarm") : anomalous ? "missed" : "passed";
   return h("span", { class: `chip ${alarm === anomalous ? "" : "wrong"}` }, text);
 }
 
