@@ -66,7 +66,7 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def _benchmark(values: flags.FlagValues) -> str:
-    config, _ = cli.given_config(values)
+    config, _ = cli.config_and_workdir(values)
     if "benchmark" not in config:
         raise UserError("--config has no key benchmark; start from configs/benchmark.py.")
     return benchmark(config, Path(values.workdir))

@@ -41,7 +41,7 @@ def execute(
         if dataset:
             _define_dataset(values, arguments)
         _parse(values, arguments)
-        with preemption.handled() if resumable else nullcontext():
+        with preemption.handle_signals() if resumable else nullcontext():
             print(act(values))
     except UserError as error:
         print(f"iumad_jax: {error}", file=sys.stderr)
@@ -89,7 +89,7 @@ def define_workdir(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, help_, flag_values=values)
 
 
-def given_config(values: flags.FlagValues) -> tuple[ConfigDict, Path]:
+def config_and_workdir(values: flags.FlagValues) -> tuple[ConfigDict, Path]:
     """Return the config of --config with its changed keys, and the workdir of its run.
 
     Raises:

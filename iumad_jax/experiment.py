@@ -50,7 +50,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     Raises:
         UserError: If the config, the dataset or the workdir has an error.
         DatasetChanged: If the run is finished and the dataset has changed since.
-        Interrupted: If the process was asked to end, see `preemption.handled`.
+        Interrupted: If the process was asked to end, see `preemption.handle_signals`.
     """
     processes.check_same(lambda: {"config": config.to_dict(), "workdir": workdirs.content(workdir)})
     configs.check(config)
@@ -106,9 +106,9 @@ def prepare(run: Run, step: protocol.Step) -> None:
             run.store.prepare(name, image_set)
     for name, split in itertools.product(step.learned, splits):
         if run.store.reader.ids(name, split):
-            for message in odd_images(run.store.get(name, split), name, inventory.SPLITS[split]):
+            for message in odd_images(run.store.get(name, split), name, inventory.SPLIT_NAMES[split]):
                 live.log(message)
-    inventory.note(run.workdir, run.store, step.learned, splits)
+    inventory.record_images(run.workdir, run.store, step.learned, splits)
 
 
 class Training(NamedTuple):
@@ -142,7 +142,7 @@ def learn(run: Run, step: protocol.Step, progress: Progress) -> Progress:
     training = Training(step, objects, sets, images, batch_size, run.config.seed * 1000 + step.index)
     if progress.position.step < step.index:
         progress = observe(run, training, progress)
-    run.live.begin(step.index, step.learned, images)
+    run.live.log_step(step.index, step.learned, images)
     if not run.trained:
         return progress
     if batch_size < run.config.train.batch_size:
@@ -165,7 +165,7 @@ def observe(run: Run, training: Training, progress: Progress) -> Progress:
         variables[method_name] = method.grow(variables[method_name], len(step.seen), key)
     for name in step.learned:
         good = good_images(run.store, name)
-        statistics = recognition.observe(statistics, good.learned, quality_shifts(run.store, name))
+        statistics = recognition.add_object(statistics, good.learned, quality_shifts(run.store, name))
         batch = run.store.get(name, "train").batch
         for method_name, method in run.methods.items():
             variables[method_name] = method.observe(variables[method_name], batch, step.index)
@@ -203,7 +203,7 @@ def record(run: Run, training: Training, epoch: Epoch, progress: Progress) -> Pr
     if epoch.complete:
         run.ledger.append("epoch", step=index, epoch=epoch.number, **epoch.losses)
         images = training.per_epoch * training.batch_size
-        run.live.epoch(index, epoch.number, total, epoch.losses, epoch.learning_rate, images, epoch.seconds)
+        run.live.log_epoch(index, epoch.number, total, epoch.losses, epoch.learning_rate, images, epoch.seconds)
     progress = progress._replace(
         position=Position(index, epoch.updates),
         variables=progress.variables | {run.config.method: epoch.state.variables},
@@ -229,13 +229,13 @@ def assess(run: Run, step: protocol.Step, progress: Progress) -> Progress:
         preemption.check()
         show(run, step, judgement)
     stored = {"bytes": sizes(run, progress), "strategy_bytes": strategy_bytes(run, step, progress)}
-    for append in (run.ledger.append, run.live.event):
+    for append in (run.ledger.append, run.live.log_event):
         append("decisions", step=step.index, **decisions)
         append("snapshot", step=step.index, **stored)
     mean = final(history(ledgers.read(run.workdir / "ledger.jsonl")).matrices[run.config.method]["i_auroc"])
     if np.isfinite(mean):
         live.log(f"step {step.index}: mean I-AUROC {mean:.3f} over the objects learned so far")
-    inventory.note(run.workdir, run.store, step.seen, ("calibration", "test"))
+    inventory.record_images(run.workdir, run.store, step.seen, ("calibration", "test"))
     position = Position(step.index, 0, finished=True)
     return run.save(progress._replace(position=position, calibration=calibration, optimizer=[]))
 
@@ -255,7 +255,7 @@ def calibrate(
 def show(run: Run, step: protocol.Step, judgement: Judgement) -> None:
     """Show the metrics of an object and a method in the live view, and draw heatmaps of the run's method."""
     name, method = judgement.object, judgement.method
-    run.live.evaluation(step.index, name, method, judgement.metrics)
+    run.live.log_evaluation(step.index, name, method, judgement.metrics)
     rows = figures.choose(judgement.images.defects, run.config.report.pictures_per_object)
     if judgement.decision is None or not rows:
         return
@@ -271,7 +271,7 @@ def show(run: Run, step: protocol.Step, judgement: Judgement) -> None:
         maps=judgement.prediction.map[rows],
         scores=judgement.prediction.score[rows],
     )
-    run.live.picture(step.index, name, path)
+    run.live.log_picture(step.index, name, path)
 
 
 def sizes(run: Run, progress: Progress) -> dict[str, int]:

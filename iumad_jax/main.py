@@ -32,7 +32,7 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def _train(values: flags.FlagValues) -> str:
-    config, workdir = cli.given_config(values)
+    config, workdir = cli.config_and_workdir(values)
     from iumad_jax import experiment
     from iumad_jax.report import tables
     from iumad_jax.runtime import joining  # loads JAX; mistakes in flags are reported before

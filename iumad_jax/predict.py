@@ -52,18 +52,18 @@ def _predict(values: flags.FlagValues) -> str:
 
     predictions.check_output(output, values.input)
     detector = Detector.load(cli.path(values, "workdir"), values.step)
-    detector.number(values.object)
+    detector.object_number(values.object)
     if values.input:
         depth = Path(values.depth) if values.depth else None
-        camera = unlabelled.camera_of(values.camera) if values.camera else None
+        camera = unlabelled.parse_camera(values.camera) if values.camera else None
         needs_depth = "depth" in detector.processing.modalities
-        shots = list(unlabelled.photographs(Path(values.input), needs_depth, depth, values.depth_unit, camera))
+        images = list(unlabelled.photographs(Path(values.input), needs_depth, depth, values.depth_unit, camera))
     else:
-        shots = list(unlabelled.samples(readers.open_reader(values.config), values.split))
-    rows, damaged = predictions.predict(detector, str(values.workdir), shots, values.object, output)
+        images = list(unlabelled.split_images(readers.open_reader(values.config), values.split))
+    rows, damaged = predictions.predict(detector, str(values.workdir), images, values.object, output)
     if damaged:
         remedy = f"the others are in {output}" if rows else "correct them"
-        raise UserError(f"{len(damaged)} of {len(shots)} images cannot be used; {remedy}.")
+        raise UserError(f"{len(damaged)} of {len(images)} images cannot be used; {remedy}.")
     counts = {name: sum(row["decision"] == name for row in rows) for name in ("good", "anomalous", "unknown")}
     summary = ", ".join(f"{count} {name}" for name, count in counts.items())
     return f"{len(rows)} images: {summary}. Scores, masks and heatmaps are in {output}."

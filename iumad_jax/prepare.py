@@ -33,7 +33,7 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def _prepare(values: flags.FlagValues) -> str:
-    config, workdir = cli.given_config(values)
+    config, workdir = cli.config_and_workdir(values)
     from iumad_jax import config as configs  # loads JAX; mistakes in flags are reported before
     from iumad_jax.data import readers
     from iumad_jax.data.formats import archives

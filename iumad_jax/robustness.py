@@ -21,10 +21,10 @@ def main(arguments: list[str]) -> int:
 
 def _measure(values: flags.FlagValues) -> str:
     workdir = cli.path(values, "workdir")
-    from iumad_jax.inference import fault_sweep  # loads JAX; mistakes in flags are reported before
+    from iumad_jax.inference import corruption_sweep  # loads JAX; mistakes in flags are reported before
     from iumad_jax.runtime import snapshots
 
-    return fault_sweep.measure(values.config, workdir, snapshots.read(workdir, values.step))
+    return corruption_sweep.measure(values.config, workdir, snapshots.read(workdir, values.step))
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def training_input(
     Raises:
         UserError: If there are fewer images than in a batch.
     """
-    if resident == "always" or (resident == "auto" and fit_on_device(sets)):
+    if resident == "always" or (resident == "auto" and fits_on_device(sets)):
         return _resident(sets, batch_size, seed, first, updates_per_loop)
     return streamed(training_batches(sets, batch_size, seed, first))
 
@@ -102,7 +102,7 @@ def batch_indices(update: int, images: int, batch_size: int, seed: int) -> np.nd
     return _shuffled_batches(images, batch_size, seed)[update]
 
 
-def fit_on_device(sets: Sequence[Batch]) -> bool:
+def fits_on_device(sets: Sequence[Batch]) -> bool:
     """Return whether the images fit in the memory allowed for resident images on every device of all processes."""
     size = sum(array.nbytes for array in jax.tree.leaves(list(sets)))
     return processes.all_processes(size <= _RESIDENT_FRACTION * devices.memory_per_device())

@@ -150,7 +150,7 @@ def normals(depth: Float32[np.ndarray, "h w"], camera: Camera, window: int = 3) 
     Args:
         depth: Depth image, NaN where depth is missing.
         camera: Camera of the depth image.
-        window: Side of the fitted window in pixels. The default suits renderings without noise; see `window_for`.
+        window: Side of the fitted window in pixels. The default suits renderings without noise; see `choose_window`.
 
     Raises:
         UserError: If no window has three valid pixels that span a plane.
@@ -183,7 +183,7 @@ def normals(depth: Float32[np.ndarray, "h w"], camera: Camera, window: int = 3) 
     return _from_nearest(np.stack([a, b, c], axis=-1) / -length[..., None], fitted)
 
 
-def window_for(depth: Float32[np.ndarray, "h w"], camera: Camera, largest: int = 15) -> int:
+def choose_window(depth: Float32[np.ndarray, "h w"], camera: Camera, largest: int = 15) -> int:
     """Return the smallest odd window of `normals` in which noise tilts 95 % of the normals by less than 3 degrees.
 
     With noise of s metres and pixels p metres apart, the normal of a w x w window tilts along each axis by s/p radians

@@ -74,7 +74,7 @@ class Reader(Protocol):
 
     @property
     def normals_window(self) -> int:
-        """Side in pixels of the window that normals are fitted in, chosen by sensor noise; see `depth.window_for`."""
+        """Side of the window that normals are fitted in, pixels; chosen by sensor noise, see `depth.choose_window`."""
 
     def ids(self, object: str, split: Split) -> tuple[str, ...]:
         """List the sample ids of one object and split, in a fixed order; empty if the dataset lacks the split.

@@ -16,7 +16,7 @@ from iumad_jax.errors import UserError
 from iumad_jax.inference import decisions, evaluation
 from iumad_jax.inference.evaluation import Judgement, Model, TestSets
 from iumad_jax.inference.recognition import Recogniser
-from iumad_jax.inference.thresholds import Record, calibration_of, describe
+from iumad_jax.inference.thresholds import Record, describe, make_calibration
 from iumad_jax.methods.method import Method
 from iumad_jax.report import html, samples, tables
 from iumad_jax.report.history import history, results
@@ -39,7 +39,7 @@ def calibrate(
         good = good_images(name)
         prediction, distance = evaluation.infer(method, variables, recogniser, good.calibrating)
         flags = {"from_training_images": good.from_training_images, "few": good.few}
-        yield name, calibration_of(prediction, distance, number, **flags)
+        yield name, make_calibration(prediction, distance, number, **flags)
 
 
 def assess(

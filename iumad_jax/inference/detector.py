@@ -208,7 +208,7 @@ class Detector:
             UserError: If an argument has a wrong type or shape, if the object was not learned, or if the depth cannot
                 be used.
         """
-        specified_id, images = self.number(object), self.prepare(rgb, depth, camera)
+        specified_id, images = self.object_number(object), self.prepare(rgb, depth, camera)
         count = len(images[self.processing.modalities[0]])
         outputs = self.function(self.state, images, np.full(count, specified_id, np.int32))
         fields = jax.tree.map(np.asarray, outputs)._asdict()
@@ -264,7 +264,7 @@ class Detector:
             for modality in self.processing.modalities
         }
 
-    def number(self, name: str | None) -> int:
+    def object_number(self, name: str | None) -> int:
         """Return an object's number in the order of learning, or RECOGNISE if the name is None.
 
         Raises:

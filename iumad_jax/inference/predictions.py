@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from iumad_jax.data.formats.depth_files import WrongUnit
-from iumad_jax.data.readers.unlabelled import Shot
+from iumad_jax.data.readers.unlabelled import InputImage
 from iumad_jax.errors import UserError
 from iumad_jax.inference.detector import Detection, Detector
 from iumad_jax.report import figures, tables
@@ -28,13 +28,15 @@ class Predictions(NamedTuple):
     damaged: list[dict[str, str]]  # name of each unusable image and the reason
 
 
-def predict(detector: Detector, workdir: str, shots: Sequence[Shot], object_: str | None, output: Path) -> Predictions:
+def predict(
+    detector: Detector, workdir: str, images: Sequence[InputImage], object_: str | None, output: Path
+) -> Predictions:
     """Detect anomalies in images and write the results. Unusable images are reported and left out.
 
     Args:
         detector: Trained model.
         workdir: Workdir of the model, noted in predictions.json.
-        shots: Images.
+        images: Images to predict.
         object_: Name of the object that all images show; None to recognise it per image.
         output: New or empty folder for the results.
 
@@ -45,20 +47,20 @@ def predict(detector: Detector, workdir: str, shots: Sequence[Shot], object_: st
     rows: list[dict[str, Any]] = []
     damaged: list[dict[str, str]] = []
     try:
-        for shot in tqdm(shots, unit="image", disable=None, leave=False):
+        for image in tqdm(images, unit="image", disable=None, leave=False):
             try:
-                rgb, depth, camera = shot.read()
+                rgb, depth, camera = image.read()
                 detection = detector(rgb, depth, camera, object_)
             except UserError as error:
                 if isinstance(error, WrongUnit) and not rows:  # all images share one unit
                     raise
                 tqdm.write(f"iumad_jax: {error}", file=sys.stderr)
-                damaged.append({"image": shot.name, "reason": str(error)})
+                damaged.append({"image": image.name, "reason": str(error)})
                 continue
-            _write_image(output / "masks" / f"{shot.name}.png", _full_size(detection.mask, rgb))
+            _write_image(output / "masks" / f"{image.name}.png", _full_size(detection.mask, rgb))
             heatmap = figures.overlay(rgb, detection.map, float(detection.pixel_threshold))
-            _write_image(output / "heatmaps" / f"{shot.name}.png", heatmap)
-            rows.append(_row(shot.name, detection))
+            _write_image(output / "heatmaps" / f"{image.name}.png", heatmap)
+            rows.append(_row(image.name, detection))
     finally:
         if rows:  # also lists the images predicted before an error such as a full disk
             content = {"workdir": workdir, "step": detector.step, "images": rows, "damaged": damaged}

@@ -30,7 +30,7 @@ class Recogniser(NamedTuple):
     means: Float[Array, "k f"]  # centred and whitened mean of each object, in the order of learning
 
 
-def no_statistics(batch: Batch) -> Variables:
+def empty_statistics(batch: Batch) -> Variables:
     """Return the statistics of zero objects, for features with the channels of the batch."""
     channels = sum(array.shape[-1] for array in batch.features.values())
     return {
@@ -40,7 +40,7 @@ def no_statistics(batch: Batch) -> Variables:
     }
 
 
-def observe(statistics: Variables, batch: Batch, shifts: dict[Modality, Float[np.ndarray, "s f"]]) -> Variables:
+def add_object(statistics: Variables, batch: Batch, shifts: dict[Modality, Float[np.ndarray, "s f"]]) -> Variables:
     """Add one object to the statistics.
 
     Args:

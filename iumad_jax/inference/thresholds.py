@@ -39,7 +39,7 @@ class Thresholds(NamedTuple):
     rms_distance: Float[Array, ""]
 
 
-def calibration_of(
+def make_calibration(
     prediction: Prediction, distance: Float[np.ndarray, "n k"], number: int, **flags: bool
 ) -> Calibration:
     """Build an object's calibration from the predictions and distances of its good images.

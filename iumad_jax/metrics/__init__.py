@@ -2,14 +2,14 @@
 
 from iumad_jax.metrics.aupro import aupro, aupro_exact, pixel_metrics, pro_curve
 from iumad_jax.metrics.auroc import image_auroc, pixel_auroc
-from iumad_jax.metrics.forgetting import aggregate_forgetting, average_accuracy, falls, final, forgetting, plasticity
+from iumad_jax.metrics.forgetting import aggregate_forgetting, average_accuracy, drops, final, forgetting, plasticity
 
 __all__ = [
     "aggregate_forgetting",
     "aupro",
     "aupro_exact",
     "average_accuracy",
-    "falls",
+    "drops",
     "final",
     "forgetting",
     "image_auroc",

@@ -24,7 +24,7 @@ def average_accuracy(matrix: ArrayLike) -> float:
     return _mean(_step_means(_validated(matrix)))
 
 
-def falls(matrix: ArrayLike) -> NDArray:
+def drops(matrix: ArrayLike) -> NDArray:
     """Compute the best earlier value minus the last value of each object, shape (objects,).
 
     The result is NaN for objects that the last step learned.
@@ -35,12 +35,12 @@ def falls(matrix: ArrayLike) -> NDArray:
 
 
 def forgetting(matrix: ArrayLike) -> float:
-    """Compute the mean of `falls`, over objects learned before the last step.
+    """Compute the mean of `drops`, over objects learned before the last step.
 
     This is the forgetting measure of Chaudhry et al., ECCV 2018. It is negative if later steps improve earlier objects,
     and NaN if no object was learned before the last step, as with a single step.
     """
-    return _mean(falls(matrix))
+    return _mean(drops(matrix))
 
 
 def aggregate_forgetting(matrix: ArrayLike) -> float:

@@ -185,7 +185,7 @@ def _write(path: Path, **arrays: Any) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise storage.not_written(path, error) from error
+        raise storage.write_error(path, error) from error
     file = io.BytesIO()
     np.savez_compressed(file, allow_pickle=False, **arrays)
     storage.write_whole(path, file.getvalue())

@@ -31,7 +31,7 @@ import numpy as np
 from tabulate import tabulate
 
 from iumad_jax.errors import UserError
-from iumad_jax.metrics import aggregate_forgetting, average_accuracy, falls, final, forgetting, plasticity
+from iumad_jax.metrics import aggregate_forgetting, average_accuracy, drops, final, forgetting, plasticity
 from iumad_jax.runtime.storage import as_json, write_whole
 
 METRICS = {
@@ -151,9 +151,9 @@ def latex(results: dict[str, Any]) -> str:
     rows: dict[str, list[list[Any]]] = {name: [] for name in (*(name for _, name, _ in learned), "mean")}
     for method in methods.values():
         matrices = [method["matrix"][metric] for metric in ("i_auroc", "aupro")]
-        last, drops = [matrix[-1] for matrix in matrices], [falls(matrix) for matrix in matrices]
+        last, forgotten = [matrix[-1] for matrix in matrices], [drops(matrix) for matrix in matrices]
         for _, name, column in learned:
-            rows[name].append([values[column] for values in (*last, *drops)])
+            rows[name].append([values[column] for values in (*last, *forgotten)])
         rows["mean"].append([final(matrix) for matrix in matrices] + [forgetting(matrix) for matrix in matrices])
     groups = " & ".join(rf"\multicolumn{{{len(heads)}}}{{c}}{{{_tex(name)}}}" for name in methods)
     starts = range(2, 2 + len(methods) * len(heads), len(heads))
@@ -201,7 +201,7 @@ def comma_separated(results: dict[str, Any]) -> str:
     writer.writerow(["method", "object", "step", *metrics, *(f"fm_{metric}" for metric in metrics)])
     for name, method in methods_of(results).items():
         matrices = [method["matrix"][metric] for metric in metrics]
-        columns = [*(matrix[-1] for matrix in matrices), *(falls(matrix) for matrix in matrices)]
+        columns = [*(matrix[-1] for matrix in matrices), *(drops(matrix) for matrix in matrices)]
         means = [*map(final, matrices), *map(forgetting, matrices)]
         for step, object_, column in learned_objects(results):
             writer.writerow([name, spreadsheet_text(object_), step, *(_number(values[column]) for values in columns)])

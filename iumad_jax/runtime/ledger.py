@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from iumad_jax.errors import UserError
-from iumad_jax.runtime.storage import as_json, not_written
+from iumad_jax.runtime.storage import as_json, write_error
 
 SHA256_OF_NOTHING = hashlib.sha256().hexdigest()
 
@@ -96,7 +96,7 @@ class Ledger:
         try:
             action()
         except OSError as error:
-            raise not_written(self.path, error) from error
+            raise write_error(self.path, error) from error
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -44,13 +44,13 @@ class Live:
 
             self._board = SummaryWriter(str(workdir / "tensorboard"))
 
-    def begin(self, step: int, names: tuple[str, ...], images: int) -> None:
+    def log_step(self, step: int, names: tuple[str, ...], images: int) -> None:
         """Record that a step begins to learn the named objects from a number of training images."""
-        self.event("step", step=step, learned=names, images=images)
+        self.log_event("step", step=step, learned=names, images=images)
         self._logged_at = time.monotonic()
         log(f"step {step}: learning {', '.join(names)} from {images} images")
 
-    def epoch(
+    def log_epoch(
         self,
         step: int,
         epoch: int,
@@ -73,7 +73,7 @@ class Live:
         """
         speed = images / seconds
         values = {**losses, "learning_rate": learning_rate, "images_per_second": speed}
-        self.event("epoch", step=step, epoch=epoch, **values)
+        self.log_event("epoch", step=step, epoch=epoch, **values)
         if self._board:
             for name, value in values.items():
                 tag = f"losses/{name}" if name in losses else name
@@ -87,15 +87,15 @@ class Live:
                 f" {remaining / 60:.1f} min left"
             )
 
-    def evaluation(self, step: int, object_: str, method: str, values: dict[str, float]) -> None:
+    def log_evaluation(self, step: int, object_: str, method: str, values: dict[str, float]) -> None:
         """Record the metrics of one object and method after a step."""
-        self.event("evaluation", step=step, object=object_, method=method, **values)
+        self.log_event("evaluation", step=step, object=object_, method=method, **values)
         if self._board:
             for metric, value in values.items():
                 if np.isfinite(value):
                     self._board.add_scalar(f"{metric}/{object_}/{method}", value, step)
 
-    def picture(self, step: int, object_: str, path: Path) -> None:
+    def log_picture(self, step: int, object_: str, path: Path) -> None:
         """Show the saved heatmaps of an object after a step in TensorBoard."""
         if self._board:
             with Image.open(path) as picture:
@@ -103,7 +103,7 @@ class Live:
             self._board.add_image(f"heatmaps/{object_}", pixels, step, dataformats="HWC")
             self._board.flush()
 
-    def event(self, event: str, **fields: Any) -> None:
+    def log_event(self, event: str, **fields: Any) -> None:
         """Append an event of the ledger to live.jsonl, with the time."""
         self._log.append(event, time=datetime.now(UTC).isoformat(timespec="milliseconds"), **fields)
 

@@ -37,7 +37,7 @@ def check() -> None:
 
 
 @contextmanager
-def handled() -> Iterator[None]:
+def handle_signals() -> Iterator[None]:
     """Make SIGTERM and the first SIGINT request the end of the process. Use this in the main thread only.
 
     If the code does not check for the request, as during a long compilation, the process is ended after a grace period.

@@ -30,7 +30,7 @@ class Progress(NamedTuple):
     objects: tuple[str, ...]  # all objects of the run, numbered in the order of learning
     variables: dict[str, Variables]  # by method, baselines included; `frozen` ones are not stored
     frozen: dict[str, str]  # SHA-256 of the frozen variables, by method that has any
-    recognition: Variables  # statistics of `recognition.observe`
+    recognition: Variables  # statistics of `recognition.add_object`
     calibration: dict[str, Calibration]  # by learned object, as of the last finished step; determines the thresholds
     optimizer: list[Any]  # leaves of the optimiser's state; empty between steps
     strategy_state: StrategyState  # state of the strategy against forgetting

@@ -48,7 +48,7 @@ def write_whole(path: Path, content: bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
-        raise not_written(path, error) from error
+        raise write_error(path, error) from error
 
 
 @contextmanager
@@ -75,6 +75,6 @@ def locked(file: Path, waiting: str | None = None) -> Iterator[None]:
         yield
 
 
-def not_written(path: Path, error: OSError) -> UserError:
+def write_error(path: Path, error: OSError) -> UserError:
     """Return the error for a file that cannot be written."""
     return UserError(f"cannot write {path}: {error.strerror}; make room on the disk or choose another folder.")

@@ -10,7 +10,7 @@ from iumad_jax import protocol
 from iumad_jax.continual.strategy import Strategy
 from iumad_jax.data import readers
 from iumad_jax.data.prepared import inventory
-from iumad_jax.data.prepared.inventory import Inventory, Names
+from iumad_jax.data.prepared.inventory import Inventory, NameChanges
 from iumad_jax.data.prepared.store import Store, open_store
 from iumad_jax.errors import UserError
 from iumad_jax.runtime import live
@@ -25,12 +25,12 @@ class DatasetChanged(UserError):
         self.results = results  # content of results.json
 
 
-def compare_names(config: ConfigDict, noted: Inventory) -> Names:
+def compare_names(config: ConfigDict, noted: Inventory) -> NameChanges:
     """Compare the names of the dataset's objects with those of a run.
 
     New objects are reported only if the config selects all objects.
     """
-    names = Names.of(noted, readers.available(config), lambda chosen: readers.open_reader(config, chosen))
+    names = NameChanges.compare(noted, readers.available(config), lambda chosen: readers.open_reader(config, chosen))
     return names if config.dataset.objects == "all" else names._replace(new=())
 
 
@@ -53,11 +53,11 @@ def check_images(
             f"{workdir}: this run learns {', '.join(progress.objects)}, but {', '.join(steps[-1].seen)} are selected"
             " now; select the same objects, or choose another --workdir."
         )
-    if messages := inventory.exchanged(noted, store):
+    if messages := inventory.exchange_messages(noted, store):
         raise UserError(" ".join(messages))
     position = progress.position
     in_training = strategy.objects(steps[position.step]) if position.step >= 0 and not position.finished else ()
-    for name, split in itertools.product(noted, inventory.SPLITS):
+    for name, split in itertools.product(noted, inventory.SPLIT_NAMES):
         change = inventory.changed_images(noted, store, name, split)
         if change is None:
             continue
@@ -92,11 +92,11 @@ def describe_changes(config: ConfigDict, workdir: Path) -> str:
     messages = []
     try:
         names = compare_names(config, noted)
-        messages += names.missing() + names.unlearned()
+        messages += names.missing_messages() + names.new_object_messages()
         if present := [name for name in noted if name not in (*names.gone, *names.renamed)]:
             store = open_store(config, readers.open_reader(config, present), workdir)
-            messages += inventory.exchanged(noted, store)
-            pairs = itertools.product(present, inventory.SPLITS)
+            messages += inventory.exchange_messages(noted, store)
+            pairs = itertools.product(present, inventory.SPLIT_NAMES)
             changes = (inventory.changed_images(noted, store, name, split) for name, split in pairs)
             messages += [f"{change} since the run used them." for change in changes if change]
     except UserError as error:

@@ -96,7 +96,7 @@ def plan(config: ConfigDict, workdir: Path) -> tuple[protocol.Step, ...]:
         UserError: If the protocol does not fit the objects, or the dataset no longer has an object of the run.
     """
     noted = inventory.read(workdir)
-    if messages := compare_names(config, noted).missing():
+    if messages := compare_names(config, noted).missing_messages():
         raise UserError(" ".join(messages))
     return protocol.steps(config.protocol, tuple(noted) or readers.objects(config))
 
@@ -173,6 +173,6 @@ def _new_progress(config: ConfigDict, run_methods: dict[str, Method], store: Sto
             for (name, method), key in zip(run_methods.items(), keys, strict=True)
         },
         frozen={name: tree_sha256(frozen) for name, method in run_methods.items() if (frozen := method.frozen())},
-        recognition=recognition.no_statistics(example),
+        recognition=recognition.empty_statistics(example),
         inputs=store.describe(),
     )

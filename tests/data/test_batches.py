@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iumad_jax.data.batches import fit_on_device, training_batches, training_input, updates_per_epoch
+from iumad_jax.data.batches import fits_on_device, training_batches, training_input, updates_per_epoch
 from iumad_jax.errors import UserError
 from iumad_jax.shapes import Batch
 from tests import sentences
@@ -151,7 +151,7 @@ def test_images_are_resident_if_they_fit_in_a_quarter_of_the_memory():
     for factor, expected in [(1.2, False), (0.8, True)]:  # available RAM varies during the test
         count = int(allowed / per_image * factor / 2)
         half = jax.tree.map(lambda array, n=count: np.broadcast_to(array, (n, *array.shape[1:])), image)
-        assert fit_on_device([half, half]) == expected
+        assert fits_on_device([half, half]) == expected
     batch, *_ = next(stream := training_input(images(40), 8, 0, 0))
     assert isinstance(batch.object_id, jax.Array)
     stream.close()

@@ -143,7 +143,7 @@ def window_inside(window: int) -> np.ndarray:
 def test_tilted_plane_of_a_scanner(tilt: float, holes: float) -> None:
     normal, exact = normal_of(tilt), plane_depth(normal_of(tilt), camera=SCANNER)
     image = spoiled(exact, noise=SCANNERS_NOISE, holes=holes)
-    window = depth.window_for(image, SCANNER)
+    window = depth.choose_window(image, SCANNER)
     surface = depth.measure(image, SCANNER, window)
     assert degrees_between(surface.plane.normal, normal) < 0.1
     true_points = rays(SCANNER) * exact[..., None]
@@ -162,7 +162,7 @@ def test_sphere_of_a_scanner(tilt: float) -> None:
     ball = sphere_depth(centre, radius, SCANNER)
     exact = np.minimum(plane, ball)
     image = spoiled(exact, noise=SCANNERS_NOISE, holes=0.1)
-    surface = depth.measure(image, SCANNER, depth.window_for(image, SCANNER))
+    surface = depth.measure(image, SCANNER, depth.choose_window(image, SCANNER))
     points = rays(SCANNER) * exact[..., None]
     height = points @ normal + DISTANCE
     assert np.quantile(np.abs(surface.height - height), 0.95) < 5e-4
@@ -180,7 +180,7 @@ def test_step_of_a_scanner() -> None:
     block[70:140, 80:170] = True
     low, high = (plane_depth(normal, distance, SCANNER) for distance in (DISTANCE, DISTANCE - 0.01))
     image = spoiled(np.where(block, high, low), noise=SCANNERS_NOISE, holes=0.1)
-    window = depth.window_for(image, SCANNER)
+    window = depth.choose_window(image, SCANNER)
     surface = depth.measure(image, SCANNER, window)
     error = np.abs(surface.height - np.where(block, 0.01, 0))[surface.valid]
     assert np.quantile(error, 0.95) < 5e-4
@@ -215,7 +215,7 @@ def test_an_object_on_nearly_half_the_border_does_not_move_the_plane(tilt: float
 def test_the_window_is_the_smallest_that_keeps_normals_within_3_degrees(noise: float, tilt: float) -> None:
     normal = normal_of(tilt)
     image = spoiled(plane_depth(normal, camera=SCANNER), noise=noise)
-    window = depth.window_for(image, SCANNER)
+    window = depth.choose_window(image, SCANNER)
     valid = np.isfinite(image) & (image > 0)
     off = [degrees_between(depth.normals(image, SCANNER, size), normal)[valid] for size in (window, window - 2)]
     assert np.quantile(off[0], 0.95) < 3.3
@@ -228,10 +228,10 @@ def test_the_window_follows_from_the_step_of_quantised_depth(step: float, expect
     """If the steps of a plane are wider than a window, as with whole millimetres, no window gives correct normals."""
     exact = plane_depth(normal_of(10), camera=SCANNER)
     image = (np.round(exact / step) * step).astype(np.float32)
-    assert depth.window_for(image, SCANNER) in expected
-    off = degrees_between(depth.normals(image, SCANNER, depth.window_for(image, SCANNER)), normal_of(10))
+    assert depth.choose_window(image, SCANNER) in expected
+    off = degrees_between(depth.normals(image, SCANNER, depth.choose_window(image, SCANNER)), normal_of(10))
     assert (np.sqrt((off**2).mean()) < 3) == (step < 1e-3)
-    assert depth.window_for(exact.astype(np.float32), SCANNER) == 3
+    assert depth.choose_window(exact.astype(np.float32), SCANNER) == 3
 
 
 def test_orthographic_camera() -> None:

@@ -94,7 +94,7 @@ def config(folder: Path) -> Target:
         cli.define_workdir(values)
 
     def act(values: flags.FlagValues) -> str:
-        config, _ = cli.given_config(values)
+        config, _ = cli.config_and_workdir(values)
         if config.dataset.name != "candies":  # would be rendered
             configs.check(config)
             objects = readers.objects(config)
@@ -185,7 +185,9 @@ def workdir(folder: Path) -> Target:
                 methods.with_baselines(read_config, 2)
                 workdirs.check(folder, config)
             case "dataset.json":
-                inventory.Names.of(inventory.read(folder), ["nut"], lambda names: readers.open_reader(config, names))
+                inventory.NameChanges.compare(
+                    inventory.read(folder), ["nut"], lambda names: readers.open_reader(config, names)
+                )
             case "results.json":
                 tables.console(tables.read_results(folder), folder)
             case _:

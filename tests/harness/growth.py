@@ -30,7 +30,7 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def _compute(values: flags.FlagValues) -> str:
-    config, _ = cli.given_config(values)
+    config, _ = cli.config_and_workdir(values)
     columns = [_sizes(config, int(number), values.train, values.test) for number in values.objects]
     rows = [[name, *(_format_bytes(column[name]) for column in columns)] for name in columns[0]]
     headers = ["", *(f"{int(number):,} objects" for number in values.objects)]
@@ -88,7 +88,7 @@ def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]
     values = {metric: rng.random() for metric in METRICS}
     event = {"event": "evaluation", "step": objects, "object": "a" * 12, "method": config.method, **values}
     maps: Any = rng.random((test, 2, 2))
-    good = thresholds.calibration_of(Prediction(maps, maps.max((1, 2)), None), rng.random((test, 2)), 0)
+    good = thresholds.make_calibration(Prediction(maps, maps.max((1, 2)), None), rng.random((test, 2)), 0)
     decision = json.dumps(thresholds.describe({"a" * 12: good, "b": good}, 0.995)["objects"]["a" * 12])
     numbers = len(variants) * len(METRICS)
     calibration = json.dumps(as_json(good._asdict()))

@@ -51,7 +51,7 @@ def _measure(values: flags.FlagValues) -> str:
     from iumad_jax.data import readers
     from iumad_jax.data.prepared.store import open_store
 
-    config, _ = cli.given_config(values)
+    config, _ = cli.config_and_workdir(values)
     config.dataset.prepared = ""
     readers.render(config)
     reader = readers.open_reader(config)

@@ -56,7 +56,7 @@ def _measure(values: flags.FlagValues) -> str:
     from iumad_jax.training.optimization import make_optimizer
     from iumad_jax.training.update import initial_state, make_update
 
-    config, _ = cli.given_config(values)
+    config, _ = cli.config_and_workdir(values)
     rng, size, count = np.random.default_rng(0), config.input.size, 2 * config.train.batch_size
     extractor = FeatureExtractor(config.backbone.name, config.backbone.grid)
     shape = jax.eval_shape(extractor.init_with_output, jax.random.key(0), np.zeros((1, size, size, 3), np.float32))[0]

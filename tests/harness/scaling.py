@@ -50,7 +50,7 @@ def _are_counts(numbers: list[str]) -> bool:
 def _compare(values: flags.FlagValues, arguments: list[str]) -> str:
     """Measure every number of devices in a separate process and return the table."""
     rows: list[list[Any]] = []
-    (config, _), first = cli.given_config(values), 0.0
+    (config, _), first = cli.config_and_workdir(values), 0.0
     for number in values.devices:
         environment = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(int(number)))), "JAX_NUM_CPU_DEVICES": number}
         command = [sys.executable, "-m", "tests.harness.scaling", *arguments[1:], "--here"]

@@ -58,7 +58,7 @@ def _define(values: flags.FlagValues) -> None:
 
 def _survive(values: flags.FlagValues) -> str:
     """Run all trials and return the table of faults."""
-    config, _ = cli.given_config(values)
+    config, _ = cli.config_and_workdir(values)
     home, rng = Path(values.workdir).absolute(), np.random.default_rng(values.seed)
     config.dataset.root = str(Path(config.dataset.root).absolute())
     os.environ |= {  # inherited by the processes, which would otherwise spend most of their time compiling

@@ -8,7 +8,7 @@ from iumad_jax.data.prepared.store import PreparedSet
 from iumad_jax.inference import decisions, evaluation, thresholds
 from iumad_jax.inference.evaluation import Model
 from iumad_jax.inference.recognition import Recogniser
-from iumad_jax.inference.thresholds import calibration_of
+from iumad_jax.inference.thresholds import make_calibration
 from iumad_jax.methods.method import Method
 from iumad_jax.shapes import Batch, Calibration, ErrorMaps, GroundTruth
 
@@ -74,7 +74,7 @@ def test_calibration_does_not_use_the_true_object(model):
     )
     assert prediction.score.tolist() == [0, 1]
     np.testing.assert_allclose(distance, np.array([[0, 10], [9, 1]]) / np.sqrt(2), rtol=1e-6)
-    calibration = calibration_of(prediction, distance, number=0)
+    calibration = make_calibration(prediction, distance, number=0)
     np.testing.assert_allclose(calibration.distance, np.array([[0, 0, 10], [9, 1, 9]]) / np.sqrt(2), rtol=1e-6)
 
 

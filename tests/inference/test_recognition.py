@@ -22,9 +22,9 @@ def images_of(object_, count, seed):
 
 
 def learn(shifts):
-    statistics = recognition.no_statistics(images_of(0, 1, 0))
+    statistics = recognition.empty_statistics(images_of(0, 1, 0))
     for object_ in range(OBJECTS):
-        statistics = recognition.observe(statistics, images_of(object_, 12 + object_, seed=1), shifts(object_))
+        statistics = recognition.add_object(statistics, images_of(object_, 12 + object_, seed=1), shifts(object_))
     return statistics
 
 
@@ -105,10 +105,10 @@ def test_shrinkage_is_oas(count):
 
 
 def test_constant_features_have_finite_distances():
-    statistics = recognition.no_statistics(Batch({"rgb": np.zeros((1, 2, 3))}, {}, None))
+    statistics = recognition.empty_statistics(Batch({"rgb": np.zeros((1, 2, 3))}, {}, None))
     for value in (0, 1):
         batch = Batch({"rgb": np.full((4, 2, 3), value, np.float32)}, {}, None)
-        statistics = recognition.observe(statistics, batch, {"rgb": np.zeros((2, 3))})
+        statistics = recognition.add_object(statistics, batch, {"rgb": np.zeros((2, 3))})
     distances = recognition.distances(recognition.fit(statistics), {"rgb": np.ones((1, 2, 3), np.float32)})
     assert distances[0, 1] == pytest.approx(0, abs=1e-3)
     assert distances[0, 0] > 100

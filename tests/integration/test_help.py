@@ -64,7 +64,7 @@ def test_the_example_runs_after_the_quickstart(home, tmp_path, name):
     cli.define_config(values)
     cli.define_workdir(values)
     values(["main", f"--config={QUICKSTART}"])
-    assert workdir == str(cli.given_config(values)[1])
+    assert workdir == str(cli.config_and_workdir(values)[1])
     run = home / workdir
     run.parent.mkdir(exist_ok=True)
     if not run.exists():

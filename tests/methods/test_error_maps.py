@@ -37,7 +37,7 @@ def test_score_of_a_defect_at_the_border_is_not_diluted_by_padding():
     errors = np.zeros((1, 4, 4), np.float32)
     errors[0, 0] = 1
     prediction = prediction_from(errors.reshape(1, 16))
-    rows = 1 - np.arange(16) * 3 / 223  # the map falls from the first row of tokens to the second
+    rows = 1 - np.arange(16) * 3 / 223  # the map drops from the first row of tokens to the second
     assert float(prediction.score[0]) == pytest.approx(rows.mean(), rel=1e-5)
 
 

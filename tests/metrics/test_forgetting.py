@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iumad_jax.metrics import aggregate_forgetting, average_accuracy, falls, final, forgetting, plasticity
+from iumad_jax.metrics import aggregate_forgetting, average_accuracy, drops, final, forgetting, plasticity
 from tests import sentences
 
 ALL = (final, average_accuracy, forgetting, aggregate_forgetting, plasticity)
@@ -41,7 +41,7 @@ def test_three_steps(function, expected):
 
 
 def test_forgetting_of_each_object():
-    np.testing.assert_allclose(falls(THREE_STEPS), [0.15, 0.35, 0.20, nan], atol=1e-15)
+    np.testing.assert_allclose(drops(THREE_STEPS), [0.15, 0.35, 0.20, nan], atol=1e-15)
 
 
 def test_two_steps():

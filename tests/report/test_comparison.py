@@ -67,7 +67,7 @@ def test_cells_are_found_by_their_folders(workdir):
 
 
 def test_means_and_deviations_over_seeds(workdir):
-    """Final means 0.7 and 0.6; the first object falls by 0.2 and 0.6, the second not at all."""
+    """Final means 0.7 and 0.6; the first object drops by 0.2 and 0.6, the second not at all."""
     rows = table(comparison.write(workdir), "2-1")
     iuf = rows["rgb", "iuf"]
     assert iuf["seeds"] == "2"

@@ -16,7 +16,7 @@ from tests import sentences
 def test_a_signal_requests_the_end_and_handlers_are_restored(number, capfd):
     before = signal.getsignal(number)
     for send in (True, False):  # the second time, the request is cleared
-        with preemption.handled():
+        with preemption.handle_signals():
             preemption.check()
             if send:
                 os.kill(os.getpid(), number)
@@ -36,7 +36,7 @@ import time
 from iumad_jax.runtime import preemption
 
 preemption._GRACE_PERIOD = 0.5
-with preemption.handled():
+with preemption.handle_signals():
     print("ready", flush=True)
     time.sleep(60)
 """

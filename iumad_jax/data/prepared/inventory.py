@@ -14,7 +14,7 @@ from iumad_jax.runtime.storage import write_whole
 Images = dict[str, str | None]  # digest of the image files by id; None until the run has used the image
 Inventory = dict[str, dict[str, Images]]  # images by object and split
 
-SPLITS: dict[Split, str] = {"train": "training", "calibration": "validation", "test": "test"}  # names in messages
+SPLIT_NAMES: dict[Split, str] = {"train": "training", "calibration": "validation", "test": "test"}  # names in messages
 _SHOWN = 5  # largest number of names in a message
 
 
@@ -43,7 +43,7 @@ def read(workdir: Path) -> Inventory:
         ) from error
 
 
-def note(workdir: Path, store: Store, objects: Iterable[str], splits: Sequence[Split]) -> None:
+def record_images(workdir: Path, store: Store, objects: Iterable[str], splits: Sequence[Split]) -> None:
     """Record the current images of objects and splits as used by the run.
 
     Raises:
@@ -51,7 +51,7 @@ def note(workdir: Path, store: Store, objects: Iterable[str], splits: Sequence[S
     """
     reader = store.reader
     inventory = read(workdir) or {
-        name: {split: dict.fromkeys(reader.ids(name, split)) for split in SPLITS} for name in reader.objects
+        name: {split: dict.fromkeys(reader.ids(name, split)) for split in SPLIT_NAMES} for name in reader.objects
     }
     for name in objects:
         for split in splits:
@@ -59,7 +59,7 @@ def note(workdir: Path, store: Store, objects: Iterable[str], splits: Sequence[S
     write_whole(workdir / "dataset.json", json.dumps(inventory, indent=1).encode())
 
 
-class Names(NamedTuple):
+class NameChanges(NamedTuple):
     """Differences between the object names of a dataset and those of a run."""
 
     gone: tuple[str, ...]  # objects of the run that the dataset no longer holds
@@ -67,9 +67,9 @@ class Names(NamedTuple):
     new: tuple[str, ...]  # objects that the run does not have
 
     @classmethod
-    def of(
+    def compare(
         cls, inventory: Inventory, present: Sequence[str], open_reader: Callable[[Sequence[str]], Reader]
-    ) -> "Names":
+    ) -> "NameChanges":
         """Compare names; an object counts as renamed if one of its training images is found under a new name.
 
         Args:
@@ -86,7 +86,7 @@ class Names(NamedTuple):
         gone = tuple(name for name in inventory if name not in present and name not in renamed)
         return cls(gone, renamed, tuple(name for name in new if name not in renamed.values()))
 
-    def missing(self) -> list[str]:
+    def missing_messages(self) -> list[str]:
         """Describe each object that the dataset no longer holds under its name, one sentence per object."""
         return [
             *(
@@ -99,7 +99,7 @@ class Names(NamedTuple):
             ),
         ]
 
-    def unlearned(self) -> list[str]:
+    def new_object_messages(self) -> list[str]:
         """Describe the objects that the run does not have, in a single sentence; empty if there are none."""
         if not self.new:
             return []
@@ -109,7 +109,7 @@ class Names(NamedTuple):
         ]
 
 
-def exchanged(inventory: Inventory, store: Store) -> list[str]:
+def exchange_messages(inventory: Inventory, store: Store) -> list[str]:
     """Describe each object that holds the images of another, for example after two names were exchanged."""
     present = [name for name in inventory if name in store.reader.objects]
     replaced = [
@@ -146,7 +146,7 @@ def changed_images(inventory: Inventory, store: Store, object_: str, split: Spli
         "changed": [id_ for id_ in now if before.get(id_) not in (None, now[id_])],
     }
     changes = [f"{len(ids)} {kind} ({_shortened(ids)})" for kind, ids in kinds.items() if ids]
-    return f"{object_}'s {SPLITS[split]} images: {', '.join(changes)}" if changes else None
+    return f"{object_}'s {SPLIT_NAMES[split]} images: {', '.join(changes)}" if changes else None
 
 
 def _inventory_digests(inventory: Inventory, name: str) -> set[str]:

@@ -37,7 +37,7 @@ class Folder:
             planes flat but changes lengths along them.
         object_height: Height above the background plane, in metres, from which a pixel belongs to the object (0.005).
         height_range: Height in metres that the `height` encoding spans (0.1).
-        normals_window: Window of the normals in pixels; by default the median of `depth.window_for` over the
+        normals_window: Window of the normals in pixels; by default the median of `depth.choose_window` over the
             objects' first training images.
 
     Args:
@@ -110,7 +110,7 @@ class Folder:
         sample = self.read(name, "train", self.ids(name, "train")[0])
         if sample.depth is None or sample.camera is None:
             return 3
-        return depth.window_for(sample.depth, sample.camera)
+        return depth.choose_window(sample.depth, sample.camera)
 
 
 def object_names(root: Path) -> tuple[str, ...]:

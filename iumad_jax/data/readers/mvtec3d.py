@@ -32,7 +32,7 @@ class MVTec3D:
 
     object_height = 0.005
     height_range = 0.1
-    normals_window = 11  # from `depth.window_for`, for noise of 0.25 mm and pixels 0.37 mm apart
+    normals_window = 11  # from `depth.choose_window`, for noise of 0.25 mm and pixels 0.37 mm apart
 
     def __init__(
         self,

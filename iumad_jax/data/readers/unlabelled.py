@@ -13,7 +13,7 @@ from iumad_jax.data.sample import Camera, Reader, Split
 from iumad_jax.errors import UserError
 
 
-class Shot(NamedTuple):
+class InputImage(NamedTuple):
     """An image to predict."""
 
     name: str  # path of its output files, relative and without suffix
@@ -22,7 +22,7 @@ class Shot(NamedTuple):
 
 def photographs(
     root: Path, needs_depth: bool, depth_path: Path | None, unit: float | None, camera: Camera | None
-) -> Iterator[Shot]:
+) -> Iterator[InputImage]:
     """Yield the images of --input with their depth from --depth.
 
     Args:
@@ -59,7 +59,7 @@ def photographs(
             check_same_size(depth_file, depth, file, rgb)
             return rgb, depth, camera or cloud_camera
 
-        yield Shot(name, read)
+        yield InputImage(name, read)
 
 
 def _check_depth(path: Path | None, unit: float | None, root: Path) -> None:
@@ -92,7 +92,7 @@ def _find_depth_file(path: Path, name: str) -> Path:
     return files[0]
 
 
-def camera_of(values: list[str]) -> Camera:
+def parse_camera(values: list[str]) -> Camera:
     """Parse the values of --camera.
 
     Raises:
@@ -105,7 +105,7 @@ def camera_of(values: list[str]) -> Camera:
         raise UserError(f"--camera is {','.join(values)}; use fx,fy,cx,cy in pixels, fx and fy above 0.") from error
 
 
-def samples(reader: Reader, split: Split) -> Iterator[Shot]:
+def split_images(reader: Reader, split: Split) -> Iterator[InputImage]:
     """Yield the images of a split of a dataset.
 
     Raises:
@@ -120,4 +120,4 @@ def samples(reader: Reader, split: Split) -> Iterator[Shot]:
             sample = reader.read(name, split, id_)
             return sample.rgb, sample.depth, sample.camera
 
-        yield Shot(f"{name}/{id_}", read)
+        yield InputImage(f"{name}/{id_}", read)
