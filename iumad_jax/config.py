@@ -69,7 +69,7 @@ def paper(protocol: str) -> ConfigDict:
     config.dataset.objects = "all"  # all, or comma-separated names in the order of learning
     config.dataset.light = "4"  # eyecandies: 0 to 5, or all for training (light 4 for tests)
     config.dataset.validation = "train"  # mvtec3d: use validation images for train or calibration
-    config.dataset.render = ConfigDict({"seed": 0, "train": 24, "val": 4, "test": 16, "size": 256})  # candies only
+    config.dataset.render = ConfigDict({"seed": 0, "train": 24, "val": 4, "test": 16, "size": 256})  # candies: images
     config.dataset.prepared = ""  # folder of prepared images; "" is the workdir
 
     config.input = ConfigDict()
@@ -79,12 +79,12 @@ def paper(protocol: str) -> ConfigDict:
 
     config.backbone = ConfigDict()
     config.backbone.name = "efficientnet_lite0"  # efficientnet_lite0, or efficientnet_b4 with weights
-    config.backbone.weights = ""  # path of a .pth or .safetensors file; "" is the installed package
+    config.backbone.weights = ""  # path of a .pth or .safetensors file; "" is Lite0's installed package
     config.backbone.grid = 14  # tokens per side
 
     config.model = ConfigDict()
-    config.model.width = 256
-    config.model.heads = 8
+    config.model.width = 256  # of tokens and queries
+    config.model.heads = 8  # of attention
     config.model.layers = 4  # of the Mamba decoder or class network, and of the transformer's encoder and decoder each
     config.model.hidden = 1024  # width of feed-forward layers
     config.model.dropout = 0.1
@@ -96,7 +96,7 @@ def paper(protocol: str) -> ConfigDict:
     config.model.detach_condition = True  # reconstruction losses do not train the Mamba decoder or class network
     config.model.fusion = "attention"  # attention between modalities, or addition (ablation)
     config.model.bottleneck = True  # False uses the fused features as reconstruction (ablation)
-    config.model.bottleneck_ratio = 2 / 3
+    config.model.bottleneck_ratio = 2 / 3  # width of the bottleneck over that of the fused features
     config.model.kl = True  # False removes the KL term of the bottleneck loss (ablation)
     config.model.target = "both"  # features to reconstruct from two modalities: both, rgb (paper), depth
     config.model.standardise = False  # True z-scores features by statistics of the base step
@@ -107,15 +107,15 @@ def paper(protocol: str) -> ConfigDict:
     config.model.ib_head_weight = 1.0  # weight of the classification heads within the bottleneck loss
     config.model.aux_reconstruction_weight = 0.0  # weight of the reconstruction loss of each modality alone
 
-    config.nearest_neighbours = ConfigDict({"patches_per_object": 2_000})
+    config.nearest_neighbours = ConfigDict({"patches_per_object": 2_000})  # patches in the memory bank
 
     config.train = ConfigDict()
     config.train.epochs = 800  # per step
     config.train.optimizer = "adamw"  # adamw, sgd
-    config.train.batch_size = 24
+    config.train.batch_size = 24  # images per update, over all devices
     config.train.learning_rate = 1e-4
     config.train.weight_decay = 1e-4
-    config.train.clip_norm = 0.1
+    config.train.clip_norm = 0.1  # largest global norm of a gradient
     config.train.schedule = "step"  # step, or cosine with warm-up and decay to zero in each step
     config.train.drop_epoch = 800  # schedule step: epoch after which the learning rate is divided by 10
 

@@ -29,7 +29,7 @@ def _define(values: flags.FlagValues) -> None:
 
 def _evaluate(values: flags.FlagValues) -> str:
     workdir, config = cli.path(values, "workdir"), values.config
-    from iumad_jax.inference import assessment  # loads JAX; mistakes in flags are reported before
+    from iumad_jax.inference import assessment  # loads JAX, so wrong flags are reported first
     from iumad_jax.report import tables
     from iumad_jax.runtime import snapshots
 

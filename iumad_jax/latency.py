@@ -25,7 +25,7 @@ def _define(values: flags.FlagValues) -> None:
 
 def _measure(values: flags.FlagValues) -> str:
     workdir = cli.path(values, "workdir")
-    from iumad_jax.export import timing  # loads JAX; mistakes in flags are reported before
+    from iumad_jax.export import timing  # loads JAX, so wrong flags are reported first
 
     return timing.measure(values.config, workdir, values.step, values.repetitions)
 

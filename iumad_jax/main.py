@@ -33,9 +33,9 @@ def _define(values: flags.FlagValues) -> None:
 
 def _train(values: flags.FlagValues) -> str:
     config, workdir = cli.config_and_workdir(values)
-    from iumad_jax import experiment
+    from iumad_jax import experiment  # loads JAX, so wrong flags are reported first
     from iumad_jax.report import tables
-    from iumad_jax.runtime import joining  # loads JAX; mistakes in flags are reported before
+    from iumad_jax.runtime import joining
     from iumad_jax.training.dataset_changes import DatasetChanged
 
     with joining.joined(values.coordinator, values.processes, values.process, values.cluster):

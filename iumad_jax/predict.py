@@ -5,8 +5,8 @@
 --input names an image or a folder of images with subfolders; labels are not needed. Without it, the test images of the
 run's dataset are predicted, or of the dataset that --config.dataset.KEY=VALUE names.
 
-Decisions are good, anomalous, or unknown: an object that was never learned, farther from all learned objects than the
-threshold. The probability of the object assumes that the image shows a learned one. Results are predictions.csv,
+The decision is good, anomalous or unknown. Unknown means that the image is farther from its object than the threshold, so
+it probably shows an object that was never learned. The probability of the object assumes a learned one. Results are predictions.csv,
 predictions.json, masks and heatmaps. Images that cannot be read are reported and skipped; the exit code is then 2.
 """
 
@@ -45,7 +45,7 @@ def _define(values: flags.FlagValues) -> None:
 
 def _predict(values: flags.FlagValues) -> str:
     output = cli.path(values, "output")
-    from iumad_jax.data import readers  # loads JAX; mistakes in flags are reported before
+    from iumad_jax.data import readers  # loads JAX, so wrong flags are reported first
     from iumad_jax.data.readers import unlabelled
     from iumad_jax.inference import predictions
     from iumad_jax.inference.detector import Detector

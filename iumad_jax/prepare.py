@@ -28,14 +28,18 @@ def _define(values: flags.FlagValues) -> None:
         "archive_gb", 100, "Largest size of the unpacked archive, GB.", lower_bound=0, flag_values=values
     )
     flags.DEFINE_integer(
-        "archive_entries", 10**6, "Largest number of files in the archive.", lower_bound=1, flag_values=values
+        "archive_entries",
+        10**6,
+        "Largest number of files and folders in the archive.",
+        lower_bound=1,
+        flag_values=values,
     )
 
 
 def _prepare(values: flags.FlagValues) -> str:
     config, workdir = cli.config_and_workdir(values)
-    from iumad_jax import config as configs  # loads JAX; mistakes in flags are reported before
-    from iumad_jax.data import readers
+    from iumad_jax import config as configs
+    from iumad_jax.data import readers  # loads JAX, so wrong flags are reported first
     from iumad_jax.data.formats import archives
     from iumad_jax.data.prepared.store import open_store
     from iumad_jax.data.prepared.survey import survey

@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
 
 def _measure(values: flags.FlagValues) -> str:
     workdir = cli.path(values, "workdir")
-    from iumad_jax.inference import corruption_sweep  # loads JAX; mistakes in flags are reported before
+    from iumad_jax.inference import corruption_sweep  # loads JAX, so wrong flags are reported first
     from iumad_jax.runtime import snapshots
 
     return corruption_sweep.measure(values.config, workdir, snapshots.read(workdir, values.step))

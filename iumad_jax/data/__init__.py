@@ -1,1 +1,1 @@
-"""Data pipeline from files to batches: readers, file formats, depth processing, prepared images."""
+"""Data pipeline from files to batches: readers, file formats, depth, prepared images and batches."""

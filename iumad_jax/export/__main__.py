@@ -36,7 +36,7 @@ def _export(values: flags.FlagValues) -> str:
     output = Path(values.output or workdir / f"detector.{format_}")
     if output.suffix != f".{format_}" or not output.parent.is_dir():
         raise UserError(f"--output={output}: choose a file ending in .{format_} in an existing folder.")
-    from iumad_jax.export import formats  # loads JAX; mistakes in flags are reported before
+    from iumad_jax.export import formats  # loads JAX, so wrong flags are reported first
     from iumad_jax.inference.detector import Detector
 
     detector = Detector.load(workdir, values.step, **{"model.scan": formats.SCANS[format_]})

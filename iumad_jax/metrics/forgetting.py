@@ -44,7 +44,7 @@ def forgetting(matrix: ArrayLike) -> float:
 
 
 def aggregate_forgetting(matrix: ArrayLike) -> float:
-    """Compute the drop since the base step of the mean over the objects learned so far, averaged over later steps.
+    """Compute how far the mean over the objects learned so far lies below the base step's, averaged over later steps.
 
     The drop includes the difficulty of new objects, not only forgetting. It is NaN with a single step.
     """

@@ -46,7 +46,7 @@ class DenseWithMean(nn.Dense):
 
 
 class FeedForward(nn.Module):
-    """d -> hidden -> d with ReLU and dropout. IUF projects the gradients of its output layer."""
+    """d -> hidden -> d with ReLU and dropout. IUF's strategy projects the updates of its output layer."""
 
     hidden: int
     dropout: float

@@ -27,8 +27,8 @@ _OVERVIEW = [METRICS["i_auroc"], METRICS["aupro"], f"FM {METRICS['i_auroc']}"]
 _CURVES = ("i_auroc", "aupro", "p_auroc_object")
 _LEGEND = (
     "Percent; mean over objects, then mean over seeds ± standard deviation (n - 1). Without a prefix: after the last\n"
-    "step. FM: mean drop of objects from their best earlier value (Chaudhry et al.). aggregate FM: drop of the mean\n"
-    "over the objects learned so far since the base step. new: value right after an object was learned.\n"
+    "step. FM: mean drop of objects from their best earlier value (Chaudhry et al.). aggregate FM: how far the mean\n"
+    "over the objects learned so far lies below its value after the base step, averaged over later steps. new: value right after an object was learned.\n"
     "`feature_norm` and `nearest_neighbours` are training-free baselines. `joint` is not incremental: it trains on\n"
     "all objects learned so far."
 )

@@ -106,7 +106,7 @@ def save_heatmaps(
 
 
 def overlay(rgb: NDArray, heat: NDArray, threshold: float) -> NDArray:
-    """Draw an anomaly map over its image, (h, w, 3) uint8.
+    """Return the image, (h, w, 3) uint8, with the anomaly map, resized to it, drawn over it.
 
     Values below half of the threshold stay transparent; the region above the threshold is outlined.
     """

@@ -5,7 +5,7 @@
     config, protocol   of the run
     objects            names of all objects; the columns of every matrix
     steps              the objects learned at each step
-    matrix             metric -> (finished steps, objects); NaN or None where an object is not yet learned or undefined
+    matrix             metric -> (finished steps, objects); NaN or None where not yet learned or undefined
     summary            metric -> figure -> value, see `summarise`
     baselines          name -> `matrix`, `summary` and `bytes` of each training-free method on the same inputs
     bytes              bytes that the method stores
@@ -55,7 +55,7 @@ FIGURES = {
     "final": "mean over all objects after the last step",
     "acc": "mean over the steps of the mean over the objects learned so far",
     "fm": "forgetting: mean drop of each object from its best earlier value",
-    "fm_aggregate": "drop of the mean over objects since the base step, mean over later steps",
+    "fm_aggregate": "how far the mean over objects lies below its value after the base step, mean over later steps",
     "new": "mean of each object's value right after it was learned",
 }
 RATES = {
@@ -271,7 +271,7 @@ def _decisions_on_test_images(results: dict[str, Any], style: str) -> Iterator[s
         "image called good. Recognised: with the right object. step: the step that learned the object."
     )
     if any(decided[name]["image"]["false_alarm_bound"] is None for _, name, _ in learned_objects(results)):
-        yield "No bound (none) holds where thresholds come from training images: add good images for calibration."
+        yield 'Bound "none": the thresholds come from training images, which guarantee nothing; add good images for calibration.'
 
 
 def _next_steps(results: dict[str, Any], workdir: Path) -> str:

@@ -68,8 +68,8 @@ def split_indices(rows: np.ndarray) -> np.ndarray:
         rows: Indices of images, shape (..., batch).
 
     Returns:
-        Shape (devices, ..., places). All devices have the same number of places. If they outnumber the rows, the last
-        places repeat the first row, and `sample_weight` gives them the weight 0.
+        Shape (devices, ..., places). All devices have the same number of places. If there are more places than rows,
+        the last places repeat the first row, and `sample_weight` gives them the weight 0.
     """
     fill = -rows.shape[-1] % jax.device_count()
     filled = np.concatenate([rows, np.repeat(rows[..., :1], fill, axis=-1)], axis=-1)

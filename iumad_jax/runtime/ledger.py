@@ -1,7 +1,7 @@
 """The ledger of a run: every event once, in order, one JSON object per line.
 
-Two runs with the same seed write the same bytes: events contain no times, fields keep their order, and floats are
-written with full precision.
+On one kind of CPU, two runs with the same config and seed write the same bytes: events contain no times, fields keep
+their order, and floats are written with full precision.
 """
 
 import hashlib

@@ -55,7 +55,7 @@ class Run:
 
     @property
     def trained(self) -> bool:
-        """Whether the method is trained."""
+        """Whether this run trains the method: it has a loss, and the config has epochs."""
         return is_trained(self.config, self.method)
 
     def due(self) -> bool:

@@ -42,13 +42,13 @@ def clock(monkeypatch):
 def run(workdir, tensorboard):
     """Record two epochs of the second step and an evaluation."""
     view = Live(workdir, tensorboard)
-    view.begin(1, ("ant", "bee"), 48)
+    view.log_step(1, ("ant", "bee"), 48)
     for epoch in (0, 1):
-        view.epoch(1, epoch, 20, {**LOSSES, "loss": 0.75 / (1 + epoch)}, 1e-3, images=48, seconds=4.0)
-    view.evaluation(1, "ant", "ib_iumad", {"i_auroc": 0.875, "p_auroc_object": float("nan")})
+        view.log_epoch(1, epoch, 20, {**LOSSES, "loss": 0.75 / (1 + epoch)}, 1e-3, images=48, seconds=4.0)
+    view.log_evaluation(1, "ant", "ib_iumad", {"i_auroc": 0.875, "p_auroc_object": float("nan")})
     picture = workdir / "heatmap.png"
     Image.fromarray(np.full((8, 6, 3), (200, 100, 50), np.uint8)).save(picture)
-    view.picture(1, "ant", picture)
+    view.log_picture(1, "ant", picture)
     view.close()
 
 
@@ -98,10 +98,10 @@ def test_a_missing_tensorboard_writer_is_reported(monkeypatch):
 
 def test_epochs_are_logged_at_intervals_without_a_terminal(tmp_path, capsys, clock):
     view = Live(tmp_path, tensorboard=False)
-    view.begin(0, ("ant",), 24)
+    view.log_step(0, ("ant",), 24)
     for epoch in range(6):
         clock[0] += 11
-        view.epoch(0, epoch, 60, LOSSES, 1e-3, images=24, seconds=11.0)
+        view.log_epoch(0, epoch, 60, LOSSES, 1e-3, images=24, seconds=11.0)
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
@@ -117,5 +117,5 @@ def test_epochs_are_not_logged_on_a_terminal(tmp_path, capsys, clock, monkeypatc
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     view = Live(tmp_path, tensorboard=False)
     clock[0] += 1000
-    view.epoch(0, 0, 60, LOSSES, 1e-3, images=24, seconds=11.0)
+    view.log_epoch(0, 0, 60, LOSSES, 1e-3, images=24, seconds=11.0)
     assert capsys.readouterr().err == ""

@@ -135,7 +135,7 @@ def _decode(file: Path, size: tuple[int, int]) -> np.ndarray:
         case ".png":
             return read_image(file, "16-bit grey")
         case ".npy":
-            # np.load would leave a file that looks like a zip archive open.
+            # np.load would not close a file that looks like a zip archive.
             array = np.lib.format.open_memmap(file, mode="r")
             _check_array(file, array.shape, array.dtype)
             return np.array(array)

@@ -1,4 +1,4 @@
-"""Good images of an object: images to learn from, calibration images, and unusable images."""
+"""Good images of an object: images to learn from, calibration images, and warnings about suspicious ones."""
 
 import hashlib
 from collections.abc import Iterator
@@ -56,7 +56,7 @@ def quality_shifts(store: Store, name: str) -> dict[Modality, np.ndarray]:
 
 
 def odd_images(images: PreparedSet, name: str, kind: str) -> Iterator[str]:
-    """Yield one warning per kind of unusable image: black, saturated, constant or duplicate.
+    """Yield one warning per kind of suspicious image: black, saturated, constant or duplicate.
 
     Args:
         images: Good images of an object.

@@ -45,7 +45,7 @@ class Processing:
             Arrays by name: `images_<modality>` (h w 3) for the backbone, and the fields of `GroundTruth`.
 
         Raises:
-            UserError: If the sample's depth or official normals are needed but missing or unusable.
+            UserError: If the sample has unusable depth, or lacks depth or official normals that the encoding needs.
         """
         shape = sample.rgb.shape[:2]
         masked = sample.mask is not None or sample.defect == "good"
