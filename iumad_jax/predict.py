@@ -5,9 +5,11 @@
 --input names an image or a folder of images with subfolders; labels are not needed. Without it, the test images of the
 run's dataset are predicted, or of the dataset that --config.dataset.KEY=VALUE names.
 
-The decision is good, anomalous or unknown. Unknown means that the image is farther from its object than the threshold, so
-it probably shows an object that was never learned. The probability of the object assumes a learned one. Results are predictions.csv,
-predictions.json, masks and heatmaps. Images that cannot be read are reported and skipped; the exit code is then 2.
+The decision is good, anomalous or unknown. Unknown means that the image is farther from its object than the threshold,
+so it probably shows an object that was never learned. The probability of the object assumes a learned one.
+
+Results are predictions.csv, predictions.json, masks and heatmaps. Images that cannot be read are reported and skipped;
+the exit code is then 2.
 """
 
 import sys

@@ -28,9 +28,9 @@ _CURVES = ("i_auroc", "aupro", "p_auroc_object")
 _LEGEND = (
     "Percent; mean over objects, then mean over seeds ± standard deviation (n - 1). Without a prefix: after the last\n"
     "step. FM: mean drop of objects from their best earlier value (Chaudhry et al.). aggregate FM: how far the mean\n"
-    "over the objects learned so far lies below its value after the base step, averaged over later steps. new: value right after an object was learned.\n"
-    "`feature_norm` and `nearest_neighbours` are training-free baselines. `joint` is not incremental: it trains on\n"
-    "all objects learned so far."
+    "over the objects learned so far lies below its value after the base step, averaged over later steps.\n"
+    "new: value right after an object was learned. `feature_norm` and `nearest_neighbours` are training-free\n"
+    "baselines. `joint` is not incremental: it trains on all objects learned so far."
 )
 
 

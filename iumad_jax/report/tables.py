@@ -271,7 +271,10 @@ def _decisions_on_test_images(results: dict[str, Any], style: str) -> Iterator[s
         "image called good. Recognised: with the right object. step: the step that learned the object."
     )
     if any(decided[name]["image"]["false_alarm_bound"] is None for _, name, _ in learned_objects(results)):
-        yield 'Bound "none": the thresholds come from training images, which guarantee nothing; add good images for calibration.'
+        yield (
+            'Bound "none": the thresholds come from training images, which guarantee nothing; add good images for'
+            " calibration."
+        )
 
 
 def _next_steps(results: dict[str, Any], workdir: Path) -> str:

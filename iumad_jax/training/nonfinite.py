@@ -172,6 +172,6 @@ def explain(epochs: Iterator[Any], step: int, per_epoch: int, images: Callable[[
         raise UserError(
             f"{error.problem} in step {step}, epoch {epoch}, update {update}, whose images are"
             f" {', '.join(images(error.update))}; training stopped, and the last snapshot is from before this"
-            " update; lower config.train.learning_rate, look for a damaged image among these, or set --config.debug.nans=True to find"
-            " the operation."
+            " update; lower config.train.learning_rate, look for a damaged image among these, or set"
+            " --config.debug.nans=True to find the operation."
         ) from error
