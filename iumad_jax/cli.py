@@ -74,7 +74,9 @@ def _help(doc: str, values: flags.FlagValues, dataset: bool, resumable: bool) ->
 
 
 def _default(flag: flags.Flag) -> str:
-    return "" if flag.default in (None, False) else f" Default: {flag.default}."
+    if flag.default in (None, False):
+        return ""
+    return f" Default: {','.join(flag.default) if isinstance(flag.default, list) else flag.default}."
 
 
 def define_config(values: flags.FlagValues) -> None:

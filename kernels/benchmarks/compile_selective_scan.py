@@ -28,6 +28,8 @@ from iumad_kernels.selective_scan.tiling import Tiling
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kernels.benchmarks import command_line
+
 H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -77,6 +79,7 @@ def main() -> int:
     if len(sys.argv) == 3:
         compile_gradient(tuple(map(int, sys.argv[1].split(","))), jnp.dtype(sys.argv[2]))
         return 0
+    command_line.parser(str(__doc__)).parse_args()
     plugins = [f"jax_cuda{version}_plugin" for version in (12, 13)]
     if not any(map(importlib.util.find_spec, plugins)):
         print(

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from iumad_kernels.selective_scan import pallas_mosaic, selective_scan
 
-from kernels.benchmarks import baselines, machine, tables
+from kernels.benchmarks import baselines, command_line, machine, tables
 from kernels.benchmarks.baselines import PASSES, Program
 
 SHAPE_LISTS = {
@@ -257,7 +257,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__)
     shapes_help = "Shapes and names of lists, separated by commas; the default is target,es2d,long."
     parser.add_argument("--shapes", type=parse_shapes, default="target,es2d,long", help=shapes_help)
     dtype_help = "Dtype of the sequences; the default is float32, the others are meant for GPUs."

@@ -5,12 +5,13 @@
 Each table is preceded by the date, device, driver and package versions of its measurement.
 """
 
-import argparse
 import json
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
+
+from kernels.benchmarks import command_line
 
 Rates = dict[str, float | None]
 
@@ -90,7 +91,7 @@ def file_tables(content: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__)
     parser.add_argument(
         "files",
         nargs="+",

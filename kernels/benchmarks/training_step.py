@@ -5,7 +5,6 @@
 The command prints median times, their ratio and compile times. The losses of the two updates must agree in every turn.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -26,7 +25,7 @@ from iumad_jax.runtime import devices
 from iumad_jax.shapes import Batch
 from iumad_jax.training.optimization import make_optimizer
 from iumad_jax.training.update import initial_state, make_update
-from kernels.benchmarks import baselines
+from kernels.benchmarks import baselines, command_line
 
 OBJECTS, CHANNELS = 10, 192
 CONFIGS = {"quickstart": quickstart, "eyecandies": eyecandies}
@@ -112,7 +111,7 @@ def compile_with_scan(config: ConfigDict, scan: Callable[..., Any]) -> Update:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__)
     parser.add_argument(
         "--config",
         default="quickstart",

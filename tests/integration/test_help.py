@@ -55,6 +55,23 @@ def test_the_example_is_accepted_from_the_repository_root(name):
     assert re.match(f"iumad_jax: {message}", err)
 
 
+OTHERS = [
+    "iumad_jax.data.candies",
+    *(f"kernels.benchmarks.{name}" for name in ("selective_scan", "training_step", "tables", "gpu")),
+    *(f"tests.harness.{name}" for name in ("growth", "input_pipeline", "metrics", "saving", "scaling", "survival")),
+    "tests.fuzz",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", OTHERS)
+def test_help_of_tools_begins_with_an_example(module):
+    command = [sys.executable, "-m", module, "--help"]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    first, second, *_ = out.splitlines()
+    assert f"python -m {module}" in (second if first == "Example:" else first.removeprefix("usage: "))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in ON_A_RUN if name != "robustness"])
 def test_the_example_runs_after_the_quickstart(home, tmp_path, name):

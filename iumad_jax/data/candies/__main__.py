@@ -1,4 +1,7 @@
-"""Render the embedded dataset: `python -m iumad_jax.data.candies --root=DIR`."""
+"""Render the candies dataset: RGB-D images of ten sweets, with defects in half of the test images.
+
+python -m iumad_jax.data.candies --root=runs/candies
+"""
 
 import argparse
 import sys
@@ -15,7 +18,8 @@ class _Parser(argparse.ArgumentParser):
 
 def main() -> None:
     """Parse the flags and render the dataset; report a user's mistake in one sentence."""
-    parser = _Parser(prog="python -m iumad_jax.data.candies", description=__doc__, allow_abbrev=False)
+    summary, example = str(__doc__).strip().split("\n\n")
+    parser = _Parser(usage=example.strip(), description=summary, allow_abbrev=False)
     parser.add_argument("--root", required=True, help="folder to create")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     parser.add_argument("--train", type=int, default=24, help="good training samples per object (default: %(default)s)")

@@ -23,6 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from iumad_jax.data.readers.eyecandies import OBJECTS
+from kernels.benchmarks import command_line
 from kernels.benchmarks.gpu import scheduler
 from kernels.benchmarks.gpu.scheduler import Part
 from kernels.benchmarks.gpu.worker import Options
@@ -61,7 +62,7 @@ def _parse_dataset(text: str) -> str:
 
 def main(arguments: list[str] | None = None, parts: dict[str, Part] = PARTS) -> int:
     """Run the parts and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.parser(__doc__)
     parser.add_argument(
         "--minutes", type=_parse_minutes, default=9.0, help="Time for all parts together, in minutes; the default is 9."
     )
