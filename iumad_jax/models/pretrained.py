@@ -59,9 +59,6 @@ class _Tensor:
 class _StringKeyDict(dict):
     """A dictionary that accepts only strings as keys: hashing nested tuples may overflow the stack or never end."""
 
-    def __init__(self) -> None:
-        super().__init__()
-
     def __setitem__(self, key: Any, value: Any) -> None:
         if type(key) is not str:
             raise ValueError("a key of a dictionary is not a string")
@@ -79,7 +76,7 @@ def _build_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *grad_hoo
 
 
 _ALLOWED = {
-    ("collections", "OrderedDict"): _StringKeyDict,
+    ("collections", "OrderedDict"): lambda: _StringKeyDict(),  # without items
     ("torch._utils", "_rebuild_tensor_v2"): _build_tensor,
     ("torch", "DoubleStorage"): np.dtype("<f8"),
     ("torch", "FloatStorage"): np.dtype("<f4"),

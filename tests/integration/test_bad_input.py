@@ -116,7 +116,7 @@ WRONG_VALUES = {
     "a negative seed": (keys(seed=-1), sentences.SEED_OUT_OF_RANGE.format(found=-1, most=4000000)),
     "heads that do not divide the width": (
         keys(model__heads=3),
-        sentences.WIDTH_NOT_DIVISIBLE.format(width=128, heads=3),
+        sentences.WIDTH_NOT_DIVISIBLE.format(width=256, heads=3),
     ),
     "a patch larger than the image": (keys(model__patch_size=4000), sentences.PATCH_TOO_LARGE.format(4000)),
     "an unknown baseline": (

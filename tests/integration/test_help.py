@@ -73,6 +73,7 @@ def test_help_of_tools_begins_with_an_example(module):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
 @pytest.mark.parametrize("name", [name for name in ON_A_RUN if name != "robustness"])
 def test_the_example_runs_after_the_quickstart(home, tmp_path, name):
     """Its workdir is the default workdir of the quickstart, here a link to another run."""
