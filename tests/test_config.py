@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from iumad_jax import continual, methods, protocol
-from iumad_jax.config import paper
+from iumad_jax.config import cells, check, paper
 from iumad_jax.data.readers.eyecandies import OBJECTS
+from iumad_jax.errors import UserError
 from iumad_jax.training.optimization import learning_rates, make_optimizer
+from tests import sentences
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 PUBLIC = (
@@ -95,3 +97,27 @@ def test_every_key_is_used():
     for key in flat(paper("10-0")):
         name = key.rsplit(".", 1)[-1]
         assert re.search(rf"\.{name}\b", code) or any(key.startswith(part) for part in groups), key
+
+
+@pytest.mark.parametrize("key", ["floors", "train.momentum", "dataset.render.version"])
+def test_an_unknown_key_is_refused(key):
+    """Such as a key of an older version that somebody's config file still sets."""
+    config = paper("10-0")
+    set_key(config, key)
+    with pytest.raises(UserError, match=re.escape(sentences.NOT_A_KEY.format(key))):
+        check(config)
+
+
+def set_key(config, key):
+    *groups, name = key.split(".")
+    for group in groups:
+        config = config[group]
+    config[name] = "x"
+
+
+def test_a_benchmark_with_keys_of_an_older_version_is_refused():
+    config = load(next(file for file in CONFIGS if file.stem == "benchmark")).get_config()
+    check(config)
+    config.benchmark.systems = "uniad"
+    with pytest.raises(UserError, match=sentences.WRONG_BENCHMARK_KEYS.format(found=".*systems.*", known=".*variants")):
+        list(cells(config))
