@@ -20,6 +20,7 @@ from iumad_jax.training.optimization import make_optimizer, step_config
 from iumad_jax.training.update import initial_state, make_update
 from tests import sentences
 
+ROOT = Path(__file__).parents[2]
 STRATEGIES = ("finetune", "iuf", "replay", "joint")
 
 
@@ -62,7 +63,7 @@ def test_four_devices_train_like_one(tmp_path, method, skewed_images):
     """Results are equal up to rounding, including random draws and the state within and between steps."""
     assert jax.local_device_count() == 4
     file = tmp_path / "one_device"
-    with subprocess.Popen([sys.executable, __file__, file]) as process:
+    with subprocess.Popen([sys.executable, "-m", "tests.continual.test_strategies", file], cwd=ROOT) as process:
         four_devices = {name: two_steps(name, method, skewed_images) for name in ("iuf", "replay")}
     assert process.returncode == 0
     one_device = pickle.loads(file.read_bytes())
@@ -118,7 +119,7 @@ def test_later_steps_use_their_own_optimiser():
 if __name__ == "__main__":  # the same training on one device, which needs a separate process
     jax.config.update("jax_disable_most_optimizations", True)
     assert jax.local_device_count() == 1
-    from conftest import linear, random_images, skewed
+    from tests.continual.conftest import linear, random_images, skewed
 
     results = {
         name: two_steps(name, linear(), lambda *args: skewed(random_images(*args))) for name in ("iuf", "replay")

@@ -27,6 +27,7 @@ from iumad_jax.training.optimization import make_optimizer
 from iumad_jax.training.update import initial_state, make_update
 from tests import sentences
 
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 SMALL = {
@@ -133,7 +134,10 @@ def by_devices(tmp_path_factory):
     """Return the results of `small_trainings` and, for 1 and 4 devices, `three_updates`, by number of devices."""
     folder = tmp_path_factory.mktemp("devices")
     assert jax.local_device_count() == 4
-    processes = [subprocess.Popen([sys.executable, __file__, folder / str(n), str(n)]) for n in (1, 2, 8)]
+    processes = [
+        subprocess.Popen([sys.executable, "-m", "tests.runtime.test_devices", folder / str(n), str(n)], cwd=ROOT)
+        for n in (1, 2, 8)
+    ]
     results = {4: (small_trainings(), three_updates())}
     assert [process.wait() for process in processes] == [0, 0, 0]
     return results | {n: pickle.loads((folder / str(n)).read_bytes()) for n in (1, 2, 8)}
@@ -201,13 +205,6 @@ def test_every_device_has_its_share_of_the_batch_and_a_copy_of_the_state():
     assert first["count"] == 6
 
 
-if __name__ == "__main__":  # the same training on another number of devices, which needs a separate process
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))
-    results = small_trainings(), three_updates() if sys.argv[2] == "1" else None
-    Path(sys.argv[1]).write_bytes(pickle.dumps(results))
-
-
 def test_a_coordinator_that_does_not_answer_is_reported(monkeypatch):
     monkeypatch.setattr(joining, "_START_TIMEOUT", 1)
     with socket.create_server(("localhost", 0)) as server:
@@ -220,3 +217,10 @@ def test_a_coordinator_that_does_not_answer_is_reported(monkeypatch):
         joining.joined(address, 2, 1, cluster=False),
     ):
         pass
+
+
+if __name__ == "__main__":  # the same training on another number of devices, which needs a separate process
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))
+    results = small_trainings(), three_updates() if sys.argv[2] == "1" else None
+    Path(sys.argv[1]).write_bytes(pickle.dumps(results))
