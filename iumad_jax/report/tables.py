@@ -265,11 +265,17 @@ def _decisions_on_test_images(results: dict[str, Any], style: str) -> Iterator[s
         rows.append(["mean", "", "", "", *(_percent(_mean(column)) for column in values)])
     headers = ["object", "step", "calibration images", "false-alarm bound", *(RATES[rate] for rate in rates)]
     yield _table(rows, headers, style)
-    yield (
-        "Decisions on test images, at thresholds set by good calibration images. False alarm: a good image called\n"
-        "anomalous, expected at a rate of at most the bound, which more calibration images lower. Miss: an anomalous\n"
-        "image called good. Recognised: with the right object. step: the step that learned the object."
-    )
+    if rates:
+        yield (
+            "Decisions on test images, at thresholds set by good calibration images. False alarm: a good image called\n"
+            "anomalous, expected at a rate of at most the bound, which more calibration images lower. Miss: an\n"
+            "anomalous image called good. Recognised: as the right object. step: the step that learned the object."
+        )
+    else:
+        yield (
+            "Thresholds are set by good calibration images. False alarms, good images called anomalous, are expected\n"
+            "at a rate of at most the bound, which more calibration images lower. step: the step that learned the object."
+        )
     if any(decided[name]["image"]["false_alarm_bound"] is None for _, name, _ in learned_objects(results)):
         yield (
             'Bound "none": the thresholds come from training images, which guarantee nothing; add good images for'
@@ -279,7 +285,8 @@ def _decisions_on_test_images(results: dict[str, Any], style: str) -> Iterator[s
 
 def _next_steps(results: dict[str, Any], workdir: Path) -> str:
     """Describe how to view pictures of test images, and how to predict new images."""
-    lines = [f"Test images with their anomaly maps: open {workdir / 'report.html'} in a browser."]
+    tested = measured(results) or _defined_rates(results.get("decisions", []))
+    lines = [f"Test images with their anomaly maps: open {workdir / 'report.html'} in a browser."] if tested else []
     if "evaluated" not in results:
         depth = " --depth=DEPTH" if "depth" in results["config"]["modality"] else ""
         command = f"python -m iumad_jax.predict --workdir={shlex.quote(str(workdir))}"

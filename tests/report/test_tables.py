@@ -117,6 +117,7 @@ def test_without_test_images_metrics_have_no_table(console):
     for text in (console(results), tables.markdown(results)):
         assert sentences.NOTHING_MEASURED in text
         assert cells(text, "zebra")[0] == ["0", "7", "12.5%"]
+        assert "report.html" not in text  # which has no pictures
         assert not any(word in text for word in ("AUROC", "AUPRO", "mean", sentences.UNDEFINED))
         assert not any("-" in row for name in OBJECTS for row in cells(text, name))
 
