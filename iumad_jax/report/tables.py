@@ -273,8 +273,9 @@ def _decisions_on_test_images(results: dict[str, Any], style: str) -> Iterator[s
         )
     else:
         yield (
-            "Thresholds are set by good calibration images. False alarms, good images called anomalous, are expected\n"
-            "at a rate of at most the bound, which more calibration images lower. step: the step that learned the object."
+            "Thresholds are set by good calibration images. False alarms, good images called anomalous, are\n"
+            "expected at a rate of at most the bound, which more calibration images lower. step: the step that\n"
+            "learned the object."
         )
     if any(decided[name]["image"]["false_alarm_bound"] is None for _, name, _ in learned_objects(results)):
         yield (
