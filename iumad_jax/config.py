@@ -204,8 +204,10 @@ def check(config: ConfigDict) -> None:
     Raises:
         UserError: If a key is unknown, or a value is out of range.
     """
-    valid_keys = flat(paper("1-0").to_dict())
-    for key in flat(config.to_dict()):
+    valid_keys, keys = flat(paper("1-0").to_dict()), flat(config.to_dict())
+    if missing := [key for key in valid_keys if keys.get(key) is None]:
+        raise UserError(f"config.{missing[0]} is missing; start the config from iumad_jax.config.paper or small.")
+    for key in keys:
         if key not in valid_keys and not key.startswith("benchmark."):
             raise UserError(f"config.{key} is not a key of this version; use the keys in iumad_jax/config.py.")
     for key, (low, high) in _LIMITS.items():

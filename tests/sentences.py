@@ -7,7 +7,9 @@ The name of an incomplete message ends in _PART if the complete one is here, too
 # config, protocol and command line
 PROTOCOL_DOES_NOT_FIT = "protocol {protocol} does not fit {objects} objects"
 PROTOCOL_MALFORMED = "use the form X-Y"
+COMMAND_AFTER_SPACE = "iumad_jax: {} is not a flag; write python -m iumad_jax.COMMAND.\n"
 NOT_A_KEY = "config.{} is not a key of this version"
+KEY_MISSING = "config.{} is missing"
 WRONG_BENCHMARK_KEYS = r"config\.benchmark has the keys {found}; use {known}"
 UNKNOWN_KEY = "--config has no key '{key}'; did you mean \"{meant}\""
 NOT_A_FLAG = "argument {} is not a flag; see --help."

@@ -108,6 +108,25 @@ def test_an_unknown_key_is_refused(key):
         check(config)
 
 
+@pytest.mark.parametrize("key", ["baselines", "train.epochs", "dataset.render.seed"])
+def test_a_missing_key_is_refused(key):
+    config = paper("10-0")
+    *groups, name = key.split(".")
+    group = config
+    for part in groups:
+        group = group[part]
+    del group[name]
+    with pytest.raises(UserError, match=re.escape(sentences.KEY_MISSING.format(key))):
+        check(config)
+
+
+def test_a_key_without_a_value_is_refused():
+    config = paper("10-0")
+    config.baselines = None
+    with pytest.raises(UserError, match=re.escape(sentences.KEY_MISSING.format("baselines"))):
+        check(config)
+
+
 def set_key(config, key):
     *groups, name = key.split(".")
     for group in groups:

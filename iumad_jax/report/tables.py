@@ -68,7 +68,8 @@ _SHORT = ("i_auroc", "aupro", "p_auroc_object")  # metrics whose forgetting the 
 _METRICS_EXPLAINED = (
     "I-AUROC: how well scores rank anomalous above good images (0.5 is chance, 1 perfect); P-AUROC: the same for the\n"
     "pixels of anomaly maps. AUPRO: mean share of a defect that is found, for up to 30 % of normal pixels marked.\n"
-    "object: normal pixels are those of the object alone; workpiece: without parts cut off by the image."
+    "Prefix object: normal pixels are those of the object alone; workpiece: without parts cut off by the image.\n"
+    "step: the step that learned the object."
 )
 _PIXELS = "no anomalous pixel or no normal one"
 _OBJECT = f"no depth, or {_PIXELS} on the object"
@@ -267,15 +268,15 @@ def _decisions_on_test_images(results: dict[str, Any], style: str) -> Iterator[s
     yield _table(rows, headers, style)
     if rates:
         yield (
-            "Decisions on test images, at thresholds set by good calibration images. False alarm: a good image called\n"
-            "anomalous, expected at a rate of at most the bound, which more calibration images lower. Miss: an\n"
-            "anomalous image called good. Recognised: as the right object. step: the step that learned the object."
+            "Decisions on test images, at thresholds set by good calibration images. False alarm: a good image whose\n"
+            "score exceeds the threshold, expected at a rate of at most the bound, which more calibration images\n"
+            "lower. Miss: an anomalous image whose score does not. Recognised: taken for the right object. Taken as\n"
+            "unknown: too far from every learned object."
         )
     else:
         yield (
-            "Thresholds are set by good calibration images. False alarms, good images called anomalous, are\n"
-            "expected at a rate of at most the bound, which more calibration images lower. step: the step that\n"
-            "learned the object."
+            "Thresholds are set by good calibration images. False alarms, good images whose scores exceed the\n"
+            "threshold, are expected at a rate of at most the bound, which more calibration images lower."
         )
     if any(decided[name]["image"]["false_alarm_bound"] is None for _, name, _ in learned_objects(results)):
         yield (
@@ -351,6 +352,9 @@ def _learning_and_forgetting(results: dict[str, Any], style: str, metrics: list[
     """Yield the figures of `SUMMARY` by metric and method; with a single step they all equal the means above."""
     if not metrics:
         return
+    if evaluated := results.get("evaluated"):
+        yield f"Forgetting is measured by the run itself: see {Path(evaluated['workdir']) / 'results.md'}."
+        return
     if len(results["matrix"][metrics[0]]) == 1:
         yield "With a single step nothing can be forgotten."
         return
@@ -388,8 +392,8 @@ def _decisions_after_every_step(results: dict[str, Any]) -> Iterator[str]:
     yield "## Decisions after every step"
     yield (
         "Thresholds are conformal: of the scores of n good calibration images, the smallest one that a further good"
-        " image exceeds with a probability of at most 1 - quantile; or, where n is too small for that, the largest."
-        " Each has a bootstrapped 95 % interval, whose upper end is too low where it equals the threshold."
+        " image exceeds with a probability of at most 1 - config.decisions.quantile; or, where n is too small for that,"
+        " the largest. Each has a bootstrapped 95 % interval, whose upper end is too low where it equals the threshold."
     )
     rates, rows = _defined_rates(results["decisions"]), []
     for step, decided in enumerate(results["decisions"]):

@@ -93,12 +93,15 @@ def plan(config: ConfigDict, workdir: Path) -> tuple[protocol.Step, ...]:
     """Plan the steps of a run over the objects that it began with, or those of the dataset if it is new.
 
     Raises:
-        UserError: If the protocol does not fit the objects, or the dataset no longer has an object of the run.
+        UserError: If the protocol does not fit the objects, the dataset no longer has an object of the run, or the
+            config names an unknown method, which is thus reported before a dataset is rendered.
     """
     noted = inventory.read(workdir)
     if messages := compare_names(config, noted).missing_messages():
         raise UserError(" ".join(messages))
-    return protocol.steps(config.protocol, tuple(noted) or readers.objects(config))
+    steps = protocol.steps(config.protocol, tuple(noted) or readers.objects(config))
+    _build_methods(config, len(steps[-1].seen))
+    return steps
 
 
 def start(
@@ -151,14 +154,24 @@ def start(
 
 def _build(config: ConfigDict, workdir: Path, objects: tuple[str, ...]) -> tuple[Store, dict[str, Method], Strategy]:
     """Build what the config selects. This reports invalid values before anything is written."""
-    run_methods = methods.with_baselines(config, len(objects))
-    strategy = continual.build(config, run_methods[config.method], len(objects))
+    run_methods, strategy = _build_methods(config, len(objects))
+    live.check(config.report.tensorboard)
+    return open_store(config, readers.open_reader(config, objects), workdir), run_methods, strategy
+
+
+def _build_methods(config: ConfigDict, objects: int) -> tuple[dict[str, Method], Strategy]:
+    """Build the methods and the strategy that a config selects, for a number of objects.
+
+    Raises:
+        UserError: If the config names an unknown method, baseline, strategy, optimiser or schedule.
+    """
+    run_methods = methods.with_baselines(config, objects)
+    strategy = continual.build(config, run_methods[config.method], objects)
     for index in (0, 1):  # later steps may use another optimiser than the base step
         make_optimizer(step_config(config, index))
     if is_trained(config, run_methods[config.method]):
         learning_rates(config.train, updates_per_epoch=1)
-    live.check(config.report.tensorboard)
-    return open_store(config, readers.open_reader(config, objects), workdir), run_methods, strategy
+    return run_methods, strategy
 
 
 def _new_progress(config: ConfigDict, run_methods: dict[str, Method], store: Store) -> Progress:

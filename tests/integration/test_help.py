@@ -35,6 +35,13 @@ def test_every_command_is_listed_in_two_lines():
     assert set(NAMES) == modules - {"cli"} | {"export"}
 
 
+def test_a_command_after_a_space_is_refused():
+    command = [sys.executable, "-m", "iumad_jax", "evaluate", "--workdir=run"]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == sentences.COMMAND_AFTER_SPACE.format("evaluate")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_help_begins_with_the_example(capsys, name):
     module = import_module(f"iumad_jax.{dict(zip(NAMES, commands.COMMANDS, strict=True))[name]}")

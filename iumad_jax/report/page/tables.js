@@ -228,9 +228,9 @@ function decisions() {
   const thresholdHeaders = ["false-alarm bound", "image threshold", "pixel threshold", "calibration images"];
   $("decisions-note").textContent =
     "After the last step, at thresholds set by good calibration images for a false-alarm rate of" +
-    ` ${share(1 - last.quantile)}. False alarm: a good image called anomalous; expected at a rate of at most the bound,` +
+    ` ${share(1 - last.quantile)}. False alarm: a good image whose score exceeds the threshold; expected at a rate of at most the bound,` +
     " which more calibration images lower; none where thresholds come from training images." +
-    " Miss: an anomalous image called good. Recognised: with the right object." +
+    " Miss: an anomalous image whose score does not. Recognised: taken for the right object." +
     neverLearned(share);
   sortable($("decision-table"), ["object", ...rateHeaders, ...thresholdHeaders], rows);
   $("decisions").hidden = false;
