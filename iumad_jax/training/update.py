@@ -24,7 +24,7 @@ class TrainState(NamedTuple):
     """Everything that training changes."""
 
     variables: Variables
-    optimizer: optax.OptState
+    optimizer: Any  # optax.OptState
     update: Any  # number of updates done in this step
     strategy_state: StrategyState
 
