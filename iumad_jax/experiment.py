@@ -24,7 +24,7 @@ from iumad_jax.inference import assessment, evaluation, recognition
 from iumad_jax.inference.evaluation import Judgement, Model
 from iumad_jax.inference.thresholds import describe, thresholds
 from iumad_jax.metrics import final
-from iumad_jax.report import figures, html, tables
+from iumad_jax.report import figures, html, result_files, tables
 from iumad_jax.report.history import history, results
 from iumad_jax.runtime import ledger as ledgers
 from iumad_jax.runtime import live, preemption, processes, snapshots
@@ -45,7 +45,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     """Run a config's protocol in a workdir, or resume it.
 
     Returns:
-        Content of results.json (see `report.tables`); None in processes other than process 0.
+        Content of results.json (see `report.result_files`); None in processes other than process 0.
 
     Raises:
         UserError: If the config, the dataset or the workdir has an error.
@@ -55,7 +55,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     processes.check_same(lambda: {"config": config.to_dict(), "workdir": workdirs.content(workdir)})
     configs.check(config)
     workdirs.check(workdir, config)
-    finished = tables.read_results(workdir)
+    finished = result_files.read(workdir)
     nothing_to_do = finished is not None and all((workdir / name).exists() for name in _RESULTS)
     if not nothing_to_do:
         with ExitStack() as resources:
@@ -296,5 +296,5 @@ def write_results(config: ConfigDict, workdir: Path, seconds: float) -> dict[str
         path = workdir / "pictures" / f"matrix_{metric}.png"
         figures.save_matrix(path, matrix, measured.objects, [f"step {i}" for i in range(len(measured.steps))], metric)
     html.write(workdir, finished)
-    tables.write_results(workdir, finished)
+    result_files.write(workdir, finished)
     return finished

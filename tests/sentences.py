@@ -40,7 +40,6 @@ ARCHIVE_UNPACKED = "{archive}: SHA-256 {digest}, unpacked to {root}"
 UNKNOWN_ARCHIVE_FORMAT = "use a file that ends in {}"
 ARCHIVE_UNREADABLE = "--archive is {archive}, which cannot be read ({reason})"
 ARCHIVE_NOT_UNPACKED = r"cannot be unpacked to .*{root} \({reason}\), so nothing was kept"
-
 ROOT_NOT_A_FOLDER = "config.dataset.root is {}, which is not a folder"
 ROOT_EMPTY = "config.dataset.root is {}, which is empty"
 ROOT_EMPTY_PART = "which is empty"
@@ -58,7 +57,6 @@ YAML_REFUSED = "{} is not plain YAML"
 YAML_NESTED_TOO_DEEPLY = "{} is not plain YAML (it is nested too deeply)"
 YAML_WITH_ALIAS = "{} is not plain YAML (it has an alias)"
 YAML_WITHOUT_KEYS = "{} holds no keys"
-
 NOT_AN_IMAGE_OF_ITS_FORMAT = "{file} is not a {format} image"
 TOO_MANY_PIXELS = "{size} pixels; use at most {most}"
 SIZES_DIFFER = "{file} has {size} pixels but"
@@ -67,7 +65,6 @@ UNKNOWN_PIXELS = "is an image of Pillow's mode {}"
 IMAGE_TRANSPARENT = "is transparent in places; save it"
 IMAGE_ROTATED = "{} is rotated by its EXIF orientation"
 MASK_WITH_SEVERAL_VALUES = "has the values {} besides 0"
-
 NOT_A_CLOUD_OF_ITS_FORMAT = "{file} is not a {format} file"
 PLY_WITHOUT_FORMAT = "header without a known format"
 PLY_NOT_ORGANISED = "has {} points; save an organised"
@@ -83,7 +80,6 @@ TIFF_WITHOUT_COORDINATES = "holds only depth; save x, y and z"
 TIFF_WITH_SEVERAL_PAGES = "has several pages; save a single page"
 NOT_NUMBERS = "holds {}; save integers or floats"
 ARRAY_OF_WRONG_SHAPE = "has the shape {}; save (rows, columns)"
-
 UNIT_UNKNOWN = "holds integers of an unknown unit; {remedy}"
 SET_UNIT_IN_SETTINGS = "set the unit in"
 SET_UNIT_BY_FLAG = "use --depth_unit=METRES, such as 0.001 for millimetres."
@@ -93,7 +89,6 @@ DEPTH_NEGATIVE = "depth must be the distance from"
 DEPTH_ALL_MISSING = "{} has no valid depth"
 NO_CAMERA_FITS = "pixels beside the rays of the best pinhole or orthographic camera"
 TOO_FEW_POINTS_FOR_CAMERA = "too few valid points to estimate the camera"
-
 NO_VALID_PIXEL = "no valid pixel"
 TOO_FEW_VALID_PIXELS = "too few valid pixels"
 
@@ -112,7 +107,6 @@ LIGHT_UNKNOWN = "config.dataset.light is {}"
 SPLIT_OF_EYECANDIES_MISSING = "{path} is missing; add {object} there or remove it from config.dataset.objects"
 SPLIT_WITHOUT_SAMPLES = "{} holds no samples"
 SAMPLE_FILE_MISSING = "{} is missing; add it, since every sample needs"
-
 UNKNOWN_VALIDATION = r'config\.dataset\.validation is "{found}"; use {known}\.'
 ENCODING_UNAVAILABLE = "which {reader} lacks; use {known}"
 ROOT_WITHOUT_OBJECTS = "holds no folder; add one for every object"
@@ -143,13 +137,11 @@ PREPARED_FOLDER_UNUSABLE = r"cannot be prepared \({}\).* --config\.dataset\.prep
 NORMALS_MISSING = r"{} has no official normals; choose another config\.input\.depth_encoding\."
 FEATURES_TOO_LARGE = "features are NaN or exceed the range of {}"
 SPLIT_WITHOUT_IMAGES = "{object} has no {split} images; add some"
-
 CANDIES_NOT_WRITTEN = r"{} cannot be written"
 CANDIES_OF_OTHER_SETTINGS = r"other settings \({}\)"
 CANDIES_UNKNOWN_OBJECT = "--objects: candies has no {!r}; choose from "
 CANDIES_NUMBER_OUT_OF_RANGE = "{key} is {found}; choose a whole number from {least} to {most}"
 CANDIES_MISSING = "no candies dataset"
-
 DATASET_CHANGED = "{}: the run is finished, but its dataset has changed since."
 OBJECTS_NEW = (
     "The dataset also holds {}, added after this run began and not learned by it; start a run in another --workdir to"
@@ -192,7 +184,6 @@ UNKNOWN_FUSION = r'config\.model\.fusion is "{found}"; use {known}'
 UNKNOWN_STRATEGY = 'config.continual.strategy is "{found}"; use one of {known}'
 UNKNOWN_OPTIMIZER = 'config.train.optimizer or config.continual.optimizer is "{found}"; use one of {known}'
 FROZEN_DIFFERS = "the frozen arrays of {} are not those that this run was trained with"
-
 UNKNOWN_BACKBONE = 'config.backbone.name is "{found}"; use one of {known}'
 WEIGHTS_REFUSED = "weights file {} is refused: "
 WEIGHTS_REFUSED_WITH_REMEDY = r"^weights file {} is refused: .*; use a plain state dict"
@@ -231,7 +222,6 @@ ARCHIVE_OF_SEVERAL_PICKLES = "{} data.pkl"
 BIG_ENDIAN = "big-endian"
 COMPRESSED = "compressed"
 BYTE_ORDER_WRONG = "byte order"
-
 STRATEGY_STORES = "Strategy {strategy} stores {size} per object in addition to the weights."
 STRATEGY_STORES_PART = "stores {} per object"
 STRATEGY = "Strategy"
@@ -279,7 +269,6 @@ NO_IMAGES = "rgb has the shape {}"
 KEY_CANNOT_BE_CHANGED = "{key} cannot be changed; only {known} can."
 STEP_NOT_A_NUMBER = "step is a {}; pass a path and an integer"
 WORKDIR_NOT_A_PATH = "workdir is a {}"
-
 NO_RUN_IN_WORKDIR = "{} holds no run; choose the --workdir of a run."
 NO_SNAPSHOT_OF_STEP = "holds no snapshot of step {step}; choose one of the finished steps {known}."
 NO_SNAPSHOT_OF_ANY_STEP = "holds no snapshot of a finished step; let the run finish its first step."
@@ -351,13 +340,11 @@ STOPPING = "stopping on {}; run the same command again to continue"
 STOPPING_PART = "stopping on {}"
 STOPPING_WITH_SIGINT = "stopping on {}; run the same command again to continue (SIGINT or Ctrl-C now ends it at once)."
 MAKE_ROOM = "make room"
-
 LEDGER_SHORTER = r"{ledger}: the snapshot was taken after {lines} lines, but {found}; restore"
 LEDGER_LINES_LEFT = "only {} are left"
 LEDGER_LINES_DIFFER = "they were changed"
 LEDGER_LINE_DAMAGED = r"{ledger} line {line} is damaged"
 FILE_NOT_WRITTEN = r"cannot write .*{file}: {reason}"
-
 SNAPSHOT_NOT_SAVED = (
     "{folder}: the snapshot could not be saved ({reason}); earlier snapshots are intact, so make room on the disk and"
     " run the same command again."
@@ -374,7 +361,6 @@ SNAPSHOT_USED_INSTEAD = "; using {} instead."
 NO_SNAPSHOT_USABLE = "no snapshot can be used: "
 NO_SNAPSHOT_USABLE_REMEDY = "; restore one from a backup, or start again in another --workdir."
 SNAPSHOT_NOT_FINITE = r"{snapshot} is not saved, because {array} is not finite"
-
 WORKDIR_IN_USE = "{} is in use by another process; wait until it ends or choose another --workdir."
 WORKDIR_OF_ANOTHER_CONFIG = "{} holds a run of another config: config."
 WORKDIR_REMEDY = "; choose another --workdir."
@@ -391,7 +377,6 @@ RUN_BY_ANOTHER_VERSION = (
     " that version, or start again in another --workdir."
 )
 TENSORBOARD_MISSING = r"tensorboardX is not installed; run pip install tensorboardX"
-
 PROCESS_WAITS = r"process {process} of {processes} waits for the others at {address}, up to {limit} s"
 OTHER_PROCESS_ENDED = "another one ha"
 PROCESSES_START_AGAIN = "restart all processes to continue from the last snapshot."
@@ -417,7 +402,6 @@ SCAN_OF_WRONG_STATES = "A must have the shape {expected} with 1 to {most} states
 SCAN_OF_WRONG_GROUPS_SHAPE = "B must have the shape {expected} or {other}; got {found}"
 SCAN_GROUPS_DO_NOT_DIVIDE = "B's groups must divide the {channels} channels evenly; got {found}"
 SCAN_UNKNOWN_IMPLEMENTATION = "implementation must be one of {known}; got {found!r}"
-
 TRAINING_STEP_TIMED = (
     r"{system}, batch size {batch}: {number} s per update, {number} s with lax.scan, {number} times as long"
     r" \(medians of 3 turns\); compiled in {number} and {number} s"

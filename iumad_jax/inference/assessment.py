@@ -18,7 +18,7 @@ from iumad_jax.inference.evaluation import Judgement, Model, TestSets
 from iumad_jax.inference.recognition import Recogniser
 from iumad_jax.inference.thresholds import Record, describe, make_calibration
 from iumad_jax.methods.method import Method
-from iumad_jax.report import html, samples, tables
+from iumad_jax.report import html, result_files, samples
 from iumad_jax.report.history import history, results
 from iumad_jax.runtime import ledger as ledgers
 from iumad_jax.runtime import storage
@@ -141,7 +141,7 @@ def evaluate_snapshot(config: ConfigDict, workdir: Path, progress: Progress, out
     content["unknown"] = unknown
     content["evaluated"] = {"workdir": str(workdir), "step": step, "learned": len(progress.calibration)}
     html.write(output, content)
-    tables.write_results(output, content)
+    result_files.write(output, content)
     return content
 
 

@@ -17,7 +17,7 @@ from iumad_jax.data.formats.depth_files import WrongUnit
 from iumad_jax.data.readers.unlabelled import InputImage
 from iumad_jax.errors import UserError
 from iumad_jax.inference.detector import Detection, Detector
-from iumad_jax.report import figures, tables
+from iumad_jax.report import figures, result_files
 from iumad_jax.runtime.storage import as_json, write_whole
 
 
@@ -102,7 +102,7 @@ def _csv(rows: list[dict[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows({key: tables.spreadsheet_text(value) for key, value in row.items()} for row in rows)
+    writer.writerows({key: result_files.spreadsheet_text(value) for key, value in row.items()} for row in rows)
     return text.getvalue()
 
 

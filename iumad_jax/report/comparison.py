@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tabulate import tabulate
 
-from iumad_jax.report import figures, published
-from iumad_jax.report.tables import METRICS, SUMMARY, read_results
+from iumad_jax.report import figures, published, result_files
+from iumad_jax.report.tables import METRICS, SUMMARY
 from iumad_jax.runtime.storage import write_whole
 
 _COLUMNS = {  # columns of a protocol's table: (figure, metric)
@@ -54,7 +54,7 @@ def gather(workdir: Path) -> Runs:
     """Read the finished runs in `workdir/cells`, with the baselines that ran in them."""
     runs: dict[Cell, dict[str, Any]] = defaultdict(dict)  # by seed: several variants may have run the baselines
     for folder in sorted((workdir / "cells").glob("*")):
-        results = read_results(folder)
+        results = result_files.read(folder)
         if results is not None:
             variant, modality, protocol, seed = folder.name.rsplit("_", 3)
             shared = {key: results[key] for key in ("config", "objects", "steps")}

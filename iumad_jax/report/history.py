@@ -57,7 +57,7 @@ def history(events: Iterable[Mapping[str, Any]], last_step: int | None = None) -
 
 
 def results(config: Mapping[str, Any], history: History, seconds: float) -> dict[str, Any]:
-    """Assemble the content of results.json, see `tables`.
+    """Assemble the content of results.json, see `result_files`.
 
     Args:
         config: Config of the run.

@@ -1,26 +1,7 @@
-"""A run's results as tables: on the console and in results.md, .tex, .csv and .json.
+"""Formats a run's results for the console and as results.md; `result_files` describes the results."""
 
-`results` is the content of results.json, a dictionary with these entries:
-
-    config, protocol   of the run
-    objects            names of all objects; the columns of every matrix
-    steps              the objects learned at each step
-    matrix             metric -> (finished steps, objects); NaN or None where not yet learned or undefined
-    summary            metric -> figure -> value, see `summarise`
-    baselines          name -> `matrix`, `summary` and `bytes` of each training-free method on the same inputs
-    bytes              bytes that the method stores
-    strategy_bytes     bytes that the strategy against forgetting stores in addition
-    decisions          one record per step, see `inference.thresholds.describe`; `test` holds the rates on test images
-    seconds, versions  of the run
-    unknown            evaluations only: see `inference.decisions.unknown_rates`
-    evaluated          evaluations only: the run's `workdir`, the `step`, and how many objects were `learned` by then
-"""
-
-import csv
 import html
-import io
 import itertools
-import json
 import math
 import shlex
 from collections.abc import Iterator
@@ -30,9 +11,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from iumad_jax.errors import UserError
-from iumad_jax.metrics import aggregate_forgetting, average_accuracy, drops, final, forgetting, plasticity
-from iumad_jax.runtime.storage import as_json, write_whole
+from iumad_jax.metrics import aggregate_forgetting, average_accuracy, final, forgetting, plasticity
 
 METRICS = {
     "i_auroc": "I-AUROC",
@@ -139,116 +118,6 @@ def markdown(results: dict[str, Any]) -> str:
         headers = ["method", "after step", *(name for _, name, _ in learned), "mean"]
         parts += [f"## {METRICS[metric]} after every step", _table(rows, headers, "github")]
     return "\n\n".join([*parts, *_decisions_after_every_step(results)]) + "\n"
-
-
-def latex(results: dict[str, Any]) -> str:
-    """Format results.tex, a table like the paper's.
-
-    It holds I-AUROC, AUPRO and the forgetting of both in percent, the best value of a row in bold. It needs the
-    packages booktabs and graphicx and is never wider than the line.
-    """
-    methods, learned = methods_of(results), learned_objects(results)
-    heads = ["I-AUROC", "AUPRO", "FM (I)", "FM (A)"]
-    rows: dict[str, list[list[Any]]] = {name: [] for name in (*(name for _, name, _ in learned), "mean")}
-    for method in methods.values():
-        matrices = [method["matrix"][metric] for metric in ("i_auroc", "aupro")]
-        last, forgotten = [matrix[-1] for matrix in matrices], [drops(matrix) for matrix in matrices]
-        for _, name, column in learned:
-            rows[name].append([values[column] for values in (*last, *forgotten)])
-        rows["mean"].append([final(matrix) for matrix in matrices] + [forgetting(matrix) for matrix in matrices])
-    groups = " & ".join(rf"\multicolumn{{{len(heads)}}}{{c}}{{{_tex(name)}}}" for name in methods)
-    starts = range(2, 2 + len(methods) * len(heads), len(heads))
-    return "\n".join(
-        [
-            f"% {title(results)}; FM: the best earlier value minus the last",
-            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
-            rf"\begin{{tabular}}{{l{'r' * len(heads) * len(methods)}}}",
-            r"\toprule",
-            rf"& {groups} \\",
-            "".join(rf"\cmidrule(lr){{{start}-{start + len(heads) - 1}}}" for start in starts),
-            rf"object & {' & '.join(heads * len(methods))} \\",
-            r"\midrule",
-            *(_tex_row(name, rows.pop(name)) for _, name, _ in learned),
-            r"\midrule",
-            _tex_row("mean", rows.pop("mean")),
-            r"\bottomrule",
-            r"\end{tabular}}%",
-            "",
-        ]
-    )
-
-
-def _tex_row(name: str, by_method: list[list[Any]]) -> str:
-    percent = np.round(100 * np.array(by_method, float), 1)
-    best = [*np.fmax.reduce(percent[:, :2]), *np.fmin.reduce(percent[:, 2:])]
-    cells = [
-        "--" if math.isnan(v) else rf"\textbf{{{v:z.1f}}}" if v == top and len(percent) > 1 else f"{v:z.1f}"
-        for values in percent
-        for v, top in zip(values, best, strict=True)
-    ]
-    return rf"{_tex(name)} & {' & '.join(cells)} \\"
-
-
-def _tex(text: str) -> str:
-    """Escape TeX's special characters."""
-    words = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return "".join(words.get(c, "\\" + c if c in "&%$#_{}" else c) for c in text)
-
-
-def comma_separated(results: dict[str, Any]) -> str:
-    """Format results.csv: every metric of every object after the last step and its drop, by method; means come last."""
-    metrics, file = metrics_of(results), io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["method", "object", "step", *metrics, *(f"fm_{metric}" for metric in metrics)])
-    for name, method in methods_of(results).items():
-        matrices = [method["matrix"][metric] for metric in metrics]
-        columns = [*(matrix[-1] for matrix in matrices), *(drops(matrix) for matrix in matrices)]
-        means = [*map(final, matrices), *map(forgetting, matrices)]
-        for step, object_, column in learned_objects(results):
-            writer.writerow([name, spreadsheet_text(object_), step, *(_number(values[column]) for values in columns)])
-        writer.writerow([name, "mean", "", *map(_number, means)])
-    return file.getvalue()
-
-
-def spreadsheet_text(value: Any) -> Any:
-    """Prefix text that a spreadsheet would run as a formula with an apostrophe; return other values unchanged."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
-
-
-def _number(value: float | None) -> str:
-    """Format a number with all its digits; undefined ones are empty."""
-    return "" if value is None or math.isnan(value) else repr(float(value))
-
-
-def write_results(workdir: Path, results: dict[str, Any]) -> None:
-    """Write results.md, results.tex, results.csv and then results.json, each atomically.
-
-    Raises:
-        UserError: If the disk is full or the workdir is not writable.
-    """
-    write_whole(workdir / "results.md", markdown(results).encode())
-    write_whole(workdir / "results.tex", latex(results).encode())
-    write_whole(workdir / "results.csv", comma_separated(results).encode())
-    write_whole(workdir / "results.json", (json.dumps(as_json(results), allow_nan=False, indent=1) + "\n").encode())
-
-
-def read_results(workdir: Path) -> dict[str, Any] | None:
-    """Read results.json; None if the run is not finished.
-
-    Raises:
-        UserError: If the file is damaged, or written by a version with other keys.
-    """
-    path = workdir / "results.json"
-    if not path.exists():
-        return None
-    try:
-        results = json.loads(path.read_bytes())
-        if "floors" in results:
-            raise UserError(f"{path} was written by an older version of iumad_jax; run again in another folder.")
-        markdown(results)  # results that cannot be shown are damaged
-        return results
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}); remove the file and run the command again.") from error
 
 
 def _decisions_on_test_images(results: dict[str, Any], style: str) -> Iterator[str]:

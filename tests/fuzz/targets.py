@@ -21,7 +21,7 @@ from iumad_jax.data import readers
 from iumad_jax.data.prepared import inventory
 from iumad_jax.inference import thresholds
 from iumad_jax.models import pretrained
-from iumad_jax.report import history, samples, tables
+from iumad_jax.report import history, result_files, samples, tables
 from iumad_jax.report.history import History
 from iumad_jax.runtime import ledger, live, snapshots
 from iumad_jax.runtime import workdir as workdirs
@@ -164,7 +164,7 @@ def workdir(folder: Path) -> Target:
     matrices = dict.fromkeys(("ib_iumad", "feature_norm"), matrix)
     record = History((("a",), ("b",)), matrices, [decisions] * 2, dict.fromkeys(matrices, 8), 0)
     results = history.results(config.to_dict(), record, 1.0)
-    tables.write_results(folder, results)
+    result_files.write(folder, results)
     rng = np.random.default_rng(0)
     maps, masks = rng.random((3, 224, 224)).astype(np.float32), np.zeros((3, 224, 224), bool)
     masks[1:, :9, :9] = True
@@ -189,7 +189,7 @@ def workdir(folder: Path) -> Target:
                     inventory.read(folder), ["nut"], lambda names: readers.open_reader(config, names)
                 )
             case "results.json":
-                tables.console(tables.read_results(folder), folder)
+                tables.console(result_files.read(folder), folder)
             case _:
                 samples.load(folder, 0, "bolt")
 

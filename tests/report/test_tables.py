@@ -12,7 +12,7 @@ import subprocess
 import pytest
 
 from iumad_jax.errors import UserError
-from iumad_jax.report import tables
+from iumad_jax.report import latex, result_files, tables
 from tests import sentences
 
 nan = math.nan
@@ -225,11 +225,11 @@ def test_markdown_holds_every_matrix():
 
 def test_results_read_back_with_null_for_undefined(tmp_path, console):
     results = run()
-    assert tables.read_results(tmp_path) is None
-    tables.write_results(tmp_path, results)
+    assert result_files.read(tmp_path) is None
+    result_files.write(tmp_path, results)
     text = (tmp_path / "results.json").read_text()
     assert "NaN" not in text
-    loaded = tables.read_results(tmp_path)
+    loaded = result_files.read(tmp_path)
     assert loaded == json.loads(text)
     assert loaded["matrix"]["p_auroc"] == [[0.9, None, None], [0.96, 0.6, None]]
     assert loaded["summary"]["aupro_object"]["fm"] is None
@@ -239,29 +239,33 @@ def test_results_read_back_with_null_for_undefined(tmp_path, console):
     }
     assert console(loaded) == console(results)
     assert (tmp_path / "results.md").read_text() == tables.markdown(loaded) == tables.markdown(results)
-    assert (tmp_path / "results.tex").read_text() == tables.latex(loaded) == tables.latex(results)
-    assert (tmp_path / "results.csv").read_text() == tables.comma_separated(loaded) == tables.comma_separated(results)
+    assert (tmp_path / "results.tex").read_text() == latex.table(loaded) == latex.table(results)
+    assert (
+        (tmp_path / "results.csv").read_text()
+        == result_files.comma_separated(loaded)
+        == result_files.comma_separated(results)
+    )
 
 
 def test_results_of_an_older_version_are_refused(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps({"floors": {}}))
     with pytest.raises(UserError, match=sentences.RESULTS_BY_OLDER_VERSION.format(r"results\.json")):
-        tables.read_results(tmp_path)
+        result_files.read(tmp_path)
 
 
 def test_writing_does_not_modify_the_results(tmp_path):
     results = run()
     before = copy.deepcopy(results)
-    tables.write_results(tmp_path, results)
+    result_files.write(tmp_path, results)
     assert repr(results) == repr(before)
 
 
 def test_results_that_cannot_be_read_or_written_are_reported(tmp_path):
     with pytest.raises(UserError, match=sentences.CANNOT_WRITE.format(".*results")):
-        tables.write_results(tmp_path / "nowhere", run())
+        result_files.write(tmp_path / "nowhere", run())
     (tmp_path / "results.json").write_text('{"config": ')
     with pytest.raises(UserError, match=sentences.FILE_UNREADABLE.format(r"results\.json")):
-        tables.read_results(tmp_path)
+        result_files.read(tmp_path)
 
 
 LATEX = r"""% ib_iumad on zoo, rgb+depth, protocol 2-1; FM: the best earlier value minus the last
@@ -287,15 +291,15 @@ def run_with_baseline(**others):
 
 
 def test_latex_in_the_papers_form():
-    assert tables.latex(run_with_baseline()) == LATEX
-    alone = tables.latex(run())  # without a comparison no value is bold
+    assert latex.table(run_with_baseline()) == LATEX
+    alone = latex.table(run())  # without a comparison no value is bold
     assert r"zebra & 70.0 & 60.0 & 10.0 & 10.0 \\" in alone.splitlines()
 
 
 def test_latex_escapes_names_and_fits_a_column(tmp_path):
     names = [r"50%_a&b#c$d", r"\input{x}^2~y", "cat"]
     steps = [[names[1], names[0]], ["cat"]]
-    text = tables.latex(run_with_baseline(objects=names, steps=steps))
+    text = latex.table(run_with_baseline(objects=names, steps=steps))
     assert r"50\%\_a\&b\#c\$d & " in text
     assert r"\textbackslash{}input\{x\}\textasciicircum{}2\textasciitilde{}y & " in text
     if program := shutil.which("pdflatex"):
@@ -311,7 +315,7 @@ def test_latex_escapes_names_and_fits_a_column(tmp_path):
 def test_names_are_escaped_in_csv_and_markdown():
     names = ["=HYPERLINK(1)", "a|b<img src=x>", "@cat"]
     results = run_with_baseline(objects=names, steps=[[names[1], names[0]], ["@cat"]])
-    rows = list(csv.DictReader(io.StringIO(tables.comma_separated(results))))
+    rows = list(csv.DictReader(io.StringIO(result_files.comma_separated(results))))
     assert [row["object"] for row in rows[:3]] == ["a|b<img src=x>", "'=HYPERLINK(1)", "'@cat"]
     assert rows[0]["fm_p_auroc"] == "" or float(rows[0]["fm_p_auroc"]) < 0  # negative numbers are not escaped
     text = tables.markdown(results)
@@ -320,7 +324,7 @@ def test_names_are_escaped_in_csv_and_markdown():
 
 
 def test_comma_separated_values_read_back_to_the_last_digit():
-    rows = list(csv.DictReader(io.StringIO(tables.comma_separated(run_with_baseline()))))
+    rows = list(csv.DictReader(io.StringIO(result_files.comma_separated(run_with_baseline()))))
     assert [(row["method"], row["object"], row["step"]) for row in rows] == [
         (method, *place)
         for method in ("ib_iumad", "feature_norm")

@@ -1,0 +1,85 @@
+"""Reads and writes the results of a run: results.json, and results.md, .tex and .csv made from it.
+
+`results` is the content of results.json, a dictionary with these entries:
+
+    config, protocol   of the run
+    objects            names of all objects; the columns of every matrix
+    steps              the objects learned at each step
+    matrix             metric -> (finished steps, objects); NaN or None where not yet learned or undefined
+    summary            metric -> figure -> value, see `summarise`
+    baselines          name -> `matrix`, `summary` and `bytes` of each training-free method on the same inputs
+    bytes              bytes that the method stores
+    strategy_bytes     bytes that the strategy against forgetting stores in addition
+    decisions          one record per step, see `inference.thresholds.describe`; `test` holds the rates on test images
+    seconds, versions  of the run
+    unknown            evaluations only: see `inference.decisions.unknown_rates`
+    evaluated          evaluations only: the run's `workdir`, the `step`, and how many objects were `learned` by then
+"""
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from iumad_jax.errors import UserError
+from iumad_jax.metrics import drops, final, forgetting
+from iumad_jax.report import latex, tables
+from iumad_jax.runtime.storage import as_json, write_whole
+
+
+def write(workdir: Path, results: dict[str, Any]) -> None:
+    """Write results.md, results.tex, results.csv and then results.json, each atomically.
+
+    Raises:
+        UserError: If the disk is full or the workdir is not writable.
+    """
+    write_whole(workdir / "results.md", tables.markdown(results).encode())
+    write_whole(workdir / "results.tex", latex.table(results).encode())
+    write_whole(workdir / "results.csv", comma_separated(results).encode())
+    write_whole(workdir / "results.json", (json.dumps(as_json(results), allow_nan=False, indent=1) + "\n").encode())
+
+
+def read(workdir: Path) -> dict[str, Any] | None:
+    """Read results.json; None if the run is not finished.
+
+    Raises:
+        UserError: If the file is damaged, or written by a version with other keys.
+    """
+    path = workdir / "results.json"
+    if not path.exists():
+        return None
+    try:
+        results = json.loads(path.read_bytes())
+        if "floors" in results:
+            raise UserError(f"{path} was written by an older version of iumad_jax; run again in another folder.")
+        tables.markdown(results)  # results that cannot be shown are damaged
+        return results
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}); remove the file and run the command again.") from error
+
+
+def comma_separated(results: dict[str, Any]) -> str:
+    """Format results.csv: every metric of every object after the last step and its drop, by method; means come last."""
+    metrics, file = tables.metrics_of(results), io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["method", "object", "step", *metrics, *(f"fm_{metric}" for metric in metrics)])
+    for name, method in tables.methods_of(results).items():
+        matrices = [method["matrix"][metric] for metric in metrics]
+        columns = [*(matrix[-1] for matrix in matrices), *(drops(matrix) for matrix in matrices)]
+        means = [*map(final, matrices), *map(forgetting, matrices)]
+        for step, object_, column in tables.learned_objects(results):
+            writer.writerow([name, spreadsheet_text(object_), step, *(_number(values[column]) for values in columns)])
+        writer.writerow([name, "mean", "", *map(_number, means)])
+    return file.getvalue()
+
+
+def spreadsheet_text(value: Any) -> Any:
+    """Prefix text that a spreadsheet would run as a formula with an apostrophe; return other values unchanged."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
+
+
+def _number(value: float | None) -> str:
+    """Format a number with all its digits; undefined ones are empty."""
+    return "" if value is None or math.isnan(value) else repr(float(value))
