@@ -154,6 +154,12 @@ def test_wrong_values_are_refused_before_the_workdir_is_created(root, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+def test_unknown_names_are_refused_before_a_dataset_is_rendered(tmp_path):
+    sentence = refused(tmp_path, "--config.baselines=patchcore", config=CONFIG.with_name("quickstart.py"))
+    assert sentence.startswith(sentences.UNKNOWN_BASELINE.format(found="patchcore", known="feature_norm,nearest")[:-1])
+    assert not list(tmp_path.iterdir())
+
+
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("hacked",)

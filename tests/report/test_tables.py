@@ -168,6 +168,10 @@ def test_a_single_step_has_nothing_to_forget(console):
     assert "fm" not in text
     assert sentences.SINGLE_STEP in text
     assert sentences.SINGLE_STEP not in console(run())
+    evaluated = {"workdir": "runs/zoo", "step": 1, "learned": 3}  # by then the run may well have forgotten
+    text = console(run(matrix, [OBJECTS], evaluated=evaluated))
+    assert sentences.SINGLE_STEP not in text
+    assert sentences.FORGETTING_IN_RUN.format("runs/zoo/results.md") in text
 
 
 def test_a_partial_run_shows_its_learned_objects(console):
