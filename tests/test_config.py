@@ -101,7 +101,7 @@ def test_every_key_is_used():
 
 @pytest.mark.parametrize("key", ["floors", "train.momentum", "dataset.render.version"])
 def test_an_unknown_key_is_refused(key):
-    """Such as a key of an older version that somebody's config file still sets."""
+    """It may be a key of an older version that a config file still sets."""
     config = paper("10-0")
     set_key(config, key)
     with pytest.raises(UserError, match=re.escape(sentences.NOT_A_KEY.format(key))):
