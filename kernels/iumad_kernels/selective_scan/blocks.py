@@ -1,137 +1,177 @@
-"""Layout of the chunked scan: arrays are divided into blocks of channels, and these into chunks of positions."""
+"""Division of the chunked scan into blocks of sequences and channels, and of their positions into chunks."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
-from jax.lax import dynamic_slice, dynamic_update_slice
+import numpy as np
+from jax import Array, lax
 
-CHUNK = 8  # largest number of positions in a chunk
-CACHED_ELEMENTS = 8192  # largest size of a block's state on CPU, so that the data of a chunk stays in the cache
+CHUNK = 16  # largest number of positions in a chunk
+LANES = 8  # partial sums that a sum over channels is divided into on CPU, for vector units
+WIDTH = 512  # largest number of channels in a part on CPU
+CACHED_ELEMENTS = 2**12  # largest size of the state of a part on CPU, so that a chunk's states stay in the cache
+SHARED_ELEMENTS = 2**16  # size of the states that the forward pass updates together on CPU: XLA shares them among cores
+
+Index = Array | np.uint32  # unsigned, because XLA needs extra code for indices that may be negative
+ZERO = np.uint32(0)
 
 
-class Blocks(NamedTuple):
-    """Division of a scan into blocks of channels, which are processed one after another, each chunk by chunk.
+class Layout(NamedTuple):
+    """Sizes of the scan's arrays. Channels are the innermost axis, for vector units.
 
-    Channels are the innermost axis, for vector units. Shapes in this layout:
+    Length and channels include padding, to whole chunks and to parts of equal width:
 
-        arrays with channels    (batch, chunks, positions, all_groups * parts, width)
-        B and C                 (batch, chunks, positions, all_groups, states)
-        A                       (all_groups * parts, states, width)
-        states                  (batch, all_groups * parts, states, width)
+        arrays with channels    (batch, length, channels)
+        B and C                 (batch, length, groups, states)
+        A                       (groups, parts, states, width)
+        states                  (batch, groups, parts, states, width)
     """
 
-    batch: int  # sequences per block
-    groups: int  # groups per block
-    parts: int  # blocks that the channels of a group are divided into
-    width: int  # channels per group in a block
-    all_groups: int  # groups of the scan
-    chunks: int  # chunks per sequence
+    batch: int
+    length: int
+    groups: int
+    parts: int  # parts that the channels of a group are divided into
+    width: int  # channels per part
+    states: int
     positions: int  # positions per chunk
+    on_cpu: bool
 
     @classmethod
-    def for_arrays(cls, x: Array, B: Array) -> "Blocks":
-        """Choose blocks that fit in the cache on CPU, otherwise a single block for all sequences and channels."""
+    def for_arrays(cls, x: Array, B: Array) -> "Layout":
+        """Choose parts that fit in the cache on CPU, otherwise one part per group."""
         batch, length, channels = x.shape
         groups, states = B.shape[2:]
-        width, chunks = channels // groups, -(-length // CHUNK)
-        positions = -(-length // chunks)
-        if jax.default_backend() != "cpu":
-            return cls(batch, groups, 1, width, groups, chunks, positions)
-        parts = -(-width * states // CACHED_ELEMENTS)
-        return cls(1, 1, parts, -(-width // parts), groups, chunks, positions)
+        on_cpu, channels = jax.default_backend() == "cpu", channels // groups
+        parts = -(-channels // max(min(WIDTH, CACHED_ELEMENTS // states), LANES)) if on_cpu else 1
+        width = -(-channels // parts)
+        width += -width % LANES if on_cpu else 0
+        divisors = [n for n in range(CHUNK // 3, CHUNK + 1) if length % n == 0]
+        positions = divisors[-1] if divisors else -(-length // -(-length // CHUNK))
+        return cls(batch, length + -length % positions, groups, parts, width, states, positions, on_cpu)
 
-    def split_positions(self, array: Array) -> Array:
-        """Pad and reshape (batch, length, ...) to (batch, chunks, positions, ...). Step sizes of 0 change no state."""
-        batch, length, *other_axes = array.shape
-        padding = self.chunks * self.positions - length
-        array = jnp.pad(array, ((0, 0), (0, padding), *[(0, 0)] * len(other_axes)))
-        return array.reshape(batch, self.chunks, self.positions, *other_axes)
+    @property
+    def chunks(self) -> int:
+        """Number of chunks per sequence."""
+        return self.length // self.positions
 
-    def merge_positions(self, array: Array, length: int) -> Array:
-        """Invert `split_positions`."""
-        return array.reshape(array.shape[0], -1, *array.shape[3:])[:, :length]
+    @property
+    def sequences(self) -> int:
+        """Number of sequences that the forward pass reads together: a divisor of the batch."""
+        limit = max(1, SHARED_ELEMENTS // (self.groups * self.parts * self.states * self.width))
+        return max(n for n in range(1, self.batch + 1) if self.batch % n == 0 and (n <= limit or not self.on_cpu))
 
-    def split_channels(self, array: Array) -> Array:
-        """Pad and reshape (..., channels) to (..., all_groups * parts, width)."""
-        array = array.reshape(*array.shape[:-1], self.all_groups, array.shape[-1] // self.all_groups)
-        padding = self.parts * self.width - array.shape[-1]
-        array = jnp.pad(array, (*[(0, 0)] * (array.ndim - 1), (0, padding)))
-        return array.reshape(*array.shape[:-2], self.all_groups * self.parts, self.width)
+    def pad_positions(self, array: Array) -> Array:
+        """Pad (batch, length, ...). Positions whose step size is 0 change no state."""
+        return jnp.pad(array, ((0, 0), (0, self.length - array.shape[1]), *[(0, 0)] * (array.ndim - 2)))
 
-    def merge_channels(self, array: Array, channels: int) -> Array:
-        """Invert `split_channels`."""
-        array = array.reshape(*array.shape[:-2], self.all_groups, self.parts * self.width)
-        return array[..., : channels // self.all_groups].reshape(*array.shape[:-2], channels)
+    def pad_sequence(self, array: Array) -> Array:
+        """Pad (batch, length, channels)."""
+        return self.pad_positions(self._pad_channels(array))
+
+    def unpad_sequence(self, array: Array, shape: tuple[int, ...]) -> Array:
+        """Invert `pad_sequence`, for an array that had this shape."""
+        array = array[:, : shape[1]].reshape(*shape[:2], self.groups, -1)
+        return array[..., : shape[2] // self.groups].reshape(shape)
 
     def split_state(self, array: Array) -> Array:
-        """Pad and reshape (..., channels, states) to (..., all_groups * parts, states, width)."""
-        return self.split_channels(array.swapaxes(-1, -2)).swapaxes(-2, -3)
+        """Pad and reshape (..., channels, states) to (..., groups, parts, states, width)."""
+        array = self._pad_channels(array.swapaxes(-1, -2))
+        array = array.reshape(*array.shape[:-1], self.groups, self.parts, self.width)
+        return jnp.moveaxis(array, -4, -2)
 
     def merge_state(self, array: Array, channels: int) -> Array:
         """Invert `split_state`."""
-        return self.merge_channels(array.swapaxes(-2, -3), channels).swapaxes(-1, -2)
+        array = jnp.moveaxis(array, -2, -4)
+        array = array.reshape(*array.shape[:-3], self.groups, -1)[..., : channels // self.groups]
+        return array.reshape(*array.shape[:-2], channels).swapaxes(-1, -2)
 
-    def block(self, number: Array, first: int) -> "Block":
-        """Return the block with this number. Block 0 starts at the sequence with index `first`."""
-        per_sequence = self.all_groups * self.parts // self.groups
-        return Block(self, first, number // per_sequence * self.batch, number % per_sequence * self.groups)
+    def _pad_channels(self, array: Array) -> Array:
+        """Pad the channels of each group in (..., channels)."""
+        array = array.reshape(*array.shape[:-1], self.groups, -1)
+        padding = self.parts * self.width - array.shape[-1]
+        array = jnp.pad(array, (*[(0, 0)] * (array.ndim - 1), (0, padding)))
+        return array.reshape(*array.shape[:-2], -1)
 
-    def number_of_blocks(self, batch: int) -> int:
-        """Return the number of blocks for a number of sequences."""
-        return batch // self.batch * (self.all_groups * self.parts // self.groups)
+    def walk_sequences(self, walk: Callable[["Block", Any], Any], carry: Any) -> Any:
+        """Apply walk(block, carry) to blocks of `sequences` sequences with all their channels, one after another."""
+        sizes = self.sequences, self.groups, self.parts
+
+        def step(i: Array, carry: Any) -> Any:
+            return walk(Block(self, (i * self.sequences, ZERO, ZERO), sizes), carry)
+
+        return loop(self.batch // self.sequences, step, carry)
+
+    def walk_parts(self, walk: Callable[["Block", Any], Any], carry: Any) -> Any:
+        """Apply walk(block, carry) to each part of each sequence on CPU, elsewhere to a single block with all."""
+        if not self.on_cpu:
+            return self.walk_sequences(walk, carry)
+
+        def step(i: Array, carry: Any) -> Any:
+            first = i // (self.groups * self.parts), i // self.parts % self.groups, i % self.parts
+            return walk(Block(self, first, (1, 1, 1)), carry)
+
+        return loop(self.batch * self.groups * self.parts, step, carry)
 
 
 class Block(NamedTuple):
-    """Place of one block in the arrays.
+    """Place of one block in the arrays: its first sequence, group and part, and the number of each."""
 
-    Arrays to read contain all sequences, arrays to write only the sequences from `first` on.
-    """
+    layout: Layout
+    first: tuple[Index, Index, Index]
+    sizes: tuple[int, int, int]
 
-    blocks: Blocks
-    first: int  # index of the first sequence that the arrays to write contain
-    b: Array  # first sequence of the block, counted from `first`
-    g: Array  # first index of the block on the axis all_groups * parts
+    def read(self, array: Array, t: Index) -> Array:
+        """Read position t of (batch, length, ...) as (sequences, groups, parts or 1, width or states)."""
+        return self.read_positions(array, t, 1)[0]
 
-    def read(self, array: Array, c: Array) -> Array:
-        """Read chunk c of an array (batch, chunks, ...) as (positions, batch, groups, width or states)."""
-        sizes = (self.blocks.batch, 1, self.blocks.positions, self.blocks.groups, array.shape[4])
-        return dynamic_slice(array, self._chunk_start(array, c, self.first), sizes)[:, 0].swapaxes(0, 1)
+    def read_positions(self, array: Array, t: Index, positions: int) -> Array:
+        """Read positions of (batch, length, ...) as (positions, sequences, groups, parts or 1, width or states)."""
+        sequences, groups, parts = self.sizes
+        has_groups, width = array.ndim > 3, self.layout.width
+        sizes = (groups, *array.shape[3:]) if has_groups else (groups * parts * width,)
+        array = lax.dynamic_slice(array, self._start(array, t), (sequences, positions, *sizes))
+        return array.reshape(sequences, positions, groups, -1, *(array.shape[3:] or (width,))).swapaxes(0, 1)
 
-    def write(self, array: Array, values: dict[int, Array], c: Array) -> Array:
-        """Return the array with chunk c replaced by values, one for each of its positions."""
-        stacked = jnp.stack([values[t] for t in range(self.blocks.positions)], axis=1)[:, None]
-        return dynamic_update_slice(array, stacked, self._chunk_start(array, c))
+    def write_positions(self, array: Array, values: Array, t: Index) -> Array:
+        """Return the array with the values, in the shape of `read_positions`, from position t on."""
+        sequences, positions = values.shape[1], values.shape[0]
+        sizes = (values.shape[2], *array.shape[3:]) if array.ndim > 3 else (-1,)
+        values = values.swapaxes(0, 1).reshape(sequences, positions, *sizes)
+        return lax.dynamic_update_slice(array, values, self._start(array, t))
 
-    def add(self, array: Array, values: dict[int, Array], c: Array) -> Array:
-        """Return the array with values added to chunk c, one for each of its positions."""
-        old = self._replace(first=0).read(array, c)
-        return self.write(array, {t: old[t] + value for t, value in values.items()}, c)
-
-    def _chunk_start(self, array: Array, c: Array, first: int = 0) -> tuple[Array | int, ...]:
-        has_groups = array.shape[3] == self.blocks.all_groups  # as opposed to all_groups * parts
-        return first + self.b, c, 0, self.g // self.blocks.parts if has_groups else self.g, 0
+    def _start(self, array: Array, t: Index) -> tuple[Index, ...]:
+        sequence, group, part = self.first
+        if array.ndim > 3:
+            return sequence, t, group, *[ZERO] * (array.ndim - 3)
+        return sequence, t, (group * self.layout.parts + part) * self.layout.width
 
     def read_parameter(self, array: Array) -> Array:
-        """Read the block of a parameter (all_groups * parts, states, width)."""
-        return dynamic_slice(array, (self.g, 0, 0), (self.blocks.groups, *array.shape[1:]))
+        """Read the block of (groups, parts, states, width) as (1, groups, parts, states, width)."""
+        return lax.dynamic_slice(array, (*self.first[1:], ZERO, ZERO), (*self.sizes[1:], *array.shape[2:]))[None]
 
     def read_state(self, array: Array) -> Array:
-        """Read the block of a state (batch, all_groups * parts, states, width)."""
-        return dynamic_slice(
-            array, (self.first + self.b, self.g, 0, 0), (self.blocks.batch, self.blocks.groups, *array.shape[2:])
-        )
+        """Read the block of (batch, groups, parts, states, width)."""
+        return lax.dynamic_slice(array, (*self.first, ZERO, ZERO), (*self.sizes, *array.shape[3:]))
 
     def write_state(self, array: Array, state: Array) -> Array:
         """Return the array with the state of the block replaced."""
-        return dynamic_update_slice(array, state, (self.b, self.g, 0, 0))
+        return lax.dynamic_update_slice(array, state, (*self.first, ZERO, ZERO))
 
-    def read_start(self, array: Array, c: Array) -> Array:
-        """Read the state before chunk c from an array (batch, chunks, all_groups * parts, states, width)."""
-        sizes = (self.blocks.batch, 1, self.blocks.groups, *array.shape[3:])
-        return dynamic_slice(array, (self.first + self.b, c, self.g, 0, 0), sizes)[:, 0]
+    def read_start(self, array: Array, c: Index) -> Array:
+        """Read the state before chunk c from (batch, chunks, groups, parts, states, width)."""
+        sizes = (self.sizes[0], 1, *self.sizes[1:], *array.shape[4:])
+        return lax.dynamic_slice(array, self._start_of_chunk(c), sizes)[:, 0]
 
-    def write_start(self, array: Array, state: Array, c: Array) -> Array:
+    def write_start(self, array: Array, state: Array, c: Index) -> Array:
         """Return the array with the state before chunk c replaced."""
-        return dynamic_update_slice(array, state[:, None], (self.b, c, self.g, 0, 0))
+        return lax.dynamic_update_slice(array, state[:, None], self._start_of_chunk(c))
+
+    def _start_of_chunk(self, c: Index) -> tuple[Index, ...]:
+        return self.first[0], c, *self.first[1:], ZERO, ZERO
+
+
+def loop(stop: int, body: Callable[[Array, Any], Any], carry: Any) -> Any:
+    """Compute `fori_loop` from 0 with unsigned indices."""
+    return lax.fori_loop(jnp.uint32(0), jnp.uint32(stop), body, carry)

@@ -6,25 +6,17 @@ is ever allocated.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, lax
 
 from iumad_kernels.selective_scan import reference
 from iumad_kernels.selective_scan.arguments import Options, Parameters, Sequences
-from iumad_kernels.selective_scan.blocks import Blocks
+from iumad_kernels.selective_scan.blocks import LANES, Block, Index, Layout, loop
 from iumad_kernels.selective_scan.rules import differentiable
 from iumad_kernels.selective_scan.softplus import softplus
-
-HALVED_ELEMENTS = 2**20  # smallest size of all states of a scan that is walked in two halves
-
-# Without this barrier, XLA recomputes a state from the first state of its chunk instead of reading it.
-_keep = jax.lax.optimization_barrier
-
-_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)  # neither bfloat16 (TPU) nor TF32 (GPU)
 
 
 def selective_scan(sequences: Sequences, parameters: Parameters, options: Options) -> tuple[Array, Array]:
@@ -41,9 +33,9 @@ def _forward(
     sequences: Sequences, parameters: Parameters, *, options: Options, differentiated: bool
 ) -> tuple[tuple, dict]:
     x, z, h, D = sequences.x, sequences.z, sequences.initial_state, parameters.D
-    batch, length, channels = x.shape
+    batch, _, channels = x.shape
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    blocks = Blocks.for_arrays(x, sequences.B)
+    layout = Layout.for_arrays(x, sequences.B)
     d = sequences.delta.astype(dtype)
     if parameters.delta_bias is not None:
         d += parameters.delta_bias.astype(dtype)[None, None]
@@ -51,26 +43,23 @@ def _forward(
         d = softplus(d)
     h = jnp.zeros((batch, *parameters.A.shape), dtype) if h is None else h.astype(dtype)
 
-    inputs = _block_inputs(blocks, sequences, parameters, d)
-    walk = functools.partial(
-        _walk, inputs, blocks.split_state(h), blocks=blocks, reverse=options.reverse, with_starts=differentiated
-    )
-    y, h, starts = _walk_halves(walk, x, sequences.B.shape[3])
-    y = blocks.merge_channels(blocks.merge_positions(y, length), channels)
+    inputs = _split(layout, sequences, parameters, d)
+    y, h, starts = _walk(layout, inputs, layout.split_state(h), options.reverse, with_starts=differentiated)
+    y = layout.unpad_sequence(y, x.shape)
     residuals = {"d": d, "starts": starts, "scanned": None if z is None else y}
     if D is not None:
         y += D.astype(dtype)[None, None] * x
     if z is not None:
         y *= jax.nn.silu(z.astype(dtype))
-    return (y.astype(x.dtype), blocks.merge_state(h, channels)), residuals
+    return (y.astype(x.dtype), layout.merge_state(h, channels)), residuals
 
 
 def _backward(
     sequences: Sequences, parameters: Parameters, residuals: dict, cotangents: tuple, *, options: Options
 ) -> tuple[Sequences, Parameters]:
     x, z, D, d = sequences.x, sequences.z, parameters.D, residuals["d"]
-    _, length, channels = x.shape
-    blocks = Blocks.for_arrays(x, sequences.B)
+    channels = x.shape[2]
+    layout = Layout.for_arrays(x, sequences.B)
     dy, dh = (cotangent.astype(d.dtype) for cotangent in cotangents)
 
     dz = dD = None
@@ -79,117 +68,143 @@ def _backward(
         gate, gate_backward = jax.vjp(jax.nn.silu, z.astype(d.dtype))
         (dz,) = gate_backward(dy * (residuals["scanned"] + skipped))
         dy = dy * gate
-    inputs = _block_inputs(blocks, sequences, parameters, d)
-    cotangents = (blocks.split_channels(blocks.split_positions(dy)), blocks.split_state(dh))
-    walk = functools.partial(
-        _walk_back, inputs, residuals["starts"], *cotangents, blocks=blocks, reverse=options.reverse
+    inputs = _split(layout, sequences, parameters, d)
+    gradients = _walk_back(
+        layout, inputs, residuals["starts"], layout.pad_sequence(dy), layout.split_state(dh), options.reverse
     )
-    dx, dd, dB, dC, dh, dA = _walk_halves(walk, x, sequences.B.shape[3])
-    dx, dd, dB, dC = (blocks.merge_positions(array, length) for array in (dx, dd, dB, dC))
-    dx, dd = (blocks.merge_channels(array, channels) for array in (dx, dd))
+    dx, dd, dB, dC, dh, dA = gradients
+    dx, dd = (layout.unpad_sequence(array, x.shape) for array in (dx, dd))
+    dB, dC = (array[:, : x.shape[1]] for array in (dB, dC))
     if D is not None:
         dD = (dy * x).sum(1)
         dx += D.astype(d.dtype)[None, None] * dy
     if options.delta_softplus:
         dd *= -jnp.expm1(-d)  # derivative of softplus (the sigmoid), computed from the value of softplus
-    dh = None if sequences.initial_state is None else blocks.merge_state(dh, channels)
+    dh = None if sequences.initial_state is None else layout.merge_state(dh, channels)
     dbias = None if parameters.delta_bias is None else dd.sum(1)
     dsequences = jax.tree.map(
         lambda gradient, array: gradient.astype(array.dtype), Sequences(dx, dd, dB, dC, dz, dh), sequences
     )
-    return dsequences, Parameters(blocks.merge_state(dA, channels), dD, dbias)
+    return dsequences, Parameters(layout.merge_state(dA, channels), dD, dbias)
 
 
-def _block_inputs(blocks: Blocks, sequences: Sequences, parameters: Parameters, d: Array) -> tuple[Array, ...]:
+def _split(layout: Layout, sequences: Sequences, parameters: Parameters, d: Array) -> tuple[Array, ...]:
     """Convert x, d, B, C and A to the layout of the blocks."""
-    x, B, C = (blocks.split_positions(array.astype(d.dtype)) for array in (sequences.x, sequences.B, sequences.C))
-    A = blocks.split_state(parameters.A.astype(d.dtype))
-    return blocks.split_channels(x), blocks.split_channels(blocks.split_positions(d)), B, C, A
-
-
-def _walk_halves(walk: Callable[[range], Any], x: Array, states: int) -> Any:
-    """Walk the two halves of the batch separately if the scan is large: on CPU, XLA runs them in parallel."""
-    batch = len(x)
-    if batch == 1 or x.size * states < HALVED_ELEMENTS or jax.default_backend() != "cpu":
-        return walk(range(batch))
-    halves = walk(range(batch // 2)), walk(range(batch // 2, batch))
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *halves)
+    x, d = layout.pad_sequence(sequences.x.astype(d.dtype)), layout.pad_sequence(d)
+    B, C = (layout.pad_positions(array.astype(d.dtype)) for array in (sequences.B, sequences.C))
+    return x, d, B, C, layout.split_state(parameters.A.astype(d.dtype))
 
 
 def _walk(
-    inputs: tuple[Array, ...], h: Array, batch: range, *, blocks: Blocks, reverse: bool, with_starts: bool
+    layout: Layout, inputs: tuple[Array, ...], h: Array, reverse: bool, with_starts: bool
 ) -> tuple[Array, Array, Array | None]:
     """Compute y without skip connection and gate, the final state and, if requested, the state before each chunk."""
     x, d, B, C, A = inputs
 
-    def walk_block(number: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+    def walk_block(block: Block, carry: tuple) -> tuple:
         y, ends, starts = carry
-        block = blocks.block(number, batch.start)
+        A_block = block.read_parameter(A)
 
-        def walk_chunk(c: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        def walk_chunk(c: Array, carry: tuple) -> tuple:
             h, y, starts = carry
-            c = blocks.chunks - 1 - c if reverse else c
+            c = layout.chunks - 1 - c if reverse else c
             if with_starts:
                 starts = block.write_start(starts, h, c)
-            x_c, d_c, B_c, C_c = (block.read(array, c) for array in (x, d, B, C))
-            y_c = {}
-            for t in _order(blocks, reverse):
-                h = _keep(_decay(d_c[t], A_block) * h + _outer(B_c[t], d_c[t] * x_c[t]))
-                y_c[t] = _einsum("bgn,bgnw->bgw", C_c[t], h)
-            return h, block.write(y, y_c, c), starts
 
-        A_block = block.read_parameter(A)
-        end, y, starts = jax.lax.fori_loop(0, blocks.chunks, walk_chunk, (block.read_state(h), y, starts))
+            def step(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+                h, y = carry
+                t = c * layout.positions + (layout.positions - 1 - i if reverse else i)
+                d_t = block.read(d, t)
+                h = _decay(d_t, A_block) * h + _outer(block.read(B, t), d_t * block.read(x, t))
+                return h, block.write_positions(y, _sum_states(block.read(C, t)[..., None], h)[None], t)
+
+            return *loop(layout.positions, step, (h, y)), starts
+
+        end, y, starts = loop(layout.chunks, walk_chunk, (block.read_state(h), y, starts))
         return y, block.write_state(ends, end), starts
 
-    starts = jnp.zeros((len(batch), blocks.chunks, *h.shape[1:]), h.dtype) if with_starts else None
-    carry = (jnp.zeros((len(batch), *x.shape[1:]), x.dtype), jnp.zeros((len(batch), *h.shape[1:]), h.dtype), starts)
-    return jax.lax.fori_loop(0, blocks.number_of_blocks(len(batch)), walk_block, carry)
+    starts = jnp.zeros((layout.batch, layout.chunks, *h.shape[1:]), h.dtype) if with_starts else None
+    return layout.walk_sequences(walk_block, (jnp.zeros_like(x), jnp.zeros_like(h), starts))
 
 
 def _walk_back(
-    inputs: tuple[Array, ...], starts: Array, dy: Array, dh: Array, batch: range, *, blocks: Blocks, reverse: bool
+    layout: Layout, inputs: tuple[Array, ...], starts: Array, dy: Array, dh: Array, reverse: bool
 ) -> tuple[Array, ...]:
-    """Compute the gradients of x, d, B, C, the initial state and, for each sequence, A."""
+    """Compute the gradients of x, d, B, C, the initial state and, for each sequence, A.
+
+    The gradient of h_t is g_t = q_{t+1} + C_t dy_t, where q_t = exp(d_t A) g_t is what it contributes to the gradient
+    of h_{t-1}. With u = d x, all gradients are sums of products with q and h:
+
+        dB_t = sum_e u_t g_t      du_t = sum_n B_t g_t                                dx_t = d_t du_t
+        dC_t = sum_e dy_t h_t     dd_t = x_t du_t + sum_n A q_t h_{t-1}               dA = sum_t d_t q_t h_{t-1}
+
+    The loops compute the sums with q and h. The sums with C dy, which need no state, are added at the end.
+    """
     x, d, B, C, A = inputs
+    positions = layout.positions
 
-    def walk_block(number: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-        *outputs, ends, dA = carry
-        block = blocks.block(number, batch.start)
-
-        def walk_chunk(c: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-            dx, dd, dB, dC, dh, dA = carry
-            c = c if reverse else blocks.chunks - 1 - c
-            x_c, d_c, B_c, C_c, dy_c = (block.read(array, c) for array in (x, d, B, C, dy))
-            decays, before, after = {}, {}, {}
-            h = block.read_start(starts, c)
-            for t in _order(blocks, reverse):
-                decays[t], before[t] = _keep(_decay(d_c[t], A_block)), h
-                h = after[t] = _keep(decays[t] * h + _outer(B_c[t], d_c[t] * x_c[t]))
-            dx_c, dd_c, dB_c, dC_c = {}, {}, {}, {}
-            for t in _order(blocks, not reverse):
-                dh = _keep(dh + _outer(C_c[t], dy_c[t]))
-                dC_c[t] = _einsum("bgw,bgnw->bgn", dy_c[t], after[t])
-                dB_c[t] = _einsum("bgw,bgnw->bgn", d_c[t] * x_c[t], dh)
-                du = _keep(_einsum("bgn,bgnw->bgw", B_c[t], dh))
-                dh = _keep(decays[t] * dh)
-                dx_c[t] = du * d_c[t]
-                dd_c[t] = du * x_c[t] + _keep(_sum_states(A_block[None], dh, before[t]))
-                dA = _keep(dA + d_c[t][..., None, :] * dh * before[t])
-            dB, dC = block.add(dB, dB_c, c), block.add(dC, dC_c, c)
-            return block.write(dx, dx_c, c), block.write(dd, dd_c, c), dB, dC, dh, dA
-
+    def walk_block(block: Block, carry: tuple) -> tuple:
+        du, dd, dB, dC, dh, dA, *scratch = carry
         A_block = block.read_parameter(A)
-        carry = (*outputs, block.read_state(dh), jnp.zeros((blocks.batch, *A_block.shape), A.dtype))
-        *outputs, end, dA_block = jax.lax.fori_loop(0, blocks.chunks, walk_chunk, carry)
-        return *outputs, block.write_state(ends, end), block.write_state(dA, dA_block)
 
-    outputs = [jnp.zeros((len(batch), *array.shape[1:]), array.dtype) for array in (x, d, B, C, dh, dh)]
-    return jax.lax.fori_loop(0, blocks.number_of_blocks(len(batch)), walk_block, tuple(outputs))
+        def walk_chunk(c: Array, carry: tuple) -> tuple:
+            # hs and qs contain h before and q after the chunk, and those of its positions in between.
+            du, dd, dB, dC, q, dA, hs, qs = carry
+            c = c if reverse else layout.chunks - 1 - c
+            t = c * positions
+            x_c, d_c, B_c, C_c, dy_c = (block.read_positions(array, t, positions) for array in (x, d, B, C, dy))
+            u_c, decays = d_c * x_c, _decay(d_c, A_block[None])
+            h = block.read_start(starts, c)
+            hs = _set(hs, h, np.uint32(positions if reverse else 0))
+            qs = _set(qs, q, np.uint32(0 if reverse else positions))
+
+            def step(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+                h, hs = carry
+                i = positions - 1 - i if reverse else i
+                h = _at(decays, i) * h + _outer(_at(B_c, i), _at(u_c, i))
+                return h, _set(hs, h, i if reverse else i + 1)
+
+            def step_back(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+                q, qs, dA = carry
+                i = i if reverse else positions - 1 - i
+                q = _at(decays, i) * (q + _outer(_at(C_c, i), _at(dy_c, i)))
+                dA += _at(d_c, i)[..., None, :] * q * _at(hs, i + 1 if reverse else i)
+                return q, _set(qs, q, i + 1 if reverse else i), dA
+
+            _, hs = loop(positions, step, (h, hs))
+            q, qs, dA = loop(positions, step_back, (q, qs, dA))
+            before, after = (slice(1, None), slice(-1)) if reverse else (slice(-1), slice(1, None))
+            dB_c, dC_c = _sum_channels(layout, u_c, qs[after]), _sum_channels(layout, dy_c, hs[after])
+            dB = block.write_positions(dB, dB_c + block.read_positions(dB, t, positions), t)
+            dC = block.write_positions(dC, dC_c + block.read_positions(dC, t, positions), t)
+            du = block.write_positions(du, _sum_states(B_c[..., None], qs[after]), t)
+            dd = block.write_positions(dd, _sum_states(A_block[None], qs[before], hs[before]), t)
+            return du, dd, dB, dC, q, dA, hs, qs
+
+        carry = (du, dd, dB, dC, block.read_state(dh), block.read_state(dA), *scratch)
+        du, dd, dB, dC, q, dA_block, *scratch = loop(layout.chunks, walk_chunk, carry)
+        return du, dd, dB, dC, block.write_state(dh, q), block.write_state(dA, dA_block), *scratch
+
+    zeros = functools.partial(jnp.zeros, dtype=d.dtype)
+    partial_sums = zeros((*B.shape, LANES if layout.on_cpu else 1))
+    scratch = zeros((positions + 1, *((1, 1, 1) if layout.on_cpu else dh.shape[:3]), *dh.shape[3:]))
+    carry = (zeros(x.shape), zeros(x.shape), partial_sums, partial_sums, dh, zeros(dh.shape), scratch, scratch)
+    du, dd, dB, dC, dh, dA, *_ = layout.walk_parts(walk_block, carry)
+
+    def by_group(array: Array) -> Array:
+        return array.reshape(*array.shape[:2], layout.groups, -1)
+
+    du += ((B * C).sum(-1, keepdims=True) * by_group(dy)).reshape(du.shape)
+    dB = dB.sum(-1) + by_group(d * x * dy).sum(-1, keepdims=True) * C
+    return du * d, dd + du * x, dB, dC.sum(-1), dh, dA
 
 
-def _order(blocks: Blocks, backwards: bool) -> range:
-    return range(blocks.positions)[:: -1 if backwards else 1]
+def _set(array: Array, value: Array, i: Index) -> Array:
+    return lax.dynamic_update_index_in_dim(array, value, i, 0)
+
+
+def _at(array: Array, i: Index) -> Array:
+    return lax.dynamic_index_in_dim(array, i, keepdims=False)
 
 
 def _outer(states: Array, channels: Array) -> Array:
@@ -197,12 +212,28 @@ def _outer(states: Array, channels: Array) -> Array:
 
 
 def _decay(d: Array, A: Array) -> Array:
-    return jnp.exp(d[..., None, :] * A[None])
+    return jnp.exp(d[..., None, :] * A)
 
 
 def _sum_states(*factors: Array) -> Array:
-    """Sum the product of the factors over the states. The sum is unrolled, as XLA does not vectorise it on CPU."""
+    """Sum the product of the factors over the states."""
     products = (
-        functools.reduce(jnp.multiply, (factor[..., n, :] for factor in factors)) for n in range(factors[0].shape[-2])
+        functools.reduce(jnp.multiply, (factor[..., n, :] for factor in factors)) for n in range(factors[-1].shape[-2])
     )
-    return functools.reduce(jnp.add, products)
+    return _add(list(products))
+
+
+def _sum_channels(layout: Layout, channels: Array, state: Array) -> Array:
+    """Sum the product over the channels: into LANES partial sums on CPU, otherwise into one sum."""
+    channels = channels[..., None, :]
+    if not layout.on_cpu:
+        return (channels * state).sum(-1, keepdims=True)
+    return _add([channels[..., i : i + LANES] * state[..., i : i + LANES] for i in range(0, layout.width, LANES)])
+
+
+def _add(terms: list[Array]) -> Array:
+    """Add the terms in pairs. XLA vectorises neither a reduction nor a matrix product of these sizes well on CPU."""
+    if len(terms) == 1:
+        return terms[0]
+    half = len(terms) // 2
+    return _add(terms[:half]) + _add(terms[half:])

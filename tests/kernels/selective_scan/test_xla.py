@@ -26,16 +26,18 @@ OPTIONAL = ("D", "z", "delta_bias", "initial_state")
     without=st.sets(st.sampled_from(OPTIONAL)),
     delta_softplus=st.booleans(),
     reverse=st.booleans(),
-    halves=st.booleans(),
+    sequences=st.integers(1, 3),
 )
-def test_any_shape(exact, batch, length, width, groups, states, without, delta_softplus, reverse, halves):
+def test_any_shape(exact, batch, length, width, groups, states, without, delta_softplus, reverse, sequences):
     """The chunks and blocks are smaller than usual, so that a small sequence has several of them."""
     scan = functools.partial(xla.selective_scan)  # new function, as the usual one is compiled for usual sizes
     args = exact.arguments(batch, length, width * groups, states, groups, dtype=np.float32, without=without)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "CHUNK", 3)
-        patch.setattr(blocks, "CACHED_ELEMENTS", 12)
-        patch.setattr(xla, "HALVED_ELEMENTS", 0 if halves else xla.HALVED_ELEMENTS)
+        patch.setattr(blocks, "LANES", 2)
+        patch.setattr(xla, "LANES", 2)
+        patch.setattr(blocks, "CACHED_ELEMENTS", 4 * states)
+        patch.setattr(blocks, "SHARED_ELEMENTS", sequences * groups * states * (width + 3))
         exact.check(scan, args, Options(delta_softplus, reverse))
 
 
@@ -89,7 +91,8 @@ def test_accelerators_process_all_channels_together(exact, monkeypatch):
     """The variant for TPUs and GPUs older than Hopper is correct on CPU and lowers for both."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     args = exact.arguments(3, 9, 8, 3, 2, dtype=np.float32)
-    assert blocks.Blocks.for_arrays(args["x"], args["B"]).number_of_blocks(3) == 1
+    layout = blocks.Layout.for_arrays(args["x"], args["B"])
+    assert (layout.sequences, layout.parts) == (3, 1)
     exact.check(xla.selective_scan, args)
 
     def loss(args):
