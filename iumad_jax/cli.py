@@ -9,7 +9,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from iumad_jax.errors import INTERRUPTED, USER_ERROR, UserError
-from iumad_jax.runtime import preemption
+from iumad_jax.runtime import compilation_cache, preemption
 from iumad_jax.runtime import workdir as workdirs
 
 
@@ -34,6 +34,7 @@ def execute(
     """
     values = flags.FlagValues()
     define(values)
+    _define_compilation_cache(values)
     if "--help" in arguments:
         print(_help(doc, values, dataset, resumable))
         return 0
@@ -41,6 +42,7 @@ def execute(
         if dataset:
             _define_dataset(values, arguments)
         _parse(values, arguments)
+        compilation_cache.enable(values.compilation_cache)
         with preemption.handle_signals() if resumable else nullcontext():
             print(act(values))
     except UserError as error:
@@ -121,6 +123,14 @@ def path(values: flags.FlagValues, name: str) -> Path:
     if not (value := values[name].value):
         raise UserError(f"--{name} is missing; write --{name}=PATH.")
     return Path(value)
+
+
+def _define_compilation_cache(values: flags.FlagValues) -> None:
+    help_ = (
+        "Folder of compiled programs, which make later commands start faster. Default: iumad_jax in the user's cache"
+        f" folder. {compilation_cache.OFF} compiles anew."
+    )
+    flags.DEFINE_string("compilation_cache", None, help_, flag_values=values)
 
 
 def _define_dataset(values: flags.FlagValues, arguments: list[str]) -> None:

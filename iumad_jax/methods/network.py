@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from iumad_jax.methods.error_maps import upsample_errors
 from iumad_jax.methods.method import Loss, Method
 from iumad_jax.methods.moments import merge_moments, no_moments, standardise
+from iumad_jax.models.hashed_bits import hashed_keys
 from iumad_jax.models.reconstruction import ReconstructionTransformer
 from iumad_jax.shapes import Batch, Condition, ErrorMaps, Keys, Logits, Modality, Scalars, Tokens, Variables
 
@@ -107,7 +108,7 @@ def from_network(
             return losses(output, features, object_id), means
 
         features = normalised(variables, batch)
-        terms, outputs = jax.vmap(image_losses)(features, batch.images, batch.object_id, keys)
+        terms, outputs = jax.vmap(image_losses)(features, batch.images, batch.object_id, hashed_keys(keys))
         terms = jax.tree.map(batch.mean, terms)
         return Loss(sum(terms.values()), terms, outputs)
 

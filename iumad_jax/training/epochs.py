@@ -30,7 +30,7 @@ class Epoch(NamedTuple):
     @property
     def losses(self) -> dict[str, float]:
         """Means of the losses, and of the norms of `nonfinite.measure`, over the updates."""
-        shown = {name: values for name, values in self.history.items() if name != nonfinite.PARAMETER}
+        shown = {name: values for name, values in self.history.items() if name != nonfinite.ELEMENT}
         return {name: float(values.mean(dtype=np.float64)) for name, values in shown.items()}
 
 

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.extend.core import Literal
+from jax.flatten_util import ravel_pytree
 
 from iumad_jax.errors import UserError
 from iumad_jax.shapes import Scalars
 
-PARAMETER = "parameter"  # scalar of an update: index of the first parameter with a non-finite gradient
+ELEMENT = "element"  # scalar of an update: index of the first element of the parameters with a non-finite gradient
 _LIBRARIES = tuple(str(Path(str(library.__file__)).parent) for library in (jax, flax, optax))
 
 
@@ -28,16 +29,14 @@ class NotFinite(UserError):
 
 
 def measure(gradients: Any, changes: Any) -> Scalars:
-    """Compute what `check` needs: norms of gradients and weight changes, and the first non-finite gradient's index.
+    """Compute what `check` needs: norms of gradients and weight changes, and where a gradient is not finite.
 
     They cost next to nothing, since clipping sums the squares of the gradients anyway.
     """
-    squares = jnp.stack([jnp.sum(jnp.square(gradient)) for gradient in jax.tree.leaves(gradients)])
-    return {
-        "gradient_norm": jnp.sqrt(squares.sum()),
-        "update_norm": optax.tree.norm(changes),
-        PARAMETER: jnp.argmin(jnp.isfinite(squares)),
-    }
+    squares, change = jnp.square(ravel_pytree(gradients)[0]), ravel_pytree(changes)[0]
+    total = squares.sum()
+    first = jax.lax.cond(jnp.isfinite(total), lambda: 0, lambda: jnp.argmin(jnp.isfinite(squares)))
+    return {"gradient_norm": jnp.sqrt(total), "update_norm": jnp.sqrt(jnp.square(change).sum()), ELEMENT: first}
 
 
 def check(history: dict[str, np.ndarray], params: Any, first: int) -> None:
@@ -53,13 +52,15 @@ def check(history: dict[str, np.ndarray], params: Any, first: int) -> None:
             rather than the total loss, the total rather than a gradient, and a gradient rather than a weight change.
     """
     least_specific = ["loss", "gradient_norm", "update_norm"]
-    names = [name for name in history if name not in (*least_specific, PARAMETER)] + least_specific
+    names = [name for name in history if name not in (*least_specific, ELEMENT)] + least_specific
     finite = np.isfinite([history[name] for name in names])
     if finite.all():
         return
     update = int(np.argmin(finite.all(axis=0)))
     name = names[int(np.argmin(finite[:, update]))]
-    path, _ = jax.tree.leaves_with_path(params)[history[PARAMETER][update]]
+    leaves = jax.tree.leaves_with_path(params)
+    ends = np.cumsum([np.size(leaf) for _, leaf in leaves])
+    path, _ = leaves[np.searchsorted(ends, history[ELEMENT][update], side="right")]
     descriptions = {"gradient_norm": f"the gradient of {_name(path)}", "update_norm": "the change of the weights"}
     description = descriptions.get(name, f'loss "{name}"')
     raise NotFinite(f"{description} became {history[name][update]}", first + update)

@@ -44,16 +44,21 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     Raises:
         UserError: If the optimiser does not exist.
     """
+    clip = optax.clip_by_global_norm(config.clip_norm)
+    # XLA compiles the update of one vector in a fraction of the time of the updates of hundreds of arrays.
     optimizers = {
-        "adamw": (optax.scale_by_adam(b1=0.9, b2=0.999), optax.add_decayed_weights(config.weight_decay, _decayed)),
-        "sgd": (),
+        "adamw": lambda: optax.chain(
+            optax.flatten(optax.chain(clip, optax.scale_by_adam(b1=0.9, b2=0.999))),
+            optax.add_decayed_weights(config.weight_decay, _decayed),
+        ),
+        "sgd": lambda: optax.flatten(clip),
     }
     if config.optimizer not in optimizers:
         raise UserError(
             f'config.train.optimizer or config.continual.optimizer is "{config.optimizer}"; use one of'
             f" {', '.join(optimizers)}."
         )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), *optimizers[config.optimizer])
+    return optimizers[config.optimizer]()
 
 
 def learning_rates(config: ConfigDict, updates_per_epoch: int) -> optax.Schedule:
