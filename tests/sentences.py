@@ -405,8 +405,9 @@ SCAN_OF_WRONG_GROUPS_SHAPE = "B must have the shape {expected} or {other}; got {
 SCAN_GROUPS_DO_NOT_DIVIDE = "B's groups must divide the {channels} channels evenly; got {found}"
 SCAN_UNKNOWN_IMPLEMENTATION = "implementation must be one of {known}; got {found!r}"
 TRAINING_STEP_TIMED = (
-    r"{system}, batch size {batch}: {number} s per update, {number} s with lax.scan, {number} times as long"
-    r" \(medians of 3 turns\); compiled in {number} and {number} s"
+    "{system}, batch size {batch}: {number} s per update, {number} times as long with lax.scan; floor {number} s"
+    r" \({number} GFLOP at {number} GFLOP/s and the scans\), {number}% of the update; medians of 3 turns;"
+    " compiled in {number} s"
 )
 MEMORY_COMPILED = r"^memory: {number} \({number}\)$"
 CUDA_PLUGIN_MISSING = "the CUDA plugin is not installed; run pip install {}"

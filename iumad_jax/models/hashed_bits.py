@@ -5,6 +5,7 @@ JAX's default generator, Threefry, takes longer on CPU than the network that its
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ def _split(key: UInt32[Array, " 2"], shape: tuple[int, ...]) -> UInt32[Array, "*
     return _bits(jnp.stack([_mix(~key[1]), _mix(~key[0])]), 32, (*shape, 2))
 
 
-def _fold_in(key: UInt32[Array, " 2"], data: UInt32[Array, ""]) -> UInt32[Array, " 2"]:
+def _fold_in(key: UInt32[Array, " 2"], data: Any) -> UInt32[Array, " 2"]:
     return jnp.stack([_hash(key, data), _hash(key[::-1], ~data)])
 
 

@@ -74,6 +74,15 @@ def rates() -> dict[str, float | None]:
     }
 
 
+def matrix_rate(size: int = 2048) -> float:
+    """Measure the rate of a float32 matrix product, in operations per second."""
+    matrix = jnp.ones((size, size), jnp.float32)
+    jax.block_until_ready(matrix @ matrix)
+    start = time.perf_counter()
+    jax.block_until_ready(matrix @ matrix)
+    return 2 * size**3 / (time.perf_counter() - start)
+
+
 def _bandwidth() -> float:
     array = jnp.zeros(2**28, jnp.float32)
     copy = jax.jit(lambda array: array + 1)

@@ -1,8 +1,10 @@
-"""Measure the time of a training update of IB-IUMAD with `selective_scan` and with `jax.lax.scan`, in turns.
+"""Measure the time of a training update of IB-IUMAD, in turns with variants of it and with a lower bound.
 
     python -m kernels.benchmarks.training_step --config=quickstart --batch_size=8 --seconds=120
 
-The command prints median times, their ratio and compile times. The losses of the two updates must agree in every turn.
+The variants have `jax.lax.scan` in place of `selective_scan`, whose losses must agree in every turn, and no dropout.
+The lower bound ("floor") is the time of the operations that XLA counts, at the rate of a large matrix product, plus
+that of the scans alone: XLA counts the body of a loop once.
 """
 
 import statistics
@@ -25,7 +27,8 @@ from iumad_jax.runtime import devices
 from iumad_jax.shapes import Batch
 from iumad_jax.training.optimization import make_optimizer
 from iumad_jax.training.update import initial_state, make_update
-from kernels.benchmarks import baselines, command_line
+from kernels.benchmarks import baselines, command_line, machine
+from kernels.benchmarks.selective_scan import random_inputs
 
 OBJECTS, CHANNELS = 10, 192
 CONFIGS = {"quickstart": quickstart, "eyecandies": eyecandies}
@@ -100,6 +103,17 @@ def compile_update(config: ConfigDict) -> Update:
     return Update(run, seconds, lowered.cost_analysis()["flops"], memory_bytes - memory.alias_size_in_bytes)
 
 
+def scan_passes(config: ConfigDict) -> list[Callable[[], Any]]:
+    """Compile the scans of an update, forward and backward, one for each block of each Mamba decoder."""
+    if config.method != "ib_iumad" or not config.model.mamba:
+        return []
+    side = -(-(config.input.size // config.model.patch_size) // 2)  # of a quarter of the grid, see `split_by_parity`
+    shape = (config.train.batch_size, side**2, 4 * 2 * config.model.width, config.model.states, 4)
+    args = random_inputs(shape, np.float32)
+    run = baselines.jax_program(mamba.selective_scan)(args, args["x"], True).run
+    return [run] * (config.model.layers * len(configs.modalities(config)))
+
+
 def compile_with_scan(config: ConfigDict, scan: Callable[..., Any]) -> Update:
     """Compile the update of a config with another scan function."""
     original, mamba.selective_scan = mamba.selective_scan, scan
@@ -134,23 +148,33 @@ def main(arguments: list[str] | None = None) -> int:
     config = CONFIGS[options.config].get_config()
     config.update_from_flattened_dict(SMALL if options.small else {})
     config.train.batch_size = options.batch_size or config.train.batch_size
-    scans = {"selective_scan": mamba.selective_scan, "lax.scan": lax_scan}
-    updates = {name: compile_with_scan(config, scan) for name, scan in scans.items()}
+    updates = {"selective_scan": compile_update(config), "lax.scan": compile_with_scan(config, lax_scan)}
+    if config.model.dropout:
+        without_dropout = config.copy_and_resolve_references()
+        without_dropout.model.dropout = 0.0
+        updates["dropout 0"] = compile_update(without_dropout)
     times: dict[str, list[float]] = {name: [] for name in updates}
+    scans, floors, rates = scan_passes(config), [], []
     end = time.monotonic() + options.seconds
-    while len(times["lax.scan"]) < 3 or time.monotonic() < end:
-        losses = []
-        for name, update in updates.items():
+    while len(floors) < 3 or time.monotonic() < end:
+        losses = {}
+        for name, variant in updates.items():
             start = time.perf_counter()
-            losses.append(np.asarray(update.run()))
+            losses[name] = np.asarray(variant.run())
             times[name].append(time.perf_counter() - start)
-        np.testing.assert_allclose(*losses, rtol=1e-4, equal_nan=False)
-    scan_median, lax_median = (statistics.median(times[name]) for name in scans)
-    compile_times = " and ".join(f"{update.compile_seconds:.3g}" for update in updates.values())
+        np.testing.assert_allclose(losses["lax.scan"], losses["selective_scan"], rtol=1e-4, equal_nan=False)
+        rates.append(machine.matrix_rate())
+        start = time.perf_counter()
+        jax.block_until_ready([scan() for scan in scans])
+        floors.append(updates["selective_scan"].flops / rates[-1] + time.perf_counter() - start)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    update, seconds, floor = updates["selective_scan"], median.pop("selective_scan"), statistics.median(floors)
+    variants = "".join(f", {other / seconds:.2f} times as long with {name}" for name, other in median.items())
     print(
-        f"{options.config}, batch size {config.train.batch_size}: {scan_median:.3g} s per update,"
-        f" {lax_median:.3g} s with lax.scan, {lax_median / scan_median:.2f} times as long"
-        f" (medians of {len(times['lax.scan'])} turns); compiled in {compile_times} s"
+        f"{options.config}, batch size {config.train.batch_size}: {seconds:.3g} s per update{variants}; floor"
+        f" {floor:.3g} s ({update.flops / 1e9:.1f} GFLOP at {statistics.median(rates) / 1e9:.0f} GFLOP/s and the"
+        f" scans), {floor / seconds:.0%} of the update; medians of {len(floors)} turns; compiled in"
+        f" {update.compile_seconds:.3g} s"
     )
     return 0
 
