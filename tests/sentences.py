@@ -416,6 +416,10 @@ PEER_LEFT_OUT = "{peer} is left out: {reason}"
 NEEDS_GPU = "it needs a GPU"
 GRADIENT_DIFFERS = "its gradient of {name} differs from the definition's by {found}, more than {most}"
 KERNEL_WRONG = '"{kernel}" is wrong on this machine, so nothing was timed: at {shape}, {why}.'
+PYTORCH_MISSING = "PyTorch is not installed; run pip install '.[peers]'."
+PYTORCH_DIFFERS = (
+    r"PyTorch's UniAD is not ours, so nothing was timed: its {what} differs by {number}, more than {most}\.\n"
+)
 SHAPE_UNKNOWN = "'{found}' is neither one of {known} nor a shape like {example}"
 PART_INCOMPLETE = "{}: incomplete after "
 PART_OF_FAILED_ROWS = " s; rows done: {done}, failed: {failed}; first failure: {row}: {error}."

@@ -89,6 +89,13 @@ def file_tables(content: dict[str, Any]) -> str:
     return "\n\n".join([*tables, *([part_table(failed)] if failed else [])])
 
 
+def machine_text(machine: dict[str, Any]) -> str:
+    """Format the result of `machine.describe`."""
+    driver = f", driver {machine['driver']}" if machine["driver"] else ""
+    versions = ", ".join(map(" ".join, machine["versions"].items()))
+    return f"{machine['date']}, {machine['device']}{driver}, {versions}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = command_line.parser(__doc__)
@@ -109,15 +116,9 @@ def main(arguments: list[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return 2
-        machines = "; ".join(map(_machine_text, content.get("machines", [content])))
+        machines = "; ".join(map(machine_text, content.get("machines", [content])))
         print(f"{file.stem} ({machines}):\n\n{table}\n")
     return 0
-
-
-def _machine_text(machine: dict[str, Any]) -> str:
-    driver = f", driver {machine['driver']}" if machine["driver"] else ""
-    versions = ", ".join(map(" ".join, machine["versions"].items()))
-    return f"{machine['date']}, {machine['device']}{driver}, {versions}"
 
 
 def _fits_in_cell(value: Any) -> bool:

@@ -7,6 +7,7 @@ The lower bound ("floor") is the time of the operations that XLA counts, at the 
 that of the scans alone: XLA counts the body of a loop once.
 """
 
+import argparse
 import statistics
 import sys
 import time
@@ -21,7 +22,7 @@ from ml_collections import ConfigDict
 from configs import eyecandies, quickstart
 from iumad_jax import config as configs
 from iumad_jax import methods
-from iumad_jax.data.batches import single_update
+from iumad_jax.data.batches import DeviceBatches, single_update
 from iumad_jax.models import mamba
 from iumad_jax.runtime import devices
 from iumad_jax.shapes import Batch
@@ -63,6 +64,14 @@ def lax_scan(*args: jax.Array, delta_softplus: bool, implementation: str | None,
     return baselines.lax_scan(*args, **kwargs)
 
 
+def chosen_config(options: argparse.Namespace, small: dict[str, Any]) -> ConfigDict:
+    """Return the config that the flags of `command_line.training_parser` choose; --small sets the keys `small`."""
+    config = CONFIGS[options.config].get_config()
+    config.update_from_flattened_dict(small if options.small else {})
+    config.train.batch_size = options.batch_size or config.train.batch_size
+    return config
+
+
 def random_batch(config: ConfigDict) -> Batch:
     """Make a batch of noise in the sizes of the config."""
     rng = np.random.default_rng(0)
@@ -73,6 +82,12 @@ def random_batch(config: ConfigDict) -> Batch:
         {m: rng.uniform(0, 255, (b, size, size, 3)).astype(np.float32) for m in modalities},
         rng.integers(0, OBJECTS, b).astype(np.int32),
     )
+
+
+def on_devices(batch: Batch) -> DeviceBatches:
+    """Copy a batch to all devices, each with its share, as the input of one update."""
+    layout = NamedSharding(Mesh(np.array(jax.local_devices()), (devices.AXIS,)), PartitionSpec(devices.AXIS))
+    return jax.device_put(single_update(batch), layout)
 
 
 def compile_update(config: ConfigDict) -> Update:
@@ -86,8 +101,7 @@ def compile_update(config: ConfigDict) -> Update:
     variables["params"] = noise
     state = devices.replicate(initial_state(variables, optimizer, 0, []))
     key, rates = jax.random.key(1), np.zeros(1, np.float32)
-    layout = NamedSharding(Mesh(np.array(jax.local_devices()), (devices.AXIS,)), PartitionSpec(devices.AXIS))
-    device_batches = jax.device_put(single_update(batch), layout)
+    device_batches = on_devices(batch)
     lowered = make_update(method, optimizer).lower(state, device_batches, key, rates)
     start = time.perf_counter()
     update = lowered.compile()
@@ -125,29 +139,8 @@ def compile_with_scan(config: ConfigDict, scan: Callable[..., Any]) -> Update:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = command_line.parser(__doc__)
-    parser.add_argument(
-        "--config",
-        default="quickstart",
-        choices=sorted(CONFIGS),
-        help="Config of the training; the default is quickstart.",
-    )
-    parser.add_argument(
-        "--batch_size",
-        type=int,
-        default=0,
-        help="Images per update; the default, 0, is the batch size of the config.",
-    )
-    parser.add_argument(
-        "--seconds", type=float, default=120, help="Time for all turns, in seconds; the default is 120."
-    )
-    parser.add_argument(
-        "--small", action="store_true", help="Run at a tiny size, only to check that the benchmark works."
-    )
-    options = parser.parse_args(arguments)
-    config = CONFIGS[options.config].get_config()
-    config.update_from_flattened_dict(SMALL if options.small else {})
-    config.train.batch_size = options.batch_size or config.train.batch_size
+    options = command_line.training_parser(__doc__, CONFIGS, seconds=120).parse_args(arguments)
+    config = chosen_config(options, SMALL)
     updates = {"selective_scan": compile_update(config), "lax.scan": compile_with_scan(config, lax_scan)}
     if config.model.dropout:
         without_dropout = config.copy_and_resolve_references()

@@ -64,7 +64,7 @@ def test_the_example_is_accepted_from_the_repository_root(name):
 
 OTHERS = [
     "iumad_jax.data.candies",
-    *(f"kernels.benchmarks.{name}" for name in ("selective_scan", "training_step", "tables", "gpu")),
+    *(f"kernels.benchmarks.{name}" for name in ("selective_scan", "training_step", "pytorch_uniad", "tables", "gpu")),
     *(f"tests.harness.{name}" for name in ("growth", "input_pipeline", "metrics", "saving", "scaling", "survival")),
     "tests.fuzz",
 ]
