@@ -22,6 +22,7 @@ SEED_OUT_OF_RANGE = "config.seed is {found}; use 0 to {most}"
 WIDTH_NOT_DIVISIBLE = "config.model.width is {width}; use an even multiple of config.model.heads, which is {heads}."
 WIDTH_NOT_DIVISIBLE_BY_HEADS_OF_IUF = "config.model.width is {}; use a multiple of 4"
 PATCH_TOO_LARGE = "config.model.patch_size is {}; use at most"
+UNKNOWN_DTYPE = 'config.model.dtype is "{}"; use float32 or bfloat16.'
 UNKNOWN_BASELINE = 'config.baselines is "{found}"; use "{known}"'
 GRID_ALL_MASKED = "config.backbone.grid is {}, where uniad's"
 

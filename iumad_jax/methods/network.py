@@ -9,12 +9,15 @@ from flax import linen as nn
 from jaxtyping import Array, Float, PRNGKeyArray
 from ml_collections import ConfigDict
 
+from iumad_jax.errors import UserError
 from iumad_jax.methods.error_maps import upsample_errors
 from iumad_jax.methods.method import Loss, Method
 from iumad_jax.methods.moments import merge_moments, no_moments, standardise
 from iumad_jax.models.hashed_bits import hashed_keys
 from iumad_jax.models.reconstruction import ReconstructionTransformer
 from iumad_jax.shapes import Batch, Condition, ErrorMaps, Keys, Logits, Modality, Scalars, Tokens, Variables
+
+EXPONENTS = {"A_log", "dt_bias"}  # names of parameters whose exponential is taken
 
 Errors = dict[str, Float[Array, " p"]]  # at each token, by modality or group of modalities
 
@@ -27,7 +30,26 @@ def jitter(key: PRNGKeyArray, tokens: Tokens, *, scale: float, probability: floa
     apply_key, noise_key = jax.random.split(key)
     strength = scale * jnp.linalg.norm(tokens, axis=-1, keepdims=True) / tokens.shape[-1]
     applied = jax.random.bernoulli(apply_key, probability)
-    return tokens + applied * strength * jax.random.normal(noise_key, tokens.shape)
+    return (tokens + applied * strength * jax.random.normal(noise_key, tokens.shape)).astype(tokens.dtype)
+
+
+def _apply_in(dtype: str, network: Any) -> Callable[..., Any]:
+    """Return `network.apply` with weights and inputs converted to a dtype, and float32 outputs.
+
+    Parameters of the scan that are exponents stay float32.
+    """
+
+    def convert(tree: Any, to: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.astype(to) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
+
+    def apply(variables: Variables, features: Any, images: Any, **options: Any) -> Any:
+        params = jax.tree.map_with_path(
+            lambda path, leaf: leaf if path[-1].key in EXPONENTS else leaf.astype(dtype), variables["params"]
+        )
+        outputs = network.apply(variables | {"params": params}, *convert((features, images), dtype), **options)
+        return convert(outputs, jnp.float32)
+
+    return network.apply if dtype == "float32" else apply
 
 
 def reconstruct(
@@ -77,7 +99,14 @@ def from_network(
         losses: (output, features, object id) -> loss terms of one image. The features are the target.
         errors_and_logits: (output, features) -> errors at the tokens of one image, by modality or group of modalities,
             and logits of the object, by modality (empty if the network does not recognise objects).
+
+    Raises:
+        UserError: If `config.dtype` is unknown.
     """
+
+    if config.dtype not in ("float32", "bfloat16"):
+        raise UserError(f'config.model.dtype is "{config.dtype}"; use float32 or bfloat16.')
+    apply = _apply_in(config.dtype, network)
 
     def normalised(variables: Variables, batch: Batch) -> dict[Modality, Float[Array, "b p f"]]:
         return (
@@ -102,7 +131,7 @@ def from_network(
     def loss(variables: Variables, batch: Batch, keys: Keys) -> Loss:
         def image_losses(features: Any, images: Any, object_id: Array, key: PRNGKeyArray) -> tuple[Scalars, Any]:
             rngs = dict(zip(("jitter", "dropout"), jax.random.split(key), strict=True))
-            output, decoder = network.apply(variables, features, images, deterministic=False, rngs=rngs)
+            output, decoder = apply(variables, features, images, deterministic=False, rngs=rngs)
             # IUF's strategy compresses the outputs of the first three decoder layers.
             means = {f"{m}_{i}": x.mean(0) for m, outputs in decoder.items() for i, x in enumerate(outputs[:3])}
             return losses(output, features, object_id), means
@@ -114,7 +143,7 @@ def from_network(
 
     def predict(variables: Variables, batch: Batch) -> ErrorMaps:
         def image_errors(features: Any, images: Any) -> tuple[Errors, Logits | None]:
-            output, _ = network.apply(variables, features, images, deterministic=True)
+            output, _ = apply(variables, features, images, deterministic=True)
             errors, logits = errors_and_logits(output, features)
             log_probabilities = [nn.log_softmax(x) for x in logits.values()]
             return errors, sum(log_probabilities[1:], start=log_probabilities[0]) if log_probabilities else None
@@ -123,7 +152,7 @@ def from_network(
 
     def activations(variables: Variables, batch: Batch) -> dict[str, Any]:
         def image_activations(features: Any, images: Any) -> dict[str, Any]:
-            _, state = network.apply(variables, features, images, deterministic=True, mutable=["activations"])
+            _, state = apply(variables, features, images, deterministic=True, mutable=["activations"])
             return state.get("activations", {})
 
         return jax.vmap(image_activations)(normalised(variables, batch), batch.images)

@@ -41,7 +41,7 @@ class Stem(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, self.width)  # a bias of the convolution would cancel out
         variance = jnp.einsum("cd,ce,ed->d", kernel, colours["covariance"], kernel)
         normalised = (pixels - colours["mean"][None]) @ kernel / jnp.sqrt(variance + 1e-5)[None]
-        return nn.relu(normalised * scale[None] + bias[None])
+        return nn.relu(normalised * scale[None] + bias[None]).astype(pixels.dtype)
 
 
 class RowBlock(nn.Module):

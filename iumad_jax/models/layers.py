@@ -30,9 +30,21 @@ class Attention(nn.Module):
     ) -> Float[Array, "*rows p d"]:
         """Attend from the queries q to the keys k and values v."""
         attention = nn.MultiHeadDotProductAttention(
-            self.heads, dropout_rate=self.dropout, kernel_init=_xavier, deterministic=deterministic
+            self.heads,
+            dropout_rate=self.dropout,
+            kernel_init=_xavier,
+            deterministic=deterministic,
+            dtype=q.dtype,
+            force_fp32_for_softmax=True,
+            qk_attn_weights_einsum_cls=lambda: jnp.einsum,
+            attn_weights_value_einsum_cls=lambda: _weighted_sum,
         )
         return attention(q, k, v, mask=None if self.mask is None else jnp.asarray(self.mask)[None])
+
+
+def _weighted_sum(equation: str, weights: Array, values: Array) -> Array:
+    """Sum values with attention weights, which the softmax leaves in float32."""
+    return jnp.einsum(equation, weights.astype(values.dtype), values)
 
 
 class DenseWithMean(nn.Dense):
@@ -83,7 +95,7 @@ def pool_to_grid(x: Float[Array, "h w d"], g: int) -> Float[Array, "p d"]:
         stop = -(-(jnp.arange(1, g + 1) * size) // g)
         position = jnp.arange(size)
         inside = (position[None, :] >= start[:, None]) & (position[None, :] < stop[:, None])
-        return inside / (stop - start)[:, None]
+        return (inside / (stop - start)[:, None]).astype(x.dtype)
 
     pooled = jnp.einsum("ih,jw,hwd->ijd", weights(x.shape[0]), weights(x.shape[1]), x)
     return pooled.reshape(g * g, -1)

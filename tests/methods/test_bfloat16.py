@@ -1,0 +1,84 @@
+"""`model.dtype=bfloat16`: nearly the same losses and gradients, computed in bfloat16, with float32 weights."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from iumad_jax import methods
+from iumad_jax.config import small
+from iumad_jax.errors import UserError
+from iumad_jax.shapes import Batch
+from tests import sentences
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+OBJECTS, IMAGES, TOKENS, CHANNELS, SIZE = 3, 2, 9, 12, 32
+
+
+def build(name, dtype):
+    config = small("2-1")
+    config.method, config.model.dtype = name, dtype
+    config.model.update(width=16, heads=2, hidden=24, class_grid=8, states=4, dropout=0.1)
+    return methods.build(name, config, OBJECTS)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(0)
+    return Batch(
+        {m: rng.normal(0, 2, (IMAGES, TOKENS, CHANNELS)).astype(np.float32) for m in ("rgb", "depth")},
+        {m: rng.uniform(0, 255, (IMAGES, SIZE, SIZE, 3)).astype(np.float32) for m in ("rgb", "depth")},
+        np.arange(IMAGES, dtype=np.int32),
+    )
+
+
+@pytest.fixture(scope="module", params=["ib_iumad", "iuf"])
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def variables(name, batch):
+    method, rng = build(name, "float32"), np.random.default_rng(1)
+    variables = method.observe(jax.jit(method.init)(jax.random.key(0), batch), batch, 0)
+    noise = jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape, np.float32), variables["params"])
+    return variables | {"params": noise}
+
+
+def loss(method, variables, batch):
+    keys = jax.random.split(jax.random.key(2), IMAGES)
+    return lambda params: method.loss(variables | {"params": params}, batch, keys).total
+
+
+def test_losses_and_gradients_are_nearly_those_of_float32(name, variables, batch):
+    results = {}
+    for dtype in ("float32", "bfloat16"):
+        value, gradients = jax.jit(jax.value_and_grad(loss(build(name, dtype), variables, batch)))(variables["params"])
+        assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {np.dtype("float32")}
+        results[dtype] = value, np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradients)])
+    (exact, exact_gradient), (rounded, gradient) = results.values()
+    assert 0 < abs(exact - rounded) < 0.02 * exact
+    cosine = exact_gradient @ gradient / np.linalg.norm(exact_gradient) / np.linalg.norm(gradient)
+    assert 0.9 < cosine < 1 - 1e-6
+
+
+def test_matrix_products_are_computed_in_bfloat16(name, variables, batch):
+    """All of the forward pass but those of IUF's stem, which uses exact statistics of the colours."""
+    program = str(jax.make_jaxpr(loss(build(name, "bfloat16"), variables, batch))(variables["params"]))
+    dtypes = re.findall(r":(\w+)\[[^\]]*\] = (?:dot_general|conv_general_dilated)", program)
+    assert dtypes.count("bf16") > 20
+    assert dtypes.count("f32") == (6 if name == "iuf" else 0)
+
+
+def test_an_error_map_is_float32(name, variables, batch):
+    maps = [jax.jit(build(name, dtype).predict)(variables, batch).maps for dtype in ("float32", "bfloat16")]
+    (exact,), (rounded,) = (list(by_modality.values()) for by_modality in maps)
+    assert rounded.dtype == np.float32
+    assert 0 < np.abs(exact - rounded).max() < 0.05 * exact.max()
+
+
+def test_an_unknown_dtype_is_refused(name):
+    with pytest.raises(UserError, match=re.escape(sentences.UNKNOWN_DTYPE.format("float8"))):
+        build(name, "float8")
