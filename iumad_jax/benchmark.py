@@ -34,7 +34,6 @@ def benchmark(config: ConfigDict, workdir: Path) -> str:
     from iumad_jax import experiment
     from iumad_jax.report import comparison
 
-    jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))  # cells share compiled programs
     for number, (cell, key) in enumerate(cells, 1):
         name = comparison.name(*key)
         print(f"cell {number} of {len(cells)}: {name}", flush=True)

@@ -24,8 +24,7 @@ import tests.shape_checks  # the hook imports it by name
 
 install_import_hook(["iumad_jax", "iumad_kernels"], f"{tests.shape_checks.__name__}.checked")
 jax.config.update("jax_num_cpu_devices", 4)
-# Commands that tests start compile as on a new machine: they neither read nor fill the user's cache.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # commands that tests start neither read nor fill the user's folder
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 

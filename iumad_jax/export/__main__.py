@@ -39,7 +39,8 @@ def _export(values: flags.FlagValues) -> str:
     from iumad_jax.export import formats  # loads JAX, so wrong flags are reported first
     from iumad_jax.inference.detector import Detector
 
-    detector = Detector.load(workdir, values.step, **{"model.scan": formats.SCANS[format_]})
+    changes = {"model.scan": formats.SCANS[format_], "model.dtype": "float32"}  # ONNX runtimes lack bfloat16
+    detector = Detector.load(workdir, values.step, **changes)
     content = formats.export(detector, format_, values.batch)
     difference = formats.check(detector, content, format_, values.batch)
     write_whole(output, content)

@@ -42,7 +42,7 @@ def measure(config: ConfigDict, workdir: Path, step: int | None, repetitions: in
     image_id = reader.ids(object_name, "test")[0]
     sample = reader.read(object_name, "test", image_id)
     depth = None if sample.depth is None else sample.depth[None]
-    detector = Detector.load(workdir, step)
+    detector = Detector.load(workdir, step, **{"model.dtype": "float32"})  # as exported detectors compute
     prepared = detector.prepare(sample.rgb[None], depth, sample.camera)
 
     def milliseconds(function: Callable[[], Any]) -> float:

@@ -149,9 +149,9 @@ class Detector:
         Args:
             workdir: Workdir of the run.
             step: Number of a finished step; the last one by default.
-            changes: Replaced values of the run's config, for two keys only: `**{"backbone.weights": PATH}` if the
-                backbone's weights were moved, and `**{"model.scan": NAME}` to choose the implementation of the
-                selective scan.
+            changes: Replaced values of the run's config, for three keys only: `**{"backbone.weights": PATH}` if
+                the backbone's weights were moved, and `model.scan` and `model.dtype`, which change how the same numbers
+                are computed.
 
         Raises:
             UserError: If the snapshot is missing or damaged, if the backbone's weights cannot be found, or if `changes`
@@ -159,8 +159,10 @@ class Detector:
         """
         if not isinstance(workdir, str | Path) or not isinstance(step, Integral | None):
             raise UserError(f"workdir is {_kind(workdir)} and step is {_kind(step)}; pass a path and an integer.")
-        if fixed := set(changes) - {"backbone.weights", "model.scan"}:
-            raise UserError(f"{', '.join(sorted(fixed))} cannot be changed; only backbone.weights and model.scan can.")
+        if fixed := set(changes) - {"backbone.weights", "model.scan", "model.dtype"}:
+            raise UserError(
+                f"{', '.join(sorted(fixed))} cannot be changed; only backbone.weights, model.scan and model.dtype can."
+            )
         config = workdirs.read(Path(workdir))
         config.update_from_flattened_dict(changes)
         progress = snapshots.read(Path(workdir), step)

@@ -8,6 +8,8 @@ import hashlib
 import os
 import platform
 import sys
+import tempfile
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,7 +18,8 @@ import platformdirs
 from iumad_jax.errors import UserError
 
 OFF = "off"
-MAXIMUM_BYTES = 2 * 2**30  # beyond it, JAX deletes the programs that were used least recently
+MAXIMUM_BYTES = 2 * 2**30  # beyond it, JAX deletes the least recently used programs
+SECONDS_TO_WRITE = 60  # within which another process may still be writing a program
 _FOLDER = "JAX_COMPILATION_CACHE_DIR"
 
 
@@ -40,15 +43,31 @@ def enable(folder: str | None) -> None:
     path = Path(folder or platformdirs.user_cache_path("iumad_jax")) / f"jaxlib-{version('jaxlib')}-{_processor()}"
     try:
         path.mkdir(parents=True, exist_ok=True)
+        _remove_incomplete(path)
     except OSError as error:
         if folder is None:
-            return  # a machine without a home folder compiles every time
+            return  # without a home folder that can be written, every command compiles
         raise UserError(
-            f"--compilation_cache={folder} cannot be created: {error.strerror}; name another folder or {OFF}."
+            f"--compilation_cache={folder} cannot be written: {error.strerror}; name another folder or {OFF}."
         ) from error
     os.environ[_FOLDER] = str(path)
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(MAXIMUM_BYTES))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+
+def _remove_incomplete(folder: Path) -> None:
+    """Remove programs whose writing was interrupted: JAX writes PROGRAM-atime after PROGRAM-cache.
+
+    Raises:
+        OSError: If the folder cannot be written.
+    """
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+    for suffix, other in (("cache", "atime"), ("atime", "cache")):
+        for path in folder.glob(f"*-{suffix}"):
+            partner = path.with_name(path.name.removesuffix(suffix) + other)
+            if not partner.exists() and time.time() - path.stat().st_mtime > SECONDS_TO_WRITE:
+                path.unlink(missing_ok=True)
 
 
 def _processor() -> str:

@@ -61,6 +61,11 @@ def unreplicate(tree: Any) -> Any:
     return jax.tree.map(lambda a: np.asarray(a.addressable_shards[0].data)[0], tree)
 
 
+def shapes_on_a_device(tree: Any) -> Any:
+    """Return the shape of each array's copy on one device."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), tree)
+
+
 def split_indices(rows: np.ndarray) -> np.ndarray:
     """Split the rows of a batch among all devices, and return the shares of this process's devices.
 

@@ -88,7 +88,7 @@ def train_epochs(
                 bar.update(batch_rates.size)
                 if completed == per_epoch or pause():
                     losses = {name: np.concatenate([np.asarray(part[name])[0] for part in parts]) for name in parts[0]}
-                    nonfinite.check(losses, state.variables["params"], epoch * per_epoch)
+                    nonfinite.check(losses, devices.shapes_on_a_device(state.variables["params"]), epoch * per_epoch)
                     bar.set_postfix(loss=f"{losses['loss'].mean():.4f}")
                     yield Epoch(
                         number=epoch,

@@ -35,7 +35,11 @@ def measure(gradients: Any, changes: Any) -> Scalars:
     """
     squares, change = jnp.square(ravel_pytree(gradients)[0]), ravel_pytree(changes)[0]
     total = squares.sum()
-    first = jax.lax.cond(jnp.isfinite(total), lambda: 0, lambda: jnp.argmin(jnp.isfinite(squares)))
+
+    def first_or_largest() -> jax.Array:
+        return jnp.argmax(jnp.where(jnp.isfinite(squares), squares, jnp.inf))
+
+    first = jax.lax.cond(jnp.isfinite(total), lambda: 0, first_or_largest)
     return {"gradient_norm": jnp.sqrt(total), "update_norm": jnp.sqrt(jnp.square(change).sum()), ELEMENT: first}
 
 
@@ -44,7 +48,7 @@ def check(history: dict[str, np.ndarray], params: Any, first: int) -> None:
 
     Args:
         history: Scalars by name, shape (updates,): losses, where "loss" is the total, and those of `measure`.
-        params: Trained parameters, for their names.
+        params: Trained parameters, or their shapes: names and sizes are used.
         first: Number of the first of these updates in its step.
 
     Raises:

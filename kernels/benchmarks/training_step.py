@@ -2,9 +2,9 @@
 
     python -m kernels.benchmarks.training_step --config=quickstart --batch_size=8 --seconds=120
 
-The variants have `jax.lax.scan` in place of `selective_scan`, whose losses must agree in every turn, and no dropout.
-The lower bound ("floor") is the time of the operations that XLA counts, at the rate of a large matrix product, plus
-that of the scans alone: XLA counts the body of a loop once.
+One variant has `jax.lax.scan` in place of `selective_scan`, and must have the same losses; if the config has dropout,
+another has none. The "floor" estimates a lower bound: the operations that XLA counts, at the rate of a large matrix
+product, and the scans alone, as XLA counts the body of a loop once.
 """
 
 import argparse

@@ -180,10 +180,10 @@ def test_a_single_image_is_prepared_like_a_batch_of_one(detector, reader):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"foo": 9}, sentences.KEY_CANNOT_BE_CHANGED.format(key="foo", known="backbone.weights and model.scan")),
+        ({"foo": 9}, sentences.KEY_CANNOT_BE_CHANGED.format(key="foo", known="backbone.weights, model.scan and model.dtype")),
         (
             {"model.width": 9},
-            sentences.KEY_CANNOT_BE_CHANGED.format(key="model.width", known="backbone.weights and model.scan"),
+            sentences.KEY_CANNOT_BE_CHANGED.format(key="model.width", known="backbone.weights, model.scan and model.dtype"),
         ),
         ({"step": "0"}, sentences.STEP_NOT_A_NUMBER.format("str")),
         ({"workdir": None}, sentences.WORKDIR_NOT_A_PATH.format("NoneType")),

@@ -1,4 +1,4 @@
-"""The folder of compiled programs: chosen before JAX is imported, harmless when damaged, foreign or read-only."""
+"""The folder of compiled programs: chosen before JAX is imported, harmless when damaged or foreign."""
 
 import os
 import subprocess
@@ -44,6 +44,12 @@ def run(folder, home, **environment):
     return result, int(hits), done.stderr
 
 
+def without_jax(monkeypatch):
+    """Emulate a process that has not imported JAX, with an environment of its own."""
+    monkeypatch.setattr(sys, "modules", {name: module for name, module in sys.modules.items() if name != "jax"})
+    monkeypatch.setattr(os, "environ", {})
+
+
 def programs(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*-cache") if path.is_file()]
 
@@ -64,6 +70,22 @@ def test_a_damaged_program_is_compiled_again(tmp_path):
     assert (result, hits) == (expected, 0)
 
 
+@pytest.mark.parametrize("lost", ["cache", "atime"])
+def test_a_program_whose_writing_was_killed_is_replaced(tmp_path, lost):
+    """JAX writes two files per program, and by itself neither replaces nor completes a single one."""
+    run(str(tmp_path), tmp_path)
+    for path in tmp_path.rglob("*-*"):
+        if path.name.endswith(f"-{lost}"):
+            path.unlink()
+        elif path.is_file():
+            path.write_bytes(b"")
+            os.utime(path, (0, 0))
+    assert run(str(tmp_path), tmp_path)[1] == 0
+    _, hits, stderr = run(str(tmp_path), tmp_path)
+    assert hits > 0
+    assert "Error" not in stderr
+
+
 def test_off_writes_nothing(tmp_path):
     assert run("off", tmp_path)[1] == 0
     assert not programs(tmp_path)
@@ -76,8 +98,7 @@ def test_a_folder_in_the_environment_is_kept(tmp_path):
 
 
 def test_processors_have_folders_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "modules", {name: module for name, module in sys.modules.items() if name != "jax"})
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    without_jax(monkeypatch)
     folders = set()
     for machine in ("x86_64", "aarch64"):
         monkeypatch.setattr(compilation_cache.platform, "machine", lambda machine=machine: machine)
@@ -86,14 +107,14 @@ def test_processors_have_folders_of_their_own(tmp_path, monkeypatch):
     assert len(folders) == 2
 
 
-def test_a_folder_that_cannot_be_created_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "modules", {name: module for name, module in sys.modules.items() if name != "jax"})
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    without_jax(monkeypatch)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=sentences.COMPILATION_CACHE_NOT_CREATED.format(folder=tmp_path / "file")):
+    with pytest.raises(UserError, match=sentences.COMPILATION_CACHE_UNWRITABLE.format(folder=tmp_path / "file")):
         compilation_cache.enable(str(tmp_path / "file"))
 
 
 def test_a_process_with_jax_keeps_its_settings(tmp_path, monkeypatch):
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setattr(os, "environ", {})
     compilation_cache.enable(str(tmp_path))
-    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+    assert not os.environ

@@ -58,7 +58,7 @@ class Layout(NamedTuple):
 
     @property
     def sequences(self) -> int:
-        """Number of sequences that the forward pass reads together: a divisor of the batch."""
+        """Number of sequences in a block with all channels: the largest divisor of the batch that is small enough."""
         limit = max(1, SHARED_ELEMENTS // (self.groups * self.parts * self.states * self.width))
         return max(n for n in range(1, self.batch + 1) if self.batch % n == 0 and (n <= limit or not self.on_cpu))
 
@@ -127,7 +127,7 @@ class Block(NamedTuple):
         return self.read_positions(array, t, 1)[0]
 
     def read_positions(self, array: Array, t: Index, positions: int) -> Array:
-        """Read positions of (batch, length, ...) as (positions, sequences, groups, parts or 1, width or states)."""
+        """Read positions of (batch, length, ...) as (positions, sequences, groups, parts or 1, ...)."""
         sequences, groups, parts = self.sizes
         has_groups, width = array.ndim > 3, self.layout.width
         sizes = (groups, *array.shape[3:]) if has_groups else (groups * parts * width,)

@@ -33,7 +33,7 @@ def test_any_shape(exact, batch, length, width, groups, states, without, delta_s
     scan = functools.partial(xla.selective_scan)  # new function, as the usual one is compiled for usual sizes
     args = exact.arguments(batch, length, width * groups, states, groups, dtype=np.float32, without=without)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "CHUNK", 3)
+        patch.setattr(blocks, "CHUNK", 6)
         patch.setattr(blocks, "LANES", 2)
         patch.setattr(xla, "LANES", 2)
         patch.setattr(blocks, "CACHED_ELEMENTS", 4 * states)
