@@ -1,6 +1,6 @@
 """Print results of the benchmarks as Markdown tables.
 
-    python -m kernels.benchmarks.tables kernels/benchmarks/results/cpu.json
+    python -m kernels.benchmarks.tables kernels/benchmarks/results/cpu_py312.json
 
 Each table is preceded by the date, device, driver and package versions of its measurement.
 """
