@@ -14,6 +14,8 @@ from tests.integration.trained import LEARNED, NEVER_LEARNED, results_of, sample
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
 
+CHANGEABLE = "backbone.weights, model.scan and model.dtype"
+
 
 def test_a_detector_decides_like_the_run(home, detector, reader):
     """The run evaluated prepared images in batches; the detector gets the original images one by one."""
@@ -180,10 +182,10 @@ def test_a_single_image_is_prepared_like_a_batch_of_one(detector, reader):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"foo": 9}, sentences.KEY_CANNOT_BE_CHANGED.format(key="foo", known="backbone.weights, model.scan and model.dtype")),
+        ({"foo": 9}, sentences.KEY_CANNOT_BE_CHANGED.format(key="foo", known=CHANGEABLE)),
         (
             {"model.width": 9},
-            sentences.KEY_CANNOT_BE_CHANGED.format(key="model.width", known="backbone.weights, model.scan and model.dtype"),
+            sentences.KEY_CANNOT_BE_CHANGED.format(key="model.width", known=CHANGEABLE),
         ),
         ({"step": "0"}, sentences.STEP_NOT_A_NUMBER.format("str")),
         ({"workdir": None}, sentences.WORKDIR_NOT_A_PATH.format("NoneType")),
