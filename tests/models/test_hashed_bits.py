@@ -68,3 +68,10 @@ def test_a_batch_of_keys_gives_the_numbers_of_each_key(keys):
     alone = np.stack([np.asarray(jax.random.uniform(key, (5, 7))) for key in keys])
     np.testing.assert_array_equal(batched, alone)
     assert len(np.unique(batched)) == batched.size
+
+
+def test_both_words_of_a_key_count():
+    """Keys that share a word have unrelated streams."""
+    keys = hashed_keys(jax.random.wrap_key_data(np.uint32([[7, 1], [7, 2], [9, 1], [1, 7]])))
+    x = np.asarray(jax.vmap(lambda key: jax.random.uniform(key, SIZE))(keys)) - 0.5
+    assert np.abs(np.corrcoef(x) - np.eye(len(x))).max() < 5 / SIZE**0.5

@@ -219,6 +219,12 @@ def test_a_coordinator_that_does_not_answer_is_reported(monkeypatch):
         pass
 
 
+def test_shapes_on_a_device_are_those_before_replication():
+    tree = {"kernel": np.zeros((2, 3)), "scale": np.float32(1)}
+    shapes = devices.shapes_on_a_device(devices.replicate(tree))
+    assert jax.tree.map(np.shape, shapes) == {"kernel": (2, 3), "scale": ()}
+
+
 if __name__ == "__main__":  # the same training on another number of devices, which needs a separate process
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))

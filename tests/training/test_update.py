@@ -288,12 +288,12 @@ def test_the_operation_that_produces_nan_is_found(flaw, number, message):
 
 def test_the_most_specific_cause_in_the_earliest_update_is_reported():
     """A loss term takes precedence over the total loss, and the gradient of the first broken parameter is named."""
-    params = {"a": 0, "b": {"c": 0}}
+    params = {"a": np.zeros((2, 3)), "b": {"c": np.zeros(2)}}
     good = {name: np.ones(4) for name in ("loss", "pull", "gradient_norm", "update_norm")} | {
         "element": np.zeros(4, int)
     }
     check(good, params, 10)
-    bad = {name: np.array([1, 1, np.nan, np.nan]) for name in good} | {"element": np.array([0, 0, 1, 1])}
+    bad = {name: np.array([1, 1, np.nan, np.nan]) for name in good} | {"element": np.array([0, 0, 6, 6])}
     for broken, message in [
         (
             bad,
