@@ -136,7 +136,7 @@ def test_a_full_disk_leaves_the_workdir_unclaimed(tmp_path, files_no_larger_than
     [
         (None, sentences.RUN_BY_OLDER_VERSION),
         (1, sentences.RUN_BY_OLDER_VERSION),
-        (4, sentences.RUN_BY_ANOTHER_VERSION),
+        (workdirs.FORMAT + 1, sentences.RUN_BY_ANOTHER_VERSION),
         ("x", sentences.RUN_BY_ANOTHER_VERSION),
     ],
 )
@@ -148,4 +148,4 @@ def test_a_run_of_another_format_is_refused(tmp_path, format_, sentence):
     file.write_text(json.dumps(content if format_ is None else content | {"format": format_}))
     with pytest.raises(UserError) as error:
         workdirs.check(tmp_path, paper("6-1"))
-    assert str(error.value) == sentence.format(file=file, found=format_ or 0, read=3)
+    assert str(error.value) == sentence.format(file=file, found=format_ or 0, read=workdirs.FORMAT)
