@@ -21,7 +21,6 @@ from iumad_jax.shapes import MAP_SIZE
 RENAMED = {
     r"^(reconstruction|project)_": r"\1.",
     r"\b(encoder|decoder)_(\d+)_": r"\1.\2.",
-    r"MultiHeadDotProductAttention_0\.": "",
     r"\b(kernel|scale)$": "weight",
 }
 

@@ -32,7 +32,6 @@ def softmax(x):
 
 def attention(p, q, k, v, allowed=None):
     """Compute multi-head attention, one head and one query token at a time."""
-    p = p["MultiHeadDotProductAttention_0"]
     out = np.zeros((len(q), p["out"]["bias"].size)) + p["out"]["bias"]
     for head in range(p["query"]["kernel"].shape[1]):
         head_q, head_k, head_v = (

@@ -115,7 +115,7 @@ def test_dropout_applies_to_attention_weights():
         "out": {"kernel": identity[None], "bias": np.zeros(48, np.float32)},
     }
     weights = Attention(heads=1, dropout=0.1).apply(
-        {"params": {"MultiHeadDotProductAttention_0": params}},
+        {"params": params},
         *(value,) * 3,
         deterministic=False,
         rngs={"dropout": jax.random.key(0)},
@@ -151,7 +151,7 @@ def test_parameters_are_initialised_as_in_uniad():
     for kernel, fan_in, fan_out in [
         (params["embed"]["kernel"], 48, 64),
         (params["encoder_0_feed_forward"]["hidden"]["kernel"], 64, 128),
-        (params["encoder_0_attention"]["MultiHeadDotProductAttention_0"]["query"]["kernel"], 64, 64),
+        (params["encoder_0_attention"]["query"]["kernel"], 64, 64),
     ]:
         bound = np.sqrt(6 / (fan_in + fan_out))
         assert np.abs(kernel).max() <= bound
