@@ -123,7 +123,8 @@ def fit_plane(points: Float[np.ndarray, "n 3"], trials: int = 256) -> Plane:
         raise UserError("the depth image has too few valid pixels to fit the background plane; replace the image.")
     tolerance = min(0.002, 0.01 * float(np.linalg.norm(np.ptp(points, axis=0))))
     offsets = points @ candidates.T - (candidates * anchors).sum(1)  # (n, trials)
-    cost = np.minimum(offsets**2, tolerance**2).sum(0)
+    np.square(offsets, out=offsets)
+    cost = np.minimum(offsets, tolerance**2, out=offsets).sum(0)
     normal, centre = candidates[cost.argmin()], anchors[cost.argmin()]
     for _ in range(3):
         inliers = points[np.abs((points - centre) @ normal) < tolerance]

@@ -12,6 +12,7 @@ Random access to memory-mapped files is several times faster than to records tha
 
 import dataclasses
 import hashlib
+import os
 import shutil
 import sys
 from collections import deque
@@ -242,7 +243,7 @@ class Store:
             missing = [index for index in range(len(images)) if index not in finished]
             bar = tqdm(total=len(images), initial=len(finished), unit="image", disable=None, leave=False)
             bar.set_description(f"preparing {object_} {split}")
-            with bar, ThreadPoolExecutor() as pool:
+            with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
                 processed = self._process_all(pool, object_, split, [(index, images[index]) for index in missing])
                 while chunk := list(islice(processed, ENCODED_AT_ONCE)):
                     preemption.check()
