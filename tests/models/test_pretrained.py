@@ -328,7 +328,7 @@ def test_a_state_dict_of_another_network_is_refused_naming_its_first_wrong_tenso
     with pytest.raises(
         UserError,
         match=sentences.TENSOR_OF_WRONG_SHAPE_FOR.format(
-            backbone="efficientnet_b4", expected=r"\(48, 1, 3, 3\)", found=r"\(32, 1, 3, 3\)"
+            backbone="efficientnet_b4", expected=r"\(48, 3, 3, 3\)", found=r"\(32, 3, 3, 3\)"
         ),
     ):
         pretrained.convert(lite0, "efficientnet_b4", PTH)
