@@ -13,7 +13,7 @@
     report/      tables, pictures and a page from a run's ledger
     models/      Flax modules
     metrics/     metrics of NumPy arrays
-    runtime/     files, snapshots, devices, processes
+    runtime/     files, snapshots, compiled programs, devices, processes
 
 A package imports only from packages below it (pyproject.toml, checked in CI). `python -m iumad_jax` lists the commands.
 """

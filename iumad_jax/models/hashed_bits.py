@@ -14,8 +14,9 @@ from jaxtyping import Array, Key, PRNGKeyArray, UInt32
 
 
 def hashed_keys(keys: Key[Array, "*shape"]) -> Key[Array, "*shape"]:
-    """Convert JAX's default keys to keys of this generator. All functions of `jax.random` accept them."""
-    return jax.random.wrap_key_data(jax.random.key_data(keys), impl=_IMPLEMENTATION)
+    """Convert keys of any of JAX's generators to keys of this one. All functions of `jax.random` accept them."""
+    words = jax.random.key_data(keys)[..., :2]  # keys of "rbg" have four, of which the first two are a Threefry key
+    return jax.random.wrap_key_data(words, impl=_IMPLEMENTATION)
 
 
 def _mix(x: UInt32[Array, "*shape"]) -> UInt32[Array, "*shape"]:

@@ -1,1 +1,1 @@
-"""Atomic file writes, snapshots, the workdir, preemption, devices and processes."""
+"""Atomic file writes, snapshots, the workdir, compiled programs, preemption, devices and processes."""

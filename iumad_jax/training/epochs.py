@@ -11,7 +11,7 @@ import optax
 from tqdm import tqdm
 
 from iumad_jax.data.batches import DeviceBatches
-from iumad_jax.runtime import devices
+from iumad_jax.runtime import devices, memory
 from iumad_jax.training import nonfinite
 from iumad_jax.training.update import TrainState
 
@@ -73,6 +73,8 @@ def train_epochs(
             numbers = np.arange(epoch * per_epoch, (epoch + 1) * per_epoch)
             epoch_rates = np.broadcast_to(np.asarray(rates(numbers), np.float32), numbers.shape)
             completed = completed_before = max(0, first - epoch * per_epoch)
+            if epoch <= first // per_epoch + 1:
+                memory.return_freed()  # by preparation, then by compilation
             start = time.monotonic()
             while completed < per_epoch:
                 device_batches = next(stream)

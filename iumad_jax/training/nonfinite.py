@@ -31,7 +31,7 @@ class NotFinite(UserError):
 def measure(gradients: Any, changes: Any) -> Scalars:
     """Compute what `check` needs: norms of gradients and weight changes, and where a gradient is not finite.
 
-    They cost next to nothing, since clipping sums the squares of the gradients anyway.
+    They cost little, since clipping sums the squares of the gradients anyway.
     """
     squares, change = jnp.square(ravel_pytree(gradients)[0]), ravel_pytree(changes)[0]
     total = squares.sum()

@@ -75,3 +75,10 @@ def test_both_words_of_a_key_count():
     keys = hashed_keys(jax.random.wrap_key_data(np.uint32([[7, 1], [7, 2], [9, 1], [1, 7]])))
     x = np.asarray(jax.vmap(lambda key: jax.random.uniform(key, SIZE))(keys)) - 0.5
     assert np.abs(np.corrcoef(x) - np.eye(len(x))).max() < 5 / SIZE**0.5
+
+
+def test_keys_of_other_generators_give_random_numbers():
+    keys = hashed_keys(jax.random.split(jax.random.key(0, impl="rbg"), 1000))
+    numbers = np.asarray(jax.vmap(lambda key: jax.random.uniform(key, 10))(keys))
+    assert len(np.unique(numbers)) > 9_990
+    assert stats.kstest(numbers.ravel(), "uniform").pvalue > 0.01
