@@ -123,7 +123,7 @@ def fit_plane(points: Float[np.ndarray, "n 3"], trials: int = 256) -> Plane:
         raise UserError("the depth image has too few valid pixels to fit the background plane; replace the image.")
     tolerance = min(0.002, 0.01 * float(np.linalg.norm(np.ptp(points, axis=0))))
     offsets = points @ candidates.T - (candidates * anchors).sum(1)  # (n, trials)
-    np.square(offsets, out=offsets)
+    np.square(offsets, out=offsets)  # in place, since memory limits the speed
     cost = np.minimum(offsets, tolerance**2, out=offsets).sum(0)
     normal, centre = candidates[cost.argmin()], anchors[cost.argmin()]
     for _ in range(3):

@@ -28,24 +28,33 @@ class Attention(nn.Module):
         *,
         deterministic: bool,
     ) -> Float[Array, "*rows p d"]:
-        """Attend from the queries q to the keys k and values v."""
+        """Attend from the queries q to the keys k and values v.
+
+        Where `mask` is True, a query (row) may attend to a key (column). Each query needs such a key. The softmax
+        computes in float32.
+
+        Raises:
+            ValueError: If the heads do not divide the width d.
+        """
         width = q.shape[-1]
+        if width % self.heads:
+            raise ValueError(f"heads must divide the width; got {self.heads} heads and width {width}")
 
         def heads(x: Array, name: str) -> Float[Array, "*rows heads p dh"]:
             shape = self.heads, width // self.heads
             return nn.DenseGeneral(shape, kernel_init=_xavier, name=name)(x).swapaxes(-2, -3)
 
-        # With heads before tokens, each product is one of contiguous matrices. Division by the sum of the weights comes
-        # last, on p x d instead of p x p values, in the forward and the backward pass.
+        # With heads before tokens, every product multiplies contiguous matrices. The softmax divides by its sum last:
+        # p x d instead of p x p values, in the forward and the backward pass.
         scaled = heads(q, "query") / np.sqrt(width // self.heads).astype(q.dtype)
         similarity = (scaled @ heads(k, "key").swapaxes(-1, -2)).astype(jnp.float32)
         if self.mask is not None:
             similarity = jnp.where(self.mask, similarity, -jnp.inf)
         weights = jnp.exp(similarity - lax.stop_gradient(similarity.max(-1, keepdims=True)))
-        total = weights.sum(-1, keepdims=True)
         kept = nn.Dropout(self.dropout, broadcast_dims=(-3,))(weights, deterministic=deterministic)
-        attended = (kept.astype(v.dtype) @ heads(v, "value")) / total.astype(v.dtype)
-        return nn.DenseGeneral(width, axis=(-2, -1), kernel_init=_xavier, name="out")(attended.swapaxes(-2, -3))
+        attended = (kept.astype(v.dtype) @ heads(v, "value")).astype(jnp.float32) / weights.sum(-1, keepdims=True)
+        joined = attended.astype(v.dtype).swapaxes(-2, -3)
+        return nn.DenseGeneral(width, axis=(-2, -1), kernel_init=_xavier, name="out")(joined)
 
 
 class DenseWithMean(nn.Dense):

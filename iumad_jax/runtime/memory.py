@@ -7,8 +7,8 @@ from contextlib import suppress
 def return_freed() -> None:
     """Return freed memory to the operating system.
 
-    The allocator of glibc keeps it: after the compilation of a training update, 0.8 GB, which the next compilation
-    cannot use in full. Other allocators do without.
+    glibc keeps it: 0.8 GB after the compilation of a training update, in pieces that later compilations reuse only in
+    part. Where there is no `malloc_trim`, nothing happens.
     """
     with suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

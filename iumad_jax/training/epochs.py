@@ -74,7 +74,7 @@ def train_epochs(
             epoch_rates = np.broadcast_to(np.asarray(rates(numbers), np.float32), numbers.shape)
             completed = completed_before = max(0, first - epoch * per_epoch)
             if epoch <= first // per_epoch + 1:
-                memory.return_freed()  # by preparation, then by compilation
+                memory.return_freed()  # first what preparation freed, then what compilation freed
             start = time.monotonic()
             while completed < per_epoch:
                 device_batches = next(stream)

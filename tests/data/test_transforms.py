@@ -19,6 +19,8 @@ def test_images_are_resized_by_an_antialiased_bilinear_filter(shape: tuple[int, 
     np.testing.assert_allclose(resized, expected, atol=1e-2)
     bytes_resized = resize_image(image.astype(np.uint8), size)
     assert bytes_resized.dtype == np.uint8
+    channels = [resize_image(image.astype(np.uint8)[..., [c]], size) for c in range(shape[2])]
+    np.testing.assert_array_equal(bytes_resized, np.concatenate(channels, -1))
     expected = jax.image.resize(np.floor(image), (size, size, shape[2]), "bilinear", antialias=True)
     np.testing.assert_allclose(bytes_resized, expected, atol=1.01)
 

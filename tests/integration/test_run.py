@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from iumad_jax.data.candies import render
+from iumad_jax.runtime import workdir as workdirs
 from iumad_jax.runtime.ledger import read
 from tests import sentences
 from tests.integration.conftest import SMALL
@@ -106,7 +107,7 @@ def test_results_have_the_documented_form(finished_run):
     assert set(results) == required | {"baselines", "bytes", "strategy_bytes", "decisions"}
     assert (results["protocol"], results["objects"]) == ("1-1", list(OBJECTS))
     assert results["steps"] == [["CandyCane"], ["GummyBear"]]
-    assert {"format": 4} | results["config"] == json.loads((workdir / "config.json").read_text())
+    assert {"format": workdirs.FORMAT} | results["config"] == json.loads((workdir / "config.json").read_text())
     assert results["config"]["train"]["epochs"] == 6
     assert results["seconds"] > 1
     assert results["strategy_bytes"] == 2 * 16**2 * 4  # second moments of one encoder and one decoder layer

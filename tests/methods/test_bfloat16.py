@@ -70,6 +70,7 @@ def test_matrix_products_are_computed_in_bfloat16(name, variables, batch):
     dtypes = re.findall(r":(\w+)\[[^\]]*\] = (?:dot_general|conv_general_dilated)", program)
     assert dtypes.count("bf16") > 20
     assert dtypes.count("f32") == (6 if name == "iuf" else 0)
+    assert set(re.findall(r":(\w+)\[[^\]]*\] = (?:exp|reduce_max)", program)) == {"f32"}  # of softmaxes
 
 
 def test_an_error_map_is_float32(name, variables, batch):

@@ -18,6 +18,7 @@ from iumad_jax.models.mamba import (
     MambaBlock,
     MambaDecoder,
     merge_by_parity,
+    patches,
     split_by_parity,
 )
 
@@ -135,6 +136,14 @@ def test_merge_is_the_inverse_of_split(h, w):
     np.testing.assert_array_equal(jax.jit(lambda x: merge_by_parity(split_by_parity(x), h, w))(grid), grid)
 
 
+def test_a_dense_layer_on_patches_is_a_convolution_with_stride():
+    image, kernel = random(7, 9, 3), random(2, 2, 3, 5)
+    expected = jax.lax.conv_general_dilated(
+        image[None], kernel, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(patches(image, 2) @ kernel.reshape(12, 5), expected[0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("h", "w"), [(4, 4), (5, 3), (2, 5)])
 def test_es2d_scans_each_parity_with_separate_parameters(naive, h, w):
     check_module(ES2D(states=3, rank=2), es2d, naive, random(h, w, 6))
@@ -170,7 +179,7 @@ def test_decoder(naive):
 
     scaled = image.astype(np.float64) / 127.5 - 1
     patches = scaled.reshape(5, 4, 5, 4, 3).transpose(0, 2, 1, 3, 4).reshape(5, 5, 48)
-    x = patches @ p["stem"]["kernel"].reshape(48, 6) + p["stem"]["bias"]
+    x = patches @ p["stem"]["kernel"] + p["stem"]["bias"]
     x = naive.layer_norm(p["stem_norm"], x)
     for i in range(2):
         x = mamba_block(naive, p[f"block_{i}"], x)
