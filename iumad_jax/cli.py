@@ -9,7 +9,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from iumad_jax.errors import INTERRUPTED, USER_ERROR, UserError
-from iumad_jax.runtime import compilation_cache, preemption
+from iumad_jax.runtime import compilation_cache, memory, preemption
 from iumad_jax.runtime import workdir as workdirs
 
 
@@ -42,6 +42,7 @@ def execute(
         if dataset:
             _define_dataset(values, arguments)
         _parse(values, arguments)
+        memory.keep_buffers()
         compilation_cache.enable(values.compilation_cache)
         with preemption.handle_signals() if resumable else nullcontext():
             print(act(values))

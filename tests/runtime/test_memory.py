@@ -1,11 +1,13 @@
-"""Freed memory goes back to the operating system."""
+"""The allocator keeps large buffers, and returns freed memory on request."""
 
 import subprocess
 import sys
 
 import pytest
 
-PROGRAM = """
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
+
+RETURN = """
 import psutil
 from iumad_jax.runtime import memory
 
@@ -19,9 +21,38 @@ print(full, before, psutil.Process().memory_info().rss)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc is needed")
 def test_freed_memory_is_returned():
-    output = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True).stdout
+    output = subprocess.run([sys.executable, "-c", RETURN], capture_output=True, text=True, check=True).stdout
     full, before, after = map(int, output.split())
     assert full - before < 50e6  # the allocator keeps it
     assert full - after > 150e6
+
+
+KEEP = """
+import resource
+import sys
+import threading
+from iumad_jax.runtime import memory
+
+if "jax" in sys.argv:
+    import jax
+if "keep" in sys.argv:
+    memory.keep_buffers()
+
+
+def pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    bytearray(200_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+threading.Thread(target=lambda: print(pages(), pages())).start()
+"""
+
+
+@pytest.mark.parametrize(("arguments", "kept"), [(["keep"], True), ([], False), (["jax", "keep"], False)])
+def test_large_buffers_are_kept_in_all_threads_unless_jax_is_imported(arguments, kept):
+    output = subprocess.run([sys.executable, "-c", KEEP, *arguments], capture_output=True, text=True, check=True).stdout
+    first, second = map(int, output.split())
+    assert first > 40_000  # pages of 4 kB
+    assert (second < 1_000) == kept
