@@ -54,5 +54,4 @@ threading.Thread(target=lambda: print(pages(), pages())).start()
 def test_large_buffers_are_kept_in_all_threads_unless_jax_is_imported(arguments, kept):
     output = subprocess.run([sys.executable, "-c", KEEP, *arguments], capture_output=True, text=True, check=True).stdout
     first, second = map(int, output.split())
-    assert first > 40_000  # pages of 4 kB
-    assert (second < 1_000) == kept
+    assert second < first / 10 if kept else second > first / 2
