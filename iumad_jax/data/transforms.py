@@ -30,7 +30,7 @@ def resize_mask(mask: Shaped[np.ndarray, "h w"], size: int) -> Bool[np.ndarray, 
 
 def dilate(mask: Bool[np.ndarray, "h w"], pixels: int = 3) -> Bool[np.ndarray, "h w"]:
     """Extend a mask to all pixels at a distance of at most `pixels`."""
-    h, w = mask.shape  # 29 shifts take less time than a distance transform
+    h, w = mask.shape  # for a few pixels, shifts take less time than a distance transform
     padded, dilated = np.pad(mask, pixels), np.zeros_like(mask)
     for row, column in np.argwhere(np.hypot(*np.ogrid[-pixels : pixels + 1, -pixels : pixels + 1]) <= pixels):
         dilated |= padded[row : row + h, column : column + w]

@@ -40,6 +40,7 @@ FUNCTIONS = {
     "functions": lambda x: (
         jnp.exp(-x) + jnp.log1p(jnp.exp(x)) + jnp.expm1(x) + jnp.tanh(x) + lax.erf(x) - lax.erfc(2 * x)
     ),
+    "mask": lambda x: jnp.exp(jnp.where(x > 0, x, -jnp.inf)),
     "roots": lambda x: (
         lax.rsqrt(jnp.abs(x) + 1) + jnp.sqrt(jnp.abs(x)) + jnp.log(jnp.abs(x) + 1) + x**2.5 * 0 + jnp.sign(x)
     ),

@@ -49,7 +49,8 @@ def three_updates():
     """Train a small IB-IUMAD with all its randomness for three updates.
 
     Returns:
-        The losses, the weights after training and the initial weights, as NumPy arrays.
+        The losses with the norm of the first gradient, the weights after training and the initial weights, as NumPy
+        arrays.
     """
     config = paper("1-0")
     config.model.update(width=8, heads=2, layers=1, hidden=12, patch_size=4, states=2, dropout=0.2)
@@ -74,7 +75,9 @@ def three_updates():
         per_epoch=3,
         epochs=1,
     )
-    return epoch.losses, epoch.state.variables["params"], variables["params"]
+    # Later gradients amplify rounding: another instruction set (XLA_FLAGS=--xla_cpu_max_isa) changes them by 1e-3.
+    losses = epoch.losses | {"gradient_norm": epoch.history["gradient_norm"][0]}
+    return losses, epoch.state.variables["params"], variables["params"]
 
 
 class Narrow(nn.Module):
@@ -159,10 +162,7 @@ def test_four_devices_train_ib_iumad_like_one(by_devices):
     """Results are equal up to rounding, as above."""
     losses, params, before = by_devices[4][1]
     one_losses, one_params, _ = by_devices[1][1]
-    # The gradients amplify rounding: another instruction set (XLA_FLAGS=--xla_cpu_max_isa) changes their norm by 4e-4.
-    norm = losses["gradient_norm"]
-    assert norm == pytest.approx(one_losses["gradient_norm"], rel=1e-2)
-    assert losses == pytest.approx(one_losses | {"gradient_norm": norm}, rel=1e-4)
+    assert losses == pytest.approx(one_losses, rel=1e-4)
     moved = []
     for (path, four), one, old in zip(
         jax.tree.leaves_with_path(params), *map(jax.tree.leaves, (one_params, before)), strict=True

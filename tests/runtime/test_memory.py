@@ -1,11 +1,12 @@
 """The allocator keeps large buffers, and returns freed memory on request."""
 
+import platform
 import subprocess
 import sys
 
 import pytest
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is not glibc's")
 
 RETURN = """
 import psutil
