@@ -25,7 +25,9 @@ _LIMITS = {
     "model.bottleneck_ratio": (0.01, 1),
     "model.jitter.scale": (0, math.inf),
     "model.jitter.probability": (0, 1),
-    "nearest_neighbours.patches_per_object": (2, 10**7),
+    "memory_bank.megabytes": (0.01, 100_000),
+    "memory_bank.neighbourhood": (1, 256),
+    "memory_bank.place": (0, math.inf),
     "decisions.quantile": (0.5, 1),
     "train.epochs": (0, 10**6 - 1),
     "train.batch_size": (1, 10**6),
@@ -58,8 +60,10 @@ def paper(protocol: str) -> ConfigDict:
     """Return the config of IB-IUMAD as published, under a protocol such as "6-1" (see `iumad_jax.protocol`)."""
     config = ConfigDict()
     config.protocol = protocol
-    config.method = "ib_iumad"  # ib_iumad, uniad, iuf; or a baseline alone: feature_norm, nearest_neighbours
-    config.baselines = "feature_norm,nearest_neighbours"  # training-free baselines, evaluated on the same inputs
+    config.method = "ib_iumad"  # ib_iumad, uniad, iuf; without training: memory_bank, feature_norm
+    config.baselines = "feature_norm,memory_bank"  # methods without training, evaluated on the same inputs
+    config.combine = "maximum"  # of modalities: maximum, sum, rgb, depth, published
+    config.score = "common"  # of images: common (one rule for all methods), window16 (paper), own (of each method)
     config.modality = "rgb+depth"  # rgb, depth, rgb+depth
     config.seed = 0
 
@@ -108,7 +112,10 @@ def paper(protocol: str) -> ConfigDict:
     config.model.ib_head_weight = 1.0  # weight of the classification heads within the bottleneck loss
     config.model.aux_reconstruction_weight = 0.0  # weight of the reconstruction loss of each modality alone
 
-    config.nearest_neighbours = ConfigDict({"patches_per_object": 2_000})  # patches in the memory bank
+    config.memory_bank = ConfigDict()
+    config.memory_bank.megabytes = 4.0  # size of an object's patches, of all modalities together
+    config.memory_bank.neighbourhood = 1  # side of the square over which tokens are averaged
+    config.memory_bank.place = 0.0  # weight of the distance in the image, in sides; 0 compares patches from anywhere
 
     config.train = ConfigDict()
     config.train.epochs = 800  # per step

@@ -21,8 +21,8 @@ from iumad_jax.data.prepared.store import PreparedSet
 from iumad_jax.data.sample import Split
 from iumad_jax.errors import UserError
 from iumad_jax.inference import assessment, evaluation, recognition
-from iumad_jax.inference.evaluation import Judgement, Model
-from iumad_jax.inference.thresholds import describe, thresholds
+from iumad_jax.inference.evaluation import Judgement
+from iumad_jax.inference.thresholds import describe
 from iumad_jax.metrics import final
 from iumad_jax.report import figures, html, result_files, tables
 from iumad_jax.report.history import history, results
@@ -30,7 +30,6 @@ from iumad_jax.runtime import ledger as ledgers
 from iumad_jax.runtime import live, preemption, processes, snapshots
 from iumad_jax.runtime import workdir as workdirs
 from iumad_jax.runtime.progress import Position, Progress
-from iumad_jax.shapes import Calibration
 from iumad_jax.training import nonfinite
 from iumad_jax.training.dataset_changes import DatasetChanged, describe_changes
 from iumad_jax.training.epochs import Epoch, train_epochs
@@ -218,12 +217,11 @@ def record(run: Run, training: Training, epoch: Epoch, progress: Progress) -> Pr
 @processes.process_zero_only
 def assess(run: Run, step: protocol.Step, progress: Progress) -> Progress:
     """Set thresholds, evaluate every method on all objects learned so far, and take the step's snapshot."""
-    recogniser = recognition.fit(progress.recognition)
-    calibration = calibrate(run, step, progress, recogniser)
-    quantile, scale = run.config.decisions.quantile, run.store.processing.height_scale
-    decisions, limits = describe(calibration, quantile), thresholds(calibration, quantile)
+    good = functools.partial(good_images, run.store)
+    progress = assessment.calibrate(run.config, run.methods, progress, step.seen, good)
+    model = evaluation.make_model(run.config, run.methods, progress)
+    decisions, scale = describe(progress.calibration, run.config.decisions.quantile), run.store.processing.height_scale
     tests = evaluation.test_sets(run.store.reader, step.seen, lambda name: run.store.get(name, "test"))
-    model = Model(run.methods, progress.variables, recogniser, limits)
     numbers = {name: number for number, name in enumerate(step.seen)}
     for judgement in assessment.assess(model, tests, numbers, decisions, step.index, run.ledger, run.workdir, scale):
         preemption.check()
@@ -237,19 +235,7 @@ def assess(run: Run, step: protocol.Step, progress: Progress) -> Progress:
         live.log(f"step {step.index}: mean I-AUROC {mean:.3f} over the objects learned so far")
     inventory.record_images(run.workdir, run.store, step.seen, ("calibration", "test"))
     position = Position(step.index, 0, finished=True)
-    return run.save(progress._replace(position=position, calibration=calibration, optimizer=[]))
-
-
-def calibrate(
-    run: Run, step: protocol.Step, progress: Progress, recogniser: recognition.Recogniser
-) -> dict[str, Calibration]:
-    """Score the good images that set the thresholds of all objects learned so far."""
-    calibration, variables = {}, progress.variables[run.config.method]
-    good = functools.partial(good_images, run.store)
-    for name, scores in assessment.calibrate(run.method, variables, recogniser, step.seen, good):
-        preemption.check()
-        calibration[name] = scores
-    return calibration
+    return run.save(progress._replace(position=position, optimizer=[]))
 
 
 def show(run: Run, step: protocol.Step, judgement: Judgement) -> None:

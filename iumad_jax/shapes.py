@@ -56,10 +56,30 @@ class Batch(NamedTuple):
 
 
 class ErrorMaps(NamedTuple):
-    """Output of a method for a batch."""
+    """Output of a method for a batch.
 
-    maps: dict[str, Float[Array, "b m m"]]  # by modality or by jointly judged group of modalities, such as "rgb+depth"
-    object_logits: Float[Array, "b k"] | None  # None if the method does not recognise objects
+    Attributes:
+        maps: Error maps by modality, or by jointly judged group of modalities such as "rgb+depth".
+        object_logits: Logits of the object; None if the method does not recognise objects.
+        published: Anomaly map as the method's paper combines the modalities; None for the sum of `maps`.
+        score: Image score of the method's paper; None for that of IB-IUMAD, see `anomaly_map.SCORES`.
+    """
+
+    maps: dict[str, Float[Array, "b m m"]]
+    object_logits: Float[Array, "b k"] | None = None
+    published: Float[Array, "b m m"] | None = None
+    score: Float[Array, " b"] | None = None
+
+
+class Scale(NamedTuple):
+    """Usual values of the error maps of good images, one per object, in the order of learning."""
+
+    quantile: Float[Array | np.ndarray, "*k"]  # 99 % of the values lie below
+    mean: Float[Array | np.ndarray, "*k"]
+    deviation: Float[Array | np.ndarray, "*k"]  # standard deviation
+
+
+Scales = dict[str, Scale]  # by modality or group, as in `ErrorMaps.maps`
 
 
 class Prediction(NamedTuple):

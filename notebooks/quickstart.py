@@ -71,7 +71,7 @@ results = experiment.run(config, Path(workdir))
 # %% [markdown]
 # ## Learning and forgetting
 #
-# The baselines `feature_norm` and `nearest_neighbours` are not trained. A trained method is useful only if it beats
+# The baselines `feature_norm` and `memory_bank` are not trained. A trained method is useful only if it beats
 # them.
 
 # %%

@@ -44,7 +44,7 @@ from iumad_jax import experiment
 
 if not (Path(workdir) / "results.json").exists():
     config = configs.paper("1-1")
-    config.method = "nearest_neighbours"
+    config.method = "memory_bank"
     config.dataset.name = "candies"
     config.dataset.root = f"{workdir}_candies"
     config.dataset.objects = "CandyCane,GummyBear"

@@ -76,7 +76,7 @@ def quickstart(execute):
 def test_quickstart(quickstart):
     home, outputs = quickstart
     (table,) = displayed(outputs, "text/markdown")
-    for name in ("CandyCane", "GummyBear", "Marshmallow", "nearest_neighbours"):
+    for name in ("CandyCane", "GummyBear", "Marshmallow", "memory_bank"):
         assert name in table
     assert len(displayed(outputs, "image/jpeg")) == 3
     assert 'href="runs/notebook/report.html"' in displayed(outputs, "text/html")[-1]

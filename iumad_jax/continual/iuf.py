@@ -122,7 +122,7 @@ def iuf(config: ConfigDict, method: Method) -> Strategy:
     def finish(strategy_state: StrategyState, variables: Variables, batch: Batch, _: int) -> StrategyState:
         if not config.projection:
             return {}
-        rows = predict_in_batches(method.activations, variables, batch)
+        rows = predict_in_batches(jax.jit(method.activations), variables, batch)
         moments = jax.tree.map(lambda r: np.asarray(r.T @ r, np.float32), rows)
         old_moments = strategy_state.get("moments")
         return {"moments": jax.tree.map(np.add, old_moments, moments) if old_moments else moments}

@@ -13,7 +13,7 @@ from tabulate import tabulate
 
 from iumad_jax.data import readers
 from iumad_jax.export import formats
-from iumad_jax.inference.anomaly_map import combine
+from iumad_jax.inference.anomaly_map import combine, make_rule
 from iumad_jax.inference.detector import Detector
 from iumad_jax.inference.recognition import RECOGNISE
 from iumad_jax.methods.error_maps import upsample_errors
@@ -56,8 +56,9 @@ def measure(config: ConfigDict, workdir: Path, step: int | None, repetitions: in
 
     extractor = FeatureExtractor(config.backbone.name, config.backbone.grid)
     encode = jax.jit(lambda weights, images: [extractor.apply(weights, x) for x in images.values()])
-    make_map = jax.jit(lambda errors: combine(upsample_errors({"all": errors})))
-    errors = np.zeros((1, config.backbone.grid**2), np.float32)
+    rule, scales = make_rule(config), detector.state.scales
+    errors = {m: np.zeros((1, config.backbone.grid**2), np.float32) for m in scales}
+    make_map = jax.jit(lambda errors: combine(upsample_errors(errors), scales, np.zeros(1, np.int32), rule))
     device_ms = milliseconds(lambda: detector.function(detector.state, prepared, np.array([RECOGNISE])))
     backbone_ms = milliseconds(lambda: encode(detector.state.backbone, prepared))
     map_ms = milliseconds(lambda: make_map(errors))

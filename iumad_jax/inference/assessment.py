@@ -14,32 +14,61 @@ from iumad_jax.data.prepared.good_images import GoodImages
 from iumad_jax.data.prepared.store import open_store
 from iumad_jax.errors import UserError
 from iumad_jax.inference import decisions, evaluation
+from iumad_jax.inference.anomaly_map import combine, measure_scales
 from iumad_jax.inference.evaluation import Judgement, Model, TestSets
-from iumad_jax.inference.recognition import Recogniser
 from iumad_jax.inference.thresholds import Record, describe, make_calibration
 from iumad_jax.methods.method import Method
 from iumad_jax.report import html, result_files, samples
 from iumad_jax.report.history import history, results
 from iumad_jax.runtime import ledger as ledgers
-from iumad_jax.runtime import storage
+from iumad_jax.runtime import preemption, storage
 from iumad_jax.runtime.ledger import Ledger
 from iumad_jax.runtime.progress import Progress
-from iumad_jax.shapes import Calibration, Variables
+from iumad_jax.shapes import Scales
 
 
 def calibrate(
-    method: Method,
-    variables: Variables,
-    recogniser: Recogniser,
+    config: ConfigDict,
+    methods: dict[str, Method],
+    progress: Progress,
     objects: Sequence[str],
     good_images: Callable[[str], GoodImages],
-) -> Iterator[tuple[str, Calibration]]:
-    """Yield the name and the calibration of each learned object, measured on its good images."""
-    for number, name in enumerate(objects):
-        good = good_images(name)
-        prediction, distance = evaluation.infer(method, variables, recogniser, good.calibrating)
+) -> Progress:
+    """Measure the scales of all methods and the calibration of the config's method on good images.
+
+    Args:
+        config: Config of the run.
+        methods: Methods by name, the config's method first.
+        progress: Progress with the methods' variables, frozen ones included.
+        objects: The learned objects, in the order of learning.
+        good_images: Returns the good images of an object.
+
+    Returns:
+        The progress with new scales and calibrations.
+    """
+    model = evaluation.make_model(config, methods, progress)
+    scales: dict[str, Scales] = {}
+    for name, method in methods.items():
+        by_object = []
+        for number, object_ in enumerate(objects):
+            preemption.check()
+            errors = method.held_out(progress.variables[name], number)
+            if errors is None:
+                errors = evaluation.error_maps(model, name, good_images(object_).calibrating)
+            by_object.append(measure_scales(errors))
+        scales[name] = jax.tree.map(lambda *values: np.stack(values), *by_object)
+    model, main = model._replace(scales=scales), next(iter(methods))
+    calibration = {}
+    for number, object_ in enumerate(objects):
+        preemption.check()
+        good = good_images(object_)
+        prediction, distance = evaluation.infer(model, main, good.calibrating)
+        if good.from_training_images and (errors := methods[main].held_out(progress.variables[main], number)):
+            count = len(jax.tree.leaves(errors)[0])
+            prediction = combine(errors, scales[main], np.full(count, number, np.int32), model.rule)
         flags = {"from_training_images": good.from_training_images, "few": good.few}
-        yield name, make_calibration(prediction, distance, number, **flags)
+        calibration[object_] = make_calibration(prediction, distance, number, **flags)
+    return progress._replace(scales=scales, calibration=calibration)
 
 
 def assess(

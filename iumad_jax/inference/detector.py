@@ -16,7 +16,8 @@ from iumad_jax import methods
 from iumad_jax.data.prepared.processing import Processing
 from iumad_jax.data.sample import Camera, Sample
 from iumad_jax.errors import UserError
-from iumad_jax.inference import anomaly_map, recognition
+from iumad_jax.inference import recognition
+from iumad_jax.inference.anomaly_map import Rule, combine, make_rule
 from iumad_jax.inference.decisions import decide
 from iumad_jax.inference.recognition import RECOGNISE, Recogniser
 from iumad_jax.inference.thresholds import Thresholds, thresholds
@@ -25,7 +26,7 @@ from iumad_jax.models import pretrained
 from iumad_jax.models.efficientnet import FeatureExtractor
 from iumad_jax.runtime import snapshots
 from iumad_jax.runtime import workdir as workdirs
-from iumad_jax.shapes import Batch, Modality, Variables
+from iumad_jax.shapes import Batch, Modality, Scales, Variables
 
 
 class Detection(NamedTuple):
@@ -68,7 +69,8 @@ class State(NamedTuple):
     """All arrays of a trained model."""
 
     backbone: Variables
-    variables: Variables
+    variables: Variables  # arranged (`Method.arrange`)
+    scales: Scales
     recogniser: Recogniser
     thresholds: Thresholds
 
@@ -91,6 +93,7 @@ class Outputs(NamedTuple):
 
 def detect(
     method: Method,
+    rule: Rule,
     extractor: FeatureExtractor,
     state: State,
     images: dict[Modality, Float[Array, "b h w 3"]],
@@ -100,6 +103,7 @@ def detect(
 
     Args:
         method: Method of the run.
+        rule: How its error maps become anomaly maps and scores.
         extractor: Backbone.
         state: Arrays of the trained model.
         images: Images from `Detector.prepare`, with values 0 to 255.
@@ -109,7 +113,8 @@ def detect(
     features = {m: grid.reshape(len(grid), -1, grid.shape[-1]) for m, grid in grids.items()}
     distance = recognition.distances(state.recogniser, features)
     object_id = recognition.recognise(distance, specified_id)
-    prediction = anomaly_map.predictor(method)(state.variables, Batch(features, images, object_id))
+    errors = method.predict(state.variables, Batch(features, images, object_id))
+    prediction = combine(errors, state.scales, object_id, rule)
     decision = decide(state.thresholds, prediction, distance, object_id, len(state.recogniser.centre))
     return Outputs(score=prediction.score, map=prediction.map, **decision._asdict())
 
@@ -167,12 +172,14 @@ class Detector:
         progress = snapshots.read(Path(workdir), step)
         inputs = progress.inputs
         name, method = config.method, methods.build(config.method, config, len(progress.objects))
+        rule = make_rule(config)
         variables = with_frozen(name, method, progress.variables[name], progress.frozen.get(name))
         extractor = FeatureExtractor(config.backbone.name, config.backbone.grid)
 
         state = State(
             jax.device_put(pretrained.load(config.backbone.name, config.backbone.weights)),
-            jax.device_put(variables),
+            jax.device_put(method.arrange(variables)),
+            progress.scales[name],
             recognition.fit(progress.recognition),
             thresholds(progress.calibration, config.decisions.quantile),
         )
@@ -182,7 +189,7 @@ class Detector:
             Processing(**inputs["processing"] | {"modalities": configs.modalities(config)}),
             Camera(**inputs["camera"]) if inputs["camera"] else None,
             inputs["camera_width"],
-            jax.jit(lambda state, images, specified_id: detect(method, extractor, state, images, specified_id)),
+            jax.jit(lambda state, images, specified_id: detect(method, rule, extractor, state, images, specified_id)),
             state,
         )
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
@@ -16,7 +17,7 @@ from iumad_jax import methods
 from iumad_jax.data.prepared.store import PreparedSet
 from iumad_jax.data.sample import Reader
 from iumad_jax.inference import recognition
-from iumad_jax.inference.anomaly_map import predictor
+from iumad_jax.inference.anomaly_map import Rule, combine, make_rule
 from iumad_jax.inference.decisions import Decision, decide
 from iumad_jax.inference.recognition import Recogniser
 from iumad_jax.inference.thresholds import Thresholds, thresholds
@@ -24,26 +25,38 @@ from iumad_jax.methods.method import Method, with_frozen
 from iumad_jax.metrics import image_auroc, pixel_metrics
 from iumad_jax.runtime.in_batches import predict_in_batches
 from iumad_jax.runtime.progress import Progress
-from iumad_jax.shapes import Batch, GroundTruth, Prediction, Variables
+from iumad_jax.shapes import Batch, ErrorMaps, GroundTruth, Prediction, Scales, Variables
 
 
 class Model(NamedTuple):
-    """Methods after a step, the recogniser, and the thresholds of the config's method."""
+    """Methods after a step, and what turns their error maps into decisions."""
 
     methods: dict[str, Method]  # by name: the config's method first, then its baselines
-    variables: dict[str, Variables]  # by method name
+    variables: dict[str, Variables]  # by method name, arranged (`Method.arrange`)
+    scales: dict[str, Scales]  # by method name, for all learned objects
+    rule: Rule
     recogniser: Recogniser
-    thresholds: Thresholds
+    thresholds: Thresholds | None  # of the config's method; None before the first calibration
 
 
 def load(config: ConfigDict, progress: Progress) -> Model:
     """Build the model of a run's config from a snapshot."""
     built = methods.with_baselines(config, len(progress.objects))
+    variables = {
+        name: with_frozen(name, built[name], progress.variables[name], progress.frozen.get(name)) for name in built
+    }
+    return make_model(config, built, progress._replace(variables=variables))
+
+
+def make_model(config: ConfigDict, methods: dict[str, Method], progress: Progress) -> Model:
+    """Build the model of a config from its methods, whose frozen variables the progress includes."""
     return Model(
-        built,
-        {name: with_frozen(name, built[name], progress.variables[name], progress.frozen.get(name)) for name in built},
+        methods,
+        {name: method.arrange(progress.variables[name]) for name, method in methods.items()},
+        progress.scales,
+        make_rule(config),
         recognition.fit(progress.recognition),
-        thresholds(progress.calibration, config.decisions.quantile),
+        thresholds(progress.calibration, config.decisions.quantile) if progress.calibration else None,
     )
 
 
@@ -81,31 +94,40 @@ def judge(model: Model, test_sets: TestSets) -> Iterator[Judgement]:
     """Yield the judgement of every method about every object's images, baselines after the config's method."""
     for name, read in tqdm(test_sets.items(), "evaluating", unit="object", disable=None, leave=False):
         images = read()
-        for number, (method_name, method) in enumerate(model.methods.items()):
-            prediction, distance = infer(method, model.variables[method_name], model.recogniser, images.batch)
+        for number, method_name in enumerate(model.methods):
+            prediction, distance = infer(model, method_name, images.batch)
             decision = decide_all(model, prediction, distance) if number == 0 else None
             yield Judgement(name, method_name, images, prediction, decision)
 
 
-def infer(
-    method: Method, variables: Variables, recogniser: Recogniser, images: Batch
-) -> tuple[Prediction, Float[np.ndarray, "n k"]]:
+def error_maps(model: Model, method: str, images: Batch) -> ErrorMaps:
+    """Compute a method's error maps of images whose objects are known."""
+    return predict_in_batches(jax.jit(model.methods[method].predict), model.variables[method], images)
+
+
+def infer(model: Model, method: str, images: Batch) -> tuple[Prediction, Float[np.ndarray, "n k"]]:
     """Predict images without knowing their objects: as in a detector, the method receives the recognised ones.
 
     Returns:
         The predictions, and the distance of each image to each learned object.
     """
-    distance = recognition.distances(recogniser, images.features)
+    distance = recognition.distances(model.recogniser, images.features)
     recognised: Any = np.asarray(recognition.recognise(distance))
-    prediction = predict_in_batches(predictor(method), variables, images._replace(object_id=recognised))
-    return prediction, np.asarray(distance)
+    predict = jax.jit(model.methods[method].predict)  # by itself, so that calibration and evaluation share the program
+
+    def predict_batch(state: tuple[Variables, Scales], batch: Batch) -> Prediction:
+        variables, scales = state
+        return combine(predict(variables, batch), scales, batch.object_id, model.rule)
+
+    state = model.variables[method], model.scales[method]
+    return predict_in_batches(predict_batch, state, images._replace(object_id=recognised)), np.asarray(distance)
 
 
 def decide_all(model: Model, prediction: Prediction, distance: Float[np.ndarray, "n k"]) -> Decision:
     """Decide about images by the thresholds of the object recognised in each, in batches."""
     object_id = np.asarray(recognition.recognise(jnp.asarray(distance)))
     state = model.thresholds, np.int32(len(model.recogniser.centre))
-    return predict_in_batches(_decide, state, (prediction._replace(object_logits=None), distance, object_id))
+    return predict_in_batches(jax.jit(_decide), state, (prediction._replace(object_logits=None), distance, object_id))
 
 
 def _decide(state: tuple, batch: tuple) -> Decision:

@@ -7,11 +7,11 @@ from iumad_jax.errors import UserError
 from iumad_jax.methods.feature_norm import feature_norm
 from iumad_jax.methods.ib_iumad import ib_iumad
 from iumad_jax.methods.iuf import iuf
+from iumad_jax.methods.memory_bank import memory_bank
 from iumad_jax.methods.method import Method
-from iumad_jax.methods.nearest_neighbours import nearest_neighbours
 from iumad_jax.methods.uniad import uniad
 
-BASELINES = ("feature_norm", "nearest_neighbours")  # training-free; a useful method must beat them
+BASELINES = ("feature_norm", "memory_bank")  # training-free; a useful method must beat them
 
 
 def with_baselines(config: ConfigDict, objects: int) -> dict[str, Method]:
@@ -37,7 +37,7 @@ def build(name: str, config: ConfigDict, objects: int) -> Method:
         "uniad": lambda: uniad(config.model, configs.modalities(config)),
         "iuf": lambda: iuf(config.model, configs.modalities(config), objects),
         "feature_norm": feature_norm,
-        "nearest_neighbours": lambda: nearest_neighbours(config.nearest_neighbours.patches_per_object, config.seed),
+        "memory_bank": lambda: memory_bank(config.memory_bank),
     }
     if name not in methods:
         raise UserError(f'config.method is "{name}"; use one of {", ".join(methods)}.')

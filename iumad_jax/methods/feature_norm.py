@@ -2,14 +2,14 @@
 
 import jax
 
-from iumad_jax.methods.error_maps import group_name, norm, upsample_errors
+from iumad_jax.methods.error_maps import norm, upsample_errors
 from iumad_jax.methods.method import Method
 from iumad_jax.methods.moments import merge_moments, no_moments, standardise
 from iumad_jax.shapes import Batch, ErrorMaps, Variables
 
 
 def feature_norm() -> Method:
-    """Build the method with the error |(f - mean) / std|, summed over modalities.
+    """Build the method with the error |(f - mean) / std|.
 
     Mean and standard deviation are those of each channel over all training features observed so far.
     """
@@ -25,7 +25,6 @@ def feature_norm() -> Method:
 
     def predict(variables: Variables, batch: Batch) -> ErrorMaps:
         moments = variables["statistics"]
-        errors = [norm(standardise(features, moments[m])) for m, features in batch.features.items()]
-        return upsample_errors({group_name(batch.features): sum(errors[1:], errors[0])})
+        return upsample_errors({m: norm(standardise(features, moments[m])) for m, features in batch.features.items()})
 
     return Method(init, predict, observe=observe)

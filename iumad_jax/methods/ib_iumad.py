@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from iumad_jax.errors import UserError
-from iumad_jax.methods.error_maps import group_name, norm
+from iumad_jax.methods.error_maps import norm
 from iumad_jax.methods.method import Method
 from iumad_jax.methods.network import Errors, from_network, reconstruct
 from iumad_jax.models.fusion import Fused, InformationBottleneckFusion
@@ -127,6 +127,7 @@ def ib_iumad(config: ConfigDict, modalities: tuple[Modality, ...], objects: int)
         return terms
 
     def errors_and_logits(output: Output, features: dict[Modality, Tokens]) -> tuple[Errors, dict[Modality, Logits]]:
-        return {group_name(target_modalities): norm(error(output, features))}, output.logits
+        by_modality = jnp.split(error(output, features), len(target_modalities), axis=-1)
+        return {m: norm(e) for m, e in zip(target_modalities, by_modality, strict=True)}, output.logits
 
     return from_network(Network(config, modalities, objects), config, modalities, losses, errors_and_logits)

@@ -14,7 +14,6 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from iumad_jax.methods.error_maps import group_name
 from iumad_jax.methods.method import Method
 from iumad_jax.methods.moments import Moments
 from iumad_jax.methods.network import Errors, from_network, reconstruct
@@ -83,7 +82,7 @@ def iuf(config: ConfigDict, modalities: tuple[Modality, ...], objects: int) -> M
 
     def errors_and_logits(output: Output, features: dict[Modality, Tokens]) -> tuple[Errors, dict[Modality, Logits]]:
         rebuilt, logits = output
-        return {group_name(modalities): reconstruction_errors(rebuilt, features)}, logits
+        return reconstruction_errors(rebuilt, features), logits
 
     method = from_network(Network(config, modalities, objects), config, modalities, losses, errors_and_logits)
 

@@ -55,6 +55,11 @@ class Method:
             optimisers.
         frozen: () -> arrays. Loads arrays that are neither trained nor stored; snapshots keep only their SHA-256. All
             functions but `init` receive them as `variables["frozen"]`.
+        arrange: (variables) -> variables. Rearranges the variables for `predict`, which receives the result; snapshots
+            store the original. Not jitted.
+        held_out: (variables, object id) -> error maps of training images of the object, each as if the method had not
+            learned from it. They take the place of calibration images on which the method was trained. None if the
+            method cannot tell. Not jitted.
         activations: (variables, batch) -> tree. Computes the outputs of dense layers that a strategy may protect,
             without dropout or jitter. The tree has the structure of `variables["params"]`; at the place of each such
             layer, `mean` holds the token means, shape (b, d). Jitted by the caller.
@@ -70,6 +75,8 @@ class Method:
     observe: Callable[[Variables, Batch, int], Variables] = lambda variables, batch, step: variables
     optimizer: Callable[[ConfigDict], optax.GradientTransformation] | None = None
     frozen: Callable[[], Any] = dict
+    arrange: Callable[[Variables], Variables] = lambda variables: variables
+    held_out: Callable[[Variables, int], ErrorMaps | None] = lambda variables, object_id: None
     activations: Callable[[Variables, Batch], dict[str, Any]] = lambda variables, batch: {}
     inputs: Callable[[Variables, Batch], dict[str, Any]] = lambda variables, batch: {}
 

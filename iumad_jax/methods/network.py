@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ml_collections import ConfigDict
 
 from iumad_jax.errors import UserError
-from iumad_jax.methods.error_maps import upsample_errors
+from iumad_jax.methods.error_maps import norm, upsample_errors
 from iumad_jax.methods.method import Loss, Method
 from iumad_jax.methods.moments import merge_moments, no_moments, standardise
 from iumad_jax.models.hashed_bits import hashed_keys
@@ -19,7 +19,7 @@ from iumad_jax.shapes import Batch, Condition, ErrorMaps, Keys, Logits, Modality
 
 EXPONENTS = {"A_log", "dt_bias"}  # names of parameters whose exponential is taken
 
-Errors = dict[str, Float[Array, " p"]]  # at each token, by modality or group of modalities
+Errors = dict[Modality, Float[Array, " p"]]  # at each token
 
 
 def jitter(key: PRNGKeyArray, tokens: Tokens, *, scale: float, probability: float) -> Tokens:
@@ -97,8 +97,9 @@ def from_network(
         config: `config.model`.
         modalities: Modalities that the network takes.
         losses: (output, features, object id) -> loss terms of one image. The features are the target.
-        errors_and_logits: (output, features) -> errors at the tokens of one image, by modality or group of modalities,
-            and logits of the object, by modality (empty if the network does not recognise objects).
+        errors_and_logits: (output, features) -> errors at the tokens of one image and logits of the object, both by
+            modality (no logits if the network does not recognise objects). As published, the errors of the modalities
+            are combined to the square root of the sum of their squares.
 
     Raises:
         UserError: If `config.dtype` is unknown.
@@ -148,7 +149,8 @@ def from_network(
             log_probabilities = [nn.log_softmax(x) for x in logits.values()]
             return errors, sum(log_probabilities[1:], start=log_probabilities[0]) if log_probabilities else None
 
-        return upsample_errors(*jax.vmap(image_errors)(normalised(variables, batch), batch.images))
+        errors, object_logits = jax.vmap(image_errors)(normalised(variables, batch), batch.images)
+        return upsample_errors(errors, object_logits, norm(jnp.stack(list(errors.values()), axis=-1)))
 
     def activations(variables: Variables, batch: Batch) -> dict[str, Any]:
         def image_activations(features: Any, images: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from iumad_jax.methods.error_maps import group_name, norm
+from iumad_jax.methods.error_maps import norm
 from iumad_jax.methods.method import Method
 from iumad_jax.methods.network import Errors, from_network, reconstruct
 from iumad_jax.shapes import Image, Logits, Modality, Scalars, Tokens
@@ -25,9 +25,9 @@ def project_to_features(network: Any, modality: Modality, decoded: Float[Array, 
     return nn.Dense(channels, kernel_init=nn.initializers.zeros, name=f"project_{modality}")(decoded)
 
 
-def reconstruction_errors(rebuilt: dict[Modality, Tokens], features: dict[Modality, Tokens]) -> Float[Array, " p"]:
-    """Compute sqrt(|e_rgb|^2 + |e_depth|^2) at each token, where e_m is the reconstruction error of modality m."""
-    return norm(jnp.concatenate([rebuilt[m] - features[m] for m in rebuilt], axis=-1))
+def reconstruction_errors(rebuilt: dict[Modality, Tokens], features: dict[Modality, Tokens]) -> Errors:
+    """Compute the norm of each modality's reconstruction error at each token."""
+    return {m: norm(rebuilt[m] - features[m]) for m in rebuilt}
 
 
 def reconstruction_losses(rebuilt: dict[Modality, Tokens], features: dict[Modality, Tokens]) -> Scalars:
@@ -62,6 +62,6 @@ def uniad(config: ConfigDict, modalities: tuple[Modality, ...]) -> Method:
     def errors_and_logits(
         rebuilt: dict[Modality, Tokens], features: dict[Modality, Tokens]
     ) -> tuple[Errors, dict[Modality, Logits]]:
-        return {group_name(modalities): reconstruction_errors(rebuilt, features)}, {}
+        return reconstruction_errors(rebuilt, features), {}
 
     return from_network(Network(config, modalities), config, modalities, losses, errors_and_logits)

@@ -29,7 +29,7 @@ _LEGEND = (
     "Percent; mean over objects, then mean over seeds ± standard deviation (n - 1). Without a prefix: after the last\n"
     "step. FM: mean drop of objects from their best earlier value (Chaudhry et al.). aggregate FM: how far the mean\n"
     "over the objects learned so far lies below its value after the base step, averaged over later steps.\n"
-    "new: value right after an object was learned. `feature_norm` and `nearest_neighbours` are training-free\n"
+    "new: value right after an object was learned. `feature_norm` and `memory_bank` are training-free\n"
     "baselines. `joint` is not incremental: it trains on all objects learned so far."
 )
 

@@ -12,7 +12,7 @@ _BATCH_SIZE = 8
 def predict_in_batches(function: Callable[[Any, Any], Any], state: Any, images: Any) -> Any:
     """Apply a function of a batch, such as `method.predict`, to all images.
 
-    The function is compiled once for all calls: every batch has 8 images, the last one padded by repeating an image.
+    Every batch has 8 images, the last one padded by repeating an image, so that a jitted function is compiled once.
 
     Args:
         function: Function (state, batch) -> arrays with a leading axis b.
@@ -22,7 +22,6 @@ def predict_in_batches(function: Callable[[Any, Any], Any], state: Any, images: 
     Returns:
         NumPy arrays with a leading axis n.
     """
-    compiled = jax.jit(function)
     count = len(jax.tree.leaves(images)[0])
     outputs = []
     for start in range(0, count, _BATCH_SIZE):
@@ -30,5 +29,5 @@ def predict_in_batches(function: Callable[[Any, Any], Any], state: Any, images: 
         batch = jax.tree.map(
             lambda array, rows=rows: np.asarray(array[rows], np.float32 if array.ndim > 1 else None), images
         )
-        outputs.append(jax.tree.map(np.asarray, compiled(state, batch)))
+        outputs.append(jax.tree.map(np.asarray, function(state, batch)))
     return jax.tree.map(lambda *arrays: np.concatenate(arrays)[:count], *outputs)

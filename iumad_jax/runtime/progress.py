@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from iumad_jax.runtime.ledger import SHA256_OF_NOTHING
-from iumad_jax.shapes import Calibration, StrategyState, Variables
+from iumad_jax.shapes import Calibration, Scales, StrategyState, Variables
 
 
 class Position(NamedTuple):
@@ -31,6 +31,7 @@ class Progress(NamedTuple):
     variables: dict[str, Variables]  # by method, baselines included; `frozen` ones are not stored
     frozen: dict[str, str]  # SHA-256 of the frozen variables, by method that has any
     recognition: Variables  # statistics of `recognition.add_object`
+    scales: dict[str, Scales]  # by method, for the objects learned up to the last finished step
     calibration: dict[str, Calibration]  # by learned object, as of the last finished step; determines the thresholds
     optimizer: list[Any]  # leaves of the optimiser's state; empty between steps
     strategy_state: StrategyState  # state of the strategy against forgetting
@@ -46,6 +47,7 @@ BEGINNING = Progress(
     variables={},
     frozen={},
     recognition={},
+    scales={},
     calibration={},
     optimizer=[],
     strategy_state={},

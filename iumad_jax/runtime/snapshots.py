@@ -32,7 +32,7 @@ from iumad_jax.runtime import processes
 from iumad_jax.runtime.progress import LedgerMark, Position, Progress
 from iumad_jax.runtime.shared_arrays import Index, SharedArrays, join, separate
 from iumad_jax.runtime.storage import as_json, write_whole
-from iumad_jax.shapes import Calibration, Variables
+from iumad_jax.shapes import Calibration, Scale, Scales, Variables
 
 MANIFEST = "sha256.json"
 _SHARED = "by_object.json"  # file in a snapshot: index of its shared arrays
@@ -86,10 +86,13 @@ class Snapshots:
         calibration = {
             name: (scores.score, scores.peak, scores.distance[:, :2]) for name, scores in progress.calibration.items()
         }
-        _check_finite(arrays | {"calibration": calibration}, folder)
+        _check_finite(arrays | {"calibration": calibration, "scales": progress.scales}, folder)
         record = {key: value for key, value in fields.items() if key not in _ARRAYS}
         record |= {name: value._asdict() for name, value in record.items() if name in ("position", "ledger")}
         record["calibration"] = {name: scores._asdict() for name, scores in progress.calibration.items()}
+        record["scales"] = {
+            name: {m: scale._asdict() for m, scale in scales.items()} for name, scales in progress.scales.items()
+        }
         keep = None if finished else 2
         self._saving = self._thread.submit(_write, folder, self._shared, arrays, as_json(record), keep)
 
@@ -291,6 +294,7 @@ def _restore(folder: Path, shared: SharedArrays) -> Progress:
             position=Position(**record.pop("position")),
             objects=tuple(record.pop("objects")),
             calibration={name: _calibration(scores) for name, scores in record.pop("calibration").items()},
+            scales={name: _scales(scales) for name, scales in record.pop("scales").items()},
             ledger=LedgerMark(**record.pop("ledger")),
             **record,
         )
@@ -306,6 +310,10 @@ def _calibration(record: dict[str, Any]) -> Calibration:
         if not isinstance(value, bool)
     }
     return Calibration(**record | arrays)
+
+
+def _scales(record: dict[str, Any]) -> Scales:
+    return {m: Scale(**{key: np.array(v, np.float32) for key, v in scale.items()}) for m, scale in record.items()}
 
 
 def stored(variables: Variables) -> Variables:

@@ -19,6 +19,7 @@ from iumad_jax.data.prepared import inventory
 from iumad_jax.data.prepared.store import Store, open_store
 from iumad_jax.errors import UserError
 from iumad_jax.inference import recognition
+from iumad_jax.inference.anomaly_map import make_rule
 from iumad_jax.methods.method import Method, tree_sha256, with_frozen
 from iumad_jax.runtime import live, preemption, processes
 from iumad_jax.runtime import workdir as workdirs
@@ -163,8 +164,9 @@ def _build_methods(config: ConfigDict, objects: int) -> tuple[dict[str, Method],
     """Build the methods and the strategy that a config selects, for a number of objects.
 
     Raises:
-        UserError: If the config names an unknown method, baseline, strategy, optimiser or schedule.
+        UserError: If the config names an unknown combination, score, method, baseline, strategy, optimiser or schedule.
     """
+    make_rule(config)
     run_methods = methods.with_baselines(config, objects)
     strategy = continual.build(config, run_methods[config.method], objects)
     for index in (0, 1):  # later steps may use another optimiser than the base step

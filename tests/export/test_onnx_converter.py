@@ -57,6 +57,7 @@ FUNCTIONS = {
     "stack": lambda x: jnp.stack([x[0], x[1] * 2], axis=1),
     "padding": lambda x: jnp.pad(x, ((0, 0), (1, 2), (0, 0), (3, 0)), constant_values=2.0),
     "take": lambda x: jnp.take(x, np.array([[0, 2], [5, 2]]), axis=1) * 2,
+    "clipped take": lambda x: jnp.take(MATRIX, (9 * x[0, 0]).astype(int), axis=0, mode="clip"),
     "product": lambda x: x @ MATRIX,
     "products": lambda x: (
         jnp.einsum("bijc,bkjd->bkijcd", x, x).sum((1, 2, 3)) * jnp.einsum("bijc,bijd->cd", x, x)[None]

@@ -81,7 +81,7 @@ def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]
     optimizer = jax.eval_shape(make_optimizer(config.train).init, variables["params"])
     activations = jax.tree.leaves(jax.eval_shape(method.activations, variables, image))
     replayed = len(modalities) * (grid**2 * channels + 3 * config.continual.replay.image_size**2) * 2
-    neighbours = len(modalities) * config.nearest_neighbours.patches_per_object * channels * 4
+    bank = config.memory_bank.megabytes * 2**20
     recognition = 4 * len(modalities) * channels * np.array([objects, len(modalities) * channels])
 
     rng, pairs = np.random.default_rng(0), objects * (objects + 1) / 2  # pairs of a step and an object learned by then
@@ -99,7 +99,7 @@ def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]
         "state of the optimiser": size(optimizer),
         "state of iuf": sum(4.0 * leaf.shape[-1] ** 2 for leaf in activations),
         "state of replay": objects * (config.continual.replay.rank + 1.0) * replayed,
-        "memory bank of nearest_neighbours": float(objects * neighbours),
+        "patches of memory_bank": objects * bank,
         "statistics of recognition": float(recognition.sum()),
         "distances of a test set to all objects": 4.0 * test * objects * len(modalities) * channels,
         "every metric of every object after every step": 8.0 * numbers * objects**2,
@@ -108,7 +108,7 @@ def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]
     return sizes | {
         "weights and optimiser, on every device": sizes[f"weights of {config.method}"] + size(optimizer),
         "all snapshots, of the weights": objects * size(variables),
-        "all snapshots, of nearest_neighbours": float(objects * neighbours),
+        "all snapshots, of memory_bank": objects * bank,
         "ledger": len(variants) * pairs * (len(json.dumps(event)) + 1) + pairs * len(decision),
     }
 

@@ -121,7 +121,7 @@ WRONG_VALUES = {
     "a patch larger than the image": (keys(model__patch_size=4000), sentences.PATCH_TOO_LARGE.format(4000)),
     "an unknown baseline": (
         keys(baselines="ib_iumad"),
-        sentences.UNKNOWN_BASELINE.format(found="ib_iumad", known="feature_norm,nearest_neighbours"),
+        sentences.UNKNOWN_BASELINE.format(found="ib_iumad", known="feature_norm,memory_bank"),
     ),
     "heads of iuf that do not divide the width": (
         keys(method="iuf", model__heads=1, model__width=6),

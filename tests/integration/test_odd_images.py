@@ -18,7 +18,7 @@ KEYS = SMALL | {
     "modality": "rgb",
     "backbone.grid": 4,
     "train.batch_size": 4,
-    "nearest_neighbours.patches_per_object": 40,
+    "memory_bank.megabytes": 0.02,
     "continual.replay.rank": 2,
     "continual.replay.image_size": 8,
 }

@@ -19,7 +19,7 @@ COMMANDS = re.search(r"<!-- own objects commands -->\n```bash\n(.*?)\n```\n", RE
 KEYS = SMALL | {
     "method": "feature_norm",
     "backbone.grid": 4,
-    "nearest_neighbours.patches_per_object": 20,
+    "memory_bank.megabytes": 0.02,
 }
 
 

@@ -112,7 +112,7 @@ def test_results_have_the_documented_form(finished_run):
     assert results["seconds"] > 1
     assert results["strategy_bytes"] == 2 * 16**2 * 4  # second moments of one encoder and one decoder layer
     assert {"iumad-jax", "jax"} <= set(results["versions"])
-    assert set(results["baselines"]) == {"feature_norm", "nearest_neighbours"}
+    assert set(results["baselines"]) == {"feature_norm", "memory_bank"}
     for method in (results, *results["baselines"].values()):
         assert set(METRICS) <= set(method["matrix"]) == set(method["summary"])
         for metric, rows in method["matrix"].items():
@@ -354,7 +354,7 @@ def test_other_modalities_and_methods(run, finished_run, tmp_path, modality, met
     terms = {"loss", "fusion", "kl", "ib_heads", "object_rgb", "object_depth", "compression"}
     terms |= {"gradient_norm", "update_norm"}
     assert epochs == ([{"event", "step", "epoch"} | terms] if trained else [])
-    assert set(results["baselines"]) == {"feature_norm", "nearest_neighbours"} - {method}
+    assert set(results["baselines"]) == {"feature_norm", "memory_bank"} - {method}
     for metric in METRICS:
         ((value,),) = results["matrix"][metric]
         assert 0 <= value <= 1

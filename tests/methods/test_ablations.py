@@ -7,7 +7,6 @@ from flax.traverse_util import flatten_dict
 
 from iumad_jax.config import paper
 from iumad_jax.errors import UserError
-from iumad_jax.inference.anomaly_map import predictor
 from iumad_jax.methods.ib_iumad import ib_iumad
 from iumad_jax.models.reconstruction import ReconstructionTransformer
 from iumad_jax.shapes import Batch
@@ -82,11 +81,11 @@ def test_without_the_mamba_decoder():
     assert part_names(variables) == (BRANCHES, FUSION | BOTTLENECK)
     loss = loss_of(method, batch, variables)
     assert set(loss.terms) == TERMS - {"object_rgb", "object_depth"}
-    predict = jax.jit(predictor(method))
+    predict = jax.jit(method.predict)
     prediction = predict(variables, batch)
     assert prediction.object_logits is None
     np.testing.assert_array_equal(
-        predict(variables, batch._replace(images=random_batch(seed=1).images)).map, prediction.map
+        predict(variables, batch._replace(images=random_batch(seed=1).images)).published, prediction.published
     )
     transformer = ReconstructionTransformer(GRID, WIDTH, heads=2, layers=1, hidden=12)
     for m in BOTH:

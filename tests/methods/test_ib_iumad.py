@@ -10,14 +10,13 @@ import pytest
 from flax import linen as nn
 
 from iumad_jax.config import paper
-from iumad_jax.inference.anomaly_map import predictor
 from iumad_jax.methods.ib_iumad import Network, bottleneck_loss, ib_iumad
 from iumad_jax.methods.network import jitter
 from iumad_jax.models.fusion import Fused, InformationBottleneckFusion
 from iumad_jax.models.mamba import MambaDecoder
 from iumad_jax.models.reconstruction import ReconstructionTransformer
 from iumad_jax.shapes import Batch
-from tests.methods.reference import prediction_from
+from tests.methods.reference import map_from
 
 pytestmark = pytest.mark.slow
 
@@ -68,7 +67,7 @@ def loss_of(config, modalities=BOTH):
 
 
 def predict_of(config, modalities=BOTH):
-    return jax.jit(predictor(ib_iumad(config, modalities, OBJECTS)))
+    return jax.jit(ib_iumad(config, modalities, OBJECTS).predict)
 
 
 @jax.jit
@@ -133,7 +132,7 @@ def test_losses_maps_and_logits(modalities, target, compared):
             rebuilt = reconstructions[m] @ project["kernel"] + project["bias"]
             expected[f"object_{m}"].append(3 * -log_softmax(logits[m])[y])
             expected[f"aux_{m}"].append(11 * ((rebuilt - batch.features[m][i]) ** 2).mean())
-        errors.append(np.sqrt((error**2).sum(1)))
+        errors.append(error)
         object_logits.append(sum(log_softmax(logits[m]) for m in modalities))
     expected = {name: np.mean(values) for name, values in expected.items()}
 
@@ -144,9 +143,10 @@ def test_losses_maps_and_logits(modalities, target, compared):
     assert float(total) == pytest.approx(sum(expected.values()), rel=1e-3)
 
     prediction = predict_of(config, modalities)(variables, batch)
-    reference = prediction_from(np.array(errors, np.float32))
-    np.testing.assert_allclose(prediction.map, reference.map, rtol=1e-3)
-    np.testing.assert_allclose(prediction.score, reference.score, rtol=1e-3)
+    np.testing.assert_allclose(prediction.published, map_from(np.linalg.norm(errors, axis=-1)), rtol=1e-3)
+    assert set(prediction.maps) == set(compared)
+    for m, parts in zip(compared, np.split(np.array(errors), len(compared), axis=-1), strict=True):
+        np.testing.assert_allclose(prediction.maps[m], map_from(np.linalg.norm(parts, axis=-1)), rtol=1e-3)
     np.testing.assert_allclose(
         nn.softmax(prediction.object_logits), nn.softmax(np.array(object_logits)), rtol=1e-3, atol=1e-5
     )
@@ -377,8 +377,8 @@ def test_standardise_uses_the_base_steps_statistics():
     for image, tokens in zip(later.images["rgb"], z_scored, strict=True):
         _, reconstruction = branch(params["mamba_rgb"], params["reconstruction_rgb"], image, tokens)
         errors.append(np.asarray(fuse(params["fusion"], [reconstruction]).compressed) - tokens)
-    actual = predict_of(config, modalities)(variables, later).map
-    np.testing.assert_allclose(actual, prediction_from(np.linalg.norm(errors, axis=-1)).map, rtol=1e-3)
+    actual = predict_of(config, modalities)(variables, later).maps["rgb"]
+    np.testing.assert_allclose(actual, map_from(np.linalg.norm(errors, axis=-1)), rtol=1e-3)
     _, terms, *_ = loss_of(config, modalities)(variables, later, keys_for(later))
     assert float(terms["fusion"]) == pytest.approx(np.square(errors).mean(), rel=1e-3)
 

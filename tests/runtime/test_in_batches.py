@@ -30,7 +30,8 @@ def images(folder, count):
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 24])
 def test_every_image_is_predicted_in_its_place(tmp_path, count):
-    predictions = predict_in_batches(brightness, {"params": {"weight": np.float32(2)}}, data := images(tmp_path, count))
+    weight = {"params": {"weight": np.float32(2)}}
+    predictions = predict_in_batches(jax.jit(brightness), weight, data := images(tmp_path, count))
     np.testing.assert_array_equal(predictions.map[:, 0, 0], data.features["rgb"][:, 0, 0] * 2)
     np.testing.assert_allclose(predictions.score, data.images["rgb"].mean((1, 2, 3)), rtol=1e-6)
     np.testing.assert_array_equal(predictions.object_logits.argmax(1), data.object_id)
@@ -42,5 +43,5 @@ def test_objects_and_steps_of_any_size_compile_once(tmp_path):
     method = Method(init=lambda key, batch: {}, predict=lambda variables, batch: brightness(variables, batch))
     TRACED.clear()
     for count, weight in [(3, np.float32(2)), (8, np.float32(3)), (19, jax.numpy.float32(4))]:
-        predict_in_batches(method.predict, {"params": {"weight": weight}}, images(tmp_path, count))
+        predict_in_batches(jax.jit(method.predict), {"params": {"weight": weight}}, images(tmp_path, count))
     assert TRACED == [(8,)]

@@ -158,7 +158,7 @@ def browser(tmp_path_factory):
 EVIL = "</script><img src=x onerror=document.title='evil'>\"'&"
 OBJECTS = ["ant", "bee", "cat"]  # the protocol learns the cat and the ant, then the bee
 STEPS = [["cat", "ant"], ["bee"]]
-VARIANTS = ("ib_iumad", "feature_norm", "nearest_neighbours")
+VARIANTS = ("ib_iumad", "feature_norm", "memory_bank")
 KINDS = ["good"] * 4 + ["bump"] * 3 + [EVIL] * 2
 SIZE = 32
 

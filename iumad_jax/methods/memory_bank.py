@@ -1,0 +1,163 @@
+"""Memory banks of good patches, one per object and modality, after PatchCore (Roth et al., CVPR 2022).
+
+The error at a token is the distance to the nearest patch in the bank of the recognised object. Nothing is trained, and
+objects share nothing, so learning a new object changes no old one.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Float16, Int
+from ml_collections import ConfigDict
+
+from iumad_jax.methods.error_maps import upsample_errors
+from iumad_jax.methods.method import Method
+from iumad_jax.methods.moments import Moments, merge_moments, no_moments, standardise
+from iumad_jax.shapes import BY_OBJECT, Batch, ErrorMaps, Variables
+
+Bank = dict[str, Any]  # of one object and modality: moments, patches (n, f + 2), held_out (i, p)
+
+_CANDIDATES = 2**18  # largest number of patches from which a bank is chosen
+_HELD_OUT = 200  # largest number of training images whose held-out errors are stored
+_ROUND, _FARTHEST = 64, 512  # of `k_centres`: centres that a round adds, patches from which it chooses them
+
+
+def memory_bank(config: ConfigDict) -> Method:
+    """Build the method for `config.memory_bank`, whose keys `iumad_jax.config` explains."""
+
+    def describe(tokens: Float[Array, "p f"], moments: Moments) -> Float[Array, "p f+2"]:
+        """Return what is compared: z-scored means of neighbouring tokens, and their places."""
+        z_scores = standardise(average_neighbours(tokens, config.neighbourhood), moments)
+        return jnp.concatenate([z_scores, config.place * _places(len(tokens))], axis=-1)
+
+    def learn(features: Float[np.ndarray, "n p f"], size: float) -> Bank:
+        """Choose the patches of a bank of at most `size` bytes, and compute the errors of held-out training images."""
+        average = jax.jit(functools.partial(average_neighbours, size=config.neighbourhood))
+        averages = np.stack([np.asarray(average(jnp.asarray(x, jnp.float32)), np.float16) for x in features])
+        moments = merge_moments(no_moments(features.shape[-1]), averages)
+        to_float16 = jax.jit(lambda tokens: describe(tokens, moments).astype(jnp.float16))
+        described = np.stack([np.asarray(to_float16(jnp.asarray(x, jnp.float32))) for x in features])
+        images, tokens, channels = described.shape
+        patches = described.reshape(-1, channels)
+        candidates = np.arange(len(patches))
+        if len(candidates) > _CANDIDATES:
+            candidates = np.sort(np.random.default_rng(0).permutation(candidates)[:_CANDIDATES])
+        chosen = candidates[np.asarray(k_centres(patches[candidates], int(size / channels / 2)))]
+        held_out = np.linspace(0, images - 1, min(images, _HELD_OUT)).astype(np.int32)[: None if images > 1 else 0]
+        others = (chosen // tokens)[None] != held_out[:, None]
+        errors = _distances_of_images(described[held_out], patches[chosen], others)
+        return {"moments": moments, "patches": patches[chosen], "held_out": np.asarray(errors, np.float16)}
+
+    def init(_: jax.Array, __: Batch) -> Variables:
+        return {"params": {}, "statistics": {BY_OBJECT: ()}}
+
+    def observe(variables: Variables, batch: Batch, _: int) -> Variables:
+        size = config.megabytes * 2**20 / len(batch.features)
+        banks = {m: learn(np.asarray(features), size) for m, features in batch.features.items()}
+        return {"params": {}, "statistics": {BY_OBJECT: (*variables["statistics"][BY_OBJECT], banks)}}
+
+    def arrange(variables: Variables) -> Variables:
+        """Stack what `predict` reads of all objects' banks. Smaller banks are filled up with copies of a patch."""
+        by_object = variables["statistics"][BY_OBJECT]
+        largest = max(len(bank["patches"]) for banks in by_object for bank in banks.values())
+
+        def searched(bank: Bank) -> Bank:
+            missing = largest - len(bank["patches"])
+            return {"moments": bank["moments"], "patches": np.pad(bank["patches"], ((0, missing), (0, 0)), "edge")}
+
+        banks = [{m: searched(bank) for m, bank in banks.items()} for banks in by_object]
+        return {"params": {}, "statistics": jax.tree.map(lambda *arrays: np.stack(arrays), *banks)}
+
+    def predict(variables: Variables, batch: Batch) -> ErrorMaps:
+        def image_errors(inputs: tuple[Array, dict[str, Array]]) -> dict[str, Array]:
+            object_id, tokens = inputs
+            banks = jax.tree.map(lambda x: jnp.take(x, object_id, axis=0, mode="clip"), variables["statistics"])
+            return {m: distances(describe(x, banks[m]["moments"]), banks[m]["patches"]) for m, x in tokens.items()}
+
+        errors = jax.lax.map(image_errors, (batch.object_id, batch.features))
+        farthest = [error.max(-1) for error in errors.values()]
+        return upsample_errors(errors)._replace(score=sum(farthest[1:], farthest[0]))
+
+    def held_out(variables: Variables, object_id: int) -> ErrorMaps | None:
+        banks = variables["statistics"][BY_OBJECT][object_id]
+        errors = {m: jnp.asarray(bank["held_out"], jnp.float32) for m, bank in banks.items()}
+        return upsample_errors(errors) if all(map(len, errors.values())) else None
+
+    return Method(init, predict, observe=observe, arrange=arrange, held_out=held_out)
+
+
+def average_neighbours(tokens: Float[Array, "p f"], size: int) -> Float[Array, "p f"]:
+    """Average each token with its neighbours in a square of `size` x `size`; the border is repeated outwards."""
+    if size == 1:
+        return tokens
+    side, before = round(len(tokens) ** 0.5), (size - 1) // 2
+    margin = (before, size - 1 - before)
+    grid = jnp.pad(tokens.reshape(side, side, -1), (margin, margin, (0, 0)), "edge")
+    return nn.avg_pool(grid, (size, size)).reshape(tokens.shape)
+
+
+def _places(tokens: int) -> Float[np.ndarray, "p 2"]:
+    """Return row and column of each token, in sides of the image."""
+    side = round(tokens**0.5)
+    return np.stack(np.divmod(np.arange(tokens), side), axis=-1).astype(np.float32) / side
+
+
+def distances(
+    x: Float[Array, "p f"], patches: Float[Array, "n f"], allowed: Bool[Array, " n"] | None = None
+) -> Float[Array, " p"]:
+    """Compute the Euclidean distance of each row of x to the nearest (allowed) patch."""
+    square = _square_distances(x, patches)
+    square = square if allowed is None else jnp.where(allowed[None], square, jnp.inf)
+    return jnp.sqrt(jnp.maximum(square.min(-1), 0))
+
+
+def _square_distances(x: Float[Array, "p f"], y: Float[Array, "n f"]) -> Float[Array, "p n"]:
+    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    with jax.default_matmul_precision("float32"):
+        return (x**2).sum(-1)[:, None] + (y**2).sum(-1)[None] - 2 * x @ y.T
+
+
+@jax.jit
+def _distances_of_images(
+    images: Float16[Array, "i p f"], patches: Float16[Array, "n f"], allowed: Bool[Array, "i n"]
+) -> Float[Array, "i p"]:
+    return jax.lax.map(lambda inputs: distances(inputs[0], patches, inputs[1]), (images, allowed))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def k_centres(patches: Float16[Array, "n f"], count: int) -> Int[Array, " c"]:
+    """Choose patches such that each patch is near a chosen one: greedily, always the farthest (Gonzalez, 1985).
+
+    For speed, rounds of 64 centres are chosen among the 512 patches that are farthest when the round begins.
+
+    Args:
+        patches: Candidates.
+        count: Number of centres.
+
+    Returns:
+        Indices of the centres, all candidates if there are no more than `count`; otherwise in the order of choice.
+    """
+    candidates = len(patches)
+    if candidates <= count:
+        return jnp.arange(candidates)
+    patches = patches.astype(jnp.float32)
+
+    def add_centres(square: Array, _: Any) -> tuple[Array, Array]:
+        farthest_square, farthest = jax.lax.top_k(square, min(_FARTHEST, candidates))
+        mutual = _square_distances(patches[farthest], patches[farthest])
+
+        def add_centre(nearest: Array, _: Any) -> tuple[Array, Array]:
+            centre = jnp.argmax(nearest)
+            return jnp.minimum(nearest, mutual[centre]).at[centre].set(0), farthest[centre]
+
+        _, centres = jax.lax.scan(add_centre, farthest_square, None, _ROUND)
+        square = jnp.minimum(square, _square_distances(patches, patches[centres]).min(-1))
+        return square.at[centres].set(0), centres
+
+    from_mean = jnp.square(patches).sum(-1)  # z-scores have the mean 0
+    _, centres = jax.lax.scan(add_centres, from_mean, None, -(-count // _ROUND))
+    return centres.reshape(-1)[:count]
