@@ -130,34 +130,39 @@ def _distances_of_images(
 
 @functools.partial(jax.jit, static_argnums=1)
 def k_centres(patches: Float16[Array, "n f"], count: int) -> Int[Array, " c"]:
-    """Choose patches such that each patch is near a chosen one: greedily, always the farthest (Gonzalez, 1985).
+    """Choose patches such that all patches are near a chosen one: always the farthest from those chosen.
 
-    For speed, rounds of 64 centres are chosen among the 512 patches that are farthest when the round begins.
+    This is Gonzalez' greedy algorithm (1985). Distances to all patches are updated in rounds of up to 64 centres. A round chooses among the 512 patches that are
+    farthest when it begins, and ends when another patch could be farther than these.
 
     Args:
         patches: Candidates.
         count: Number of centres.
 
     Returns:
-        Indices of the centres, all candidates if there are no more than `count`; otherwise in the order of choice.
+        Indices of the centres, in the order of choice; of all candidates if there are no more than `count`.
     """
     candidates = len(patches)
     if candidates <= count:
         return jnp.arange(candidates)
     patches = patches.astype(jnp.float32)
 
-    def add_centres(square: Array, _: Any) -> tuple[Array, Array]:
+    def add_centres(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        square, centres, chosen = state
         farthest_square, farthest = jax.lax.top_k(square, min(_FARTHEST, candidates))
         mutual = _square_distances(patches[farthest], patches[farthest])
 
-        def add_centre(nearest: Array, _: Any) -> tuple[Array, Array]:
+        def add_centre(nearest: Array, _: Any) -> tuple[Array, tuple[Array, Array]]:
             centre = jnp.argmax(nearest)
-            return jnp.minimum(nearest, mutual[centre]).at[centre].set(0), farthest[centre]
+            is_farthest = nearest[centre] >= farthest_square[-1]
+            return jnp.minimum(nearest, mutual[centre]).at[centre].set(0), (farthest[centre], is_farthest)
 
-        _, centres = jax.lax.scan(add_centre, farthest_square, None, _ROUND)
-        square = jnp.minimum(square, _square_distances(patches, patches[centres]).min(-1))
-        return square.at[centres].set(0), centres
+        _, (new, are_farthest) = jax.lax.scan(add_centre, farthest_square, None, _ROUND)
+        new = jnp.where(are_farthest, new, new[0])
+        square = jnp.minimum(square, _square_distances(patches, patches[new]).min(-1)).at[new].set(0)
+        centres = jax.lax.dynamic_update_slice(centres, new, (chosen,))
+        return square, centres, chosen + are_farthest.sum()
 
     from_mean = jnp.square(patches).sum(-1)  # z-scores have the mean 0
-    _, centres = jax.lax.scan(add_centres, from_mean, None, -(-count // _ROUND))
-    return centres.reshape(-1)[:count]
+    state = from_mean, jnp.zeros(count + _ROUND, jnp.int32), jnp.int32(0)
+    return jax.lax.while_loop(lambda state: state[2] < count, add_centres, state)[1][:count]

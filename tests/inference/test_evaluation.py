@@ -4,15 +4,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from iumad_jax import config as configs
+from iumad_jax.data.prepared.good_images import GoodImages
 from iumad_jax.data.prepared.store import PreparedSet
-from iumad_jax.inference import decisions, evaluation, thresholds
+from iumad_jax.inference import assessment, decisions, evaluation, thresholds
+from iumad_jax.inference.anomaly_map import Rule
 from iumad_jax.inference.evaluation import Model
 from iumad_jax.inference.recognition import Recogniser
 from iumad_jax.inference.thresholds import make_calibration
 from iumad_jax.methods.method import Method
-from iumad_jax.shapes import Batch, Calibration, ErrorMaps, GroundTruth
+from iumad_jax.runtime.progress import BEGINNING
+from iumad_jax.shapes import Batch, Calibration, ErrorMaps, GroundTruth, Scale
 
 SIDE = 16
+RULE = Rule("maximum", "common")
 
 
 def flat(values):
@@ -52,8 +57,9 @@ def model():
     }
     recogniser = Recogniser(np.zeros(2, np.float32), np.eye(2, dtype=np.float32), np.float32([[0, 0], [10, 0]]))
     method = Method(init=lambda key, batch: {}, predict=object_number)
-    methods = {"primary": method, "baseline": method}
-    return Model(methods, {"primary": {}, "baseline": {}}, recogniser, thresholds.thresholds(calibration, 0.995))
+    methods, scales = {"primary": method, "baseline": method}, {"rgb": Scale(*np.ones((3, 2), np.float32))}
+    limits = thresholds.thresholds(calibration, 0.995)
+    return Model(methods, {name: {} for name in methods}, dict.fromkeys(methods, scales), RULE, recogniser, limits)
 
 
 def test_no_method_receives_the_true_object(model):
@@ -69,13 +75,42 @@ def test_no_method_receives_the_true_object(model):
 
 
 def test_calibration_does_not_use_the_true_object(model):
-    prediction, distance = evaluation.infer(
-        model.methods["primary"], {}, model.recogniser, images([(0, 0), (9, 0)], true_object=0).batch
-    )
+    prediction, distance = evaluation.infer(model, "primary", images([(0, 0), (9, 0)], true_object=0).batch)
     assert prediction.score.tolist() == [0, 1]
     np.testing.assert_allclose(distance, np.array([[0, 10], [9, 1]]) / np.sqrt(2), rtol=1e-6)
     calibration = make_calibration(prediction, distance, number=0)
     np.testing.assert_allclose(calibration.distance, np.array([[0, 0, 10], [9, 1, 9]]) / np.sqrt(2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("trained_on", [False, True])
+def test_errors_on_good_images_set_the_scales_and_then_the_thresholds(trained_on):
+    """Images on which the method was trained are replaced by its own held-out errors, if it has any."""
+
+    def held_out(variables, number):
+        return flat(np.array([20.0, 60.0]) * (1 + number))
+
+    methods = {
+        "primary": Method(init=dict, predict=position, held_out=held_out if trained_on else lambda *_: None),
+        "baseline": Method(init=dict, predict=position),
+    }
+    recognition = {"count": np.ones(2), "mean": np.array([[2.0, 0], [10, 0]]), "scatter": np.eye(2)}
+    progress = BEGINNING._replace(variables={name: {} for name in methods}, recognition=recognition)
+    good = {"A": [(1, 0), (2, 0), (3, 0)], "B": [(8, 0), (12, 0)]}
+
+    def good_images(name):
+        batch = images(good[name], "AB".index(name)).batch
+        return GoodImages(batch, batch, trained_on, False)
+
+    after = assessment.calibrate(configs.small("1-1"), methods, progress, ("A", "B"), good_images)
+    assert float(after.scales["baseline"]["rgb"].mean[0]) == pytest.approx(2)
+    assert [float(x) for x in after.scales["baseline"]["rgb"].quantile] == [3, 12]
+    quantiles = [60, 120] if trained_on else [3, 12]
+    assert [float(x) for x in after.scales["primary"]["rgb"].quantile] == quantiles
+    scores = [calibration.score.tolist() for calibration in after.calibration.values()]
+    expected = [[20 / 60, 1]] * 2 if trained_on else [[1 / 3, 2 / 3, 1], [8 / 12, 1]]
+    for actual, values in zip(scores, expected, strict=True):
+        assert actual == pytest.approx(values, rel=1e-5)
+    assert [len(calibration.distance) for calibration in after.calibration.values()] == [3, 2]
 
 
 class OnlyA:
