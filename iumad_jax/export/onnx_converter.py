@@ -195,14 +195,16 @@ def _broadcast_in_dim(graph: _Graph, equation: Any, value: Value) -> list[Value]
 def _gather(graph: _Graph, equation: Any, x: Value, indices: Value) -> str:
     """Translate `jnp.take` along one axis, with constant indices or mode="clip"."""
     numbers = equation.params["dimension_numbers"]
-    clipped = equation.params["mode"] == lax.GatherScatterMode.CLIP
-    if len(numbers.start_index_map) == 1 and (clipped or isinstance(indices, np.ndarray)):
-        (axis,), last = numbers.start_index_map, x.shape[numbers.start_index_map[0]] - 1
+    if len(numbers.start_index_map) == 1:
+        (axis,) = numbers.start_index_map
+        last = x.shape[axis] - 1
         sizes = tuple(1 if i == axis else size for i, size in enumerate(x.shape))
         end = axis + len(indices.shape) - 1
         kept_axes = [i for i in range(len(x.shape) + len(indices.shape) - 2) if not axis <= i < end]
         take = lax.GatherDimensionNumbers(tuple(kept_axes), collapsed_slice_dims=(axis,), start_index_map=(axis,))
-        in_bounds = clipped or (indices.min() >= 0 and indices.max() <= last)
+        in_bounds = equation.params["mode"] == lax.GatherScatterMode.CLIP or (
+            isinstance(indices, np.ndarray) and indices.min() >= 0 and indices.max() <= last
+        )
         if (numbers, equation.params["slice_sizes"]) == (take, sizes) and in_bounds:
             positions = graph.add("Cast", graph.add("Squeeze", indices, [-1]), to=_onnx_type(np.int64))
             positions = graph.add("Max", graph.add("Min", positions, np.int64(last)), np.int64(0))

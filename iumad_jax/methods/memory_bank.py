@@ -132,8 +132,8 @@ def _distances_of_images(
 def k_centres(patches: Float16[Array, "n f"], count: int) -> Int[Array, " c"]:
     """Choose patches such that all patches are near a chosen one: always the farthest from those chosen.
 
-    This is Gonzalez' greedy algorithm (1985). Distances to all patches are updated in rounds of up to 64 centres. A round chooses among the 512 patches that are
-    farthest when it begins, and ends when another patch could be farther than these.
+    This is the greedy algorithm of Gonzalez (1985). Distances to all patches are updated in rounds of up to 64 centres.
+    A round chooses among the 512 patches that are farthest when it begins, and ends when others could be farther.
 
     Args:
         patches: Candidates.
