@@ -6,7 +6,17 @@ from importlib import import_module
 from iumad_jax.cli import summary_and_example
 from iumad_jax.errors import USER_ERROR
 
-COMMANDS = ("prepare", "main", "evaluate", "predict", "robustness", "latency", "export.__main__", "benchmark")
+COMMANDS = (
+    "prepare",
+    "main",
+    "evaluate",
+    "predict",
+    "robustness",
+    "latency",
+    "export.__main__",
+    "benchmark",
+    "data.synthetic.__main__",
+)
 
 
 def main(arguments: list[str]) -> int:

@@ -1,7 +1,7 @@
 """Resizing of images, masks and regions to the sizes that networks and metrics use."""
 
 import numpy as np
-from jaxtyping import Bool, Shaped
+from jaxtyping import Array, Bool, Shaped
 from PIL import Image
 
 
@@ -14,7 +14,7 @@ def resize_image(image: Shaped[np.ndarray, "h w c"], size: int) -> Shaped[np.nda
     return np.stack(resized, axis=-1)
 
 
-def resize_nearest(image: Shaped[np.ndarray, "h w"], size: int) -> Shaped[np.ndarray, "s s"]:
+def resize_nearest(image: Shaped[np.ndarray | Array, "h w"], size: int) -> Shaped[np.ndarray | Array, "s s"]:
     """Resize an image to `size` x `size` pixels without interpolation.
 
     Pixel i of the result is the source pixel that contains its centre, floor((i + 1/2) h / size).
@@ -35,6 +35,11 @@ def dilate(mask: Bool[np.ndarray, "h w"], pixels: int = 3) -> Bool[np.ndarray, "
     for row, column in np.argwhere(np.hypot(*np.ogrid[-pixels : pixels + 1, -pixels : pixels + 1]) <= pixels):
         dilated |= padded[row : row + h, column : column + w]
     return dilated
+
+
+def erode(mask: Bool[np.ndarray, "h w"], pixels: int = 3) -> Bool[np.ndarray, "h w"]:
+    """Reduce a mask to the pixels whose distance from the pixels outside of it exceeds `pixels`."""
+    return ~dilate(~mask, pixels)
 
 
 def region(mask: Bool[np.ndarray, "h w"], size: int) -> Bool[np.ndarray, "s s"]:

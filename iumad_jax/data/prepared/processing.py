@@ -4,8 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ml_collections import ConfigDict
+
+from iumad_jax import config as configs
 from iumad_jax.data import depth, transforms
-from iumad_jax.data.sample import Sample
+from iumad_jax.data.sample import Reader, Sample
 from iumad_jax.errors import UserError
 from iumad_jax.shapes import MAP_SIZE, Modality
 
@@ -32,6 +35,18 @@ class Processing:
 
     def __post_init__(self) -> None:
         depth.check_encoding(self.depth_encoding)
+
+    @classmethod
+    def of(cls, config: ConfigDict, reader: Reader) -> "Processing":
+        """Return the processing of a run with this config, for the images of this reader."""
+        return cls(
+            configs.modalities(config),
+            config.input.size,
+            config.input.depth_encoding,
+            reader.height_range,
+            reader.object_height,
+            reader.normals_window,
+        )
 
     @property
     def height_scale(self) -> float:

@@ -30,7 +30,6 @@ from jaxtyping import Array, Float, Float64
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from iumad_jax import config as configs
 from iumad_jax.data.prepared import copies, records
 from iumad_jax.data.prepared.copies import PreparedSplit
 from iumad_jax.data.prepared.processing import Processing
@@ -381,21 +380,13 @@ def _features(extractor: FeatureExtractor, weights: Variables, images: Float[Arr
 
 def open_store(config: ConfigDict, reader: Reader, workdir: Path) -> Store:
     """Open the store of images prepared for the config's backbone, with the weights loaded."""
-    processing = Processing(
-        configs.modalities(config),
-        config.input.size,
-        config.input.depth_encoding,
-        reader.height_range,
-        reader.object_height,
-        reader.normals_window,
-    )
     extractor = FeatureExtractor(config.backbone.name, config.backbone.grid)
     weights = pretrained.load(config.backbone.name, config.backbone.weights)
     digest = hashlib.sha256(b"".join(np.asarray(array).tobytes() for array in jax.tree.leaves(weights)))
     return Store(
         folder=Path(config.dataset.prepared or workdir / "prepared"),
         reader=reader,
-        processing=processing,
+        processing=Processing.of(config, reader),
         encoder=partial(_features, extractor, jax.device_put(weights)),
         settings={**config.backbone, "weights": digest.hexdigest()},
     )

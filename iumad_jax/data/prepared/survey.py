@@ -81,5 +81,5 @@ def _panels(store: Store, object_: str, manifests: Mapping[PreparedSplit, Manife
         for row in figures.choose([image["defect"] for image in images], count):
             sample = store.reader.read(object_, split, images[row]["id"])
             label = f"{split} {sample.id}: {sample.defect}"
-            panels.append(contact_sheet.Panels(label, store.processing(sample), sample.mask is not None))
+            panels.append(contact_sheet.describe(label, store.processing(sample), sample.mask is not None))
     return panels

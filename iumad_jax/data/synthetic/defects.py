@@ -1,0 +1,130 @@
+"""Pastes synthetic defects into good images: textures into photographs, bumps and dents into depth.
+
+Masks and the opacity of textures are those of DeSTSeg (Zhang et al., CVPR 2023), the reliefs are this project's own.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
+
+from iumad_jax.data import transforms
+from iumad_jax.data.synthetic import perlin, relief
+from iumad_jax.data.synthetic.textures import log_uniform, texture
+from iumad_jax.shapes import MAP_SIZE, Image, Keys, Modality
+
+_THRESHOLD = 0.5  # noise above it is a defect
+_FULL = 0.4  # excess over the threshold at which a relief has its full height
+_TRIALS = 4  # masks drawn per image
+_LEAST_AREA = 0.001  # fraction of an image that a defect covers at least
+_RADIUS = (0.02, 0.15)  # radius of a confined defect, image sides
+_SLOPE = (5, 45)  # steepest slope of a relief, degrees
+_HEIGHT = (0.01, 0.1)  # height of a relief as a fraction of the range that the `height` encoding spans
+_FAINTEST = 0.2  # least weight of a texture
+
+
+class Pasted(NamedTuple):
+    """Images with synthetic defects."""
+
+    images: dict[Modality, Float[Array, "b h w 3"]]
+    mask: Bool[Array, "b m m"]  # pixels of the defect, empty where the image stayed good
+    shown: dict[Modality, Bool[Array, " b"]]  # whether the modality shows the defect
+
+
+def paste(
+    keys: Keys,
+    images: dict[Modality, Float[Array, "b h w 3"]],
+    foreground: Bool[Array, "b m m"] | None,
+    depth_encoding: str,
+    confined: bool = True,
+) -> Pasted:
+    """Paste a synthetic defect into each good image.
+
+    With two modalities, rgb alone, depth alone or both show the defect, with equal probability. An image stays good if
+    none of four random masks covers 0.1 % of it. Textures may be cut from the next image of the batch.
+
+    Args:
+        keys: One random key per image.
+        images: Good images by modality, square, 0..255.
+        foreground: Pixels where defects may lie, such as `transforms.erode(GroundTruth.workpiece)`; None allows all.
+        depth_encoding: Encoding of the depth images.
+        confined: Whether a defect is a disc with an uneven outline and a radius of 2 to 15 % of the image's side (this
+            project's choice), or its parts may be spread over the whole image (as published).
+
+    Raises:
+        UserError: If the depth encoding cannot show bumps and dents.
+    """
+    if "depth" in images:
+        relief.check_encoding(depth_encoding)
+    others = jnp.roll(images["rgb"], 1, axis=0) if "rgb" in images and len(keys) > 1 else None
+
+    def paste_one(
+        key: Key[Array, ""], images: dict[Modality, Image], other: Image | None, foreground: Bool[Array, "m m"] | None
+    ) -> Pasted:
+        size = next(iter(images.values())).shape[0]
+        mask_key, modality_key, rgb_key, depth_key = jax.random.split(key, 4)
+        allowed = jnp.ones((size, size), bool) if foreground is None else transforms.resize_nearest(foreground, size)
+        noise, mask = draw_mask(mask_key, allowed, confined)
+        left_out = jax.random.randint(modality_key, (), 0, 3)  # the modality with this number; 2: none
+        shown = {m: mask.any() & ((left_out != i) | (len(images) == 1)) for i, m in enumerate(images)}
+        defective = dict(images)
+        if "rgb" in images:
+            defective["rgb"] = _stain(rgb_key, images["rgb"], mask & shown["rgb"], other)
+        if "depth" in images:
+            defective["depth"] = _deform(depth_key, images["depth"], mask & shown["depth"], noise, depth_encoding)
+        return Pasted(defective, transforms.resize_nearest(mask, MAP_SIZE), shown)
+
+    return jax.vmap(paste_one)(keys, images, others, foreground)
+
+
+def draw_mask(
+    key: Key[Array, ""], allowed: Bool[Array, "s s"], confined: bool
+) -> tuple[Float[Array, "s s"], Bool[Array, "s s"]]:
+    """Draw noise and the mask of its values above 0.5 on allowed pixels; see `paste`."""
+
+    def draw(key: Key[Array, ""]) -> Float[Array, "s s"]:
+        noise_key, window_key = jax.random.split(key)
+        noise = perlin.noise(noise_key, len(allowed))
+        return _confine(window_key, noise, allowed) if confined else noise
+
+    noise = jax.vmap(draw)(jax.random.split(key, _TRIALS))
+    masks = (noise > _THRESHOLD) & allowed[None]
+    sufficient = masks.mean((1, 2)) >= _LEAST_AREA
+    first = jnp.argmax(sufficient)
+    return noise[first], masks[first] & sufficient.any()
+
+
+def _confine(key: Key[Array, ""], noise: Float[Array, "s s"], allowed: Bool[Array, "s s"]) -> Float[Array, "s s"]:
+    """Return a cone around a random allowed pixel, 1 at its tip and 0.5 at a random radius, disturbed by noise.
+
+    The radius of the region above 0.5 is proportional to 1 + noise, so that the noise makes its outline uneven.
+    """
+    centre_key, radius_key = jax.random.split(key)
+    priority = jnp.where(allowed, jax.random.uniform(centre_key, allowed.shape), -1)
+    row, column = jnp.unravel_index(jnp.argmax(priority), allowed.shape)
+    radius = len(allowed) * log_uniform(radius_key, *_RADIUS)
+    y, x = perlin.pixel_grid(len(allowed))
+    return 1 - 0.5 * jnp.hypot(y - row, x - column) / radius + 0.5 * noise
+
+
+def _stain(key: Key[Array, ""], image: Image, mask: Bool[Array, "h w"], other: Image | None) -> Image:
+    """Blend a texture into the image within the mask."""
+    texture_key, weight_key = jax.random.split(key)
+    weight = 1 - (1 - _FAINTEST) * jax.random.uniform(weight_key)
+    stain = texture(texture_key, len(image), other)
+    return jnp.where(mask[..., None], image + weight * (stain - image), image)
+
+
+def _deform(
+    key: Key[Array, ""], image: Image, mask: Bool[Array, "h w"], noise: Float[Array, "h w"], encoding: str
+) -> Image:
+    """Make a bump or a dent of the noise within the mask."""
+    sign_key, slope_key, height_key = jax.random.split(key, 3)
+    t = jnp.clip((noise - _THRESHOLD) / _FULL, 0, 1)
+    profile = t**2 * (3 - 2 * t)
+    sign = jax.random.rademacher(sign_key, (), jnp.float32)
+    slope = jnp.tan(jnp.radians(log_uniform(slope_key, *_SLOPE)))
+    height = log_uniform(height_key, *_HEIGHT)
+    return relief.emboss(image, mask, profile, sign * slope, sign * height, encoding)
+
