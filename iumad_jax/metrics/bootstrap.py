@@ -73,7 +73,10 @@ def image_replicates(labels: ArrayLike, scores: ArrayLike, counts: NDArray) -> N
 def pixel_replicates(
     masks: ArrayLike, maps: ArrayLike, counts: NDArray, regions: Mapping[str, ArrayLike] | None = None
 ) -> dict[str, NDArray]:
-    """Compute `pixel_metrics` of every resample, to about 0.001; ties are joined by a straight line in AUPRO, too.
+    """Compute `pixel_metrics` of every resample, to about 0.001.
+
+    Tied scores are joined by a straight line, in `aupro` too. The error of `aupro` can reach 0.01 where few defects of
+    few pixels make its curve jump.
 
     Args:
         masks: Defect masks, shape (n, h, w), above 0 on defects.
