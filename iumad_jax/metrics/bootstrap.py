@@ -139,9 +139,7 @@ def _thresholds(negatives: NDArray) -> NDArray:
     chosen = np.sort(negatives)[::-1]
     if chosen.size:
         chosen = chosen[(np.linspace(0, 1, _THRESHOLDS) ** 2 * (chosen.size - 1)).astype(int)]
-    tied = chosen[1:][chosen[1:] == chosen[:-1]]  # often a score of many negatives, to be told from lower ones
-    ends = np.array([-np.inf, np.inf], chosen.dtype)
-    return np.unique(np.concatenate([ends, chosen, np.nextafter(tied, ends[0])]))
+    return np.unique(np.concatenate([np.array([-np.inf, np.inf], chosen.dtype), chosen]))
 
 
 def _above(maps: NDArray, pixels: NDArray, thresholds: NDArray, weights: NDArray | None = None) -> NDArray:

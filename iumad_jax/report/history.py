@@ -47,14 +47,12 @@ def history(events: Iterable[Mapping[str, Any]], last_step: int | None = None) -
     matrices: dict[str, Matrices] = {
         method: {metric: np.full((count, len(objects)), np.nan) for metric in METRICS} for method in last["bytes"]
     }
-    last_evaluations = {}
     for event in by_kind["evaluation"]:
         if event["step"] < count:
             for metric, matrix in matrices[event["method"]].items():
                 value = event[metric]
                 matrix[event["step"], objects.index(event["object"])] = np.nan if value is None else value
-        if event["step"] == count - 1:
-            last_evaluations[event["method"], event["object"]] = event
+    last_evaluations = {(e["method"], e["object"]): e for e in by_kind["evaluation"] if e["step"] == count - 1}
     intervals = {
         method: _intervals(matrix, [last_evaluations.get((method, name)) for name in objects])
         for method, matrix in matrices.items()
@@ -72,7 +70,8 @@ def _intervals(matrices: Matrices, evaluations: Sequence[Mapping[str, Any] | Non
     for metric, matrix in matrices.items():
         ends = [[None, None] if event is None else event["intervals"][metric] for event in evaluations]
         errors = [None if event is None else event["standard_errors"][metric] for event in evaluations]
-        intervals[metric] = {"objects": np.array(ends, float), "mean": interval_of_mean(matrix[-1], errors)}
+        mean = interval_of_mean(matrix[-1], np.array(errors, float))
+        intervals[metric] = {"objects": np.array(ends, float), "mean": mean}
     return intervals
 
 

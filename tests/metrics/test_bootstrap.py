@@ -102,8 +102,8 @@ def test_undefined_is_nan():
         assert all(np.isnan(np.hstack(spread(values))).all() for values in all_values)
 
 
-def test_resamples_without_a_defect_are_left_out():
-    """Only one of the anomalous images has a mask: resamples without it have no pixel metric."""
+def test_resamples_without_a_defect_or_a_negative_are_left_out():
+    """Only one anomalous image has a mask, or only one good image a region: resamples without it have no metric."""
     masks, maps, _ = images(5)
     masks[np.arange(12) != 3] = False
     masks[3, 4:9, 4:9] = True
@@ -111,6 +111,12 @@ def test_resamples_without_a_defect_are_left_out():
     values = pixel_replicates(masks, maps, counts)["aupro"]
     np.testing.assert_array_equal(np.isnan(values), counts[:, 3] == 0)
     assert spread(values) == spread(values[counts[:, 3] > 0])
+    region = np.zeros_like(masks)
+    region[6, :2] = True
+    for some_maps in (maps, maps + masks, maps - masks):
+        values = pixel_replicates(masks, some_maps, counts, {"object": region})
+        for metric in ("p_auroc_object", "aupro_object"):
+            np.testing.assert_array_equal(np.isnan(values[metric]), (counts[:, 3] == 0) | (counts[:, 6] == 0))
 
 
 def test_the_interval_of_a_mean_of_objects_covers_it():
