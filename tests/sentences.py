@@ -315,6 +315,7 @@ RESULTS_BY_OLDER_VERSION = "{} was written by an older version of iumad_jax; run
 NOTHING_MEASURED = "No metric is defined: no object has both good and anomalous test images."
 NOTHING_MEASURED_PART = "No metric is defined"
 UNDEFINED = "Undefined"
+INTERVALS = "[low, high]: 95 % bootstrap interval over test images"
 UNDEFINED_WITHOUT_DEFECT = r"\b{metric}\b[^;]* of {count} objects? \(no anomalous pixel or no normal one\)"
 UNDEFINED_WITHOUT_DEPTH = r"\b{metric}\b[^;]* of {count} objects? \(no depth"
 FORGETTING_IN_RUN = "Forgetting is measured by the run itself: see {}."

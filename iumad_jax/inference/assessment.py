@@ -97,7 +97,8 @@ def assess(
     for judgement in evaluation.judge(model, test_sets):
         name = judgement.object
         if name in object_numbers:
-            ledger.append("evaluation", step=step, object=name, method=judgement.method, **judgement.metrics)
+            measured = judgement.metrics | evaluation.spread_of(judgement.prediction, judgement.truth)
+            ledger.append("evaluation", step=step, object=name, method=judgement.method, **measured)
             if judgement.decision is not None:
                 rates = decisions.rates(judgement.decision, judgement.truth, object_numbers[name])
                 threshold_record["objects"][name]["test"] = rates

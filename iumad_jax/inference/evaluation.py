@@ -22,7 +22,7 @@ from iumad_jax.inference.decisions import Decision, decide
 from iumad_jax.inference.recognition import Recogniser
 from iumad_jax.inference.thresholds import Thresholds, thresholds
 from iumad_jax.methods.method import Method, with_frozen
-from iumad_jax.metrics import image_auroc, pixel_metrics
+from iumad_jax.metrics import image_auroc, image_replicates, pixel_metrics, pixel_replicates, resample, spread
 from iumad_jax.runtime.in_batches import predict_in_batches
 from iumad_jax.runtime.progress import Progress
 from iumad_jax.shapes import Batch, ErrorMaps, GroundTruth, Prediction, Scales, Variables
@@ -148,3 +148,22 @@ def metrics_of(prediction: Prediction, truth: GroundTruth) -> dict[str, float]:
     if not truth.masked.all():
         pixels = dict.fromkeys(pixels, math.nan)
     return {"i_auroc": image_auroc(truth.anomalous, prediction.score), **pixels}
+
+
+def spread_of(prediction: Prediction, truth: GroundTruth) -> dict[str, dict[str, Any]]:
+    """Compute how far `metrics_of` depends on the choice of test images, by bootstrap; NaN where undefined.
+
+    Returns:
+        `intervals`, the ends of each metric's 95 % interval, and `standard_errors`, by metric.
+    """
+    counts = resample(truth.anomalous)
+    regions = {"object": truth.object, "workpiece": truth.workpiece}
+    pixels = pixel_replicates(truth.mask, prediction.map, counts, regions)
+    if not truth.masked.all():
+        pixels = dict.fromkeys(pixels, np.empty(0))
+    replicates = {"i_auroc": image_replicates(truth.anomalous, prediction.score, counts), **pixels}
+    spreads = {metric: spread(values) for metric, values in replicates.items()}
+    return {
+        "intervals": {metric: interval for metric, (_, interval) in spreads.items()},
+        "standard_errors": {metric: error for metric, (error, _) in spreads.items()},
+    }

@@ -2,9 +2,18 @@
 
 from iumad_jax.metrics.aupro import aupro, aupro_exact, pixel_metrics, pro_curve
 from iumad_jax.metrics.auroc import image_auroc, pixel_auroc
+from iumad_jax.metrics.bootstrap import (
+    Spread,
+    image_replicates,
+    interval_of_mean,
+    pixel_replicates,
+    resample,
+    spread,
+)
 from iumad_jax.metrics.forgetting import aggregate_forgetting, average_accuracy, drops, final, forgetting, plasticity
 
 __all__ = [
+    "Spread",
     "aggregate_forgetting",
     "aupro",
     "aupro_exact",
@@ -13,8 +22,13 @@ __all__ = [
     "final",
     "forgetting",
     "image_auroc",
+    "image_replicates",
+    "interval_of_mean",
     "pixel_auroc",
     "pixel_metrics",
+    "pixel_replicates",
     "plasticity",
     "pro_curve",
+    "resample",
+    "spread",
 ]

@@ -113,15 +113,20 @@ def pro_curve(masks: ArrayLike, maps: ArrayLike, rates: ArrayLike) -> tuple[NDAr
     return overlap[positives.searchsorted(thresholds, "right")], thresholds
 
 
+def number_defects(masks: NDArray) -> tuple[NDArray, int]:
+    """Return the number, from 1, of the defect that each defective pixel belongs to, and the number of defects."""
+    masks = masks[masks.any(axis=(1, 2))]
+    labels, count = scipy.ndimage.label(masks, _NEIGHBOURS)
+    return labels[masks], count
+
+
 def _defects(masks: NDArray, maps: NDArray) -> tuple[NDArray, NDArray]:
     """Return the defective pixels' ascending scores and weights, which sum to 1 with an equal sum per defect."""
-    anomalous = masks.any(axis=(1, 2))
-    masks, maps = masks[anomalous], maps[anomalous]
-    labels, count = scipy.ndimage.label(masks, _NEIGHBOURS)
-    labels = labels[masks]
+    labels, count = number_defects(masks)
     weights = 1 / (np.bincount(labels, minlength=count + 1)[labels] * max(count, 1))
-    order = np.argsort(maps[masks])
-    return maps[masks][order], weights[order]
+    scores = maps[masks]
+    order = np.argsort(scores)
+    return scores[order], weights[order]
 
 
 def _aupro(positives: NDArray, weights: NDArray, negatives: NDArray, limit: float, thresholds: int = 100) -> float:

@@ -27,8 +27,9 @@ _OVERVIEW = [METRICS["i_auroc"], METRICS["aupro"], f"FM {METRICS['i_auroc']}"]
 _CURVES = ("i_auroc", "aupro", "p_auroc_object")
 _LEGEND = (
     "Percent; mean over objects, then mean over seeds ± standard deviation (n - 1). Without a prefix: after the last\n"
-    "step. FM: mean drop of objects from their best earlier value (Chaudhry et al.). aggregate FM: how far the mean\n"
-    "over the objects learned so far lies below its value after the base step, averaged over later steps.\n"
+    "step; [low, high]: 95 % bootstrap interval over test images, not over seeds; mean of each end over seeds.\n"
+    "FM: mean drop of objects from their best earlier value (Chaudhry et al.). aggregate FM: how far the mean over\n"
+    "the objects learned so far lies below its value after the base step, averaged over later steps.\n"
     "new: value right after an object was learned. `feature_norm` and `memory_bank` are training-free\n"
     "baselines. `joint` is not incremental: it trains on all objects learned so far."
 )
@@ -114,7 +115,7 @@ def markdown(runs: Runs) -> str:
         rows = []
         for cell, seed_runs in selected.items():
             printed = published.printed(seed_runs[0]["config"]["dataset"]["name"], *cell)
-            cells = [_cell(*_spread(seed_runs, *key)) for key in columns.values()]
+            cells = [_cell(*_spread(seed_runs, *key)) + _interval(_ends(seed_runs, *key)) for key in columns.values()]
             rows.append([cell.modality, cell.variant, len(seed_runs), *cells, *printed.values()])
         headers = ["modality", "variant", "seeds", *columns]
         headers += [f"printed {title}" for title in printed]
@@ -140,12 +141,13 @@ def as_csv(runs: Runs) -> str:
     """Format every figure of every metric, one per line; undefined ones are empty."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*Cell._fields, "metric", "figure", "seeds", "mean", "std"])
+    writer.writerow([*Cell._fields, "metric", "figure", "seeds", "mean", "std", "low", "high"])
     for cell, seed_runs in runs.items():
         for metric in seed_runs[0]["matrix"]:
             for figure in SUMMARY:
-                values = ("" if np.isnan(value) else repr(float(value)) for value in _spread(seed_runs, figure, metric))
-                writer.writerow([*cell, metric, figure, len(seed_runs), *values])
+                values = (*_spread(seed_runs, figure, metric), *_ends(seed_runs, figure, metric))
+                cells = ("" if np.isnan(value) else repr(float(value)) for value in values)
+                writer.writerow([*cell, metric, figure, len(seed_runs), *cells])
     return file.getvalue()
 
 
@@ -155,10 +157,21 @@ def _spread(seed_runs: list[dict[str, Any]], figure: str, metric: str) -> tuple[
     return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else float("nan")
 
 
+def _ends(seed_runs: list[dict[str, Any]], figure: str, metric: str) -> NDArray:
+    """Return the interval over test images (2,), averaged over seeds; NaN where undefined, as for all but `final`."""
+    if figure != "final":
+        return np.full(2, np.nan)
+    return np.mean(np.array([run["intervals"][metric]["mean"] for run in seed_runs], float), axis=0)
+
+
 def _cell(mean: float, deviation: float) -> str:
     if np.isnan(mean):
         return "-"
     return f"{100 * mean:z.1f}" + ("" if np.isnan(deviation) else f" ± {100 * deviation:.1f}")
+
+
+def _interval(ends: NDArray) -> str:
+    return "" if np.isnan(ends).any() else " [{:.0f}, {:.0f}]".format(*100 * ends)
 
 
 def _matrix(run: dict[str, Any], metric: str) -> NDArray:

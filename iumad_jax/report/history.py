@@ -1,15 +1,17 @@
 """Derives a run's history from its ledger: objects and metrics of every step, decisions and sizes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
+from iumad_jax.metrics import interval_of_mean
 from iumad_jax.report.tables import METRICS, summarise
 
 Matrices = dict[str, Float[np.ndarray, "steps objects"]]  # by metric; NaN where not yet learned or undefined
+Intervals = dict[str, dict[str, Any]]  # by metric: see `result_files`
 
 
 class History(NamedTuple):
@@ -17,6 +19,7 @@ class History(NamedTuple):
 
     steps: tuple[tuple[str, ...], ...]  # objects learned at each step
     matrices: dict[str, Matrices]  # by method: the run's method first, then its baselines
+    intervals: dict[str, Intervals]  # by method
     decisions: list[dict[str, Any]]  # by step: `inference.thresholds.describe`, with test rates
     bytes: dict[str, int]  # by method: bytes that it stores
     strategy_bytes: int  # bytes that the strategy stores in addition
@@ -49,11 +52,27 @@ def history(events: Iterable[Mapping[str, Any]], last_step: int | None = None) -
             for metric, matrix in matrices[event["method"]].items():
                 value = event[metric]
                 matrix[event["step"], objects.index(event["object"])] = np.nan if value is None else value
+    last_evaluations = {(e["method"], e["object"]): e for e in by_kind["evaluation"] if e["step"] == count - 1}
+    intervals = {
+        method: _intervals(matrix, [last_evaluations.get((method, name)) for name in objects])
+        for method, matrix in matrices.items()
+    }
     decisions = [
         {key: value for key, value in event.items() if key not in ("event", "step")}
         for event in by_kind["decisions"][:count]
     ]
-    return History(steps, matrices, decisions, last["bytes"], last["strategy_bytes"])
+    return History(steps, matrices, intervals, decisions, last["bytes"], last["strategy_bytes"])
+
+
+def _intervals(matrices: Matrices, evaluations: Sequence[Mapping[str, Any] | None]) -> Intervals:
+    """Collect the intervals of all objects after the last step from their evaluations, None without test images."""
+    intervals = {}
+    for metric, matrix in matrices.items():
+        ends = [[None, None] if event is None else event["intervals"][metric] for event in evaluations]
+        errors = [None if event is None else event["standard_errors"][metric] for event in evaluations]
+        mean = interval_of_mean(matrix[-1], np.array(errors, float))
+        intervals[metric] = {"objects": np.array(ends, float), "mean": mean}
+    return intervals
 
 
 def results(config: Mapping[str, Any], history: History, seconds: float) -> dict[str, Any]:
@@ -65,7 +84,12 @@ def results(config: Mapping[str, Any], history: History, seconds: float) -> dict
         seconds: Run time.
     """
     by_method = {
-        name: {"matrix": matrix, "summary": summarise(matrix), "bytes": history.bytes[name]}
+        name: {
+            "matrix": matrix,
+            "summary": summarise(matrix),
+            "intervals": history.intervals[name],
+            "bytes": history.bytes[name],
+        }
         for name, matrix in history.matrices.items()
     }
     return {

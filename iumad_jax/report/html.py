@@ -52,7 +52,7 @@ def write(workdir: Path, results: dict[str, Any]) -> None:
         "metrics": {metric: tables.METRICS[metric] for metric in tables.measured(results)},
         "figures": tables.FIGURES,
         "methods": {
-            name: {key: method[key] for key in ("matrix", "summary")}
+            name: {key: method[key] for key in ("matrix", "summary", "intervals")}
             for name, method in tables.methods_of(results).items()
         },
         "remarks": list(tables.remarks(results)),

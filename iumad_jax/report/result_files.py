@@ -7,7 +7,9 @@
     steps              the objects learned at each step
     matrix             metric -> (finished steps, objects); NaN or None where not yet learned or undefined
     summary            metric -> figure -> value, see `summarise`
-    baselines          name -> `matrix`, `summary` and `bytes` of each training-free method on the same inputs
+    intervals          metric -> `objects`, the 95 % bootstrap interval over test images of every object after the last
+                       step, shape (objects, 2), and `mean`, that of their mean; NaN or None where undefined
+    baselines          name -> `matrix`, `summary`, `intervals` and `bytes` of each training-free method
     bytes              bytes that the method stores
     strategy_bytes     bytes that the strategy against forgetting stores in addition
     decisions          one record per step, see `inference.thresholds.describe`; `test` holds the rates on test images
@@ -52,7 +54,7 @@ def read(workdir: Path) -> dict[str, Any] | None:
         return None
     try:
         results = json.loads(path.read_bytes())
-        if "floors" in results:
+        if "intervals" not in results:
             raise UserError(f"{path} was written by an older version of iumad_jax; run again in another folder.")
         tables.markdown(results)  # results that cannot be shown are damaged
         return results
@@ -61,14 +63,21 @@ def read(workdir: Path) -> dict[str, Any] | None:
 
 
 def comma_separated(results: dict[str, Any]) -> str:
-    """Format results.csv: every metric of every object after the last step and its drop, by method; means come last."""
+    """Format results.csv, by method: every metric of every object after the last step, its drop and its interval.
+
+    Means come last.
+    """
     metrics, file = tables.metrics_of(results), io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["method", "object", "step", *metrics, *(f"fm_{metric}" for metric in metrics)])
+    headers = [f"{prefix}{metric}" for prefix in ("", "fm_", "low_", "high_") for metric in metrics]
+    writer.writerow(["method", "object", "step", *headers])
     for name, method in tables.methods_of(results).items():
-        matrices = [method["matrix"][metric] for metric in metrics]
+        matrices, intervals = zip(*((method["matrix"][m], method["intervals"][m]) for m in metrics), strict=True)
         columns = [*(matrix[-1] for matrix in matrices), *(drops(matrix) for matrix in matrices)]
         means = [*map(final, matrices), *map(forgetting, matrices)]
+        for end in (0, 1):
+            columns += [[ends[end] for ends in interval["objects"]] for interval in intervals]
+            means += [interval["mean"][end] for interval in intervals]
         for step, object_, column in tables.learned_objects(results):
             writer.writerow([name, spreadsheet_text(object_), step, *(_number(values[column]) for values in columns)])
         writer.writerow([name, "mean", "", *map(_number, means)])

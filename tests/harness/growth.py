@@ -86,7 +86,8 @@ def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]
 
     rng, pairs = np.random.default_rng(0), objects * (objects + 1) / 2  # pairs of a step and an object learned by then
     values = {metric: rng.random() for metric in METRICS}
-    event = {"event": "evaluation", "step": objects, "object": "a" * 12, "method": config.method, **values}
+    spread = {"intervals": {m: [v, v] for m, v in values.items()}, "standard_errors": values}
+    event = {"event": "evaluation", "step": objects, "object": "a" * 12, "method": config.method, **values, **spread}
     maps: Any = rng.random((test, 2, 2))
     good = thresholds.make_calibration(Prediction(maps, maps.max((1, 2)), None), rng.random((test, 2)), 0)
     decision = json.dumps(thresholds.describe({"a" * 12: good, "b": good}, 0.995)["objects"]["a" * 12])

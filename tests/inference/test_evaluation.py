@@ -139,3 +139,24 @@ def test_metrics_agree_with_hand_computation(model):
     primary, _ = evaluation.judge(model, {"A": lambda: unmarked})
     assert np.isnan(primary.metrics["p_auroc"])
     assert primary.metrics["i_auroc"] == 1
+
+
+def test_the_spread_of_metrics_over_test_images(model):
+    """The good images have scores 0 and 0.5, the anomalous ones 1 and 0.4.
+
+    Resamples have twice one image with probability 1/4 each. The AUROC is 1 unless 0.5 occurs; it is 1/2 or 3/4 beside
+    one 0.4, and 0 or 1/2 beside two. The mean of its square is 41/64, the square of its mean 36/64.
+    """
+    prepared = images([(0, 0), (1, 0), (0.5, 0), (0.4, 0)], true_object=0)
+    model = model._replace(methods=dict.fromkeys(model.methods, Method(init=lambda key, batch: {}, predict=position)))
+    primary, _ = evaluation.judge(model, {"A": lambda: prepared})
+    spread = evaluation.spread_of(primary.prediction, primary.truth)
+    assert set(spread["intervals"]) == set(spread["standard_errors"]) == set(primary.metrics)
+    assert spread["standard_errors"]["i_auroc"] == pytest.approx((5 / 64) ** 0.5, abs=0.02)
+    assert spread["intervals"]["i_auroc"] == (0, 1)  # 0 has a probability of 1/16
+    assert spread["standard_errors"]["p_auroc"] > 0
+    unmarked = primary.truth._replace(masked=np.array([True, True, True, False]))
+    spread = evaluation.spread_of(primary.prediction, unmarked)
+    assert np.isnan(spread["intervals"]["aupro_object"]).all()
+    assert np.isnan(spread["standard_errors"]["p_auroc"])
+    assert spread["intervals"]["i_auroc"] == (0, 1)

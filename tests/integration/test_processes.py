@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 from iumad_jax.data.candies import render
@@ -107,7 +108,9 @@ def assert_close(ledger, expected):
     tolerances = {"epoch": {"rel": 1e-4}, "evaluation": {"abs": 1e-3}}  # a few pixels change ranks in evaluations
     for event, other in zip(ledger, expected, strict=True):
         if tolerance := tolerances.get(event["event"]):
-            assert event == {k: pytest.approx(v, **tolerance) if isinstance(v, float) else v for k, v in other.items()}
+            assert event == jax.tree.map(
+                lambda v, tolerance=tolerance: pytest.approx(v, **tolerance) if isinstance(v, float) else v, other
+            )
 
 
 def test_killed_and_resumed_processes_train_like_a_single_one(start, start_two, tmp_path):

@@ -15,10 +15,15 @@ from tests import sentences
 OBJECTS = ["bagel", "rope", "tire"]
 
 
-def save_run(workdir, folder, *matrices, dataset="candies", steps=(("bagel", "rope"), ("tire",))):
+def save_run(workdir, folder, *matrices, dataset="candies", steps=(("bagel", "rope"), ("tire",)), ends=(np.nan,) * 2):
     """Save the results of a run; the matrices, used for every metric, are those of the method and of the baseline."""
     variants = [
-        {"matrix": dict.fromkeys(METRICS, m), "summary": summarise(dict.fromkeys(METRICS, m))} for m in matrices
+        {
+            "matrix": dict.fromkeys(METRICS, m),
+            "summary": summarise(dict.fromkeys(METRICS, m)),
+            "intervals": {metric: {"objects": [ends] * 3, "mean": ends} for metric in METRICS},
+        }
+        for m in matrices
     ]
     results = {
         "config": {"method": "iuf", "modality": "rgb", "dataset": {"name": dataset}},
@@ -77,6 +82,19 @@ def test_means_and_deviations_over_seeds(workdir):
     assert iuf["new AUPRO"] == "78.3 ± 2.4"  # 76.67 and 80
     assert rows["rgb", "ib_iumad-no_mamba"]["I-AUROC"] == "76.7"  # one seed has no deviation
     assert rows["rgb", "feature_norm"]["FM AUPRO"] == "0.0"
+
+
+def test_intervals_over_test_images_are_averaged_over_seeds(tmp_path):
+    save_run(tmp_path, "iuf_rgb_2-1_seed0", forgetting(0.9, 0.7), ends=(0.6, 0.8))
+    save_run(tmp_path, "iuf_rgb_2-1_seed1", forgetting(1.0, 0.4), ends=(0.5, 0.74))
+    save_run(tmp_path, "uniad_rgb_2-1_seed0", forgetting(1.0, 0.4))  # undefined
+    rows = table(comparison.write(tmp_path), "2-1")
+    assert rows["rgb", "iuf"]["object AUPRO"] == "65.0 ± 7.1 [55, 77]"
+    assert rows["rgb", "iuf"]["FM I-AUROC"] == "20.0 ± 14.1"
+    assert rows["rgb", "uniad"]["I-AUROC"] == "60.0"
+    final, acc = list(csv.DictReader(io.StringIO((tmp_path / "comparison.csv").read_text())))[:2]
+    assert (final["figure"], float(final["low"]), float(final["high"])) == ("final", 0.55, 0.77)
+    assert (acc["figure"], acc["low"], acc["high"]) == ("acc", "", "")
 
 
 def test_a_single_step_has_nothing_to_forget(workdir):

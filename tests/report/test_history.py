@@ -9,8 +9,12 @@ from iumad_jax.report.history import history, results
 from iumad_jax.report.tables import METRICS
 
 
-def evaluation(step, object_, method, value):
-    return {"event": "evaluation", "step": step, "object": object_, "method": method} | dict.fromkeys(METRICS, value)
+def evaluation(step, object_, method, value, error=0.03):
+    """Return an evaluation whose intervals end 0.1 below and 0.2 above the value."""
+    ends = [None, None] if value is None else [value - 0.1, value + 0.2]
+    spread = {"intervals": dict.fromkeys(METRICS, ends), "standard_errors": dict.fromkeys(METRICS, error)}
+    place = {"step": step, "object": object_, "method": method}
+    return {"event": "evaluation", **place, **dict.fromkeys(METRICS, value), **spread}
 
 
 def decisions(step, threshold):
@@ -26,14 +30,14 @@ EVENTS = [
     {"event": "epoch", "step": 0, "epoch": 0, "loss": 1.0},
     evaluation(0, "bee", "net", 0.9),
     evaluation(0, "bee", "baseline", 0.4),
-    evaluation(0, "ant", "net", None),  # undefined
-    evaluation(0, "ant", "baseline", None),
+    evaluation(0, "ant", "net", None, None),  # undefined
+    evaluation(0, "ant", "baseline", None, None),
     decisions(0, 0.5),
     snapshot(0, 100),
     {"event": "step", "step": 1, "learned": ["cow"], "images": 3},
     evaluation(1, "bee", "net", 0.7),
     evaluation(1, "bee", "baseline", 0.4),
-    evaluation(1, "cow", "net", 0.8),  # ant has no test images in this step
+    evaluation(1, "cow", "net", 0.8, 0.04),  # ant has no test images in this step
     evaluation(1, "cow", "baseline", 0.2),
     decisions(1, 0.6),
     snapshot(1, 200),
@@ -53,6 +57,17 @@ def test_matrices_and_decisions_are_those_of_finished_steps():
         np.testing.assert_array_equal(past.matrices["baseline"][metric], [[0.4, NAN, NAN], [0.4, NAN, 0.2]])
     assert [step["objects"]["bee"]["image"] for step in past.decisions] == [0.5, 0.6]
     assert (past.bytes, past.strategy_bytes) == ({"net": 200, "baseline": 1}, 2000)
+
+
+def test_intervals_are_those_of_the_last_finished_step():
+    intervals = history(EVENTS).intervals["net"]["aupro"]
+    np.testing.assert_allclose(intervals["objects"], [[0.6, 0.9], [NAN, NAN], [0.7, 1.0]])
+    mean, margin = (0.7 + 0.8) / 2, 1.96 * 0.05 / 2  # the errors 0.03 and 0.04 add up to 0.05
+    np.testing.assert_allclose(intervals["mean"], [mean - margin, mean + margin])
+    np.testing.assert_allclose(history(EVENTS, last_step=0).intervals["net"]["aupro"]["objects"][0], [0.8, 1.1])
+    run = results({"method": "net", "protocol": "2-1"}, history(EVENTS), seconds=3.5)
+    assert run["intervals"]["aupro"]["mean"] == intervals["mean"]
+    np.testing.assert_allclose(run["baselines"]["baseline"]["intervals"]["aupro"]["objects"][2], [0.1, 0.4])
 
 
 def test_history_until_an_earlier_step():

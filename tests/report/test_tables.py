@@ -32,6 +32,11 @@ BASELINE = {metric: [[0.65, nan, 0.65], [0.65] * 3] for metric in ("i_auroc", "p
     "p_auroc_object": [[nan] * 3] * 2,
     "aupro_object": [[nan] * 3] * 2,
 }
+NO_INTERVALS = {metric: {"objects": [[nan, nan]] * 3, "mean": [nan, nan]} for metric in MATRIX}
+INTERVALS = NO_INTERVALS | {  # the cat has a single good image
+    "i_auroc": {"objects": [[0.7, 0.948], [nan, nan], [0.5, 0.8]], "mean": [0.6, 0.81]},
+    "aupro": {"objects": [[0.3, 0.5], [nan, nan], [0.4, 0.8]], "mean": [0.333, 0.533]},
+}
 
 
 def run(matrix=MATRIX, steps=STEPS, **others):
@@ -42,10 +47,19 @@ def run(matrix=MATRIX, steps=STEPS, **others):
         "steps": steps,
         "matrix": matrix,
         "summary": tables.summarise(matrix),
+        "intervals": NO_INTERVALS,
         "seconds": 1.5,
         "versions": {"jax": "0.11"},
         **others,
     }
+
+
+def baseline(**others):
+    return {"matrix": BASELINE, "summary": tables.summarise(BASELINE), "intervals": NO_INTERVALS, **others}
+
+
+def run_with_baseline(**others):
+    return run(baselines={"feature_norm": baseline()}, **others)
 
 
 def cells(text, *start):
@@ -110,7 +124,7 @@ def test_undefined_cells_are_counted_with_their_reason(console):
 
 def test_without_test_images_metrics_have_no_table(console):
     matrix = {metric: [[nan] * 3] * 2 for metric in MATRIX}
-    baselines = {"feature_norm": {"matrix": matrix, "summary": tables.summarise(matrix)}}
+    baselines = {"feature_norm": {"matrix": matrix, "summary": tables.summarise(matrix), "intervals": NO_INTERVALS}}
     results = run(
         matrix, baselines=baselines, decisions=[{"objects": {name: decisions_of_object() for name in OBJECTS}}]
     )
@@ -182,8 +196,7 @@ def test_a_partial_run_shows_its_learned_objects(console):
 
 
 def test_baselines_are_in_every_table(console):
-    baseline = {"matrix": BASELINE, "summary": tables.summarise(BASELINE), "bytes": 2_000_000}
-    text = console(run(baselines={"feature_norm": baseline}, bytes=12_345_678))
+    text = console(run(baselines={"feature_norm": baseline(bytes=2_000_000)}, bytes=12_345_678))
     assert cells(text, "mean")[0] == ["0.717", "0.780", "0.433"]
     assert cells(text, "mean of feature_norm") == [["0.650", "0.650", "0.650"]]
     assert cells(text, "AUPRO", "feature_norm") == [["0.650", "0.650", "0.000", "0.000", "0.650"]]
@@ -192,6 +205,25 @@ def test_baselines_are_in_every_table(console):
     assert line == f"{start} in AUPRO (0.433 against 0.650)."  # the method is better in the other metrics
     assert sentences.STORED.format("ib_iumad 12.3 MB, feature_norm 2.0 MB") in text
     assert sentences.NO_BETTER_THAN_BASELINE.format("") not in console(run())
+
+
+def test_intervals_of_objects_and_means(console):
+    """results.md has them beside the values, the console below the means only, as wide lines would break."""
+    results = run(intervals=INTERVALS, baselines={"feature_norm": baseline(intervals=INTERVALS)})
+    text = tables.markdown(results)
+    assert cells(text, "zebra")[0] == ["0", "0.700 [0.50, 0.80]", "-", "0.600 [0.40, 0.80]"]
+    assert cells(text, "ant")[0] == ["0", "0.850 [0.70, 0.95]", "0.960", "0.400 [0.30, 0.50]"]
+    assert cells(text, "cat")[0] == ["1", "0.600", "0.600", "0.300"]  # undefined
+    assert cells(text, "mean")[0] == ["", "0.717 [0.60, 0.81]", "0.780", "0.433 [0.33, 0.53]"]
+    assert cells(text, "mean of feature_norm")[0][1] == "0.650 [0.60, 0.81]"
+    assert sentences.INTERVALS in text
+    text = console(results)
+    assert cells(text, "zebra")[0] == ["0", "0.700", "-", "0.600"]
+    lines = text.splitlines()
+    for start in ("mean  ", "mean of feature_norm  "):
+        (row,) = [index for index, line in enumerate(lines) if line.startswith(start)]
+        assert re.split(r"\s{2,}", lines[row + 1].strip()) == ["[0.60, 0.81]", "[0.33, 0.53]"]
+    assert sentences.INTERVALS in text
 
 
 def test_bytes_that_the_strategy_stores_per_object(console):
@@ -212,8 +244,7 @@ def test_the_console_ends_with_the_folder_of_the_results(console, tmp_path):
 
 
 def test_markdown_holds_every_matrix():
-    baseline = {"matrix": BASELINE, "summary": tables.summarise(BASELINE)}
-    text = tables.markdown(run(baselines={"feature_norm": baseline}))
+    text = tables.markdown(run_with_baseline())
     title = sentences.TITLE_OF_PROTOCOL.format(method="ib_iumad", dataset="zoo", modality="rgb+depth", protocol="2-1")
     assert text.startswith(f"# {title}\n")
     parts = dict(part.split(f"{sentences.AFTER_EVERY_STEP}\n", 1) for part in text.split("## ")[1:])
@@ -252,7 +283,9 @@ def test_results_read_back_with_null_for_undefined(tmp_path, console):
 
 
 def test_results_of_an_older_version_are_refused(tmp_path):
-    (tmp_path / "results.json").write_text(json.dumps({"floors": {}}))
+    (tmp_path / "results.json").write_text(
+        json.dumps({key: value for key, value in run().items() if key != "intervals"})
+    )
     with pytest.raises(UserError, match=sentences.RESULTS_BY_OLDER_VERSION.format(r"results\.json")):
         result_files.read(tmp_path)
 
@@ -273,6 +306,7 @@ def test_results_that_cannot_be_read_or_written_are_reported(tmp_path):
 
 
 LATEX = r"""% ib_iumad on zoo, rgb+depth, protocol 2-1; FM: the best earlier value minus the last
+% in brackets: 95 % bootstrap interval over test images
 \resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%
 \begin{tabular}{lrrrrrrrr}
 \toprule
@@ -290,14 +324,20 @@ mean & \textbf{71.7} & 43.3 & 7.5 & 10.0 & 65.0 & \textbf{65.0} & \textbf{0.0} &
 """
 
 
-def run_with_baseline(**others):
-    return run(baselines={"feature_norm": {"matrix": BASELINE, "summary": tables.summarise(BASELINE)}}, **others)
-
-
 def test_latex_in_the_papers_form():
     assert latex.table(run_with_baseline()) == LATEX
     alone = latex.table(run())  # without a comparison no value is bold
     assert r"zebra & 70.0 & 60.0 & 10.0 & 10.0 \\" in alone.splitlines()
+
+
+def test_latex_has_intervals_below_the_values():
+    lines = latex.table(run(intervals=INTERVALS, baselines={"feature_norm": baseline()})).splitlines()
+    (ant,) = [index for index, line in enumerate(lines) if line.startswith("ant &")]
+    below = [cell.strip() for cell in lines[ant + 1].removesuffix(r"\\").split("&")]
+    assert below == ["", r"\scriptsize[70, 95]", r"\scriptsize[30, 50]", *[""] * 6]
+    assert lines[ant + 2].startswith("cat &")
+    assert lines[ant + 3] == r"\midrule"  # no interval of the cat is defined
+    assert r"& \scriptsize[60, 81] & \scriptsize[33, 53] &" in lines[ant + 5]
 
 
 def test_latex_escapes_names_and_fits_a_column(tmp_path):
@@ -342,3 +382,8 @@ def test_comma_separated_values_read_back_to_the_last_digit():
     assert float(ant["fm_p_auroc"]) == 0.9 - 0.96
     assert float(mean["fm_aupro"]) == pytest.approx(0.1)
     assert rows[4]["aupro"] == "0.65"
+    rows = list(csv.DictReader(io.StringIO(result_files.comma_separated(run_with_baseline(intervals=INTERVALS)))))
+    assert [(row["low_i_auroc"], row["high_i_auroc"]) for row in rows[:4]] == [
+        ("0.5", "0.8"), ("0.7", "0.948"), ("", ""), ("0.6", "0.81"),
+    ]  # fmt: skip
+    assert [row["high_aupro"] for row in rows[3:5]] == ["0.533", ""]

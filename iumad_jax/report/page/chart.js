@@ -16,6 +16,7 @@ const $ = (id) => document.getElementById(id);
 
 const isDefined = (value) => value !== null && value !== undefined;
 const show = (value, digits = 3) => (isDefined(value) ? value.toFixed(digits).replace(/^-(0\.?0*)$/, "$1") : "–");
+const showInterval = ([low, high]) => (isDefined(low) && isDefined(high) ? `[${show(low, 2)}, ${show(high, 2)}]` : "");
 const percent = (share) => `${Number((100 * share).toPrecision(2))} %`;
 const mean = (values) => {
   const defined = values.filter(isDefined);

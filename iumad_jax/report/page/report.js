@@ -25,6 +25,7 @@ function overview() {
   $("key").textContent =
     "Means over objects after the last step; 1 is perfect. I-AUROC: anomalous above good images (0.5 is chance)." +
     " P-AUROC: the same for pixels. AUPRO: mean share of a defect found, for up to 30 % of normal pixels marked." +
+    " [low, high]: 95 % bootstrap interval over test images." +
     ` object: normal pixels of the object alone.${baselines.length ? ` ${baselineNote}` : ""}`;
   for (const metric of ["i_auroc", "aupro", "p_auroc_object", "aupro_object"].filter((key) => metrics[key])) {
     const figures = methods[runMethod].summary[metric];
@@ -34,6 +35,7 @@ function overview() {
         { class: "tile" },
         h("h3", {}, metrics[metric]),
         h("strong", {}, show(figures.final)),
+        h("span", { class: "quiet" }, showInterval(methods[runMethod].intervals[metric].mean)),
         h(
           "div",
           { class: "bars" },

@@ -135,21 +135,28 @@ function sortable(table, headers, rows) {
 
 function objectTable() {
   const shown = Object.keys(metrics).filter((metric) => metric !== "aupro_exact");
-  const cell = (values) => {
+  const cell = (values, ends) => {
     const [ours, ...theirs] = values;
+    const intervals = ends.map(showInterval);
     const wins = isDefined(ours) && theirs.every((value) => !isDefined(value) || ours > value);
     return h(
       "td",
       {},
       h("span", { class: wins && baselines.length ? "wins" : null, style: colour(runMethod) }, show(ours)),
-      ...baselines.map((name, i) => h("small", { style: colour(name), title: name }, h("b", {}, show(theirs[i])))),
+      h("small", {}, intervals[0]),
+      ...baselines.map((name, i) =>
+        h("small", { style: colour(name), title: name }, h("b", {}, show(theirs[i])), ` ${intervals[i + 1]}`),
+      ),
     );
   };
-  const rows = columns.map(([step, name], i) => {
+  const rows = columns.map(([step, name, column], i) => {
     const values = shown.map((metric) => names.map((method) => row(method, metric, steps - 1)[i]));
+    const cells = shown.map((metric, j) =>
+      cell(values[j], names.map((method) => methods[method].intervals[metric].objects[column])),
+    );
     return {
       keys: [name, step, ...values.map(([ours]) => ours)],
-      element: h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, String(step)), ...values.map(cell)),
+      element: h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, String(step)), ...cells),
     };
   });
   sortable($("object-table"), ["object", "step", ...shown.map((metric) => metrics[metric])], rows);
@@ -159,6 +166,7 @@ function objectTable() {
     h("b", { style: colour(runMethod) }, runMethod),
     ...baselines.flatMap((name) => [", ", h("b", { style: `color: var(--color); ${colour(name)}` }, name)]),
     baselines.length ? "; ✓ where the method is better than every baseline." : ".",
+    " [low, high]: 95 % bootstrap interval over test images, not over training seeds.",
   );
   $("object-table").append(
     h(
@@ -169,7 +177,12 @@ function objectTable() {
         {},
         h("th", { scope: "row" }, "mean"),
         h("td"),
-        ...shown.map((metric) => cell(names.map((name) => methods[name].summary[metric].final))),
+        ...shown.map((metric) =>
+          cell(
+            names.map((name) => methods[name].summary[metric].final),
+            names.map((name) => methods[name].intervals[metric].mean),
+          ),
+        ),
       ),
     ),
   );

@@ -212,7 +212,18 @@ def matrix(method):
     values[0, OBJECTS.index("bee")] = math.nan
     metrics = {metric: values ** (1 + index / 4) for index, metric in enumerate(tables.METRICS)}
     metrics["p_auroc_object"] = np.where(np.arange(3) == 0, np.nan, metrics["p_auroc_object"])  # undefined for the ant
-    return {"matrix": metrics, "summary": tables.summarise(metrics), "bytes": 1_500_000}
+    return {
+        "matrix": metrics,
+        "summary": tables.summarise(metrics),
+        "intervals": {metric: intervals(rows[-1]) for metric, rows in metrics.items()},
+        "bytes": 1_500_000,
+    }
+
+
+def intervals(values):
+    """Return invented intervals of all objects and of their mean."""
+    mean = np.nanmean(values) if not np.isnan(values).all() else math.nan
+    return {"objects": np.stack([values - 0.1, values + 0.01], axis=1), "mean": (mean - 0.05, mean + 0.005)}
 
 
 def run(**others):

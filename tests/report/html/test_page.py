@@ -74,9 +74,14 @@ def test_objects_sort_by_mouse_and_keyboard(page, zoo):
 def test_cells_show_baselines_beside_the_method(page, zoo):
     (cell,) = [row[2] for row in page.rows("#object-table tbody") if row[0] == "bee"]
     results = zoo.run()
-    assert cell.split() == [
-        f"{method['matrix']['i_auroc'][1][1]:.3f}" for method in tables.methods_of(results).values()
-    ]
+    values = [method["matrix"]["i_auroc"][1][1] for method in tables.methods_of(results).values()]
+    assert " ".join(cell.split()) == " ".join(f"{v:.3f} [{v - 0.1:.2f}, {v + 0.01:.2f}]" for v in values)
+    means = [method["summary"]["i_auroc"]["final"] for method in tables.methods_of(results).values()]
+    cell = page.rows("#object-table tfoot")[0][2]
+    assert " ".join(cell.split()) == " ".join(f"{v:.3f} [{v - 0.05:.2f}, {v + 0.005:.2f}]" for v in means)
+    assert f"{means[0]:.3f}\n[{means[0] - 0.05:.2f}, " in page.run("document.querySelector('.tile').innerText")
+    (cell,) = [row[5] for row in page.rows("#object-table tbody") if row[0] == "ant"]
+    assert cell.split() == ["–"] * 3  # undefined metrics have no interval
 
 
 def test_curves_are_drawn_to_scale(page, zoo):
@@ -175,7 +180,8 @@ def test_a_single_step_without_depth_masks_decisions_training_or_test_images(bro
     }  # all metrics of the dog are undefined
     samples.save(tmp_path, 0, "cat", zoo.summary("cat", 0, with_masks=False))
     Ledger(tmp_path / "ledger.jsonl")
-    method = {"matrix": matrices, "summary": tables.summarise(matrices)}
+    intervals = {metric: zoo.intervals(rows[-1]) for metric, rows in matrices.items()}
+    method = {"matrix": matrices, "summary": tables.summarise(matrices), "intervals": intervals}
     results = zoo.run(objects=["cat", "dog"], steps=[["cat", "dog"]], baselines={}, decisions=[], **method)
     rgb, heights, masks = zoo.truth("cat")
     samples.save_pictures(tmp_path, "cat", rgb, np.full_like(heights, np.nan), np.zeros_like(masks), height_scale=1)
@@ -197,7 +203,8 @@ def test_a_single_step_without_depth_masks_decisions_training_or_test_images(bro
 
 def test_a_run_without_any_test_images(browser, tmp_path, zoo):
     matrices = {metric: np.full((1, 1), math.nan) for metric in tables.METRICS}
-    method = {"matrix": matrices, "summary": tables.summarise(matrices)}
+    intervals = {metric: zoo.intervals(rows[-1]) for metric, rows in matrices.items()}
+    method = {"matrix": matrices, "summary": tables.summarise(matrices), "intervals": intervals}
     results = zoo.run(
         objects=["cat"], steps=[["cat"]], baselines={"feature_norm": method}, decisions=zoo.decisions()[:1], **method
     )
