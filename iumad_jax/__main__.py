@@ -14,6 +14,7 @@ COMMANDS = (
     "robustness",
     "latency",
     "export.__main__",
+    "choose",
     "benchmark",
     "data.synthetic.__main__",
 )

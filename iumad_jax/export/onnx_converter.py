@@ -316,6 +316,13 @@ def _extreme(operator: str) -> Rule:
 
 
 @_with_full_inputs
+def _top_k(graph: _Graph, equation: Any, x: Value) -> list[str]:
+    """Translate `lax.top_k` along the last axis."""
+    values, indices = graph.add_all("TopK", [x, [equation.params["k"]]], 2, axis=-1)
+    return [values, graph.add("Cast", indices, to=_onnx_type(equation.outvars[1].aval.dtype))]
+
+
+@_with_full_inputs
 def _stack(graph: _Graph, equation: Any, *parts: Value) -> str:
     axis = equation.params["axis"]
     return graph.add("Concat", *(graph.add("Unsqueeze", part, [axis]) for part in parts), axis=axis)
@@ -408,5 +415,6 @@ RULES: dict[str, Rule] = {
     "stop_gradient": _pass_through,
     "sub": _elementwise("Sub"),
     "tanh": _elementwise("Tanh"),
+    "top_k": _top_k,
     "transpose": _with_full_inputs(lambda g, e, x: _transpose(g, x, e.params["permutation"])),
 }

@@ -48,6 +48,7 @@ FUNCTIONS = {
     "activations": lambda x: jax.nn.silu(x) + jax.nn.relu6(4 * x) + jax.nn.softplus(9 * x) + jax.nn.softmax(x, -1),
     "comparisons": lambda x: jnp.where((x > 0) & (x < 1) | ~(x >= -1) | (x == 2) | (x != x), x, -x) * (x <= 0.3),
     "extremes": lambda x: jnp.maximum(x, 0.2) + jnp.minimum(x, x[:, :1]) + x.max((1, 2), keepdims=True) - x.min(),
+    "largest": lambda x: sum(lax.top_k(x, 3)),
     "places": lambda x: x.argmax(-1) + 10 * x.argmin(1).sum(),
     "sums": lambda x: x.sum((0, 2)) + x.mean(),
     "shapes": lambda x: x.transpose(3, 0, 2, 1).reshape(8, 36)[:, None, ::5].squeeze(1),

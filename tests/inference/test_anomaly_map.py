@@ -6,7 +6,7 @@ import pytest
 
 from iumad_jax import config as configs
 from iumad_jax.errors import UserError
-from iumad_jax.inference.anomaly_map import Rule, combine, make_rule, measure_scales, window_score
+from iumad_jax.inference.anomaly_map import Rule, combine, common_score, make_rule, measure_scales, window_score
 from iumad_jax.shapes import ErrorMaps, Scale
 from tests import sentences
 
@@ -84,3 +84,9 @@ def test_a_rule_must_exist_and_select_what_is_judged():
     config.model.target = "rgb"  # the paper's: depth is an input, and its features are not judged
     with pytest.raises(UserError, match=sentences.NOT_JUDGED.format(found="depth", judged="rgb")):
         make_rule(config)
+
+
+def test_the_common_score_is_the_mean_of_the_largest_values():
+    maps = np.random.default_rng(0).normal(size=(3, 40, 50)).astype(np.float32)
+    largest = np.sort(maps.reshape(3, -1).astype(np.float64), axis=1)[:, -10:]  # 0.5 % of 2,000
+    np.testing.assert_allclose(common_score(jnp.asarray(maps)), largest.mean(1), rtol=1e-5)

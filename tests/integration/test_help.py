@@ -15,7 +15,7 @@ from tests.integration.trained import QUICKSTART, in_process
 
 ROOT = QUICKSTART.parents[1]
 NAMES = [name.removesuffix(".__main__") for name in commands.COMMANDS]
-ON_A_RUN = ("evaluate", "predict", "latency", "export", "robustness")
+ON_A_RUN = ("evaluate", "predict", "latency", "export", "robustness", "choose")
 
 
 def example(name):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import sentences
 from tests.integration.conftest import SMALL
 
 pytestmark = pytest.mark.slow
@@ -81,3 +82,10 @@ def test_evaluation_skips_objects_without_test_images_like_the_run(home):
         assert evaluation["matrix"][metric] == [matrix[-1]]
     assert evaluation["decisions"][0]["objects"] == results["decisions"][-1]["objects"]
     assert "test" not in evaluation["decisions"][0]["objects"]["bolt"]
+
+
+def test_choose_needs_good_images_that_were_not_learned(home):
+    command = [sys.executable, "-m", "iumad_jax.choose", "--workdir=run"]
+    process = subprocess.run(command, cwd=home, capture_output=True, text=True)
+    assert (process.returncode, process.stdout) == (2, "")
+    assert sentences.NO_CALIBRATION_IMAGES.format("bolt") in process.stderr

@@ -1,6 +1,7 @@
-"""Commands that use a trained model: predict, evaluate, export, robustness. All tests share one run."""
+"""Commands that use a trained model: predict, evaluate, export, robustness, choose. All tests share one run."""
 
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -11,13 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iumad_jax import evaluate, predict, robustness
+from iumad_jax import choose, evaluate, predict, robustness
+from iumad_jax.data import readers
 from iumad_jax.data.degradation import FAULTS
+from iumad_jax.data.prepared.store import open_store
 from iumad_jax.data.readers.eyecandies import Eyecandies
 from iumad_jax.errors import UserError
 from iumad_jax.export import __main__ as export
-from iumad_jax.inference import predictions
-from iumad_jax.runtime import snapshots
+from iumad_jax.inference import choosing, predictions
+from iumad_jax.runtime import snapshots, workdir
 from tests import sentences
 from tests.integration.trained import LEARNED, NEVER_LEARNED, in_process, results_of, samples, stacked
 
@@ -31,8 +34,8 @@ def command(home, capsys, monkeypatch):
 
     def run(name, *flags):
         monkeypatch.setattr(sys, "argv", arguments := ["command", *flags])  # ml_collections reads the keys from here
-        commands = {"predict": predict, "evaluate": evaluate, "export": export, "robustness": robustness}
-        code = commands[name].main(arguments)
+        commands = {"predict": predict, "evaluate": evaluate, "robustness": robustness, "choose": choose}
+        code = (commands | {"export": export})[name].main(arguments)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -195,6 +198,38 @@ def test_robustness_repeats_the_results_of_the_run_on_unchanged_images(home, com
     assert {fault for fault, _ in cells} == {"none", *FAULTS, "depth noise, mm"}
 
 
+def test_choose_lists_every_setting_once_and_the_best_first(command):
+    code, out, err = command("choose", "--workdir=run", "--images=2", "--defects=2")
+    assert code == 0, err
+    header, _, *rows = (re.split(r" *\| *", line)[1:-1] for line in out.splitlines())
+    assert header == ["run", "method", "combine", "score", "I-AUROC", "AUPRO", "object P-AUROC"]
+    assert len(rows) == len({tuple(row[:4]) for row in rows}) == 3 * 5 * 3
+    means = [np.mean([float(value) for value in row[4:]]) for row in rows]
+    assert all(first > second - 1e-3 for first, second in itertools.pairwise(means))  # printed with three digits
+
+
+def test_synthetic_defects_differ_from_their_originals_within_the_mask(home, monkeypatch):
+    monkeypatch.chdir(home)
+    config = workdir.read(home / "run")
+    store = open_store(config, readers.open_reader(config), home / "run")
+    made, good = (
+        choosing.make_images(store, "CandyCane", images=3, defects=3, seed=0),
+        store.get("CandyCane", "calibration"),
+    )
+    assert len(made.mask) == 3 + 9
+    assert not made.mask[:3].any()
+    assert made.mask[3:].any((1, 2)).mean() > 0.8
+    assert (made.mask & ~made.object).mean() < 1e-3
+    pixels = (2 * np.arange(64) + 1) * 224 // 128  # of the mask, of which the prepared images show every few
+    for m, images in made.batch.images.items():
+        np.testing.assert_array_equal(images[:3], good.batch.images[m])
+        np.testing.assert_array_equal(made.batch.features[m][:3], good.batch.features[m])
+        np.testing.assert_array_equal(made.batch.features[m][3:], store.encode_images({m: images[3:]})[m])
+        changed = (images[3:] != np.tile(images[:3], (3, 1, 1, 1))).any(-1)
+        near = made.mask[3:] | np.roll(made.mask[3:], 3, 1) | np.roll(made.mask[3:], 3, 2)
+        assert 0 < (changed & near[:, pixels[:, None], pixels]).sum() == changed.sum()
+
+
 def test_evaluate_neither_overwrites_a_run_nor_evaluates_unlearned_objects_alone(home, command):
     before = (home / "run" / "ledger.jsonl").read_bytes(), (home / "run" / "results.json").read_bytes()
     code, out, err = command("evaluate", "--workdir=run", "--output=run")
@@ -324,6 +359,7 @@ BAD_COMMANDS = {
         ["--workdir=run", "--config.dataset.name=candies", "--config.dataset.root=x"],
         sentences.ROOT_NOT_A_FOLDER.format("x"),
     ),
+    "no run to choose from": ("choose", ["--workdir=run,x"], sentences.NO_RUN_IN_WORKDIR.format("x")),
     "an unknown format": ("export", ["--workdir=run", "--format=pb"], "flag --format=pb: value should be one of"),
     "an unknown object": (
         "predict",

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Float64
+from jaxtyping import Array, Float, Float16, Float64
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -327,20 +327,34 @@ class Store:
         return Image(**(image | _describe(sample))), self.processing(sample)
 
     def _add_features(self, chunk: list[Values]) -> None:
-        """Add the features of a few images, padded to a constant batch size so that the backbone compiles once."""
-        for modality in self.processing.modalities:
-            images = np.stack([values[f"images_{modality}"] for values in chunk])
-            padded = np.zeros((ENCODED_AT_ONCE, *images.shape[1:]), np.float32)
-            padded[: len(images)] = images
-            features = np.asarray(self.encoder(padded))[: len(images)]
+        """Add the features of a few images."""
+        images = {m: np.stack([values[f"images_{m}"] for values in chunk]) for m in self.processing.modalities}
+        for modality, tokens in self.encode_images(images).items():
+            for values, image_tokens in zip(chunk, tokens, strict=True):
+                values[f"features_{modality}"] = image_tokens
+
+    def encode_images(
+        self, images: dict[Modality, Float[np.ndarray, "n h w 3"]]
+    ) -> dict[Modality, Float16[np.ndarray, "n p f"]]:
+        """Compute the features of prepared images, in batches of constant size so that the backbone compiles once.
+
+        Raises:
+            UserError: If the features cannot be stored in float16.
+        """
+        return {modality: np.concatenate(list(self._encode_batches(array))) for modality, array in images.items()}
+
+    def _encode_batches(self, images: np.ndarray) -> Iterator[np.ndarray]:
+        for start in range(0, len(images), ENCODED_AT_ONCE):
+            batch = images[start : start + ENCODED_AT_ONCE]
+            padded = np.zeros((ENCODED_AT_ONCE, *batch.shape[1:]), np.float32)
+            padded[: len(batch)] = batch
+            features = np.asarray(self.encoder(padded))[: len(batch)]
             if not np.abs(features).max() <= np.finfo(np.float16).max:  # true for NaN, too
                 raise UserError(
                     "the backbone's features are NaN or exceed the range of float16; set config.backbone.weights to"
                     " pretrained weights."
                 )
-            tokens = features.reshape(len(images), -1, features.shape[-1]).astype(np.float16)
-            for values, image_tokens in zip(chunk, tokens, strict=True):
-                values[f"features_{modality}"] = image_tokens
+            yield features.reshape(len(batch), -1, features.shape[-1]).astype(np.float16)
 
 
 def _has_truth(split: PreparedSplit) -> bool:
