@@ -213,6 +213,7 @@ def test_a_directory_with_other_files_is_refused(tmp_path):
         ([], sentences.SEE_HELP.format("the following arguments are required: --root")),
         (["--root=a", "--size=big"], sentences.SEE_HELP.format("argument --size: invalid int value: 'big'")),
         (["--root=a", "--objects=Toffee"], sentences.CANDIES_UNKNOWN_OBJECT.format("Toffee")),
+        (["--root=a", "--version=3"], sentences.CANDIES_UNKNOWN_VERSION.format(found=3, known="1, 2")),
     ],
 )
 def test_the_command_reports_a_mistake_in_one_sentence(flags, sentence, tmp_path, monkeypatch, capsys):
