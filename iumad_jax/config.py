@@ -74,6 +74,7 @@ def paper(protocol: str) -> ConfigDict:
     config.dataset.light = "4"  # eyecandies: 0 to 5, or all for training (light 4 for tests)
     config.dataset.validation = "train"  # mvtec3d: use validation images for train or calibration
     config.dataset.render = ConfigDict({"seed": 0, "train": 24, "val": 4, "test": 16, "size": 256})  # candies: images
+    config.dataset.render.version = 1  # of the renderer: 1, or 2, where RGB hardly shows bumps and dents
     config.dataset.prepared = ""  # folder of prepared images; "" is the workdir
 
     config.input = ConfigDict()

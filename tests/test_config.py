@@ -99,7 +99,7 @@ def test_every_key_is_used():
         assert re.search(rf"\.{name}\b", code) or any(key.startswith(part) for part in groups), key
 
 
-@pytest.mark.parametrize("key", ["floors", "train.momentum", "dataset.render.version"])
+@pytest.mark.parametrize("key", ["floors", "train.momentum", "dataset.render.light"])
 def test_an_unknown_key_is_refused(key):
     """It may be a key of an older version that a config file still sets."""
     config = paper("10-0")

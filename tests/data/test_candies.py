@@ -11,7 +11,7 @@ from PIL import Image
 
 from iumad_jax.data.candies import OBJECTS, draw, render
 from iumad_jax.data.candies.__main__ import main
-from iumad_jax.data.candies.dataset import defect_kinds, draw_sample, write_sample
+from iumad_jax.data.candies.dataset import defect_kinds, draw_sample, material, write_sample
 from iumad_jax.data.candies.defects import KINDS, NO_DEFECTS
 from iumad_jax.data.candies.scene import FOCAL, PLATE, POSE, compile_geometry_pass, lighting_pass
 from iumad_jax.data.candies.sweets import SWEETS
@@ -138,12 +138,12 @@ def test_lights_differ_and_the_default_light_is_bright_enough(root):
 
 
 def test_a_sample_depends_only_on_seed_object_split_and_index(root, tmp_path):
-    write_sample(tmp_path, 3, SIZE, "GummyBear", "test_public", 5)
+    write_sample(tmp_path, 1, 3, SIZE, "GummyBear", "test_public", 5)
     files = contents(tmp_path)
     assert len(files) == 17
     assert all((root / path).read_bytes() == data for path, data in files.items())
     instances = {
-        tuple(draw_sample(seed, SIZE, name, split, index)[2].shape)
+        tuple(draw_sample(1, seed, SIZE, name, split, index)[2].shape)
         for seed, name, split, index in (
             (3, "GummyBear", "train", 0),
             (4, "GummyBear", "train", 0),
@@ -188,6 +188,8 @@ def test_a_complete_dataset_is_left_unchanged(root):
         ({"train": 3, "objects": "all"}, sentences.CANDIES_OF_OTHER_SETTINGS.format("train, objects")),
         ({"objects": "CandyCane,Gummibear"}, sentences.CANDIES_UNKNOWN_OBJECT.format("Gummibear")),
         ({"size": 32}, sentences.CANDIES_NUMBER_OUT_OF_RANGE.format(key="size", found=32, least=64, most=1024)),
+        ({"version": 2}, sentences.CANDIES_OF_OTHER_SETTINGS.format("renderer")),
+        ({"version": 3}, sentences.CANDIES_UNKNOWN_VERSION.format(found=3, known="1, 2")),
         ({"test": 0}, sentences.CANDIES_NUMBER_OUT_OF_RANGE.format(key="test", found=0, least=1, most=100)),
         ({"seed": -1}, sentences.CANDIES_NUMBER_OUT_OF_RANGE.format(key="seed", found=-1, least=0, most=4294967295)),
     ],
@@ -211,6 +213,7 @@ def test_a_directory_with_other_files_is_refused(tmp_path):
         ([], sentences.SEE_HELP.format("the following arguments are required: --root")),
         (["--root=a", "--size=big"], sentences.SEE_HELP.format("argument --size: invalid int value: 'big'")),
         (["--root=a", "--objects=Toffee"], sentences.CANDIES_UNKNOWN_OBJECT.format("Toffee")),
+        (["--root=a", "--version=3"], sentences.CANDIES_UNKNOWN_VERSION.format(found=3, known="1, 2")),
     ],
 )
 def test_the_command_reports_a_mistake_in_one_sentence(flags, sentence, tmp_path, monkeypatch, capsys):
@@ -245,7 +248,7 @@ def test_depth_agrees_with_a_search_along_the_ray(name):
     """The search advances in 4 mm steps and uses only the sign of the distance."""
     size, sweet = 64, SWEETS[name]
     rng = np.random.default_rng(7)
-    look = draw.instance(sweet, rng)
+    look = draw.instance(sweet, draw.VERSIONS[1], rng)
     surface = compile_geometry_pass(name, size)(look, NO_DEFECTS)
     hit = np.asarray(surface.hit)
     assert 0.03 < hit.mean() < 0.25
@@ -274,13 +277,13 @@ def test_depth_agrees_with_a_search_along_the_ray(name):
 def test_masks_cover_what_defects_change(index):
     """Only masked pixels differ from the same instance without defects, and each kind changes its own property."""
     name, seed = "CandyCane", 3
-    bad, masks, look = draw_sample(seed, SIZE, name, "test_public", index)
+    bad, masks, look = draw_sample(1, seed, SIZE, name, "test_public", index)
     good = compile_geometry_pass(name, SIZE)(look, NO_DEFECTS)
     kinds = {kind for kind, mask in masks.items() if mask.any()}
     assert kinds == set(defect_kinds(name, "test_public", index))
     images, normals = {}, {}
     for key, surface in (("good", good), ("bad", bad)):
-        image, normal = lighting_pass(surface, SWEETS[name].material, look.belt_shift, SIZE)
+        image, normal = lighting_pass(surface, SWEETS[name].material, look, SIZE)
         images[key] = np.asarray(image, int).reshape(6, -1, 3)
         normals[key] = np.asarray(normal).reshape(-1, 3)
     nearer = np.asarray(good.depth) - np.asarray(bad.depth)
@@ -310,8 +313,9 @@ def test_masks_cover_what_defects_change(index):
 
 
 def test_mask_sizes_are_within_limits(root, monkeypatch):
-    monkeypatch.setattr(draw, "AREA", (0.0002, 0.06))  # defects with masks outside the limits are drawn again
-    masks = [draw_sample(seed, SIZE, "CandyCane", "test_public", 1)[1]["bumps"] for seed in range(20)]
+    constants = draw.VERSIONS[1]._replace(area=(0.0002, 0.06))  # defects with masks outside the limits are drawn again
+    monkeypatch.setitem(draw.VERSIONS, 1, constants)
+    masks = [draw_sample(1, seed, SIZE, "CandyCane", "test_public", 1)[1]["bumps"] for seed in range(20)]
     masks += [np.asarray(Image.open(p)) > 0 for p in root.glob("*/test_public/data/?[13579]_mask.png")]
     assert len(masks) == 30
     shares = [mask.mean() for mask in masks]
@@ -321,10 +325,56 @@ def test_mask_sizes_are_within_limits(root, monkeypatch):
 
 def test_good_instances_vary_moderately_in_position_shape_and_colour():
     rng = np.random.default_rng(0)
-    looks = [draw.instance(SWEETS["GummyBear"], rng) for _ in range(64)]
+    looks = [draw.instance(SWEETS["GummyBear"], draw.VERSIONS[1], rng) for _ in range(64)]
     for field in ("position", "rotation", "scale", "shape", "phase", "belt_shift"):
         values = np.stack([getattr(look, field) for look in looks])
         assert (values.std(0) > 0.01).all(), field
     assert np.abs([look.position for look in looks]).max() < 0.1
     colours = np.stack([look.palette[0] for look in looks])
     assert 0.01 < colours.std(0).max() < 0.15
+
+
+# ---- version 2 -----------------------------------------------------------------------------------------------------
+
+
+def image_change(version: int, index: int) -> float:
+    """Return by how much the defect of a test sample changes the default picture within its mask, 0..255."""
+    bad, masks, look = draw_sample(version, 3, SIZE, "CandyCane", "test_public", index)
+    good = compile_geometry_pass("CandyCane", SIZE)(look, NO_DEFECTS)
+    images = [np.asarray(lighting_pass(s, material(version, "CandyCane"), look, SIZE)[0][4], int) for s in (good, bad)]
+    mask = np.any(list(masks.values()), axis=0).reshape(SIZE, SIZE)
+    return np.abs(images[0] - images[1]).max(-1)[mask].mean()
+
+
+def test_images_of_version_2_show_less_of_relief_and_stains_but_stains_remain_visible():
+    relief, stain = (1, 3), 5
+    assert sum(image_change(2, i) for i in relief) < 0.6 * sum(image_change(1, i) for i in relief)
+    assert 20 < image_change(2, stain) < 0.8 * image_change(1, stain)
+
+
+@pytest.mark.parametrize(("index", "kind"), [(1, "bumps"), (3, "dents"), (5, "colors"), (7, "normals")])
+def test_depth_files_of_version_2_show_relief_and_nothing_of_stains_and_creases(index, kind, tmp_path):
+    """The written depth is compared with the same instance without its defect."""
+    write_sample(tmp_path, 2, 3, SIZE, "CandyCane", "test_public", index)
+    files = read(tmp_path / "CandyCane" / "test_public" / "data", f"{index:02d}")
+    look = draw_sample(2, 3, SIZE, "CandyCane", "test_public", index)[2]
+    good = np.asarray(compile_geometry_pass("CandyCane", SIZE)(look, NO_DEFECTS).depth).reshape(SIZE, SIZE)
+    low, high = (files["info_depth"]["normalization"][limit] for limit in ("min", "max"))
+    steps = 65535 * (good - low) / (high - low) - files["depth"]  # by which the file is nearer
+    mask = files[f"{kind}_mask"] > 0
+    assert mask.any()
+    if kind in ("bumps", "dents"):
+        assert np.median(steps[mask] * (1 if kind == "bumps" else -1)) > 50
+    else:
+        assert np.abs(steps).max() < 0.6  # of rounding
+
+
+def test_good_instances_of_version_2_vary_more_in_colour_and_light():
+    rng = np.random.default_rng(0)
+    spreads = {}
+    for version in (1, 2):
+        looks = [draw.instance(SWEETS["GummyBear"], draw.VERSIONS[version], rng) for _ in range(64)]
+        spreads[version] = [np.stack([getattr(k, f) for k in looks]).std(0) for f in ("palette", "brightness")]
+    assert spreads[2][0].max() > 1.3 * spreads[1][0].max()
+    assert spreads[1][1].max() < 1e-6
+    assert spreads[2][1].min(0).min() > 0.01

@@ -1,7 +1,7 @@
 """Rendered and prepared images against a golden file.
 
-After an intended change, raise `candies.dataset.RENDERER` or `prepared.store.FORMAT`, so that old and new images are
-not mixed, and rewrite the golden file: python -m tests.data.test_golden
+After an intended change, renumber the changed versions in `candies.draw.VERSIONS` or raise `prepared.store.FORMAT`, so
+that old and new images are not mixed, and rewrite the golden file: python -m tests.data.test_golden
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import pytest
 
 from iumad_jax.config import small
 from iumad_jax.data.candies import render
-from iumad_jax.data.candies.dataset import RENDERER
+from iumad_jax.data.candies.draw import VERSIONS
 from iumad_jax.data.degradation import degrade, vary
 from iumad_jax.data.prepared.store import FORMAT, open_store
 from iumad_jax.data.readers.eyecandies import Eyecandies
@@ -22,9 +22,12 @@ GOLDEN = Path(__file__).with_name("golden.npz")
 NAMES = ("rgb", "depth", "mask")  # arrays of the sample; all others are prepared arrays
 
 
-def rendered(folder):
+def rendered(folder, version):
     """Render an object; return its reader and its last test image, which has a defect."""
-    root = render(folder / "candies", train=1, val=1, test=4, size=96, objects="LicoriceSandwich", progress=False)
+    counts = {"train": 1, "val": 1, "test": 4}
+    root = render(
+        folder / f"candies{version}", **counts, size=96, version=version, objects="LicoriceSandwich", progress=False
+    )
     reader = Eyecandies(root, "LicoriceSandwich")
     return reader, reader.read("LicoriceSandwich", "test", reader.ids("LicoriceSandwich", "test")[-1])
 
@@ -43,9 +46,9 @@ def prepared(reader, sample, folder):
 
 
 @pytest.fixture(scope="module")
-def rendering(tmp_path_factory):
+def renderings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("golden")
-    return folder, *rendered(folder)
+    return {version: rendered(folder, version) for version in VERSIONS}
 
 
 @pytest.fixture(scope="module")
@@ -54,22 +57,23 @@ def golden():
         return dict(file)
 
 
-def test_rendered_candies_are_unchanged(rendering, golden):
-    _, _, sample = rendering
-    assert golden["renderer"] == RENDERER
-    difference = np.abs(sample.rgb.astype(int) - golden["sample_rgb"])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_rendered_candies_are_unchanged(version, renderings, golden):
+    _, sample = renderings[version]
+    expected = {name: golden[f"candies{version}_{name}"] for name in NAMES}
+    difference = np.abs(sample.rgb.astype(int) - expected["rgb"])
     assert difference.mean() < 0.1
     assert np.isfinite(sample.depth).all()
-    assert (np.abs(sample.depth - golden["sample_depth"]) < 1e-4).mean() > 0.999
-    assert (sample.mask != golden["sample_mask"]).mean() < 0.001
+    assert (np.abs(sample.depth - expected["depth"]) < 1e-4).mean() > 0.999
+    assert (sample.mask != expected["mask"]).mean() < 0.001
 
 
-def test_prepared_images_are_unchanged(rendering, golden):
+def test_prepared_images_are_unchanged(renderings, golden, tmp_path):
     """The golden sample is prepared, so that the renderer has no influence; sums may differ between processors."""
-    folder, reader, sample = rendering
+    reader, sample = renderings[1]
     assert golden["format"] == FORMAT
-    sample = dataclasses.replace(sample, **{name: golden[f"sample_{name}"] for name in NAMES})
-    for name, array in prepared(reader, sample, folder).items():
+    sample = dataclasses.replace(sample, **{name: golden[f"candies1_{name}"] for name in NAMES})
+    for name, array in prepared(reader, sample, tmp_path).items():
         expected = golden[name].astype(np.float64)
         difference = np.abs(np.nan_to_num(array.astype(np.float64)) - np.nan_to_num(expected))
         assert difference.mean() < 2e-3 * np.nanstd(expected), name
@@ -77,7 +81,8 @@ def test_prepared_images_are_unchanged(rendering, golden):
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        reader, sample = rendered(Path(folder))
-        arrays = {f"sample_{name}": getattr(sample, name) for name in NAMES}
-        arrays |= prepared(reader, sample, Path(folder))
-    np.savez_compressed(GOLDEN, renderer=RENDERER, format=FORMAT, **arrays)
+        candies = {version: rendered(Path(folder), version) for version in VERSIONS}
+        arrays = prepared(*candies[1], Path(folder))
+    for version, (_, sample) in candies.items():
+        arrays |= {f"candies{version}_{name}": getattr(sample, name) for name in NAMES}
+    np.savez_compressed(GOLDEN, format=FORMAT, **arrays)

@@ -28,6 +28,12 @@ def main() -> None:
         "--test", type=int, default=16, help="test samples per object, half of them with defects (default: %(default)s)"
     )
     parser.add_argument("--size", type=int, default=256, help="side of the images in pixels (default: %(default)s)")
+    parser.add_argument(
+        "--version",
+        type=int,
+        default=1,
+        help="version of the renderer: 1, or 2, where RGB hardly shows bumps and dents (default: %(default)s)",
+    )
     parser.add_argument("--objects", default="all", help="all, or names separated by commas (default: %(default)s)")
     try:
         root = render(**vars(parser.parse_args()))

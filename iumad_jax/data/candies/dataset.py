@@ -18,12 +18,11 @@ from tqdm import tqdm
 from iumad_jax.data.candies import draw
 from iumad_jax.data.candies.defects import EDGE, KINDS, NO_DEFECTS, Defects, profile
 from iumad_jax.data.candies.scene import POSE, TILES, Surface, compile_geometry_pass, lighting_pass
-from iumad_jax.data.candies.sweets import SWEETS, Look
+from iumad_jax.data.candies.sweets import SWEETS, Look, Material
 from iumad_jax.errors import UserError
 from iumad_jax.runtime import preemption
 from iumad_jax.runtime.storage import write_whole
 
-RENDERER = 1  # version of the rendered files; tests/data/test_golden.py fails when rendering changes
 OBJECTS = tuple(SWEETS)
 SPLITS = {"train": 3, "val": 2, "test_public": 2}  # number of digits in a sample id, by split
 SIZES = 64, 1024  # smallest and largest side of the images in pixels
@@ -39,13 +38,15 @@ def render(
     val: int = 4,
     test: int = 16,
     size: int = 256,
+    version: int = 1,
     objects: str = "all",
     progress: bool = True,
 ) -> Path:
     """Render the embedded dataset in the Eyecandies layout.
 
-    A sample depends only on (seed, object, split, index, size). Files are written to `<root>.partial`, which is renamed
-    to `root` when the dataset is complete. Interrupted rendering is resumed; a complete dataset is left unchanged.
+    A sample depends only on (version, seed, object, split, index, size). Files are written to `<root>.partial`, which
+    is renamed to `root` when the dataset is complete. Interrupted rendering is resumed; a complete dataset is left
+    unchanged.
 
     Args:
         root: Folder to create.
@@ -54,6 +55,8 @@ def render(
         val: Number of good samples per object in `val`.
         test: Number of samples per object in `test_public`; every second one has a defect.
         size: Side of the square images in pixels.
+        version: Version of the renderer, a key of `draw.VERSIONS`. In version 2, RGB hardly shows bumps and dents, and
+            depth adds more than in version 1.
         objects: "all", or object names separated by commas.
         progress: Whether to show a progress bar.
 
@@ -73,7 +76,9 @@ def render(
     for key, (low, high) in limits.items():
         if not low <= settings[key] <= high:
             raise UserError(f"{key} is {settings[key]}; choose a whole number from {low} to {high}.")
-    manifest = {**settings, "objects": list(names), "renderer": RENDERER}
+    if version not in draw.VERSIONS:
+        raise UserError(f"version is {version}; choose one of {', '.join(map(str, draw.VERSIONS))}.")
+    manifest = {**settings, "objects": list(names), "renderer": version}
 
     unfinished = root.with_name(root.name + ".partial")
     try:
@@ -89,7 +94,7 @@ def render(
         with tqdm(total=len(jobs), desc="candies", unit="sample", disable=None if progress else True) as bar:
             pool = ThreadPoolExecutor(os.cpu_count())
             try:
-                for _ in pool.map(partial(write_sample, unfinished, seed, size), *zip(*jobs, strict=True)):
+                for _ in pool.map(partial(write_sample, unfinished, version, seed, size), *zip(*jobs, strict=True)):
                     bar.update()
                     preemption.check()
             finally:
@@ -132,21 +137,24 @@ def patch_masks(points: jax.Array, defects: Defects) -> jax.Array:
     return jnp.stack([profile(points, defects, slot) for slot in range(4)]) > EDGE
 
 
-def draw_sample(seed: int, size: int, name: str, split: str, index: int) -> tuple[Surface, dict[str, np.ndarray], Look]:
+def draw_sample(
+    version: int, seed: int, size: int, name: str, split: str, index: int
+) -> tuple[Surface, dict[str, np.ndarray], Look]:
     """Draw a sample; defects are redrawn until their visible sizes are within MASK_LIMITS.
 
     Returns:
         The visible surface, a boolean mask (n,) by kind of defect, and the look of the sweet.
     """
+    constants = draw.VERSIONS[version]
     rng = np.random.default_rng((seed, OBJECTS.index(name), list(SPLITS).index(split), index))
-    look = draw.instance(SWEETS[name], rng)
+    look = draw.instance(SWEETS[name], constants, rng)
     geometry_pass = compile_geometry_pass(name, size)
     good = geometry_pass(look, NO_DEFECTS)
     kinds = defect_kinds(name, split, index)
     if not kinds:
         return good, {kind: np.zeros(size * size, bool) for kind in KINDS}, look
     while True:
-        defects = draw.defects(kinds, good, size, rng)
+        defects = draw.defects(kinds, good, size, constants, rng)
         bad = geometry_pass(look, defects)
         patches = (patch_masks(good.local_point, defects) & good.hit[None]) | (
             patch_masks(bad.local_point, defects) & bad.hit[None]
@@ -157,15 +165,21 @@ def draw_sample(seed: int, size: int, name: str, split: str, index: int) -> tupl
             return bad, masks, look
 
 
-def write_sample(root: Path, seed: int, size: int, name: str, split: str, index: int) -> None:
+def material(version: int, name: str) -> Material:
+    """Return the material of a sweet."""
+    usual = SWEETS[name].material
+    return usual._replace(gloss=usual.gloss * draw.VERSIONS[version].gloss)
+
+
+def write_sample(root: Path, version: int, seed: int, size: int, name: str, split: str, index: int) -> None:
     """Write the 17 files of a sample. The metadata is written last, so that it marks a complete sample."""
     directory = root / name / split / "data"
     directory.mkdir(parents=True, exist_ok=True)
     prefix = f"{index:0{SPLITS[split]}d}_"
     if (directory / f"{prefix}metadata.yaml").exists():
         return
-    surface, masks, look = draw_sample(seed, size, name, split, index)
-    images, normals = lighting_pass(surface, SWEETS[name].material, look.belt_shift, size)
+    surface, masks, look = draw_sample(version, seed, size, name, split, index)
+    images, normals = lighting_pass(surface, material(version, name), look, size)
 
     def save(file: str, pixels: np.ndarray) -> None:
         Image.fromarray(pixels.reshape(size, size, *pixels.shape[2:])).save(

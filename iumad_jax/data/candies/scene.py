@@ -34,8 +34,8 @@ TILES, TILE = 16, (0.135, 0.34)  # number of tiles across the belt; width and le
 BELT_HALF_WIDTH = TILES * TILE[0] / 2
 PLATE = -0.06  # metres; height of the steel plates beside the belt
 
-# Positions of the four lamps, and brightness of each lamp (columns) in each of the six images (rows); the last column
-# is ambient light. Image 0 is lit from the camera's side, 1 to 3 by one lamp each, 4 by one lamp with some
+# Positions of the four lamps, and usual brightness of each lamp (columns) in each of the six images (rows); the last
+# column is ambient light. Image 0 is lit from the camera's side, 1 to 3 by one lamp each, 4 by one lamp with some
 # ambient light, 5 by all.
 LAMPS = np.array([[-0.9, -2.2, 2.6], [0.5, 2.2, 2.4], [-2.4, 0.2, 2.0], [2.3, -0.3, 2.2]])
 BRIGHTNESS = np.array(
@@ -50,6 +50,7 @@ BRIGHTNESS = np.array(
 )
 EXPOSURE = 1.5
 SHADOW_SHARPNESS = 9.0
+BLOTCH_FREQUENCY = 2.6  # waves per metre of the brighter and darker areas of a sweet, which are as wide as defects
 
 STEPS, SHADOW_STEPS = 48, 16  # largest number of steps towards a surface, number of steps towards a lamp
 HIT_DISTANCE = 4e-4  # a ray this close to the surface, in metres, has hit it
@@ -167,7 +168,14 @@ def belt_appearance(points: Array, along: Array, shift: Array, pixel: float) -> 
     return jnp.where(on[None], green, steel), normal
 
 
-def shade(surface: "Surface", points: Array, normals: Array, albedo: Array, view: Array, material: Material) -> Array:
+def blotches(points: Array, look: Look) -> Array:
+    """Return factors (n,) of the sweet's colour at points (3, n) in its frame, which vary smoothly about 1."""
+    return 1 + look.blotches * sweets.mottle(points + look.blotch_offset[:, None], BLOTCH_FREQUENCY, 0.0)
+
+
+def shade(
+    surface: "Surface", points: Array, normals: Array, albedo: Array, view: Array, material: Material, brightness: Array
+) -> Array:
     """Compute the linear light (6, 3, n) of a material's points in the six images, seen along `view` (3, n)."""
     gloss, shininess, translucency = material
     lights = []
@@ -184,7 +192,7 @@ def shade(surface: "Surface", points: Array, normals: Array, albedo: Array, view
     grazing = (1 + (normals * view).sum(0)) ** 4
     sky = 0.65 + 0.35 * normals[2]
     lights.append((albedo * sky[None] + (0.35 * gloss * grazing)[None]) * surface.openness[None])
-    return EXPOSURE * jnp.einsum("ij,jcn->icn", jnp.asarray(BRIGHTNESS, jnp.float32), jnp.stack(lights))
+    return EXPOSURE * jnp.einsum("ij,jcn->icn", brightness, jnp.stack(lights))
 
 
 def tone_map(light: Array) -> Array:
@@ -264,6 +272,7 @@ def compile_geometry_pass(name: str, size: int) -> Callable[[Look, Defects], Sur
         local_normal = surface_normals(distance, local_point)
         smooth = rotate_z(local_normal, look.rotation)
         up = jnp.array([[0.0], [0.0], [1.0]])
+        colour = sweet.colour(local_point, look) * blotches(local_point, look)[None]
         shadow_origin = jnp.where(hit[None], origin[:, None] + along[None] * view.direction + 0.004 * smooth, floor)
         return Surface(
             hit=hit,
@@ -273,7 +282,7 @@ def compile_geometry_pass(name: str, size: int) -> Callable[[Look, Defects], Sur
             local_normal=local_normal,
             facing=-(local_normal * ray).sum(0),
             normal=rotate_z(apply_creases(local_normal, local_point, defects), look.rotation),
-            albedo=apply_stain(jnp.clip(sweet.colour(local_point, look), 0, 1), local_point, defects),
+            albedo=apply_stain(jnp.clip(colour, 0, 1), local_point, defects),
             visibility=lamp_visibility(world_distance, shadow_origin, jnp.asarray(LAMPS, jnp.float32)),
             openness=ambient_occlusion(world_distance, shadow_origin, jnp.where(hit[None], smooth, up)),
         )
@@ -282,13 +291,13 @@ def compile_geometry_pass(name: str, size: int) -> Callable[[Look, Defects], Sur
 
 
 @partial(jax.jit, static_argnames="size")
-def lighting_pass(surface: Surface, material: Material, shift: Array, size: int) -> tuple[Array, Array]:
+def lighting_pass(surface: Surface, material: Material, look: Look, size: int) -> tuple[Array, Array]:
     """Render the images and the normals from the result of the geometry pass.
 
     Args:
         surface: Visible surface.
         material: Material of the sweet.
-        shift: Distance in metres by which the belt has moved.
+        look: Look of the sample, which determines the light and how far the belt has moved.
         size: Side of the images in pixels.
 
     Returns:
@@ -298,12 +307,14 @@ def lighting_pass(surface: Surface, material: Material, shift: Array, size: int)
     origin = POSE[:3, 3].astype(np.float32)[:, None]
     floor_along = view.floor_depth * view.per_metre
     floor = origin + floor_along * view.direction
-    belt_colour, belt_normal = belt_appearance(jnp.asarray(floor), jnp.asarray(floor_along), shift, 1 / (FOCAL * size))
-    background = shade(surface, floor, belt_normal, belt_colour, view.direction, BELT_MATERIAL)
+    belt_colour, belt_normal = belt_appearance(
+        jnp.asarray(floor), jnp.asarray(floor_along), look.belt_shift, 1 / (FOCAL * size)
+    )
+    background = shade(surface, floor, belt_normal, belt_colour, view.direction, BELT_MATERIAL, look.brightness)
     points = origin + (surface.depth * view.per_metre)[None] * view.direction
     contact = jnp.clip(0.55 + 2.5 * points[2], 0, 1)  # little light reaches the contact of sweet and belt
     near_belt = surface._replace(openness=surface.openness * jnp.where(surface.hit, contact, 1))
-    sweet = shade(near_belt, points, surface.normal, surface.albedo, view.direction, material)
+    sweet = shade(near_belt, points, surface.normal, surface.albedo, view.direction, material, look.brightness)
     light = background + (sweet - background) * surface.cover[None, None]
     normal = jnp.where(surface.hit[None], surface.normal, belt_normal)
     normal = jnp.einsum("ji,jn->ni", jnp.asarray(POSE[:3, :3], jnp.float32), normal)

@@ -26,6 +26,9 @@ class Look(NamedTuple):
     phase: Array  # () offset of stripes, swirls and grain, in turns
     palette: Array  # (4, 3) linear RGB
     belt_shift: Array  # () metres by which the belt has moved
+    blotches: Array  # () relative strength of the brighter and darker areas of the sweet's colour
+    blotch_offset: Array  # (3,) metres by which the pattern of these areas is moved
+    brightness: Array  # (6, 5) brightness of the four lamps and of the ambient light in the six images
 
 
 class Material(NamedTuple):
