@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-
 from ml_collections import ConfigDict
 
 from iumad_jax import config as configs

@@ -127,4 +127,3 @@ def _deform(
     slope = jnp.tan(jnp.radians(log_uniform(slope_key, *_SLOPE)))
     height = log_uniform(height_key, *_HEIGHT)
     return relief.emboss(image, mask, profile, sign * slope, sign * height, encoding)
-
