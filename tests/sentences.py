@@ -130,6 +130,7 @@ MASK_MARKS_NOTHING = "{file} marks nothing but its image has the defect {defect}
 
 # data: prepared sets and candies
 UNKNOWN_ENCODING = 'config.input.depth_encoding is "{found}"; use one of {known}'
+NO_RELIEF_IN_ENCODING = 'config.input.depth_encoding is "{}", whose grey levels'
 UNKNOWN_RESIDENT = 'config.input.resident is "{found}"; use {known}.'
 BATCH_LARGER_THAN_STEP = (
     r"train\.batch_size is {size} but a step has only {count} training images; use {count} or less\."

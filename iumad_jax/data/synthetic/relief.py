@@ -1,4 +1,8 @@
-"""Bumps and dents in encoded depth images (see `data.depth.encode`)."""
+"""Bumps and dents in encoded depth images (see `data.depth.encode`).
+
+A relief stands out along the normals of the surface that it lies on, so that it tilts normals equally on flat and steep
+parts of an object.
+"""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -33,40 +37,49 @@ def emboss(
         mask: Pixels to change.
         profile: Shape of the relief, >= 0, up to a factor.
         slope: Steepest slope of the relief within the mask, for encodings with normals; negative for a dent.
-        height: Greatest height of the relief within the mask as a fraction of the range of heights, for encodings
-            with height; negative for a dent.
+        height: Greatest height of the relief within the mask as a fraction of the range of heights, for encodings with
+            height; negative for a dent.
         encoding: Depth encoding other than "xyz_uint8".
     """
-    scale = 255 * height / _positive(jnp.max(jnp.where(mask, profile, 0)))
-    raised = jnp.clip(image + scale * profile[..., None], 0, 255)
+    down, right = jnp.gradient(profile)
+    scale = slope / _largest(jnp.hypot(down, right), mask)
+    slopes = scale * right, -scale * down
+    raised = jnp.clip(image + 255 * height / _largest(profile, mask) * profile[..., None], 0, 255)
     match encoding:
         case "height":
             changed = raised
         case "height+normals":
-            directions = image[..., 1:] / 127.5 - 1
-            z = jnp.sqrt(jnp.maximum(1 - (directions**2).sum(-1, keepdims=True), 0))
-            tilted = _tilt(jnp.concatenate([directions, z], axis=-1), mask, profile, slope)
+            x, y = image[..., 1] / 127.5 - 1, image[..., 2] / 127.5 - 1
+            tilted = _tilt(x, y, jnp.sqrt(jnp.maximum(1 - x**2 - y**2, 0)), slopes)
             changed = jnp.concatenate([raised[..., :1], (tilted[..., :2] + 1) * 127.5], axis=-1)
         case _:
-            changed = (_tilt(image / 127.5 - 1, mask, profile, slope) + 1) * 127.5
+            x, y, z = (image[..., axis] / 127.5 - 1 for axis in range(3))
+            changed = (_tilt(x, y, z, slopes) + 1) * 127.5
     return jnp.where(mask[..., None], changed, image)
 
 
 def _tilt(
-    normals: Float[Array, "h w 3"], mask: Bool[Array, "h w"], profile: Float[Array, "h w"], slope: Float[Array, ""]
+    x: Float[Array, "h w"],
+    y: Float[Array, "h w"],
+    z: Float[Array, "h w"],
+    slopes: tuple[Float[Array, "h w"], Float[Array, "h w"]],
 ) -> Float[Array, "h w 3"]:
-    """Add a profile, scaled to its steepest slope within the mask, to a surface; return its unit normals.
+    """Tilt normals (x, y, z) by slopes along their tangents, of which one points right and one up in the image.
 
-    A normal along (-p, -q, 1) has slope p along the columns and q upwards in the image.
+    The tangents are the first two axes after the shortest rotation from the third axis to the normal.
     """
-    down, right = jnp.gradient(profile)
-    scale = slope / _positive(jnp.max(jnp.where(mask, jnp.hypot(down, right), 0)))
-    z = jnp.maximum(normals[..., 2], _LEAST_Z)
-    p, q = scale * right - normals[..., 0] / z, -scale * down - normals[..., 1] / z
-    tilted = jnp.stack([-p, -q, jnp.ones_like(p)], axis=-1)
-    return tilted / jnp.linalg.norm(tilted, axis=-1, keepdims=True)
+    normal = _unit(jnp.stack([x, y, jnp.maximum(z, _LEAST_Z)], axis=-1))
+    x, y, z = jnp.moveaxis(normal, -1, 0)
+    right = jnp.stack([1 - x**2 / (1 + z), -x * y / (1 + z), -x], axis=-1)
+    up = jnp.stack([-x * y / (1 + z), 1 - y**2 / (1 + z), -y], axis=-1)
+    return _unit(normal - slopes[0][..., None] * right - slopes[1][..., None] * up)
 
 
-def _positive(divisor: Float[Array, ""]) -> Float[Array, ""]:
-    """Replace 0 by 1: an empty mask has no slope and no height."""
-    return jnp.where(divisor > 0, divisor, 1)
+def _unit(vectors: Float[Array, "h w 3"]) -> Float[Array, "h w 3"]:
+    return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def _largest(values: Float[Array, "h w"], mask: Bool[Array, "h w"]) -> Float[Array, ""]:
+    """Return the largest value within the mask, or 1 if there is none above 0."""
+    largest = jnp.max(jnp.where(mask, values, 0))
+    return jnp.where(largest > 0, largest, 1)
