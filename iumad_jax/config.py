@@ -62,8 +62,8 @@ def paper(protocol: str) -> ConfigDict:
     config.protocol = protocol
     config.method = "ib_iumad"  # ib_iumad, uniad, iuf; without training: memory_bank, feature_norm
     config.baselines = "feature_norm,memory_bank"  # methods without training, evaluated on the same inputs
-    config.combine = "maximum"  # of modalities: maximum, sum, rgb, depth, published
-    config.score = "common"  # of images: common (one rule for all methods), window16 (paper), own (of each method)
+    config.combine = "published"  # of modalities: maximum or sum (of calibrated errors), rgb, depth, published
+    config.score = "window16"  # of images: common (one rule for all methods), window16 (paper), own (of each method)
     config.modality = "rgb+depth"  # rgb, depth, rgb+depth
     config.seed = 0
 
@@ -104,7 +104,7 @@ def paper(protocol: str) -> ConfigDict:
     config.model.bottleneck = True  # False uses the fused features as reconstruction (ablation)
     config.model.bottleneck_ratio = 2 / 3  # width of the bottleneck over that of the fused features
     config.model.kl = True  # False removes the KL term of the bottleneck loss (ablation)
-    config.model.target = "both"  # features to reconstruct from two modalities: both, rgb (paper), depth
+    config.model.target = "rgb"  # features to reconstruct from two modalities: rgb (paper), both, depth
     config.model.standardise = False  # True z-scores features by statistics of the base step
     config.model.jitter = ConfigDict({"scale": 20.0, "probability": 1.0})  # noise on tokens, in training
     config.model.fusion_weight = 1.0  # weight of the reconstruction loss
@@ -148,6 +148,9 @@ def paper(protocol: str) -> ConfigDict:
 def small(protocol: str) -> ConfigDict:
     """Return a small config, for few images, 2 CPU cores and a few minutes."""
     config = paper(protocol)
+    config.combine = "maximum"
+    config.score = "common"
+    config.model.target = "both"
     config.model.width = 128
     config.model.hidden = 512
     config.model.heads = 4

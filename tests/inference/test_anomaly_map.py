@@ -87,6 +87,6 @@ def test_a_rule_must_exist_and_select_what_is_judged():
 
 
 def test_the_common_score_is_the_mean_of_the_largest_values():
-    maps = np.random.default_rng(0).normal(size=(3, 40, 50)).astype(np.float32)
-    largest = np.sort(maps.reshape(3, -1).astype(np.float64), axis=1)[:, -10:]  # 0.5 % of 2,000
+    maps = np.random.default_rng(0).normal(size=(3, 60, 60)).astype(np.float32)
+    largest = np.sort(maps.reshape(3, -1).astype(np.float64), axis=1)[:, -18:]  # 0.5 % of 3,600
     np.testing.assert_allclose(common_score(jnp.asarray(maps)), largest.mean(1), rtol=1e-5)

@@ -1,0 +1,23 @@
+"""What we would give a factory: memory banks of frozen features at 448 pixels. Nothing is trained, nothing forgotten.
+
+python -m iumad_jax.main --config=configs/best.py --config.dataset.root=FOLDER
+
+FOLDER has the layout of configs/folder.py, with one new object per step. Without depth, add --config.modality=rgb.
+"""
+
+from ml_collections import ConfigDict
+
+from iumad_jax import config as configs
+
+
+def get_config(protocol: str = "1-1") -> ConfigDict:
+    """Return the config of memory banks for your own objects."""
+    config = configs.small(protocol)
+    config.dataset.name = "folder"
+    config.dataset.root = "data/objects"
+    config.method = "memory_bank"
+    config.baselines = "feature_norm"
+    config.continual.strategy = "finetune"
+    config.input.size = 448
+    config.backbone.grid = 28
+    return config
