@@ -1,8 +1,12 @@
 """Resizing of images, masks and regions to the sizes that networks and metrics use."""
 
+from typing import TypeVar
+
 import numpy as np
 from jaxtyping import Array, Bool, Shaped
 from PIL import Image
+
+_Array = TypeVar("_Array", np.ndarray, Array)
 
 
 def resize_image(image: Shaped[np.ndarray, "h w c"], size: int) -> Shaped[np.ndarray, "s s c"]:
@@ -14,7 +18,7 @@ def resize_image(image: Shaped[np.ndarray, "h w c"], size: int) -> Shaped[np.nda
     return np.stack(resized, axis=-1)
 
 
-def resize_nearest(image: Shaped[np.ndarray | Array, "h w"], size: int) -> Shaped[np.ndarray | Array, "s s"]:
+def resize_nearest(image: Shaped[_Array, "h w"], size: int) -> Shaped[_Array, "s s"]:
     """Resize an image to `size` x `size` pixels without interpolation.
 
     Pixel i of the result is the source pixel that contains its centre, floor((i + 1/2) h / size).

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from iumad_jax.data.transforms import dilate, region, resize_image, resize_mask, resize_nearest
+from iumad_jax.data.transforms import dilate, erode, region, resize_image, resize_mask, resize_nearest
 
 
 @pytest.mark.parametrize(("shape", "size"), [((37, 50, 3), 16), ((20, 20, 3), 33), ((512, 512, 1), 224)])
@@ -57,6 +57,7 @@ def test_dilation_by_its_definition(mask: np.ndarray, pixels: int) -> None:
         distances = [np.hypot(row - r, column - c) for r, c in np.argwhere(mask)]
         near[row, column] = bool(distances) and min(distances) <= pixels
     np.testing.assert_array_equal(dilate(mask, pixels), near)
+    np.testing.assert_array_equal(erode(~mask, pixels), ~near)
 
 
 def test_region_is_the_object_and_its_rim() -> None:

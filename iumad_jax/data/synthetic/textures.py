@@ -3,6 +3,8 @@
 DRAEM and DeSTSeg take photographs of textures instead (DTD, Cimpoi et al., 2014).
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
@@ -129,7 +131,8 @@ def _rearrange(key: Key[Array, ""], image: Image) -> Image:
     """Mirror an image, turn it by a multiple of 90 degrees and permute its channels, at random."""
     channel_key, *keys = jax.random.split(key, 4)
     image = image[..., jax.random.permutation(channel_key, 3)]
-    for key, change in zip(keys, (jnp.flipud, jnp.fliplr, lambda image: image.swapaxes(0, 1)), strict=True):
+    changes: list[Callable[[Image], Image]] = [jnp.flipud, jnp.fliplr, lambda image: jnp.swapaxes(image, 0, 1)]
+    for key, change in zip(keys, changes, strict=True):
         image = jnp.where(jax.random.bernoulli(key), change(image), image)
     return image
 
