@@ -25,7 +25,7 @@ from iumad_jax.models.vit import VisionTransformer
 from iumad_jax.shapes import Variables
 
 Layers = Iterator[tuple[tuple[str, ...], np.ndarray]]  # path and value of each parameter
-Read = Callable[[str, tuple[int, ...]], np.ndarray]  # name and expected shape of a tensor -> its value in float64
+Read = Callable[[str, tuple[int, ...]], np.ndarray]  # name and expected shape of a tensor -> its value in float32
 
 
 class Package(NamedTuple):
@@ -79,11 +79,11 @@ def _resnet(architecture: Any, read: Read, timm: bool) -> Layers:
 def _convolution(path: tuple[str, ...], shape: tuple[int, ...], names: list[str], read: Read, epsilon: float) -> Layers:
     """Yield kernel and bias of a convolution, into which its batch norm, if `names` has one, is folded."""
     convolution, *norm = names
-    kernel = read(f"{convolution}.weight", _torch_shape(shape)).transpose(2, 3, 1, 0).reshape(shape)
+    kernel = read(f"{convolution}.weight", _torch_shape(shape)).transpose(2, 3, 1, 0).reshape(shape).astype(np.float64)
     channels = shape[-1:]
     if norm:
         parts = ("weight", "bias", "running_mean", "running_var")
-        gamma, beta, mean, variance = (read(f"{norm[0]}.{part}", channels) for part in parts)
+        gamma, beta, mean, variance = (read(f"{norm[0]}.{part}", channels).astype(np.float64) for part in parts)
         scale = gamma / np.sqrt(variance + epsilon)
         kernel, bias = kernel * scale, beta - mean * scale
     else:
@@ -183,7 +183,7 @@ def convert(state: dict[str, np.ndarray], backbone: str, path: Path) -> Variable
                 f"use a state dict with the names of {family.names}."
             )
         used.add(name)
-        value = state[name].astype(np.float64)
+        value = np.asarray(state[name], np.float32)
         if not np.isfinite(value).all() or (name.endswith(".running_var") and value.min() < 0):
             raise UserError(
                 f"weights file {path}: {name!r} is not finite or has a negative variance; download it again."

@@ -155,7 +155,8 @@ def _state_dict(content: Any) -> dict[str, _Tensor]:
 
 def _read_zip(data: Data) -> tuple[dict[str, _Tensor], dict[str, memoryview]]:
     """Read PyTorch's format since 1.6: an uncompressed zip archive of the pickle and one file per storage."""
-    with zipfile.ZipFile(data if isinstance(data, _Map) else io.BytesIO(data)) as archive:
+    file: Any = data if isinstance(data, _Map) else io.BytesIO(data)
+    with zipfile.ZipFile(file) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
         if sum(entry.file_size for entry in entries.values()) > len(data):
             raise ValueError("its parts are compressed or overlap, which PyTorch never does")
