@@ -5,7 +5,7 @@ Names and layouts of PyTorch's tensors are converted to those of the modules in 
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,24 +56,25 @@ _LAYER_NAMES = {  # convolution, batch norm: in EfficientNet-PyTorch, in timm, a
 }
 
 
-def _efficientnet(architecture: Any, read: Read, timm: bool) -> Layers:
+def _efficientnet(architecture: Any, names: Container[str], read: Read) -> Layers:
+    timm = "conv_stem.weight" in names
     for path, shape in architecture.kernel_shapes.items():
         if path == ("stem",):
-            names = ["conv_stem", "bn1"] if timm else ["_conv_stem", "_bn0"]
+            parts = ["conv_stem", "bn1"] if timm else ["_conv_stem", "_bn0"]
         else:
             number = int(path[0].removeprefix("block_"))
             block = architecture.blocks[number]
             prefix = f"blocks.{block.stage}.{block.position}." if timm else f"_blocks.{number}."
             column = (1 if block.expansion > 1 else 2) if timm else 0
-            names = [prefix + name for name in _LAYER_NAMES[path[1]][column]]
-        yield from _convolution(path, shape, names, read, epsilon=1e-3)
+            parts = [prefix + name for name in _LAYER_NAMES[path[1]][column]]
+        yield from _convolution(path, shape, parts, read, epsilon=1e-3)
 
 
-def _resnet(architecture: Any, read: Read, timm: bool) -> Layers:
+def _resnet(architecture: Any, names: Container[str], read: Read) -> Layers:
     for path, shape in architecture.kernel_shapes.items():
         prefix, name = ".".join(path[:-1]).replace("_", ".") + "." * (len(path) - 1), path[-1]
-        names = ["downsample.0", "downsample.1"] if name == "downsample" else [name, name.replace("conv", "bn")]
-        yield from _convolution(path, shape, [prefix + name for name in names], read, epsilon=1e-5)
+        parts = ["downsample.0", "downsample.1"] if name == "downsample" else [name, name.replace("conv", "bn")]
+        yield from _convolution(path, shape, [prefix + part for part in parts], read, epsilon=1e-5)
 
 
 def _convolution(path: tuple[str, ...], shape: tuple[int, ...], names: list[str], read: Read, epsilon: float) -> Layers:
@@ -103,7 +104,7 @@ def _torch_shape(kernel: tuple[int, ...]) -> tuple[int, ...]:
             return kernel[::-1]
 
 
-def _vision_transformer(architecture: Any, read: Read, timm: bool) -> Layers:
+def _vision_transformer(architecture: Any, names: Container[str], read: Read) -> Layers:
     d, heads = architecture.width, architecture.heads
     position = read("pos_embed", (1, 1 + vit.POSITIONS**2, d))[0]
     yield ("class_token",), read("cls_token", (1, 1, d))[0, 0] + position[0]
@@ -140,23 +141,22 @@ def _vision_transformer(architecture: Any, read: Read, timm: bool) -> Layers:
 
 
 class _Family(NamedTuple):
-    convert: Callable[[Any, Read, bool], Layers]
+    convert: Callable[[Any, Container[str], Read], Layers]  # architecture, names in the file, reader
     names: str  # whose names of tensors it accepts
-    unused: Callable[[Any, bool], tuple[str, ...]]  # prefixes of tensors that the module does not have
+    unused: Callable[[Any], tuple[str, ...]]  # architecture -> prefixes of the tensors that the module does not have
 
 
-def _unused_of_efficientnet(architecture: Any, timm: bool) -> tuple[str, ...]:
-    """Return the name prefixes of the tensors after the last endpoint."""
-    if timm:
-        return ("blocks.5.", "blocks.6.", "conv_head.", "bn2.", "classifier.")
+def _unused_of_efficientnet(architecture: Any) -> tuple[str, ...]:
+    """Return the name prefixes, in EfficientNet-PyTorch and in timm, of the tensors after the last endpoint."""
     blocks = len(architecture.blocks)
-    return (*(f"_blocks.{i}." for i in range(blocks, 2 * blocks)), "_conv_head.", "_bn1.", "_fc.")
+    behind = tuple(f"_blocks.{i}." for i in range(blocks, 2 * blocks))
+    return *behind, "_conv_head.", "_bn1.", "_fc.", "blocks.5.", "blocks.6.", "conv_head.", "bn2.", "classifier."
 
 
 _FAMILIES = {
     EfficientNet: _Family(_efficientnet, "EfficientNet-PyTorch or timm", _unused_of_efficientnet),
-    ResNet: _Family(_resnet, "torchvision", lambda architecture, timm: ("layer4.", "fc.")),
-    VisionTransformer: _Family(_vision_transformer, "DINOv2", lambda architecture, timm: ("mask_token",)),
+    ResNet: _Family(_resnet, "torchvision", lambda architecture: ("layer4.", "fc.")),
+    VisionTransformer: _Family(_vision_transformer, "DINOv2", lambda architecture: ("mask_token",)),
 }
 
 
@@ -172,8 +172,7 @@ def convert(state: dict[str, np.ndarray], backbone: str, path: Path) -> Variable
         UserError: If a tensor is missing, unknown or not finite, or has another shape; the message names the first.
     """
     network, architecture, *_ = named(backbone)
-    family, timm = _FAMILIES[network], "conv_stem.weight" in state
-    used = set()
+    family, used = _FAMILIES[network], set()
 
     def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
         actual = state[name].shape if name in state else "missing"
@@ -190,11 +189,10 @@ def convert(state: dict[str, np.ndarray], backbone: str, path: Path) -> Variable
             )
         return value
 
-    params = {layer: array.astype(np.float32) for layer, array in family.convert(architecture, read, timm)}
+    params = {layer: array.astype(np.float32) for layer, array in family.convert(architecture, state, read)}
+    unused = family.unused(architecture)
     for name in state:
-        if not (
-            name in used or name.endswith(".num_batches_tracked") or name.startswith(family.unused(architecture, timm))
-        ):
+        if not (name in used or name.endswith(".num_batches_tracked") or name.startswith(unused)):
             raise UserError(
                 f"weights file {path}: tensor {name!r} is not part of {backbone}; use a state dict of {backbone} only."
             )
