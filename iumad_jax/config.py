@@ -83,9 +83,12 @@ def paper(protocol: str) -> ConfigDict:
     config.input.resident = "auto"  # training images in device memory: auto (up to a quarter of it), always, never
 
     config.backbone = ConfigDict()
-    config.backbone.name = "efficientnet_lite0"  # efficientnet_lite0, or efficientnet_b4 with weights
-    config.backbone.weights = ""  # path of a .pth or .safetensors file; "" is Lite0's installed package
+    config.backbone.name = "efficientnet_lite0"  # or _lite1, _lite2; with weights: keys of models.backbone.BACKBONES
+    config.backbone.weights = ""  # path of a .pth or .safetensors file; "" is the installed package with Lite's weights
     config.backbone.grid = 14  # tokens per side
+    config.backbone.levels = (
+        ""  # strides such as 8,16, or dinov2's blocks such as 11, to concatenate; "" is its default
+    )
 
     config.model = ConfigDict()
     config.model.width = 256  # of tokens and queries

@@ -273,15 +273,19 @@ def _conv_general_dilated(graph: _Graph, equation: Any, x: Value, kernel: Value)
 
 
 @_with_full_inputs
-def _reduce_window_sum(graph: _Graph, equation: Any, x: Value) -> str:
-    """Translate the sum over windows of rows and columns of an array (b, h, w, c)."""
+def _reduce_window(graph: _Graph, equation: Any, x: Value) -> str:
+    """Translate the sum or maximum over windows of rows and columns of an array (b, h, w, c)."""
     params = equation.params
-    window, strides = params["window_dimensions"], params["window_strides"]
-    plain = not np.any(params["padding"]) and {*params["base_dilation"], *params["window_dilation"]} == {1}
+    window, strides, padding = params["window_dimensions"], params["window_strides"], params["padding"]
+    plain = {*params["base_dilation"], *params["window_dilation"]} == {1} and not np.any([padding[0], padding[-1]])
     if len(window) != 4 or not plain or (window[0], window[3], strides[0], strides[3]) != (1, 1, 1, 1):
         raise NotImplementedError(f"only windows of rows and columns are translated to ONNX: {equation}")
     channels_first = _transpose(graph, x, (0, 3, 1, 2))
-    mean = graph.add("AveragePool", channels_first, kernel_shape=window[1:3], strides=strides[1:3])
+    pads = [low for low, _ in padding[1:3]] + [high for _, high in padding[1:3]]
+    shape = {"kernel_shape": window[1:3], "strides": strides[1:3], "pads": pads}
+    if equation.primitive.name == "reduce_window_max":
+        return _transpose(graph, graph.add("MaxPool", channels_first, **shape), (0, 2, 3, 1))
+    mean = graph.add("AveragePool", channels_first, **shape, count_include_pad=1)
     return _transpose(graph, graph.add("Mul", mean, np.float32(window[1] * window[2])), (0, 2, 3, 1))
 
 
@@ -398,7 +402,8 @@ RULES: dict[str, Rule] = {
     "reduce_max": _reduce("ReduceMax"),
     "reduce_min": _reduce("ReduceMin"),
     "reduce_sum": _reduce("ReduceSum"),
-    "reduce_window_sum": _reduce_window_sum,
+    "reduce_window_max": _reduce_window,
+    "reduce_window_sum": _reduce_window,
     "reshape": _with_full_inputs(_reshape_to_result),
     "rsqrt": _elementwise(lambda g, e, x: g.add("Reciprocal", g.add("Sqrt", x))),
     "scan": _scan,

@@ -17,7 +17,7 @@ from iumad_jax.inference.anomaly_map import combine, make_rule
 from iumad_jax.inference.detector import Detector
 from iumad_jax.inference.recognition import RECOGNISE
 from iumad_jax.methods.error_maps import upsample_errors
-from iumad_jax.models.efficientnet import FeatureExtractor
+from iumad_jax.models.backbone import FeatureExtractor
 
 _BATCHES = (1, 16)
 
@@ -54,7 +54,7 @@ def measure(config: ConfigDict, workdir: Path, step: int | None, repetitions: in
             seconds.append(time.perf_counter() - start)
         return float(np.median(seconds)) * 1e3
 
-    extractor = FeatureExtractor(config.backbone.name, config.backbone.grid)
+    extractor = FeatureExtractor(config.backbone.name, config.backbone.grid, config.backbone.levels)
     encode = jax.jit(lambda weights, images: [extractor.apply(weights, x) for x in images.values()])
     rule, scales = make_rule(config), detector.state.scales
     errors = {m: np.zeros((1, config.backbone.grid**2), np.float32) for m in scales}

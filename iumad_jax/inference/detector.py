@@ -23,7 +23,7 @@ from iumad_jax.inference.recognition import RECOGNISE, Recogniser
 from iumad_jax.inference.thresholds import Thresholds, thresholds
 from iumad_jax.methods.method import Method, with_frozen
 from iumad_jax.models import pretrained
-from iumad_jax.models.efficientnet import FeatureExtractor
+from iumad_jax.models.backbone import FeatureExtractor
 from iumad_jax.runtime import snapshots
 from iumad_jax.runtime import workdir as workdirs
 from iumad_jax.shapes import Batch, Modality, Scales, Variables
@@ -174,7 +174,7 @@ class Detector:
         name, method = config.method, methods.build(config.method, config, len(progress.objects))
         rule = make_rule(config)
         variables = with_frozen(name, method, progress.variables[name], progress.frozen.get(name))
-        extractor = FeatureExtractor(config.backbone.name, config.backbone.grid)
+        extractor = FeatureExtractor(config.backbone.name, config.backbone.grid, config.backbone.levels)
 
         state = State(
             jax.device_put(pretrained.load(config.backbone.name, config.backbone.weights)),

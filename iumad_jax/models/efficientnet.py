@@ -4,16 +4,17 @@ pretrained.py folds every batch norm into the preceding convolution when it load
 convolution with a bias. Only the blocks up to the last endpoint exist.
 """
 
+import itertools
+import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
-import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from iumad_jax.models.layers import DepthwiseConv, resize_aligned
+from iumad_jax.models.layers import DepthwiseConv
 
 
 class Stage(NamedTuple):
@@ -42,18 +43,23 @@ class Block(NamedTuple):
 class Architecture:
     """An EfficientNet variant, up to its last endpoint.
 
-    Padding is TensorFlow's SAME for images of `native_size`, and is not adapted to images of other sizes. `mean` and
-    `std` normalise images (0..255) as in training.
+    Padding is TensorFlow's SAME for images of `native_size`, and is not adapted to images of other sizes.
     """
 
     native_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
     activation: Callable[[Array], Array]
     squeeze: int | None  # squeeze-excite has (input channels of the block / squeeze) units; None: no squeeze-excite
     stem: int
     stages: tuple[Stage, ...]
-    endpoints: tuple[int, ...]  # indices of the blocks whose outputs are features, at strides 2, 4, 8, 16
+
+    levels: ClassVar = (2, 4, 8, 16)  # strides of the endpoints
+    default_levels: ClassVar = levels
+
+    @property
+    def endpoints(self) -> dict[int, int]:
+        """Index of the last block of each stride, whose output is the level's features."""
+        strides = itertools.accumulate((block.stride for block in self.blocks), operator.mul, initial=2)
+        return {stride: i for i, stride in enumerate(itertools.islice(strides, 1, None))}
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -92,40 +98,40 @@ def same_padding(side: int, size: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-ARCHITECTURES = {
-    "efficientnet_lite0": Architecture(
-        native_size=224,
-        mean=(127.0, 127.0, 127.0),
-        std=(128.0, 128.0, 128.0),
-        activation=nn.relu6,
+def lite(native_size: int, width: float, depth: float) -> Architecture:
+    """Return EfficientNet-Lite with scaled channels and repeats; the stem and the first stage's repeat are fixed."""
+    stages = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112))
+    return Architecture(
+        native_size,
+        nn.relu6,
         squeeze=None,
         stem=32,
-        stages=(
-            Stage(1, 3, 1, 1, 16),
-            Stage(2, 3, 2, 6, 24),
-            Stage(2, 5, 2, 6, 40),
-            Stage(3, 3, 2, 6, 80),
-            Stage(3, 5, 1, 6, 112),
+        stages=tuple(
+            Stage(
+                math.ceil(repeats * depth) if repeats > 1 else 1,
+                size,
+                stride,
+                expansion,
+                int(channels * width + 4) // 8 * 8,  # the nearest multiple of 8
+            )
+            for repeats, size, stride, expansion, channels in stages
         ),
-        endpoints=(0, 2, 4, 10),
+    )
+
+
+B4 = Architecture(
+    native_size=380,
+    activation=nn.silu,
+    squeeze=4,
+    stem=48,
+    stages=(
+        Stage(2, 3, 1, 1, 24),
+        Stage(4, 3, 2, 6, 32),
+        Stage(4, 5, 2, 6, 56),
+        Stage(6, 3, 2, 6, 112),
+        Stage(6, 5, 1, 6, 160),
     ),
-    "efficientnet_b4": Architecture(
-        native_size=380,
-        mean=(0.485 * 255, 0.456 * 255, 0.406 * 255),
-        std=(0.229 * 255, 0.224 * 255, 0.225 * 255),
-        activation=nn.silu,
-        squeeze=4,
-        stem=48,
-        stages=(
-            Stage(2, 3, 1, 1, 24),
-            Stage(4, 3, 2, 6, 32),
-            Stage(4, 5, 2, 6, 56),
-            Stage(6, 3, 2, 6, 112),
-            Stage(6, 5, 1, 6, 160),
-        ),
-        endpoints=(1, 5, 9, 21),
-    ),
-}
+)
 
 
 class MBConv(nn.Module):
@@ -151,37 +157,20 @@ class MBConv(nn.Module):
 
 
 class EfficientNet(nn.Module):
-    """The network up to its last endpoint, for normalised images."""
+    """The network up to the last of the levels, for normalised images."""
 
     architecture: Architecture
+    levels: tuple[int, ...]
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w 3"]) -> list[Float[Array, "b i j c"]]:
-        """Return the outputs at the endpoints, with strides 2, 4, 8 and 16."""
+        """Return the outputs at the endpoints of the levels."""
         a = self.architecture
+        endpoints = [a.endpoints[level] for level in self.levels]
         padding = same_padding(a.native_size, 3, 2)
         x = a.activation(nn.Conv(a.stem, (3, 3), strides=2, padding=(padding, padding), name="stem")(images))
         outputs = []
-        for i, block in enumerate(a.blocks):
+        for i, block in enumerate(a.blocks[: max(endpoints) + 1]):
             x = MBConv(block, a.activation, a.squeeze, name=f"block_{i}")(x)
             outputs.append(x)
-        return [outputs[i] for i in a.endpoints]
-
-
-class FeatureExtractor(nn.Module):
-    """Extractor of grid x grid features from images (0..255): the concatenated endpoints.
-
-    Lite0 has 192 feature channels, B4 has 272. `backbone` is a key of ARCHITECTURES; `pretrained.load` loads variables.
-    """
-
-    backbone: str
-    grid: int
-
-    @nn.compact
-    def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b g g f"]:
-        """Extract features."""
-        a = ARCHITECTURES[self.backbone]
-        normalised = (images - jnp.array(a.mean).reshape(1, 1, 1, 3)) / jnp.array(a.std).reshape(1, 1, 1, 3)
-        with jax.default_matmul_precision("float32"):  # GPUs would otherwise use TF32, with three digits
-            endpoints = EfficientNet(a, name="backbone")(normalised)
-        return jnp.concatenate([resize_aligned(x, self.grid) for x in endpoints], axis=-1)
+        return [outputs[i] for i in endpoints]

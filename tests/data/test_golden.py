@@ -32,9 +32,10 @@ def rendered(folder, version):
     return reader, reader.read("LicoriceSandwich", "test", reader.ids("LicoriceSandwich", "test")[-1])
 
 
-def prepared(reader, sample, folder):
+def prepared(reader, sample, folder, levels=""):
     """Prepare the image and altered copies of it."""
     config = small("1-0")
+    config.backbone.levels = levels
     config.input.size, config.backbone.grid = 64, 4  # smaller than the image, so that it is resized
     store = open_store(config, reader, folder)
     altered = [alter(sample, number, reader.object_height) for alter in (degrade, vary) for number in range(2)]
@@ -77,6 +78,12 @@ def test_prepared_images_are_unchanged(renderings, golden, tmp_path):
         expected = golden[name].astype(np.float64)
         difference = np.abs(np.nan_to_num(array.astype(np.float64)) - np.nan_to_num(expected))
         assert difference.mean() < 2e-3 * np.nanstd(expected), name
+
+
+def test_features_of_chosen_levels_are_among_those_of_all(rendering):
+    folder, reader, sample = rendering
+    every, chosen = (prepared(reader, sample, folder, levels) for levels in ("", "8,16"))
+    np.testing.assert_allclose(chosen["features_rgb"], every["features_rgb"][..., 40:], rtol=2e-3, atol=1e-5)
 
 
 if __name__ == "__main__":

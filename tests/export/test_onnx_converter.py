@@ -70,6 +70,12 @@ FUNCTIONS = {
     "depthwise convolution": lambda x: depthwise_conv(x, np.ones((3, 3, 4), np.float32) * MATRIX[None, :3, :4], 1),
     "depthwise with stride": lambda x: jax.vmap(lambda y: depthwise_conv(y[:5], KERNEL[..., 0, :4], 2))(x),
     "windows": lambda x: lax.reduce_window(x, 0.0, lax.add, (1, 3, 2, 1), (1, 1, 2, 1), "VALID"),
+    "largest in windows": lambda x: lax.reduce_window(
+        x, -jnp.inf, lax.max, (1, 3, 2, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (0, 1), (0, 0))
+    ),
+    "padded windows": lambda x: lax.reduce_window(
+        x, 0.0, lax.add, (1, 3, 2, 1), (1, 1, 2, 1), ((0, 0), (2, 1), (0, 1), (0, 0))
+    ),
     "broadcasting": lambda x: (
         jnp.broadcast_to(x.mean(1, keepdims=True), x.shape)[:, 2:4].sum(1) + jnp.ones((6, 4))[None]
     ),

@@ -51,7 +51,7 @@ def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]
     from iumad_jax import config as configs
     from iumad_jax import methods
     from iumad_jax.inference import thresholds
-    from iumad_jax.models.efficientnet import FeatureExtractor
+    from iumad_jax.models.backbone import FeatureExtractor
     from iumad_jax.report.tables import METRICS
     from iumad_jax.runtime.storage import as_json
     from iumad_jax.shapes import MAP_SIZE, Batch, Prediction
@@ -61,7 +61,7 @@ def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]
         return sum(float(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
     side, grid, modalities = config.input.size, config.backbone.grid, configs.modalities(config)
-    extractor = FeatureExtractor(config.backbone.name, grid)
+    extractor = FeatureExtractor(config.backbone.name, grid, config.backbone.levels)
 
     def shaped(shape: tuple[int, ...], dtype: Any) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)

@@ -48,7 +48,7 @@ def _measure(values: flags.FlagValues) -> str:
     from iumad_jax import config as configs
     from iumad_jax import methods
     from iumad_jax.data.batches import training_input
-    from iumad_jax.models.efficientnet import FeatureExtractor
+    from iumad_jax.models.backbone import FeatureExtractor
     from iumad_jax.runtime.progress import BEGINNING, Position
     from iumad_jax.runtime.snapshots import Snapshots, size_of
     from iumad_jax.shapes import Batch
@@ -58,7 +58,7 @@ def _measure(values: flags.FlagValues) -> str:
 
     config, _ = cli.config_and_workdir(values)
     rng, size, count = np.random.default_rng(0), config.input.size, 2 * config.train.batch_size
-    extractor = FeatureExtractor(config.backbone.name, config.backbone.grid)
+    extractor = FeatureExtractor(config.backbone.name, config.backbone.grid, config.backbone.levels)
     shape = jax.eval_shape(extractor.init_with_output, jax.random.key(0), np.zeros((1, size, size, 3), np.float32))[0]
     features: Any = rng.normal(size=(count, config.backbone.grid**2, shape.shape[-1])).astype(np.float32)
     images: Any = rng.uniform(0, 255, (count, size, size, 3)).astype(np.float32)

