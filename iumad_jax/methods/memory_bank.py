@@ -34,20 +34,23 @@ def memory_bank(config: ConfigDict) -> Method:
         z_scores = standardise(average_neighbours(tokens, config.neighbourhood), moments)
         return jnp.concatenate([z_scores, config.place * _places(len(tokens))], axis=-1)
 
+    average = jax.jit(functools.partial(average_neighbours, size=config.neighbourhood))
+    to_float16 = jax.jit(lambda tokens, moments: describe(tokens, moments).astype(jnp.float16))
+
     def learn(features: Float[np.ndarray, "n p f"], size: float) -> Bank:
         """Choose the patches of a bank of at most `size` bytes, and compute the errors of held-out training images."""
-        average = jax.jit(functools.partial(average_neighbours, size=config.neighbourhood))
         averages = np.stack([np.asarray(average(jnp.asarray(x, jnp.float32)), np.float16) for x in features])
-        moments = merge_moments(no_moments(features.shape[-1]), averages)
-        to_float16 = jax.jit(lambda tokens: describe(tokens, moments).astype(jnp.float16))
-        described = np.stack([np.asarray(to_float16(jnp.asarray(x, jnp.float32))) for x in features])
+        parts = np.array_split(averages, -(-len(averages) // 64))  # bounds the memory of float64 copies
+        moments = functools.reduce(merge_moments, parts, no_moments(features.shape[-1]))
+        described = np.stack([np.asarray(to_float16(jnp.asarray(x, jnp.float32), moments)) for x in features])
         images, tokens, channels = described.shape
         patches = described.reshape(-1, channels)
         candidates = np.arange(len(patches))
         if len(candidates) > _CANDIDATES:
             candidates = np.sort(np.random.default_rng(0).permutation(candidates)[:_CANDIDATES])
         chosen = candidates[np.asarray(k_centres(patches[candidates], int(size / channels / 2)))]
-        held_out = np.linspace(0, images - 1, min(images, _HELD_OUT)).astype(np.int32)[: None if images > 1 else 0]
+        count = min(images, _HELD_OUT) if images > 1 else 0
+        held_out = np.linspace(0, images - 1, count).astype(np.int32)
         others = (chosen // tokens)[None] != held_out[:, None]
         errors = _distances_of_images(described[held_out], patches[chosen], others)
         return {"moments": moments, "patches": patches[chosen], "held_out": np.asarray(errors, np.float16)}
