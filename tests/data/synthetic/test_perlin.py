@@ -11,6 +11,7 @@ from scipy import stats
 
 from iumad_jax.data.synthetic import perlin
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 SIZE = 64
 DRAWS = 2000
 
