@@ -26,7 +26,7 @@ from tests import sentences
 from tests.models import pth
 from tests.models.seeded import sample, seeded_images, seeded_state
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
 
 GOLDENS = Path(__file__).with_name("backbone_goldens.json")
 SIZES = {  # of images
@@ -167,7 +167,7 @@ def reference(backbone: str) -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module", params=SIZES)
-def ours(request) -> tuple[str, list[np.ndarray]]:
+def ours(request, compile_quickly) -> tuple[str, list[np.ndarray]]:
     """Return a backbone, and its outputs at the default levels for the seeded images."""
     backbone = request.param
     network, architecture, mean, std = BACKBONES[backbone]
