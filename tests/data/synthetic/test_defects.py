@@ -138,7 +138,9 @@ def test_confined_defects_are_small_and_others_spread_over_the_image(images, pas
     assert low < 0.004
     assert 0.005 < middle < 0.02
     assert 0.02 < high < 0.08
-    assert abs(spread_areas.mean() - 0.0485 / 0.945) < 0.002 + 3 * spread_areas.std() / np.sqrt(len(spread))  # none empty
+    assert abs(spread_areas.mean() - 0.0485 / 0.945) < 0.002 + 3 * spread_areas.std() / np.sqrt(
+        len(spread)
+    )  # none empty
     assert np.mean(components(confined) == 1) > 0.7
     assert np.median(components(spread)) > 3
     rows, columns = (confined.any(axis).sum(1) / MAP_SIZE for axis in (2, 1))
