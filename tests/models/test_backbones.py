@@ -26,7 +26,7 @@ from tests import sentences
 from tests.models import pth
 from tests.models.seeded import sample, seeded_images, seeded_state
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
 
 GOLDENS = Path(__file__).with_name("backbone_goldens.json")
 SIZES = {  # of images
@@ -87,6 +87,11 @@ SHAPES = {
 @cache
 def seeded(backbone: str) -> dict[str, np.ndarray]:
     return seeded_state(SHAPES[backbone])
+
+
+@cache
+def random(backbone: str) -> dict[str, Any]:
+    return pretrained.random(backbone)
 
 
 def save_safetensors(folder: Path, state: dict[str, np.ndarray]) -> Path:
@@ -167,7 +172,7 @@ def reference(backbone: str) -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module", params=SIZES)
-def ours(request) -> tuple[str, list[np.ndarray]]:
+def ours(request, compile_quickly) -> tuple[str, list[np.ndarray]]:
     """Return a backbone, and its outputs at the default levels for the seeded images."""
     backbone = request.param
     network, architecture, mean, std = BACKBONES[backbone]
@@ -234,13 +239,13 @@ def test_a_file_is_mapped_and_its_tensors_are_converted_one_by_one(tmp_path, wri
 @pytest.mark.parametrize(
     ("backbone", "more", "levels", "channels"),
     [
-        ("efficientnet_lite0", "2,4,8", "2,8", np.r_[:16, 40:80]),
+        ("efficientnet_lite0", "2,4", "4", np.r_[16:40]),
         ("resnet18", "", "8", np.r_[:128]),
-        ("dinov2_vits14", "0,1,2", "0,2", np.r_[:384, 768:1152]),
+        ("dinov2_vits14", "0,1", "1", np.r_[384:768]),
     ],
 )
 def test_chosen_levels_are_channels_of_all_and_nothing_behind_them_is_computed(backbone, more, levels, channels):
-    variables, images = pretrained.random(backbone), seeded_images(56)
+    variables, images = random(backbone), seeded_images(28)
     extractor = FeatureExtractor(backbone, 3, levels)
     needed = jax.eval_shape(extractor.init, jax.random.key(0), images)["params"]["backbone"]
     params = {"backbone": {name: variables["params"]["backbone"][name] for name in needed}}
@@ -270,9 +275,7 @@ def test_unknown_levels_are_refused(backbone, levels, known):
     ("backbone", "channels"),
     [
         ("resnet18", 128 + 256),
-        ("wide_resnet50_2", 512 + 1024),
         ("dinov2_vits14", 4 * 384),
-        ("dinov2_vitb14", 4 * 768),
     ],
 )
 def test_feature_shapes_for_the_papers_size(backbone, channels):
@@ -289,10 +292,10 @@ def test_positions_of_the_training_size_are_not_interpolated():
 
 @pytest.mark.parametrize(
     ("backbone", "levels"),
-    [("efficientnet_lite2", "2,4"), ("resnet18", ""), ("wide_resnet50_2", "4,8"), ("dinov2_vits14", "0,1")],
+    [("efficientnet_lite0", "2,4"), ("resnet18", ""), ("dinov2_vits14", "0")],
 )
 def test_exported_extractors_have_the_same_features(backbone, levels):
-    variables, images = pretrained.random(backbone), seeded_images(45)
+    variables, images = random(backbone), seeded_images(45)
     extractor = FeatureExtractor(backbone, 4, levels)
     spec = {"images": jax.ShapeDtypeStruct(images.shape, images.dtype)}
     model = convert(lambda x: (extractor.apply(variables, x),), spec, ["features"])

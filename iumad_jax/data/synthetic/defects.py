@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from iumad_jax.data import transforms
-from iumad_jax.data.synthetic import perlin, relief
-from iumad_jax.data.synthetic.textures import log_uniform, texture
+from iumad_jax.data.synthetic import draws, perlin, relief
+from iumad_jax.data.synthetic.textures import texture
 from iumad_jax.shapes import MAP_SIZE, Image, Keys, Modality
 
 _THRESHOLD = 0.5  # noise above it is a defect
@@ -66,7 +66,7 @@ def paste(
         mask_key, modality_key, rgb_key, depth_key = jax.random.split(key, 4)
         allowed = jnp.ones((size, size), bool) if foreground is None else transforms.resize_nearest(foreground, size)
         noise, mask = draw_mask(mask_key, allowed, confined)
-        left_out = jax.random.randint(modality_key, (), 0, 3)  # the modality with this number; 2: none
+        left_out = draws.below(jax.random.uniform(modality_key), 3)  # the modality with this number; 2: none
         shown = {m: mask.any() & ((left_out != i) | (len(images) == 1)) for i, m in enumerate(images)}
         defective = dict(images)
         if "rgb" in images:
@@ -88,7 +88,7 @@ def draw_mask(
         noise = perlin.noise(noise_key, len(allowed))
         return _confine(window_key, noise, allowed) if confined else noise
 
-    noise = jax.vmap(draw)(jax.random.split(key, _TRIALS))
+    noise = jax.lax.map(draw, jax.random.split(key, _TRIALS))  # compiles faster than jax.vmap
     masks = (noise > _THRESHOLD) & allowed[None]
     sufficient = masks.mean((1, 2)) >= _LEAST_AREA
     first = jnp.argmax(sufficient)
@@ -100,10 +100,9 @@ def _confine(key: Key[Array, ""], noise: Float[Array, "s s"], allowed: Bool[Arra
 
     The radius of the region above 0.5 is proportional to 1 + noise, so that the noise makes its outline uneven.
     """
-    centre_key, radius_key = jax.random.split(key)
-    priority = jnp.where(allowed, jax.random.uniform(centre_key, allowed.shape), -1)
-    row, column = jnp.unravel_index(jnp.argmax(priority), allowed.shape)
-    radius = len(allowed) * log_uniform(radius_key, *_RADIUS)
+    priority, radius = draws.uniform(key, allowed.shape, ())
+    row, column = jnp.unravel_index(jnp.argmax(jnp.where(allowed, priority, -1)), allowed.shape)
+    radius = len(allowed) * draws.log_between(radius, *_RADIUS)
     y, x = perlin.pixel_grid(len(allowed))
     return 1 - 0.5 * jnp.hypot(y - row, x - column) / radius + 0.5 * noise
 
@@ -111,7 +110,7 @@ def _confine(key: Key[Array, ""], noise: Float[Array, "s s"], allowed: Bool[Arra
 def _stain(key: Key[Array, ""], image: Image, mask: Bool[Array, "h w"], other: Image | None) -> Image:
     """Blend a texture into the image within the mask."""
     texture_key, weight_key = jax.random.split(key)
-    weight = 1 - (1 - _FAINTEST) * jax.random.uniform(weight_key)
+    weight = draws.between(jax.random.uniform(weight_key), 1, _FAINTEST)
     stain = texture(texture_key, len(image), other)
     return jnp.where(mask[..., None], image + weight * (stain - image), image)
 
@@ -120,10 +119,10 @@ def _deform(
     key: Key[Array, ""], image: Image, mask: Bool[Array, "h w"], noise: Float[Array, "h w"], encoding: str
 ) -> Image:
     """Make a bump or a dent of the noise within the mask."""
-    sign_key, slope_key, height_key = jax.random.split(key, 3)
+    up, slope, height = draws.uniform(key, (), (), ())
     t = jnp.clip((noise - _THRESHOLD) / _FULL, 0, 1)
     profile = t**2 * (3 - 2 * t)
-    sign = jax.random.rademacher(sign_key, (), jnp.float32)
-    slope = jnp.tan(jnp.radians(log_uniform(slope_key, *_SLOPE)))
-    height = log_uniform(height_key, *_HEIGHT)
+    sign = jnp.where(up < 0.5, 1, -1)
+    slope = jnp.tan(jnp.radians(draws.log_between(slope, *_SLOPE)))
+    height = draws.log_between(height, *_HEIGHT)
     return relief.emboss(image, mask, profile, sign * slope, sign * height, encoding)

@@ -2,9 +2,10 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
+
+from iumad_jax.data.synthetic import draws
 
 NODES = 33  # lattice nodes per side: 2^5 cells and one more node
 EXPONENTS = 6  # the number of cells per side is 2 to the power of 0, ..., 5
@@ -25,15 +26,9 @@ def noise(key: Key[Array, ""], size: int) -> Float[Array, "s s"]:
 
 def random_lattice(key: Key[Array, ""]) -> Lattice:
     """Draw a lattice of 2^a x 2^b cells with independent a and b from 0 to 5, turned by up to 90 degrees."""
-    cells_key, angle_key, turn_key = jax.random.split(key, 3)
-    cells = 2 ** jax.random.randint(cells_key, (2,), 0, EXPONENTS)
-    turn = jax.random.uniform(turn_key, minval=-jnp.pi / 2, maxval=jnp.pi / 2)
-    return Lattice(random_angles(angle_key), cells, turn)
-
-
-def random_angles(key: Key[Array, ""]) -> Float[Array, "n n"]:
-    """Draw the directions of a lattice's gradients."""
-    return jax.random.uniform(key, (NODES, NODES), maxval=2 * jnp.pi)
+    angles, exponents, turn = draws.uniform(key, (NODES, NODES), (2,), ())
+    cells = 2 ** draws.below(exponents, EXPONENTS)
+    return Lattice(2 * jnp.pi * angles, cells, draws.between(turn, -jnp.pi / 2, jnp.pi / 2))
 
 
 def on_lattice(lattice: Lattice, size: int) -> Float[Array, "s s"]:

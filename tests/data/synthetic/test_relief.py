@@ -10,6 +10,7 @@ from iumad_jax.data.synthetic import relief
 from iumad_jax.errors import UserError
 from tests import sentences
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 SIZE = 96
 HEIGHT_RANGE = 0.02  # metres
 PITCH = 0.0005  # metres between pixels
