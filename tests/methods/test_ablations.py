@@ -29,7 +29,7 @@ def quick_compilation():
 
 def build(modalities=BOTH, **changes):
     model = paper("10-0").model
-    model.update(width=WIDTH, heads=2, layers=1, hidden=12, patch_size=4, states=2, dropout=0.0)
+    model.update(width=WIDTH, heads=2, layers=1, hidden=12, patch_size=4, states=2, dropout=0.0, target="both")
     model.jitter.probability = 0.0
     model.update_from_flattened_dict(changes)
     return ib_iumad(model, modalities, OBJECTS)

@@ -38,8 +38,6 @@ def test_unknown_target_is_refused(target):
         build("ib_iumad", config, 10)
 
 
-@pytest.mark.parametrize(
-    ("name", "trained"), [("ib_iumad", True), ("feature_norm", False), ("nearest_neighbours", False)]
-)
+@pytest.mark.parametrize(("name", "trained"), [("ib_iumad", True), ("feature_norm", False), ("memory_bank", False)])
 def test_only_the_baselines_have_no_loss(name, trained):
     assert (build(name, paper("10-0"), 10).loss is not None) == trained
