@@ -27,7 +27,7 @@ def noise(key: Key[Array, ""], size: int) -> Float[Array, "s s"]:
 def random_lattice(key: Key[Array, ""]) -> Lattice:
     """Draw a lattice of 2^a x 2^b cells with independent a and b from 0 to 5, turned by up to 90 degrees."""
     angles, exponents, turn = draws.uniform(key, (NODES, NODES), (2,), ())
-    cells = 2 ** draws.below(exponents, EXPONENTS)
+    cells = 1 << draws.below(exponents, EXPONENTS)
     return Lattice(2 * jnp.pi * angles, cells, draws.between(turn, -jnp.pi / 2, jnp.pi / 2))
 
 
