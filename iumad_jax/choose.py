@@ -4,7 +4,8 @@
 
 Every method of the runs is compared with every combination of modalities (config.combine) and every image score
 (config.score). The table lists means over objects; the setting with the highest mean of the three metrics comes first.
-Synthetic defects are stains, bumps and dents. If real defects look different, another setting may be better.
+A run keeps its combination and its score; use others in a new run. Synthetic defects are stains, bumps and dents: if
+real defects look different, another setting may be better.
 """
 
 import sys

@@ -27,7 +27,7 @@ _LIMITS = {
     "model.jitter.probability": (0, 1),
     "memory_bank.megabytes": (0.01, 100_000),
     "memory_bank.neighbourhood": (1, 256),
-    "memory_bank.place": (0, math.inf),
+    "memory_bank.place": (0, 1000),
     "decisions.quantile": (0.5, 1),
     "train.epochs": (0, 10**6 - 1),
     "train.batch_size": (1, 10**6),
@@ -86,9 +86,7 @@ def paper(protocol: str) -> ConfigDict:
     config.backbone.name = "efficientnet_lite0"  # or _lite1, _lite2; with weights: keys of models.backbone.BACKBONES
     config.backbone.weights = ""  # path of a .pth or .safetensors file; "" is the installed package with Lite's weights
     config.backbone.grid = 14  # tokens per side
-    config.backbone.levels = (
-        ""  # strides such as 8,16, or dinov2's blocks such as 11, to concatenate; "" is its default
-    )
+    config.backbone.levels = ""  # joined strides such as 8,16, or dinov2's blocks such as 11; "" is the default
 
     config.model = ConfigDict()
     config.model.width = 256  # of tokens and queries

@@ -218,8 +218,7 @@ def record(run: Run, training: Training, epoch: Epoch, progress: Progress) -> Pr
 def assess(run: Run, step: protocol.Step, progress: Progress) -> Progress:
     """Set thresholds, evaluate every method on all objects learned so far, and take the step's snapshot."""
     good = functools.partial(good_images, run.store)
-    progress = assessment.calibrate(run.config, run.methods, progress, step.seen, good)
-    model = evaluation.make_model(run.config, run.methods, progress)
+    progress, model = assessment.calibrate(run.config, run.methods, progress, step.seen, good)
     decisions, scale = describe(progress.calibration, run.config.decisions.quantile), run.store.processing.height_scale
     tests = evaluation.test_sets(run.store.reader, step.seen, lambda name: run.store.get(name, "test"))
     numbers = {name: number for number, name in enumerate(step.seen)}

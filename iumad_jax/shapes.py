@@ -28,9 +28,7 @@ Keys = Key[Array, " b"]  # one per image, so that randomness does not depend on 
 Variables = dict[str, Any]  # "params" (trained by gradients), "statistics" (gathered), "frozen" (see `Method.frozen`)
 Scalars = dict[str, Float[Array, ""]]
 StrategyState = dict[str, Any]  # nested dictionary of arrays
-BY_OBJECT = (
-    "by_object"  # key of a tuple with one item per learned object; items never change, so snapshots store each once
-)
+BY_OBJECT = "by_object"  # key of a tuple with one item per object; items never change, so snapshots store each once
 
 
 class Batch(NamedTuple):

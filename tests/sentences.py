@@ -23,6 +23,7 @@ WIDTH_NOT_DIVISIBLE = "config.model.width is {width}; use an even multiple of co
 WIDTH_NOT_DIVISIBLE_BY_HEADS_OF_IUF = "config.model.width is {}; use a multiple of 4"
 PATCH_TOO_LARGE = "config.model.patch_size is {}; use at most"
 UNKNOWN_DTYPE = 'config.model.dtype is "{}"; use float32 or bfloat16.'
+BANK_TOO_SMALL = r"config\.memory_bank\.megabytes is {}, less than a patch"
 UNKNOWN_RULE = r'config\.{key} is "{found}"; use one of'
 NOT_JUDGED = r"config\.combine is {found}, but only {judged} is judged; use maximum\."
 UNKNOWN_BASELINE = 'config.baselines is "{found}"; use "{known}"'

@@ -32,7 +32,7 @@ COMBINATIONS = {
 SCORES = {
     "common": "one rule for all methods, see `common_score`",
     "window16": "largest mean over windows of 16 x 16 pixels, as published for IB-IUMAD",
-    "own": "score of the method's paper; window16 where it has none",
+    "own": "score of the method's paper, whatever the combination; window16 where it has none",
 }
 
 

@@ -16,7 +16,7 @@ from iumad_jax.errors import UserError
 from iumad_jax.inference import decisions, evaluation
 from iumad_jax.inference.anomaly_map import combine, measure_scales
 from iumad_jax.inference.evaluation import Judgement, Model, TestSets
-from iumad_jax.inference.thresholds import Record, describe, make_calibration
+from iumad_jax.inference.thresholds import Record, describe, make_calibration, thresholds
 from iumad_jax.methods.method import Method
 from iumad_jax.report import html, result_files, samples
 from iumad_jax.report.history import history, results
@@ -33,7 +33,7 @@ def calibrate(
     progress: Progress,
     objects: Sequence[str],
     good_images: Callable[[str], GoodImages],
-) -> Progress:
+) -> tuple[Progress, Model]:
     """Measure the scales of all methods and the calibration of the config's method on good images.
 
     Args:
@@ -44,7 +44,7 @@ def calibrate(
         good_images: Returns the good images of an object.
 
     Returns:
-        The progress with new scales and calibrations.
+        The progress with new scales and calibrations, and the model with the thresholds that follow from them.
     """
     model = evaluation.make_model(config, methods, progress)
     scales: dict[str, Scales] = {}
@@ -64,11 +64,14 @@ def calibrate(
         good = good_images(object_)
         prediction, distance = evaluation.infer(model, main, good.calibrating)
         if good.from_training_images and (errors := methods[main].held_out(progress.variables[main], number)):
-            count = len(jax.tree.leaves(errors)[0])
-            prediction = combine(errors, scales[main], np.full(count, number, np.int32), model.rule)
+            numbers = np.full(len(jax.tree.leaves(errors)[0]), number, np.int32)
+            held_out = combine(errors, scales[main], numbers, model.rule)
+            with_copies: Any = jax.tree.map(lambda *parts: np.concatenate(parts), prediction, held_out)
+            prediction = with_copies if good.few else held_out
         flags = {"from_training_images": good.from_training_images, "few": good.few}
         calibration[object_] = make_calibration(prediction, distance, number, **flags)
-    return progress._replace(scales=scales, calibration=calibration)
+    limits = thresholds(calibration, config.decisions.quantile)
+    return progress._replace(scales=scales, calibration=calibration), model._replace(thresholds=limits)
 
 
 def assess(

@@ -1,7 +1,6 @@
 """Comparison of settings on synthetic defects, without test images."""
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +11,9 @@ from ml_collections import ConfigDict
 from tabulate import tabulate
 from tqdm import tqdm
 
-from iumad_jax.data import readers, transforms
+from iumad_jax.data import readers
 from iumad_jax.data.prepared.store import PreparedSet, Store, open_store
-from iumad_jax.data.synthetic.defects import paste
+from iumad_jax.data.synthetic.defects import foreground_of, paste
 from iumad_jax.errors import UserError
 from iumad_jax.inference import evaluation, recognition
 from iumad_jax.inference.anomaly_map import COMBINATIONS, SCORES, Rule, combine
@@ -22,6 +21,7 @@ from iumad_jax.inference.evaluation import Model
 from iumad_jax.metrics import image_auroc, pixel_metrics
 from iumad_jax.runtime import preemption, snapshots
 from iumad_jax.runtime import workdir as workdirs
+from iumad_jax.runtime.progress import Progress
 from iumad_jax.shapes import Batch, Modality
 
 _METRICS = {"i_auroc": "I-AUROC", "aupro": "AUPRO", "p_auroc_object": "object P-AUROC"}
@@ -48,41 +48,54 @@ def compare(folders: Sequence[Path], images: int, defects: int, seed: int) -> st
         seed: Seed of the defects.
 
     Raises:
-        UserError: If a run has no finished step, or an object no calibration images.
+        UserError: If a run has no finished step, an object no calibration images, or the runs' images differ.
     """
+    configs = [workdirs.read(folder) for folder in folders]
+    progresses = [snapshots.read(folder) for folder in folders]
+    _check_same_images(folders, configs, progresses)
     rows = []
-    for folder in folders:
-        config, progress = workdirs.read(folder), snapshots.read(folder)
+    for folder, config, progress in zip(folders, configs, progresses, strict=True):
         model = evaluation.load(config, progress)
         store = open_store(config, readers.open_reader(config, progress.objects), folder)
-        rules = [Rule(*names) for names in itertools.product(_combinations(config), SCORES)]
+        _check_calibration(store, progress.calibration)
         values: dict[Any, list[list[float]]] = {}
         for object_ in tqdm(progress.calibration, str(folder), unit="object", disable=None, leave=False):
-            made = make_images(store, object_, images, defects, seed)
-            for setting, metrics in _measure(model, made, rules):
+            for setting, metrics in _measure(model, make_images(store, object_, images, defects, seed)):
                 values.setdefault(setting, []).append(metrics)
-        rows += [[folder.name, *setting, *np.nanmean(metrics, axis=0)] for setting, metrics in values.items()]
+        rows += [[str(folder), *setting, *np.mean(metrics, axis=0)] for setting, metrics in values.items()]
     rows.sort(key=lambda row: -np.mean(row[-len(_METRICS) :]))
     headers = ["run", "method", "combine", "score", *_METRICS.values()]
     return tabulate(rows, headers, "github", floatfmt=".3f")
 
 
-def _combinations(config: ConfigDict) -> list[str]:
-    """Return the combinations that differ from each other for the modalities of a config."""
-    return list(COMBINATIONS) if "+" in config.modality else ["maximum"]
+def _check_same_images(folders: Sequence[Path], configs: Sequence[ConfigDict], progresses: Sequence[Progress]) -> None:
+    """Raise UserError unless the same defects can be pasted into the same images for all runs."""
+
+    def described(config: ConfigDict, progress: Progress) -> dict[str, Any]:
+        keys = {"dataset.name": config.dataset.name, "dataset.root": config.dataset.root, "modality": config.modality}
+        keys |= {f"input.{key}": config.input[key] for key in ("size", "depth_encoding")}
+        return keys | {"learned objects": ",".join(progress.calibration)}
+
+    first, *others = [described(*run) for run in zip(configs, progresses, strict=True)]
+    for folder, other in zip(folders[1:], others, strict=True):
+        for key, value in first.items():
+            if other[key] != value:
+                raise UserError(
+                    f"{key} is {value} in {folders[0]} and {other[key]} in {folder}; compare runs of the same images."
+                )
+
+
+def _check_calibration(store: Store, objects: Iterable[str]) -> None:
+    for name in objects:
+        if not store.reader.ids(name, "calibration"):
+            raise UserError(
+                f"{name} has no calibration images, in which synthetic defects could be hidden from the model; add good"
+                " images that are not trained on."
+            )
 
 
 def make_images(store: Store, object_: str, images: int, defects: int, seed: int) -> Images:
-    """Paste synthetic defects into calibration images, on the workpiece where depth tells it, and encode them.
-
-    Raises:
-        UserError: If the object has no calibration images.
-    """
-    if not store.reader.ids(object_, "calibration"):
-        raise UserError(
-            f"{object_} has no calibration images, in which synthetic defects could be hidden from the model; add good"
-            " images that are not trained on."
-        )
+    """Paste synthetic defects into calibration images, on the workpiece where depth tells it, and encode them."""
     good = store.get(object_, "calibration")
     rows = np.linspace(0, len(good.ids) - 1, min(images, len(good.ids))).astype(int)
     copies = np.tile(rows, defects)
@@ -102,8 +115,7 @@ def _paste(store: Store, good: PreparedSet, rows: np.ndarray, seed: int, first: 
     preemption.check()
     assert good.truth is not None
     pair = np.resize(rows, _PAIR)  # a constant number, so that pasting is compiled once
-    workpiece = np.asarray(good.truth.workpiece)[pair]
-    foreground = np.stack([transforms.erode(mask) if mask.any() else ~mask for mask in workpiece])
+    foreground = foreground_of(np.asarray(good.truth.workpiece)[pair])
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), first), _PAIR)
     images = {m: np.asarray(array[pair], np.float32) for m, array in good.batch.images.items()}
     pasted = _paste_pair(keys, images, foreground, store.processing.depth_encoding)
@@ -119,15 +131,20 @@ def _as_stored(images: np.ndarray, dtype: Any) -> np.ndarray:
 _paste_pair = jax.jit(paste, static_argnums=3)
 
 
-def _measure(model: Model, images: Images, rules: Sequence[Rule]) -> Iterator[tuple[tuple[str, str, str], list[float]]]:
+def _measure(model: Model, images: Images) -> Iterator[tuple[tuple[str, str, str], list[float]]]:
     """Yield the method, combination and score of each setting, and its metrics for the images of one object."""
     defective = images.mask.any((1, 2))
+    region = images.object if images.object.any() else np.ones_like(images.mask)  # all pixels without depth
     distance = recognition.distances(model.recogniser, images.batch.features)
     recognised: Any = np.asarray(recognition.recognise(distance))
     for name in model.methods:
         errors = evaluation.error_maps(model, name, images.batch._replace(object_id=recognised))
-        for rule in rules:
-            prediction = combine(errors, model.scales[name], recognised, rule)
-            pixels = pixel_metrics(images.mask, np.asarray(prediction.map), {"object": images.object})
-            metrics = {"i_auroc": image_auroc(defective, np.asarray(prediction.score)), **pixels}
-            yield (name, *rule), [metrics[metric] for metric in _METRICS]
+        for combination in [key for key in COMBINATIONS if key in errors.maps or key not in ("rgb", "depth")]:
+            predictions = {
+                score: combine(errors, model.scales[name], recognised, Rule(combination, score)) for score in SCORES
+            }
+            maps = np.asarray(predictions["common"].map)
+            pixels = pixel_metrics(images.mask, maps, {"object": region})
+            for score, prediction in predictions.items():
+                metrics = {"i_auroc": image_auroc(defective, np.asarray(prediction.score)), **pixels}
+                yield (name, combination, score), [metrics[metric] for metric in _METRICS]

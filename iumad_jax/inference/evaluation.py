@@ -52,7 +52,7 @@ def make_model(config: ConfigDict, methods: dict[str, Method], progress: Progres
     """Build the model of a config from its methods, whose frozen variables the progress includes."""
     return Model(
         methods,
-        {name: method.arrange(progress.variables[name]) for name, method in methods.items()},
+        {name: jax.device_put(method.arrange(progress.variables[name])) for name, method in methods.items()},
         progress.scales,
         make_rule(config),
         recognition.fit(progress.recognition),
@@ -101,7 +101,7 @@ def judge(model: Model, test_sets: TestSets) -> Iterator[Judgement]:
 
 
 def error_maps(model: Model, method: str, images: Batch) -> ErrorMaps:
-    """Compute a method's error maps of images whose objects are known."""
+    """Compute a method's error maps of images that show the given objects."""
     return predict_in_batches(jax.jit(model.methods[method].predict), model.variables[method], images)
 
 

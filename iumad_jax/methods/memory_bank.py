@@ -14,14 +14,15 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Float16, Int
 from ml_collections import ConfigDict
 
+from iumad_jax.errors import UserError
 from iumad_jax.methods.error_maps import upsample_errors
 from iumad_jax.methods.method import Method
 from iumad_jax.methods.moments import Moments, merge_moments, no_moments, standardise
-from iumad_jax.shapes import BY_OBJECT, Batch, ErrorMaps, Variables
+from iumad_jax.shapes import BY_OBJECT, Batch, ErrorMaps, Modality, Variables
 
 Bank = dict[str, Any]  # of one object and modality: moments, patches (n, f + 2), held_out (i, p)
 
-_CANDIDATES = 2**18  # largest number of patches from which a bank is chosen
+_CANDIDATES = 2**29  # bytes in float32 of the patches from which a bank is chosen, at most
 _HELD_OUT = 200  # largest number of training images whose held-out errors are stored
 _ROUND, _FARTHEST = 64, 512  # of `k_centres`: centres that a round adds, patches from which it chooses them
 
@@ -45,13 +46,18 @@ def memory_bank(config: ConfigDict) -> Method:
         described = np.stack([np.asarray(to_float16(jnp.asarray(x, jnp.float32), moments)) for x in features])
         images, tokens, channels = described.shape
         patches = described.reshape(-1, channels)
+        if (count := int(size / channels / 2)) < 1:
+            raise UserError(
+                f"config.memory_bank.megabytes is {config.megabytes}, less than a patch of {channels} channels per"
+                " modality; use a larger number."
+            )
         candidates = np.arange(len(patches))
-        if len(candidates) > _CANDIDATES:
-            candidates = np.sort(np.random.default_rng(0).permutation(candidates)[:_CANDIDATES])
-        chosen = candidates[np.asarray(k_centres(patches[candidates], int(size / channels / 2)))]
-        count = min(images, _HELD_OUT) if images > 1 else 0
-        held_out = np.linspace(0, images - 1, count).astype(np.int32)
+        if len(candidates) > (most := _CANDIDATES // (4 * channels)):
+            candidates = np.sort(np.random.default_rng(0).permutation(candidates)[:most])
+        chosen = candidates[np.asarray(k_centres(patches[candidates], count))]
+        held_out = np.linspace(0, images - 1, min(images, _HELD_OUT)).astype(np.int32)
         others = (chosen // tokens)[None] != held_out[:, None]
+        held_out, others = held_out[others.any(1)], others[others.any(1)]  # images that are not the whole bank
         errors = _distances_of_images(described[held_out], patches[chosen], others)
         return {"moments": moments, "patches": patches[chosen], "held_out": np.asarray(errors, np.float16)}
 
@@ -81,16 +87,20 @@ def memory_bank(config: ConfigDict) -> Method:
             banks = jax.tree.map(lambda x: jnp.take(x, object_id, axis=0, mode="clip"), variables["statistics"])
             return {m: distances(describe(x, banks[m]["moments"]), banks[m]["patches"]) for m, x in tokens.items()}
 
-        errors = jax.lax.map(image_errors, (batch.object_id, batch.features))
-        farthest = [error.max(-1) for error in errors.values()]
-        return upsample_errors(errors)._replace(score=sum(farthest[1:], farthest[0]))
+        return with_score(jax.lax.map(image_errors, (batch.object_id, batch.features)))
 
     def held_out(variables: Variables, object_id: int) -> ErrorMaps | None:
         banks = variables["statistics"][BY_OBJECT][object_id]
         errors = {m: jnp.asarray(bank["held_out"], jnp.float32) for m, bank in banks.items()}
-        return upsample_errors(errors) if all(map(len, errors.values())) else None
+        return with_score(errors) if len({len(error) for error in errors.values()} - {0}) == 1 else None
 
     return Method(init, predict, observe=observe, arrange=arrange, held_out=held_out)
+
+
+def with_score(errors: dict[Modality, Float[Array, "b p"]]) -> ErrorMaps:
+    """Upsample errors, with the image score of PatchCore: the largest error, here summed over modalities."""
+    largest = [error.max(-1) for error in errors.values()]
+    return upsample_errors(errors)._replace(score=functools.reduce(jnp.add, largest))
 
 
 def average_neighbours(tokens: Float[Array, "p f"], size: int) -> Float[Array, "p f"]:
@@ -115,13 +125,16 @@ def distances(
     """Compute the Euclidean distance of each row of x to the nearest (allowed) patch."""
     square = _square_distances(x, patches)
     square = square if allowed is None else jnp.where(allowed[None], square, jnp.inf)
-    return jnp.sqrt(jnp.maximum(square.min(-1), 0))
+    return jnp.sqrt(square.min(-1))
 
 
 def _square_distances(x: Float[Array, "p f"], y: Float[Array, "n f"]) -> Float[Array, "p n"]:
+    """Compute squared distances; those within the rounding error, such as of equal rows, are 0."""
     x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    lengths = (x**2).sum(-1)[:, None] + (y**2).sum(-1)[None]
     with jax.default_matmul_precision("float32"):
-        return (x**2).sum(-1)[:, None] + (y**2).sum(-1)[None] - 2 * x @ y.T
+        square = lengths - 2 * x @ y.T
+    return jnp.where(square > 1e-5 * lengths, square, 0)
 
 
 @jax.jit
@@ -135,8 +148,9 @@ def _distances_of_images(
 def k_centres(patches: Float16[Array, "n f"], count: int) -> Int[Array, " c"]:
     """Choose patches such that all patches are near a chosen one: always the farthest from those chosen.
 
-    This is the greedy algorithm of Gonzalez (1985). Distances to all patches are updated in rounds of up to 64 centres.
-    A round chooses among the 512 patches that are farthest when it begins, and ends when others could be farther.
+    This is the greedy algorithm of Gonzalez (1985), beginning with the patch farthest from 0. Distances to all patches
+    are updated in rounds of up to 64 centres. A round chooses among the 512 patches that are farthest when it begins,
+    and ends when others could be farther.
 
     Args:
         patches: Candidates.
@@ -166,6 +180,7 @@ def k_centres(patches: Float16[Array, "n f"], count: int) -> Int[Array, " c"]:
         centres = jax.lax.dynamic_update_slice(centres, new, (chosen,))
         return square, centres, chosen + are_farthest.sum()
 
-    from_mean = jnp.square(patches).sum(-1)  # z-scores have the mean 0
-    state = from_mean, jnp.zeros(count + _ROUND, jnp.int32), jnp.int32(0)
+    first = jnp.argmax(jnp.square(patches).sum(-1)).astype(jnp.int32)
+    square = _square_distances(patches, patches[first][None])[:, 0]
+    state = square, jnp.full(count + _ROUND, first), jnp.int32(1)
     return jax.lax.while_loop(lambda state: state[2] < count, add_centres, state)[1][:count]

@@ -101,7 +101,7 @@ def test_errors_on_good_images_set_the_scales_and_then_the_thresholds(trained_on
         batch = images(good[name], "AB".index(name)).batch
         return GoodImages(batch, batch, trained_on, False)
 
-    after = assessment.calibrate(configs.small("1-1"), methods, progress, ("A", "B"), good_images)
+    after, model = assessment.calibrate(configs.small("1-1"), methods, progress, ("A", "B"), good_images)
     assert float(after.scales["baseline"]["rgb"].mean[0]) == pytest.approx(2)
     assert [float(x) for x in after.scales["baseline"]["rgb"].quantile] == [3, 12]
     quantiles = [60, 120] if trained_on else [3, 12]
@@ -111,6 +111,7 @@ def test_errors_on_good_images_set_the_scales_and_then_the_thresholds(trained_on
     for actual, values in zip(scores, expected, strict=True):
         assert actual == pytest.approx(values, rel=1e-5)
     assert [len(calibration.distance) for calibration in after.calibration.values()] == [3, 2]
+    np.testing.assert_allclose(model.thresholds.image, [max(values) for values in expected], rtol=1e-5)
 
 
 class OnlyA:

@@ -18,9 +18,10 @@ pytestmark = pytest.mark.slow
 README = (Path(__file__).parents[2] / "README.md").read_text()
 COMMANDS = re.search(r"<!-- own objects commands -->\n```bash\n(.*?)\n```\n", README, re.DOTALL)[1]
 KEYS = SMALL | {
-    "method": "feature_norm",
+    "method": "memory_bank",
     "backbone.grid": 4,
-    "memory_bank.megabytes": 0.02,
+    "memory_bank.megabytes": 0.05,
+    "memory_bank.neighbourhood": 3,
 }
 
 
@@ -89,3 +90,11 @@ def test_choose_needs_good_images_that_were_not_learned(home):
     process = subprocess.run(command, cwd=home, capture_output=True, text=True)
     assert (process.returncode, process.stdout) == (2, "")
     assert sentences.NO_CALIBRATION_IMAGES.format("bolt") in process.stderr
+
+
+def test_an_exported_memory_bank_computes_the_same_maps(home):
+    """The command compares them."""
+    command = [sys.executable, "-m", "iumad_jax.export", "--workdir=run", "--format=onnx", "--batch=2"]
+    process = subprocess.run(command, cwd=home, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert float(re.search(r"at most (\S+) of", process.stdout)[1]) < 1e-5

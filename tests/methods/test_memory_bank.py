@@ -1,12 +1,16 @@
 """Memory banks against brute force in NumPy."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from iumad_jax.errors import UserError
 from iumad_jax.methods.memory_bank import average_neighbours, k_centres, memory_bank
 from iumad_jax.shapes import BY_OBJECT, Batch
+from tests import sentences
 from tests.methods.reference import map_from
 
 SIDE = 4
@@ -88,7 +92,29 @@ def test_held_out_errors_are_those_of_a_bank_without_the_image():
     z_scores = (features - features.mean((0, 1))) / features.std((0, 1))
     expected = [nearest(z_scores[[i]], np.delete(z_scores, i, 0).reshape(-1, 3))[0] for i in range(5)]
     np.testing.assert_allclose(actual, map_from(np.array(expected, np.float32)), rtol=5e-3)
+    largest = np.sort(np.array(expected), axis=1)[:, -1]
+    np.testing.assert_allclose(method.held_out(learned(method, batch), 0).score, largest, rtol=5e-3)
     assert method.held_out(learned(method, random_batch(0, images=1)), 0) is None
+
+
+def test_identical_training_images_have_no_errors_and_hide_no_defect():
+    """Depth images of a flat part can be identical; then all patches of a small bank may come from one image."""
+    image = random_batch(0, images=1).features["rgb"]
+    identical = Batch({"rgb": np.repeat(image, 3, axis=0)}, {}, np.zeros(3, np.int32))
+    for megabytes in (1.0, 5 * 2 * 5 / 2**20):
+        method = build(megabytes=megabytes)
+        variables = learned(method, identical)
+        held_out = method.held_out(variables, 0)
+        assert np.isfinite(held_out.maps["rgb"]).all()
+        if megabytes == 1:
+            assert float(held_out.maps["rgb"].max()) == 0
+            changed = identical._replace(features={"rgb": identical.features["rgb"] + np.eye(16, 3)[None] * 4})
+            assert float(predict(method, variables, changed).maps["rgb"].max()) > 0.5
+
+
+def test_a_bank_must_hold_a_patch():
+    with pytest.raises(UserError, match=sentences.BANK_TOO_SMALL.format(0.000001)):
+        learned(build(megabytes=0.000001), random_batch(0))
 
 
 def test_a_bank_is_bounded_in_bytes_over_all_modalities():
@@ -106,11 +132,13 @@ def test_centres_are_those_of_the_greedy_algorithm(count):
     clusters = rng.normal(size=(20, 1, 4)) * 3
     patches = (clusters + rng.normal(size=(20, 100, 4)) * 0.3).reshape(-1, 4).astype(np.float16)
     exact = patches.astype(np.float64)
-    distance, expected = np.linalg.norm(exact, axis=1), []
-    for _ in range(count):
-        expected.append(distance.argmax())
-        distance = np.minimum(distance, np.linalg.norm(exact - exact[expected[-1]], axis=1))
-    np.testing.assert_array_equal(k_centres(patches, count), expected)
+    centres = np.asarray(k_centres(patches, count))
+    assert len(set(centres)) == count
+    assert centres[0] == np.linalg.norm(exact, axis=1).argmax()
+    distance = np.full(2000, np.inf)
+    for centre, following in itertools.pairwise(centres):
+        distance = np.minimum(distance, np.linalg.norm(exact - exact[centre], axis=1))
+        assert distance[following] >= distance.max() - 1e-3  # the farthest, up to rounding
 
 
 def test_neighbours_are_averaged_with_a_repeated_border():

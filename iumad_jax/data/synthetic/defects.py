@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
 from iumad_jax.data import transforms
@@ -47,7 +48,7 @@ def paste(
     Args:
         keys: One random key per image.
         images: Good images by modality, square, 0..255.
-        foreground: Pixels where defects may lie, such as `transforms.erode(GroundTruth.workpiece)`; None allows all.
+        foreground: Pixels where defects may lie, see `foreground_of`; None allows all.
         depth_encoding: Encoding of the depth images.
         confined: Whether a defect is a disc with an uneven outline and a radius of 2 to 15 % of the image's side (this
             project's choice), or its parts may be spread over the whole image (as published).
@@ -76,6 +77,11 @@ def paste(
         return Pasted(defective, transforms.resize_nearest(mask, MAP_SIZE), shown)
 
     return jax.vmap(paste_one)(keys, images, others, foreground)
+
+
+def foreground_of(workpiece: Bool[np.ndarray, "b m m"]) -> Bool[np.ndarray, "b m m"]:
+    """Return where defects may lie: on `GroundTruth.workpiece` without its rim, or anywhere if it is empty."""
+    return np.stack([transforms.erode(mask) if mask.any() else ~mask for mask in workpiece])
 
 
 def draw_mask(
