@@ -20,7 +20,7 @@ import pytest
 from iumad_jax.errors import UserError
 from iumad_jax.runtime.progress import LedgerMark, Position, Progress
 from iumad_jax.runtime.snapshots import Snapshots, read
-from iumad_jax.shapes import Calibration
+from iumad_jax.shapes import Calibration, Scale
 from tests import sentences
 
 
@@ -50,6 +50,7 @@ def snapshot(step, updates, finished=False, seed=0, size=3):
         variables=variables(seed, size),
         frozen={"cdad": "ab" * 32},
         recognition={"count": np.full(2, 3, np.float32), "mean": np.ones((2, 4), np.float32)},
+        scales={"ib_iumad": {"rgb": Scale(*np.float32([[0.1, 2 / 3], [1, 2], [3, 1e-7]]))}},
         calibration={"bolt": calibration, "größe 2": calibration._replace(few=False, from_training_images=True)},
         optimizer=[],
         strategy_state={"old": {"kernel": np.full(2, seed, np.float32)}, "by_object": per_object(seed)},
