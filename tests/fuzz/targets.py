@@ -163,7 +163,9 @@ def workdir(folder: Path) -> Target:
     calibration = Calibration(scores, scores, np.float32([[1, 1, 2]] * 2))
     decisions = thresholds.describe({"a": calibration, "b": calibration}, 0.95)
     matrices = dict.fromkeys(("ib_iumad", "feature_norm"), matrix)
-    record = History((("a",), ("b",)), matrices, [decisions] * 2, dict.fromkeys(matrices, 8), 0)
+    interval = {"objects": [[0.7, 0.9], [None, None]], "mean": [0.6, 0.8]}
+    intervals = {name: dict.fromkeys(tables.METRICS, interval) for name in matrices}
+    record = History((("a",), ("b",)), matrices, intervals, [decisions] * 2, dict.fromkeys(matrices, 8), 0)
     results = history.results(config.to_dict(), record, 1.0)
     result_files.write(folder, results)
     rng = np.random.default_rng(0)

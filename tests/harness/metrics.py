@@ -48,7 +48,9 @@ def _measure() -> str:
     start = time.perf_counter()
     config: dict[str, Any] = {"method": "random", "modality": "rgb", "dataset": {"name": "noise"}, "protocol": "10-0"}
     config["continual"] = {"strategy": "none"}
-    history = History((tuple(objects),), {"random": matrix}, [], {"random": 0}, 0)
+    unknown = {"objects": np.full((len(objects), 2), np.nan), "mean": (np.nan, np.nan)}
+    intervals = {"random": dict.fromkeys(tables.METRICS, unknown)}
+    history = History((tuple(objects),), {"random": matrix}, intervals, [], {"random": 0}, 0)
     tables.markdown(results(config, history, seconds))
     seconds += time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kB on Linux
