@@ -240,7 +240,7 @@ def assess(run: Run, step: protocol.Step, progress: Progress) -> Progress:
 def show(run: Run, step: protocol.Step, judgement: Judgement) -> None:
     """Show the metrics of an object and a method in the live view, and draw heatmaps of the run's method."""
     name, method = judgement.object, judgement.method
-    run.live.log_evaluation(step.index, name, method, judgement.metrics)
+    run.live.log_evaluation(step.index, name, method, judgement.metrics, judgement.spread)
     rows = figures.choose(judgement.images.defects, run.config.report.pictures_per_object)
     if judgement.decision is None or not rows:
         return

@@ -81,6 +81,11 @@ class Judgement:
         """All metrics, see `metrics_of`."""
         return metrics_of(self.prediction, self.truth)
 
+    @functools.cached_property
+    def spread(self) -> dict[str, dict[str, Any]]:
+        """How far the metrics depend on the choice of test images, see `spread_of`."""
+        return spread_of(self.prediction, self.truth)
+
 
 TestSets = Mapping[str, Callable[[], PreparedSet]]  # by object: a function that reads its test images
 

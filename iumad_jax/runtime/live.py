@@ -87,9 +87,11 @@ class Live:
                 f" {remaining / 60:.1f} min left"
             )
 
-    def log_evaluation(self, step: int, object_: str, method: str, values: dict[str, float]) -> None:
-        """Record the metrics of one object and method after a step."""
-        self.log_event("evaluation", step=step, object=object_, method=method, **values)
+    def log_evaluation(
+        self, step: int, object_: str, method: str, values: dict[str, float], spread: dict[str, dict[str, Any]]
+    ) -> None:
+        """Record the metrics of one object and method after a step, and their intervals."""
+        self.log_event("evaluation", step=step, object=object_, method=method, **values, **spread)
         if self._board:
             for metric, value in values.items():
                 if np.isfinite(value):

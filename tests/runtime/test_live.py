@@ -45,7 +45,7 @@ def run(workdir, tensorboard):
     view.log_step(1, ("ant", "bee"), 48)
     for epoch in (0, 1):
         view.log_epoch(1, epoch, 20, {**LOSSES, "loss": 0.75 / (1 + epoch)}, 1e-3, images=48, seconds=4.0)
-    view.log_evaluation(1, "ant", "ib_iumad", {"i_auroc": 0.875, "p_auroc_object": float("nan")})
+    view.log_evaluation(1, "ant", "ib_iumad", {"i_auroc": 0.875, "p_auroc_object": float("nan")}, {})
     picture = workdir / "heatmap.png"
     Image.fromarray(np.full((8, 6, 3), (200, 100, 50), np.uint8)).save(picture)
     view.log_picture(1, "ant", picture)
