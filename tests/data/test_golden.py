@@ -80,9 +80,8 @@ def test_prepared_images_are_unchanged(renderings, golden, tmp_path):
         assert difference.mean() < 2e-3 * np.nanstd(expected), name
 
 
-def test_features_of_chosen_levels_are_among_those_of_all(rendering):
-    folder, reader, sample = rendering
-    every, chosen = (prepared(reader, sample, folder, levels) for levels in ("", "8,16"))
+def test_features_of_chosen_levels_are_among_those_of_all(renderings, tmp_path):
+    every, chosen = (prepared(*renderings[1], tmp_path, levels) for levels in ("", "8,16"))
     np.testing.assert_allclose(chosen["features_rgb"], every["features_rgb"][..., 40:], rtol=2e-3, atol=1e-5)
 
 
