@@ -2,8 +2,8 @@
 
 python -m iumad_jax.main --config=configs/quickstart.py
 
-It takes 9 minutes and 3.4 GB of memory on 2 CPU cores. Means of I-AUROC, AUPRO and object P-AUROC: 0.84, 0.94 and
-0.91 over the six base objects after the base step; 0.87, 0.94 and 0.91 over all ten objects after the last step.
+It takes 6 min 40 s and 3.4 GB of memory on 2 CPU cores. Means of I-AUROC, AUPRO and object P-AUROC over all ten objects
+after the last step: 0.93, 0.95, 0.94; those of memory_bank, which is evaluated beside it: 0.96, 0.97, 0.97.
 """
 
 from ml_collections import ConfigDict
