@@ -29,7 +29,6 @@ NOT_JUDGED = r"config\.combine is {found}, but only {judged} is judged; use maxi
 UNKNOWN_BASELINE = 'config.baselines is "{found}"; use "{known}"'
 GRID_ALL_MASKED = "config.backbone.grid is {}, where uniad's"
 
-
 # data: formats
 ARCHIVE_ROOT_NOT_EMPTY = "{root}, which is not empty and was not unpacked from {archive}; omit"
 ARCHIVE_ENTRY_OUTSIDE = "{}, which leads outside or too deep"
@@ -97,7 +96,6 @@ TOO_FEW_POINTS_FOR_CAMERA = "too few valid points to estimate the camera"
 NO_VALID_PIXEL = "no valid pixel"
 TOO_FEW_VALID_PIXELS = "too few valid pixels"
 
-
 # data: readers
 SETTING_WRONG = "has {found} as {key}"
 UNKNOWN_UNIT = "has {} as unit; use m, cm, mm or metres per level"
@@ -127,7 +125,6 @@ FILE_OF_IMAGE_MISSING = "{} is missing; add it, as every image in"
 FILE_WITHOUT_IMAGE = "{} has no image of its name"
 MASK_MARKS_GOOD_IMAGE = "{} marks a defect but its image is good"
 MASK_MARKS_NOTHING = "{file} marks nothing but its image has the defect {defect}"
-
 
 # data: prepared sets and candies
 UNKNOWN_ENCODING = 'config.input.depth_encoding is "{found}"; use one of {known}'
@@ -184,7 +181,6 @@ IMAGES_SATURATED = "{count} of {object}'s {all} training images are saturated ({
 IMAGES_OF_ONE_COLOUR = "{count} of {object}'s {all} training images are of a single colour ({which}); check them."
 IMAGES_IDENTICAL = "{count} of {object}'s {all} training images are duplicates ({which}); check them."
 
-
 # methods, models and continual
 UNKNOWN_METHOD = r'config\.method is "{found}"; use one of {known}'
 UNKNOWN_FUSION = r'config\.model\.fusion is "{found}"; use {known}'
@@ -238,7 +234,6 @@ STRATEGY = "Strategy"
 STRATEGY_JOINT = "Strategy joint is not incremental: every step trains on the images of all objects learned so far"
 STRATEGY_JOINT_STORES = "({} per object). It is an upper bound"
 
-
 # training and runs
 UNKNOWN_SCHEDULE = 'config.train.schedule is "{found}"; use one of {known}'
 LOSS_NOT_FINITE = 'loss "{term}" became {value}'
@@ -266,7 +261,6 @@ UNKNOWN_VARIANTS = r'config\.benchmark\.variants is "{found}"; use comma-separat
 CELL_STOPPED = "{} stopped: "
 CELL_STOPPED_PART = "stopped:"
 CELLS_STOPPED = "{count} of {all} cells stopped: {cells};"
-
 
 # inference and predictions
 ARRAY_WRONG = "{name} is {dtype} of shape {shape}"
@@ -303,12 +297,10 @@ IMAGES_JUDGED = (
     " {output}."
 )
 
-
 # export
 PRIMITIVE_NOT_TRANSLATED = "the primitive {} is not translated to ONNX"
 NOT_TRANSLATED = r"is not translated to ONNX|only a take with constant indices"
 EXPORT_PATH_WRONG = "--output={}: choose a file ending in .stablehlo in an existing folder."
-
 
 # report
 CANNOT_WRITE = "cannot write {}"
@@ -341,12 +333,10 @@ DEFECT_FOUND = "found"
 EPOCHS_OF_ALL_STEPS = "epochs of all steps"
 NOT_MEASURED = "not measured"
 
-
 # metrics
 SCORES_NOT_FINITE = "finite"
 SHAPES_DIFFER = "shape"
 NOT_A_MATRIX = "matrix"
-
 
 # runtime
 STOPPING = "stopping on {}; run the same command again to continue"
@@ -404,7 +394,6 @@ COORDINATOR_WRONG = '--coordinator is "{}"; use HOST:PORT'
 PROCESS_FLAGS_INCOMPLETE = "--coordinator, --processes and --process must be given together"
 PROCESS_OUT_OF_RANGE = "--process is {process}; choose 0 to {most}, since --processes is {processes}"
 
-
 # kernels and their benchmarks
 MOSAIC_CANNOT_RUN = r"^implementation \"mosaic\" cannot run: it needs an NVIDIA GPU .* found {}"
 NO_FORWARD_MODE = "forward-mode autodiff"
@@ -446,7 +435,6 @@ RESULTS_WITHOUT_REHEARSAL = "{} was written without --rehearse; choose another -
 CPU_CORES = "CPU cores"
 HOTTEST = "{}, hottest:"
 RESULTS_OF_PART = "{}, results:"
-
 
 # harnesses and notebooks
 GROWTH_OF_OBJECTS = "{} objects |"

@@ -19,7 +19,7 @@ from iumad_jax.inference import evaluation, recognition
 from iumad_jax.inference.anomaly_map import COMBINATIONS, SCORES, Rule, combine
 from iumad_jax.inference.evaluation import Model
 from iumad_jax.metrics import image_auroc, pixel_metrics
-from iumad_jax.runtime import preemption, snapshots
+from iumad_jax.runtime import snapshots
 from iumad_jax.runtime import workdir as workdirs
 from iumad_jax.runtime.progress import Progress
 from iumad_jax.shapes import Batch, Modality
@@ -112,7 +112,6 @@ def make_images(store: Store, object_: str, images: int, defects: int, seed: int
 
 def _paste(store: Store, good: PreparedSet, rows: np.ndarray, seed: int, first: int) -> tuple[dict[Modality, Any], Any]:
     """Return two or fewer images with defects by modality, and their masks; `first` is the number of the first one."""
-    preemption.check()
     assert good.truth is not None
     pair = np.resize(rows, _PAIR)  # a constant number, so that pasting is compiled once
     foreground = foreground_of(np.asarray(good.truth.workpiece)[pair])

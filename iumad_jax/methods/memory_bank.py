@@ -55,9 +55,9 @@ def memory_bank(config: ConfigDict) -> Method:
         if len(candidates) > (most := _CANDIDATES // (4 * channels)):
             candidates = np.sort(np.random.default_rng(0).permutation(candidates)[:most])
         chosen = candidates[np.asarray(k_centres(patches[candidates], count))]
-        held_out = np.linspace(0, images - 1, min(images, _HELD_OUT)).astype(np.int32)
+        held_out = np.linspace(0, images - 1, min(images, _HELD_OUT) if images > 1 else 0).astype(np.int32)
         others = (chosen // tokens)[None] != held_out[:, None]
-        held_out, others = held_out[others.any(1)], others[others.any(1)]  # images that are not the whole bank
+        others |= ~others.any(1, keepdims=True)  # an image that is the whole bank cannot be left out
         errors = _distances_of_images(described[held_out], patches[chosen], others)
         return {"moments": moments, "patches": patches[chosen], "held_out": np.asarray(errors, np.float16)}
 
@@ -92,7 +92,7 @@ def memory_bank(config: ConfigDict) -> Method:
     def held_out(variables: Variables, object_id: int) -> ErrorMaps | None:
         banks = variables["statistics"][BY_OBJECT][object_id]
         errors = {m: jnp.asarray(bank["held_out"], jnp.float32) for m, bank in banks.items()}
-        return with_score(errors) if len({len(error) for error in errors.values()} - {0}) == 1 else None
+        return with_score(errors) if all(map(len, errors.values())) else None
 
     return Method(init, predict, observe=observe, arrange=arrange, held_out=held_out)
 

@@ -45,16 +45,24 @@ def everything():
         new = np.zeros((objects - len(mean), mean.shape[1]), np.float32)
         return variables | {"params": {"mean": np.concatenate([mean, new])}}
 
-    def error(variables, batch):
-        mean = variables["params"]["mean"][batch.object_id] + variables["frozen"]["offset"][None]
-        return batch.features["rgb"] - mean[:, None]
+    def centres(variables):
+        return variables["params"]["mean"] + variables["frozen"]["offset"][None]
+
+    def error(centres, batch):
+        return batch.features["rgb"] - centres[batch.object_id][:, None]
 
     def loss(variables, batch, keys):
-        squares = batch.mean((error(variables, batch) ** 2).mean((1, 2)))
+        squares = batch.mean((error(centres(variables), batch) ** 2).mean((1, 2)))
         return Loss(squares, {"squares": squares}, statistics={"done": batch.progress})
 
+    def arrange(variables):
+        return {"centres": centres(variables)}
+
     def predict(variables, batch):
-        return upsample_errors({"rgb": norm(error(variables, batch))})
+        return upsample_errors({"rgb": norm(error(variables["centres"], batch))})
+
+    def held_out(variables, object_id):
+        return upsample_errors({"rgb": jnp.full((2, 16), 3.0 + object_id)})
 
     def decay_to_zero(updates, state, params=None, *, progress, **_):
         return jax.tree.map(lambda update: (1 - progress) * update, updates), state
@@ -66,7 +74,8 @@ def everything():
     def frozen():
         return {"offset": np.load("offset.npy")}
 
-    return Method(init, predict, loss, grow=grow, optimizer=optimizer, frozen=frozen)
+    optional = {"grow": grow, "optimizer": optimizer, "frozen": frozen, "arrange": arrange, "held_out": held_out}
+    return Method(init, predict, loss, **optional)
 '''
 
 
@@ -131,7 +140,7 @@ def test_method_dataset_and_strategy_of_the_readme(home):
 
 
 def test_method_that_uses_every_optional_part(home):
-    """Growth by objects, an optimiser, training progress, training statistics and frozen arrays."""
+    """Growth by objects, optimiser, progress, statistics, frozen and arranged arrays, errors of held-out images."""
     offset = np.linspace(-1, 1, 192, dtype=np.float32)
     np.save(home / "offset.npy", offset)
     keys = ARRAYS | {"method": "everything", "modality": "rgb", "continual.strategy": "finetune"}
@@ -144,6 +153,8 @@ def test_method_that_uses_every_optional_part(home):
     np.testing.assert_array_equal(first["params"]["mean"][0], second["params"]["mean"][0])
     assert second["statistics"]["done"] == pytest.approx(79 / 80)  # progress at the last of 80 updates
     assert "frozen" not in second
+    assert "centres" not in second
+    assert snapshots[1].scales["everything"]["rgb"].quantile.tolist() == pytest.approx([3, 4])
     assert len(snapshots[1].frozen["everything"]) == 64
     epochs = [event for event in read(home / "all" / "ledger.jsonl") if event["event"] == "epoch"]
     assert epochs[79]["squares"] < 0.7 * epochs[40]["squares"]

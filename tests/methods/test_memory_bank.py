@@ -112,6 +112,16 @@ def test_identical_training_images_have_no_errors_and_hide_no_defect():
             assert float(predict(method, variables, changed).maps["rgb"].max()) > 0.5
 
 
+def test_held_out_errors_of_all_modalities_are_of_the_same_images():
+    """Also if one modality is the same in all images, so that its whole bank is of one image."""
+    batch = random_batch(0, images=4, modalities=("rgb", "depth"))
+    batch.features["depth"][:] = batch.features["depth"][:1]
+    method = build(megabytes=2 * 40 * 6 * 2 / 2**20)  # 40 patches of depth, of which 16 differ
+    held_out = method.held_out(learned(method, batch), 0)
+    assert [len(held_out.maps[m]) for m in ("rgb", "depth")] == [4, 4]
+    assert float(held_out.maps["depth"].max()) == 0 < float(held_out.maps["rgb"].min(axis=(1, 2)).max())
+
+
 def test_a_bank_must_hold_a_patch():
     with pytest.raises(UserError, match=sentences.BANK_TOO_SMALL.format(0.000001)):
         learned(build(megabytes=0.000001), random_batch(0))
