@@ -82,7 +82,9 @@ def test_prepared_images_are_unchanged(renderings, golden, tmp_path):
 
 def test_features_of_chosen_levels_are_among_those_of_all(renderings, tmp_path):
     every, chosen = (prepared(*renderings[1], tmp_path, levels) for levels in ("", "8,16"))
-    np.testing.assert_allclose(chosen["features_rgb"], every["features_rgb"][..., 40:], rtol=2e-3, atol=1e-5)
+    expected = every["features_rgb"][..., 40:]
+    # Values near zero are differences of large ones, so their error is relative to the spread of the features.
+    np.testing.assert_allclose(chosen["features_rgb"], expected, rtol=2e-3, atol=1e-4 * expected.std(dtype=np.float64))
 
 
 if __name__ == "__main__":
