@@ -60,8 +60,8 @@ def paper(protocol: str) -> ConfigDict:
     """Return the config of IB-IUMAD as published, under a protocol such as "6-1" (see `iumad_jax.protocol`)."""
     config = ConfigDict()
     config.protocol = protocol
-    config.method = "ib_iumad"  # ib_iumad, uniad, iuf; without training: memory_bank, feature_norm
-    config.baselines = "feature_norm,memory_bank"  # methods without training, evaluated on the same inputs
+    config.method = "ib_iumad"  # ib_iumad, uniad, iuf; without training: memory_bank, gaussian, feature_norm
+    config.baselines = "feature_norm,gaussian,memory_bank"  # methods without training, evaluated on the same inputs
     config.combine = "published"  # of modalities: maximum or sum (of calibrated errors), rgb, depth, published
     config.score = "window16"  # of images: common (one rule for all methods), window16 (paper), own (of each method)
     config.modality = "rgb+depth"  # rgb, depth, rgb+depth

@@ -30,6 +30,7 @@ from iumad_jax.runtime import ledger as ledgers
 from iumad_jax.runtime import live, preemption, processes, snapshots
 from iumad_jax.runtime import workdir as workdirs
 from iumad_jax.runtime.progress import Position, Progress
+from iumad_jax.shapes import BY_OBJECT
 from iumad_jax.training import nonfinite
 from iumad_jax.training.dataset_changes import DatasetChanged, describe_changes
 from iumad_jax.training.epochs import Epoch, train_epochs
@@ -143,7 +144,7 @@ def learn(run: Run, step: protocol.Step, progress: Progress) -> Progress:
         progress = observe(run, training, progress)
     run.live.log_step(step.index, step.learned, images)
     if not run.trained:
-        return progress
+        return fit(run, objects, progress)
     if batch_size < run.config.train.batch_size:
         live.log(f"step {step.index}: batches of {batch_size}, because there are only {images} training images")
     for epoch in epochs(run, training, progress):
@@ -152,7 +153,16 @@ def learn(run: Run, step: protocol.Step, progress: Progress) -> Progress:
     for name in step.learned:
         batch = run.store.get(name, "train").batch
         strategy_state = run.strategy.finish(strategy_state, variables, batch, int(batch.object_id[0]))
-    return progress._replace(strategy_state=strategy_state)
+    return fit(run, objects, progress._replace(strategy_state=strategy_state))
+
+
+def fit(run: Run, objects: tuple[str, ...], progress: Progress) -> Progress:
+    """Let every method fit what the errors of the objects are measured against, with the weights after training."""
+    variables = dict(progress.variables)
+    for (method_name, method), name in itertools.product(run.methods.items(), objects):
+        batch = run.store.get(name, "train").batch
+        variables[method_name] = method.fit(variables[method_name], batch, int(batch.object_id[0]))
+    return progress._replace(variables=variables)
 
 
 def observe(run: Run, training: Training, progress: Progress) -> Progress:
@@ -184,7 +194,7 @@ def epochs(run: Run, training: Training, progress: Progress) -> Iterator[Epoch]:
     train_config = step_config(config, index)
     name = optimizer_name(run.method, train_config)
     rates, optimizer = learning_rates(train_config, training.per_epoch), run.optimizers[name]
-    variables = progress.variables[config.method]
+    variables = {key: value for key, value in progress.variables[config.method].items() if key != BY_OBJECT}
     state = initial_state(variables, optimizer, first, progress.optimizer, progress.strategy_state)
     batches = [prepared.batch for prepared in training.sets]
     stream = training_input(
@@ -198,14 +208,14 @@ def epochs(run: Run, training: Training, progress: Progress) -> Iterator[Epoch]:
 
 def record(run: Run, training: Training, epoch: Epoch, progress: Progress) -> Progress:
     """Record an epoch, and take a snapshot if one is due or the epoch is the last."""
-    index, total = training.step.index, run.config.train.epochs
+    index, total, method = training.step.index, run.config.train.epochs, run.config.method
     if epoch.complete:
         run.ledger.append("epoch", step=index, epoch=epoch.number, **epoch.losses)
         images = training.per_epoch * training.batch_size
         run.live.log_epoch(index, epoch.number, total, epoch.losses, epoch.learning_rate, images, epoch.seconds)
     progress = progress._replace(
         position=Position(index, epoch.updates),
-        variables=progress.variables | {run.config.method: epoch.state.variables},
+        variables=progress.variables | {method: progress.variables[method] | epoch.state.variables},
         strategy_state=epoch.state.strategy_state,
         losses={} if epoch.complete else epoch.history,
     )

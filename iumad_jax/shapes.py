@@ -25,10 +25,12 @@ Condition = tuple[Float[Array, "p d"], ...]  # object-dependent factor of the qu
 Logits = Float[Array, " k"]
 AnomalyMap = Float[Array, "m m"]
 Keys = Key[Array, " b"]  # one per image, so that randomness does not depend on how devices share a batch
-Variables = dict[str, Any]  # "params" (trained by gradients), "statistics" (gathered), "frozen" (see `Method.frozen`)
+Variables = dict[
+    str, Any
+]  # "params" (trained by gradients), "statistics" (gathered), BY_OBJECT, "frozen": see `Method`
 Scalars = dict[str, Float[Array, ""]]
 StrategyState = dict[str, Any]  # nested dictionary of arrays
-BY_OBJECT = "by_object"  # key of a tuple with one item per object; items never change, so snapshots store each once
+BY_OBJECT = "by_object"  # key of a tuple with one item per object; items rarely change, so snapshots store each once
 
 
 class Batch(NamedTuple):

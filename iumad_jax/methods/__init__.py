@@ -5,13 +5,14 @@ from ml_collections import ConfigDict
 from iumad_jax import config as configs
 from iumad_jax.errors import UserError
 from iumad_jax.methods.feature_norm import feature_norm
+from iumad_jax.methods.gaussian import gaussian
 from iumad_jax.methods.ib_iumad import ib_iumad
 from iumad_jax.methods.iuf import iuf
 from iumad_jax.methods.memory_bank import memory_bank
 from iumad_jax.methods.method import Method
 from iumad_jax.methods.uniad import uniad
 
-BASELINES = ("feature_norm", "memory_bank")  # training-free; a useful method must beat them
+BASELINES = ("feature_norm", "gaussian", "memory_bank")  # training-free; a useful method must beat them
 
 
 def with_baselines(config: ConfigDict, objects: int) -> dict[str, Method]:
@@ -37,6 +38,7 @@ def build(name: str, config: ConfigDict, objects: int) -> Method:
         "uniad": lambda: uniad(config.model, configs.modalities(config)),
         "iuf": lambda: iuf(config.model, configs.modalities(config), objects),
         "feature_norm": feature_norm,
+        "gaussian": gaussian,
         "memory_bank": lambda: memory_bank(config.memory_bank),
     }
     if name not in methods:

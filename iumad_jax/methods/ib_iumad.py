@@ -13,9 +13,8 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from iumad_jax.errors import UserError
-from iumad_jax.methods.error_maps import norm
 from iumad_jax.methods.method import Method
-from iumad_jax.methods.network import Errors, from_network, reconstruct
+from iumad_jax.methods.network import Residuals, from_network, reconstruct
 from iumad_jax.models.fusion import Fused, InformationBottleneckFusion
 from iumad_jax.models.mamba import MambaDecoder
 from iumad_jax.shapes import Image, Logits, Modality, Scalars, Tokens
@@ -126,8 +125,10 @@ def ib_iumad(config: ConfigDict, modalities: tuple[Modality, ...], objects: int)
             terms[f"aux_{m}"] = config.aux_reconstruction_weight * jnp.mean((reconstruction - features[m]) ** 2)
         return terms
 
-    def errors_and_logits(output: Output, features: dict[Modality, Tokens]) -> tuple[Errors, dict[Modality, Logits]]:
+    def residuals_and_logits(
+        output: Output, features: dict[Modality, Tokens]
+    ) -> tuple[Residuals, dict[Modality, Logits]]:
         by_modality = jnp.split(error(output, features), len(target_modalities), axis=-1)
-        return {m: norm(e) for m, e in zip(target_modalities, by_modality, strict=True)}, output.logits
+        return dict(zip(target_modalities, by_modality, strict=True)), output.logits
 
-    return from_network(Network(config, modalities, objects), config, modalities, losses, errors_and_logits)
+    return from_network(Network(config, modalities, objects), config, modalities, losses, residuals_and_logits)

@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 
 from iumad_jax.methods.method import Method
 from iumad_jax.methods.moments import Moments
-from iumad_jax.methods.network import Errors, from_network, reconstruct
-from iumad_jax.methods.uniad import project_to_features, reconstruction_errors, reconstruction_losses
+from iumad_jax.methods.network import Residuals, from_network, reconstruct
+from iumad_jax.methods.uniad import project_to_features, reconstruction_losses, residuals
 from iumad_jax.models.class_network import ClassNetwork, pooled_pixels
 from iumad_jax.shapes import Batch, Image, Logits, Modality, Scalars, Tokens, Variables
 
@@ -80,11 +80,13 @@ def iuf(config: ConfigDict, modalities: tuple[Modality, ...], objects: int) -> M
             terms[f"object_{m}"] = config.object_weight * ce
         return terms
 
-    def errors_and_logits(output: Output, features: dict[Modality, Tokens]) -> tuple[Errors, dict[Modality, Logits]]:
+    def residuals_and_logits(
+        output: Output, features: dict[Modality, Tokens]
+    ) -> tuple[Residuals, dict[Modality, Logits]]:
         rebuilt, logits = output
-        return reconstruction_errors(rebuilt, features), logits
+        return residuals(rebuilt, features), logits
 
-    method = from_network(Network(config, modalities, objects), config, modalities, losses, errors_and_logits)
+    method = from_network(Network(config, modalities, objects), config, modalities, losses, residuals_and_logits)
 
     def observe(variables: Variables, batch: Batch, step: int) -> Variables:
         if step > 0:

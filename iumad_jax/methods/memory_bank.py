@@ -62,16 +62,16 @@ def memory_bank(config: ConfigDict) -> Method:
         return {"moments": moments, "patches": patches[chosen], "held_out": np.asarray(errors, np.float16)}
 
     def init(_: jax.Array, __: Batch) -> Variables:
-        return {"params": {}, "statistics": {BY_OBJECT: ()}}
+        return {"params": {}, "statistics": {}, BY_OBJECT: ()}
 
     def observe(variables: Variables, batch: Batch, _: int) -> Variables:
         size = config.megabytes * 2**20 / len(batch.features)
         banks = {m: learn(np.asarray(features), size) for m, features in batch.features.items()}
-        return {"params": {}, "statistics": {BY_OBJECT: (*variables["statistics"][BY_OBJECT], banks)}}
+        return variables | {BY_OBJECT: (*variables[BY_OBJECT], banks)}
 
     def arrange(variables: Variables) -> Variables:
         """Stack what `predict` reads of all objects' banks. Smaller banks are filled up with copies of a patch."""
-        by_object = variables["statistics"][BY_OBJECT]
+        by_object = variables[BY_OBJECT]
         largest = max(len(bank["patches"]) for banks in by_object for bank in banks.values())
 
         def searched(bank: Bank) -> Bank:
@@ -79,18 +79,18 @@ def memory_bank(config: ConfigDict) -> Method:
             return {"moments": bank["moments"], "patches": np.pad(bank["patches"], ((0, missing), (0, 0)), "edge")}
 
         banks = [{m: searched(bank) for m, bank in banks.items()} for banks in by_object]
-        return {"params": {}, "statistics": jax.tree.map(lambda *arrays: np.stack(arrays), *banks)}
+        return variables | {BY_OBJECT: jax.tree.map(lambda *arrays: np.stack(arrays), *banks)}
 
     def predict(variables: Variables, batch: Batch) -> ErrorMaps:
         def image_errors(inputs: tuple[Array, dict[str, Array]]) -> dict[str, Array]:
             object_id, tokens = inputs
-            banks = jax.tree.map(lambda x: jnp.take(x, object_id, axis=0, mode="clip"), variables["statistics"])
+            banks = jax.tree.map(lambda x: jnp.take(x, object_id, axis=0, mode="clip"), variables[BY_OBJECT])
             return {m: distances(describe(x, banks[m]["moments"]), banks[m]["patches"]) for m, x in tokens.items()}
 
         return with_score(jax.lax.map(image_errors, (batch.object_id, batch.features)))
 
     def held_out(variables: Variables, object_id: int) -> ErrorMaps | None:
-        banks = variables["statistics"][BY_OBJECT][object_id]
+        banks = variables[BY_OBJECT][object_id]
         errors = {m: jnp.asarray(bank["held_out"], jnp.float32) for m, bank in banks.items()}
         return with_score(errors) if all(map(len, errors.values())) else None
 

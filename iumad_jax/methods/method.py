@@ -47,8 +47,10 @@ class Method:
             so far, including these. Not jitted.
         observe: (variables, batch, step) -> variables. Updates the statistics. Called before the training of a step,
             once per object that the step learns, with all training images of that object as one (memory-mapped)
-            batch. Entries that belong to one object and never change go under the key BY_OBJECT, as a tuple with one
-            item per object; snapshots store each item once. Not jitted.
+            batch. What belongs to one object goes under `variables[BY_OBJECT]`, a tuple with one item per object;
+            snapshots store equal items once, and training does not receive them. Not jitted.
+        fit: (variables, batch, object id) -> variables. Called after the training of a step, once per object whose
+            images it trained on, with all of these as one batch. Fits what errors are measured against. Not jitted.
         optimizer: (config.train) -> optimiser. Creates an optimiser that replaces the config's optimisers in every
             step; gradients are not clipped. It receives the share of the step's updates that are done as the extra
             argument `progress`, and its updates are multiplied by the learning rate. None selects the config's
@@ -73,6 +75,7 @@ class Method:
     loss: Callable[[Variables, Batch, Keys], Loss] | None = None
     grow: Callable[[Variables, int, jax.Array], Variables] = lambda variables, objects, key: variables
     observe: Callable[[Variables, Batch, int], Variables] = lambda variables, batch, step: variables
+    fit: Callable[[Variables, Batch, int], Variables] = lambda variables, batch, object_id: variables
     optimizer: Callable[[ConfigDict], optax.GradientTransformation] | None = None
     frozen: Callable[[], Any] = dict
     arrange: Callable[[Variables], Variables] = lambda variables: variables

@@ -10,16 +10,18 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ml_collections import ConfigDict
 
 from iumad_jax.errors import UserError
+from iumad_jax.methods import mahalanobis
 from iumad_jax.methods.error_maps import norm, upsample_errors
 from iumad_jax.methods.method import Loss, Method
 from iumad_jax.methods.moments import merge_moments, no_moments, standardise
 from iumad_jax.models.hashed_bits import hashed_keys
 from iumad_jax.models.reconstruction import ReconstructionTransformer
-from iumad_jax.shapes import Batch, Condition, ErrorMaps, Keys, Logits, Modality, Scalars, Tokens, Variables
+from iumad_jax.runtime.in_batches import predict_in_batches
+from iumad_jax.shapes import BY_OBJECT, Batch, Condition, ErrorMaps, Keys, Logits, Modality, Scalars, Tokens, Variables
 
 EXPONENTS = {"A_log", "dt_bias"}  # names of parameters whose exponential is taken
 
-Errors = dict[Modality, Float[Array, " p"]]  # at each token
+Residuals = dict[Modality, Tokens]  # rebuilt features minus true ones
 
 
 def jitter(key: PRNGKeyArray, tokens: Tokens, *, scale: float, probability: float) -> Tokens:
@@ -49,7 +51,11 @@ def _apply_in(dtype: str, network: Any) -> Callable[..., Any]:
         outputs = network.apply(variables | {"params": params}, *convert((features, images), dtype), **options)
         return convert(outputs, jnp.float32)
 
-    return network.apply if dtype == "float32" else apply
+    def apply_to(variables: Variables, *inputs: Any, **options: Any) -> Any:
+        collections = {key: value for key, value in variables.items() if key != BY_OBJECT}
+        return (network.apply if dtype == "float32" else apply)(collections, *inputs, **options)
+
+    return apply_to
 
 
 def reconstruct(
@@ -87,7 +93,7 @@ def from_network(
     config: ConfigDict,
     modalities: tuple[Modality, ...],
     losses: Callable[[Any, dict[Modality, Tokens], Array], Scalars],
-    errors_and_logits: Callable[[Any, dict[Modality, Tokens]], tuple[Errors, dict[Modality, Logits]]],
+    residuals_and_logits: Callable[[Any, dict[Modality, Tokens]], tuple[Residuals, dict[Modality, Logits]]],
 ) -> Method:
     """Build the method of a network.
 
@@ -97,9 +103,10 @@ def from_network(
         config: `config.model`.
         modalities: Modalities that the network takes.
         losses: (output, features, object id) -> loss terms of one image. The features are the target.
-        errors_and_logits: (output, features) -> errors at the tokens of one image and logits of the object, both by
-            modality (no logits if the network does not recognise objects). As published, the errors of the modalities
-            are combined to the square root of the sum of their squares.
+        residuals_and_logits: (output, features) -> residuals of one image and logits of the object, both by modality
+            (no logits if the network does not recognise objects). The error of a modality is the Mahalanobis distance
+            of its residual from those of the object's training images; before any are fitted, its norm. As published,
+            errors are norms of the residuals of all modalities together.
 
     Raises:
         UserError: If `config.dtype` is unknown.
@@ -120,7 +127,8 @@ def from_network(
         image = jax.tree.map(lambda array: jnp.asarray(array[0]), batch)
         variables = network.init(key, image.features, image.images, deterministic=True)
         moments = {m: no_moments(batch.features[m].shape[-1]) for m in modalities} if config.standardise else {}
-        return {"params": variables["params"], "statistics": variables.get("statistics", {}) | moments}
+        statistics = variables.get("statistics", {}) | moments
+        return {"params": variables["params"], "statistics": statistics, BY_OBJECT: ()}
 
     def observe(variables: Variables, batch: Batch, step: int) -> Variables:
         if not config.standardise or step > 0:
@@ -142,15 +150,33 @@ def from_network(
         terms = jax.tree.map(batch.mean, terms)
         return Loss(sum(terms.values()), terms, outputs)
 
-    def predict(variables: Variables, batch: Batch) -> ErrorMaps:
-        def image_errors(features: Any, images: Any) -> tuple[Errors, Logits | None]:
+    def residuals(
+        variables: Variables, batch: Batch
+    ) -> tuple[dict[Modality, Float[Array, "b p f"]], Float[Array, "b k"] | None]:
+        def image_residuals(features: Any, images: Any) -> tuple[Residuals, Logits | None]:
             output, _ = apply(variables, features, images, deterministic=True)
-            errors, logits = errors_and_logits(output, features)
+            by_modality, logits = residuals_and_logits(output, features)
             log_probabilities = [nn.log_softmax(x) for x in logits.values()]
-            return errors, sum(log_probabilities[1:], start=log_probabilities[0]) if log_probabilities else None
+            return by_modality, sum(log_probabilities[1:], start=log_probabilities[0]) if log_probabilities else None
 
-        errors, object_logits = jax.vmap(image_errors)(normalised(variables, batch), batch.images)
-        return upsample_errors(errors, object_logits, norm(jnp.stack(list(errors.values()), axis=-1)))
+        return jax.vmap(image_residuals)(normalised(variables, batch), batch.images)
+
+    jitted_residuals = jax.jit(residuals)
+
+    def fit(variables: Variables, batch: Batch, object_id: int) -> Variables:
+        before = variables[BY_OBJECT]
+        weights = {key: value for key, value in variables.items() if key != BY_OBJECT}
+        parts = (predict_in_batches(jitted_residuals, weights, part)[0] for part in mahalanobis.in_parts(batch))
+        return variables | {BY_OBJECT: (*before[:object_id], mahalanobis.fit(parts), *before[object_id + 1 :])}
+
+    def predict(variables: Variables, batch: Batch) -> ErrorMaps:
+        by_modality, object_logits = residuals(variables, batch)
+        norms = {m: norm(residual) for m, residual in by_modality.items()}
+        errors, published = norms, norm(jnp.stack(list(norms.values()), axis=-1))
+        if variables.get(BY_OBJECT):
+            gaussians = mahalanobis.of_objects(variables[BY_OBJECT], batch.object_id)
+            errors = {m: jax.vmap(mahalanobis.distances)(x, gaussians[m]) for m, x in by_modality.items()}
+        return upsample_errors(errors, object_logits, published)
 
     def activations(variables: Variables, batch: Batch) -> dict[str, Any]:
         def image_activations(features: Any, images: Any) -> dict[str, Any]:
@@ -159,4 +185,6 @@ def from_network(
 
         return jax.vmap(image_activations)(normalised(variables, batch), batch.images)
 
-    return Method(init, predict, loss, observe=observe, activations=activations)
+    return Method(
+        init, predict, loss, observe=observe, fit=fit, arrange=mahalanobis.stack_objects, activations=activations
+    )

@@ -10,9 +10,8 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from iumad_jax.methods.error_maps import norm
 from iumad_jax.methods.method import Method
-from iumad_jax.methods.network import Errors, from_network, reconstruct
+from iumad_jax.methods.network import Residuals, from_network, reconstruct
 from iumad_jax.shapes import Image, Logits, Modality, Scalars, Tokens
 
 
@@ -25,9 +24,9 @@ def project_to_features(network: Any, modality: Modality, decoded: Float[Array, 
     return nn.Dense(channels, kernel_init=nn.initializers.zeros, name=f"project_{modality}")(decoded)
 
 
-def reconstruction_errors(rebuilt: dict[Modality, Tokens], features: dict[Modality, Tokens]) -> Errors:
-    """Compute the norm of each modality's reconstruction error at each token."""
-    return {m: norm(rebuilt[m] - features[m]) for m in rebuilt}
+def residuals(rebuilt: dict[Modality, Tokens], features: dict[Modality, Tokens]) -> Residuals:
+    """Subtract the true features of each modality from the rebuilt ones."""
+    return {m: rebuilt[m] - features[m] for m in rebuilt}
 
 
 def reconstruction_losses(rebuilt: dict[Modality, Tokens], features: dict[Modality, Tokens]) -> Scalars:
@@ -59,9 +58,9 @@ def uniad(config: ConfigDict, modalities: tuple[Modality, ...]) -> Method:
     def losses(rebuilt: dict[Modality, Tokens], features: dict[Modality, Tokens], _: Array) -> Scalars:
         return reconstruction_losses(rebuilt, features)
 
-    def errors_and_logits(
+    def residuals_and_logits(
         rebuilt: dict[Modality, Tokens], features: dict[Modality, Tokens]
-    ) -> tuple[Errors, dict[Modality, Logits]]:
-        return reconstruction_errors(rebuilt, features), {}
+    ) -> tuple[Residuals, dict[Modality, Logits]]:
+        return residuals(rebuilt, features), {}
 
-    return from_network(Network(config, modalities), config, modalities, losses, errors_and_logits)
+    return from_network(Network(config, modalities), config, modalities, losses, residuals_and_logits)

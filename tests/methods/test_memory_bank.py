@@ -39,7 +39,7 @@ def learned(method, *batches):
 
 
 def banks_of(variables):
-    return variables["statistics"][BY_OBJECT]
+    return variables[BY_OBJECT]
 
 
 def predict(method, variables, batch):

@@ -107,7 +107,7 @@ def small_training(strategy, batch_size):
         {"rgb": rng.integers(0, 256, (17, 4, 4, 3)).astype(np.float32)},
         np.arange(17, dtype=np.int32) % 2,
     )
-    method = from_network(Narrow(), config.model, ("rgb",), losses, errors_and_logits=None)
+    method = from_network(Narrow(), config.model, ("rgb",), losses, residuals_and_logits=None)
     build = {
         "finetune": lambda: None,
         "iuf": lambda: iuf(config.continual, method),

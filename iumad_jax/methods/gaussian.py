@@ -1,0 +1,27 @@
+"""A baseline without training: the Mahalanobis distance of frozen features from an object's good ones.
+
+After Rippel et al. (ICPR 2020), with one Gaussian per object and modality for patches from anywhere in the image.
+"""
+
+import jax
+
+from iumad_jax.methods.error_maps import upsample_errors
+from iumad_jax.methods.mahalanobis import distances, fit, in_parts, of_objects, stack_objects
+from iumad_jax.methods.method import Method
+from iumad_jax.shapes import BY_OBJECT, Batch, ErrorMaps, Variables
+
+
+def gaussian() -> Method:
+    """Build the method whose error is the distance of features from those of the recognised object."""
+
+    def init(_: jax.Array, __: Batch) -> Variables:
+        return {"params": {}, "statistics": {}, BY_OBJECT: ()}
+
+    def observe(variables: Variables, batch: Batch, _: int) -> Variables:
+        return variables | {BY_OBJECT: (*variables[BY_OBJECT], fit(in_parts(batch.features)))}
+
+    def predict(variables: Variables, batch: Batch) -> ErrorMaps:
+        gaussians = of_objects(variables[BY_OBJECT], batch.object_id)
+        return upsample_errors({m: jax.vmap(distances)(x, gaussians[m]) for m, x in batch.features.items()})
+
+    return Method(init, predict, observe=observe, arrange=stack_objects)
