@@ -121,7 +121,7 @@ WRONG_VALUES = {
     "a patch larger than the image": (keys(model__patch_size=4000), sentences.PATCH_TOO_LARGE.format(4000)),
     "an unknown baseline": (
         keys(baselines="ib_iumad"),
-        sentences.UNKNOWN_BASELINE.format(found="ib_iumad", known="feature_norm,memory_bank"),
+        sentences.UNKNOWN_BASELINE.format(found="ib_iumad", known="feature_norm,gaussian,memory_bank"),
     ),
     "heads of iuf that do not divide the width": (
         keys(method="iuf", model__heads=1, model__width=6),
@@ -156,7 +156,7 @@ def test_wrong_values_are_refused_before_the_workdir_is_created(root, tmp_path, 
 
 def test_unknown_names_are_refused_before_a_dataset_is_rendered(tmp_path):
     sentence = refused(tmp_path, "--config.baselines=patchcore", config=CONFIG.with_name("quickstart.py"))
-    assert sentence.startswith(sentences.UNKNOWN_BASELINE.format(found="patchcore", known="feature_norm,memory")[:-1])
+    assert sentence.startswith(sentences.UNKNOWN_BASELINE.format(found="patchcore", known="feature_norm,gaussian,memory")[:-1])
     assert not list(tmp_path.iterdir())
 
 
