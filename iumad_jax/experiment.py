@@ -169,8 +169,8 @@ def observe(run: Run, training: Training, progress: Progress) -> Progress:
     """Begin a step: update the statistics of all methods and of the recogniser, and the state of the strategy."""
     step, variables, statistics = training.step, dict(progress.variables), progress.recognition
     run.ledger.append("step", step=step.index, learned=step.learned, images=training.images)
-    key = jax.random.fold_in(jax.random.key(run.config.seed + 1), step.index)
     for method_name, method in run.methods.items():
+        key = jax.random.key(run.config.seed + 1)
         variables[method_name] = method.grow(variables[method_name], len(step.seen), key)
     for name in step.learned:
         good = good_images(run.store, name)

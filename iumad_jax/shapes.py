@@ -33,6 +33,11 @@ StrategyState = dict[str, Any]  # nested dictionary of arrays
 BY_OBJECT = "by_object"  # key of a tuple with one item per object; items rarely change, so snapshots store each once
 
 
+def capacity(objects: int) -> int:
+    """Return for how many objects arrays have room, in blocks of 8, so that few new objects compile programs anew."""
+    return max(-(-objects // 8), 1) * 8
+
+
 class Batch(NamedTuple):
     """Images as a method receives them, in JAX or (memory-mapped) NumPy arrays.
 

@@ -11,8 +11,8 @@ from iumad_jax.errors import UserError
 from iumad_jax.methods.method import Method
 
 
-def build(config: ConfigDict, method: Method, objects: int) -> Strategy:
-    """Build the strategy that `config.continual` selects, for a dataset with `objects` objects.
+def build(config: ConfigDict, method: Method) -> Strategy:
+    """Build the strategy that `config.continual` selects.
 
     Raises:
         UserError: If the strategy does not exist.
@@ -20,7 +20,7 @@ def build(config: ConfigDict, method: Method, objects: int) -> Strategy:
     strategies = {
         "finetune": lambda: finetune(method),
         "iuf": lambda: iuf(config.continual, method),
-        "replay": lambda: replay(config.continual.replay, method, objects),
+        "replay": lambda: replay(config.continual.replay, method),
         "joint": lambda: joint(method),
     }
     name = config.continual.strategy

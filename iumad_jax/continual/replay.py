@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from iumad_jax.continual.finetune import finetune
 from iumad_jax.continual.strategy import Strategy, StrategyState
-from iumad_jax.methods.method import Loss, Method
+from iumad_jax.methods.method import Loss, Method, stack_objects
 from iumad_jax.shapes import BY_OBJECT, Batch, Keys, Variables
 
 _resize = jax.jit(jax.image.resize, static_argnums=(1, 2))
@@ -55,7 +55,7 @@ def draw_sample(strategy_state: StrategyState, key: Array) -> tuple[dict[str, Ar
     """Draw an old object, all being equally likely, and a sample of it.
 
     Args:
-        strategy_state: Stacked `mean` and `directions` with room for all objects; the first `objects` are filled.
+        strategy_state: Stacked `mean` and `directions` with room for further objects; the first `objects` are filled.
         key: Random key.
 
     Returns:
@@ -73,7 +73,7 @@ def draw_sample(strategy_state: StrategyState, key: Array) -> tuple[dict[str, Ar
     return jax.tree.map(sample, strategy_state["mean"], strategy_state["directions"]), object_id
 
 
-def replay(config: ConfigDict, method: Method, objects: int) -> Strategy:
+def replay(config: ConfigDict, method: Method) -> Strategy:
     """Build the strategy for `config.continual.replay`.
 
     In later steps, a sample of an old object is added for each image. Between steps the state holds, for each
@@ -104,14 +104,9 @@ def replay(config: ConfigDict, method: Method, objects: int) -> Strategy:
         return without_replay.loss(strategy_state, variables, combined, jnp.concatenate([keys, old_keys]))
 
     def begin(strategy_state: StrategyState, _: Variables, batch: Batch, step: int) -> StrategyState:
-        """Stack the Gaussians of old objects, padded to all objects so that all later steps share a compiled update."""
+        """Stack the Gaussians of old objects."""
         gaussians = strategy_state.get(BY_OBJECT, ())
-
-        def stack(*arrays: np.ndarray) -> np.ndarray:
-            padding = np.zeros((objects - len(arrays), *arrays[0].shape), arrays[0].dtype)
-            return np.concatenate([arrays, padding])
-
-        return jax.tree.map(stack, *gaussians) | {"objects": np.int32(len(gaussians))} if gaussians else {}
+        return stack_objects(gaussians) | {"objects": np.int32(len(gaussians))} if gaussians else {}
 
     def finish(strategy_state: StrategyState, _: Variables, batch: Batch, object_id: int) -> StrategyState:
         parts = {f"features_{m}": np.asarray(features, np.float32) for m, features in batch.features.items()}

@@ -171,7 +171,7 @@ class Detector:
         config.update_from_flattened_dict(changes)
         progress = snapshots.read(Path(workdir), step)
         inputs = progress.inputs
-        name, method = config.method, methods.build(config.method, config, len(progress.objects))
+        name, method = config.method, methods.build(config.method, config)
         rule = make_rule(config)
         variables = with_frozen(name, method, progress.variables[name], progress.frozen.get(name))
         extractor = FeatureExtractor(config.backbone.name, config.backbone.grid, config.backbone.levels)

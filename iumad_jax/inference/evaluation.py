@@ -41,7 +41,7 @@ class Model(NamedTuple):
 
 def load(config: ConfigDict, progress: Progress) -> Model:
     """Build the model of a run's config from a snapshot."""
-    built = methods.with_baselines(config, len(progress.objects))
+    built = methods.with_baselines(config)
     variables = {
         name: with_frozen(name, built[name], progress.variables[name], progress.frozen.get(name)) for name in built
     }

@@ -15,8 +15,8 @@ from iumad_jax.methods.uniad import uniad
 BASELINES = ("feature_norm", "gaussian", "memory_bank")  # training-free; a useful method must beat them
 
 
-def with_baselines(config: ConfigDict, objects: int) -> dict[str, Method]:
-    """Build the config's method and then its baselines, by name, for a dataset with `objects` objects.
+def with_baselines(config: ConfigDict) -> dict[str, Method]:
+    """Build the config's method and then its baselines, by name.
 
     Raises:
         UserError: If the method or a baseline does not exist.
@@ -24,19 +24,19 @@ def with_baselines(config: ConfigDict, objects: int) -> dict[str, Method]:
     baselines = [name for name in config.baselines.split(",") if name]
     if not set(baselines) <= set(BASELINES):
         raise UserError(f'config.baselines is "{config.baselines}"; use "{",".join(BASELINES)}", one of them, or "".')
-    return {name: build(name, config, objects) for name in dict.fromkeys([config.method, *baselines])}
+    return {name: build(name, config) for name in dict.fromkeys([config.method, *baselines])}
 
 
-def build(name: str, config: ConfigDict, objects: int) -> Method:
-    """Build a method by its name for a dataset with `objects` objects.
+def build(name: str, config: ConfigDict) -> Method:
+    """Build a method by its name.
 
     Raises:
         UserError: If the method does not exist.
     """
     methods = {
-        "ib_iumad": lambda: ib_iumad(config.model, configs.modalities(config), objects),
+        "ib_iumad": lambda: ib_iumad(config.model, configs.modalities(config)),
         "uniad": lambda: uniad(config.model, configs.modalities(config)),
-        "iuf": lambda: iuf(config.model, configs.modalities(config), objects),
+        "iuf": lambda: iuf(config.model, configs.modalities(config)),
         "feature_norm": feature_norm,
         "gaussian": gaussian,
         "memory_bank": lambda: memory_bank(config.memory_bank),

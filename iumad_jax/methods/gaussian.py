@@ -6,7 +6,7 @@ After Rippel et al. (ICPR 2020), with one Gaussian per object and modality for p
 import jax
 
 from iumad_jax.methods.error_maps import upsample_errors
-from iumad_jax.methods.mahalanobis import distances, fit, in_parts, of_objects, stack_objects
+from iumad_jax.methods.mahalanobis import arrange, distances, fit, in_parts, of_objects
 from iumad_jax.methods.method import Method
 from iumad_jax.shapes import BY_OBJECT, Batch, ErrorMaps, Variables
 
@@ -24,4 +24,4 @@ def gaussian() -> Method:
         gaussians = of_objects(variables[BY_OBJECT], batch.object_id)
         return upsample_errors({m: jax.vmap(distances)(x, gaussians[m]) for m, x in batch.features.items()})
 
-    return Method(init, predict, observe=observe, arrange=stack_objects)
+    return Method(init, predict, observe=observe, arrange=arrange)

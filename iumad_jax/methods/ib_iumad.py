@@ -33,7 +33,6 @@ class Network(nn.Module):
 
     config: Any  # config.model, frozen
     modalities: tuple[Modality, ...]
-    objects: int
 
     @nn.compact
     def __call__(
@@ -47,7 +46,6 @@ class Network(nn.Module):
             condition = None
             if config.mamba:
                 mamba = MambaDecoder(
-                    self.objects,
                     round(tokens[m].shape[0] ** 0.5),
                     config.width,
                     config.patch_size,
@@ -65,7 +63,6 @@ class Network(nn.Module):
                 auxiliary[m] = project(decoder[m][-1])
         fusion = InformationBottleneckFusion(
             channels * len(_target_modalities(config.target, self.modalities)),
-            self.objects,
             config.heads,
             config.bottleneck_ratio,
             config.dropout,
@@ -100,7 +97,7 @@ def bottleneck_loss(fused: Fused, object_id: Array, head_weight: float) -> Scala
     return {"kl": kl, "ib_heads": head_weight * (head_losses[0] + head_losses[1])}
 
 
-def ib_iumad(config: ConfigDict, modalities: tuple[Modality, ...], objects: int) -> Method:
+def ib_iumad(config: ConfigDict, modalities: tuple[Modality, ...]) -> Method:
     """Build the method for `config.model`, whose keys `iumad_jax.config` explains.
 
     Raises:
@@ -131,4 +128,4 @@ def ib_iumad(config: ConfigDict, modalities: tuple[Modality, ...], objects: int)
         by_modality = jnp.split(error(output, features), len(target_modalities), axis=-1)
         return dict(zip(target_modalities, by_modality, strict=True)), output.logits
 
-    return from_network(Network(config, modalities, objects), config, modalities, losses, residuals_and_logits)
+    return from_network(Network(config, modalities), config, modalities, losses, residuals_and_logits)

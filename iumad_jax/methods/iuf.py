@@ -29,7 +29,6 @@ class Network(nn.Module):
 
     config: Any  # config.model, frozen
     modalities: tuple[Modality, ...]
-    objects: int
 
     @nn.compact
     def __call__(
@@ -40,9 +39,7 @@ class Network(nn.Module):
         rebuilt, logits, decoder = {}, {}, {}
         for m in self.modalities:
             grid, channels = round(tokens[m].shape[0] ** 0.5), tokens[m].shape[-1]
-            class_network = ClassNetwork(
-                self.objects, grid, config.width, config.layers, config.class_grid, name=f"class_{m}"
-            )
+            class_network = ClassNetwork(grid, config.width, config.layers, config.class_grid, name=f"class_{m}")
             condition, logits[m] = class_network(images[m])
             if config.detach_condition:
                 condition = jax.lax.stop_gradient(condition)
@@ -69,7 +66,7 @@ def merge_colours(colours: Moments, images: Float[Array | np.ndarray, "n h w 3"]
     }
 
 
-def iuf(config: ConfigDict, modalities: tuple[Modality, ...], objects: int) -> Method:
+def iuf(config: ConfigDict, modalities: tuple[Modality, ...]) -> Method:
     """Build the method from the keys of `config.model` that concern its networks."""
 
     def losses(output: Output, features: dict[Modality, Tokens], object_id: Array) -> Scalars:
@@ -86,7 +83,7 @@ def iuf(config: ConfigDict, modalities: tuple[Modality, ...], objects: int) -> M
         rebuilt, logits = output
         return residuals(rebuilt, features), logits
 
-    method = from_network(Network(config, modalities, objects), config, modalities, losses, residuals_and_logits)
+    method = from_network(Network(config, modalities), config, modalities, losses, residuals_and_logits)
 
     def observe(variables: Variables, batch: Batch, step: int) -> Variables:
         if step > 0:
@@ -96,7 +93,7 @@ def iuf(config: ConfigDict, modalities: tuple[Modality, ...], objects: int) -> M
         for m in modalities:
             colours = statistics[f"class_{m}"]["stem"]["colours"]
             colours = merge_colours(colours, batch.images[m], config.class_grid)
-            statistics[f"class_{m}"] = {"stem": {"colours": colours}}
+            statistics[f"class_{m}"] = statistics[f"class_{m}"] | {"stem": {"colours": colours}}
         return variables | {"statistics": statistics}
 
     return dataclasses.replace(method, observe=observe)

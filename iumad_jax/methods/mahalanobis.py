@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from iumad_jax.methods.error_maps import norm
+from iumad_jax.methods.method import stack_objects
 from iumad_jax.shapes import BY_OBJECT, Modality, Variables
 
 Gaussian = dict[str, Any]  # mean (f,); whitening (f, f), which maps deviations to equal spreads
@@ -44,10 +45,9 @@ def _from_sums(count: int, total: Float[np.ndarray, " f"], square: Float[np.ndar
     return {"mean": mean.astype(np.float32), "whitening": whitening.astype(np.float32)}
 
 
-def stack_objects(variables: Variables) -> Variables:
+def arrange(variables: Variables) -> Variables:
     """Stack the Gaussians of all objects, if any are fitted, for `of_objects`."""
-    gaussians = variables[BY_OBJECT]
-    return variables | {BY_OBJECT: jax.tree.map(lambda *arrays: np.stack(arrays), *gaussians) if gaussians else ()}
+    return variables | {BY_OBJECT: stack_objects(variables[BY_OBJECT]) if variables[BY_OBJECT] else ()}
 
 
 def of_objects(gaussians: Any, object_id: Int[Array, " b"]) -> Any:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from iumad_jax.errors import UserError
 from iumad_jax.methods.error_maps import upsample_errors
-from iumad_jax.methods.method import Method
+from iumad_jax.methods.method import Method, stack_objects
 from iumad_jax.methods.moments import Moments, merge_moments, no_moments, standardise
 from iumad_jax.shapes import BY_OBJECT, Batch, ErrorMaps, Modality, Variables
 
@@ -79,7 +79,7 @@ def memory_bank(config: ConfigDict) -> Method:
             return {"moments": bank["moments"], "patches": np.pad(bank["patches"], ((0, missing), (0, 0)), "edge")}
 
         banks = [{m: searched(bank) for m, bank in banks.items()} for banks in by_object]
-        return variables | {BY_OBJECT: jax.tree.map(lambda *arrays: np.stack(arrays), *banks)}
+        return variables | {BY_OBJECT: stack_objects(banks)}
 
     def predict(variables: Variables, batch: Batch) -> ErrorMaps:
         def image_errors(inputs: tuple[Array, dict[str, Array]]) -> dict[str, Array]:

@@ -1,7 +1,7 @@
 """The interface of a method, which every published system implements."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from iumad_jax.errors import UserError
-from iumad_jax.shapes import Batch, ErrorMaps, Keys, Scalars, Variables
+from iumad_jax.shapes import Batch, ErrorMaps, Keys, Scalars, Variables, capacity
 
 
 class Loss(NamedTuple):
@@ -44,7 +44,8 @@ class Method:
             the caller. None for a method without training.
         grow: (variables, objects, key) -> variables. Called at the beginning of every step, before `observe`. Adds
             what the method needs for the objects that the step will learn; `objects` is the number of objects learned
-            so far, including these. Not jitted.
+            so far, including these. What it adds for an object must depend only on the key, which is the same in all
+            steps, and the object's number. Not jitted.
         observe: (variables, batch, step) -> variables. Updates the statistics. Called before the training of a step,
             once per object that the step learns, with all training images of that object as one (memory-mapped)
             batch. What belongs to one object goes under `variables[BY_OBJECT]`, a tuple with one item per object;
@@ -82,6 +83,12 @@ class Method:
     held_out: Callable[[Variables, int], ErrorMaps | None] = lambda variables, object_id: None
     activations: Callable[[Variables, Batch], dict[str, Any]] = lambda variables, batch: {}
     inputs: Callable[[Variables, Batch], dict[str, Any]] = lambda variables, batch: {}
+
+
+def stack_objects(by_object: Sequence[Any]) -> Any:
+    """Stack the arrays of all objects, with room for further objects, which is filled with those of the last one."""
+    room = [by_object[-1]] * (capacity(len(by_object)) - len(by_object))
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *by_object, *room)
 
 
 def with_frozen(name: str, method: Method, variables: Variables, sha256: str | None = None) -> Variables:

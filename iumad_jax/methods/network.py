@@ -15,6 +15,7 @@ from iumad_jax.methods.error_maps import norm, upsample_errors
 from iumad_jax.methods.method import Loss, Method
 from iumad_jax.methods.moments import merge_moments, no_moments, standardise
 from iumad_jax.models.hashed_bits import hashed_keys
+from iumad_jax.models.object_head import grow_heads
 from iumad_jax.models.reconstruction import ReconstructionTransformer
 from iumad_jax.runtime.in_batches import predict_in_batches
 from iumad_jax.shapes import BY_OBJECT, Batch, Condition, ErrorMaps, Keys, Logits, Modality, Scalars, Tokens, Variables
@@ -186,5 +187,12 @@ def from_network(
         return jax.vmap(image_activations)(normalised(variables, batch), batch.images)
 
     return Method(
-        init, predict, loss, observe=observe, fit=fit, arrange=mahalanobis.stack_objects, activations=activations
+        init,
+        predict,
+        loss,
+        grow=grow_heads,
+        observe=observe,
+        fit=fit,
+        arrange=mahalanobis.arrange,
+        activations=activations,
     )

@@ -8,6 +8,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from iumad_jax.models.layers import Attention, pool_to_grid
+from iumad_jax.models.object_head import ObjectHead
 from iumad_jax.shapes import Condition, Image, Logits
 
 
@@ -63,7 +64,6 @@ class RowBlock(nn.Module):
 class ClassNetwork(nn.Module):
     """Classifier of the object; the outputs of its blocks condition the reconstruction."""
 
-    objects: int
     grid: int
     width: int = 256
     blocks: int = 4
@@ -81,4 +81,4 @@ class ClassNetwork(nn.Module):
             x = RowBlock(self.heads, self.hidden, name=f"block_{i}")(x)
             condition.append(pool_to_grid(x, self.grid))
         hidden = nn.relu(nn.Dense(self.width, name="head_hidden")(x.mean((0, 1))))
-        return tuple(condition), nn.Dense(self.objects, name="head")(hidden)
+        return tuple(condition), ObjectHead(name="head")(hidden)

@@ -10,6 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from iumad_jax.models.layers import Attention
+from iumad_jax.models.object_head import ObjectHead
 from iumad_jax.shapes import Logits
 
 
@@ -32,7 +33,6 @@ class InformationBottleneckFusion(nn.Module):
     """
 
     features: int  # channels of the discriminator's target
-    objects: int
     heads: int = 8
     bottleneck_ratio: float = 2 / 3
     dropout: float = 0.1
@@ -62,8 +62,8 @@ class InformationBottleneckFusion(nn.Module):
         return Fused(
             fused,
             compressed,
-            nn.Dense(self.objects, name="fused_head")(fused.mean(0)),
-            nn.Dense(self.objects, name="compressed_head")(compressed.mean(0)),
+            ObjectHead(name="fused_head")(fused.mean(0)),
+            ObjectHead(name="compressed_head")(compressed.mean(0)),
         )
 
     def _cross_attend(

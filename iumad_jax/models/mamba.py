@@ -12,6 +12,7 @@ from iumad_kernels import selective_scan
 from jaxtyping import Array, Float
 
 from iumad_jax.models.layers import DepthwiseConv, pool_to_grid
+from iumad_jax.models.object_head import ObjectHead
 from iumad_jax.shapes import Condition, Image, Logits
 
 
@@ -146,7 +147,6 @@ class MambaBlock(nn.Module):
 class MambaDecoder(nn.Module):
     """Classifier of the object; the outputs of its blocks condition the reconstruction."""
 
-    objects: int
     grid: int
     width: int = 256
     patch_size: int = 8
@@ -164,4 +164,4 @@ class MambaDecoder(nn.Module):
             x = MambaBlock(self.states, self.implementation, name=f"block_{i}")(x)
             condition.append(pool_to_grid(x, self.grid))
         hidden = nn.relu(nn.Dense(self.width, name="head_hidden")(x.mean((0, 1))))
-        return tuple(condition), nn.Dense(self.objects, name="head")(hidden)
+        return tuple(condition), ObjectHead(name="head")(hidden)

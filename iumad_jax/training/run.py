@@ -101,7 +101,7 @@ def plan(config: ConfigDict, workdir: Path) -> tuple[protocol.Step, ...]:
     if messages := compare_names(config, noted).missing_messages():
         raise UserError(" ".join(messages))
     steps = protocol.steps(config.protocol, tuple(noted) or readers.objects(config))
-    _build_methods(config, len(steps[-1].seen))
+    _build_methods(config)
     return steps
 
 
@@ -155,20 +155,20 @@ def start(
 
 def _build(config: ConfigDict, workdir: Path, objects: tuple[str, ...]) -> tuple[Store, dict[str, Method], Strategy]:
     """Build what the config selects. This reports invalid values before anything is written."""
-    run_methods, strategy = _build_methods(config, len(objects))
+    run_methods, strategy = _build_methods(config)
     live.check(config.report.tensorboard)
     return open_store(config, readers.open_reader(config, objects), workdir), run_methods, strategy
 
 
-def _build_methods(config: ConfigDict, objects: int) -> tuple[dict[str, Method], Strategy]:
-    """Build the methods and the strategy that a config selects, for a number of objects.
+def _build_methods(config: ConfigDict) -> tuple[dict[str, Method], Strategy]:
+    """Build the methods and the strategy that a config selects.
 
     Raises:
         UserError: If the config names an unknown combination, score, method, baseline, strategy, optimiser or schedule.
     """
     make_rule(config)
-    run_methods = methods.with_baselines(config, objects)
-    strategy = continual.build(config, run_methods[config.method], objects)
+    run_methods = methods.with_baselines(config)
+    strategy = continual.build(config, run_methods[config.method])
     for index in (0, 1):  # later steps may use another optimiser than the base step
         make_optimizer(step_config(config, index))
     if is_trained(config, run_methods[config.method]):

@@ -46,7 +46,7 @@ Programs = dict[str, Callable[[], Any]]  # by task, on the same batch: UPDATE re
 def random_variables(config: ConfigDict) -> Variables:
     """Make noise in the shapes of our variables, of a size that keeps activations near 1."""
     rng = np.random.default_rng(1)
-    init = methods.build(config.method, config, training_step.OBJECTS).init
+    init = methods.build(config.method, config).init
     shapes = jax.eval_shape(init, jax.random.key(0), training_step.random_batch(config))
 
     def noise(path: Any, leaf: Any) -> np.ndarray:
@@ -63,7 +63,7 @@ def random_variables(config: ConfigDict) -> Variables:
 
 def our_programs(config: ConfigDict, variables: Variables) -> Programs:
     """Compile our programs; the prediction always uses the given weights."""
-    method, batch = methods.build(config.method, config, training_step.OBJECTS), training_step.random_batch(config)
+    method, batch = methods.build(config.method, config), training_step.random_batch(config)
     optimizer, key, rates = make_optimizer(config.train), jax.random.key(1), np.float32([config.train.learning_rate])
     state = devices.replicate(initial_state(variables, optimizer, 0, []))
     device_batches = training_step.on_devices(batch)

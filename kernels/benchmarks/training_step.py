@@ -92,7 +92,7 @@ def on_devices(batch: Batch) -> DeviceBatches:
 
 def compile_update(config: ConfigDict) -> Update:
     """Compile the update of a config, with a learning rate of zero."""
-    method, batch = methods.build(config.method, config, OBJECTS), random_batch(config)
+    method, batch = methods.build(config.method, config), random_batch(config)
     optimizer = make_optimizer(config.train)
     rng = np.random.default_rng(1)  # noise, because compiling the initialisation takes as long as compiling the update
     shapes = jax.eval_shape(method.init, jax.random.key(0), batch)

@@ -200,7 +200,7 @@ def _waiting(config: Any, batch: Any, objects: int, epochs: int) -> Iterator[Row
     from iumad_jax.training.optimization import make_optimizer
     from iumad_jax.training.update import initial_state, make_update
 
-    method = methods.build(config.method, config, objects)
+    method = methods.build(config.method, config)
     optimizer = make_optimizer(config.train)
     update = make_update(method, optimizer)
     variables = jax.jit(method.init)(jax.random.key(0), jax.tree.map(lambda array: array[:1], batch))

@@ -65,7 +65,7 @@ def _measure(values: flags.FlagValues) -> str:
     objects: Any = rng.integers(0, _OBJECTS, count).astype(np.int32)
     modalities = configs.modalities(config)
     batch = Batch(dict.fromkeys(modalities, features), dict.fromkeys(modalities, images), objects)
-    method, optimizer = methods.build(config.method, config, _OBJECTS), make_optimizer(config.train)
+    method, optimizer = methods.build(config.method, config), make_optimizer(config.train)
     variables = jax.jit(method.init)(jax.random.key(0), jax.tree.map(lambda array: array[:1], batch))
     round_ends: list[float] = []
     copying: list[float] = []  # seconds per snapshot

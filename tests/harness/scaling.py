@@ -102,7 +102,7 @@ def _measure(values: flags.FlagValues) -> tuple[str, int, float]:
         {m: 128 + 40 * random(size, size, 3) for m in modalities},
         objects,
     )
-    method, optimizer = methods.build(config.method, config, _OBJECTS), make_optimizer(config.train)
+    method, optimizer = methods.build(config.method, config), make_optimizer(config.train)
     update, device_batches = make_update(method, optimizer), single_update(batch)
     state = devices.replicate(initial_state(jax.jit(method.init)(jax.random.key(0), batch), optimizer, 0, []))
     durations: list[float] = []

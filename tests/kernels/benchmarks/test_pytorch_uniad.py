@@ -33,7 +33,7 @@ def test_gradients_agree(networks, standardise):
     config = training_step.CONFIGS["quickstart"].get_config()
     changes = {"method": "uniad", "modality": "rgb+depth", "model.dropout": 0.0, "model.jitter.probability": 0.0}
     config.update_from_flattened_dict(command.SMALL | changes | {"model.standardise": standardise})
-    method, batch = methods.build(config.method, config, 1), training_step.random_batch(config)
+    method, batch = methods.build(config.method, config), training_step.random_batch(config)
     variables = command.random_variables(config)
 
     def loss(params):
