@@ -47,7 +47,7 @@ def grow_heads(variables: Variables, objects: int, key: jax.Array) -> Variables:
 
 
 def _initial_weights(key: jax.Array, width: int, objects: int) -> Float[np.ndarray, "d k"]:
-    """Draw the weights of each object from its own key, block by block, so that they are equal whatever their number."""
+    """Draw the weights of each object from its own key, in blocks, so that they do not depend on how many there are."""
     initial = jax.vmap(lambda number: nn.initializers.lecun_normal()(jax.random.fold_in(key, number), (width, 1))[:, 0])
     blocks = np.arange(objects).reshape(-1, capacity(0))
     return np.concatenate([np.asarray(initial(numbers)).T for numbers in blocks], axis=1)
