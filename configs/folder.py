@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from iumad_jax import config as configs
 
 
-def get_config(protocol: str = "1-1") -> ConfigDict:
+def get_config(protocol: str = "open") -> ConfigDict:
     """Return a config with the sizes of the quickstart."""
     config = configs.small(protocol)
     config.dataset.name = "folder"

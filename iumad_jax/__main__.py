@@ -9,6 +9,7 @@ from iumad_jax.errors import USER_ERROR
 COMMANDS = (
     "prepare",
     "main",
+    "learn",
     "evaluate",
     "predict",
     "robustness",

@@ -19,7 +19,7 @@ def execute(
     define: Callable[[flags.FlagValues], None],
     act: Callable[[flags.FlagValues], str],
     *,
-    dataset: bool = False,
+    changeable: tuple[str, ...] = (),
     resumable: bool = False,
 ) -> int:
     """Run a command and return its exit code.
@@ -29,18 +29,19 @@ def execute(
         arguments: Arguments of the process, beginning with its name.
         define: Defines the command's flags.
         act: Runs the command and returns its output. Only this imports JAX, so that wrong flags are reported at once.
-        dataset: Whether --config.dataset.KEY=VALUE changes the config of the run in --workdir.
+        changeable: Groups of keys, such as dataset, of which --config.GROUP.KEY=VALUE changes the config of the run in
+            --workdir.
         resumable: Whether SIGTERM and SIGINT may interrupt the command, which then resumes when started again.
     """
     values = flags.FlagValues()
     define(values)
     _define_compilation_cache(values)
     if "--help" in arguments:
-        print(_help(doc, values, dataset, resumable))
+        print(_help(doc, values, changeable, resumable))
         return 0
     try:
-        if dataset:
-            _define_dataset(values, arguments)
+        if changeable:
+            _define_changes(values, arguments, changeable)
         _parse(values, arguments)
         memory.keep_buffers()
         compilation_cache.enable(values.compilation_cache)
@@ -60,13 +61,14 @@ def summary_and_example(doc: str) -> tuple[str, str]:
     return summary, example.strip()
 
 
-def _help(doc: str, values: flags.FlagValues, dataset: bool, resumable: bool) -> str:
+def _help(doc: str, values: flags.FlagValues, changeable: tuple[str, ...], resumable: bool) -> str:
     summary, example = summary_and_example(doc)
     description = doc.strip().split("\n\n")[2:]
     lines = [f"  --{name}  {values[name].help}{_default(values[name])}" for name in values]
-    if dataset:
-        lines.append("  --config.dataset.KEY  Changes a key of the dataset's config, see iumad_jax/config.py.")
-    elif "config" in values:
+    lines += [
+        f"  --config.{group}.KEY  Changes a key of the {group} config, see iumad_jax/config.py." for group in changeable
+    ]
+    if not changeable and "config" in values:
         lines.append("  --config.KEY  Changes a key of the config; iumad_jax/config.py explains all keys.")
     if resumable:
         description.append(
@@ -134,15 +136,16 @@ def _define_compilation_cache(values: flags.FlagValues) -> None:
     flags.DEFINE_string("compilation_cache", None, help_, flag_values=values)
 
 
-def _define_dataset(values: flags.FlagValues, arguments: list[str]) -> None:
-    """Define --config.dataset.KEY=VALUE for the config of the run in --workdir; refuse all other keys."""
+def _define_changes(values: flags.FlagValues, arguments: list[str], changeable: tuple[str, ...]) -> None:
+    """Define --config.GROUP.KEY=VALUE for the config of the run in --workdir; refuse keys of other groups."""
     only_workdir = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "", flag_values=only_workdir)
     _parse(only_workdir, arguments, known_only=True)
     for argument in arguments:
         key = argument.lstrip("-").partition("=")[0]
-        if key.startswith("config.") and not key.startswith("config.dataset."):
-            raise UserError(f"--{key} is fixed by training; only --config.dataset.KEY can be changed here.")
+        if key.startswith("config.") and key.split(".")[1] not in changeable:
+            allowed = " and ".join(f"--config.{group}.KEY" for group in changeable)
+            raise UserError(f"--{key} is fixed by training; only {allowed} can be changed here.")
     config = workdirs.read(path(only_workdir, "workdir"))
     with _config_errors():
         config_flags.DEFINE_config_dict("config", config, flag_values=values)

@@ -5,25 +5,22 @@ import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from iumad_jax import config as configs
-from iumad_jax import protocol
-from iumad_jax.data import readers
-from iumad_jax.data.batches import batch_indices, training_input, updates_per_epoch
+from iumad_jax.data import plan, readers
+from iumad_jax.data.batches import training_input
 from iumad_jax.data.prepared import copies, inventory
 from iumad_jax.data.prepared.good_images import good_images, odd_images, quality_shifts
-from iumad_jax.data.prepared.store import PreparedSet
 from iumad_jax.data.sample import Split
 from iumad_jax.errors import UserError
 from iumad_jax.inference import assessment, evaluation, recognition
 from iumad_jax.inference.evaluation import Judgement
 from iumad_jax.inference.thresholds import describe
-from iumad_jax.metrics import final
+from iumad_jax.protocol import Step
 from iumad_jax.report import figures, html, result_files, tables
 from iumad_jax.report.history import history, results
 from iumad_jax.runtime import ledger as ledgers
@@ -33,16 +30,16 @@ from iumad_jax.runtime.progress import Position, Progress
 from iumad_jax.shapes import BY_OBJECT
 from iumad_jax.training import nonfinite
 from iumad_jax.training.dataset_changes import DatasetChanged, describe_changes
-from iumad_jax.training.epochs import Epoch, train_epochs
+from iumad_jax.training.epochs import Epoch, Training, train_epochs
 from iumad_jax.training.optimization import learning_rates, optimizer_name, step_config
-from iumad_jax.training.run import Run, plan, start
+from iumad_jax.training.run import Run, check, for_step, start
 from iumad_jax.training.update import initial_state
 
 _RESULTS = ("results.md", "results.tex", "results.csv", "report.html")
 
 
-def run(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
-    """Run a config's protocol in a workdir, or resume it.
+def run(config: ConfigDict, workdir: Path, steps: tuple[Step, ...] = ()) -> dict[str, Any] | None:
+    """Run the steps in a workdir that are not finished yet; by default those of the config's protocol.
 
     Returns:
         Content of results.json (see `report.result_files`); None in processes other than process 0.
@@ -55,13 +52,15 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     processes.check_same(lambda: {"config": config.to_dict(), "workdir": workdirs.content(workdir)})
     configs.check(config)
     workdirs.check(workdir, config)
+    steps = steps or plan.current(config, workdir)
     finished = result_files.read(workdir)
     nothing_to_do = finished is not None and all((workdir / name).exists() for name in _RESULTS)
-    if not nothing_to_do:
+    if not nothing_to_do or len(finished["steps"]) < len(steps):
+        nothing_to_do = False
         with ExitStack() as resources:
-            seconds = finished_seconds(config, workdir)  # removed results are rewritten without training
+            seconds = finished_seconds(workdir, steps)  # removed results are rewritten without training
             if seconds is None:
-                seconds = run_steps(config, workdir, resources)
+                seconds = run_steps(config, workdir, steps, resources)
             elif processes.is_process_zero():
                 resources.enter_context(workdirs.claimed(workdir, config))
             finished = write_results(config, workdir, seconds)
@@ -72,33 +71,33 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     return finished
 
 
-def finished_seconds(config: ConfigDict, workdir: Path) -> float | None:
+def finished_seconds(workdir: Path, steps: tuple[Step, ...]) -> float | None:
     """Return the run time of a run whose last step is finished, else None."""
-    objects = tuple(inventory.read(workdir))
     try:
-        progress = snapshots.read(workdir) if objects else None
+        progress = snapshots.read(workdir) if inventory.read(workdir) else None
     except UserError:  # reported when the run resumes
         return None
-    last = protocol.steps(config.protocol, objects)[-1].index if objects else None
-    return progress.seconds if progress and progress.position.step == last else None
+    return progress.seconds if progress and progress.position.step == steps[-1].index else None
 
 
-def run_steps(config: ConfigDict, workdir: Path, resources: ExitStack) -> float:
+def run_steps(config: ConfigDict, workdir: Path, steps: tuple[Step, ...], resources: ExitStack) -> float:
     """Run the remaining steps and return the run time of the whole run, seconds."""
-    steps = plan(config, workdir)
+    check(config, workdir, steps)
     with processes.process_zero_first():
-        readers.render(config)
+        for dataset, _ in plan.datasets(config, steps):
+            readers.render(dataset)
         run, progress = start(config, workdir, steps, resources)
     for step in run.steps[progress.position.step + progress.position.finished :]:
-        prepare(run, step)
-        progress = learn(run, step, progress)
-        progress = assess(run, step, progress) or progress  # None in processes other than process 0
+        run_of_step = for_step(run, step)
+        prepare(run_of_step, step)
+        progress = learn(run_of_step, step, progress)
+        progress = assess(run_of_step, step, progress) or progress  # None in processes other than process 0
     run.snapshots.wait()  # results are written after all snapshots
     return progress.seconds
 
 
 @processes.process_zero_only
-def prepare(run: Run, step: protocol.Step) -> None:
+def prepare(run: Run, step: Step) -> None:
     """Prepare the training and calibration images of the step, and report suspicious ones."""
     splits: tuple[Split, ...] = ("train", "calibration")
     for name, image_set in itertools.product(step.learned, (*splits, *copies.ALTERED)):
@@ -111,28 +110,7 @@ def prepare(run: Run, step: protocol.Step) -> None:
     inventory.record_images(run.workdir, run.store, step.learned, splits)
 
 
-class Training(NamedTuple):
-    """Training input of a step."""
-
-    step: protocol.Step
-    objects: tuple[str, ...]
-    sets: list[PreparedSet]  # prepared training images, by object
-    images: int  # number of images
-    batch_size: int
-    seed: int  # determines the order of images
-
-    @property
-    def per_epoch(self) -> int:
-        """Number of updates per epoch."""
-        return updates_per_epoch(self.images, self.batch_size)
-
-    def names(self, update: int) -> list[str]:
-        """Return the names of an update's images."""
-        ids = [f"{name}/train/{i}" for name, images in zip(self.objects, self.sets, strict=True) for i in images.ids]
-        return [ids[row] for row in batch_indices(update, self.images, self.batch_size, self.seed)]
-
-
-def learn(run: Run, step: protocol.Step, progress: Progress) -> Progress:
+def learn(run: Run, step: Step, progress: Progress) -> Progress:
     """Train the step from the current position to its end."""
     objects = run.strategy.objects(step)
     processes.check_same(lambda: {"images": run.store.sources(objects), "weights": run.store.settings})
@@ -168,7 +146,7 @@ def fit(run: Run, objects: tuple[str, ...], progress: Progress) -> Progress:
 def observe(run: Run, training: Training, progress: Progress) -> Progress:
     """Begin a step: update the statistics of all methods and of the recogniser, and the state of the strategy."""
     step, variables, statistics = training.step, dict(progress.variables), progress.recognition
-    run.ledger.append("step", step=step.index, learned=step.learned, images=training.images)
+    run.ledger.append("step", step=step.index, learned=step.learned, images=training.images, changes=step.changes)
     for method_name, method in run.methods.items():
         key = jax.random.key(run.config.seed + 1)
         variables[method_name] = method.grow(variables[method_name], len(step.seen), key)
@@ -184,7 +162,12 @@ def observe(run: Run, training: Training, progress: Progress) -> Progress:
         strategy_state = run.strategy.begin(strategy_state, variables[run.config.method], example, step.index)
     position = Position(step.index, 0)
     return progress._replace(
-        position=position, variables=variables, recognition=statistics, strategy_state=strategy_state, optimizer=[]
+        objects=step.seen,
+        position=position,
+        variables=variables,
+        recognition=statistics,
+        strategy_state=strategy_state,
+        optimizer=[],
     )
 
 
@@ -225,7 +208,7 @@ def record(run: Run, training: Training, epoch: Epoch, progress: Progress) -> Pr
 
 
 @processes.process_zero_only
-def assess(run: Run, step: protocol.Step, progress: Progress) -> Progress:
+def assess(run: Run, step: Step, progress: Progress) -> Progress:
     """Set thresholds, evaluate every method on all objects learned so far, and take the step's snapshot."""
     good = functools.partial(good_images, run.store)
     progress, model = assessment.calibrate(run.config, run.methods, progress, step.seen, good)
@@ -239,15 +222,14 @@ def assess(run: Run, step: protocol.Step, progress: Progress) -> Progress:
     for append in (run.ledger.append, run.live.log_event):
         append("decisions", step=step.index, **decisions)
         append("snapshot", step=step.index, **stored)
-    mean = final(history(ledgers.read(run.workdir / "ledger.jsonl")).matrices[run.config.method]["i_auroc"])
-    if np.isfinite(mean):
-        live.log(f"step {step.index}: mean I-AUROC {mean:.3f} over the objects learned so far")
+    measured = history(ledgers.read(run.workdir / "ledger.jsonl"))
+    live.log(tables.effect(measured.matrices[run.config.method]["i_auroc"], measured.steps, step.index))
     inventory.record_images(run.workdir, run.store, step.seen, ("calibration", "test"))
     position = Position(step.index, 0, finished=True)
     return run.save(progress._replace(position=position, optimizer=[]))
 
 
-def show(run: Run, step: protocol.Step, judgement: Judgement) -> None:
+def show(run: Run, step: Step, judgement: Judgement) -> None:
     """Show the metrics of an object and a method in the live view, and draw heatmaps of the run's method."""
     name, method = judgement.object, judgement.method
     run.live.log_evaluation(step.index, name, method, judgement.metrics, judgement.spread)
@@ -274,7 +256,7 @@ def sizes(run: Run, progress: Progress) -> dict[str, int]:
     return {name: snapshots.size_of(snapshots.stored(progress.variables[name])) for name in run.methods}
 
 
-def strategy_bytes(run: Run, step: protocol.Step, progress: Progress) -> int:
+def strategy_bytes(run: Run, step: Step, progress: Progress) -> int:
     """Return the bytes that the strategy stores for later steps: its state, or all images if not incremental."""
     if run.strategy.incremental:
         return snapshots.size_of(progress.strategy_state)

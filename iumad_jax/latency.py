@@ -15,7 +15,7 @@ from iumad_jax import cli
 
 def main(arguments: list[str]) -> int:
     """Run the command and return its exit code."""
-    return cli.execute(str(__doc__), arguments, _define, _measure, dataset=True)
+    return cli.execute(str(__doc__), arguments, _define, _measure, changeable=("dataset",))
 
 
 def _define(values: flags.FlagValues) -> None:

@@ -23,7 +23,7 @@ from iumad_jax.errors import UserError
 
 def main(arguments: list[str]) -> int:
     """Run the command and return its exit code."""
-    return cli.execute(str(__doc__), arguments, _define, _predict, dataset=True)
+    return cli.execute(str(__doc__), arguments, _define, _predict, changeable=("dataset",))
 
 
 def _define(values: flags.FlagValues) -> None:

@@ -1,9 +1,13 @@
 """Protocols: the order in which a run learns its objects."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from iumad_jax.errors import UserError
+
+OPEN = "open"  # the protocol of runs that learn every object that the dataset has, or will have, one per step
 
 
 @dataclass(frozen=True)
@@ -13,20 +17,22 @@ class Step:
     index: int
     learned: tuple[str, ...]  # objects that the step learns
     seen: tuple[str, ...]  # objects learned so far, including these
+    changes: Mapping[str, Any] = field(default_factory=dict)  # config keys whose values differ from the run's
 
 
 def steps(protocol: str, objects: tuple[str, ...]) -> tuple[Step, ...]:
-    """Split the objects into the steps of a protocol "X-Y".
+    """Split the objects into the steps of a protocol "X-Y", or "open", which has one step for each object.
 
     The base step learns X objects and each later step Y new ones until all are learned; "X-0" has only the base step.
 
     Raises:
-        UserError: If the protocol is not two numbers, or the objects cannot be split accordingly.
+        UserError: If the protocol is neither, or the objects cannot be split accordingly.
     """
-    match = re.fullmatch(r"(\d+)-(\d+)", protocol)
+    match = re.fullmatch(r"(\d+)-(\d+)", "1-1" if protocol == OPEN else protocol)
     if not match:
         raise UserError(
-            f'the protocol is "{protocol}"; use the form X-Y (base objects, new objects per step), such as 6-1.'
+            f'the protocol is "{protocol}"; use the form X-Y (base objects, new objects per step), such as 6-1, or'
+            " open."
         )
     base, new = map(int, match.groups())
     remaining = len(objects) - base
@@ -38,3 +44,8 @@ def steps(protocol: str, objects: tuple[str, ...]) -> tuple[Step, ...]:
     ends = [base, *range(base + new, len(objects) + 1, new)] if new else [base]
     starts = [0, *ends[:-1]]
     return tuple(Step(i, objects[a:b], objects[:b]) for i, (a, b) in enumerate(zip(starts, ends, strict=True)))
+
+
+def next_step(steps: Sequence[Step], learned: tuple[str, ...], changes: Mapping[str, Any]) -> Step:
+    """Return the step that learns further objects after others."""
+    return Step(len(steps), learned, (steps[-1].seen if steps else ()) + learned, changes)

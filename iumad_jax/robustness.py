@@ -16,7 +16,7 @@ from iumad_jax import cli
 
 def main(arguments: list[str]) -> int:
     """Run the command and return its exit code."""
-    return cli.execute(str(__doc__), arguments, cli.define_trained, _measure, dataset=True)
+    return cli.execute(str(__doc__), arguments, cli.define_trained, _measure, changeable=("dataset",))
 
 
 def _measure(values: flags.FlagValues) -> str:

@@ -151,7 +151,7 @@ def evaluate_snapshot(config: ConfigDict, workdir: Path, progress: Progress, out
     """
     began, step = time.monotonic(), progress.position.step
     reader = readers.open_reader(config)
-    store = open_store(config, reader, workdir)
+    store = open_store(config, reader, workdir, progress.inputs)
     learned = [name for name in reader.objects if name in progress.calibration]
     if not learned:
         raise UserError(

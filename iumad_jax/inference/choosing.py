@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from tabulate import tabulate
 from tqdm import tqdm
 
-from iumad_jax.data import readers
+from iumad_jax.data import plan
 from iumad_jax.data.prepared.store import PreparedSet, Store, open_store
 from iumad_jax.data.synthetic.defects import foreground_of, paste
 from iumad_jax.errors import UserError
@@ -56,7 +56,7 @@ def compare(folders: Sequence[Path], images: int, defects: int, seed: int) -> st
     rows = []
     for folder, config, progress in zip(folders, configs, progresses, strict=True):
         model = evaluation.load(config, progress)
-        store = open_store(config, readers.open_reader(config, progress.objects), folder)
+        store = open_store(config, plan.open_learned(config, folder, progress.objects), folder, progress.inputs)
         _check_calibration(store, progress.calibration)
         values: dict[Any, list[list[float]]] = {}
         for object_ in tqdm(progress.calibration, str(folder), unit="object", disable=None, leave=False):

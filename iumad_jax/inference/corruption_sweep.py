@@ -36,7 +36,7 @@ def measure(config: ConfigDict, workdir: Path, progress: Progress) -> str:
         UserError: If the dataset cannot be used or has no test images of a learned object.
     """
     reader = readers.open_reader(config)
-    store = open_store(config, reader, workdir)
+    store = open_store(config, reader, workdir, progress.inputs)
     learned = tuple(progress.calibration)
     tested = tuple(name for name in reader.objects if reader.ids(name, "test"))
     if not set(tested) & set(learned):

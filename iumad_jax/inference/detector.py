@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 
-from iumad_jax import config as configs
 from iumad_jax import methods
 from iumad_jax.data.prepared.processing import Processing
 from iumad_jax.data.sample import Camera, Sample
@@ -186,7 +185,7 @@ class Detector:
         return cls(
             tuple(progress.calibration),
             progress.position.step,
-            Processing(**inputs["processing"] | {"modalities": configs.modalities(config)}),
+            Processing.recorded(inputs),
             Camera(**inputs["camera"]) if inputs["camera"] else None,
             inputs["camera_width"],
             jax.jit(lambda state, images, specified_id: detect(method, rule, extractor, state, images, specified_id)),

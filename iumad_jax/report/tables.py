@@ -4,11 +4,12 @@ import html
 import itertools
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from tabulate import tabulate
 
 from iumad_jax.metrics import aggregate_forgetting, average_accuracy, final, forgetting, plasticity
@@ -71,6 +72,25 @@ _UNDEFINED = {
 def summarise(matrix: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Compute the figures of `SUMMARY` for every metric; NaN where undefined."""
     return {metric: {name: figure(rows) for name, figure in SUMMARY.items()} for metric, rows in matrix.items()}
+
+
+def effect(matrix: Float[np.ndarray, "steps objects"], steps: Sequence[Sequence[str]], step: int) -> str:
+    """Describe in one line what a step learned, and what it did to the objects learned before.
+
+    Args:
+        matrix: I-AUROC of every object after every step.
+        steps: Objects learned at each step.
+        step: Number of the step.
+    """
+    objects = list(itertools.chain.from_iterable(steps[: step + 1]))
+    old, row = len(objects) - len(steps[step]), matrix[step]
+    learned = ", ".join(f"{name} {_cell(value)}" for name, value in zip(objects[old:], row[old:], strict=False))
+    text = f"step {step}: learned {learned} (I-AUROC)"
+    changes = row[:old] - matrix[step - 1, :old]
+    if np.isfinite(changes).any():
+        largest = int(np.nanargmax(np.abs(changes)))
+        text += f"; largest change of another object: {objects[largest]} {changes[largest]:+.3f}"
+    return f"{text}; mean of all {_cell(final(matrix[: step + 1, : len(objects)]))}"
 
 
 def title(results: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ class Progress(NamedTuple):
     """Everything that is needed to resume a run or to load a detector."""
 
     position: Position
-    objects: tuple[str, ...]  # all objects of the run, numbered in the order of learning
+    objects: tuple[str, ...]  # objects of all steps begun so far, numbered in the order of learning
     variables: dict[str, Variables]  # by method, baselines included; `frozen` ones are not stored
     frozen: dict[str, str]  # SHA-256 of the frozen variables, by method that has any
     recognition: Variables  # statistics of `recognition.add_object`

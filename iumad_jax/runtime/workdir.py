@@ -33,7 +33,7 @@ def check(workdir: Path, config: ConfigDict) -> None:
 
 def content(workdir: Path) -> dict[str, str]:
     """Return the SHA-256, by path, of the existing files that a run resumes from: config, snapshots and results."""
-    patterns = (_NAME, "results.json", "snapshots/*/sha256.json", "snapshots_within_step/*/sha256.json")
+    patterns = (_NAME, "plan.json", "results.json", "snapshots/*/sha256.json", "snapshots_within_step/*/sha256.json")
     files = sorted(file for pattern in patterns for file in workdir.glob(pattern))
     return {str(file.relative_to(workdir)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 

@@ -1,18 +1,19 @@
 """Compares a dataset with the objects and images that a run has used."""
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from iumad_jax import protocol
 from iumad_jax.continual.strategy import Strategy
-from iumad_jax.data import readers
+from iumad_jax.data import plan, readers
 from iumad_jax.data.prepared import inventory
 from iumad_jax.data.prepared.inventory import Inventory, NameChanges
 from iumad_jax.data.prepared.store import Store, open_store
 from iumad_jax.errors import UserError
+from iumad_jax.protocol import Step
 from iumad_jax.runtime import live
 from iumad_jax.runtime.progress import Progress
 
@@ -25,20 +26,28 @@ class DatasetChanged(UserError):
         self.results = results  # content of results.json
 
 
-def compare_names(config: ConfigDict, noted: Inventory) -> NameChanges:
-    """Compare the names of the dataset's objects with those of a run.
+def compare_names(config: ConfigDict, noted: Inventory, steps: Sequence[Step]) -> list[NameChanges]:
+    """Compare the names of the objects of each of a run's datasets with those of the run.
 
-    New objects are reported only if the config selects all objects.
+    New objects are reported only in the dataset of the config, if it selects all objects.
     """
-    names = NameChanges.compare(noted, readers.available(config), lambda chosen: readers.open_reader(config, chosen))
-    return names if config.dataset.objects == "all" else names._replace(new=())
+    compared = []
+    for dataset, names in plan.datasets(config, steps):
+        recorded = {name: noted[name] for name in names if name in noted}
+        available = [name for name in readers.available(dataset) if name in recorded or name not in noted]
+        changes = NameChanges.compare(
+            recorded, available, lambda chosen, dataset=dataset: readers.open_reader(dataset, chosen)
+        )
+        is_own = dataset.dataset == config.dataset and config.dataset.objects == "all"
+        compared.append(changes if is_own else changes._replace(new=()))
+    return compared
 
 
 def check_images(
     noted: Inventory,
     store: Store,
     strategy: Strategy,
-    steps: tuple[protocol.Step, ...],
+    steps: tuple[Step, ...],
     progress: Progress,
     workdir: Path,
 ) -> None:
@@ -48,10 +57,10 @@ def check_images(
         UserError: If the run cannot continue because objects were exchanged, or because training images that it still
             needs were changed.
     """
-    if progress.objects != steps[-1].seen:
+    if progress.objects != steps[-1].seen[: len(progress.objects)]:
         raise UserError(
-            f"{workdir}: this run learns {', '.join(progress.objects)}, but {', '.join(steps[-1].seen)} are selected"
-            " now; select the same objects, or choose another --workdir."
+            f"{workdir}: this run has learned {', '.join(progress.objects)}, but its plan.json begins with"
+            f" {', '.join(steps[-1].seen)}; restore plan.json from a backup, or choose another --workdir."
         )
     if messages := inventory.exchange_messages(noted, store):
         raise UserError(" ".join(messages))
@@ -91,14 +100,17 @@ def describe_changes(config: ConfigDict, workdir: Path) -> str:
         return ""
     messages = []
     try:
-        names = compare_names(config, noted)
-        messages += names.missing_messages() + names.new_object_messages()
-        if present := [name for name in noted if name not in (*names.gone, *names.renamed)]:
-            store = open_store(config, readers.open_reader(config, present), workdir)
-            messages += inventory.exchange_messages(noted, store)
-            pairs = itertools.product(present, inventory.SPLIT_NAMES)
-            changes = (inventory.changed_images(noted, store, name, split) for name, split in pairs)
-            messages += [f"{change} since the run used them." for change in changes if change]
+        steps = plan.read(workdir)
+        for (dataset, names), found in zip(
+            plan.datasets(config, steps), compare_names(config, noted, steps), strict=True
+        ):
+            messages += found.missing_messages() + found.new_object_messages(workdir)
+            if present := [name for name in names if name in noted and name not in (*found.gone, *found.renamed)]:
+                store = open_store(dataset, readers.open_reader(dataset, present), workdir)
+                messages += inventory.exchange_messages({name: noted[name] for name in names}, store)
+                pairs = itertools.product(present, inventory.SPLIT_NAMES)
+                changes = (inventory.changed_images(noted, store, name, split) for name, split in pairs)
+                messages += [f"{change} since the run used them." for change in changes if change]
     except UserError as error:
         messages.append(str(error))
     return " ".join(messages)

@@ -10,10 +10,33 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from iumad_jax.data.batches import DeviceBatches
+from iumad_jax.data.batches import DeviceBatches, batch_indices, updates_per_epoch
+from iumad_jax.data.prepared.store import PreparedSet
+from iumad_jax.protocol import Step
 from iumad_jax.runtime import devices, memory
 from iumad_jax.training import nonfinite
 from iumad_jax.training.update import TrainState
+
+
+class Training(NamedTuple):
+    """Training input of a step."""
+
+    step: Step
+    objects: tuple[str, ...]
+    sets: list[PreparedSet]  # prepared training images, by object
+    images: int  # number of images
+    batch_size: int
+    seed: int  # determines the order of images
+
+    @property
+    def per_epoch(self) -> int:
+        """Number of updates per epoch."""
+        return updates_per_epoch(self.images, self.batch_size)
+
+    def names(self, update: int) -> list[str]:
+        """Return the names of an update's images."""
+        ids = [f"{name}/train/{i}" for name, images in zip(self.objects, self.sets, strict=True) for i in images.ids]
+        return [ids[row] for row in batch_indices(update, self.images, self.batch_size, self.seed)]
 
 
 class Epoch(NamedTuple):

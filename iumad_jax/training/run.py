@@ -12,15 +12,17 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from iumad_jax import continual, methods, protocol
+from iumad_jax import continual, methods
 from iumad_jax.continual.strategy import Strategy
-from iumad_jax.data import readers
+from iumad_jax.data import plan
 from iumad_jax.data.prepared import inventory
+from iumad_jax.data.prepared.processing import Processing
 from iumad_jax.data.prepared.store import Store, open_store
 from iumad_jax.errors import UserError
 from iumad_jax.inference import recognition
 from iumad_jax.inference.anomaly_map import make_rule
 from iumad_jax.methods.method import Method, tree_sha256, with_frozen
+from iumad_jax.protocol import Step
 from iumad_jax.runtime import live, preemption, processes
 from iumad_jax.runtime import workdir as workdirs
 from iumad_jax.runtime.ledger import Ledger
@@ -38,7 +40,7 @@ class Run:
 
     config: ConfigDict
     workdir: Path
-    steps: tuple[protocol.Step, ...]
+    steps: tuple[Step, ...]
     store: Store
     methods: dict[str, Method]  # by name: the config's method, then its baselines
     strategy: Strategy
@@ -90,40 +92,41 @@ def is_trained(config: ConfigDict, method: Method) -> bool:
     return method.loss is not None and config.train.epochs > 0
 
 
-def plan(config: ConfigDict, workdir: Path) -> tuple[protocol.Step, ...]:
-    """Plan the steps of a run over the objects that it began with, or those of the dataset if it is new.
+def check(config: ConfigDict, workdir: Path, steps: tuple[Step, ...]) -> None:
+    """Check a run before a dataset is rendered.
 
     Raises:
-        UserError: If the protocol does not fit the objects, the dataset no longer has an object of the run, or the
-            config names an unknown method, which is thus reported before a dataset is rendered.
+        UserError: If a dataset no longer has an object of the run, or the config names an unknown method.
     """
-    noted = inventory.read(workdir)
-    if messages := compare_names(config, noted).missing_messages():
-        raise UserError(" ".join(messages))
-    steps = protocol.steps(config.protocol, tuple(noted) or readers.objects(config))
+    for found in compare_names(config, inventory.read(workdir), steps):
+        if messages := found.missing_messages():
+            raise UserError(" ".join(messages))
     _build_methods(config)
-    return steps
 
 
-def start(
-    config: ConfigDict, workdir: Path, steps: tuple[protocol.Step, ...], stack: ExitStack
-) -> tuple[Run, Progress]:
+def start(config: ConfigDict, workdir: Path, steps: tuple[Step, ...], stack: ExitStack) -> tuple[Run, Progress]:
     """Set up a run and load the progress of its last snapshot; a new run begins with empty progress.
 
     Args:
         config: Config of the run.
         workdir: Workdir of the run.
-        steps: Steps from `plan`.
+        steps: Steps of the run, of which the first may be finished.
         stack: Releases the workdir and closes the run's files at the end.
 
     Raises:
         UserError: If the config, the dataset or the workdir is invalid.
     """
-    store, run_methods, strategy = _build(config, workdir, steps[-1].seen)
+    run_methods, strategy = _build_methods(config)
+    live.check(config.report.tensorboard)
+    store = open_store(config, plan.open_reader(config, steps), workdir)
     if processes.is_process_zero():
         stack.enter_context(workdirs.claimed(workdir, config))
+        plan.write(workdir, steps)
     snapshots = stack.enter_context(closing(Snapshots(workdir)))
-    progress = snapshots.latest() or _new_progress(config, run_methods, store)
+    if progress := snapshots.latest():
+        store = dataclasses.replace(store, processing=Processing.recorded(progress.inputs))
+    else:
+        progress = _new_progress(config, run_methods, store)
     progress = progress._replace(
         variables={
             name: with_frozen(name, method, progress.variables[name], progress.frozen.get(name))
@@ -133,9 +136,6 @@ def start(
     check_images(inventory.read(workdir), store, strategy, steps, progress, workdir)
     ledger = processes.on_process_zero(Ledger, workdir / "ledger.jsonl")
     ledger.truncate(*progress.ledger)
-    method, step_configs = run_methods[config.method], [step_config(config, index) for index in (0, 1)]
-    optimizers = {optimizer_name(method, train): step_optimizer(method, train) for train in step_configs}
-    make = functools.partial(make_update, method, strategy=strategy, debug_nans=config.debug.nans)
     run = Run(
         config=config,
         workdir=workdir,
@@ -143,8 +143,7 @@ def start(
         store=store,
         methods=run_methods,
         strategy=strategy,
-        optimizers=optimizers,
-        updates={name: make(optimizer) for name, optimizer in optimizers.items()},
+        **_optimization(config, run_methods[config.method], strategy),
         snapshots=snapshots,
         ledger=ledger,
         live=stack.enter_context(closing(processes.on_process_zero(Live, workdir, config.report.tensorboard))),
@@ -153,11 +152,20 @@ def start(
     return run, progress
 
 
-def _build(config: ConfigDict, workdir: Path, objects: tuple[str, ...]) -> tuple[Store, dict[str, Method], Strategy]:
-    """Build what the config selects. This reports invalid values before anything is written."""
-    run_methods, strategy = _build_methods(config)
-    live.check(config.report.tensorboard)
-    return open_store(config, readers.open_reader(config, objects), workdir), run_methods, strategy
+def for_step(run: Run, step: Step) -> Run:
+    """Return the run with the config of a step."""
+    if not step.changes:
+        return run
+    config = plan.changed_config(run.config, step.changes)
+    return dataclasses.replace(run, config=config, **_optimization(config, run.method, run.strategy))
+
+
+def _optimization(config: ConfigDict, method: Method, strategy: Strategy) -> dict[str, Any]:
+    """Build the optimisers and updates of `Run`."""
+    step_configs = [step_config(config, index) for index in (0, 1)]
+    optimizers = {optimizer_name(method, train): step_optimizer(method, train) for train in step_configs}
+    make = functools.partial(make_update, method, strategy=strategy, debug_nans=config.debug.nans)
+    return {"optimizers": optimizers, "updates": {name: make(optimizer) for name, optimizer in optimizers.items()}}
 
 
 def _build_methods(config: ConfigDict) -> tuple[dict[str, Method], Strategy]:
@@ -178,11 +186,9 @@ def _build_methods(config: ConfigDict) -> tuple[dict[str, Method], Strategy]:
 
 def _new_progress(config: ConfigDict, run_methods: dict[str, Method], store: Store) -> Progress:
     """Create the progress of a run that has learned nothing yet."""
-    objects = store.reader.objects
-    example = jax.tree.map(lambda array: array[:1], store.get(objects[0], "train").batch)
+    example = jax.tree.map(lambda array: array[:1], store.get(store.reader.objects[0], "train").batch)
     keys = jax.random.split(jax.random.key(config.seed), len(run_methods))
     return BEGINNING._replace(
-        objects=objects,
         variables={
             name: jax.jit(method.init)(key, example)
             for (name, method), key in zip(run_methods.items(), keys, strict=True)

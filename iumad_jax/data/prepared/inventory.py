@@ -50,9 +50,9 @@ def record_images(workdir: Path, store: Store, objects: Iterable[str], splits: S
         UserError: If the inventory cannot be written, or an image cannot be read.
     """
     reader = store.reader
-    inventory = read(workdir) or {
+    inventory = {
         name: {split: dict.fromkeys(reader.ids(name, split)) for split in SPLIT_NAMES} for name in reader.objects
-    }
+    } | read(workdir)
     for name in objects:
         for split in splits:
             inventory[name][split] = {**store.digests(name, split)}
@@ -99,13 +99,13 @@ class NameChanges(NamedTuple):
             ),
         ]
 
-    def new_object_messages(self) -> list[str]:
+    def new_object_messages(self, workdir: Path) -> list[str]:
         """Describe the objects that the run does not have, in a single sentence; empty if there are none."""
         if not self.new:
             return []
         return [
-            f"The dataset also holds {_shortened(self.new)}, added after this run began and not learned by it; start a"
-            " run in another --workdir to learn all objects."
+            f"The dataset also holds {_shortened(self.new)}, added after this run began and not learned by it; learn"
+            f" all of it with python -m iumad_jax.learn --workdir={workdir}, or start a run in another --workdir."
         ]
 
 

@@ -1,6 +1,8 @@
 """Conversion of a dataset sample into the arrays that the backbone, the metrics and the figures use."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -46,6 +48,12 @@ class Processing:
             reader.object_height,
             reader.normals_window,
         )
+
+    @classmethod
+    def recorded(cls, inputs: Mapping[str, Any]) -> "Processing":
+        """Return the processing that `Store.describe` recorded."""
+        processing = inputs["processing"]
+        return cls(**processing | {"modalities": tuple(processing["modalities"])})
 
     @property
     def height_scale(self) -> float:

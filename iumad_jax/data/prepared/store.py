@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -34,6 +34,7 @@ from iumad_jax.data.prepared import copies, records
 from iumad_jax.data.prepared.copies import PreparedSplit
 from iumad_jax.data.prepared.processing import Processing
 from iumad_jax.data.prepared.records import Image, Manifest, Values
+from iumad_jax.data.readers.joined import reader_of
 from iumad_jax.data.sample import Reader, Sample
 from iumad_jax.errors import UserError
 from iumad_jax.models import pretrained
@@ -188,11 +189,11 @@ class Store:
         return PreparedSet(Batch(features, images, object_id), truth, defects, ids)
 
     def _folder_of(self, object_: str, split: PreparedSplit) -> Path:
-        content = [FORMAT, self._settings()]
+        content = [FORMAT, self._settings(object_)]
         return self.folder / f"{object_}-{split}-{records.digest(content)[:16]}"
 
-    def _settings(self) -> Any:
-        return [self.settings, dataclasses.asdict(self.processing), str(self.reader)]
+    def _settings(self, object_: str) -> Any:
+        return [self.settings, dataclasses.asdict(self.processing), str(reader_of(self.reader, object_))]
 
     def _array_names(self, split: PreparedSplit) -> tuple[str, ...]:
         """Return the names of the stored arrays; training images have no ground truth."""
@@ -258,7 +259,7 @@ class Store:
                     bar.update(len(chunk))
             manifest = Manifest(
                 format=FORMAT,
-                settings=self._settings(),
+                settings=self._settings(object_),
                 rows=target.name,
                 images=[finished[index] for index in range(len(images))],
             )
@@ -392,8 +393,15 @@ def _features(extractor: FeatureExtractor, weights: Variables, images: Float[Arr
     return features
 
 
-def open_store(config: ConfigDict, reader: Reader, workdir: Path) -> Store:
-    """Open the store of images prepared for the config's backbone, with the weights loaded."""
+def open_store(config: ConfigDict, reader: Reader, workdir: Path, inputs: Mapping[str, Any] | None = None) -> Store:
+    """Open the store of images prepared for the config's backbone, with the weights loaded.
+
+    Args:
+        config: Config of a run.
+        reader: Reader of the images.
+        workdir: Workdir of the run.
+        inputs: How the run has prepared images so far, see `Store.describe`; None derives it from the reader.
+    """
     extractor = FeatureExtractor(config.backbone.name, config.backbone.grid, config.backbone.levels)
     weights = pretrained.load(config.backbone.name, config.backbone.weights)
     digest = hashlib.sha256()
@@ -402,7 +410,7 @@ def open_store(config: ConfigDict, reader: Reader, workdir: Path) -> Store:
     return Store(
         folder=Path(config.dataset.prepared or workdir / "prepared"),
         reader=reader,
-        processing=Processing.of(config, reader),
+        processing=Processing.recorded(inputs) if inputs else Processing.of(config, reader),
         encoder=partial(_features, extractor, jax.device_put(weights)),
         settings={**config.backbone, "weights": digest.hexdigest()},
     )

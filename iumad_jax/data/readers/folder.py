@@ -37,8 +37,8 @@ class Folder:
             planes flat but changes lengths along them.
         object_height: Height above the background plane, in metres, from which a pixel belongs to the object (0.005).
         height_range: Height in metres that the `height` encoding spans (0.1).
-        normals_window: Window of the normals in pixels; by default the median of `depth.choose_window` over the
-            objects' first training images.
+        normals_window: Window of the normals in pixels; by default the result of `depth.choose_window` for the first
+            object, so that objects that come later do not change it.
 
     Args:
         root: Folder with one subfolder per object.
@@ -62,8 +62,8 @@ class Folder:
                 self._index(name, ("depth",) if needs_depth else ())
         self.object_height: float = self._settings["object_height"]
         self.height_range: float = self._settings["height_range"]
-        windows = [self._window(name) for name in self.objects]
-        self.normals_window: int = self._settings.get("normals_window") or sorted(windows)[len(windows) // 2]
+        first, *_ = [self._window(name) for name in self.objects]
+        self.normals_window: int = self._settings.get("normals_window") or first
 
     def __repr__(self) -> str:
         return f"Folder({str(self.root)!r})"

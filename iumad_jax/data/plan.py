@@ -1,0 +1,142 @@
+"""The plan of a run, stored as `plan.json` in the workdir: its steps so far, which grow when new objects come."""
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from iumad_jax import protocol
+from iumad_jax.data import readers
+from iumad_jax.data.readers.joined import Joined
+from iumad_jax.data.sample import Reader
+from iumad_jax.errors import UserError
+from iumad_jax.protocol import Step
+from iumad_jax.runtime.storage import write_whole
+
+_NAME = "plan.json"
+
+
+def read(workdir: Path) -> tuple[Step, ...]:
+    """Read the steps planned so far; none if no run has begun in the workdir.
+
+    Raises:
+        UserError: If the file is damaged or cannot be read.
+    """
+    file = workdir / _NAME
+    try:
+        steps: tuple[Step, ...] = ()
+        for entry in json.loads(file.read_bytes()):
+            learned = tuple(entry["learned"])
+            if not learned or not all(isinstance(name, str) for name in learned):
+                raise ValueError("a step learns nothing")
+            steps += (protocol.next_step(steps, learned, dict(entry["changes"])),)
+        return steps
+    except (FileNotFoundError, NotADirectoryError):
+        return ()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{file} is not the plan of a run ({error}); restore it from a backup, or choose another --workdir."
+        ) from error
+
+
+def write(workdir: Path, steps: Sequence[Step]) -> None:
+    """Write the plan.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    content = [{"learned": step.learned, "changes": dict(step.changes)} for step in steps]
+    write_whole(workdir / _NAME, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def current(config: ConfigDict, workdir: Path) -> tuple[Step, ...]:
+    """Return the steps of a run: those planned so far, and with the protocol "open" one for each new object.
+
+    Raises:
+        UserError: If the plan cannot be read, or a new run's dataset or protocol is invalid.
+    """
+    steps = read(workdir)
+    if not steps:
+        return protocol.steps(config.protocol, readers.objects(config))
+    if config.protocol != protocol.OPEN or config.dataset.objects != "all" or not Path(config.dataset.root).is_dir():
+        return steps
+    return _with_objects(steps, [name for name in readers.available(config) if name not in steps[-1].seen], {})
+
+
+def with_new(
+    config: ConfigDict, workdir: Path, names: str, changes: Mapping[str, Any], finished: int
+) -> tuple[Step, ...]:
+    """Add one step for each new object to the plan of a run.
+
+    Args:
+        config: Config of the run.
+        workdir: Workdir of the run.
+        names: "all" for all objects that the run has not learned, or names separated by commas.
+        changes: Keys under `dataset` and `train` with other values than the run's, for these steps.
+        finished: Number of finished steps. Objects of planned steps that are not finished are continued with.
+
+    Raises:
+        UserError: If an object is learned already or does not exist, none is new, an unfinished step has other changes,
+            or the plan cannot be read.
+    """
+    steps = read(workdir)
+    changed = changed_config(config, changes)
+    changed.dataset.objects = names
+    learned = set(itertools.chain.from_iterable(step.learned for step in steps[:finished]))
+    selected = readers.objects(changed)
+    known = [name for name in selected if name in learned]
+    if known and (names != "all" or len(known) == len(selected)):
+        raise UserError(
+            f"{workdir} has learned {', '.join(known)} already; add the images of a new object to"
+            f" {changed.dataset.root}, or name their folder with --config.dataset.root."
+        )
+    for step in steps[finished:]:
+        if set(step.learned) & set(selected) and step.changes != changes:
+            keys = " ".join(f"--config.{key}={value}" for key, value in step.changes.items()) or "without changed keys"
+            raise UserError(f"{workdir} has begun to learn {', '.join(step.learned)} {keys}; finish it so first.")
+    return _with_objects(steps, [name for name in selected if name not in steps[-1].seen], changes)
+
+
+def _with_objects(steps: tuple[Step, ...], names: Sequence[str], changes: Mapping[str, Any]) -> tuple[Step, ...]:
+    for name in names:
+        steps += (protocol.next_step(steps, (name,), changes),)
+    return steps
+
+
+def changed_config(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """Return a copy of a config with other values of some keys."""
+    copy = config.copy_and_resolve_references()
+    copy.update_from_flattened_dict(dict(changes))
+    return copy
+
+
+def datasets(config: ConfigDict, steps: Sequence[Step]) -> list[tuple[ConfigDict, tuple[str, ...]]]:
+    """List the configs of the datasets of all steps, each with the objects that were learned from it."""
+
+    def dataset_changes(step: Step) -> dict[str, Any]:
+        return {key: value for key, value in step.changes.items() if key.startswith("dataset.")}
+
+    groups = itertools.groupby(steps, dataset_changes)
+    return [(changed_config(config, changes), sum((step.learned for step in group), ())) for changes, group in groups]
+
+
+def open_reader(config: ConfigDict, steps: Sequence[Step]) -> Reader:
+    """Open the reader of all objects of a run, in the order of learning.
+
+    Raises:
+        UserError: As `readers.open_reader`.
+    """
+    opened = [readers.open_reader(dataset, names) for dataset, names in datasets(config, steps)]
+    return opened[0] if len(opened) == 1 else Joined(opened)
+
+
+def open_learned(config: ConfigDict, workdir: Path, objects: Sequence[str]) -> Reader:
+    """Open the reader of the objects that a run has learned so far, in the order of learning.
+
+    Raises:
+        UserError: As `read` and `readers.open_reader`.
+    """
+    return open_reader(config, [step for step in read(workdir) if set(step.learned) <= set(objects)])
