@@ -52,7 +52,7 @@ def run(config: ConfigDict, workdir: Path, steps: tuple[Step, ...] = ()) -> dict
     processes.check_same(lambda: {"config": config.to_dict(), "workdir": workdirs.content(workdir)})
     configs.check(config)
     workdirs.check(workdir, config)
-    steps = steps or plan.current(config, workdir)
+    chosen, steps = bool(steps), steps or plan.current(config, workdir)
     finished = result_files.read(workdir)
     nothing_to_do = finished is not None and all((workdir / name).exists() for name in _RESULTS)
     if not nothing_to_do or len(finished["steps"]) < len(steps):
@@ -64,7 +64,7 @@ def run(config: ConfigDict, workdir: Path, steps: tuple[Step, ...] = ()) -> dict
             elif processes.is_process_zero():
                 resources.enter_context(workdirs.claimed(workdir, config))
             finished = write_results(config, workdir, seconds)
-    if finished and (changes := describe_changes(config, workdir)):
+    if finished and (changes := describe_changes(config, workdir, new_objects=not chosen)):
         raise DatasetChanged(f"{workdir}: the run is finished, but its dataset has changed since. {changes}", finished)
     if nothing_to_do:
         print(f"{workdir}: this run is finished.")

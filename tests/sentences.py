@@ -148,9 +148,12 @@ CANDIES_NUMBER_OUT_OF_RANGE = "{key} is {found}; choose a whole number from {lea
 CANDIES_MISSING = "no candies dataset"
 DATASET_CHANGED = "{}: the run is finished, but its dataset has changed since."
 OBJECTS_NEW = (
-    "The dataset also holds {}, added after this run began and not learned by it; start a run in another --workdir to"
-    " learn all objects."
+    "The dataset also holds {}, added after this run began and not learned by it; learn all of it with"
+    " python -m iumad_jax.learn --workdir=run, or start a run in another --workdir."
 )
+OBJECTS_LEARNED_ALREADY = "{workdir} has learned {objects} already; add the images of a new object to {root}, or name"
+STEP_BEGUN_OTHERWISE = "{workdir} has begun to learn {object} {keys}; finish it so first."
+PLAN_DAMAGED = "{} is not the plan of a run"
 OBJECTS_NEW_PART = "The dataset also holds {}"
 OBJECT_RENAMED = "{known} was renamed to {found}; rename it back to {known}, its name in this run."
 OBJECT_RENAMED_PART = "{known} was renamed to {found}; "
@@ -174,7 +177,7 @@ THRESHOLDS_DEPEND_ON_IMAGES = (
 )
 DATASET_MISSING = "{} no longer exists, so changes of the dataset cannot be detected."
 DATASET_MISSING_PART = "{} no longer exists"
-OBJECTS_CHOSEN_DIFFER = "this run learns {learned}, but {chosen} are selected now"
+PLAN_DIFFERS = "this run has learned {learned}, but its plan.json begins with {planned}"
 INVENTORY_DAMAGED = "{} is not a dataset inventory"
 IMAGES_BLACK = "{count} of {object}'s {all} training images are black ({which}); check them."
 IMAGES_SATURATED = "{count} of {object}'s {all} training images are saturated ({which}); check them."
@@ -249,7 +252,10 @@ TRAINING_STOPPED = (
 )
 STEP_BEGINS = "step {step}: learning {objects} from {images} images"
 STEP_BEGINS_PART = "step {}: learning"
-STEP_EVALUATED = "step {step}: mean I-AUROC {mean} over the objects learned so far"
+STEP_EVALUATED = "step {step}: learned {learned} (I-AUROC); mean of all {mean}"
+STEP_EVALUATED_WITH_OTHERS = (
+    "step {step}: learned {learned} (I-AUROC); largest change of another object: {change}; mean of all {mean}"
+)
 EPOCH_DONE = "step {step}: epoch {epoch} of {epochs}, loss {loss}, {rate} images/s, {minutes} min left"
 EPOCH_PART = ": epoch "
 BATCHES_OF_ONE = "step {}: batches of 1, because there are only 1 training images"

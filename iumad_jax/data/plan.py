@@ -28,7 +28,7 @@ def read(workdir: Path) -> tuple[Step, ...]:
     file = workdir / _NAME
     try:
         steps: tuple[Step, ...] = ()
-        for entry in json.loads(file.read_bytes()):
+        for entry in list(json.loads(file.read_bytes())) or [{}]:
             learned = tuple(entry["learned"])
             if not learned or not all(isinstance(name, str) for name in learned):
                 raise ValueError("a step learns nothing")

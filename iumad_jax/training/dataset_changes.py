@@ -86,10 +86,11 @@ def check_images(
         live.log(f"{change}; {consequence}.")
 
 
-def describe_changes(config: ConfigDict, workdir: Path) -> str:
+def describe_changes(config: ConfigDict, workdir: Path, new_objects: bool = True) -> str:
     """Describe how the dataset differs from what a finished run has used.
 
-    A missing dataset cannot be compared, which is logged and not counted as a change.
+    A missing dataset cannot be compared, which is logged and not counted as a change. Objects that the run has not
+    learned count only if `new_objects` is True.
 
     Returns:
         One sentence per change; "" if nothing has changed.
@@ -104,7 +105,7 @@ def describe_changes(config: ConfigDict, workdir: Path) -> str:
         for (dataset, names), found in zip(
             plan.datasets(config, steps), compare_names(config, noted, steps), strict=True
         ):
-            messages += found.missing_messages() + found.new_object_messages(workdir)
+            messages += found.missing_messages() + (found.new_object_messages(workdir) if new_objects else [])
             if present := [name for name in names if name in noted and name not in (*found.gone, *found.renamed)]:
                 store = open_store(dataset, readers.open_reader(dataset, present), workdir)
                 messages += inventory.exchange_messages({name: noted[name] for name in names}, store)

@@ -262,16 +262,22 @@ def test_a_finished_run_reports_renamed_objects(home):
         run()
 
 
-def test_without_an_inventory_the_objects_of_the_snapshot_are_required(home):
+def test_without_a_plan_the_objects_of_the_snapshot_are_required(home):
     stop_after_step(0)
-    (home / "run/dataset.json").unlink()
+    (home / "run/plan.json").unlink()
     add_object(home / "objects", "anchor", 2)
     ledger = (home / "run/ledger.jsonl").read_bytes()
-    with pytest.raises(
-        UserError, match=sentences.OBJECTS_CHOSEN_DIFFER.format(learned="bolt, nut", chosen="anchor, bolt, nut")
-    ):
+    with pytest.raises(UserError, match=sentences.PLAN_DIFFERS.format(learned="bolt", planned="anchor, bolt, nut")):
         run()
     assert (home / "run/ledger.jsonl").read_bytes() == ledger
+
+
+def test_a_damaged_plan_is_refused(home):
+    stop_after_step(0)
+    for content in (b"", b"{}", b"[3]", b'[{"learned": [], "changes": {}}]', b'[{"learned": [1], "changes": {}}]'):
+        (home / "run/plan.json").write_bytes(content)
+        with pytest.raises(UserError, match=sentences.PLAN_DAMAGED.format(r"run/plan\.json")):
+            run()
 
 
 def test_a_damaged_inventory_is_refused(home):

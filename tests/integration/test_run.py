@@ -181,13 +181,18 @@ def test_tables_and_pictures_are_written(finished_run):
 
 def test_without_a_terminal_progress_is_printed_as_plain_lines(finished_run):
     workdir, _ = finished_run
-    means = [np.nanmean(np.array(row, float)) for row in results_of(workdir)["matrix"]["i_auroc"]]
+    matrix = np.array(results_of(workdir)["matrix"]["i_auroc"], float)
     lines = workdir.with_name("stderr").read_text().split("\n")
     assert [line for line in lines if sentences.EPOCH_PART not in line] == [  # printed every half a minute
         sentences.STEP_BEGINS.format(step=0, objects="CandyCane", images=5),
-        sentences.STEP_EVALUATED.format(step=0, mean=f"{means[0]:.3f}"),
+        sentences.STEP_EVALUATED.format(step=0, learned=f"CandyCane {matrix[0, 0]:.3f}", mean=f"{matrix[0, 0]:.3f}"),
         sentences.STEP_BEGINS.format(step=1, objects="GummyBear", images=5),
-        sentences.STEP_EVALUATED.format(step=1, mean=f"{means[1]:.3f}"),
+        sentences.STEP_EVALUATED_WITH_OTHERS.format(
+            step=1,
+            learned=f"GummyBear {matrix[1, 1]:.3f}",
+            change=f"CandyCane {matrix[1, 0] - matrix[0, 0]:+.3f}",
+            mean=f"{matrix[1].mean():.3f}",
+        ),
         "",
     ]
 

@@ -1,0 +1,195 @@
+"""Objects that come after a run is finished."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from iumad_jax import Detector, experiment, learn
+from iumad_jax.config import small
+from iumad_jax.errors import USER_ERROR
+from iumad_jax.runtime import snapshots
+from iumad_jax.runtime.ledger import read
+from tests import sentences
+from tests.integration.conftest import SMALL
+from tests.integration.test_dataset_changes import add_object, files
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
+KEYS = SMALL | {
+    "dataset.name": "folder",
+    "dataset.root": "objects",
+    "modality": "rgb",
+    "baselines": "gaussian,memory_bank",
+    "continual.replay.rank": 2,
+    "continual.replay.image_size": 8,
+    "train.epochs": 1,
+}
+
+
+def run(workdir="run", protocol="open", **changes):
+    config = small(protocol)
+    config.update_from_flattened_dict(KEYS | changes)
+    return experiment.run(config, Path(workdir))
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Learn in this process, and return the exit code, standard output and standard error."""
+
+    def run_command(*flags):
+        monkeypatch.setattr(sys, "argv", arguments := ["learn", "--workdir=run", *flags])  # ml_collections reads it
+        code = learn.main(arguments)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run_command
+
+
+def add(*names, root="objects"):
+    for name in names:
+        add_object(Path(root), name, seed=("anchor", "bolt", "nut", "washer").index(name))
+
+
+def same_snapshots(first, second, step):
+    """Compare all arrays and thresholds of two runs after a step, bit for bit."""
+    one, other = (snapshots.read(Path(workdir), step) for workdir in (first, second))
+    for field in ("variables", "strategy_state", "recognition", "scales", "calibration"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(one, field), getattr(other, field))
+    assert (one.objects, one.inputs) == (other.objects, other.inputs)
+
+
+@pytest.mark.parametrize(("method", "strategy"), [("ib_iumad", "replay"), ("uniad", "finetune"), ("iuf", "iuf")])
+def test_an_object_that_comes_later_is_learned_as_if_it_had_been_there(tmp_path, monkeypatch, method, strategy):
+    """The baselines are compared with it."""
+    monkeypatch.chdir(tmp_path)
+    changes = {"method": method, "continual.strategy": strategy}
+    add("bolt", "nut")
+    run(**changes)
+    add("washer")
+    later = run(**changes)
+    at_once = run("at_once", **changes)
+    assert Path("run/ledger.jsonl").read_bytes() == Path("at_once/ledger.jsonl").read_bytes()
+    assert later["steps"] == at_once["steps"] == [["bolt"], ["nut"], ["washer"]]
+    for step in range(3):
+        same_snapshots("run", "at_once", step)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, compile_quickly):
+    """Create a closed run of bolt and nut, and the images of washer in another folder."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        add("bolt", "nut")
+        run(protocol="2-0", method="memory_bank", baselines="")
+        add("washer", root="later")
+    return home
+
+
+@pytest.fixture
+def home(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "home")
+    monkeypatch.chdir(tmp_path / "home")
+
+
+@pytest.mark.usefixtures("home")
+def test_a_closed_run_learns_objects_from_another_folder(command):
+    add("anchor")
+    before = files(Path("run/snapshots/0"))
+    code, out, _ = command("--config.dataset.root=later", "--config.train.epochs=3")
+    assert (code, command()[0]) == (0, 0)  # the second learns all of the run's own dataset: anchor
+    matrix = np.array(json.loads(Path("run/results.json").read_text())["matrix"]["i_auroc"], float)
+    changes = matrix[1, :2] - matrix[0, :2]
+    largest = int(np.argmax(np.abs(changes)))
+    assert out.splitlines()[0] == sentences.STEP_EVALUATED_WITH_OTHERS.format(
+        step=1,
+        learned=f"washer {matrix[1, 2]:.3f}",
+        change=f"{('bolt', 'nut')[largest]} {changes[largest]:+.3f}",
+        mean=f"{matrix[1, :3].mean():.3f}",
+    )
+    steps = [event for event in read(Path("run/ledger.jsonl")) if event["event"] == "step"]
+    assert [step["learned"] for step in steps] == [["bolt", "nut"], ["washer"], ["anchor"]]
+    assert [step["changes"] for step in steps] == [{}, {"dataset.root": "later", "train.epochs": 3}, {}]
+    assert files(Path("run/snapshots/0")) == before
+    detector = Detector.load("run")
+    assert detector.objects == ("bolt", "nut", "washer", "anchor")
+    for name, root in (("bolt", "objects"), ("washer", "later"), ("anchor", "objects")):
+        assert recognised(detector, Path(root) / name) == name
+
+
+def recognised(detector, folder):
+    from PIL import Image
+
+    with Image.open(folder / "train/good/rgb/000.png") as image:
+        return str(detector(np.asarray(image.convert("RGB"))).object)
+
+
+@pytest.mark.usefixtures("home")
+def test_learning_an_object_changes_nothing_of_the_others_bank(command):
+    before = snapshots.read(Path("run")).variables["memory_bank"]["by_object"]
+    assert command("--config.dataset.root=later")[0] == 0
+    after = snapshots.read(Path("run")).variables["memory_bank"]["by_object"]
+    jax.tree.map(np.testing.assert_array_equal, before, after[:2])
+    assert len(after) == 3
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ([], sentences.OBJECTS_LEARNED_ALREADY.format(workdir="run", objects="bolt, nut", root="objects")),
+        (["--objects=nut"], sentences.OBJECTS_LEARNED_ALREADY.format(workdir="run", objects="nut", root="objects")),
+        (["--objects=screw"], 'config.dataset.objects names "screw"; choose all or any of bolt, nut.'),
+        (["--config.dataset.root=nowhere"], "config.dataset.root is nowhere, which is not a folder"),
+        (["--config.model.width=16"], "--config.model.width is fixed by training"),
+    ],
+)
+def test_a_mistake_is_told_and_changes_nothing(command, flags, sentence):
+    before = files(Path("run"))
+    code, _, err = command(*flags)
+    assert code == USER_ERROR
+    assert sentence in err
+    assert files(Path("run")) == before
+
+
+def test_a_process_killed_while_learning_resumes_to_the_same_result(tmp_path, monkeypatch):
+    """It is killed after the added step has begun, and again after its training."""
+    monkeypatch.chdir(tmp_path)
+    add("bolt")
+    run(method="uniad", baselines="")
+    shutil.copytree("run", "other")
+    add("nut", root="later")
+    command = [sys.executable, "-m", "iumad_jax.learn", "--config.dataset.root=later", "--config.train.epochs=3"]
+    ledger = Path("run/ledger.jsonl")
+    before = len(ledger.read_bytes().splitlines())
+    for events in (1, 4):
+        process = subprocess.Popen([*command, "--workdir=run"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while process.poll() is None and len(ledger.read_bytes().splitlines()) < before + events:
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    for workdir in ("run", "other"):
+        out = subprocess.run([*command, f"--workdir={workdir}"], check=True, capture_output=True).stdout
+        assert b"step 1: learned nut" in out
+    assert ledger.read_bytes() == Path("other/ledger.jsonl").read_bytes()
+    same_snapshots("run", "other", 1)
+
+
+@pytest.mark.usefixtures("home")
+def test_a_begun_step_is_finished_as_it_began(command):
+    plan = json.loads(Path("run/plan.json").read_text())
+    begun = {"learned": ["washer"], "changes": {"dataset.root": "later", "train.epochs": 3}}
+    Path("run/plan.json").write_text(json.dumps([*plan, begun]))
+    code, _, err = command("--config.dataset.root=later")
+    assert code == USER_ERROR
+    keys = "--config.dataset.root=later --config.train.epochs=3"
+    assert sentences.STEP_BEGUN_OTHERWISE.format(workdir="run", object="washer", keys=keys) in err
+    assert command(*keys.split())[0] == 0
+    assert json.loads(Path("run/results.json").read_text())["steps"] == [["bolt", "nut"], ["washer"]]
