@@ -6,11 +6,12 @@ import pytest
 
 from iumad_jax import methods
 from iumad_jax.config import small
-from iumad_jax.shapes import Batch
+from iumad_jax.shapes import BY_OBJECT, Batch
+from tests.methods.reference import grown_variables
 
 pytestmark = pytest.mark.slow
 
-CHANNELS, TOKENS, SIZE = 6, 16, 16
+CHANNELS, TOKENS, SIZE = 6, 64, 16
 
 
 def images(object_id, count=4):
@@ -29,7 +30,7 @@ def test_error_maps_of_old_objects_stay(name):
     config.modality = "rgb"
     config.model.update(width=8, heads=2, layers=1, hidden=12, class_grid=8, states=2, patch_size=4)
     method, key = methods.build(name, config), jax.random.key(1)
-    variables, predict, maps = jax.jit(method.init)(key, images(0)), jax.jit(method.predict), {}
+    variables, predict, maps = grown_variables(method, images(0), 0) | {BY_OBJECT: ()}, jax.jit(method.predict), {}
     for objects in range(1, 10):
         variables = method.grow(variables, objects, key)
         variables = method.observe(variables, images(objects - 1), objects - 1)
