@@ -54,9 +54,9 @@ def run(config: ConfigDict, workdir: Path, steps: tuple[Step, ...] = ()) -> dict
     workdirs.check(workdir, config)
     chosen, steps = bool(steps), steps or plan.current(config, workdir)
     finished = result_files.read(workdir)
-    nothing_to_do = finished is not None and all((workdir / name).exists() for name in _RESULTS)
-    if not nothing_to_do or len(finished["steps"]) < len(steps):
-        nothing_to_do = False
+    written = all((workdir / name).exists() for name in _RESULTS)
+    nothing_to_do = finished is not None and written and len(finished["steps"]) == len(steps)
+    if not nothing_to_do:
         with ExitStack() as resources:
             seconds = finished_seconds(workdir, steps)  # removed results are rewritten without training
             if seconds is None:

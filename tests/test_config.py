@@ -60,10 +60,10 @@ def test_every_config_can_be_run(file):
     assert {key: type(value) for key, value in flat(config).items()} == types
     assert protocol.steps(config.protocol, OBJECTS)
     for name in (config.method, "feature_norm", "memory_bank"):
-        methods.build(name, config, len(OBJECTS))
+        methods.build(name, config)
     learning_rates(config.train, 10)
     make_optimizer(config.train)
-    continual.build(config, methods.build(config.method, config, len(OBJECTS)), len(OBJECTS))
+    continual.build(config, methods.build(config.method, config))
     assert module.get_config("1-1").protocol == "1-1"
 
 

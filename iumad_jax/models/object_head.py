@@ -1,5 +1,7 @@
 """Classification head that grows by the objects that a run learns."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,15 +41,14 @@ def grow_heads(variables: Variables, objects: int, key: jax.Array) -> Variables:
         kernel, bias = (np.asarray(params[*head, name]) for name in ("kernel", "bias"))
         missing = max(capacity(objects) - len(bias), 0)
         kernel, bias = np.pad(kernel, ((0, 0), (0, missing))), np.pad(bias, (0, missing))
-        new = slice(int(statistics[*head, "objects"]), objects)
-        kernel[:, new] = _initial_weights(head_key, *kernel.shape)[:, new]
+        for number in range(int(statistics[*head, "objects"]), objects):
+            kernel[:, number] = _initial_weights(head_key, number, len(kernel))
         params |= {(*head, "kernel"): kernel, (*head, "bias"): bias}
         statistics[*head, "objects"] = np.int32(objects)
     return variables | {"params": unflatten_dict(params), "statistics": unflatten_dict(statistics)}
 
 
-def _initial_weights(key: jax.Array, width: int, objects: int) -> Float[np.ndarray, "d k"]:
-    """Draw the weights of each object from its own key, in blocks, so that they do not depend on how many there are."""
-    initial = jax.vmap(lambda number: nn.initializers.lecun_normal()(jax.random.fold_in(key, number), (width, 1))[:, 0])
-    blocks = np.arange(objects).reshape(-1, capacity(0))
-    return np.concatenate([np.asarray(initial(numbers)).T for numbers in blocks], axis=1)
+@functools.partial(jax.jit, static_argnums=2)
+def _initial_weights(key: jax.Array, number: int | Array, width: int) -> Float[Array, " d"]:
+    """Draw the weights of one object."""
+    return nn.initializers.lecun_normal()(jax.random.fold_in(key, number), (width, 1))[:, 0]

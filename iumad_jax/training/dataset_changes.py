@@ -1,5 +1,6 @@
 """Compares a dataset with the objects and images that a run has used."""
 
+import functools
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,9 +36,7 @@ def compare_names(config: ConfigDict, noted: Inventory, steps: Sequence[Step]) -
     for dataset, names in plan.datasets(config, steps):
         recorded = {name: noted[name] for name in names if name in noted}
         available = [name for name in readers.available(dataset) if name in recorded or name not in noted]
-        changes = NameChanges.compare(
-            recorded, available, lambda chosen, dataset=dataset: readers.open_reader(dataset, chosen)
-        )
+        changes = NameChanges.compare(recorded, available, functools.partial(readers.open_reader, dataset))
         is_own = dataset.dataset == config.dataset and config.dataset.objects == "all"
         compared.append(changes if is_own else changes._replace(new=()))
     return compared

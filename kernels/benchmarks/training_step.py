@@ -98,7 +98,7 @@ def compile_update(config: ConfigDict) -> Update:
     shapes = jax.eval_shape(method.init, jax.random.key(0), batch)
     variables = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
     noise = jax.tree.map(lambda leaf: 0.05 * rng.standard_normal(leaf.shape, np.float32), shapes["params"])
-    variables["params"] = noise
+    variables = method.grow(variables | {"params": noise}, OBJECTS, jax.random.key(0))
     state = devices.replicate(initial_state(variables, optimizer, 0, []))
     key, rates = jax.random.key(1), np.zeros(1, np.float32)
     device_batches = on_devices(batch)

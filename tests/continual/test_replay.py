@@ -70,7 +70,7 @@ def test_more_directions_than_images_are_zero():
 @pytest.fixture
 def strategy_state(method, variables, images):
     """Return the state with the first two of three objects, within a step that learns the third."""
-    strategy, strategy_state = replay(settings(), method, objects=3), {}
+    strategy, strategy_state = replay(settings(), method), {}
     for object_ in (0, 1):
         strategy_state = strategy.finish(strategy_state, variables, images(25, object_), object_)
     return jax.tree.map(jnp.asarray, strategy.begin(strategy_state, variables, images(1, 2), 1))
@@ -91,8 +91,22 @@ def test_samples_have_the_statistics_of_learned_objects(strategy_state, images):
             assert 0.3 < (np.asarray(samples).std(0) / spread).mean() <= 1.05  # three of many directions
 
 
+def test_learned_objects_alone_are_drawn_and_a_program_serves_a_block_of_them(method, variables, images):
+    strategy, between, programs = replay(settings(), method), {}, []
+    draw, loss = jax.jit(jax.vmap(draw_sample, (None, 0))), jax.jit(strategy.loss)
+    batch, keys = images(4, object_=9), jax.random.split(jax.random.key(0), 200)
+    for object_ in range(9):
+        between = strategy.finish(between, variables, images(5, object_), object_)
+        within = strategy.begin(between, variables, batch, object_ + 1)
+        _, drawn = draw(within, keys)
+        assert set(np.unique(drawn)) == set(range(object_ + 1))
+        loss(within, variables, batch, keys[:4])
+        programs.append((draw._cache_size(), loss._cache_size()))
+    assert programs == [(1, 1)] * 8 + [(2, 2)]
+
+
 def test_the_state_does_not_grow_with_images(method, variables, images):
-    strategy = replay(settings(), method, objects=3)
+    strategy = replay(settings(), method)
     few, many = (strategy.finish({}, variables, images(count), 0) for count in (5, 50))
     assert jax.tree.map(np.shape, few) == jax.tree.map(np.shape, many)
     per_object = 2 * (1 + 3) * (3 * 5 + 2 * 2 * 3)  # bytes x (mean and directions) x (features and coarse image)
@@ -107,7 +121,7 @@ def test_a_sample_is_added_for_every_image(method, variables, images, strategy_s
         shapes.append(jax.tree.map(np.shape, batch))
         return method.loss(variables, batch, keys)
 
-    strategy = replay(settings(), method.__class__(method.init, None, recording), objects=3)
+    strategy = replay(settings(), method.__class__(method.init, None, recording))
     batch, keys = images(4, object_=2), jax.random.split(jax.random.key(0), 4)
     (total, *_), after = strategy.loss(strategy_state, variables, batch, keys)
     assert shapes[-1].features["rgb"] == (8, 3, 5)
@@ -135,7 +149,7 @@ def test_replay_prevents_the_forgetting_of_finetuning(method, variables, images)
             state, _ = update(state, single_update(batch), jax.random.key(0), np.float32([0.02]))
         return devices.unreplicate(state).variables
 
-    strategy = replay(settings(rank=8), method, objects=2)
+    strategy = replay(settings(rank=8), method)
     base = trained(strategy, variables, old, {})
     strategy_state = strategy.begin(strategy.finish({}, base, old, 0), base, new, 1)
     replayed = trained(strategy, base, new, strategy_state)

@@ -38,7 +38,7 @@ def two_steps(name, method, images):
         The losses, the weights, and the state within and after the last step.
     """
     config = config_for(name)
-    strategy = continual.build(config, method, objects=2)
+    strategy = continual.build(config, method)
     optimizer = make_optimizer(config.train)
     update = make_update(method, optimizer, strategy)
     variables = jax.tree.map(np.asarray, method.init(jax.random.key(0), images(8)))
@@ -82,7 +82,7 @@ def test_four_devices_train_like_one(tmp_path, method, skewed_images):
 
 def test_only_joint_trains_on_images_of_earlier_steps(method):
     for name in STRATEGIES:
-        strategy = continual.build(config_for(name), method, objects=5)
+        strategy = continual.build(config_for(name), method)
         objects = [strategy.objects(step) for step in steps("3-1", ("a", "b", "c", "d", "e"))]
         if name == "joint":
             assert objects == [("a", "b", "c"), ("a", "b", "c", "d"), ("a", "b", "c", "d", "e")]
@@ -94,7 +94,7 @@ def test_unknown_strategy_is_refused(method):
     with pytest.raises(
         UserError, match=re.escape(sentences.UNKNOWN_STRATEGY.format(found="ewc", known="finetune, iuf, replay, joint"))
     ):
-        continual.build(config_for("ewc"), method, objects=2)
+        continual.build(config_for("ewc"), method)
 
 
 def test_later_steps_use_their_own_optimiser():

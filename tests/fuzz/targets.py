@@ -100,8 +100,8 @@ def config(folder: Path) -> Target:
             configs.check(config)
             objects = readers.objects(config)
             protocol.steps(config.protocol, objects)
-            method = methods.with_baselines(config, len(objects))[config.method]
-            continual.build(config, method, len(objects))
+            method = methods.with_baselines(config)[config.method]
+            continual.build(config, method)
             for step in (0, 1):
                 make_optimizer(step_config(config, step))
             learning_rates(config.train, updates_per_epoch=1)
@@ -185,7 +185,7 @@ def workdir(folder: Path) -> Target:
         match name:
             case "config.json":
                 read_config = workdirs.read(folder)
-                methods.with_baselines(read_config, 2)
+                methods.with_baselines(read_config)
                 workdirs.check(folder, config)
             case "dataset.json":
                 inventory.NameChanges.compare(

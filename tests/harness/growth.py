@@ -47,6 +47,7 @@ def _format_bytes(value: float) -> str:
 def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]:
     """Return the number of bytes of everything that is stored, by name."""
     import jax
+    from flax.traverse_util import flatten_dict, unflatten_dict
 
     from iumad_jax import config as configs
     from iumad_jax import methods
@@ -54,7 +55,7 @@ def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]
     from iumad_jax.models.backbone import FeatureExtractor
     from iumad_jax.report.tables import METRICS
     from iumad_jax.runtime.storage import as_json
-    from iumad_jax.shapes import MAP_SIZE, Batch, Prediction
+    from iumad_jax.shapes import MAP_SIZE, Batch, Prediction, capacity
     from iumad_jax.training.optimization import make_optimizer
 
     def size(tree: Any) -> float:
@@ -75,9 +76,14 @@ def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]
     )
     truth = MAP_SIZE**2 * (3 * np.dtype(bool).itemsize + 3 + np.dtype(np.float32).itemsize)
 
-    variants = methods.with_baselines(config, objects)
+    variants = methods.with_baselines(config)
     method = variants[config.method]
-    variables = jax.eval_shape(method.init, jax.random.key(0), image)
+    initial = jax.eval_shape(method.init, jax.random.key(0), image)
+    statistics, params = flatten_dict(initial["statistics"]), flatten_dict(initial["params"])
+    heads = {path: array for path, array in params.items() if (*path[:-1], "objects") in statistics}
+    params |= {path: shaped((*array.shape[:-1], capacity(objects)), array.dtype) for path, array in heads.items()}
+    variables = initial | {"params": unflatten_dict(params)}
+    room = sum(map(capacity, range(1, objects + 1)))  # of the heads in all snapshots
     optimizer = jax.eval_shape(make_optimizer(config.train).init, variables["params"])
     activations = jax.tree.leaves(jax.eval_shape(method.activations, variables, image))
     replayed = len(modalities) * (grid**2 * channels + 3 * config.continual.replay.image_size**2) * 2
@@ -101,6 +107,7 @@ def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]
         "state of iuf": sum(4.0 * leaf.shape[-1] ** 2 for leaf in activations),
         "state of replay": objects * (config.continual.replay.rank + 1.0) * replayed,
         "patches of memory_bank": objects * bank,
+        "Gaussians of gaussian": 4.0 * objects * len(modalities) * channels * (channels + 1),
         "statistics of recognition": float(recognition.sum()),
         "distances of a test set to all objects": 4.0 * test * objects * len(modalities) * channels,
         "every metric of every object after every step": 8.0 * numbers * objects**2,
@@ -108,7 +115,7 @@ def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]
     }
     return sizes | {
         "weights and optimiser, on every device": sizes[f"weights of {config.method}"] + size(optimizer),
-        "all snapshots, of the weights": objects * size(variables),
+        "all snapshots, of the weights": objects * (size(initial) - size(heads)) + room * size(heads) / capacity(0),
         "all snapshots, of memory_bank": objects * bank,
         "ledger": len(variants) * pairs * (len(json.dumps(event)) + 1) + pairs * len(decision),
     }

@@ -204,6 +204,7 @@ def _waiting(config: Any, batch: Any, objects: int, epochs: int) -> Iterator[Row
     optimizer = make_optimizer(config.train)
     update = make_update(method, optimizer)
     variables = jax.jit(method.init)(jax.random.key(0), jax.tree.map(lambda array: array[:1], batch))
+    variables = method.grow(variables, objects, jax.random.key(0))
     per_epoch = batches.updates_per_epoch(len(batch.object_id), config.train.batch_size)
     for name, resident in {"streamed": "never", "resident": "always"}.items():
         waits: list[float] = []

@@ -67,6 +67,7 @@ def _measure(values: flags.FlagValues) -> str:
     batch = Batch(dict.fromkeys(modalities, features), dict.fromkeys(modalities, images), objects)
     method, optimizer = methods.build(config.method, config), make_optimizer(config.train)
     variables = jax.jit(method.init)(jax.random.key(0), jax.tree.map(lambda array: array[:1], batch))
+    variables = method.grow(variables, _OBJECTS, jax.random.key(0))
     round_ends: list[float] = []
     copying: list[float] = []  # seconds per snapshot
     updates = 0

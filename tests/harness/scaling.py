@@ -104,7 +104,8 @@ def _measure(values: flags.FlagValues) -> tuple[str, int, float]:
     )
     method, optimizer = methods.build(config.method, config), make_optimizer(config.train)
     update, device_batches = make_update(method, optimizer), single_update(batch)
-    state = devices.replicate(initial_state(jax.jit(method.init)(jax.random.key(0), batch), optimizer, 0, []))
+    variables = method.grow(jax.jit(method.init)(jax.random.key(0), batch), _OBJECTS, jax.random.key(0))
+    state = devices.replicate(initial_state(variables, optimizer, 0, []))
     durations: list[float] = []
     start = time.perf_counter()
     while not durations or time.perf_counter() - start < values.seconds:

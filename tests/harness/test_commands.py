@@ -3,12 +3,16 @@
 import re
 import sys
 
+import jax
+import numpy as np
 import pytest
 
-from iumad_jax import experiment, latency
+from iumad_jax import experiment, latency, methods
 from iumad_jax.config import small
 from iumad_jax.data import candies
 from iumad_jax.export import timing
+from iumad_jax.models.backbone import FeatureExtractor
+from iumad_jax.shapes import Batch
 from tests import sentences
 from tests.harness import growth, input_pipeline, metrics, saving, scaling
 
@@ -61,6 +65,27 @@ def test_growth(flags, run):
     out = run(growth.main, *flags, "--objects=1,2")
     assert sentences.GROWTH_OF_OBJECTS.format(2) in out
     assert re.search(sentences.GROWTH_OF_WEIGHTS.format(system="uniad", number=r"[\d.]+"), out, re.MULTILINE)
+
+
+def test_weights_of_all_steps():
+    """With all heads, they are as large as those of a method that learns object after object."""
+    config = small("1-0")
+    config.update_from_flattened_dict(KEYS | {"method": "ib_iumad", "model.patch_size": 16, "model.states": 2})
+    method = methods.build(config.method, config)
+    extractor = FeatureExtractor(config.backbone.name, config.backbone.grid, config.backbone.levels)
+    image = np.zeros((1, 64, 64, 3), np.float32)
+    features = jax.eval_shape(extractor.init_with_output, jax.random.key(0), image)[0]
+    tokens = np.zeros((1, 8**2, features.shape[-1]), np.float32)
+    batch = Batch({"rgb": tokens}, {"rgb": image}, np.zeros(1, np.int32))
+    shapes = jax.eval_shape(method.init, jax.random.key(0), batch)
+    variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    steps = []
+    for objects in range(1, 18):
+        variables = method.grow(variables, objects, jax.random.key(0))
+        steps.append(sum(array.nbytes for array in jax.tree.leaves(variables)))
+    sizes = growth._sizes(config, 17, 1, 1)
+    assert sizes["weights of ib_iumad"] == steps[-1] > steps[0]
+    assert sizes["all snapshots, of the weights"] == sum(steps)
 
 
 def test_devices(flags, run):

@@ -11,6 +11,7 @@ from iumad_jax.methods.ib_iumad import ib_iumad
 from iumad_jax.models.reconstruction import ReconstructionTransformer
 from iumad_jax.shapes import Batch
 from tests import sentences
+from tests.methods.reference import grown_variables
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +33,7 @@ def build(modalities=BOTH, **changes):
     model.update(width=WIDTH, heads=2, layers=1, hidden=12, patch_size=4, states=2, dropout=0.0, target="both")
     model.jitter.probability = 0.0
     model.update_from_flattened_dict(changes)
-    return ib_iumad(model, modalities, OBJECTS)
+    return ib_iumad(model, modalities)
 
 
 def random_batch(modalities=BOTH, images=2, seed=0):
@@ -45,9 +46,7 @@ def random_batch(modalities=BOTH, images=2, seed=0):
 
 
 def variables_for(method, batch):
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda key: method.init(key, batch), jax.random.key(0))
-    return jax.tree.map(lambda p: (0.4 * rng.standard_normal(p.shape)).astype(np.float32), shapes)
+    return grown_variables(method, batch, OBJECTS)
 
 
 def keys_for(batch):

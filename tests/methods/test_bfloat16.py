@@ -21,7 +21,7 @@ def build(name, dtype):
     config = small("2-1")
     config.method, config.model.dtype = name, dtype
     config.model.update(width=16, heads=2, hidden=24, class_grid=8, states=4, dropout=0.1)
-    return methods.build(name, config, OBJECTS)
+    return methods.build(name, config)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,8 @@ def name(request):
 @pytest.fixture(scope="module")
 def variables(name, batch):
     method, rng = build(name, "float32"), np.random.default_rng(1)
-    variables = method.observe(jax.jit(method.init)(jax.random.key(0), batch), batch, 0)
+    variables = method.grow(jax.jit(method.init)(jax.random.key(0), batch), OBJECTS, jax.random.key(0))
+    variables = method.observe(variables, batch, 0)
     noise = jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape, np.float32), variables["params"])
     return variables | {"params": noise}
 

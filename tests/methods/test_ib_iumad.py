@@ -16,7 +16,7 @@ from iumad_jax.models.fusion import Fused, InformationBottleneckFusion
 from iumad_jax.models.mamba import MambaDecoder
 from iumad_jax.models.reconstruction import ReconstructionTransformer
 from iumad_jax.shapes import Batch
-from tests.methods.reference import map_from
+from tests.methods.reference import grown_variables, map_from
 
 pytestmark = pytest.mark.slow
 
@@ -55,35 +55,36 @@ def keys_for(batch, seed=0):
 
 
 def variables_for(config, modalities=BOTH):
-    """Return random variables, in which biases and scales differ from their initial 0 and 1."""
-    rng = np.random.default_rng(0)
-    batch = random_batch(modalities)
-    shapes = jax.eval_shape(lambda key: ib_iumad(config, modalities, OBJECTS).init(key, batch), jax.random.key(0))
-    return jax.tree.map(lambda p: (0.4 * rng.standard_normal(p.shape)).astype(np.float32), shapes)
+    return grown_variables(ib_iumad(config, modalities), random_batch(modalities), OBJECTS)
 
 
 def loss_of(config, modalities=BOTH):
-    return jax.jit(ib_iumad(config, modalities, OBJECTS).loss)
+    return jax.jit(ib_iumad(config, modalities).loss)
 
 
 def predict_of(config, modalities=BOTH):
-    return jax.jit(ib_iumad(config, modalities, OBJECTS).predict)
+    return jax.jit(ib_iumad(config, modalities).predict)
 
 
 @jax.jit
 def branch(decoder_params, transformer_params, image, tokens):
-    """Return the logits of the object and the reconstruction for one modality of one image."""
-    decoder = MambaDecoder(OBJECTS, GRID, WIDTH, patch_size=4, blocks=1, states=2)
-    condition, logits = decoder.apply({"params": decoder_params}, image)
+    """Return the logits of the learned objects and the reconstruction for one modality of one image."""
+    decoder = MambaDecoder(GRID, WIDTH, patch_size=4, blocks=1, states=2)
+    condition, logits = decoder.apply({"params": decoder_params, "statistics": {"head": {"objects": OBJECTS}}}, image)
     transformer = ReconstructionTransformer(GRID, WIDTH, heads=2, layers=1, hidden=12)
     outputs = transformer.apply({"params": transformer_params}, tokens, condition, deterministic=True)
-    return logits, outputs[-1]
+    return logits[:OBJECTS], outputs[-1]
 
 
 @jax.jit
 def fuse(params, reconstructions):
-    fusion = InformationBottleneckFusion(params["expand"]["bias"].size, OBJECTS, heads=2)
-    return fusion.apply({"params": params}, *reconstructions, deterministic=True)
+    """Fuse reconstructions, and return the logits of the learned objects."""
+    fusion = InformationBottleneckFusion(params["expand"]["bias"].size, heads=2)
+    statistics = {name: {"objects": OBJECTS} for name in ("fused_head", "compressed_head")}
+    fused = fusion.apply({"params": params, "statistics": statistics}, *reconstructions, deterministic=True)
+    return fused._replace(
+        fused_logits=fused.fused_logits[:OBJECTS], compressed_logits=fused.compressed_logits[:OBJECTS]
+    )
 
 
 def log_softmax(x):
@@ -147,9 +148,9 @@ def test_losses_maps_and_logits(modalities, target, compared):
     assert set(prediction.maps) == set(compared)
     for m, parts in zip(compared, np.split(np.array(errors), len(compared), axis=-1), strict=True):
         np.testing.assert_allclose(prediction.maps[m], map_from(np.linalg.norm(parts, axis=-1)), rtol=1e-3)
-    np.testing.assert_allclose(
-        nn.softmax(prediction.object_logits), nn.softmax(np.array(object_logits)), rtol=1e-3, atol=1e-5
-    )
+    probabilities = np.asarray(nn.softmax(prediction.object_logits))
+    np.testing.assert_allclose(probabilities[:, :OBJECTS], nn.softmax(np.array(object_logits)), rtol=1e-3, atol=1e-5)
+    np.testing.assert_array_equal(probabilities[:, OBJECTS:], 0)
 
 
 def test_kl_trains_the_compressed_head_only():
@@ -211,7 +212,7 @@ def test_jitter_has_the_probability_of_the_config():
 def test_reconstruction_gets_jitter_in_training_only():
     """In training, the two transformers get independent noise; otherwise they get the unchanged features."""
     config = tiny(**{"jitter.probability": 1.0})
-    batch, params = random_batch(), variables_for(config)["params"]
+    batch, variables = random_batch(), variables_for(config)
     features = batch.features["rgb"][0]
 
     def transformer_inputs(deterministic):
@@ -225,8 +226,8 @@ def test_reconstruction_gets_jitter_in_training_only():
         @jax.jit
         def run():
             with nn.intercept_methods(record):
-                Network(config, BOTH, OBJECTS).apply(
-                    {"params": params},
+                Network(config, BOTH).apply(
+                    variables,
                     dict.fromkeys(BOTH, features),
                     {m: batch.images[m][0] for m in BOTH},
                     deterministic=deterministic,
@@ -259,12 +260,12 @@ def test_target_is_not_jittered():
 @pytest.fixture(scope="module")
 def parts():
     """Return a function from the tokens and images of both modalities to the output of every part of the network."""
-    params = variables_for(tiny())["params"]
+    variables = variables_for(tiny())
 
     @jax.jit
     def part_outputs(tokens, images):
-        _, state = Network(tiny(), BOTH, OBJECTS).apply(
-            {"params": params},
+        _, state = Network(tiny(), BOTH).apply(
+            variables,
             tokens,
             images,
             deterministic=True,
@@ -320,7 +321,7 @@ def test_one_modality_has_one_branch_and_no_fusion(modality):
 def gradients(config, modalities):
     """Return {path of a parameter: {loss term: largest absolute derivative}}."""
     batch, variables = random_batch(modalities), variables_for(config, modalities)
-    loss = ib_iumad(config, modalities, OBJECTS).loss
+    loss = ib_iumad(config, modalities).loss
 
     @jax.jit
     def largest_derivatives(params):
@@ -364,10 +365,10 @@ def test_gradients_reach_every_parameter_that_they_should(modalities, layers, de
 def test_standardise_uses_the_base_steps_statistics():
     """Loss and map are those of z-scored features, both as input and as target."""
     config, modalities = tiny(standardise=True), ("rgb",)
-    method = ib_iumad(config, modalities, OBJECTS)
+    method = ib_iumad(config, modalities)
     first, second, later = (random_batch(modalities, images=3, seed=seed) for seed in range(3))
-    params = variables_for(config, modalities)["params"]
-    variables = {"params": params, "statistics": jax.jit(method.init)(jax.random.key(0), first)["statistics"]}
+    variables = variables_for(config, modalities)
+    params = variables["params"]
     for batch, step in [(first, 0), (second, 0), (later, 1)]:
         variables = method.observe(variables, batch, step)
 
@@ -384,6 +385,6 @@ def test_standardise_uses_the_base_steps_statistics():
 
 
 def test_without_standardise_nothing_is_observed():
-    method, batch = ib_iumad(tiny(), BOTH, OBJECTS), random_batch()
+    method, batch = ib_iumad(tiny(), BOTH), random_batch()
     variables = {"params": {}, "statistics": {}}
     assert method.observe(variables, batch, 0) == variables

@@ -20,14 +20,14 @@ def test_unknown_modality_is_refused(modality):
     config = paper("10-0")
     config.modality = modality
     with pytest.raises(UserError, match=r"config\.modality"):
-        build("ib_iumad", config, 10)
+        build("ib_iumad", config)
 
 
 def test_unknown_method_is_refused():
     with pytest.raises(
         UserError, match=sentences.UNKNOWN_METHOD.format(found="patchcore", known="ib_iumad, uniad, iuf, feature")
     ):
-        build("patchcore", paper("10-0"), 10)
+        build("patchcore", paper("10-0"))
 
 
 @pytest.mark.parametrize("target", ["", "fused", "rgb+depth"])
@@ -35,9 +35,9 @@ def test_unknown_target_is_refused(target):
     config = paper("10-0")
     config.model.target = target
     with pytest.raises(UserError, match=r"config\.model\.target"):
-        build("ib_iumad", config, 10)
+        build("ib_iumad", config)
 
 
 @pytest.mark.parametrize(("name", "trained"), [("ib_iumad", True), ("feature_norm", False), ("memory_bank", False)])
 def test_only_the_baselines_have_no_loss(name, trained):
-    assert (build(name, paper("10-0"), 10).loss is not None) == trained
+    assert (build(name, paper("10-0")).loss is not None) == trained

@@ -10,7 +10,7 @@ from iumad_jax.methods.uniad import uniad
 from iumad_jax.models.class_network import ClassNetwork, identity_statistics
 from iumad_jax.models.reconstruction import ReconstructionTransformer
 from iumad_jax.shapes import Batch
-from tests.methods.reference import map_from
+from tests.methods.reference import grown_variables, map_from
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +37,7 @@ def tiny(**changes):
 
 def build(name, modalities, **changes):
     config = tiny(**changes)
-    return uniad(config, modalities) if name == "uniad" else iuf(config, modalities, OBJECTS)
+    return uniad(config, modalities) if name == "uniad" else iuf(config, modalities)
 
 
 def random_batch(name, modalities, images=2, seed=0):
@@ -51,10 +51,7 @@ def random_batch(name, modalities, images=2, seed=0):
 
 def variables_for(method, batch):
     """Return random parameters, also for biases and scales, and statistics of the batch."""
-    rng = np.random.default_rng(0)
-    variables = jax.jit(method.init)(jax.random.key(0), batch)
-    params = jax.tree.map(lambda p: (0.4 * rng.standard_normal(p.shape)).astype(np.float32), variables["params"])
-    return method.observe({"params": params, "statistics": variables["statistics"]}, batch, 0)
+    return method.observe(grown_variables(method, batch, OBJECTS), batch, 0)
 
 
 def keys_for(batch):
@@ -62,12 +59,13 @@ def keys_for(batch):
 
 
 def branch(name, variables, m, tokens, image):
-    """Return the rebuilt tokens of one modality of one image, and the logits of the object."""
+    """Return the rebuilt tokens of one modality of one image, and the logits of the learned objects."""
     params, condition, logits = variables["params"], None, None
     if name == "iuf":
-        network = ClassNetwork(OBJECTS, GRIDS[name], WIDTH, blocks=1, side=SIDE)
+        network = ClassNetwork(GRIDS[name], WIDTH, blocks=1, side=SIDE)
         class_variables = {"params": params[f"class_{m}"], "statistics": variables["statistics"][f"class_{m}"]}
         condition, logits = network.apply(class_variables, image)
+        logits = logits[:OBJECTS]
     transformer = ReconstructionTransformer(
         GRIDS[name], WIDTH, heads=2, layers=1, hidden=12, hide_neighbours=name == "uniad"
     )
@@ -114,7 +112,8 @@ def test_losses_and_maps(name, modalities):
     if name == "uniad":
         assert prediction.object_logits is None
     else:
-        np.testing.assert_allclose(prediction.object_logits, object_logits, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(prediction.object_logits[:, :OBJECTS], object_logits, rtol=1e-3, atol=1e-3)
+        np.testing.assert_array_equal(np.exp(prediction.object_logits[:, OBJECTS:]), 0)
 
 
 @pytest.mark.parametrize("detached", [True, False])

@@ -3,8 +3,12 @@
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 
-from iumad_jax.models.fusion import InformationBottleneckFusion
+from iumad_jax.models.fusion import Fused, InformationBottleneckFusion
+
+OBJECTS = 3
+STATISTICS = {head: {"objects": OBJECTS} for head in ("fused_head", "compressed_head")}
 
 
 def fuse(naive, p, reconstructions):
@@ -15,7 +19,7 @@ def fuse(naive, p, reconstructions):
         reconstructions = [a_r, a_d]
     fused = naive.dense(p["fuse"], np.concatenate(reconstructions, axis=1))
     compressed = naive.dense(p["expand"], np.maximum(naive.dense(p["squeeze"], fused), 0))
-    return (
+    return Fused(
         fused,
         compressed,
         naive.dense(p["fused_head"], fused.mean(0)),
@@ -27,20 +31,25 @@ def fuse(naive, p, reconstructions):
 def test_fusion(naive, modalities):
     rng = np.random.default_rng(0)
     reconstructions = list(rng.standard_normal((modalities, 6, 8)).astype(np.float32))
-    network = InformationBottleneckFusion(features=9, objects=3, heads=2)
+    network = InformationBottleneckFusion(features=9, heads=2)
     params, exact = naive.parameters(network, *reconstructions, deterministic=True)
-    fused = jax.jit(lambda p: network.apply({"params": p}, *reconstructions, deterministic=True))(params)
+    variables = {"params": params, "statistics": STATISTICS}
+    fused = jax.jit(lambda v: network.apply(v, *reconstructions, deterministic=True))(variables)
     expected = fuse(naive, exact, [r.astype(np.float64) for r in reconstructions])
-    for actual, reference in zip(fused, expected, strict=True):
-        np.testing.assert_allclose(actual, reference, rtol=1e-4, atol=1e-4)
+    for name in ("fused", "compressed"):
+        np.testing.assert_allclose(getattr(fused, name), getattr(expected, name), rtol=1e-4, atol=1e-4)
+        logits, reference = (getattr(output, f"{name}_logits") for output in (fused, expected))
+        np.testing.assert_allclose(logits[:OBJECTS], reference[:OBJECTS], rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(nn.softmax(logits)[OBJECTS:], 0)
     assert exact["squeeze"]["kernel"].shape == (9, 6)  # two thirds
 
 
 def test_bottleneck_is_dropped_out(naive):
     """With dropout 1, F_g is the bias of the last layer, and F_fu does not change."""
     reconstruction = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32)
-    network = InformationBottleneckFusion(features=9, objects=3, dropout=1.0)
+    network = InformationBottleneckFusion(features=9, dropout=1.0)
     params, exact = naive.parameters(network, reconstruction, deterministic=True)
-    fused = network.apply({"params": params}, reconstruction, deterministic=False, rngs={"dropout": jax.random.key(0)})
+    variables, rngs = {"params": params, "statistics": STATISTICS}, {"dropout": jax.random.key(0)}
+    fused = network.apply(variables, reconstruction, deterministic=False, rngs=rngs)
     np.testing.assert_allclose(fused.fused, naive.dense(exact["fuse"], reconstruction), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(fused.compressed, np.broadcast_to(exact["expand"]["bias"], (6, 9)), rtol=1e-6)

@@ -21,6 +21,7 @@ from iumad_jax.models.mamba import (
     patches,
     split_by_parity,
 )
+from iumad_jax.models.object_head import grow_heads
 
 
 def sigmoid(x):
@@ -172,10 +173,10 @@ def test_pooling_averages_the_pixels_that_each_token_covers(h, w, g):
 
 @pytest.mark.slow
 def test_decoder(naive):
-    decoder = MambaDecoder(objects=3, grid=3, width=6, patch_size=4, blocks=2, states=2)
+    decoder = MambaDecoder(grid=3, width=6, patch_size=4, blocks=2, states=2)
     image = np.random.default_rng(0).integers(0, 256, (20, 20, 3)).astype(np.float32)
     params, p = naive.parameters(decoder, image)
-    condition, logits = jax.jit(decoder.apply)({"params": params}, image)
+    condition, logits = jax.jit(decoder.apply)({"params": params, "statistics": {"head": {"objects": 3}}}, image)
 
     scaled = image.astype(np.float64) / 127.5 - 1
     patches = scaled.reshape(5, 4, 5, 4, 3).transpose(0, 2, 1, 3, 4).reshape(5, 5, 48)
@@ -185,28 +186,30 @@ def test_decoder(naive):
         x = mamba_block(naive, p[f"block_{i}"], x)
         np.testing.assert_allclose(condition[i], pool(x, 3), rtol=1e-3, atol=1e-3)
     hidden = np.maximum(naive.dense(p["head_hidden"], x.mean((0, 1))), 0)
-    np.testing.assert_allclose(logits, naive.dense(p["head"], hidden), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(logits[:3], naive.dense(p["head"], hidden)[:3], rtol=1e-3, atol=1e-3)
+    np.testing.assert_array_equal(jax.nn.softmax(logits)[3:], 0)
 
 
 @pytest.mark.parametrize(("size", "patch_size", "grid"), [(224, 4, 14), (224, 8, 14), (224, 16, 14), (448, 8, 28)])
 def test_decoder_fits_the_papers_sizes(size, patch_size, grid):
-    decoder = MambaDecoder(objects=10, grid=grid, patch_size=patch_size)
+    decoder = MambaDecoder(grid=grid, patch_size=patch_size)
     image = jax.ShapeDtypeStruct((size, size, 3), jnp.float32)
     (condition, logits), _ = jax.eval_shape(decoder.init_with_output, jax.random.key(0), image)
     assert [c.shape for c in condition] == [(grid * grid, 256)] * 4
-    assert logits.shape == (10,)
+    assert logits.shape == (8,)  # before any object is learned
 
 
 def test_decoder_with_the_gpus_kernels(monkeypatch):
     """Interpreted GPU kernels under vmap give the same logits and gradients."""
     if not hasattr(mosaic_gpu, "InterpretGPUParams"):
         pytest.skip(f"jax {jax.__version__} does not export the Mosaic interpreter, InterpretGPUParams")
-    decoder = MambaDecoder(objects=2, grid=2, width=4, patch_size=4, blocks=1, states=2)
+    decoder = MambaDecoder(grid=2, width=4, patch_size=4, blocks=1, states=2)
     images = 50 * random(2, 12, 12, 3)
-    params = decoder.init(jax.random.key(0), images[0])
+    variables = grow_heads(decoder.init(jax.random.key(0), images[0]), 2, jax.random.key(0))
+    params = variables["params"]
 
     def logits(params):
-        return jax.vmap(lambda image: decoder.apply(params, image)[1])(images)
+        return jax.vmap(lambda image: decoder.apply(variables | {"params": params}, image)[1])(images)
 
     def logits_and_gradients(params):
         outputs, vjp = jax.vjp(logits, params)

@@ -61,8 +61,9 @@ def three_updates():
         {"rgb": rng.integers(0, 256, (8, 16, 16, 3)).astype(np.float32)},
         np.arange(8, dtype=np.int32) % 3,
     )
-    method, optimizer = ib_iumad(config.model, ("rgb",), objects=3), make_optimizer(config.train)
-    variables = jax.tree.map(np.asarray, jax.jit(method.init)(jax.random.key(0), batch))
+    method, optimizer = ib_iumad(config.model, ("rgb",)), make_optimizer(config.train)
+    variables = method.grow(jax.jit(method.init)(jax.random.key(0), batch), 3, jax.random.key(0))
+    variables = jax.tree.map(np.asarray, variables)
     state = initial_state(variables, optimizer, 0, [])
     shifted = [single_update(jax.tree.map(lambda a, shift=shift: np.roll(a, shift, 0), batch)) for shift in range(3)]
     stream = (device_batches for device_batches in shifted)
@@ -111,7 +112,7 @@ def small_training(strategy, batch_size):
     build = {
         "finetune": lambda: None,
         "iuf": lambda: iuf(config.continual, method),
-        "replay": lambda: replay(config.continual.replay, method, objects=2),
+        "replay": lambda: replay(config.continual.replay, method),
     }
     strategy, optimizer = build[strategy](), make_optimizer(config.train)
     variables = jax.tree.map(np.asarray, jax.jit(method.init)(jax.random.key(0), images))

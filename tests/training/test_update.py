@@ -135,7 +135,7 @@ def test_which_parameters_decay():
         {m: np.zeros((1, 16, 16, 3), np.float32) for m in ("rgb", "depth")},
         np.zeros(1, np.int32),
     )
-    shapes = jax.eval_shape(lambda key: ib_iumad(config, ("rgb", "depth"), 3).init(key, batch), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: ib_iumad(config, ("rgb", "depth")).init(key, batch), jax.random.key(0))
     optimizer = make_optimizer(settings())
 
     @jax.jit
