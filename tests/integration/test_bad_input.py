@@ -156,7 +156,9 @@ def test_wrong_values_are_refused_before_the_workdir_is_created(root, tmp_path, 
 
 def test_unknown_names_are_refused_before_a_dataset_is_rendered(tmp_path):
     sentence = refused(tmp_path, "--config.baselines=patchcore", config=CONFIG.with_name("quickstart.py"))
-    assert sentence.startswith(sentences.UNKNOWN_BASELINE.format(found="patchcore", known="feature_norm,gaussian,memory")[:-1])
+    assert sentence.startswith(
+        sentences.UNKNOWN_BASELINE.format(found="patchcore", known="feature_norm,gaussian,memory")[:-1]
+    )
     assert not list(tmp_path.iterdir())
 
 
