@@ -68,10 +68,7 @@ def group(embeddings: Float[np.ndarray, "n c"], threshold: float) -> list[list[i
 
 
 def write(
-    detector: Detector,
-    images: Sequence[InputImage],
-    embeddings: Float[np.ndarray, "n c"],
-    folder: Path,
+    detector: Detector, images: Sequence[InputImage], embeddings: Float[np.ndarray, "n c"], folder: Path
 ) -> list[Group]:
     """Group unknown images and write each group as an object to learn.
 
@@ -95,9 +92,8 @@ def write(
         good = folder / name / "train" / "good"
         for number, image in enumerate(members):
             _copy_image(detector, image, good, f"{number:03}_{image.name.replace('/', '_')}")
-        panels = [
-            _panel(f"{number:03}", members[number]) for number in range(0, len(members), -(-len(members) // _SHOWN))
-        ]
+        shown = np.linspace(0, len(members) - 1, min(len(members), _SHOWN), dtype=int)
+        panels = [_panel(f"{number:03}", members[number]) for number in shown]
         contact_sheet.save(picture, f"{name}: {len(panels)} of {len(members)} unknown images", panels)
     if has_depth:
         settings = _settings(detector, images[0])
