@@ -6,7 +6,9 @@
 run's dataset are predicted, or of the dataset that --config.dataset.KEY=VALUE names.
 
 The decision is good, anomalous or unknown. Unknown means that the image is farther from its object than the threshold,
-so it probably shows an object that was never learned. The probability of the object assumes a learned one.
+so it probably shows an object that was never learned. The probability of the object assumes a learned one. Unknown
+images are grouped by likeness. Every group becomes a picture and a folder of copies of its images, which the printed
+command learns as a new object, once a person has looked at them and removed those with defects.
 
 Results are predictions.csv, predictions.json, masks and heatmaps. Images that cannot be read are reported and skipped;
 the exit code is then 2.
@@ -49,7 +51,7 @@ def _predict(values: flags.FlagValues) -> str:
     output = cli.path(values, "output")
     from iumad_jax.data import readers  # loads JAX, so wrong flags are reported first
     from iumad_jax.data.readers import unlabelled
-    from iumad_jax.inference import predictions
+    from iumad_jax.inference import predictions, unknown_images
     from iumad_jax.inference.detector import Detector
 
     predictions.check_output(output, values.input)
@@ -62,7 +64,9 @@ def _predict(values: flags.FlagValues) -> str:
         images = list(unlabelled.photographs(Path(values.input), needs_depth, depth, values.depth_unit, camera))
     else:
         images = list(unlabelled.split_images(readers.open_reader(values.config), values.split))
-    rows, damaged = predictions.predict(detector, str(values.workdir), images, values.object, output)
+    rows, damaged, groups = predictions.predict(detector, str(values.workdir), images, values.object, output)
+    if groups:
+        print(unknown_images.describe(groups, values.workdir))
     if damaged:
         remedy = f"the others are in {output}" if rows else "correct them"
         raise UserError(f"{len(damaged)} of {len(images)} images cannot be used; {remedy}.")

@@ -3,6 +3,7 @@
     b  images in a batch              n  images in a set
     h, w  pixels of an input image    g  tokens per side, p = g * g tokens
     f  feature channels               d  model width
+    c  feature channels of all modalities together
     k  objects (classes)              l  positions of a sequence, e channels of a scan
     m  pixels per side of an anomaly map (224)
 

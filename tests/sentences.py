@@ -302,6 +302,8 @@ IMAGES_JUDGED = (
     "{images} images: {good} good, {anomalous} anomalous, {unknown} unknown. Scores, masks and heatmaps are in"
     " {output}."
 )
+GROUP = "{name}: {images} images; see {root}/{name}.jpg."
+GROUP_OF_ONE = "{name}: 1 image, too few to learn; see {root}/{name}.jpg."
 
 # export
 PRIMITIVE_NOT_TRANSLATED = "the primitive {} is not translated to ONNX"
@@ -366,6 +368,7 @@ SNAPSHOT_DAMAGED = "{} is damaged ("
 ONLY_SNAPSHOT_DAMAGED = r"{snapshot} is damaged \({file} .*; restore it from a backup, or choose"
 SNAPSHOTS_ALL_DAMAGED = r"{newest} is damaged .*; .*{other} is damaged .*; restore it from a backup, or choose"
 SNAPSHOT_ARRAY_DAMAGED = r"{snapshot} is damaged \({file} is missing or was changed"
+DETECTOR_KEPT = " The detector of step {} is kept.\n"
 SNAPSHOT_USED_INSTEAD = "; using {} instead."
 NO_SNAPSHOT_USABLE = "no snapshot can be used: "
 NO_SNAPSHOT_USABLE_REMEDY = "; restore one from a backup, or start again in another --workdir."

@@ -83,7 +83,7 @@ class Reader(Protocol):
         """
 
     def files(self, object: str, split: Split, id: str) -> tuple[Path, ...]:
-        """List the files that a sample is read from."""
+        """List the files that a sample is read from, that of RGB first."""
 
     def read(self, object: str, split: Split, id: str) -> Sample:
         """Read one sample.

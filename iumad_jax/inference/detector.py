@@ -1,5 +1,6 @@
 """A trained model as a function from NumPy images to NumPy results."""
 
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
+from ml_collections import ConfigDict
 
 from iumad_jax import methods
 from iumad_jax.data.prepared.processing import Processing
@@ -25,6 +27,7 @@ from iumad_jax.models import pretrained
 from iumad_jax.models.backbone import FeatureExtractor
 from iumad_jax.runtime import snapshots
 from iumad_jax.runtime import workdir as workdirs
+from iumad_jax.runtime.progress import Progress
 from iumad_jax.shapes import Batch, Modality, Scales, Variables
 
 
@@ -39,6 +42,8 @@ class Detection(NamedTuple):
         object: Name of the recognised or specified object, a str; an array of names for a batch.
         probability: Probability that the image shows this object, assuming that it shows a learned one.
         distance: Distance of the image to this object, see `recognition.distances`.
+        embedding: What the object is recognised by, c numbers that are close to those of like images, see
+            `recognition.embed`.
         unknown: Whether `distance` exceeds `unknown_threshold`. If so, the image probably shows no learned object, and
             its score, map and object are meaningless.
         image_threshold: Threshold of the object for `score`.
@@ -53,6 +58,7 @@ class Detection(NamedTuple):
     object: Any
     probability: Float32[np.ndarray, "*b"]
     distance: Float32[np.ndarray, "*b"]
+    embedding: Float32[np.ndarray, "*b c"]
     unknown: Bool[np.ndarray, "*b"]
     image_threshold: Float32[np.ndarray, "*b"]
     pixel_threshold: Float32[np.ndarray, "*b"]
@@ -84,6 +90,7 @@ class Outputs(NamedTuple):
     object_id: Int[Array, " b"]
     probability: Float[Array, " b"]
     distance: Float[Array, " b"]
+    embedding: Float[Array, "b c"]
     unknown: Bool[Array, " b"]
     image_threshold: Float[Array, " b"]
     pixel_threshold: Float[Array, " b"]
@@ -115,7 +122,8 @@ def detect(
     errors = method.predict(state.variables, Batch(features, images, object_id))
     prediction = combine(errors, state.scales, object_id, rule)
     decision = decide(state.thresholds, prediction, distance, object_id, len(state.recogniser.centre))
-    return Outputs(score=prediction.score, map=prediction.map, **decision._asdict())
+    embedding = recognition.embed(state.recogniser, features)
+    return Outputs(score=prediction.score, map=prediction.map, embedding=embedding, **decision._asdict())
 
 
 @dataclass(frozen=True)
@@ -125,8 +133,11 @@ class Detector:
         detector = Detector.load("runs/my_run")
         detection = detector(rgb, depth)  # NumPy arrays: uint8 (h, w, 3), metres (h, w)
         print(detection.decision, detection.object, detection.score)
+        detector = detector.refresh()  # knows what the run has learned meanwhile
 
     Attributes:
+        workdir: Absolute path of the workdir of the run.
+        changes: Replaced values of the run's config, see `load`.
         objects: Names of the learned objects, in the order of learning.
         step: Number of the run's step after which the model was saved.
         processing: Preprocessing of images.
@@ -137,6 +148,8 @@ class Detector:
         state: First argument of `function`: weights, recogniser and thresholds.
     """
 
+    workdir: Path
+    changes: dict[str, Any]
     objects: tuple[str, ...]
     step: int
     processing: Processing
@@ -166,9 +179,15 @@ class Detector:
             raise UserError(
                 f"{', '.join(sorted(fixed))} cannot be changed; only backbone.weights, model.scan and model.dtype can."
             )
-        config = workdirs.read(Path(workdir))
-        config.update_from_flattened_dict(changes)
+        config = _read_config(Path(workdir), changes)
         progress = snapshots.read(Path(workdir), step)
+        backbone = jax.device_put(pretrained.load(config.backbone.name, config.backbone.weights))
+        return cls._build(Path(workdir).absolute(), changes, config, progress, backbone)
+
+    @classmethod
+    def _build(
+        cls, workdir: Path, changes: dict[str, Any], config: ConfigDict, progress: Progress, backbone: Variables
+    ) -> "Detector":
         inputs = progress.inputs
         name, method = config.method, methods.build(config.method, config)
         rule = make_rule(config)
@@ -176,13 +195,15 @@ class Detector:
         extractor = FeatureExtractor(config.backbone.name, config.backbone.grid, config.backbone.levels)
 
         state = State(
-            jax.device_put(pretrained.load(config.backbone.name, config.backbone.weights)),
+            backbone,
             jax.device_put(method.arrange(variables)),
             progress.scales[name],
             recognition.fit(progress.recognition),
             thresholds(progress.calibration, config.decisions.quantile),
         )
         return cls(
+            workdir,
+            changes,
             tuple(progress.calibration),
             progress.position.step,
             Processing.recorded(inputs),
@@ -191,6 +212,23 @@ class Detector:
             jax.jit(lambda state, images, specified_id: detect(method, rule, extractor, state, images, specified_id)),
             state,
         )
+
+    def refresh(self) -> "Detector":
+        """Return a detector of the run's last finished step, or this detector if it is of that step.
+
+        This detector is not changed, so other threads may go on using it. A snapshot that is still being written does
+        not count yet. If all newer snapshots are damaged, this is printed to stderr and this detector is returned. The
+        backbone's weights are shared with the new detector, whose first call compiles.
+        """
+        if snapshots.last_step(self.workdir) <= self.step:
+            return self
+        try:
+            progress = snapshots.read(self.workdir, after=self.step)
+            config = _read_config(self.workdir, self.changes)
+            return self._build(self.workdir, self.changes, config, progress, self.state.backbone)
+        except UserError as error:
+            print(f"iumad_jax: {error} The detector of step {self.step} is kept.", file=sys.stderr)
+            return self
 
     def __call__(
         self,
@@ -249,9 +287,7 @@ class Detector:
                 f"depth is {_kind(depth)}; pass a NumPy array of metres, floats of shape {rgb.shape[:-1]} like rgb."
             )
         elif camera is None:
-            assert self.camera is not None
-            assert self.camera_width is not None
-            camera = self.camera.scaled(rgb.shape[-2] / self.camera_width)
+            camera = self.default_camera(rgb.shape[-2])
         elif not isinstance(camera, Camera):
             raise UserError(f"camera is {_kind(camera)}; pass a Camera(fx, fy, cx, cy) in pixels.")
         if rgb.ndim == 3:
@@ -271,6 +307,12 @@ class Detector:
             for modality in self.processing.modalities
         }
 
+    def default_camera(self, width: int) -> Camera:
+        """Return the camera of the training images, scaled to images of a width in pixels; requires depth."""
+        assert self.camera is not None
+        assert self.camera_width is not None
+        return self.camera.scaled(width / self.camera_width)
+
     def object_number(self, name: str | None) -> int:
         """Return an object's number in the order of learning, or RECOGNISE if the name is None.
 
@@ -282,6 +324,12 @@ class Detector:
         if name not in self.objects:
             raise UserError(f'"{name}" is not an object of this model; choose one of {", ".join(self.objects)}.')
         return self.objects.index(name)
+
+
+def _read_config(workdir: Path, changes: dict[str, Any]) -> ConfigDict:
+    config = workdirs.read(workdir)
+    config.update_from_flattened_dict(changes)
+    return config
 
 
 def _is_array(value: Any) -> bool:

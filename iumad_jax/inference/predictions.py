@@ -16,9 +16,11 @@ from tqdm import tqdm
 from iumad_jax.data.formats.depth_files import WrongUnit
 from iumad_jax.data.readers.unlabelled import InputImage
 from iumad_jax.errors import UserError
+from iumad_jax.inference import unknown_images
 from iumad_jax.inference.detector import Detection, Detector
+from iumad_jax.inference.unknown_images import Group
 from iumad_jax.report import figures, result_files
-from iumad_jax.runtime.storage import as_json, write_whole
+from iumad_jax.runtime.storage import as_json, make_folder, write_whole
 
 
 class Predictions(NamedTuple):
@@ -26,6 +28,7 @@ class Predictions(NamedTuple):
 
     rows: list[dict[str, Any]]  # rows of predictions.csv
     damaged: list[dict[str, str]]  # name of each unusable image and the reason
+    groups: list[Group]  # unknown images, grouped by likeness
 
 
 def predict(
@@ -46,6 +49,8 @@ def predict(
     make_folder(output)
     rows: list[dict[str, Any]] = []
     damaged: list[dict[str, str]] = []
+    unknown: list[tuple[InputImage, np.ndarray]] = []
+    groups: list[Group] = []
     try:
         for image in tqdm(images, unit="image", disable=None, leave=False):
             try:
@@ -61,12 +66,19 @@ def predict(
             heatmap = figures.overlay(rgb, detection.map, float(detection.pixel_threshold))
             _write_image(output / "heatmaps" / f"{image.name}.png", heatmap)
             rows.append(_row(image.name, detection))
+            if detection.unknown:
+                unknown.append((image, detection.embedding))
+        if unknown:
+            members, embeddings = zip(*unknown, strict=True)
+            groups = unknown_images.write(detector, members, np.stack(embeddings), output / "unknown")
+            names = {image.name: group.name for group in groups for image in group.images}
+            rows = [row | {"group": names.get(row["image"], "")} for row in rows]
     finally:
         if rows:  # also lists the images predicted before an error such as a full disk
             content = {"workdir": workdir, "step": detector.step, "images": rows, "damaged": damaged}
             write_whole(output / "predictions.csv", _csv(rows).encode())
             write_whole(output / "predictions.json", (json.dumps(as_json(content), indent=1) + "\n").encode())
-    return Predictions(rows, damaged)
+    return Predictions(rows, damaged, groups)
 
 
 def check_output(output: Path, input_: str | None) -> None:
@@ -92,6 +104,7 @@ def _row(name: str, detection: Detection) -> dict[str, Any]:
         "threshold": float(detection.image_threshold),
         "distance": float(detection.distance),
         "unknown_threshold": float(detection.unknown_threshold),
+        "group": "",
         "defective_share": float(detection.mask.mean()),
         "mask": f"masks/{name}.png",
         "heatmap": f"heatmaps/{name}.png",
@@ -116,15 +129,3 @@ def _write_image(path: Path, pixels: np.ndarray) -> None:
     Image.fromarray(pixels).save(content, "PNG")
     make_folder(path.parent)
     write_whole(path, content.getvalue())
-
-
-def make_folder(folder: Path) -> None:
-    """Create a folder for results, with its parents, unless it exists.
-
-    Raises:
-        UserError: If it cannot be created.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be created ({error.strerror}); choose another --output.") from error

@@ -82,12 +82,16 @@ def oas(covariance: Float[np.ndarray, "f f"], samples: float) -> Float[np.ndarra
     return (1 - share) * covariance + max(share * scale, 1e-6) * np.eye(size)
 
 
-def distances(recogniser: Recogniser, features: dict[Modality, Float[Array, "b p f"]]) -> Float[Array, "b k"]:
-    """Compute the distance of each image to each learned object: the root mean square over whitened channels."""
+def embed(recogniser: Recogniser, features: dict[Modality, Float[Array, "b p f"]]) -> Float[Array, "b c"]:
+    """Return the centred and whitened mean tokens of images: those of like images are close to each other."""
     x = jnp.concatenate([jnp.asarray(tokens, jnp.float32).mean(1) for tokens in _sorted(features)], axis=-1)
     with jax.default_matmul_precision("float32"):
-        x = (x - recogniser.centre[None]) @ recogniser.whiten
-    return jnp.sqrt(jnp.square(x[:, None] - recogniser.means[None]).mean(-1))
+        return (x - recogniser.centre[None]) @ recogniser.whiten
+
+
+def distances(recogniser: Recogniser, features: dict[Modality, Float[Array, "b p f"]]) -> Float[Array, "b k"]:
+    """Compute the distance of each image to each learned object: the root mean square over whitened channels."""
+    return jnp.sqrt(jnp.square(embed(recogniser, features)[:, None] - recogniser.means[None]).mean(-1))
 
 
 def recognise(distance: Float[Array, "b k"], specified_id: Int[Array, " b"] | None = None) -> Int[Array, " b"]:

@@ -148,14 +148,24 @@ class Snapshots:
             self._thread.shutdown()
 
 
-def read(workdir: Path, step: int | None = None) -> Progress:
+def last_step(workdir: Path) -> int:
+    """Return the last finished step of which there is a snapshot, intact or not; -1 if there is none."""
+    return max((step for step, _ in _numbered(workdir / "snapshots")), default=-1)
+
+
+def read(workdir: Path, step: int | None = None, after: int = -1) -> Progress:
     """Read the snapshot of a finished step, by default the last intact one. The workdir is not changed.
+
+    Args:
+        workdir: Workdir of a run.
+        step: Number of the step; None for the last one with an intact snapshot.
+        after: Number of a step; its snapshot and earlier ones are ignored.
 
     Raises:
         UserError: If the snapshot does not exist or is damaged.
     """
     folder, shared = (workdir / "snapshots").absolute(), _shared_arrays(workdir)
-    folder_by_step = dict(_numbered(folder))
+    folder_by_step = {number: snapshot for number, snapshot in _numbered(folder) if number > after}
     problems: list[str] = []
     for number in sorted(folder_by_step, reverse=True) if step is None else {step} & set(folder_by_step):
         damage = _damage(folder_by_step[number], shared)

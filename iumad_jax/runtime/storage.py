@@ -75,6 +75,18 @@ def locked(file: Path, waiting: str | None = None) -> Iterator[None]:
         yield
 
 
+def make_folder(folder: Path) -> None:
+    """Create a folder for results, with its parents, unless it exists.
+
+    Raises:
+        UserError: If it cannot be created.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be created ({error.strerror}); choose another folder.") from error
+
+
 def write_error(path: Path, error: OSError) -> UserError:
     """Return the error for a file that cannot be written."""
     return UserError(f"cannot write {path}: {error.strerror}; make room on the disk or choose another folder.")

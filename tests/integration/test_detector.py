@@ -1,7 +1,9 @@
 """The detector: a trained model as a function of images."""
 
 import shutil
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,6 +11,7 @@ from PIL import Image
 from iumad_jax import Camera, Detector
 from iumad_jax.data.degradation import degrade
 from iumad_jax.errors import UserError
+from iumad_jax.runtime.snapshots import MANIFEST
 from tests import sentences
 from tests.integration.trained import LEARNED, NEVER_LEARNED, results_of, samples, stacked
 
@@ -105,6 +108,59 @@ def test_earlier_steps_can_be_loaded(home, reader):
     assert first.objects == ("CandyCane",)
     bear = samples(reader, "GummyBear")[0]
     assert first(bear.rgb, bear.depth).decision == "unknown"
+
+
+@pytest.fixture
+def growing(home, tmp_path, monkeypatch):
+    """Return a workdir whose run has finished its first step only, relative to the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    shutil.copy(home / "run" / "config.json", tmp_path / "run")
+    for name in ("0", "by_object"):
+        shutil.copytree(home / "run" / "snapshots" / name, tmp_path / "run" / "snapshots" / name)
+    return Path("run")
+
+
+def test_a_refreshed_detector_knows_what_was_learned_meanwhile(home, growing, reader, detector, monkeypatch):
+    old, coarse = Detector.load(growing, 0), Detector.load(growing, **{"model.dtype": "bfloat16"})
+    bear = samples(reader, "GummyBear")[0]
+    before = old(bear.rgb, bear.depth)
+    assert before.unknown
+    assert old.refresh() is old
+    shutil.copytree(home / "run" / "snapshots" / "1", growing / "snapshots" / "1.unfinished")
+    assert old.refresh() is old
+    (growing / "snapshots" / "1.unfinished").rename(growing / "snapshots" / "1")
+    monkeypatch.chdir("/")
+    new = old.refresh()
+    assert (new.step, new.objects, old.objects) == (1, LEARNED, LEARNED[:1])
+    assert new.refresh() is new
+    after = new(bear.rgb, bear.depth)
+    assert after.object == "GummyBear"
+    assert not after.unknown
+    for result, expected in [(after, detector(bear.rgb, bear.depth)), (old(bear.rgb, bear.depth), before)]:
+        for values, references in zip(result, expected, strict=True):
+            np.testing.assert_array_equal(values, references)
+    coarse, arguments = coarse.refresh(), (new.prepare(bear.rgb, bear.depth), np.zeros(1, np.int32))
+    assert coarse.step == 1
+    assert "bf16" in str(jax.make_jaxpr(coarse.function)(coarse.state, *arguments))
+    pairs = zip(jax.tree.leaves(old.state.backbone), jax.tree.leaves(new.state.backbone), strict=True)
+    assert all(first is second for first, second in pairs)
+
+
+def test_a_damaged_snapshot_does_not_replace_the_detector(home, growing, capsys):
+    detector, folder = Detector.load(growing), growing / "snapshots"
+    for name in ("1", "2"):
+        shutil.copytree(home / "run" / "snapshots" / "1", folder / name)
+        manifest = (folder / name / MANIFEST).read_bytes()
+        (folder / name / MANIFEST).write_bytes(b"{}")
+    assert detector.refresh() is detector
+    error = capsys.readouterr().err
+    for name in ("1", "2"):
+        assert sentences.SNAPSHOT_DAMAGED.format(folder.absolute() / name) in error
+    assert error.endswith(sentences.DETECTOR_KEPT.format(0))
+    (folder / "1" / MANIFEST).write_bytes(manifest)
+    assert detector.refresh().step == 1
+    assert capsys.readouterr().err.endswith(sentences.SNAPSHOT_USED_INSTEAD.format(folder.absolute() / "1") + "\n")
 
 
 def test_the_workdir_alone_is_enough(home, tmp_path):

@@ -1,9 +1,11 @@
 """Commands that use a trained model: predict, evaluate, export, robustness, choose. All tests share one run."""
 
 import csv
+import dataclasses
 import itertools
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,10 +18,12 @@ from iumad_jax import choose, evaluate, predict, robustness
 from iumad_jax.data import readers
 from iumad_jax.data.degradation import FAULTS
 from iumad_jax.data.prepared.store import open_store
+from iumad_jax.data.readers import unlabelled
 from iumad_jax.data.readers.eyecandies import Eyecandies
+from iumad_jax.data.readers.folder import Folder
 from iumad_jax.errors import UserError
 from iumad_jax.export import __main__ as export
-from iumad_jax.inference import choosing, predictions
+from iumad_jax.inference import choosing, predictions, unknown_images
 from iumad_jax.runtime import snapshots, workdir
 from tests import sentences
 from tests.integration.trained import LEARNED, NEVER_LEARNED, in_process, results_of, samples, stacked
@@ -53,7 +57,8 @@ def test_predict_writes_the_results_of_the_detector(home, command, detector, rea
     (home / "in" / "rgb" / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     flags = ["--input=in/rgb", "--depth=in/depth", "--depth_unit=0.001", "--output=out"]
     code, out, err = in_process(home, "predict", "--workdir=run", *flags)
-    assert (code, out) == (2, "")
+    assert code == 2
+    assert out.splitlines()[1:] == [sentences.GROUP_OF_ONE.format(name="new_object_1", root="out/unknown")]
     bad, summary = err.splitlines()
     assert bad == f"iumad_jax: {sentences.FILE_DAMAGED.format('in/rgb/bad.png')}."
     assert summary == f"iumad_jax: {sentences.IMAGES_NOT_USED.format(bad=1, all=3, output='out')}"
@@ -129,11 +134,78 @@ def test_predictions_before_the_disk_was_full_are_listed(home, command, files_no
     assert len(json.loads((home / "cut" / "predictions.json").read_text())["images"]) == 1
 
 
-def test_predict_reads_a_dataset(home, command):
+def test_predict_reads_a_dataset(home, command, detector, reader):
     code, out, err = command("predict", "--workdir=run", "--output=all", f"--config.dataset.objects={NEVER_LEARNED}")
     assert code == 0, err
-    assert out == sentences.IMAGES_JUDGED.format(images=4, good=0, anomalous=0, unknown=4, output="all") + "\n"
+    assert out.endswith(
+        "\n" + sentences.IMAGES_JUDGED.format(images=4, good=0, anomalous=0, unknown=4, output="all") + "\n"
+    )
     assert len(list((home / "all" / "masks" / NEVER_LEARNED).glob("*.png"))) == 4
+    group = Folder(home / "all" / "unknown", "new_object_1", needs_depth=True)
+    ids, processing = group.ids("new_object_1", "train"), detector.processing
+    for id_, original in zip(ids, samples(reader, NEVER_LEARNED), strict=True):
+        sample = group.read("new_object_1", "train", id_)
+        np.testing.assert_array_equal(sample.rgb, original.rgb)
+        np.testing.assert_array_equal(sample.depth, original.depth)
+        fitted, camera = dataclasses.astuple(sample.camera), dataclasses.astuple(original.camera)
+        assert fitted == pytest.approx(camera, abs=1e-3)
+    settings = processing.object_height, processing.height_range, processing.normals_window
+    assert (group.object_height, group.height_range, group.normals_window) == settings
+
+
+def test_unknown_images_become_one_object_per_kind(home, command, reader):
+    """After the first step, two kinds are unknown; predict mixes them and a known one, in several folders."""
+    inputs = {}
+    for number, name in itertools.product(range(3), ["CandyCane", "GummyBear", NEVER_LEARNED]):
+        sample = samples(reader, name, "train")[number]
+        key = f"{number}/{name[::-1]}"
+        rgb, depth = home / "mix" / f"{key}.png", home / "mixed depth" / f"{key}.png"
+        for file in (rgb, depth):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(sample.rgb).save(rgb)
+        Image.fromarray((sample.depth * 1000).astype(np.uint16)).save(depth)
+        inputs[key] = name, sample, rgb, depth
+    flags = ["--step=0", "--input=mix", "--depth=mixed depth", "--depth_unit=0.001", "--camera=88,89,31,32"]
+    code, out, err = command("predict", "--workdir=run", *flags, "--output=new ones")
+    assert code == 0, err
+    rows = json.loads((home / "new ones" / "predictions.json").read_text())["images"]
+    objects_by_group = {}
+    for row in rows:
+        objects_by_group.setdefault(row["group"], []).append(inputs[row["image"]][0])
+    kinds = sorted(sorted(names) for names in objects_by_group.values())
+    assert kinds == [["CandyCane"] * 3, ["GummyBear"] * 3, [NEVER_LEARNED] * 3]
+    assert objects_by_group[""] == ["CandyCane"] * 3
+    lines = out.splitlines()
+    root = home / "new ones" / "unknown"
+    for group in ("new_object_1", "new_object_2"):
+        at = lines.index(sentences.GROUP.format(name=group, images=3, root="new ones/unknown"))
+        program, *arguments = shlex.split(lines[at + 1])[2:]
+        assert program == "iumad_jax.learn"
+        dataset = ["--config.dataset.name=folder", "--config.dataset.root=new ones/unknown"]
+        assert arguments == ["--workdir=run", f"--objects={group}", *dataset]
+        members = [inputs[row["image"]] for row in rows if row["group"] == group]
+        folder = Folder(root, group, needs_depth=True)
+        for (_, sample, *files), id_ in zip(members, folder.ids(group, "train"), strict=True):
+            copies = folder.files(group, "train", id_)[:2]
+            assert [copy.read_bytes() for copy in copies] == [file.read_bytes() for file in files]
+            read = folder.read(group, "train", id_)
+            np.testing.assert_allclose(read.depth, sample.depth, atol=1.1e-3)
+            assert dataclasses.astuple(read.camera) == (88, 89, 31, 32, False)
+        assert len([path for path in (root / group).rglob("*") if path.is_file()]) == 6
+        picture = np.asarray(Image.open(root / f"{group}.jpg"), float)
+        for number, (_, sample, *_) in enumerate(members):
+            panel = picture[85:225, number * 160 + 10 : number * 160 + 150]
+            shown = np.asarray(Image.fromarray(sample.rgb).resize((160, 160)), float)[10:150, 10:150]
+            assert np.abs(panel - shown).mean() < 6
+
+
+def test_an_object_is_named_after_those_learned(home, detector, reader):
+    learned_before = dataclasses.replace(detector, objects=("new_object_1", "GummyBear"))
+    images = list(unlabelled.split_images(reader, "test"))[:1]
+    embeddings = np.zeros((1, len(detector.state.recogniser.centre)), np.float32)
+    (group,) = unknown_images.write(learned_before, images, embeddings, home / "next")
+    assert group.name == "new_object_2"
+    assert Folder(home / "next").objects == ("new_object_2",)
 
 
 def test_evaluate_repeats_the_results_of_training(home, command):

@@ -18,6 +18,8 @@ class InputImage(NamedTuple):
 
     name: str  # path of its output files, relative and without suffix
     read: Callable[[], tuple[np.ndarray, np.ndarray | None, Camera | None]]  # RGB, depth, camera
+    files: Callable[[], tuple[Path, Path | None]]  # RGB, depth; None if the depth is not in one file of its own
+    unit: float | None = None  # metres per unit of the depth file; None if unspecified
 
 
 def photographs(
@@ -49,17 +51,21 @@ def photographs(
             raise UserError(f"{file} and {names[name].name} differ only in suffix; rename or remove either.")
         names[name] = file
 
-        def read(file: Path = file, name: str = name) -> tuple[np.ndarray, np.ndarray | None, Camera | None]:
-            rgb = read_photograph(file)
-            if not needs_depth or depth_path is None:
+        def files(file: Path = file, name: str = name) -> tuple[Path, Path | None]:
+            return file, _find_depth_file(depth_path, name) if needs_depth and depth_path else None
+
+        def read(
+            file: Path = file, files: Callable[[], tuple[Path, Path | None]] = files
+        ) -> tuple[np.ndarray, np.ndarray | None, Camera | None]:
+            rgb, (_, depth_file) = read_photograph(file), files()
+            if depth_file is None:
                 return rgb, None, None
-            depth_file = _find_depth_file(depth_path, name)
             remedy = "use --depth_unit=METRES, such as 0.001 for millimetres"
             depth, cloud_camera = read_depth(depth_file, unit, rgb.shape[:2], remedy)
             check_same_size(depth_file, depth, file, rgb)
             return rgb, depth, camera or cloud_camera
 
-        yield InputImage(name, read)
+        yield InputImage(name, read, files, unit)
 
 
 def _check_depth(path: Path | None, unit: float | None, root: Path) -> None:
@@ -120,4 +126,7 @@ def split_images(reader: Reader, split: Split) -> Iterator[InputImage]:
             sample = reader.read(name, split, id_)
             return sample.rgb, sample.depth, sample.camera
 
-        yield InputImage(f"{name}/{id_}", read)
+        def files(name: str = name, id_: str = id_) -> tuple[Path, None]:
+            return reader.files(name, split, id_)[0], None
+
+        yield InputImage(f"{name}/{id_}", read, files)
