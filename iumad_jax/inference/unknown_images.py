@@ -153,7 +153,7 @@ def _panel(label: str, image: InputImage) -> contact_sheet.Panels:
 def _settings(detector: Detector, image: InputImage) -> dict[str, Any]:
     """Return the settings of depth with which the detector prepared the images, as dataset.yaml.
 
-    Clouds bring their own cameras. An orthographic camera cannot be written, but only clouds have one.
+    Clouds bring their own cameras. An orthographic camera cannot be written to dataset.yaml.
     """
     processing = detector.processing
     settings: dict[str, Any] = {} if image.unit is None else {"unit": image.unit}
