@@ -49,7 +49,7 @@ BRIGHTNESS = np.array(
     ]
 )
 LAMP_TURN = 1.4  # radians by which the lamps have moved around the belt where Look.lamp is 1
-LAMP_COLOUR = np.array([0.80, 0.50, 0.22], np.float32)  # factor of all light, linear RGB, where Look.lamp is 1
+LAMP_COLOUR = np.array([0.62, 0.38, 0.18], np.float32)  # factor of all light, linear RGB, where Look.lamp is 1
 EXPOSURE = 1.5
 SHADOW_SHARPNESS = 9.0
 BLOTCH_FREQUENCY = 2.6  # waves per metre of the brighter and darker areas of a sweet, which are as wide as defects
