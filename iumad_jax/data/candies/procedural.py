@@ -37,6 +37,7 @@ MOST = 999  # sweets
 
 STEP_SHARE = 0.75  # factor of distances, which forms and reliefs make too long where they are steep
 CONTRAST = 0.3  # smallest contrast of a sweet's colours: largest difference of a channel's screen values
+MATERIALS = Material(0.08, 12.0), Material(0.25, 25.0), Material(0.6, 70.0), Material(0.6, 70.0, 0.6)
 GOLDEN_RATIO = 0.618034  # multiples of it, modulo 1, lie far from each other
 
 
@@ -122,7 +123,7 @@ def _star(x: Array, y: Array, z: Array, t: Array) -> Array:
     valley = radius * between(t[2], 0.45, 0.85)
     u, v = fold(x, y, points)
     edge_u, edge_v = valley * jnp.cos(jnp.pi / points) - radius, valley * jnp.sin(jnp.pi / points)
-    outline = ((u - radius) * edge_v - norm(v, 0.03) * edge_u) / norm(edge_u, edge_v)
+    outline = ((u - radius) * edge_v - norm(v, jnp.float32(0.03)) * edge_u) / norm(edge_u, edge_v)
     return 0.9 * extrude(outline, z - height + between(t[4], 0.0, 0.4) * (x * x + y * y), height, 0.05)
 
 
@@ -137,7 +138,7 @@ def _cluster(x: Array, y: Array, z: Array, t: Array) -> Array:
 
 def _stack(x: Array, y: Array, z: Array, t: Array) -> Array:
     radius, corner = between(t[0], 0.32, 0.46), between(t[4], 0.2, 1.0)
-    height, bottom = between(t[1], 0.05, 0.09), 0.0
+    height, bottom = between(t[1], 0.05, 0.09), jnp.zeros(())
     tiers = []
     for size in (1.0, between(t[2], 0.6, 1.1), between(t[3], 0.35, 1.0)):
         side = radius * size
@@ -256,7 +257,7 @@ def distance(form: Callable[..., Array], p: Array, look: Look) -> Array:
 def colour(p: Array, look: Look) -> Array:
     """Compute the linear RGB (3, n) of points (3, n)."""
     recipe = look.recipe
-    blend = jnp.broadcast_to(look.palette[0][:, None], p.shape)
+    blend: Array = jnp.broadcast_to(look.palette[0][:, None], p.shape)
     for layer, (edge, width), above in zip(recipe.layers, recipe.edges, look.palette[1:3], strict=True):
         blend = mix(blend, above, smoothstep(values(p / recipe.size, layer, look.phase), edge, width))
     return blend
@@ -289,23 +290,20 @@ def _procedural(number: int) -> Sweet:
     kinds += [rng.choice(["none", "none", "sprinkles", "dip", "lines", "nets"])]
     frequency = rng.uniform(4, 9)
     relief = _pattern(relief_kind, frequency, rng)
-    layers = tuple(_pattern(kind, rng.uniform(2.0, 5.0), rng) for kind in kinds)
+    below, above = (_pattern(kind, rng.uniform(2.0, 5.0), rng) for kind in kinds)
     recipe = Recipe(
-        size=rng.uniform(0.95, 1.2),
+        size=np.array(rng.uniform(0.95, 1.2)),
         traits=(0.5 + 0.31 * form + turn * steps) % 1,
         relief=relief,
-        height=rng.uniform(0.04, 0.09) / frequency,
+        height=np.array(rng.uniform(0.04, 0.09) / frequency),
         calm=np.array(0.3 if relief.turns[:, 4].any() else 1e-3),
-        layers=layers,
+        layers=(below, above),
         edges=np.array([(_edge(kind, rng), rng.choice([0.1, 0.2, 1.0], p=[0.5, 0.3, 0.2])) for kind in kinds]),
     )
-    gloss, shininess, translucency = [(0.08, 12.0, 0.0), (0.25, 25.0, 0.0), (0.6, 70.0, 0.0), (0.6, 70.0, 0.6)][
-        rng.integers(4)
-    ]
     return Sweet(
         FORMS[form],
         colour,
-        Material(gloss, shininess, translucency),
+        MATERIALS[rng.integers(4)],
         rotation=rng.uniform(-np.pi, np.pi),
         palette=_palette(number * GOLDEN_RATIO, rng),
         recipe=_float32(recipe),
@@ -321,7 +319,7 @@ def _float32(tree: Recipe) -> Recipe:
 def _pattern(kind: str, frequency: float, rng: np.random.Generator) -> Pattern:
     """Draw a pattern of a kind with about `frequency` waves per metre."""
     weights, turns = np.zeros(4), np.zeros((2, 6))
-    weights[{"checks": 1, "nets": 1, "grain": 2, "sprinkles": 2, "dip": 3, "none": slice(0)}.get(kind, 0)] = 1
+    weights[{"checks": 1, "nets": 1, "grain": 2, "sprinkles": 2, "dip": 3}.get(kind, 0)] = kind != "none"
     turns[:, 5] = rng.uniform(0, 1, 2)
     angle = rng.uniform(0, np.pi)
     across, along = frequency * np.cos(angle), frequency * np.sin(angle)
@@ -336,7 +334,7 @@ def _pattern(kind: str, frequency: float, rng: np.random.Generator) -> Pattern:
             turns[0, 4], turns[1, 2:4] = round(2.5 * frequency), (0.5 * frequency, frequency)
         case "dip":
             turns[0] = *rng.uniform(-2, 2, 2), rng.uniform(2, 5), 0, 0, rng.uniform(-0.8, -0.3)
-    return Pattern(weights, turns, frequency * (3 if kind == "sprinkles" else 1))
+    return Pattern(weights, turns, np.array(frequency * (3 if kind == "sprinkles" else 1)))
 
 
 def _edge(kind: str, rng: np.random.Generator) -> float:
@@ -359,5 +357,5 @@ def _palette(hue: float, rng: np.random.Generator) -> tuple[tuple[float, float, 
         new = (vivid, pastel, brown, cream, black)[rng.choice(5, p=[0.4, 0.2, 0.2, 0.13, 0.07])]
         rgb = np.array([colorsys.hsv_to_rgb(*c) for c in (new, *chosen)])
         if (np.abs(rgb[1:] - rgb[0]).max(1, initial=0) >= CONTRAST).all():
-            chosen.append(tuple(map(float, new)))
+            chosen.append(new)
     return tuple(chosen)

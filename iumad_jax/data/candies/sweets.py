@@ -130,7 +130,7 @@ def stripes(turns: Array, fraction: float, soft: float) -> Array:
     return smoothstep(fraction / 2 - jnp.abs(turns - jnp.round(turns)), 0.0, soft)
 
 
-def mottle(p: Array, frequency: float, phase: Array | float) -> Array:
+def mottle(p: Array, frequency: Array | float, phase: Array | float) -> Array:
     """Generate a smooth irregular pattern of about -1..1 with `frequency` waves per metre, for grain, crumb or wear."""
     x, y, z = p
     u = frequency * x + 0.27 * wave(0.61 * frequency * y + phase)

@@ -33,8 +33,12 @@ def available(config: ConfigDict) -> tuple[str, ...]:
     dataset, readers = config.dataset, _readers(config, "all")
     if dataset.name not in readers:
         raise UserError(f'config.dataset.name is "{dataset.name}"; use one of {", ".join(readers)}.')
-    fixed = {"eyecandies": eyecandies.OBJECTS, "candies": eyecandies.OBJECTS, "mvtec3d": mvtec3d.OBJECTS}
-    fixed["sweets"] = candies.names(dataset.render.objects)
+    fixed: dict[str, tuple[str, ...]] = {
+        "eyecandies": eyecandies.OBJECTS,
+        "candies": eyecandies.OBJECTS,
+        "sweets": candies.names(dataset.render.objects),
+        "mvtec3d": mvtec3d.OBJECTS,
+    }
     return fixed.get(dataset.name) or object_names(Path(dataset.root))
 
 
