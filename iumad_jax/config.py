@@ -12,6 +12,8 @@ from iumad_jax.errors import UserError
 
 _LIMITS = {
     "seed": (0, 4_000_000),  # grain's seeds have 32 bits and begin at 1000 times this value
+    "dataset.render.objects": (1, 999),
+    "dataset.render.lamp": (0, 1),
     "input.size": (32, 4096),
     "backbone.grid": (1, 256),
     "model.width": (2, 8192),
@@ -68,13 +70,15 @@ def paper(protocol: str) -> ConfigDict:
     config.seed = 0
 
     config.dataset = ConfigDict()
-    config.dataset.name = "eyecandies"  # eyecandies, mvtec3d, folder (your images), candies (rendered)
+    config.dataset.name = "eyecandies"  # eyecandies, mvtec3d, folder (your images), candies, sweets (rendered)
     config.dataset.root = "data/eyecandies"
     config.dataset.objects = "all"  # all, or comma-separated names in the order of learning
     config.dataset.light = "4"  # eyecandies: 0 to 5, or all for training (light 4 for tests)
     config.dataset.validation = "train"  # mvtec3d: use validation images for train or calibration
-    config.dataset.render = ConfigDict({"seed": 0, "train": 24, "val": 4, "test": 16, "size": 256})  # candies: images
+    config.dataset.render = ConfigDict({"seed": 0, "train": 24, "val": 4, "test": 16, "size": 256})  # images
     config.dataset.render.version = 1  # of the renderer: 1, or 2, where RGB hardly shows bumps and dents
+    config.dataset.render.objects = 100  # sweets: number of objects; each is the same whatever their number
+    config.dataset.render.lamp = 0.0  # change of the lamps: 0, or up to 1: warmer, dimmer, from another side
     config.dataset.prepared = ""  # folder of prepared images; "" is the workdir
 
     config.input = ConfigDict()

@@ -145,6 +145,7 @@ CANDIES_OF_OTHER_SETTINGS = r"other settings \({}\)"
 CANDIES_UNKNOWN_OBJECT = "--objects: candies has no {!r}; choose from "
 CANDIES_UNKNOWN_VERSION = "version is {found}; choose one of {known}"
 CANDIES_NUMBER_OUT_OF_RANGE = "{key} is {found}; choose a whole number from {least} to {most}"
+CANDIES_LAMP_OUT_OF_RANGE = "lamp is {}; choose a number from 0 to 1"
 CANDIES_MISSING = "no candies dataset"
 DATASET_CHANGED = "{}: the run is finished, but its dataset has changed since."
 OBJECTS_NEW = (

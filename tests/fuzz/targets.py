@@ -96,7 +96,7 @@ def config(folder: Path) -> Target:
 
     def act(values: flags.FlagValues) -> str:
         config, _ = cli.config_and_workdir(values)
-        if config.dataset.name != "candies":  # would be rendered
+        if config.dataset.name not in ("candies", "sweets"):  # would be rendered
             configs.check(config)
             objects = readers.objects(config)
             protocol.steps(config.protocol, objects)

@@ -1,5 +1,6 @@
-"""The embedded dataset: ten sweets on a conveyor belt, rendered on demand in the Eyecandies layout."""
+"""The embedded datasets: ten sweets, or any number of procedural ones, rendered on demand in the Eyecandies layout."""
 
 from iumad_jax.data.candies.dataset import OBJECTS, render
+from iumad_jax.data.candies.procedural import names
 
-__all__ = ["OBJECTS", "render"]
+__all__ = ["OBJECTS", "names", "render"]

@@ -1,4 +1,4 @@
-"""Render the candies dataset: RGB-D images of ten sweets, with defects in half of the test images.
+"""Render the candies dataset: RGB-D images of ten sweets, or of procedural ones; half of the test images have defects.
 
 python -m iumad_jax.data.candies --root=runs/candies
 """
@@ -34,7 +34,18 @@ def main() -> None:
         default=1,
         help="version of the renderer: 1, or 2, where RGB hardly shows bumps and dents (default: %(default)s)",
     )
-    parser.add_argument("--objects", default="all", help="all, or names separated by commas (default: %(default)s)")
+    parser.add_argument(
+        "--lamp",
+        type=float,
+        default=0.0,
+        help="0, or up to 1 for lamps that are warmer, dimmer and at another side (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--objects",
+        default="all",
+        help="all of the ten sweets, names separated by commas, or a number N of procedural sweets, sweet_001 to"
+        " sweet_N (default: %(default)s)",
+    )
     try:
         root = render(**vars(parser.parse_args()))
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Rendering of the candies dataset to disk, in the Eyecandies layout."""
+"""Rendering of the candies and of procedural sweets to disk, in the Eyecandies layout."""
 
 import colorsys
 import json
@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
-from iumad_jax.data.candies import draw
+from iumad_jax.data.candies import draw, procedural
 from iumad_jax.data.candies.defects import EDGE, KINDS, NO_DEFECTS, Defects, profile
 from iumad_jax.data.candies.scene import POSE, TILES, Surface, compile_geometry_pass, lighting_pass
 from iumad_jax.data.candies.sweets import SWEETS, Look, Material
@@ -24,8 +24,16 @@ from iumad_jax.runtime import preemption
 from iumad_jax.runtime.storage import write_whole
 
 OBJECTS = tuple(SWEETS)
+KNOWN = *OBJECTS, *procedural.names(procedural.MOST)
 SPLITS = {"train": 3, "val": 2, "test_public": 2}  # number of digits in a sample id, by split
-SIZES = 64, 1024  # smallest and largest side of the images in pixels
+LIMITS = {
+    "seed": (0, 2**32 - 1),
+    "train": (1, 1000),
+    "val": (1, 100),
+    "test": (1, 100),
+    "size": (64, 1024),
+    "objects": (1, procedural.MOST),
+}
 MANIFEST = "candies.json"
 MASK_LIMITS = 0.0005, 0.03  # smallest and largest fraction of the image that defects cover
 
@@ -39,14 +47,15 @@ def render(
     test: int = 16,
     size: int = 256,
     version: int = 1,
-    objects: str = "all",
+    lamp: float = 0.0,
+    objects: str | int = "all",
     progress: bool = True,
 ) -> Path:
     """Render the embedded dataset in the Eyecandies layout.
 
-    A sample depends only on (version, seed, object, split, index, size). Files are written to `<root>.partial`, which
-    is renamed to `root` when the dataset is complete. Interrupted rendering is resumed; a complete dataset is left
-    unchanged.
+    A sample depends only on (version, seed, lamp, object, split, index, size). Files are written to `<root>.partial`,
+    which is renamed to `root` when the dataset is complete. Interrupted rendering is resumed; a complete dataset is
+    left unchanged.
 
     Args:
         root: Folder to create.
@@ -57,7 +66,8 @@ def render(
         size: Side of the square images in pixels.
         version: Version of the renderer, a key of `draw.VERSIONS`. In version 2, RGB hardly shows bumps and dents, and
             depth adds more than in version 1.
-        objects: "all", or object names separated by commas.
+        lamp: Change of the lamps from 0 to 1, where they are warm, dim and at another side; depth and masks stay.
+        objects: "all" of the ten candies, object names separated by commas, or the number of procedural sweets.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -68,17 +78,27 @@ def render(
             if files cannot be written.
     """
     root = Path(root).absolute()
-    names = OBJECTS if objects == "all" else tuple(sorted(set(objects.split(","))))
-    if unknown := [name for name in names if name not in SWEETS]:
-        raise UserError(f"--objects: candies has no {unknown[0]!r}; choose from {', '.join(OBJECTS)}, or 'all'.")
-    limits = {"seed": (0, 2**32 - 1), "train": (1, 1000), "val": (1, 100), "test": (1, 100), "size": SIZES}
-    settings = {"seed": seed, "train": train, "val": val, "test": test, "size": size}
-    for key, (low, high) in limits.items():
-        if not low <= settings[key] <= high:
-            raise UserError(f"{key} is {settings[key]}; choose a whole number from {low} to {high}.")
+    settings: dict[str, int] = {"seed": seed, "train": train, "val": val, "test": test, "size": size}
+    sweets = {"objects": int(objects)} if str(objects).isdecimal() else {}
+    for key, value in (settings | sweets).items():
+        low, high = LIMITS[key]
+        if not low <= value <= high:
+            raise UserError(f"{key} is {value}; choose a whole number from {low} to {high}.")
+    if not 0 <= lamp <= 1:
+        raise UserError(f"lamp is {lamp}; choose a number from 0 to 1.")
+    names = OBJECTS if objects == "all" else tuple(sorted(set(str(objects).split(","))))
+    if sweets:
+        names = procedural.names(sweets["objects"])
+    if unknown := [name for name in names if name not in KNOWN]:
+        raise UserError(
+            f"--objects: candies has no {unknown[0]!r}; choose from {', '.join(OBJECTS)}, {KNOWN[len(OBJECTS)]} to"
+            f" {KNOWN[-1]}, or 'all'."
+        )
     if version not in draw.VERSIONS:
         raise UserError(f"version is {version}; choose one of {', '.join(map(str, draw.VERSIONS))}.")
-    manifest = {**settings, "objects": list(names), "renderer": version}
+    manifest = {**settings, "objects": list(names), "renderer": version, "lamp": float(lamp)}
+    if not set(names) <= set(OBJECTS):
+        manifest["recipes"] = procedural.VERSION
 
     unfinished = root.with_name(root.name + ".partial")
     try:
@@ -91,10 +111,11 @@ def render(
         write_whole(unfinished / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
         counts = dict(zip(SPLITS, (train, val, test), strict=True))
         jobs = [(name, split, i) for split in SPLITS for i in range(counts[split]) for name in names]
+        write = partial(write_sample, unfinished, version, seed, size, lamp=lamp)
         with tqdm(total=len(jobs), desc="candies", unit="sample", disable=None if progress else True) as bar:
             pool = ThreadPoolExecutor(os.cpu_count())
             try:
-                for _ in pool.map(partial(write_sample, unfinished, version, seed, size), *zip(*jobs, strict=True)):
+                for _ in pool.map(write, *zip(*jobs, strict=True)):
                     bar.update()
                     preemption.check()
             finally:
@@ -110,8 +131,9 @@ def render(
 def check_manifest(directory: Path, expected: dict) -> None:
     """Raise UserError unless a directory holds the dataset rendered with the expected settings."""
     try:
-        manifest = json.loads((directory / MANIFEST).read_text())
-    except (OSError, ValueError, RecursionError):
+        # Datasets that were rendered before lamps could change do not record them.
+        manifest = {"lamp": 0.0} | json.loads((directory / MANIFEST).read_text())
+    except (OSError, ValueError, TypeError, RecursionError):
         raise UserError(f"{directory} holds files but no candies dataset; choose another root.") from None
     if differing := [key for key in expected if manifest.get(key) != expected[key]]:
         raise UserError(
@@ -127,7 +149,7 @@ def defect_kinds(name: str, split: str, index: int) -> tuple[str, ...]:
     if split != "test_public" or index % 2 == 0:
         return ()
     # Each object starts with a different kind, so that even small test sets contain every kind.
-    position = (index // 2 + OBJECTS.index(name)) % 5
+    position = (index // 2 + KNOWN.index(name)) % 5
     return (KINDS[position],) if position < 4 else KINDS
 
 
@@ -138,7 +160,7 @@ def patch_masks(points: jax.Array, defects: Defects) -> jax.Array:
 
 
 def draw_sample(
-    version: int, seed: int, size: int, name: str, split: str, index: int
+    version: int, seed: int, size: int, name: str, split: str, index: int, lamp: float = 0.0
 ) -> tuple[Surface, dict[str, np.ndarray], Look]:
     """Draw a sample; defects are redrawn until their visible sizes are within MASK_LIMITS.
 
@@ -146,8 +168,8 @@ def draw_sample(
         The visible surface, a boolean mask (n,) by kind of defect, and the look of the sweet.
     """
     constants = draw.VERSIONS[version]
-    rng = np.random.default_rng((seed, OBJECTS.index(name), list(SPLITS).index(split), index))
-    look = draw.instance(SWEETS[name], constants, rng)
+    rng = np.random.default_rng((seed, KNOWN.index(name), list(SPLITS).index(split), index))
+    look = draw.instance(procedural.sweet(name), constants, rng, lamp)
     geometry_pass = compile_geometry_pass(name, size)
     good = geometry_pass(look, NO_DEFECTS)
     kinds = defect_kinds(name, split, index)
@@ -167,18 +189,20 @@ def draw_sample(
 
 def material(version: int, name: str) -> Material:
     """Return the material of a sweet."""
-    usual = SWEETS[name].material
+    usual = procedural.sweet(name).material
     return usual._replace(gloss=usual.gloss * draw.VERSIONS[version].gloss)
 
 
-def write_sample(root: Path, version: int, seed: int, size: int, name: str, split: str, index: int) -> None:
+def write_sample(
+    root: Path, version: int, seed: int, size: int, name: str, split: str, index: int, lamp: float = 0.0
+) -> None:
     """Write the 17 files of a sample. The metadata is written last, so that it marks a complete sample."""
     directory = root / name / split / "data"
     directory.mkdir(parents=True, exist_ok=True)
     prefix = f"{index:0{SPLITS[split]}d}_"
     if (directory / f"{prefix}metadata.yaml").exists():
         return
-    surface, masks, look = draw_sample(version, seed, size, name, split, index)
+    surface, masks, look = draw_sample(version, seed, size, name, split, index, lamp)
     images, normals = lighting_pass(surface, material(version, name), look, size)
 
     def save(file: str, pixels: np.ndarray) -> None:

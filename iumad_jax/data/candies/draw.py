@@ -71,8 +71,8 @@ VERSIONS = {
 }
 
 
-def instance(sweet: Sweet, constants: Constants, rng: np.random.Generator) -> Look:
-    """Draw a good instance of a sweet."""
+def instance(sweet: Sweet, constants: Constants, rng: np.random.Generator, lamp: float = 0.0) -> Look:
+    """Draw a good instance of a sweet under lamps that are changed by `lamp`, from 0 to 1."""
     (light_rng,) = rng.spawn(1)  # a generator of its own leaves the other choices of version 1 as they were
 
     def vary(spread: float, *shape: int, rng: np.random.Generator = rng) -> np.ndarray:
@@ -87,8 +87,8 @@ def instance(sweet: Sweet, constants: Constants, rng: np.random.Generator) -> Lo
     brightness *= 1 + vary(constants.brightness, 5, rng=light_rng)
     brightness[:, :4] += light_rng.uniform(0, constants.stray, 4)
     return Look(
-        position=vary(constants.position, 2),
-        rotation=sweet.rotation + vary(constants.rotation),
+        position=vary(constants.position * sweet.shift, 2),
+        rotation=sweet.rotation + vary(constants.rotation * sweet.turn),
         scale=1 + vary(constants.scale),
         shape=vary(constants.shape, 4),
         phase=vary(constants.phase),
@@ -97,6 +97,8 @@ def instance(sweet: Sweet, constants: Constants, rng: np.random.Generator) -> Lo
         blotches=np.array(constants.blotches, np.float32),
         blotch_offset=light_rng.uniform(-1, 1, 3).astype(np.float32),
         brightness=brightness.astype(np.float32),
+        lamp=np.array(lamp, np.float32) if lamp else None,
+        recipe=sweet.recipe,
     )
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from iumad_jax.data.candies import sweets
+from iumad_jax.data.candies import procedural, sweets
 from iumad_jax.data.candies.defects import Defects, apply_creases, apply_stain, relief
 from iumad_jax.data.candies.sweets import Look, Material, norm
 
@@ -48,6 +48,8 @@ BRIGHTNESS = np.array(
         [0.60, 0.35, 0.40, 0.60, 0.45],
     ]
 )
+LAMP_TURN = 1.4  # radians by which the lamps have moved around the belt where Look.lamp is 1
+LAMP_COLOUR = np.array([0.62, 0.38, 0.18], np.float32)  # factor of all light, linear RGB, where Look.lamp is 1
 EXPOSURE = 1.5
 SHADOW_SHARPNESS = 9.0
 BLOTCH_FREQUENCY = 2.6  # waves per metre of the brighter and darker areas of a sweet, which are as wide as defects
@@ -71,6 +73,12 @@ def rotate_z(v: Array, angle: Array) -> Array:
     """Rotate vectors (3, n) about the z axis."""
     c, s = jnp.cos(angle), jnp.sin(angle)
     return jnp.stack([c * v[0] - s * v[1], s * v[0] + c * v[1], v[2]])
+
+
+def lamp_positions(look: Look) -> Array:
+    """Return the positions of the four lamps in metres, shape (4, 3)."""
+    lamps = LAMPS.astype(np.float32)
+    return lamps if look.lamp is None else rotate_z(lamps.T, LAMP_TURN * look.lamp).T
 
 
 # ---- geometry ------------------------------------------------------------------------------------------------------
@@ -174,13 +182,13 @@ def blotches(points: Array, look: Look) -> Array:
 
 
 def shade(
-    surface: "Surface", points: Array, normals: Array, albedo: Array, view: Array, material: Material, brightness: Array
+    surface: "Surface", points: Array, normals: Array, albedo: Array, view: Array, material: Material, look: Look
 ) -> Array:
     """Compute the linear light (6, 3, n) of a material's points in the six images, seen along `view` (3, n)."""
     gloss, shininess, translucency = material
     lights = []
-    for lamp, visible in zip(LAMPS, surface.visibility, strict=True):
-        to_lamp = jnp.asarray(lamp, jnp.float32)[:, None] - points
+    for lamp, visible in zip(lamp_positions(look), surface.visibility, strict=True):
+        to_lamp = jnp.asarray(lamp)[:, None] - points
         squared = (to_lamp * to_lamp).sum(0)
         to_lamp = to_lamp / jnp.sqrt(squared)[None]
         slant = (normals * to_lamp).sum(0)
@@ -192,7 +200,7 @@ def shade(
     grazing = (1 + (normals * view).sum(0)) ** 4
     sky = 0.65 + 0.35 * normals[2]
     lights.append((albedo * sky[None] + (0.35 * gloss * grazing)[None]) * surface.openness[None])
-    return EXPOSURE * jnp.einsum("ij,jcn->icn", brightness, jnp.stack(lights))
+    return EXPOSURE * jnp.einsum("ij,jcn->icn", look.brightness, jnp.stack(lights))
 
 
 def tone_map(light: Array) -> Array:
@@ -239,10 +247,16 @@ class Surface(NamedTuple):
     openness: Array  # fraction of the ambient light that arrives
 
 
-@cache
 def compile_geometry_pass(name: str, size: int) -> Callable[[Look, Defects], Surface]:
     """Return the compiled geometry pass of a sweet, which maps a look and defects to the visible surface."""
-    sweet = sweets.SWEETS[name]
+    sweet = procedural.sweet(name)
+    return _compile(sweet.distance, sweet.colour, size)
+
+
+@cache
+def _compile(
+    sweet_distance: Callable[[Array, Look], Array], sweet_colour: Callable[[Array, Look], Array], size: int
+) -> Callable[[Look, Defects], Surface]:
     view = camera_view(size)
     origin = POSE[:3, 3].astype(np.float32)
     floor_along = view.floor_depth * view.per_metre
@@ -252,7 +266,7 @@ def compile_geometry_pass(name: str, size: int) -> Callable[[Look, Defects], Sur
         position = jnp.concatenate([look.position, jnp.zeros(1)])[:, None]
 
         def distance(local: Array) -> Array:
-            return sweet.distance(local, look) - relief(local, defects)
+            return sweet_distance(local, look) - relief(local, defects)
 
         def to_sweet(world: Array) -> Array:
             return rotate_z(world - position, -look.rotation) / look.scale
@@ -272,7 +286,7 @@ def compile_geometry_pass(name: str, size: int) -> Callable[[Look, Defects], Sur
         local_normal = surface_normals(distance, local_point)
         smooth = rotate_z(local_normal, look.rotation)
         up = jnp.array([[0.0], [0.0], [1.0]])
-        colour = sweet.colour(local_point, look) * blotches(local_point, look)[None]
+        colour = sweet_colour(local_point, look) * blotches(local_point, look)[None]
         shadow_origin = jnp.where(hit[None], origin[:, None] + along[None] * view.direction + 0.004 * smooth, floor)
         return Surface(
             hit=hit,
@@ -283,7 +297,7 @@ def compile_geometry_pass(name: str, size: int) -> Callable[[Look, Defects], Sur
             facing=-(local_normal * ray).sum(0),
             normal=rotate_z(apply_creases(local_normal, local_point, defects), look.rotation),
             albedo=apply_stain(jnp.clip(colour, 0, 1), local_point, defects),
-            visibility=lamp_visibility(world_distance, shadow_origin, jnp.asarray(LAMPS, jnp.float32)),
+            visibility=lamp_visibility(world_distance, shadow_origin, lamp_positions(look)),
             openness=ambient_occlusion(world_distance, shadow_origin, jnp.where(hit[None], smooth, up)),
         )
 
@@ -310,12 +324,14 @@ def lighting_pass(surface: Surface, material: Material, look: Look, size: int) -
     belt_colour, belt_normal = belt_appearance(
         jnp.asarray(floor), jnp.asarray(floor_along), look.belt_shift, 1 / (FOCAL * size)
     )
-    background = shade(surface, floor, belt_normal, belt_colour, view.direction, BELT_MATERIAL, look.brightness)
+    background = shade(surface, floor, belt_normal, belt_colour, view.direction, BELT_MATERIAL, look)
     points = origin + (surface.depth * view.per_metre)[None] * view.direction
     contact = jnp.clip(0.55 + 2.5 * points[2], 0, 1)  # little light reaches the contact of sweet and belt
     near_belt = surface._replace(openness=surface.openness * jnp.where(surface.hit, contact, 1))
-    sweet = shade(near_belt, points, surface.normal, surface.albedo, view.direction, material, look.brightness)
+    sweet = shade(near_belt, points, surface.normal, surface.albedo, view.direction, material, look)
     light = background + (sweet - background) * surface.cover[None, None]
+    if look.lamp is not None:
+        light = light * (1 + look.lamp * (LAMP_COLOUR - 1))[None, :, None]
     normal = jnp.where(surface.hit[None], surface.normal, belt_normal)
     normal = jnp.einsum("ji,jn->ni", jnp.asarray(POSE[:3, :3], jnp.float32), normal)
     return jnp.moveaxis(tone_map(light), 1, -1).reshape(len(BRIGHTNESS), size, size, 3), normal.reshape(size, size, 3)

@@ -7,7 +7,7 @@ union: Inigo Quilez, "3D SDFs" (https://iquilezles.org/articles/distfunctions/).
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,8 @@ class Look(NamedTuple):
     blotches: Array  # () relative strength of the brighter and darker areas of the sweet's colour
     blotch_offset: Array  # (3,) metres by which the pattern of these areas is moved
     brightness: Array  # (6, 5) brightness of the four lamps and of the ambient light in the six images
+    lamp: Array | None = None  # () change of the lamps, up to 1: warm, dim and at another side; None for usual lamps
+    recipe: Any = ()  # `procedural.Recipe`, for a procedural sweet
 
 
 class Material(NamedTuple):
@@ -48,6 +50,9 @@ class Sweet:
     material: Material
     rotation: float  # usual rotation about z in radians
     palette: tuple[tuple[float, float, float], ...]  # hue, saturation, value; at most four
+    recipe: Any = ()  # `procedural.Recipe`, for a procedural sweet
+    turn: float = 1.0  # factor by which its instances deviate more from the usual rotation
+    shift: float = 1.0  # factor by which its instances deviate more from the usual position
 
 
 # ---- primitives ----------------------------------------------------------------------------------------------------
@@ -64,13 +69,13 @@ def ellipsoid(x: Array, y: Array, z: Array, a: Array | float, b: Array | float, 
     return k0 * (k0 - 1) / norm(x / (a * a), y / (b * b), z / (c * c))
 
 
-def extrude(profile: Array, z: Array, half_height: Array | float, rounding: float) -> Array:
+def extrude(profile: Array, z: Array, half_height: Array | float, rounding: Array | float) -> Array:
     """Compute the distance to a flat shape, given by its distance in the plane, extruded along z with rounded edges."""
     u, v = profile + rounding, jnp.abs(z) - half_height + rounding
     return jnp.minimum(jnp.maximum(u, v), 0) + norm(jnp.maximum(u, 0), jnp.maximum(v, 0)) - rounding
 
 
-def rectangle(x: Array, y: Array, a: Array | float, b: Array | float, rounding: float) -> Array:
+def rectangle(x: Array, y: Array, a: Array | float, b: Array | float, rounding: Array | float) -> Array:
     """Compute the distance in the plane to a rectangle with half sides a, b and rounded corners."""
     return extrude(jnp.abs(x) - a, y, b, rounding)
 
@@ -84,7 +89,7 @@ def segment(x: Array, y: Array, z: Array, start: tuple, end: tuple) -> Array:
     return norm(*(o - along * d for o, d in zip(offset, direction, strict=True)))
 
 
-def smooth_union(a: Array, b: Array, width: float) -> Array:
+def smooth_union(a: Array, b: Array, width: Array | float) -> Array:
     """Compute the smooth union of two shapes, which blend over `width` metres."""
     h = jnp.maximum(width - jnp.abs(a - b), 0) / width
     return jnp.minimum(a, b) - h * h * width / 4
@@ -125,7 +130,7 @@ def stripes(turns: Array, fraction: float, soft: float) -> Array:
     return smoothstep(fraction / 2 - jnp.abs(turns - jnp.round(turns)), 0.0, soft)
 
 
-def mottle(p: Array, frequency: float, phase: Array | float) -> Array:
+def mottle(p: Array, frequency: Array | float, phase: Array | float) -> Array:
     """Generate a smooth irregular pattern of about -1..1 with `frequency` waves per metre, for grain, crumb or wear."""
     x, y, z = p
     u = frequency * x + 0.27 * wave(0.61 * frequency * y + phase)

@@ -33,19 +33,25 @@ def available(config: ConfigDict) -> tuple[str, ...]:
     dataset, readers = config.dataset, _readers(config, "all")
     if dataset.name not in readers:
         raise UserError(f'config.dataset.name is "{dataset.name}"; use one of {", ".join(readers)}.')
-    fixed = {"eyecandies": eyecandies.OBJECTS, "candies": eyecandies.OBJECTS, "mvtec3d": mvtec3d.OBJECTS}
+    fixed: dict[str, tuple[str, ...]] = {
+        "eyecandies": eyecandies.OBJECTS,
+        "candies": eyecandies.OBJECTS,
+        "sweets": candies.names(dataset.render.objects),
+        "mvtec3d": mvtec3d.OBJECTS,
+    }
     return fixed.get(dataset.name) or object_names(Path(dataset.root))
 
 
 def render(config: ConfigDict) -> None:
-    """Render the missing images of the candies dataset; other datasets must exist already.
+    """Render the missing images of candies and sweets; other datasets must exist already.
 
     Raises:
         UserError: If an object is unknown or the images cannot be written.
     """
-    if config.dataset.name == "candies":
+    if config.dataset.name in ("candies", "sweets"):
         objects(config)  # raises for an unknown name before anything is rendered
-        candies.render(Path(config.dataset.root), **config.dataset.render)
+        kind = {"objects": "all"} if config.dataset.name == "candies" else {}
+        candies.render(Path(config.dataset.root), **{**config.dataset.render, **kind})
 
 
 def open_reader(config: ConfigDict, chosen: Sequence[str] | None = None) -> Reader:
@@ -62,7 +68,7 @@ def open_reader(config: ConfigDict, chosen: Sequence[str] | None = None) -> Read
     if chosen is None:
         objects(config)  # raises for an unknown name before any other check
     official = "depth" in config.modality and config.input.depth_encoding == "normals_official"
-    if official and dataset.name not in ("eyecandies", "candies"):
+    if official and dataset.name not in ("eyecandies", "candies", "sweets"):
         raise UserError(f'config.input.depth_encoding is "normals_official", which {dataset.name} lacks; use normals.')
     return _readers(config, dataset.objects if chosen is None else chosen)[dataset.name]()
 
@@ -74,6 +80,7 @@ def _readers(config: ConfigDict, chosen: str | Sequence[str]) -> dict[str, Calla
     return {
         "eyecandies": lambda: Eyecandies(root, chosen, light, normals),
         "candies": lambda: Eyecandies(root, chosen, light, normals),
+        "sweets": lambda: Eyecandies(root, chosen, light, normals, candies.names(config.dataset.render.objects)),
         "mvtec3d": lambda: MVTec3D(root, chosen, config.dataset.validation, depth),
         "folder": lambda: Folder(root, chosen, depth),
     }

@@ -1,4 +1,4 @@
-"""Reader of the Eyecandies format (Bonfiglioli et al., ACCV 2022), which the rendered `candies` use, too."""
+"""Reader of the Eyecandies format (Bonfiglioli et al., ACCV 2022), which rendered `candies` and `sweets` use, too."""
 
 import re
 from collections.abc import Sequence
@@ -51,6 +51,7 @@ class Eyecandies:
         light: Light of the RGB images, "0" to "5"; or "all", which reads six training images per sample, with the ids
             `<id>_<light>`, and light 4 in the other splits.
         normals: Whether to read the official normals, too; most releases lack them.
+        available: All objects of the dataset.
 
     Raises:
         UserError: If a folder or file is missing or empty or leads out of the root, or an object is unknown.
@@ -61,13 +62,18 @@ class Eyecandies:
     normals_window = 3
 
     def __init__(
-        self, root: str | Path, objects: str | Sequence[str] = "all", light: str = _LIGHT, normals: bool = False
+        self,
+        root: str | Path,
+        objects: str | Sequence[str] = "all",
+        light: str = _LIGHT,
+        normals: bool = False,
+        available: Sequence[str] = OBJECTS,
     ) -> None:
         if light not in (*LIGHTS, "all"):
             raise UserError(f"config.dataset.light is {light}; use one of 0 to {LIGHTS[-1]}, or all.")
         self.root = Path(root)
         self.light, self.normals = light, normals
-        self.objects = select(objects, OBJECTS)
+        self.objects = select(objects, available)
         with opening(self.root):
             self._ids = {(name, split): self._index(name, split) for name in self.objects for split in _FOLDERS}
 
