@@ -1,6 +1,6 @@
 """Incremental unified RGB-D anomaly detection in JAX.
 
-    main learn prepare evaluate predict robustness choose benchmark latency   commands; `cli` holds their shared parts
+    main learn history prepare evaluate predict robustness choose benchmark latency   commands; `cli` is shared
     experiment   a run from its first step to its results
     config protocol shapes errors   shared definitions
 

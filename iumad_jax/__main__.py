@@ -10,6 +10,7 @@ COMMANDS = (
     "prepare",
     "main",
     "learn",
+    "history",
     "evaluate",
     "predict",
     "robustness",

@@ -223,7 +223,7 @@ def assess(run: Run, step: Step, progress: Progress) -> Progress:
         append("decisions", step=step.index, **decisions)
         append("snapshot", step=step.index, **stored)
     measured = history(ledgers.read(run.workdir / "ledger.jsonl"))
-    live.log(tables.effect(measured.matrices[run.config.method]["i_auroc"], measured.steps, step.index))
+    live.log(tables.effect_line(measured.matrices[run.config.method]["i_auroc"], measured.steps, step.index))
     inventory.record_images(run.workdir, run.store, step.seen, ("calibration", "test"))
     position = Position(step.index, 0, finished=True)
     return run.save(progress._replace(position=position, optimizer=[]))

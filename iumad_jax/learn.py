@@ -6,8 +6,11 @@ One step is added to the run for each new object, whatever the protocol it began
 the dataset that the run has not learned are. --config.dataset.root=FOLDER and other keys under dataset name another
 dataset to learn from, and keys under train change how long and how it is trained, for these steps alone.
 
-The first line tells how well the new objects are judged and what learning them did to the others. Interrupted, the same
-command resumes.
+--after=N --output=NEW undoes what the run learned after step N: NEW becomes a copy of the run as it was then, and goes on
+with the objects named by --objects, if any. The run itself is not changed.
+
+The first lines tell how well the new objects are judged and what learning them did to the others. Interrupted, the same
+command resumes (after --after, with --workdir=NEW).
 """
 
 import json
@@ -16,6 +19,7 @@ import sys
 from absl import flags
 
 from iumad_jax import cli
+from iumad_jax.errors import UserError
 
 
 def main(arguments: list[str]) -> int:
@@ -25,28 +29,40 @@ def main(arguments: list[str]) -> int:
 
 def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
-    flags.DEFINE_string("objects", "all", "New objects, separated by commas: all that are new.", flag_values=values)
+    help_ = "New objects, separated by commas. Default: all that are new; with --after, none."
+    flags.DEFINE_string("objects", None, help_, flag_values=values)
+    flags.DEFINE_integer("after", None, "Undoes all steps after this one, in a copy.", flag_values=values)
+    flags.DEFINE_string("output", None, "New folder for the copy of --after.", flag_values=values)
 
 
 def _learn(values: flags.FlagValues) -> str:
     workdir = cli.path(values, "workdir")
+    if values.output and values.after is None:
+        raise UserError("--output is the folder of the copy that --after=STEP makes; add --after, or omit --output.")
     from iumad_jax import config as configs
     from iumad_jax import experiment  # loads JAX, so wrong flags are reported first
     from iumad_jax.data import plan
     from iumad_jax.report import result_files, tables
     from iumad_jax.runtime import workdir as workdirs
+    from iumad_jax.training import undo
 
     config = workdirs.read(workdir)
     before, now = (configs.flat(json.loads(c.to_json())) for c in (config, values.config))
     changes = {key: value for key, value in now.items() if value != before[key]}
-    before_results = result_files.read(workdir)
-    finished = len(before_results["steps"]) if before_results else 0
-    steps = plan.with_new(config, workdir, values.objects, changes, finished)
+    if values.after is None:
+        earlier = result_files.read(workdir)
+        finished, objects = len(earlier["steps"]) if earlier else 0, values.objects or "all"
+    else:
+        output = cli.path(values, "output")
+        steps = undo.copy_until(workdir, values.after, output)
+        workdir, finished, objects = output, len(steps), values.objects
+    if objects:
+        steps = plan.with_new(config, workdir, objects, changes, finished)
     results = experiment.run(config, workdir, steps)
     if results is None:
         return "Process 0 prints the results."
     matrix = results["matrix"]["i_auroc"]
-    effects = [tables.effect(matrix, results["steps"], step.index) for step in steps[finished:]]
+    effects = [tables.effect_line(matrix, results["steps"], step.index) for step in steps[finished:]]
     return "\n".join([*effects, "", tables.console(results, workdir)])
 
 

@@ -2,13 +2,18 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from tabulate import tabulate
 
+from iumad_jax.errors import UserError
 from iumad_jax.metrics import interval_of_mean
+from iumad_jax.report import tables
 from iumad_jax.report.tables import METRICS, summarise
+from iumad_jax.runtime.ledger import read
 
 Matrices = dict[str, Float[np.ndarray, "steps objects"]]  # by metric; NaN where not yet learned or undefined
 Intervals = dict[str, dict[str, Any]]  # by metric: see `result_files`
@@ -104,3 +109,37 @@ def results(config: Mapping[str, Any], history: History, seconds: float) -> dict
         "seconds": seconds,
         "versions": {package: version(package) for package in ("iumad-jax", "jax", "flax", "optax", "numpy")},
     }
+
+
+def table_of_steps(method: str, workdir: Path) -> str:
+    """Format a table of a run's finished steps.
+
+    Args:
+        method: Method of the run.
+        workdir: Workdir of the run.
+
+    Raises:
+        UserError: If the ledger cannot be read, or no step is finished.
+    """
+    events = read(workdir / "ledger.jsonl")
+    measured = history(events)
+    if not measured.steps:
+        raise UserError(f"{workdir}: no step is finished yet; let the run finish its first step.")
+    begun = [event for event in events if event["event"] == "step"]
+    ends = {event["step"]: event["time"] for event in read(workdir / "live.jsonl") if event["event"] == "snapshot"}
+    rows = []
+    for step in range(len(measured.steps)):
+        effect = tables.effect(measured.matrices[method]["i_auroc"], measured.steps, step)
+        changes = " ".join(f"{key}={value}" for key, value in begun[step]["changes"].items())
+        time = ends.get(step, "")[:16].replace("T", " ")
+        rows.append([step, time, begun[step]["images"], *effect, changes or "-"])
+    headers = [
+        "step",
+        "finished (UTC)",
+        "images",
+        "learned",
+        "largest other change",
+        "mean of all",
+        "changed keys",
+    ]
+    return tabulate(rows, headers, "github", disable_numparse=True)

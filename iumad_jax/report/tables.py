@@ -6,10 +6,9 @@ import math
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 from tabulate import tabulate
 
 from iumad_jax.metrics import aggregate_forgetting, average_accuracy, final, forgetting, plasticity
@@ -74,23 +73,37 @@ def summarise(matrix: dict[str, Any]) -> dict[str, dict[str, float]]:
     return {metric: {name: figure(rows) for name, figure in SUMMARY.items()} for metric, rows in matrix.items()}
 
 
-def effect(matrix: Float[np.ndarray, "steps objects"], steps: Sequence[Sequence[str]], step: int) -> str:
-    """Describe in one line what a step learned, and what it did to the objects learned before.
+class Effect(NamedTuple):
+    """What a step did, in I-AUROC; "-" where undefined."""
+
+    learned: str  # values of the objects that the step learned
+    change: str  # of the other object that changed most; "" without one
+    mean: str  # of all objects learned so far
+
+
+def effect(matrix: Any, steps: Sequence[Sequence[str]], step: int) -> Effect:
+    """Measure what a step did to its own objects and to those learned before.
 
     Args:
-        matrix: I-AUROC of every object after every step.
+        matrix: I-AUROC of every object after every step; NaN or None where undefined.
         steps: Objects learned at each step.
         step: Number of the step.
     """
-    objects = list(itertools.chain.from_iterable(steps[: step + 1]))
-    old, row = len(objects) - len(steps[step]), matrix[step]
-    learned = ", ".join(f"{name} {_cell(value)}" for name, value in zip(objects[old:], row[old:], strict=False))
-    text = f"step {step}: learned {learned} (I-AUROC)"
-    changes = row[:old] - matrix[step - 1, :old]
+    values, objects = np.asarray(matrix, float), list(itertools.chain.from_iterable(steps[: step + 1]))
+    old, row = len(objects) - len(steps[step]), values[step, : len(objects)]
+    learned = ", ".join(f"{name} {_cell(value)}" for name, value in zip(objects[old:], row[old:], strict=True))
+    changes, change = row[:old] - values[step - 1, :old], ""
     if np.isfinite(changes).any():
         largest = int(np.nanargmax(np.abs(changes)))
-        text += f"; largest change of another object: {objects[largest]} {changes[largest]:+.3f}"
-    return f"{text}; mean of all {_cell(final(matrix[: step + 1, : len(objects)]))}"
+        change = f"{objects[largest]} {changes[largest]:+.3f}"
+    return Effect(learned, change, _cell(final(values[: step + 1, : len(objects)])))
+
+
+def effect_line(matrix: Any, steps: Sequence[Sequence[str]], step: int) -> str:
+    """Format `effect` in one line."""
+    learned, change, mean = effect(matrix, steps, step)
+    others = f"; largest change of another object: {change}" if change else ""
+    return f"step {step}: learned {learned} (I-AUROC){others}; mean of all {mean}"
 
 
 def title(results: dict[str, Any]) -> str:

@@ -56,6 +56,15 @@ def record_images(workdir: Path, store: Store, objects: Iterable[str], splits: S
     for name in objects:
         for split in splits:
             inventory[name][split] = {**store.digests(name, split)}
+    write(workdir, inventory)
+
+
+def write(workdir: Path, inventory: Inventory) -> None:
+    """Write the inventory of a run.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
     write_whole(workdir / "dataset.json", json.dumps(inventory, indent=1).encode())
 
 

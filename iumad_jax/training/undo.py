@@ -1,0 +1,68 @@
+"""Copies a run as it was after a step, which undoes what it learned later."""
+
+import json
+import shutil
+from pathlib import Path
+
+from iumad_jax.data import plan
+from iumad_jax.data.prepared import inventory
+from iumad_jax.errors import UserError
+from iumad_jax.protocol import Step
+from iumad_jax.runtime import snapshots
+from iumad_jax.runtime.storage import write_error, write_whole
+
+_SHARED = ("config.json", "snapshots/by_object", "prepared")  # the same after all steps
+
+
+def copy_until(workdir: Path, step: int, output: Path) -> tuple[Step, ...]:
+    """Copy a run as it was after a step to a new folder, which appears only when it is complete.
+
+    Returns:
+        The steps of the copy.
+
+    Raises:
+        UserError: If the step has no intact snapshot, the folder exists, or it cannot be written.
+    """
+    progress, steps = snapshots.read(workdir, step), plan.read(workdir)[: step + 1]
+    if output.exists():
+        raise UserError(f"--output={output} exists; choose a new folder for the run without its later steps.")
+    unfinished = output.with_name(f"{output.name}.unfinished")
+    names = [*_SHARED, *(f"snapshots/{number}" for number in range(step + 1))]
+    for folder in ("samples", "pictures"):
+        names += [f"{folder}/{file.name}" for file in (workdir / folder).glob("*") if _number(file) <= step]
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        for name in names:
+            source, target = workdir / name, unfinished / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if source.is_dir():
+                shutil.copytree(source, target)
+            elif source.exists():
+                shutil.copy2(source, target)
+        for name in ("ledger.jsonl", "live.jsonl"):
+            lines = (workdir / name).read_bytes().splitlines(keepends=True)
+            kept = progress.ledger.lines if name == "ledger.jsonl" else _end_of_step(lines, step)
+            write_whole(unfinished / name, b"".join(lines[:kept]))
+        recorded = {name: images for name, images in inventory.read(workdir).items() if name in steps[-1].seen}
+        inventory.write(unfinished, recorded)
+        plan.write(unfinished, steps)
+        unfinished.rename(output)
+    except OSError as error:
+        raise write_error(output, error) from error
+    return steps
+
+
+def _number(file: Path) -> int:
+    """Return the step in the name of a file such as step2_nut.jpg; -1 for files of no step."""
+    digits = file.name.removeprefix("step").partition("_")[0]
+    return int(digits) if digits.isdecimal() else -1
+
+
+def _end_of_step(lines: list[bytes], step: int) -> int:
+    """Return the number of lines of live.jsonl up to the end of a step."""
+    ends = [
+        number
+        for number, line in enumerate(lines, 1)
+        if (event := json.loads(line))["event"] == "snapshot" and event["step"] == step
+    ]
+    return ends[-1] if ends else len(lines)
