@@ -6,8 +6,8 @@ One step is added to the run for each new object, whatever the protocol it began
 the dataset that the run has not learned are. --config.dataset.root=FOLDER and other keys under dataset name another
 dataset to learn from, and keys under train change how long and how it is trained, for these steps alone.
 
---after=N --output=NEW undoes what the run learned after step N: NEW becomes a copy of the run as it was then, and goes on
-with the objects named by --objects, if any. The run itself is not changed.
+--after=N --output=NEW undoes what the run learned after step N: NEW becomes a copy of the run as it was then, and goes
+on with the objects named by --objects, if any. The run itself is not changed.
 
 The first lines tell how well the new objects are judged and what learning them did to the others. Interrupted, the same
 command resumes (after --after, with --workdir=NEW).
@@ -15,6 +15,7 @@ command resumes (after --after, with --workdir=NEW).
 
 import json
 import sys
+from pathlib import Path
 
 from absl import flags
 
@@ -49,15 +50,15 @@ def _learn(values: flags.FlagValues) -> str:
     config = workdirs.read(workdir)
     before, now = (configs.flat(json.loads(c.to_json())) for c in (config, values.config))
     changes = {key: value for key, value in now.items() if value != before[key]}
-    if values.after is None:
-        earlier = result_files.read(workdir)
-        finished, objects = len(earlier["steps"]) if earlier else 0, values.objects or "all"
-    else:
-        output = cli.path(values, "output")
-        steps = undo.copy_until(workdir, values.after, output)
-        workdir, finished, objects = output, len(steps), values.objects
+    earlier, steps, objects = result_files.read(workdir), plan.read(workdir), values.objects or "all"
+    finished = len(earlier["steps"]) if earlier else 0
+    if values.after is not None:
+        steps, finished, objects = steps[: values.after + 1], values.after + 1, values.objects
     if objects:
-        steps = plan.with_new(config, workdir, objects, changes, finished)
+        steps = plan.with_new(config, steps, objects, changes, finished)
+    if values.after is not None:
+        undo.copy_until(workdir, values.after, cli.path(values, "output"))
+        workdir = Path(values.output)
     results = experiment.run(config, workdir, steps)
     if results is None:
         return "Process 0 prints the results."

@@ -67,22 +67,21 @@ def current(config: ConfigDict, workdir: Path) -> tuple[Step, ...]:
 
 
 def with_new(
-    config: ConfigDict, workdir: Path, names: str, changes: Mapping[str, Any], finished: int
+    config: ConfigDict, steps: tuple[Step, ...], names: str, changes: Mapping[str, Any], finished: int
 ) -> tuple[Step, ...]:
-    """Add one step for each new object to the plan of a run.
+    """Add one step for each new object to the steps of a run.
 
     Args:
         config: Config of the run.
-        workdir: Workdir of the run.
+        steps: Steps planned so far.
         names: "all" for all objects that the run has not learned, or names separated by commas.
         changes: Keys under `dataset` and `train` with other values than the run's, for these steps.
         finished: Number of finished steps. Objects of planned steps that are not finished are continued with.
 
     Raises:
-        UserError: If an object is learned already or does not exist, none is new, an unfinished step has other changes,
-            or the plan cannot be read.
+        UserError: If an object is learned already or does not exist, none is new, or an unfinished step has other
+            changes.
     """
-    steps = read(workdir)
     changed = changed_config(config, changes)
     changed.dataset.objects = names
     learned = set(itertools.chain.from_iterable(step.learned for step in steps[:finished]))
@@ -90,13 +89,13 @@ def with_new(
     known = [name for name in selected if name in learned]
     if known and (names != "all" or len(known) == len(selected)):
         raise UserError(
-            f"{workdir} has learned {', '.join(known)} already; add the images of a new object to"
+            f"the run has learned {', '.join(known)} already; add the images of a new object to"
             f" {changed.dataset.root}, or name their folder with --config.dataset.root."
         )
     for step in steps[finished:]:
         if set(step.learned) & set(selected) and step.changes != changes:
             keys = " ".join(f"--config.{key}={value}" for key, value in step.changes.items()) or "without changed keys"
-            raise UserError(f"{workdir} has begun to learn {', '.join(step.learned)} {keys}; finish it so first.")
+            raise UserError(f"the run has begun to learn {', '.join(step.learned)} {keys}; finish it so first.")
     return _with_objects(steps, [name for name in selected if name not in steps[-1].seen], changes)
 
 

@@ -7,18 +7,14 @@ from pathlib import Path
 from iumad_jax.data import plan
 from iumad_jax.data.prepared import inventory
 from iumad_jax.errors import UserError
-from iumad_jax.protocol import Step
 from iumad_jax.runtime import snapshots
 from iumad_jax.runtime.storage import write_error, write_whole
 
 _SHARED = ("config.json", "snapshots/by_object", "prepared")  # the same after all steps
 
 
-def copy_until(workdir: Path, step: int, output: Path) -> tuple[Step, ...]:
+def copy_until(workdir: Path, step: int, output: Path) -> None:
     """Copy a run as it was after a step to a new folder, which appears only when it is complete.
-
-    Returns:
-        The steps of the copy.
 
     Raises:
         UserError: If the step has no intact snapshot, the folder exists, or it cannot be written.
@@ -49,7 +45,6 @@ def copy_until(workdir: Path, step: int, output: Path) -> tuple[Step, ...]:
         unfinished.rename(output)
     except OSError as error:
         raise write_error(output, error) from error
-    return steps
 
 
 def _number(file: Path) -> int:

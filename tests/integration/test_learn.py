@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from iumad_jax import Detector, experiment, learn
+from iumad_jax import Detector, experiment, history, learn
 from iumad_jax.config import small
 from iumad_jax.errors import USER_ERROR
 from iumad_jax.runtime import snapshots
@@ -144,8 +144,8 @@ def test_learning_an_object_changes_nothing_of_the_others_bank(command):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ([], sentences.OBJECTS_LEARNED_ALREADY.format(workdir="run", objects="bolt, nut", root="objects")),
-        (["--objects=nut"], sentences.OBJECTS_LEARNED_ALREADY.format(workdir="run", objects="nut", root="objects")),
+        ([], sentences.OBJECTS_LEARNED_ALREADY.format(objects="bolt, nut", root="objects")),
+        (["--objects=nut"], sentences.OBJECTS_LEARNED_ALREADY.format(objects="nut", root="objects")),
         (["--objects=screw"], 'config.dataset.objects names "screw"; choose all or any of bolt, nut.'),
         (["--config.dataset.root=nowhere"], "config.dataset.root is nowhere, which is not a folder"),
         (["--config.model.width=16"], "--config.model.width is fixed by training"),
@@ -190,6 +190,44 @@ def test_a_begun_step_is_finished_as_it_began(command):
     code, _, err = command("--config.dataset.root=later")
     assert code == USER_ERROR
     keys = "--config.dataset.root=later --config.train.epochs=3"
-    assert sentences.STEP_BEGUN_OTHERWISE.format(workdir="run", object="washer", keys=keys) in err
+    assert sentences.STEP_BEGUN_OTHERWISE.format(object="washer", keys=keys) in err
     assert command(*keys.split())[0] == 0
     assert json.loads(Path("run/results.json").read_text())["steps"] == [["bolt", "nut"], ["washer"]]
+
+
+@pytest.mark.usefixtures("home")
+def test_undoing_a_step_leaves_the_run_as_it_was_before(command):
+    """The copy goes on with another object as the run would have done."""
+    assert command("--config.dataset.root=later")[0] == 0
+    add("anchor")
+    later = files(Path("run"))
+    code, out, _ = command("--after=0", "--output=undone", "--objects=anchor")
+    assert code == 0
+    assert out.splitlines()[0].startswith("step 1: learned anchor")
+    assert files(Path("run")) == later
+    run("expected", protocol="2-0", method="memory_bank", baselines="", **{"dataset.objects": "bolt,nut"})
+    assert json.loads(Path("undone/results.json").read_text())["steps"] == [["bolt", "nut"], ["anchor"]]
+    same_snapshots("undone", "expected", 0)
+    assert Detector.load("undone").objects == ("bolt", "nut", "anchor")
+    code, _, err = command("--after=0", "--output=undone")
+    assert code == USER_ERROR
+    assert "undone exists" in err
+    code, _, err = command("--after=7", "--output=other")
+    assert code == USER_ERROR
+    assert not Path("other").exists()
+
+
+@pytest.mark.usefixtures("home")
+def test_the_history_tells_what_each_step_did(command, capsys):
+    keys = ["--config.dataset.root=later", "--config.train.epochs=3"]
+    assert command(*keys)[0] == 0
+    assert history.main(["history", "--workdir=run"]) == 0
+    _, _, first, second = (line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines())
+    matrix = json.loads(Path("run/results.json").read_text())["matrix"]["i_auroc"]
+    learned = f"bolt {matrix[0][0]:.3f}, nut {matrix[0][1]:.3f}"
+    assert [cell.strip() for cell in (first[0], *first[2:4])] == ["0", "12", learned]
+    assert [cell.strip() for cell in (*second[2:4], second[-1])] == [
+        "6",
+        f"washer {matrix[1][2]:.3f}",
+        "dataset.root=later train.epochs=3",
+    ]

@@ -50,9 +50,10 @@ def record_images(workdir: Path, store: Store, objects: Iterable[str], splits: S
         UserError: If the inventory cannot be written, or an image cannot be read.
     """
     reader = store.reader
-    inventory = {
+    new: Inventory = {
         name: {split: dict.fromkeys(reader.ids(name, split)) for split in SPLIT_NAMES} for name in reader.objects
-    } | read(workdir)
+    }
+    inventory = new | read(workdir)
     for name in objects:
         for split in splits:
             inventory[name][split] = {**store.digests(name, split)}
