@@ -27,7 +27,7 @@ from iumad_jax.runtime import ledger as ledgers
 from iumad_jax.runtime import live, preemption, processes, snapshots
 from iumad_jax.runtime import workdir as workdirs
 from iumad_jax.runtime.progress import Position, Progress
-from iumad_jax.shapes import BY_OBJECT
+from iumad_jax.shapes import BY_OBJECT, Variables
 from iumad_jax.training import nonfinite
 from iumad_jax.training.dataset_changes import DatasetChanged, describe_changes
 from iumad_jax.training.epochs import Epoch, Training, train_epochs
@@ -39,7 +39,7 @@ _RESULTS = ("results.md", "results.tex", "results.csv", "report.html")
 
 
 def run(config: ConfigDict, workdir: Path, steps: tuple[Step, ...] = ()) -> dict[str, Any] | None:
-    """Run the steps in a workdir that are not finished yet; by default those of the config's protocol.
+    """Run the steps in a workdir that are not finished yet; by default those of its plan, see `plan.current`.
 
     Returns:
         Content of results.json (see `report.result_files`); None in processes other than process 0.
@@ -53,6 +53,7 @@ def run(config: ConfigDict, workdir: Path, steps: tuple[Step, ...] = ()) -> dict
     configs.check(config)
     workdirs.check(workdir, config)
     chosen, steps = bool(steps), steps or plan.current(config, workdir)
+    processes.check_same(lambda: {"objects": [step.learned for step in steps]})
     finished = result_files.read(workdir)
     written = all((workdir / name).exists() for name in _RESULTS)
     nothing_to_do = finished is not None and written and len(finished["steps"]) == len(steps)
@@ -108,6 +109,7 @@ def prepare(run: Run, step: Step) -> None:
             for message in odd_images(run.store.get(name, split), name, inventory.SPLIT_NAMES[split]):
                 live.log(message)
     inventory.record_images(run.workdir, run.store, step.learned, splits)
+    plan.begin(run.config, run.workdir, run.steps, step)
 
 
 def learn(run: Run, step: Step, progress: Progress) -> Progress:
@@ -121,14 +123,12 @@ def learn(run: Run, step: Step, progress: Progress) -> Progress:
     if progress.position.step < step.index:
         progress = observe(run, training, progress)
     run.live.log_step(step.index, step.learned, images)
-    if not run.trained:
-        return fit(run, objects, progress)
-    if batch_size < run.config.train.batch_size:
+    if run.trained and batch_size < run.config.train.batch_size:
         live.log(f"step {step.index}: batches of {batch_size}, because there are only {images} training images")
-    for epoch in epochs(run, training, progress):
+    for epoch in epochs(run, training, progress) if run.trained else ():
         progress = record(run, training, epoch, progress)
-    strategy_state, variables = progress.strategy_state, progress.variables[run.config.method]
-    for name in step.learned:
+    strategy_state, variables = progress.strategy_state, trained_variables(run, progress)
+    for name in step.learned if run.method.loss else ():
         batch = run.store.get(name, "train").batch
         strategy_state = run.strategy.finish(strategy_state, variables, batch, int(batch.object_id[0]))
     return fit(run, objects, progress._replace(strategy_state=strategy_state))
@@ -177,7 +177,7 @@ def epochs(run: Run, training: Training, progress: Progress) -> Iterator[Epoch]:
     train_config = step_config(config, index)
     name = optimizer_name(run.method, train_config)
     rates, optimizer = learning_rates(train_config, training.per_epoch), run.optimizers[name]
-    variables = {key: value for key, value in progress.variables[config.method].items() if key != BY_OBJECT}
+    variables = trained_variables(run, progress)
     state = initial_state(variables, optimizer, first, progress.optimizer, progress.strategy_state)
     batches = [prepared.batch for prepared in training.sets]
     stream = training_input(
@@ -187,6 +187,11 @@ def epochs(run: Run, training: Training, progress: Progress) -> Iterator[Epoch]:
     update, count = run.updates[name], config.train.epochs
     passes = train_epochs(update, state, stream, rates, key, training.per_epoch, count, progress.losses, run.due)
     return nonfinite.explain(passes, index, training.per_epoch, training.names)
+
+
+def trained_variables(run: Run, progress: Progress) -> Variables:
+    """Return the variables of the run's method that training needs: all but those of single objects."""
+    return {key: value for key, value in progress.variables[run.config.method].items() if key != BY_OBJECT}
 
 
 def record(run: Run, training: Training, epoch: Epoch, progress: Progress) -> Progress:

@@ -16,6 +16,7 @@ command resumes (after --after, with --workdir=NEW).
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -32,7 +33,9 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
     help_ = "New objects, separated by commas. Default: all that are new; with --after, none."
     flags.DEFINE_string("objects", None, help_, flag_values=values)
-    flags.DEFINE_integer("after", None, "Undoes all steps after this one, in a copy.", flag_values=values)
+    flags.DEFINE_integer(
+        "after", None, "Undoes all steps after this one, in a copy.", lower_bound=0, flag_values=values
+    )
     flags.DEFINE_string("output", None, "New folder for the copy of --after.", flag_values=values)
 
 
@@ -43,9 +46,10 @@ def _learn(values: flags.FlagValues) -> str:
     from iumad_jax import config as configs
     from iumad_jax import experiment  # loads JAX, so wrong flags are reported first
     from iumad_jax.data import plan
-    from iumad_jax.report import result_files, tables
+    from iumad_jax.report import result_files
     from iumad_jax.runtime import workdir as workdirs
     from iumad_jax.training import undo
+    from iumad_jax.training.dataset_changes import DatasetChanged
 
     config = workdirs.read(workdir)
     before, now = (configs.flat(json.loads(c.to_json())) for c in (config, values.config))
@@ -54,17 +58,31 @@ def _learn(values: flags.FlagValues) -> str:
     finished = len(earlier["steps"]) if earlier else 0
     if values.after is not None:
         steps, finished, objects = steps[: values.after + 1], values.after + 1, values.objects
+    if not steps:
+        raise UserError(
+            f"{workdir} has no plan.json, so no step has begun; start the run again with its first command."
+        )
     if objects:
         steps = plan.with_new(config, steps, objects, changes, finished)
     if values.after is not None:
         undo.copy_until(workdir, values.after, cli.path(values, "output"))
         workdir = Path(values.output)
-    results = experiment.run(config, workdir, steps)
-    if results is None:
-        return "Process 0 prints the results."
-    matrix = results["matrix"]["i_auroc"]
-    effects = [tables.effect_line(matrix, results["steps"], step.index) for step in steps[finished:]]
-    return "\n".join([*effects, "", tables.console(results, workdir)])
+    try:
+        results = experiment.run(config, workdir, steps)
+    except DatasetChanged as changed:
+        print(_describe(changed.results, finished, workdir))
+        raise
+    assert results is not None  # one process
+    return _describe(results, finished, workdir)
+
+
+def _describe(results: dict[str, Any], finished: int, workdir: Path) -> str:
+    """Describe what the steps after the first finished ones did, and then all results."""
+    from iumad_jax.report import tables
+
+    matrix, steps = results["matrix"]["i_auroc"], results["steps"]
+    effects = [tables.effect_line(matrix, steps, step) for step in range(finished, len(steps))]
+    return "\n".join([*effects, "", tables.console(results, workdir)]).lstrip("\n")
 
 
 if __name__ == "__main__":

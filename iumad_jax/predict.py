@@ -49,7 +49,7 @@ def _define(values: flags.FlagValues) -> None:
 
 def _predict(values: flags.FlagValues) -> str:
     output = cli.path(values, "output")
-    from iumad_jax.data import readers  # loads JAX, so wrong flags are reported first
+    from iumad_jax.data import plan  # loads JAX, so wrong flags are reported first
     from iumad_jax.data.readers import unlabelled
     from iumad_jax.inference import predictions, unknown_images
     from iumad_jax.inference.detector import Detector
@@ -63,7 +63,11 @@ def _predict(values: flags.FlagValues) -> str:
         needs_depth = "depth" in detector.processing.modalities
         images = list(unlabelled.photographs(Path(values.input), needs_depth, depth, values.depth_unit, camera))
     else:
-        images = list(unlabelled.split_images(readers.open_reader(values.config), values.split))
+        images = list(
+            unlabelled.split_images(
+                plan.open_for_use(values.config, Path(values.workdir), detector.objects), values.split
+            )
+        )
     rows, damaged, groups = predictions.predict(detector, str(values.workdir), images, values.object, output)
     if groups:
         print(unknown_images.describe(groups, values.workdir))

@@ -176,7 +176,7 @@ THRESHOLDS_DEPEND_ON_IMAGES = (
     "{} since the run learned this object, and its thresholds depend on these images; undo the change, or choose"
     " another --workdir."
 )
-DATASET_MISSING = "{} no longer exists, so changes of the dataset cannot be detected."
+DATASET_MISSING = "{} no longer exists, so its changes cannot be detected."
 DATASET_MISSING_PART = "{} no longer exists"
 PLAN_DIFFERS = "this run has learned {learned}, but its plan.json begins with {planned}"
 INVENTORY_DAMAGED = "{} is not a dataset inventory"

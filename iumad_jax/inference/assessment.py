@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from iumad_jax.data import readers
+from iumad_jax.data import plan
 from iumad_jax.data.prepared.good_images import GoodImages
 from iumad_jax.data.prepared.store import open_store
 from iumad_jax.errors import UserError
@@ -150,7 +150,7 @@ def evaluate_snapshot(config: ConfigDict, workdir: Path, progress: Progress, out
         UserError: If the dataset cannot be used or a file cannot be written.
     """
     began, step = time.monotonic(), progress.position.step
-    reader = readers.open_reader(config)
+    reader = plan.open_for_use(config, workdir, tuple(progress.calibration))
     store = open_store(config, reader, workdir, progress.inputs)
     learned = [name for name in reader.objects if name in progress.calibration]
     if not learned:

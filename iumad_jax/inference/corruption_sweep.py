@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from tabulate import tabulate
 from tqdm import tqdm
 
-from iumad_jax.data import readers
+from iumad_jax.data import plan
 from iumad_jax.data.degradation import FAULTS, MILD_DEPTH_NOISE, with_depth_noise
 from iumad_jax.data.prepared.store import PreparedSet, Store, open_store
 from iumad_jax.data.sample import Sample
@@ -35,7 +35,7 @@ def measure(config: ConfigDict, workdir: Path, progress: Progress) -> str:
     Raises:
         UserError: If the dataset cannot be used or has no test images of a learned object.
     """
-    reader = readers.open_reader(config)
+    reader = plan.open_for_use(config, workdir, tuple(progress.calibration))
     store = open_store(config, reader, workdir, progress.inputs)
     learned = tuple(progress.calibration)
     tested = tuple(name for name in reader.objects if reader.ids(name, "test"))

@@ -107,7 +107,7 @@ def describe(groups: Sequence[Group], workdir: str) -> str:
     lines = [
         f"The unknown images form {count} of like images. Before a group is learned, a person must look at its picture"
         " and remove images with defects, or of other objects, from its folder, which may be renamed together with"
-        " --objects:"
+        " --objects. Keep the folder, because the run reads it again in later steps:"
     ]
     for name, images, picture in groups:
         count = f"{len(images)} images" if len(images) > 1 else "1 image, too few to learn"

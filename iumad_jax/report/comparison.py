@@ -5,6 +5,7 @@ Every run has a folder named after its variant, modality, protocol and seed.
 
 import csv
 import io
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,7 +107,7 @@ def retention(seed_runs: list[dict[str, Any]], metric: str) -> NDArray:
 
 def markdown(runs: Runs) -> str:
     """Format an overview of all protocols, then one table each, with the paper's values for the paper's datasets."""
-    protocols = sorted({cell.protocol for cell in runs}, key=lambda text: [-int(n) for n in text.split("-")])
+    protocols = sorted({cell.protocol for cell in runs}, key=lambda text: [-int(n) for n in re.findall(r"\d+", text)])
     parts = ["# Comparison", "I-AUROC / AUPRO / FM of I-AUROC:", _overview(runs, protocols)]
     for protocol in protocols:
         selected = {cell: seed_runs for cell, seed_runs in runs.items() if cell.protocol == protocol}

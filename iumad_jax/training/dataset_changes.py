@@ -32,13 +32,17 @@ def compare_names(config: ConfigDict, noted: Inventory, steps: Sequence[Step]) -
 
     New objects are reported only in the dataset of the config, if it selects all objects.
     """
-    compared = []
+    compared, own = [], config.dataset.objects == "all"
     for dataset, names in plan.datasets(config, steps):
         recorded = {name: noted[name] for name in names if name in noted}
+        if recorded and not Path(dataset.dataset.root).is_dir() and dataset.dataset.name == "folder":
+            compared.append(NameChanges(tuple(recorded), {}, ()))
+            continue
         available = [name for name in readers.available(dataset) if name in recorded or name not in noted]
         changes = NameChanges.compare(recorded, available, functools.partial(readers.open_reader, dataset))
-        is_own = dataset.dataset == config.dataset and config.dataset.objects == "all"
+        is_own = own and dataset.dataset == config.dataset
         compared.append(changes if is_own else changes._replace(new=()))
+        own = own and not is_own  # reported once
     return compared
 
 
@@ -94,20 +98,18 @@ def describe_changes(config: ConfigDict, workdir: Path, new_objects: bool = True
     Returns:
         One sentence per change; "" if nothing has changed.
     """
-    noted = inventory.read(workdir)
-    if not Path(config.dataset.root).is_dir():
-        live.log(f"{workdir}: {config.dataset.root} no longer exists, so changes of the dataset cannot be detected.")
-        return ""
-    messages = []
+    noted, steps, messages = inventory.read(workdir), plan.read(workdir), []
     try:
-        steps = plan.read(workdir)
         for (dataset, names), found in zip(
             plan.datasets(config, steps), compare_names(config, noted, steps), strict=True
         ):
+            if not Path(dataset.dataset.root).is_dir():
+                live.log(f"{workdir}: {dataset.dataset.root} no longer exists, so its changes cannot be detected.")
+                continue
             messages += found.missing_messages() + (found.new_object_messages(workdir) if new_objects else [])
             if present := [name for name in names if name in noted and name not in (*found.gone, *found.renamed)]:
                 store = open_store(dataset, readers.open_reader(dataset, present), workdir)
-                messages += inventory.exchange_messages({name: noted[name] for name in names}, store)
+                messages += inventory.exchange_messages({name: noted[name] for name in names if name in noted}, store)
                 pairs = itertools.product(present, inventory.SPLIT_NAMES)
                 changes = (inventory.changed_images(noted, store, name, split) for name, split in pairs)
                 messages += [f"{change} since the run used them." for change in changes if change]

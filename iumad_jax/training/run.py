@@ -96,12 +96,13 @@ def check(config: ConfigDict, workdir: Path, steps: tuple[Step, ...]) -> None:
     """Check a run before a dataset is rendered.
 
     Raises:
-        UserError: If a dataset no longer has an object of the run, or the config names an unknown method.
+        UserError: If a dataset no longer has an object of the run, or the config or a step's changes are invalid.
     """
     for found in compare_names(config, inventory.read(workdir), steps):
         if messages := found.missing_messages():
             raise UserError(" ".join(messages))
-    _build_methods(config)
+    for changes in ({}, *(step.changes for step in steps if step.changes)):
+        _build_methods(plan.changed_config(config, changes))
 
 
 def start(config: ConfigDict, workdir: Path, steps: tuple[Step, ...], stack: ExitStack) -> tuple[Run, Progress]:
@@ -121,7 +122,6 @@ def start(config: ConfigDict, workdir: Path, steps: tuple[Step, ...], stack: Exi
     store = open_store(config, plan.open_reader(config, steps), workdir)
     if processes.is_process_zero():
         stack.enter_context(workdirs.claimed(workdir, config))
-        plan.write(workdir, steps)
     snapshots = stack.enter_context(closing(Snapshots(workdir)))
     if progress := snapshots.latest():
         store = dataclasses.replace(store, processing=Processing.recorded(progress.inputs))
@@ -133,7 +133,8 @@ def start(config: ConfigDict, workdir: Path, steps: tuple[Step, ...], stack: Exi
             for name, method in run_methods.items()
         }
     )
-    check_images(inventory.read(workdir), store, strategy, steps, progress, workdir)
+    noted = {name: images for name, images in inventory.read(workdir).items() if name in steps[-1].seen}
+    check_images(noted, store, strategy, steps, progress, workdir)
     ledger = processes.on_process_zero(Ledger, workdir / "ledger.jsonl")
     ledger.truncate(*progress.ledger)
     run = Run(

@@ -1,13 +1,12 @@
 """Copies a run as it was after a step, which undoes what it learned later."""
 
-import json
 import shutil
 from pathlib import Path
 
 from iumad_jax.data import plan
 from iumad_jax.data.prepared import inventory
 from iumad_jax.errors import UserError
-from iumad_jax.runtime import snapshots
+from iumad_jax.runtime import ledger, snapshots
 from iumad_jax.runtime.storage import write_error, write_whole
 
 _SHARED = ("config.json", "snapshots/by_object", "prepared")  # the same after all steps
@@ -35,10 +34,9 @@ def copy_until(workdir: Path, step: int, output: Path) -> None:
                 shutil.copytree(source, target)
             elif source.exists():
                 shutil.copy2(source, target)
-        for name in ("ledger.jsonl", "live.jsonl"):
+        for name, count in {"ledger.jsonl": progress.ledger.lines, "live.jsonl": _end_of_step(workdir, step)}.items():
             lines = (workdir / name).read_bytes().splitlines(keepends=True)
-            kept = progress.ledger.lines if name == "ledger.jsonl" else _end_of_step(lines, step)
-            write_whole(unfinished / name, b"".join(lines[:kept]))
+            write_whole(unfinished / name, b"".join(lines[:count]))
         recorded = {name: images for name, images in inventory.read(workdir).items() if name in steps[-1].seen}
         inventory.write(unfinished, recorded)
         plan.write(unfinished, steps)
@@ -53,11 +51,8 @@ def _number(file: Path) -> int:
     return int(digits) if digits.isdecimal() else -1
 
 
-def _end_of_step(lines: list[bytes], step: int) -> int:
+def _end_of_step(workdir: Path, step: int) -> int:
     """Return the number of lines of live.jsonl up to the end of a step."""
-    ends = [
-        number
-        for number, line in enumerate(lines, 1)
-        if (event := json.loads(line))["event"] == "snapshot" and event["step"] == step
-    ]
-    return ends[-1] if ends else len(lines)
+    events = enumerate(ledger.read(workdir / "live.jsonl"), 1)
+    ends = [number for number, event in events if (event["event"], event.get("step")) == ("snapshot", step)]
+    return ends[-1] if ends else 0
