@@ -152,7 +152,7 @@ OBJECTS_NEW = (
     "The dataset also holds {}, added after this run began and not learned by it; learn all of it with"
     " python -m iumad_jax.learn --workdir=run, or start a run in another --workdir."
 )
-OBJECTS_LEARNED_ALREADY = "the run has learned {objects} already; add the images of a new object to {root}, or name"
+OBJECTS_LEARNED_ALREADY = "the run has learned {objects} already; add the images of a new object to {root}, name"
 STEP_BEGUN_OTHERWISE = "the run has begun to learn {object} {keys}; finish it so first."
 PLAN_DAMAGED = "{} is not the plan of a run"
 OBJECTS_NEW_PART = "The dataset also holds {}"

@@ -272,14 +272,6 @@ def test_without_a_plan_the_objects_of_the_snapshot_are_required(home):
     assert (home / "run/ledger.jsonl").read_bytes() == ledger
 
 
-def test_a_damaged_plan_is_refused(home):
-    stop_after_step(0)
-    for content in (b"", b"{}", b"[3]", b'[{"learned": [], "changes": {}}]', b'[{"learned": [1], "changes": {}}]'):
-        (home / "run/plan.json").write_bytes(content)
-        with pytest.raises(UserError, match=sentences.PLAN_DAMAGED.format(r"run/plan\.json")):
-            run()
-
-
 def test_a_damaged_inventory_is_refused(home):
     for content in (b"", b"[]", b'{"bolt": 3}', b"\xff", b'{"bolt": {"train": {"000": [1]}}}'):
         (home / "run/dataset.json").write_bytes(content)

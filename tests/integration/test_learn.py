@@ -14,8 +14,10 @@ import pytest
 
 from iumad_jax import Detector, experiment, history, learn
 from iumad_jax.config import small
-from iumad_jax.errors import USER_ERROR
+from iumad_jax.data import plan
+from iumad_jax.errors import USER_ERROR, UserError
 from iumad_jax.runtime import snapshots
+from iumad_jax.runtime import workdir as workdirs
 from iumad_jax.runtime.ledger import read
 from tests import sentences
 from tests.integration.conftest import SMALL
@@ -122,6 +124,15 @@ def test_a_closed_run_learns_objects_from_another_folder(command):
     assert detector.objects == ("bolt", "nut", "washer", "anchor")
     for name, root in (("bolt", "objects"), ("washer", "later"), ("anchor", "objects")):
         assert recognised(detector, Path(root) / name) == name
+    config = workdirs.read(Path("run"))
+    reader = plan.open_for_use(config, Path("run"), detector.objects)  # as `evaluate` does
+    assert (sorted(reader.objects), reader.ids("washer", "test")) == (sorted(detector.objects), ids_of("later/washer"))
+    config.dataset.root = "later"
+    assert plan.open_for_use(config, Path("run"), detector.objects).objects == ("washer",)
+
+
+def ids_of(folder):
+    return tuple(f"{file.parts[-3]}/{file.stem}" for file in sorted(Path(folder).glob("test/*/rgb/*.png")))
 
 
 def recognised(detector, folder):
@@ -149,6 +160,10 @@ def test_learning_an_object_changes_nothing_of_the_others_bank(command):
         (["--objects=screw"], 'config.dataset.objects names "screw"; choose all or any of bolt, nut.'),
         (["--config.dataset.root=nowhere"], "config.dataset.root is nowhere, which is not a folder"),
         (["--config.model.width=16"], "--config.model.width is fixed by training"),
+        (["--config.train.epochs=-1"], "config.train.epochs is -1; use 0 to"),
+        (["--config.dataset.root=later", "--config.train.optimizer=sgd"], "config.train.optimizer cannot be changed"),
+        (["--config.dataset.objects=washer"], "config.dataset.objects cannot be changed here; use --objects"),
+        (["--output=copy"], "--output is the folder of the copy"),
     ],
 )
 def test_a_mistake_is_told_and_changes_nothing(command, flags, sentence):
@@ -193,6 +208,32 @@ def test_a_begun_step_is_finished_as_it_began(command):
     assert sentences.STEP_BEGUN_OTHERWISE.format(object="washer", keys=keys) in err
     assert command(*keys.split())[0] == 0
     assert json.loads(Path("run/results.json").read_text())["steps"] == [["bolt", "nut"], ["washer"]]
+
+
+def test_a_withdrawn_object_is_forgotten_until_its_step_begins(tmp_path, monkeypatch):
+    """Its only image cannot be decoded, so its step does not begin."""
+    monkeypatch.chdir(tmp_path)
+    changes = {"method": "memory_bank", "baselines": ""}
+    add("bolt")
+    run(**changes)
+    bad = Path("objects/anchor/train/good/rgb/000.png")
+    bad.parent.mkdir(parents=True)
+    bad.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"000\.png"):
+        run(**changes)
+    shutil.rmtree("objects/anchor")
+    add("nut")
+    assert run(**changes)["steps"] == [["bolt"], ["nut"]]
+
+
+def test_objects_learned_without_training_are_rehearsed_by_their_own_number(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    add("bolt", "nut")
+    run(method="uniad", baselines="", **{"train.epochs": 0})
+    run("trained", method="uniad", baselines="")
+    gaussians = [snapshots.read(Path(workdir)).strategy_state["by_object"] for workdir in ("run", "trained")]
+    assert len(gaussians[0]) == 2
+    jax.tree.map(np.testing.assert_array_equal, *gaussians)
 
 
 @pytest.mark.usefixtures("home")

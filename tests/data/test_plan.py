@@ -1,0 +1,75 @@
+"""The plan of a run: what is read back, and what is refused."""
+
+import json
+
+import pytest
+
+from iumad_jax import protocol
+from iumad_jax.config import small
+from iumad_jax.data import plan
+from iumad_jax.errors import UserError
+from tests import sentences
+
+STEPS = protocol.steps("2-1", ("bolt", "nut", "washer"))
+LATER = protocol.next_step(STEPS, ("anchor",), {"dataset.root": "later", "train.epochs": 3})
+
+
+def test_a_plan_is_read_as_it_was_written(tmp_path):
+    plan.write(tmp_path, [*STEPS, LATER])
+    assert plan.read(tmp_path) == (*STEPS, LATER)
+    assert plan.read(tmp_path / "elsewhere") == ()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"{}",
+        b"[3]",
+        b"\xff",
+        *(
+            json.dumps(entries).encode()
+            for entries in (
+                [{"learned": [], "changes": {}}],
+                [{"learned": "abc", "changes": {}}],
+                [{"learned": [1], "changes": {}}],
+                [{"learned": ["bolt", "bolt"], "changes": {}}],
+                [{"learned": ["bolt"], "changes": {}}] * 2,
+                [{"learned": ["bolt"]}],
+                [{"learned": ["bolt"], "changes": {"dataset.root": 3}}],
+                [{"learned": ["bolt"], "changes": {"model.width": 3}}],
+                [{"learned": ["bolt"], "changes": {"train.unknown": 3}}],
+            )
+        ),
+    ],
+)
+def test_a_damaged_plan_is_refused(tmp_path, content):
+    (tmp_path / "plan.json").write_bytes(content)
+    with pytest.raises(UserError, match=sentences.PLAN_DAMAGED.format(r".*plan\.json")):
+        plan.read(tmp_path)
+
+
+def test_a_closed_protocol_is_planned_whole_and_other_steps_when_they_begin(tmp_path):
+    steps = (*STEPS, LATER)
+    plan.begin(small("2-1"), tmp_path, STEPS, STEPS[0])
+    assert plan.read(tmp_path) == STEPS
+    plan.begin(small("2-1"), tmp_path, steps, STEPS[1])
+    assert plan.read(tmp_path) == STEPS
+    plan.begin(small("2-1"), tmp_path, steps, LATER)
+    assert plan.read(tmp_path) == steps
+
+
+def test_an_open_protocol_is_planned_step_by_step(tmp_path):
+    steps = protocol.steps("open", ("bolt", "nut"))
+    for step in steps:
+        plan.begin(small("open"), tmp_path, steps, step)
+        assert plan.read(tmp_path) == steps[: step.index + 1]
+
+
+def test_steps_that_another_process_has_added_are_kept(tmp_path):
+    plan.write(tmp_path, [*STEPS, LATER])
+    mine = (*STEPS, protocol.next_step(STEPS, ("screw",), {}))
+    with pytest.raises(UserError, match="another process has added steps"):
+        plan.begin(small("2-1"), tmp_path, mine, mine[-1])
+    assert plan.read(tmp_path) == (*STEPS, LATER)
