@@ -122,7 +122,7 @@ def learn(run: Run, step: Step, progress: Progress) -> Progress:
     training = Training(step, objects, sets, images, batch_size, run.config.seed * 1000 + step.index)
     if progress.position.step < step.index:
         progress = observe(run, training, progress)
-    run.live.log_step(step.index, step.learned, images)
+    run.live.log_step(step.index, step.learned, images, step.changes)
     if run.trained and batch_size < run.config.train.batch_size:
         live.log(f"step {step.index}: batches of {batch_size}, because there are only {images} training images")
     for epoch in epochs(run, training, progress) if run.trained else ():

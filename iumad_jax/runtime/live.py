@@ -5,6 +5,7 @@ Unlike the ledger, live.jsonl contains times and is never truncated: a resumed r
 
 import sys
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,9 +45,9 @@ class Live:
 
             self._board = SummaryWriter(str(workdir / "tensorboard"))
 
-    def log_step(self, step: int, names: tuple[str, ...], images: int) -> None:
-        """Record that a step begins to learn the named objects from a number of training images."""
-        self.log_event("step", step=step, learned=names, images=images)
+    def log_step(self, step: int, names: tuple[str, ...], images: int, changes: Mapping[str, Any]) -> None:
+        """Record that a step begins to learn objects from a number of training images, with changed config keys."""
+        self.log_event("step", step=step, learned=names, images=images, changes=changes)
         self._logged_at = time.monotonic()
         log(f"step {step}: learning {', '.join(names)} from {images} images")
 

@@ -112,7 +112,7 @@ def test_results_have_the_documented_form(finished_run):
     assert results["seconds"] > 1
     assert results["strategy_bytes"] == 2 * 16**2 * 4  # second moments of one encoder and one decoder layer
     assert {"iumad-jax", "jax"} <= set(results["versions"])
-    assert set(results["baselines"]) == {"feature_norm", "memory_bank"}
+    assert set(results["baselines"]) == {"feature_norm", "gaussian", "memory_bank"}
     for method in (results, *results["baselines"].values()):
         assert set(METRICS) <= set(method["matrix"]) == set(method["summary"])
         for metric, rows in method["matrix"].items():
@@ -134,12 +134,12 @@ def test_the_ledger_records_all_events_in_order(finished_run):
     workdir, _ = finished_run
     events = read(workdir / "ledger.jsonl")
     kinds = [event["event"] for event in events]
-    methods = 3
+    methods = 4
     assert kinds == [
         "step", *["epoch"] * 6, *["evaluation"] * methods, "decisions", "snapshot",
         "step", *["epoch"] * 6, *["evaluation"] * 2 * methods, "decisions", "snapshot",
     ]  # fmt: skip
-    assert events[0] == {"event": "step", "step": 0, "learned": ["CandyCane"], "images": 5}
+    assert events[0] == {"event": "step", "step": 0, "learned": ["CandyCane"], "images": 5, "changes": {}}
     epochs = [event for event in events if event["event"] == "epoch"]
     assert [(event["step"], event["epoch"]) for event in epochs] == [(s, e) for s in (0, 1) for e in range(6)]
     for event in epochs:
@@ -359,7 +359,7 @@ def test_other_modalities_and_methods(run, finished_run, tmp_path, modality, met
     terms = {"loss", "fusion", "kl", "ib_heads", "object_rgb", "object_depth", "compression"}
     terms |= {"gradient_norm", "update_norm"}
     assert epochs == ([{"event", "step", "epoch"} | terms] if trained else [])
-    assert set(results["baselines"]) == {"feature_norm", "memory_bank"} - {method}
+    assert set(results["baselines"]) == {"feature_norm", "gaussian", "memory_bank"} - {method}
     for metric in METRICS:
         ((value,),) = results["matrix"][metric]
         assert 0 <= value <= 1
