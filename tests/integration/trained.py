@@ -14,6 +14,7 @@ from tests.integration.conftest import SMALL, as_flags
 LEARNED, NEVER_LEARNED = ("CandyCane", "GummyBear"), "Lollipop"
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.py"
 KEYS = SMALL | {
+    "baselines": "gaussian,memory_bank",
     "dataset.name": "eyecandies",
     "dataset.root": "candies",
     "dataset.objects": ",".join(LEARNED),
