@@ -17,9 +17,9 @@ from iumad_jax.data.prepared import copies, inventory
 from iumad_jax.data.prepared.good_images import good_images, odd_images, quality_shifts
 from iumad_jax.data.sample import Split
 from iumad_jax.errors import UserError
-from iumad_jax.inference import assessment, evaluation, recognition
+from iumad_jax.inference import assessment, decisions, evaluation, recognition
 from iumad_jax.inference.evaluation import Judgement
-from iumad_jax.inference.thresholds import describe
+from iumad_jax.inference.thresholds import describe, thresholds
 from iumad_jax.protocol import Step
 from iumad_jax.report import figures, html, result_files, tables
 from iumad_jax.report.history import history, results
@@ -35,6 +35,7 @@ from iumad_jax.training.optimization import learning_rates, optimizer_name, step
 from iumad_jax.training.run import Run, check, for_step, start
 from iumad_jax.training.update import initial_state
 
+_COMPARED = 50  # training images of a new object that are compared with the learned objects, at most
 _RESULTS = ("results.md", "results.tex", "results.csv", "report.html")
 
 
@@ -90,7 +91,7 @@ def run_steps(config: ConfigDict, workdir: Path, steps: tuple[Step, ...], resour
         run, progress = start(config, workdir, steps, resources)
     for step in run.steps[progress.position.step + progress.position.finished :]:
         run_of_step = for_step(run, step)
-        prepare(run_of_step, step)
+        prepare(run_of_step, step, progress)
         progress = learn(run_of_step, step, progress)
         progress = assess(run_of_step, step, progress) or progress  # None in processes other than process 0
     run.snapshots.wait()  # results are written after all snapshots
@@ -98,7 +99,7 @@ def run_steps(config: ConfigDict, workdir: Path, steps: tuple[Step, ...], resour
 
 
 @processes.process_zero_only
-def prepare(run: Run, step: Step) -> None:
+def prepare(run: Run, step: Step, progress: Progress) -> None:
     """Prepare the training and calibration images of the step, and report suspicious ones."""
     splits: tuple[Split, ...] = ("train", "calibration")
     for name, image_set in itertools.product(step.learned, (*splits, *copies.ALTERED)):
@@ -108,6 +109,16 @@ def prepare(run: Run, step: Step) -> None:
         if run.store.reader.ids(name, split):
             for message in odd_images(run.store.get(name, split), name, inventory.SPLIT_NAMES[split]):
                 live.log(message)
+    for name in step.learned if progress.calibration else ():
+        limits = thresholds(progress.calibration, run.config.decisions.quantile)
+        first_images = jax.tree.map(lambda array: array[:_COMPARED], run.store.get(name, "train").batch.features)
+        distance = recognition.distances(recognition.fit(progress.recognition), first_images)
+        number, share = decisions.resembled(limits, distance)
+        if share > 0.5:
+            live.log(
+                f"{name} looks like {progress.objects[number]}: {share:.0%} of its training images are taken for it. If"
+                " it is the same object, undo this step (learn --after) and take its folder away."
+            )
     inventory.record_images(run.workdir, run.store, step.learned, splits)
     plan.begin(run.config, run.workdir, run.steps, step)
 
@@ -217,15 +228,15 @@ def assess(run: Run, step: Step, progress: Progress) -> Progress:
     """Set thresholds, evaluate every method on all objects learned so far, and take the step's snapshot."""
     good = functools.partial(good_images, run.store)
     progress, model = assessment.calibrate(run.config, run.methods, progress, step.seen, good)
-    decisions, scale = describe(progress.calibration, run.config.decisions.quantile), run.store.processing.height_scale
+    described, scale = describe(progress.calibration, run.config.decisions.quantile), run.store.processing.height_scale
     tests = evaluation.test_sets(run.store.reader, step.seen, lambda name: run.store.get(name, "test"))
     numbers = {name: number for number, name in enumerate(step.seen)}
-    for judgement in assessment.assess(model, tests, numbers, decisions, step.index, run.ledger, run.workdir, scale):
+    for judgement in assessment.assess(model, tests, numbers, described, step.index, run.ledger, run.workdir, scale):
         preemption.check()
         show(run, step, judgement)
     stored = {"bytes": sizes(run, progress), "strategy_bytes": strategy_bytes(run, step, progress)}
     for append in (run.ledger.append, run.live.log_event):
-        append("decisions", step=step.index, **decisions)
+        append("decisions", step=step.index, **described)
         append("snapshot", step=step.index, **stored)
     measured = history(ledgers.read(run.workdir / "ledger.jsonl"))
     live.log(tables.effect_line(measured.matrices[run.config.method]["i_auroc"], measured.steps, step.index))

@@ -154,6 +154,7 @@ OBJECTS_NEW = (
 )
 OBJECTS_LEARNED_ALREADY = "the run has learned {objects} already; add the images of a new object to {root}, name"
 STEP_BEGUN_OTHERWISE = "the run has begun to learn {object} {keys}; finish it so first."
+OBJECT_LOOKS_LIKE = "{new} looks like {old}: {share} of its training images are taken for it."
 PLAN_DAMAGED = "{} is not the plan of a run"
 OBJECTS_NEW_PART = "The dataset also holds {}"
 OBJECT_RENAMED = "{known} was renamed to {found}; rename it back to {known}, its name in this run."

@@ -78,6 +78,19 @@ def decide(
     )
 
 
+def resembled(thresholds: Thresholds, distance: Float[Array, "b k"]) -> tuple[int, float]:
+    """Return the number of the learned object that most images are taken for, and the share of images that are.
+
+    Args:
+        thresholds: Thresholds of all learned objects.
+        distance: Distance of each image to each learned object, see `recognition.distances`.
+    """
+    nearest = np.argmin(distance, axis=-1)
+    known = np.min(distance, axis=-1) <= np.asarray(thresholds.unknown)[nearest]
+    counts = np.bincount(nearest[known], minlength=distance.shape[-1])
+    return int(counts.argmax()), float(counts.max() / len(nearest))
+
+
 def rates(decision: Decision, truth: GroundTruth, number: int) -> dict[str, float]:
     """Compute the rates at which decisions err on the test images of one object.
 

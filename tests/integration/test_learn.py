@@ -21,7 +21,7 @@ from iumad_jax.runtime import workdir as workdirs
 from iumad_jax.runtime.ledger import read
 from tests import sentences
 from tests.integration.conftest import SMALL
-from tests.integration.test_dataset_changes import add_object, files
+from tests.integration.test_dataset_changes import add_object, files, save_images
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
 KEYS = SMALL | {
@@ -224,6 +224,18 @@ def test_a_withdrawn_object_is_forgotten_until_its_step_begins(tmp_path, monkeyp
     shutil.rmtree("objects/anchor")
     add("nut")
     assert run(**changes)["steps"] == [["bolt"], ["nut"]]
+
+
+@pytest.mark.usefixtures("home")
+def test_an_object_that_looks_like_a_learned_one_is_told(command):
+    """The first has further images of bolt, the second is a new object."""
+    for name, seed, first in (("screw", 1, 50), ("anchor", 0, 0)):
+        save_images(Path(name) / name / "train/good/rgb", 6, seed, first)
+        code, _, err = command(f"--config.dataset.root={name}")
+        assert code == 0
+        expected = sentences.OBJECT_LOOKS_LIKE.format(new=name, old="bolt", share="100%")
+        assert (expected in err) == (name == "screw")
+        assert (sentences.OBJECT_LOOKS_LIKE.split("{old}")[0].format(new=name) in err) == (name == "screw")
 
 
 def test_objects_learned_without_training_are_rehearsed_by_their_own_number(tmp_path, monkeypatch):
