@@ -71,8 +71,8 @@ results = experiment.run(config, Path(workdir))
 # %% [markdown]
 # ## Learning and forgetting
 #
-# The baselines `feature_norm` and `memory_bank` are not trained. A trained method is useful only if it beats
-# them.
+# The baselines `feature_norm`, `gaussian` and `memory_bank` are not trained. A trained method is useful only if it
+# beats them.
 
 # %%
 from IPython.display import HTML, Image, Markdown, display
