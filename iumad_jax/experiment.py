@@ -20,6 +20,7 @@ from iumad_jax.errors import UserError
 from iumad_jax.inference import assessment, decisions, evaluation, recognition
 from iumad_jax.inference.evaluation import Judgement
 from iumad_jax.inference.thresholds import describe, thresholds
+from iumad_jax.methods.method import without_objects
 from iumad_jax.protocol import Step
 from iumad_jax.report import figures, html, result_files, tables
 from iumad_jax.report.history import history, results
@@ -27,7 +28,6 @@ from iumad_jax.runtime import ledger as ledgers
 from iumad_jax.runtime import live, preemption, processes, snapshots
 from iumad_jax.runtime import workdir as workdirs
 from iumad_jax.runtime.progress import Position, Progress
-from iumad_jax.shapes import BY_OBJECT, Variables
 from iumad_jax.training import nonfinite
 from iumad_jax.training.dataset_changes import DatasetChanged, describe_changes
 from iumad_jax.training.epochs import Epoch, Training, train_epochs
@@ -91,7 +91,7 @@ def run_steps(config: ConfigDict, workdir: Path, steps: tuple[Step, ...], resour
         run, progress = start(config, workdir, steps, resources)
     for step in run.steps[progress.position.step + progress.position.finished :]:
         run_of_step = for_step(run, step)
-        prepare(run_of_step, step, progress)
+        prepare(run_of_step, step)
         progress = learn(run_of_step, step, progress)
         progress = assess(run_of_step, step, progress) or progress  # None in processes other than process 0
     run.snapshots.wait()  # results are written after all snapshots
@@ -99,7 +99,7 @@ def run_steps(config: ConfigDict, workdir: Path, steps: tuple[Step, ...], resour
 
 
 @processes.process_zero_only
-def prepare(run: Run, step: Step, progress: Progress) -> None:
+def prepare(run: Run, step: Step) -> None:
     """Prepare the training and calibration images of the step, and report suspicious ones."""
     splits: tuple[Split, ...] = ("train", "calibration")
     for name, image_set in itertools.product(step.learned, (*splits, *copies.ALTERED)):
@@ -109,16 +109,6 @@ def prepare(run: Run, step: Step, progress: Progress) -> None:
         if run.store.reader.ids(name, split):
             for message in odd_images(run.store.get(name, split), name, inventory.SPLIT_NAMES[split]):
                 live.log(message)
-    for name in step.learned if progress.calibration else ():
-        limits = thresholds(progress.calibration, run.config.decisions.quantile)
-        first_images = jax.tree.map(lambda array: array[:_COMPARED], run.store.get(name, "train").batch.features)
-        distance = recognition.distances(recognition.fit(progress.recognition), first_images)
-        number, share = decisions.resembled(limits, distance)
-        if share > 0.5:
-            live.log(
-                f"{name} looks like {progress.objects[number]}: {share:.0%} of its training images are taken for it. If"
-                " it is the same object, undo this step (learn --after) and take its folder away."
-            )
     inventory.record_images(run.workdir, run.store, step.learned, splits)
     plan.begin(run.config, run.workdir, run.steps, step)
 
@@ -138,7 +128,7 @@ def learn(run: Run, step: Step, progress: Progress) -> Progress:
         live.log(f"step {step.index}: batches of {batch_size}, because there are only {images} training images")
     for epoch in epochs(run, training, progress) if run.trained else ():
         progress = record(run, training, epoch, progress)
-    strategy_state, variables = progress.strategy_state, trained_variables(run, progress)
+    strategy_state, variables = progress.strategy_state, without_objects(progress.variables[run.config.method])
     for name in step.learned if run.method.loss else ():
         batch = run.store.get(name, "train").batch
         strategy_state = run.strategy.finish(strategy_state, variables, batch, int(batch.object_id[0]))
@@ -154,9 +144,25 @@ def fit(run: Run, objects: tuple[str, ...], progress: Progress) -> Progress:
     return progress._replace(variables=variables)
 
 
+def report_resemblance(run: Run, step: Step, progress: Progress) -> None:
+    """Report new objects most of whose training images are taken for an object that was learned before."""
+    limits = thresholds(progress.calibration, run.config.decisions.quantile)
+    recogniser = recognition.fit(progress.recognition)
+    for name in step.learned:
+        first_images = jax.tree.map(lambda array: array[:_COMPARED], run.store.get(name, "train").batch.features)
+        number, share = decisions.resembled(limits, recognition.distances(recogniser, first_images))
+        if share > 0.5:
+            live.log(
+                f"{name} looks like {progress.objects[number]}: {share:.0%} of its training images are taken for it. If"
+                " it is the same object, undo this step (learn --after) and take its folder away."
+            )
+
+
 def observe(run: Run, training: Training, progress: Progress) -> Progress:
     """Begin a step: update the statistics of all methods and of the recogniser, and the state of the strategy."""
     step, variables, statistics = training.step, dict(progress.variables), progress.recognition
+    if progress.calibration:
+        report_resemblance(run, step, progress)
     run.ledger.append("step", step=step.index, learned=step.learned, images=training.images, changes=step.changes)
     for method_name, method in run.methods.items():
         key = jax.random.key(run.config.seed + 1)
@@ -188,7 +194,7 @@ def epochs(run: Run, training: Training, progress: Progress) -> Iterator[Epoch]:
     train_config = step_config(config, index)
     name = optimizer_name(run.method, train_config)
     rates, optimizer = learning_rates(train_config, training.per_epoch), run.optimizers[name]
-    variables = trained_variables(run, progress)
+    variables = without_objects(progress.variables[config.method])
     state = initial_state(variables, optimizer, first, progress.optimizer, progress.strategy_state)
     batches = [prepared.batch for prepared in training.sets]
     stream = training_input(
@@ -198,11 +204,6 @@ def epochs(run: Run, training: Training, progress: Progress) -> Iterator[Epoch]:
     update, count = run.updates[name], config.train.epochs
     passes = train_epochs(update, state, stream, rates, key, training.per_epoch, count, progress.losses, run.due)
     return nonfinite.explain(passes, index, training.per_epoch, training.names)
-
-
-def trained_variables(run: Run, progress: Progress) -> Variables:
-    """Return the variables of the run's method that training needs: all but those of single objects."""
-    return {key: value for key, value in progress.variables[run.config.method].items() if key != BY_OBJECT}
 
 
 def record(run: Run, training: Training, epoch: Epoch, progress: Progress) -> Progress:

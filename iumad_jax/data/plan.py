@@ -185,19 +185,25 @@ def open_for_use(config: ConfigDict, workdir: Path, objects: Sequence[str]) -> R
     """Open the reader of the dataset that a trained model is used on.
 
     Args:
-        config: Config of the run, possibly with another dataset. With the run's own, objects that the run has learned
-            from other datasets are included.
+        config: Config of the run, possibly with another dataset. With the run's own, all objects that the run has
+            learned are included, from whatever dataset, if they are still there.
         workdir: Workdir of the run.
         objects: Objects that the model has learned.
 
     Raises:
         UserError: As `read` and `readers.open_reader`.
     """
-    steps = _learned(workdir, objects)
-    if config.dataset != workdirs.read(workdir).dataset or len(datasets(config, steps)) < 2:
+    if config.dataset != workdirs.read(workdir).dataset:
         return readers.open_reader(config)
-    others = tuple(name for name in readers.objects(config) if name not in objects)
-    return open_reader(config, [*steps, protocol.next_step(steps, others, {})] if others else steps)
+    steps = _learned(workdir, objects)
+    if others := tuple(name for name in readers.objects(config) if name not in objects):
+        steps.append(protocol.next_step(steps, others, {}))
+    opened = []
+    for dataset, names in datasets(config, steps):
+        available = readers.available(dataset)
+        if present := [name for name in names if name in available]:
+            opened.append(readers.open_reader(dataset, present))
+    return Joined(opened)
 
 
 def _learned(workdir: Path, objects: Sequence[str]) -> list[Step]:

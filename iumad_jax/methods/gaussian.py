@@ -6,8 +6,8 @@ After Rippel et al. (ICPR 2020), with one Gaussian per object and modality for p
 import jax
 
 from iumad_jax.methods.error_maps import upsample_errors
-from iumad_jax.methods.mahalanobis import arrange, distances, fit, in_parts, of_objects
-from iumad_jax.methods.method import Method
+from iumad_jax.methods.mahalanobis import arrange, distances, fit, in_parts
+from iumad_jax.methods.method import Method, of_objects
 from iumad_jax.shapes import BY_OBJECT, Batch, ErrorMaps, Variables
 
 

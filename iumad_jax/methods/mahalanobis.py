@@ -7,9 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from iumad_jax.methods.error_maps import norm
 from iumad_jax.methods.method import stack_objects
@@ -46,13 +45,8 @@ def _from_sums(count: int, total: Float[np.ndarray, " f"], square: Float[np.ndar
 
 
 def arrange(variables: Variables) -> Variables:
-    """Stack the Gaussians of all objects, if any are fitted, for `of_objects`."""
+    """Stack the Gaussians of all objects, if any are fitted, for `method.of_objects`."""
     return variables | {BY_OBJECT: stack_objects(variables[BY_OBJECT]) if variables[BY_OBJECT] else ()}
-
-
-def of_objects(gaussians: Any, object_id: Int[Array, " b"]) -> Any:
-    """Select the Gaussians of each image's object from stacked ones."""
-    return jax.tree.map(lambda array: jnp.take(array, object_id, axis=0, mode="clip"), gaussians)
 
 
 def distances(x: Float[Array, "p f"], gaussian: Gaussian) -> Float[Array, " p"]:

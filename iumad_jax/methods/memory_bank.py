@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from iumad_jax.errors import UserError
 from iumad_jax.methods.error_maps import upsample_errors
-from iumad_jax.methods.method import Method, stack_objects
+from iumad_jax.methods.method import Method, of_objects, stack_objects
 from iumad_jax.methods.moments import Moments, merge_moments, no_moments, standardise
 from iumad_jax.shapes import BY_OBJECT, Batch, ErrorMaps, Modality, Variables
 
@@ -84,7 +84,7 @@ def memory_bank(config: ConfigDict) -> Method:
     def predict(variables: Variables, batch: Batch) -> ErrorMaps:
         def image_errors(inputs: tuple[Array, dict[str, Array]]) -> dict[str, Array]:
             object_id, tokens = inputs
-            banks = jax.tree.map(lambda x: jnp.take(x, object_id, axis=0, mode="clip"), variables[BY_OBJECT])
+            banks = of_objects(variables[BY_OBJECT], object_id)
             return {m: distances(describe(x, banks[m]["moments"]), banks[m]["patches"]) for m, x in tokens.items()}
 
         return with_score(jax.lax.map(image_errors, (batch.object_id, batch.features)))

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from iumad_jax.errors import UserError
-from iumad_jax.shapes import Batch, ErrorMaps, Keys, Scalars, Variables, capacity
+from iumad_jax.shapes import BY_OBJECT, Batch, ErrorMaps, Keys, Scalars, Variables, capacity
 
 
 class Loss(NamedTuple):
@@ -89,6 +90,16 @@ def stack_objects(by_object: Sequence[Any]) -> Any:
     """Stack the arrays of all objects, with room for further objects, which is filled with those of the last one."""
     room = [by_object[-1]] * (capacity(len(by_object)) - len(by_object))
     return jax.tree.map(lambda *arrays: np.stack(arrays), *by_object, *room)
+
+
+def of_objects(stacked: Any, object_id: Int[Array, "*b"]) -> Any:
+    """Select the arrays of one or more objects from those that `stack_objects` returns."""
+    return jax.tree.map(lambda array: jnp.take(array, object_id, axis=0, mode="clip"), stacked)
+
+
+def without_objects(variables: Variables) -> Variables:
+    """Return the variables without what belongs to one object."""
+    return {key: value for key, value in variables.items() if key != BY_OBJECT}
 
 
 def with_frozen(name: str, method: Method, variables: Variables, sha256: str | None = None) -> Variables:

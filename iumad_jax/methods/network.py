@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from iumad_jax.errors import UserError
 from iumad_jax.methods import mahalanobis
 from iumad_jax.methods.error_maps import norm, upsample_errors
-from iumad_jax.methods.method import Loss, Method
+from iumad_jax.methods.method import Loss, Method, of_objects, without_objects
 from iumad_jax.methods.moments import merge_moments, no_moments, standardise
 from iumad_jax.models.hashed_bits import hashed_keys
 from iumad_jax.models.object_head import grow_heads
@@ -53,8 +53,7 @@ def _apply_in(dtype: str, network: Any) -> Callable[..., Any]:
         return convert(outputs, jnp.float32)
 
     def apply_to(variables: Variables, *inputs: Any, **options: Any) -> Any:
-        collections = {key: value for key, value in variables.items() if key != BY_OBJECT}
-        return (network.apply if dtype == "float32" else apply)(collections, *inputs, **options)
+        return (network.apply if dtype == "float32" else apply)(without_objects(variables), *inputs, **options)
 
     return apply_to
 
@@ -166,7 +165,7 @@ def from_network(
 
     def fit(variables: Variables, batch: Batch, object_id: int) -> Variables:
         before = variables[BY_OBJECT]
-        weights = {key: value for key, value in variables.items() if key != BY_OBJECT}
+        weights = without_objects(variables)
         parts = (predict_in_batches(jitted_residuals, weights, part)[0] for part in mahalanobis.in_parts(batch))
         return variables | {BY_OBJECT: (*before[:object_id], mahalanobis.fit(parts), *before[object_id + 1 :])}
 
@@ -175,7 +174,7 @@ def from_network(
         norms = {m: norm(residual) for m, residual in by_modality.items()}
         errors, published = norms, norm(jnp.stack(list(norms.values()), axis=-1))
         if variables.get(BY_OBJECT):
-            gaussians = mahalanobis.of_objects(variables[BY_OBJECT], batch.object_id)
+            gaussians = of_objects(variables[BY_OBJECT], batch.object_id)
             errors = {m: jax.vmap(mahalanobis.distances)(x, gaussians[m]) for m, x in by_modality.items()}
         return upsample_errors(errors, object_logits, published)
 

@@ -20,19 +20,11 @@ from iumad_jax.runtime import snapshots
 from iumad_jax.runtime import workdir as workdirs
 from iumad_jax.runtime.ledger import read
 from tests import sentences
-from tests.integration.conftest import SMALL
+from tests.integration.test_dataset_changes import KEYS as FOLDER_KEYS
 from tests.integration.test_dataset_changes import add_object, files, save_images
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
-KEYS = SMALL | {
-    "dataset.name": "folder",
-    "dataset.root": "objects",
-    "modality": "rgb",
-    "baselines": "gaussian,memory_bank",
-    "continual.replay.rank": 2,
-    "continual.replay.image_size": 8,
-    "train.epochs": 1,
-}
+KEYS = FOLDER_KEYS | {"baselines": "gaussian,memory_bank", "train.epochs": 1}
 
 
 def run(workdir="run", protocol="open", **changes):
@@ -195,6 +187,19 @@ def test_a_process_killed_while_learning_resumes_to_the_same_result(tmp_path, mo
         assert b"step 1: learned nut" in out
     assert ledger.read_bytes() == Path("other/ledger.jsonl").read_bytes()
     same_snapshots("run", "other", 1)
+
+
+def test_a_step_that_was_trained_but_not_evaluated_resumes_to_the_same_result(tmp_path, monkeypatch):
+    """The snapshot taken after its training knows the new object, whose thresholds are not set yet."""
+    monkeypatch.chdir(tmp_path)
+    add("bolt", "nut")
+    run(method="uniad")
+    shutil.copytree("run", "resumed")
+    shutil.rmtree("resumed/snapshots/1")
+    Path("resumed/results.json").unlink()
+    run("resumed", method="uniad")
+    assert Path("resumed/ledger.jsonl").read_bytes() == Path("run/ledger.jsonl").read_bytes()
+    same_snapshots("resumed", "run", 1)
 
 
 @pytest.mark.usefixtures("home")
