@@ -1,13 +1,16 @@
 """The plan of a run: what is read back, and what is refused."""
 
 import json
+import shutil
 
 import pytest
+from PIL import Image
 
 from iumad_jax import protocol
 from iumad_jax.config import small
 from iumad_jax.data import plan
 from iumad_jax.errors import UserError
+from iumad_jax.runtime import workdir as workdirs
 from tests import sentences
 
 STEPS = protocol.steps("2-1", ("bolt", "nut", "washer"))
@@ -73,3 +76,19 @@ def test_steps_that_another_process_has_added_are_kept(tmp_path):
     with pytest.raises(UserError, match="another process has added steps"):
         plan.begin(small("2-1"), tmp_path, mine, mine[-1])
     assert plan.read(tmp_path) == (*STEPS, LATER)
+
+
+def test_objects_learned_by_name_are_among_those_that_a_model_is_used_on(tmp_path):
+    """The config selects bolt alone, and nut was learned later; its images may be gone."""
+    for name in ("bolt", "nut"):
+        image = tmp_path / "objects" / name / "train/good/rgb/0.png"
+        image.parent.mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(image)
+    config = small("open")
+    config.modality = "rgb"
+    config.dataset.update(name="folder", root=str(tmp_path / "objects"), objects="bolt")
+    with workdirs.claimed(tmp_path / "run", config):
+        plan.write(tmp_path / "run", protocol.steps("open", ("bolt", "nut")))
+    for names in (("bolt", "nut"), ("bolt",)):
+        assert plan.open_for_use(config, tmp_path / "run", ("bolt", "nut")).objects == names
+        shutil.rmtree(tmp_path / "objects/nut", ignore_errors=True)
