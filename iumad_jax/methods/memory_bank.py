@@ -94,7 +94,7 @@ def memory_bank(config: ConfigDict) -> Method:
         errors = {m: jnp.asarray(bank["held_out"], jnp.float32) for m, bank in banks.items()}
         return with_score(errors) if all(map(len, errors.values())) else None
 
-    return Method(init, predict, observe=observe, arrange=arrange, held_out=held_out)
+    return Method(init, predict, observe=observe, arrange=arrange, held_out=held_out, independent=True)
 
 
 def with_score(errors: dict[Modality, Float[Array, "b p"]]) -> ErrorMaps:
