@@ -140,7 +140,7 @@ def fit(run: Run, objects: tuple[str, ...], progress: Progress) -> Progress:
     variables = dict(progress.variables)
     for (method_name, method), name in itertools.product(run.methods.items(), objects):
         batch = run.store.get(name, "train").batch
-        variables[method_name] = method.fit(variables[method_name], batch, int(batch.object_id[0]))
+        variables[method_name] = method.fit(variables[method_name], batch, int(batch.object_id[0]), False)
     return progress._replace(variables=variables)
 
 
