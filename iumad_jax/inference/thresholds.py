@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
+from iumad_jax.inference.recognition import RETIRED
 from iumad_jax.shapes import Calibration, Prediction
 
 _RESAMPLES, _COVERAGE, _SEED = 1000, 0.95, 0
@@ -47,11 +48,12 @@ def make_calibration(
     Args:
         prediction: Anomaly maps and scores of the images.
         distance: Distance of each image to each learned object. The second nearest object is infinitely far if only
-            one was learned.
+            one was learned, or all others are retired.
         number: Number of the object.
         flags: Values for `from_training_images` and `few` of `Calibration`.
     """
-    nearest = np.sort(np.pad(distance, ((0, 0), (0, 1)), constant_values=np.inf), axis=1)[:, :2]
+    in_use = np.where(distance < RETIRED / 2, distance, np.inf)  # distances to retired objects are rounded
+    nearest = np.sort(np.pad(in_use, ((0, 0), (0, 1)), constant_values=np.inf), axis=1)[:, :2]
     return Calibration(
         np.asarray(prediction.score),
         np.asarray(prediction.map).max((1, 2)),
@@ -96,7 +98,7 @@ def describe(calibrations: Mapping[str, Calibration], quantile: float) -> Record
         and, if the object has few images, an `unknown` threshold of its own. `false_alarm_bound` is None for
         thresholds from training images, which guarantee nothing.
     """
-    single = len(calibrations) == 1
+    single = all(np.isinf(calibration.distance[:, 2]).all() for calibration in calibrations.values())
 
     def describe_object(calibration: Calibration) -> Record:
         no_bound = {"false_alarm_bound": None} if calibration.from_training_images else {}
@@ -161,7 +163,7 @@ class _UnknownThreshold(NamedTuple):
         return cls(math.sqrt(good * max(others, good)), distance[:, 1], good, others)
 
     def describe(self, quantile: float, single: bool) -> Record:
-        """Describe the threshold for the ledger; `others` is None if a single object was learned."""
+        """Describe the threshold for the ledger; `others` is None if a single object is in use."""
         good = describe_threshold(self.distance, quantile)
         return {"threshold": self.threshold, "good": good, "others": None if single else self.others}
 
