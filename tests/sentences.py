@@ -254,9 +254,9 @@ TRAINING_STOPPED = (
 )
 STEP_BEGINS = "step {step}: learning {objects} from {images} images"
 STEP_BEGINS_PART = "step {}: learning"
-STEP_EVALUATED = "step {step}: learned {learned} (I-AUROC); mean of all {mean}"
+STEP_EVALUATED = "step {step}: learned {learned}; mean of all {mean} (I-AUROC)"
 STEP_EVALUATED_WITH_OTHERS = (
-    "step {step}: learned {learned} (I-AUROC); largest change of another object: {change}; mean of all {mean}"
+    "step {step}: learned {learned}; largest change of another object: {change}; mean of all {mean} (I-AUROC)"
 )
 EPOCH_DONE = "step {step}: epoch {epoch} of {epochs}, loss {loss}, {rate} images/s, {minutes} min left"
 EPOCH_PART = ": epoch "

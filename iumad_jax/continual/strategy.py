@@ -43,4 +43,4 @@ class Strategy:
 
     def objects(self, step: Step) -> tuple[str, ...]:
         """Return the objects whose images a step is trained on."""
-        return step.learned if self.incremental else step.seen
+        return step.trained if self.incremental or not step.trained else step.seen

@@ -26,4 +26,4 @@ def gaussian() -> Method:
         gaussians = of_objects(variables[BY_OBJECT], batch.object_id)
         return upsample_errors({m: jax.vmap(distances)(x, gaussians[m]) for m, x in batch.features.items()})
 
-    return Method(init, predict, observe=observe, arrange=arrange)
+    return Method(init, predict, observe=observe, arrange=arrange, independent=True)

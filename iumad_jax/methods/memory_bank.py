@@ -109,7 +109,7 @@ def memory_bank(config: ConfigDict) -> Method:
         errors = {m: jnp.asarray(bank["held_out"], jnp.float32) for m, bank in banks.items()}
         return with_score(errors) if all(map(len, errors.values())) else None
 
-    return Method(init, predict, observe=observe, arrange=arrange, held_out=held_out)
+    return Method(init, predict, observe=observe, arrange=arrange, held_out=held_out, independent=True)
 
 
 def _evenly_spaced(count: int, most: int) -> Int[np.ndarray, " n"]:

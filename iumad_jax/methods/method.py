@@ -68,6 +68,7 @@ class Method:
         held_out: (variables, object id) -> error maps of training images of the object, each as if the method had not
             learned from it. They take the place of calibration images on which the method was trained. None if the
             method cannot tell. Not jitted.
+        independent: Whether what is predicted for an object depends on no other object that was learned.
         activations: (variables, batch) -> tree. Computes the outputs of dense layers that a strategy may protect,
             without dropout or jitter. The tree has the structure of `variables["params"]`; at the place of each such
             layer, `mean` holds the token means, shape (b, d). Jitted by the caller.
@@ -86,6 +87,7 @@ class Method:
     frozen: Callable[[], Any] = dict
     arrange: Callable[[Variables], Variables] = lambda variables: variables
     held_out: Callable[[Variables, int], ErrorMaps | None] = lambda variables, object_id: None
+    independent: bool = False
     activations: Callable[[Variables, Batch], dict[str, Any]] = lambda variables, batch: {}
     inputs: Callable[[Variables, Batch], dict[str, Any]] = lambda variables, batch: {}
 

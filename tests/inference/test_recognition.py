@@ -7,8 +7,8 @@ from sklearn.covariance import OAS
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from iumad_jax.inference import recognition
-from iumad_jax.inference.thresholds import describe, make_calibration
-from iumad_jax.shapes import Batch, Prediction
+from iumad_jax.inference.thresholds import describe, nearest_distances
+from iumad_jax.shapes import Batch, Calibration
 
 OBJECTS, CHANNELS = 3, 4
 
@@ -169,14 +169,14 @@ def test_no_image_is_recognised_as_a_retired_object(learned, retired, rms_distan
 def test_calibration_ignores_retired_objects(learned):
     """With the others retired, the second nearest object is infinitely far, as after learning a single object."""
     features = images_of(0, 10, seed=2).features
-    prediction = Prediction(np.zeros((10, 2, 2)), np.zeros(10), None)
     distances = {
         retired: np.asarray(recognition.distances(recognition.fit(learned, retired), features))
         for retired in [(), (1,), (1, 2)]
     }
-    one, two = (make_calibration(prediction, distances[retired], 0).distance for retired in [(1,), (1, 2)])
-    np.testing.assert_array_equal(one, make_calibration(prediction, distances[()][:, [0, 2]], 0).distance)
-    np.testing.assert_array_equal(two, make_calibration(prediction, distances[()][:, [0]], 0).distance)
-    record = describe({"a": make_calibration(prediction, distances[1, 2], 0)}, 0.9)["unknown"]
+    np.testing.assert_array_equal(nearest_distances(distances[1,], 0), nearest_distances(distances[()][:, [0, 2]], 0))
+    alone = nearest_distances(distances[1, 2], 0)
+    np.testing.assert_array_equal(alone, nearest_distances(distances[()][:, [0]], 0))
+    one, two = (Calibration(np.zeros(10), np.zeros(10), alone, retired=retired) for retired in (False, True))
+    record = describe({"a": one, "b": two}, 0.9)["unknown"]
     assert record["others"] is None
     assert record["threshold"] == pytest.approx(2 * record["good"]["threshold"])
