@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
+from iumad_jax.inference.recognition import RETIRED
 from iumad_jax.shapes import Calibration
 
 _RESAMPLES, _COVERAGE, _SEED = 1000, 0.95, 0
@@ -61,9 +62,10 @@ def make_calibration(
 def nearest_distances(distance: Float[np.ndarray, "i k"], number: int) -> Float[np.ndarray, "i 3"]:
     """Select each image's distances to its own object, to the nearest and to the second nearest one.
 
-    The second nearest object is infinitely far if only one was learned.
+    Retired objects are infinitely far, and so is the second nearest one if only one is in use.
     """
-    nearest = np.sort(np.pad(distance, ((0, 0), (0, 1)), constant_values=np.inf), axis=1)[:, :2]
+    in_use = np.where(distance < RETIRED / 2, distance, np.inf)  # distances to retired objects are rounded
+    nearest = np.sort(np.pad(in_use, ((0, 0), (0, 1)), constant_values=np.inf), axis=1)[:, :2]
     return np.concatenate([distance[:, number, None], nearest], axis=1)
 
 
@@ -103,7 +105,7 @@ def describe(calibrations: Mapping[str, Calibration], quantile: float) -> Record
         and, if the object has few images, an `unknown` threshold of its own. `false_alarm_bound` is None for
         thresholds from training images, which guarantee nothing.
     """
-    single = len(calibrations) == 1
+    single = sum(not calibration.retired for calibration in calibrations.values()) == 1
 
     def describe_object(calibration: Calibration) -> Record:
         no_bound = {"false_alarm_bound": None} if calibration.from_training_images else {}
@@ -168,7 +170,7 @@ class _UnknownThreshold(NamedTuple):
         return cls(math.sqrt(good * max(others, good)), distance[:, 1], good, others)
 
     def describe(self, quantile: float, single: bool) -> Record:
-        """Describe the threshold for the ledger; `others` is None if a single object was learned."""
+        """Describe the threshold for the ledger; `others` is None if a single object is in use."""
         good = describe_threshold(self.distance, quantile)
         return {"threshold": self.threshold, "good": good, "others": None if single else self.others}
 
