@@ -116,7 +116,8 @@ def test_objects_whose_files_are_gone_are_still_judged(command):
     assert command(learn)[0] == 0
     without = limits()
     results = json.loads(Path("run/results.json").read_text())
-    tested = [event["object"] for event in read(Path("run/ledger.jsonl")) if event.get("step") == 2 and "method" in event]
+    events = [event for event in read(Path("run/ledger.jsonl")) if event["event"] == "evaluation"]
+    tested = [event["object"] for event in events if event["step"] == 2]
     assert set(tested) == {"nut", "washer"}
     assert results["tested"] == {"bolt": 1}
     assert results["matrix"]["aupro"][2][0] == results["matrix"]["aupro"][1][0]
