@@ -187,7 +187,8 @@ def _open(dataset: ConfigDict, names: Sequence[str], spared: Collection[str]) ->
             return itertools.chain(*(_open(dataset, (name,), spared) for name in names))
         if names[0] not in spared:
             raise
-        live.log(f"{names[0]} is judged without its images, which cannot be read: {error}")
+        if Path(dataset.dataset.root).is_dir() and names[0] in readers.available(dataset):
+            live.log(f"{names[0]} is judged on images that the run kept, because its own cannot be read: {error}")
         return [Absent(names[0])]
 
 

@@ -94,11 +94,11 @@ def with_further(
     dataset = _checked(config, changes)
     if _is_planned(steps[finished:], act, names):
         return steps
-    objects = in_use(steps, names)
-    if names == "all":
-        objects = tuple(name for name in objects if name in readers.available(dataset))
-    reader = readers.open_reader(dataset, objects) if objects else None
-    images = {name: _new_images(workdir, steps, act, reader, name) for name in objects if reader}
+    objects, available = in_use(steps, names), readers.available(dataset)
+    images: dict[str, dict[str, dict[str, str]]] = {name: {} for name in objects}
+    if present := [name for name in objects if name in available]:
+        reader = readers.open_reader(dataset, present)
+        images |= {name: _new_images(workdir, steps, act, reader, name) for name in present}
     missing = [name for name, splits in images.items() if not splits]
     if (missing and names != "all") or len(missing) == len(images):
         kind = "training" if act == "update" else "good"
