@@ -98,7 +98,7 @@ TOO_FEW_VALID_PIXELS = "too few valid pixels"
 
 # data: readers
 SETTING_WRONG = "has {found} as {key}"
-UNKNOWN_UNIT = "has {} as unit; use m, cm, mm or metres per level"
+UNKNOWN_UNIT = "has {} as unit; use m, cm, mm, um or metres per level"
 CAMERA_INCOMPLETE = "has {} as camera; use fx, fy, cx, cy in pixels"
 SETTING_NOT_POSITIVE = "has {found} as {key}; use a number above 0"
 WINDOW_WRONG = "has {} as normals_window; use an odd number from 3 to 99"

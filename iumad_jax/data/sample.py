@@ -1,10 +1,11 @@
 """RGB-D samples, their cameras and the interface of dataset readers."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from jaxtyping import Bool, Float32, UInt8
@@ -42,6 +43,26 @@ class Camera:
         return replace(self, fx=fx, fy=fy, cx=(self.cx + 0.5) * factor - 0.5, cy=(self.cy + 0.5) * factor - 0.5)
 
 
+@dataclass(frozen=True)
+class DepthFormat:
+    """What the numbers in depth files mean.
+
+    Attributes:
+        unit: Metres per unit; None reads floats as metres and refuses integers.
+        missing: Values, in the file's unit, of pixels without a measurement, besides those that never are one (see
+            `depth_files.read_depth`); None looks for them.
+    """
+
+    unit: float | None = None
+    missing: tuple[float, ...] | None = None
+
+    @classmethod
+    def recorded(cls, fields: Mapping[str, Any]) -> "DepthFormat":
+        """Return the format that `Store.describe` recorded as JSON."""
+        missing = fields["missing"]
+        return cls(**{**fields, "missing": None if missing is None else tuple(missing)})
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
     """One image as stored in the dataset, neither resized nor filled in."""
@@ -75,6 +96,10 @@ class Reader(Protocol):
     @property
     def normals_window(self) -> int:
         """Side of the window that normals are fitted in, pixels; chosen by sensor noise, see `depth.choose_window`."""
+
+    @property
+    def depth_format(self) -> DepthFormat:
+        """What the numbers in depth files mean, remembered for files to predict."""
 
     def ids(self, object: str, split: Split) -> tuple[str, ...]:
         """List the sample ids of one object and split, in a fixed order; empty if the dataset lacks the split.

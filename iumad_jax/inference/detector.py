@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from iumad_jax import methods
 from iumad_jax.data.prepared.processing import Processing
-from iumad_jax.data.sample import Camera, Sample
+from iumad_jax.data.sample import Camera, DepthFormat, Sample
 from iumad_jax.errors import UserError
 from iumad_jax.inference import recognition
 from iumad_jax.inference.anomaly_map import Rule, combine, make_rule
@@ -141,6 +141,7 @@ class Detector:
         objects: Names of the learned objects, in the order of learning.
         step: Number of the run's step after which the model was saved.
         processing: Preprocessing of images.
+        depth_format: What the numbers in the training images' depth files mean.
         camera: Camera of the training images' depth, for images `camera_width` pixels wide; None without depth.
         camera_width: Image width in pixels that `camera` refers to; None without depth.
         function: Jitted function (state, images, specified_id) -> Outputs, see `detect`. It is compiled once per number
@@ -153,6 +154,7 @@ class Detector:
     objects: tuple[str, ...]
     step: int
     processing: Processing
+    depth_format: DepthFormat
     camera: Camera | None
     camera_width: int | None
     function: Callable[[State, dict[Modality, Any], Any], Outputs] = field(repr=False)
@@ -207,6 +209,7 @@ class Detector:
             tuple(progress.calibration),
             progress.position.step,
             Processing.recorded(inputs),
+            DepthFormat.recorded(inputs["depth"]),
             Camera(**inputs["camera"]) if inputs["camera"] else None,
             inputs["camera_width"],
             jax.jit(lambda state, images, specified_id: detect(method, rule, extractor, state, images, specified_id)),

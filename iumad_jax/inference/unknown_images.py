@@ -15,6 +15,7 @@ import itertools
 import math
 import shlex
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -156,7 +157,7 @@ def _settings(detector: Detector, image: InputImage) -> dict[str, Any]:
     Clouds bring their own cameras. An orthographic camera cannot be written to dataset.yaml.
     """
     processing = detector.processing
-    settings: dict[str, Any] = {} if image.unit is None else {"unit": image.unit}
+    settings: dict[str, Any] = {key: value for key, value in asdict(image.format_).items() if value is not None}
     rgb, _, camera = image.read()
     camera = camera or detector.default_camera(rgb.shape[1])
     if image.files()[1] is not None and not camera.orthographic:

@@ -21,7 +21,7 @@ from iumad_jax.data.prepared.store import Store
 from iumad_jax.data.readers.eyecandies import Eyecandies
 from iumad_jax.data.readers.folder import Folder
 from iumad_jax.data.readers.mvtec3d import MVTec3D
-from iumad_jax.data.sample import Reader, Split
+from iumad_jax.data.sample import DepthFormat, Reader, Split
 from tests.data.formats import test_archives, test_depth_files
 
 HEIGHT, WIDTH = 24, 32
@@ -101,7 +101,7 @@ def depth(folder: Path) -> Target:
     def read(name: str, content: bytes) -> None:
         file = folder / name
         file.write_bytes(content)
-        read_depth(file, 0.0001 if name.endswith(".png") else 1.0, (HEIGHT, WIDTH), "give the unit")
+        read_depth(file, DepthFormat(0.0001 if name.endswith(".png") else 1.0), (HEIGHT, WIDTH), "give the unit")
 
     return Target(seeds, read)
 

@@ -1,28 +1,32 @@
 """Reads depth images and organised point clouds of several formats as metres, with NaN where depth is missing.
 
-Zeros, NaN, infinities and depths below 0.1 mm or above 20 m count as missing: sensors write such values, or their
-largest number, for pixels without a measurement (REP 118 of ROS). Headers are checked before anything is decoded.
+Sensors write a 0, NaN, an infinity or a depth below 0.1 mm or above 20 m for pixels without a measurement (REP 118 of
+ROS), or the largest number of their type, a negative number or some other constant, which the user is told. Headers are
+checked before anything is decoded.
 """
 
 import logging
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import tifffile
-from jaxtyping import Float, Float32
+from jaxtyping import Bool, Float, Float32, Float64
 
 from iumad_jax.data.formats.clouds import read_pcd, read_ply
 from iumad_jax.data.formats.files import read_error
 from iumad_jax.data.formats.images import check_size, read_image
-from iumad_jax.data.sample import Camera
-from iumad_jax.errors import UserError
+from iumad_jax.data.sample import Camera, DepthFormat
+from iumad_jax.errors import UserError, tell_once
 
 DEPTH_IMAGES = (".png", ".tiff", ".tif", ".npy", ".ply", ".pcd")  # file suffixes
 
 _MIN_MEDIAN = 0.005  # metres; a smaller median depth means a wrong unit
 _MIN_DEPTH, _MAX_DEPTH = 1e-4, 20.0  # metres; depths outside count as missing; a larger median means a wrong unit
 _MAX_ERROR = 0.01  # largest distance of points from the rays of their pixels over the image's longer side
+_MAX_NEGATIVE = 0.05  # a larger share of negative depths does not mean missing pixels but another axis
+_SATURATED = {"999", "9999", "99999", "999999", "1023", "2047", "4095", "8191", "16383", "32767", "65534", "65535"}
 _ROUNDS, _MAX_POINTS = 4, 20_000  # for the robust fit of the camera
 logging.getLogger("tifffile").disabled = True  # damaged files raise a UserError instead of its log lines
 _TIFF_PLAIN, _TIFF_DEFLATE = (1,), (8, 32946)  # compression codes
@@ -33,13 +37,13 @@ class WrongUnit(UserError):
 
 
 def read_depth(
-    file: Path, unit: float | None, size: tuple[int, int], remedy: str
+    file: Path, format_: DepthFormat, size: tuple[int, int], remedy: str
 ) -> tuple[Float32[np.ndarray, "h w"], Camera | None]:
     """Read depth in metres from a depth image or an organised cloud.
 
     Args:
         file: A 16-bit grey PNG; a TIFF or .npy with one channel (depth) or three (x, y and z); a PLY or PCD cloud.
-        unit: Metres per unit of the file; if None, floats are read as metres and integers are refused.
+        format_: What the file's numbers mean.
         size: Rows and columns of the photograph, used for PLY clouds whose header lacks them.
         remedy: Advice on a missing or wrong unit, the end of the error message.
 
@@ -55,19 +59,67 @@ def read_depth(
         raise
     except Exception as error:  # damaged files make the decoders raise errors of any type
         raise read_error(file, error) from error
-    if unit is None:
-        if values.dtype.kind in "iu":
-            raise WrongUnit(f"{file} holds integers of an unknown unit; {remedy}.")
-        unit = 1.0
+    if format_.unit is None and values.dtype.kind in "iu":
+        raise WrongUnit(f"{file} holds integers of an unknown unit; {remedy}.")
     with np.errstate(over="ignore", invalid="ignore"):  # missing values may be huge or NaN
-        metres = values.astype(np.float32) * np.float32(unit)
-    depth = metres if metres.ndim == 2 else metres[..., 2]
-    depth = np.where(np.isfinite(depth) & (depth != 0), depth, np.float32(np.nan))
+        metres = values.astype(np.float32) * np.float32(format_.unit or 1)
+        depth, levels = (metres, values) if values.ndim == 2 else (metres[..., 2], values[..., 2])
+        depth = np.where(_measured(levels, file, format_) & np.isfinite(depth), depth, np.float32(np.nan))
     if np.isnan(depth).all():
         raise UserError(f"{file} has no valid depth; replace it.")
     check_distance(depth, file, remedy)
     depth[(depth < _MIN_DEPTH) | (depth > _MAX_DEPTH)] = np.nan
     return depth, None if metres.ndim == 2 else fit_camera(np.dstack([metres[..., :2], depth]), file)
+
+
+def _measured(levels: np.ndarray, file: Path, format_: DepthFormat) -> Bool[np.ndarray, "h w"]:
+    """Find the pixels that hold a measurement; other numbers than 0, NaN and infinities are told once.
+
+    Raises:
+        UserError: If many depths are negative.
+    """
+    named = np.asarray(format_.missing or (), levels.dtype if levels.dtype.kind == "f" else np.float64)
+    valid = np.isfinite(levels) & (levels != 0) & ~np.isin(levels, named)
+
+    def leave_out(pixels: np.ndarray, what: str) -> None:
+        if (share := (valid & pixels).mean()) > 0:
+            sentence = f"{file}: {share:.2%} of its pixels hold {what}, which no sensor measures; they count as missing"
+            tell_once(("missing", what), f"{sentence} (dataset.yaml may list such values, or none, as missing: []).")
+            np.logical_and(valid, ~pixels, out=valid)
+
+    if levels.dtype.kind in "iu":
+        for limit in np.iinfo(levels.dtype).max, np.iinfo(levels.dtype).min:
+            leave_out(levels == limit, f"{limit}")
+    negative = levels[valid & (levels < 0)]
+    if len(negative) > _MAX_NEGATIVE * valid.sum() and (np.ptp(negative) or len(negative) == valid.sum()):
+        lowest = f"{negative.min():g}"
+        raise UserError(f"{file} has a depth of {lowest}; depth must be the distance from the sensor, above 0.")
+    leave_out(levels < 0, f"{negative.min():g}" if len(negative) else "")
+    for value in _constants_apart(levels[valid].astype(np.float64)) if format_.missing is None else ():
+        leave_out(levels == value, f"{value:g}")
+    return valid
+
+
+def _constants_apart(levels: Float64[np.ndarray, " n"]) -> Iterator[float]:
+    """Find repeated values, at most three at either end, that are too far from all other levels to be measured.
+
+    They differ from their neighbour by a factor above 10; or above 2, if they also differ from it by ten times the
+    range of the others, or are known as the largest number of some sensor, in any decimal unit.
+    """
+    for end in (np.max, np.min):
+        for _ in range(3):
+            value = end(levels) if len(levels) else 0
+            others = levels[levels != value]
+            if not 0 < len(others) < len(levels) - 1:
+                break
+            neighbour = end(others)
+            digits = f"{value:.6g}".partition("e")[0].replace(".", "").strip("0")
+            known = digits in _SATURATED and value > neighbour
+            ratio = max(value, neighbour) / min(value, neighbour)
+            if ratio <= 2 or not (known or ratio > 10 or abs(value - neighbour) > 10 * np.ptp(others)):
+                break
+            yield value
+            levels = others
 
 
 def check_distance(depth: Float[np.ndarray, "h w"], file: Path, remedy: str) -> None:

@@ -155,12 +155,13 @@ class Store:
         }
 
     def describe(self) -> dict[str, Any]:
-        """Return the settings with which a detector prepares images: processing, camera and image width, as JSON."""
+        """Return the settings with which a detector reads and prepares images, as JSON."""
         first = self.reader.objects[0]
         sample = self.reader.read(first, "train", self.reader.ids(first, "train")[0])
         camera = sample.camera and dataclasses.asdict(sample.camera)
         return {
             "processing": dataclasses.asdict(self.processing),
+            "depth": dataclasses.asdict(self.reader.depth_format),
             "camera": camera,
             "camera_width": sample.depth if sample.depth is None else sample.depth.shape[1],
         }

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from iumad_jax.data.formats.depth_files import DEPTH_IMAGES
 from iumad_jax.data.formats.files import abbreviate, folders, opening, read_yaml, select
 from iumad_jax.data.formats.images import PHOTOGRAPHS
 from iumad_jax.data.readers.layout import Item, list_good_items, list_items, list_labelled_items, read_item
-from iumad_jax.data.sample import Camera, Sample, Split
+from iumad_jax.data.sample import Camera, DepthFormat, Sample, Split
 from iumad_jax.errors import UserError
 
 SETTINGS = "dataset.yaml"
@@ -19,7 +20,7 @@ SETTINGS = "dataset.yaml"
 _KINDS = {"rgb": PHOTOGRAPHS, "depth": DEPTH_IMAGES, "mask": PHOTOGRAPHS}
 _UNLABELLED = {"rgb": PHOTOGRAPHS, "depth": DEPTH_IMAGES}
 _SPLITS = ("train", "val", "test", "unlabelled")
-_UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001}
+_UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001, "um": 1e-6}
 _CAMERA = ("fx", "fy", "cx", "cy")
 _LENGTHS = {"object_height": 0.005, "height_range": 0.1}  # defaults, metres
 
@@ -32,7 +33,9 @@ class Folder:
     where good. All images of one id must have one size.
 
     `<root>/dataset.yaml` may have these keys:
-        unit: Unit of depth: m, cm, mm, or metres per level; required for integers, else metres by default.
+        unit: Unit of depth: m, cm, mm, um, or metres per level; required for integers, else metres by default.
+        missing: List of the values, in this unit, of pixels without a measurement, besides 0 and those that are not
+            finite; by default such constants are looked for.
         camera: fx, fy, cx, cy of depth images in pixels. By default the focal length is the image's width, which keeps
             planes flat but changes lengths along them.
         object_height: Height above the background plane, in metres, from which a pixel belongs to the object (0.005).
@@ -58,6 +61,7 @@ class Folder:
             file = self.root / SETTINGS
             self._settings_files = (file,) if file.exists() else ()
             self._settings = _check_settings(file, read_yaml(file) if file.exists() else {})
+            self.depth_format = DepthFormat(self._settings.get("unit"), self._settings.get("missing"))
             for name in self.objects:
                 self._index(name, ("depth",) if needs_depth else ())
         self.object_height: float = self._settings["object_height"]
@@ -86,7 +90,7 @@ class Folder:
             object,
             id,
             self._items[object, split][id],
-            unit=self._settings.get("unit"),
+            self.depth_format,
             remedy=f"set the unit in {self.root / SETTINGS}, for example unit: mm",
             camera=self._settings.get("camera"),
         )
@@ -128,7 +132,7 @@ def object_names(root: Path) -> tuple[str, ...]:
 
 def _check_settings(file: Path, content: dict[Any, Any]) -> dict[str, Any]:
     """Check the content of dataset.yaml and convert it: unit in metres, a `Camera`, lengths with defaults."""
-    keys = ("unit", "camera", *_LENGTHS, "normals_window")
+    keys = ("unit", "missing", "camera", *_LENGTHS, "normals_window")
     for key in content:
         if key not in keys:
             raise UserError(f"{file} has the unknown key {abbreviate(key)}; use {', '.join(keys)}.")
@@ -137,9 +141,11 @@ def _check_settings(file: Path, content: dict[Any, Any]) -> dict[str, Any]:
     }
     if "unit" in content:
         unit = content["unit"]
-        settings["unit"] = (
-            _UNITS[unit] if isinstance(unit, str) and unit in _UNITS else _check_number(file, "unit", unit)
-        )
+        settings["unit"] = _UNITS.get(str(unit).lower()) or _check_number(file, "unit", unit)
+    if "missing" in content:
+        missing = content["missing"]
+        values = missing if isinstance(missing, list) else [missing]
+        settings["missing"] = tuple(_check_number(file, "missing", value, above=-math.inf) for value in values)
     if "camera" in content:
         camera = content["camera"]
         if not isinstance(camera, dict) or set(camera) != set(_CAMERA):
@@ -156,7 +162,11 @@ def _check_settings(file: Path, content: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _check_number(file: Path, key: str, value: Any, above: float = 0) -> float:
+    if isinstance(value, str):  # YAML takes 1e-6 for a word
+        with suppress(ValueError):
+            value = float(value)
     if not isinstance(value, int | float) or isinstance(value, bool) or not above < value < sys.float_info.max:
-        expected = f"{', '.join(_UNITS)} or metres per level" if key == "unit" else f"a number above {above}"
+        number = "a finite number" if above == -math.inf else f"a number above {above}"
+        expected = f"{', '.join(_UNITS)} or metres per level" if key == "unit" else number
         raise UserError(f"{file} has {abbreviate(value)} as {key}; use {expected}.")
     return float(value)

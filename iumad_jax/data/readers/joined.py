@@ -14,7 +14,7 @@ class Joined:
         self.by_object = {name: reader for reader in readers for name in reader.objects}
         self.objects = tuple(self.by_object)
         self.object_height, self.height_range = first.object_height, first.height_range
-        self.normals_window = first.normals_window
+        self.normals_window, self.depth_format = first.normals_window, first.depth_format
 
     def ids(self, object: str, split: Split) -> tuple[str, ...]:
         """List the sample ids of one object and split."""

@@ -9,7 +9,7 @@ import numpy as np
 from iumad_jax.data.formats.depth_files import read_depth
 from iumad_jax.data.formats.files import check_file, folders, list_entries
 from iumad_jax.data.formats.images import check_same_size, read_mask, read_photograph
-from iumad_jax.data.sample import Camera, Sample
+from iumad_jax.data.sample import Camera, DepthFormat, Sample
 from iumad_jax.errors import UserError
 
 Kinds = Mapping[str, Sequence[str]]  # folders of RGB, depth and masks, in this order, with their file suffixes
@@ -94,8 +94,8 @@ def read_item(
     object_: str,
     id_: str,
     item: Item,
+    format_: DepthFormat,
     *,
-    unit: float | None = None,
     remedy: str,
     camera: Camera | None = None,
     two_values: bool = True,
@@ -107,7 +107,7 @@ def read_item(
         object_: Object of the sample.
         id_: Id of the sample.
         item: Files of the sample.
-        unit: Metres per unit of depth; None if unspecified.
+        format_: What the numbers in depth files mean.
         remedy: Advice on a missing or wrong unit, the end of the error message.
         camera: Camera of depth images; by default a pinhole camera whose focal length is the image's width. The camera
             of a cloud is estimated from the cloud instead.
@@ -121,7 +121,7 @@ def read_item(
     height, width = rgb.shape[:2]
     depth, depth_camera = None, None
     if item.depth is not None:
-        depth, depth_camera = read_depth(item.depth, unit, (height, width), remedy)
+        depth, depth_camera = read_depth(item.depth, format_, (height, width), remedy)
         check_same_size(item.depth, depth, item.rgb, rgb)
         if needs_cloud and depth_camera is None:
             raise UserError(f"{item.depth} holds only depth; save x, y and z.")

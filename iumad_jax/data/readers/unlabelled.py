@@ -9,7 +9,7 @@ import numpy as np
 
 from iumad_jax.data.formats.depth_files import DEPTH_IMAGES, read_depth
 from iumad_jax.data.formats.images import PHOTOGRAPHS, check_same_size, read_photograph
-from iumad_jax.data.sample import Camera, Reader, Split
+from iumad_jax.data.sample import Camera, DepthFormat, Reader, Split
 from iumad_jax.errors import UserError
 
 
@@ -19,11 +19,11 @@ class InputImage(NamedTuple):
     name: str  # path of its output files, relative and without suffix
     read: Callable[[], tuple[np.ndarray, np.ndarray | None, Camera | None]]  # RGB, depth, camera
     files: Callable[[], tuple[Path, Path | None]]  # RGB, depth; None if the depth is not in one file of its own
-    unit: float | None = None  # metres per unit of the depth file; None if unspecified
+    format_: DepthFormat = DepthFormat()  # what the numbers in the depth file mean
 
 
 def photographs(
-    root: Path, needs_depth: bool, depth_path: Path | None, unit: float | None, camera: Camera | None
+    root: Path, needs_depth: bool, depth_path: Path | None, format_: DepthFormat, camera: Camera | None
 ) -> Iterator[InputImage]:
     """Yield the images of --input with their depth from --depth.
 
@@ -31,7 +31,7 @@ def photographs(
         root: An image, or a folder of images.
         needs_depth: Whether to read depth.
         depth_path: Depth file of the image, or a folder with depth files of the images' names.
-        unit: Metres per unit of the depth files; by default floats are metres, and integers are refused.
+        format_: What the numbers in the depth files mean.
         camera: Camera of the depth files; by default it is estimated from clouds.
 
     Raises:
@@ -43,7 +43,7 @@ def photographs(
     if not images or images[0].suffix.lower() not in PHOTOGRAPHS:
         raise UserError(f"--input is {root}, which contains no image; use files ending in {' '.join(PHOTOGRAPHS)}.")
     if needs_depth:
-        _check_depth(depth_path, unit, root)
+        _check_depth(depth_path, format_.unit, root)
     names: dict[str, Path] = {}
     for file in images:
         name = str(file.relative_to(root).with_suffix("")) if root.is_dir() else file.stem
@@ -61,11 +61,11 @@ def photographs(
             if depth_file is None:
                 return rgb, None, None
             remedy = "use --depth_unit=METRES, such as 0.001 for millimetres"
-            depth, cloud_camera = read_depth(depth_file, unit, rgb.shape[:2], remedy)
+            depth, cloud_camera = read_depth(depth_file, format_, rgb.shape[:2], remedy)
             check_same_size(depth_file, depth, file, rgb)
             return rgb, depth, camera or cloud_camera
 
-        yield InputImage(name, read, files, unit)
+        yield InputImage(name, read, files, format_)
 
 
 def _check_depth(path: Path | None, unit: float | None, root: Path) -> None:

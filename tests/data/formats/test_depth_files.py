@@ -14,9 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from iumad_jax import errors
 from iumad_jax.data import depth
 from iumad_jax.data.formats.clouds import read_ply
 from iumad_jax.data.formats.depth_files import read_depth
+from iumad_jax.data.sample import DepthFormat
 from iumad_jax.errors import UserError
 from tests import sentences
 
@@ -100,7 +102,7 @@ def test_formats(tmp_path: Path, scan, ending: str, encode, missing: float) -> N
     scene = scan(24, 32, seed=8, holes=0.2)
     file = tmp_path / f"000.{ending}"
     file.write_bytes(encode(np.where(scene.cloud[..., 2:] == 0, np.float32(missing), scene.cloud)))
-    measured, camera = read_depth(file, None, (24, 32), "")
+    measured, camera = read_depth(file, DepthFormat(), (24, 32), "")
     assert measured.dtype == np.float32
     z = scene.cloud[..., 2]
     np.testing.assert_array_equal(measured, np.where(z == 0, np.nan, z))
@@ -124,7 +126,7 @@ def test_the_size_in_a_ply_header_is_used(tmp_path: Path, scan) -> None:
 def test_units(tmp_path: Path, scan, factor: float) -> None:
     scene = scan(seed=8)
     np.save(tmp_path / "000.npy", scene.cloud * factor)
-    measured, camera = read_depth(tmp_path / "000.npy", 1 / factor, (48, 64), "")
+    measured, camera = read_depth(tmp_path / "000.npy", DepthFormat(1 / factor), (48, 64), "")
     z = scene.cloud[..., 2]
     np.testing.assert_allclose(measured[z > 0], z[z > 0], rtol=1e-5)
     assert camera.fx == pytest.approx(scene.camera.fx, rel=1e-4)
@@ -140,7 +142,7 @@ def test_an_orthographic_scanner(tmp_path: Path) -> None:
     z = (0.1 - step + normal[1] * y) / -normal[2]
     z += 2e-5 * np.random.default_rng(0).standard_normal(z.shape)
     np.save(tmp_path / "000.npy", np.stack([x, y, z], -1))
-    measured, camera = read_depth(tmp_path / "000.npy", 1.0, z.shape, "")
+    measured, camera = read_depth(tmp_path / "000.npy", DepthFormat(1.0), z.shape, "")
     assert camera.orthographic
     assert camera.fx == pytest.approx(2000, rel=1e-4)
     surface = depth.measure(measured, camera, window=5)
@@ -150,6 +152,53 @@ def test_an_orthographic_scanner(tmp_path: Path) -> None:
     assert np.quantile(angles[:, :38], 0.95) < 1
     points = depth.backproject(measured, camera)
     np.testing.assert_allclose(points[..., 0], x, atol=1e-6)
+
+
+# Pixels without a measurement
+
+SENTINELS = {
+    "0": (0, np.float32, 1.0),
+    "65535 of uint16": (65535, np.uint16, 1e-5),  # 0.66 m, not far from the scene
+    "65535 of tenths of mm": (65535, np.uint16, 1e-4),
+    "65535 of mm in 32 bits": (65535, np.int32, 1e-3),
+    "65535 converted to metres": (6.5535, np.float32, 1.0),
+    "4095 of a 12-bit sensor": (4095, np.int32, 1e-3),
+    "32767 of int16": (32767, np.int16, 2e-5),
+    "-32768 of int16": (-32768, np.int16, 2e-5),
+    "-1": (-1, np.float32, 1e-3),
+    "-9999": (-9999, np.float64, 1.0),
+    "9999 mm": (9999, np.float32, 1e-3),
+    "0.001 m": (0.001, np.float32, 1.0),
+    "the largest float": (np.finfo(np.float32).max, np.float32, 1.0),
+    "minus infinity": (-np.inf, np.float16, 1.0),
+}
+
+
+@pytest.mark.parametrize(("value", "dtype", "unit"), SENTINELS.values(), ids=SENTINELS)
+def test_missing_depth_in_other_words(tmp_path: Path, scan, capsys, monkeypatch, value, dtype, unit) -> None:
+    """Exactly the pixels with such a value are missing, and one sentence tells all but the usual ones once."""
+    monkeypatch.setattr(errors, "_told", set())
+    z = scan(holes=0, seed=8).cloud[..., 2]
+    hole = np.random.default_rng(0).random(z.shape) < 0.1
+    np.save(tmp_path / "000.npy", np.where(hole, value, z / unit).astype(dtype))
+    for _ in range(2):
+        measured, _ = read_depth(tmp_path / "000.npy", DepthFormat(unit), z.shape, "")
+        np.testing.assert_array_equal(np.isnan(measured), hole)
+    told = capsys.readouterr().err
+    assert told.count("count as missing") == (np.isfinite(value) and value != 0)
+    assert told.count(f"{hole.mean():.2%} of its pixels hold {value:g}, ") == told.count("\n")
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(draw=st.data())
+def test_measurements_are_not_taken_for_missing(tmp_path: Path, draw: st.DataObject) -> None:
+    """Neither a background that is one constant nor single steps of a scene within twice the nearest depth."""
+    nearest = draw.draw(st.floats(0.02, 5))
+    heights = draw.draw(st.lists(st.floats(0, 0.99), min_size=1, max_size=6))
+    z = nearest * (1 + np.array(heights)[np.random.default_rng(len(heights)).integers(len(heights), size=(24, 32))])
+    np.save(tmp_path / "000.npy", z)
+    measured, _ = read_depth(tmp_path / "000.npy", DepthFormat(), z.shape, "")
+    np.testing.assert_array_equal(measured, z.astype(np.float32))
 
 
 # Bad input
@@ -221,6 +270,7 @@ BAD = {
         sentences.UNIT_WRONG.format(true="metres", called="millimetres") + "; give the unit",
     ),
     "behind the sensor": ("npy", npy(np.full((48, 64), -0.4)), sentences.DEPTH_NEGATIVE),
+    "heights": ("npy", npy(np.linspace(-0.05, 0.4, 48 * 64).reshape(48, 64)), sentences.DEPTH_NEGATIVE),
     "millimetres": (
         "npy",
         npy(np.full((48, 64), 412.0)),
@@ -235,7 +285,7 @@ def test_bad_file(tmp_path: Path, ending: str, content: bytes, expected: str) ->
     file = tmp_path / f"000.{ending}"
     file.write_bytes(content)
     with pytest.raises(UserError) as error:
-        read_depth(file, None, (48, 64), "give the unit")
+        read_depth(file, DepthFormat(), (48, 64), "give the unit")
     message = str(error.value)
     assert message.startswith(f"{file} ")
     assert expected in message
@@ -248,7 +298,7 @@ def test_a_damaged_tiff_is_not_logged_as_well(tmp_path: Path, caplog: pytest.Log
     file = tmp_path / "000.tiff"
     file.write_bytes(tiff(CLOUD).replace(struct.pack("<HH", 273, 4), struct.pack("<HH", 273, 99)))  # offset of its rows
     with pytest.raises(UserError, match=re.escape(sentences.FILE_UNREADABLE.format("000.tiff"))):
-        read_depth(file, 1.0, (48, 64), "")
+        read_depth(file, DepthFormat(1.0), (48, 64), "")
     assert not caplog.records
 
 
@@ -262,7 +312,7 @@ def test_a_damaged_file_is_read_or_refused(tmp_path: Path, scan, ending: str, en
     file = tmp_path / f"000.{ending}"
     file.write_bytes(original[:start] + draw.draw(st.binary(max_size=8)) + original[start + cut :])
     with contextlib.suppress(UserError):  # any other error would be a traceback for the user
-        measured, camera = read_depth(file, 0.0001 if ending == "png" else 1.0, (12, 16), "")
+        measured, camera = read_depth(file, DepthFormat(0.0001 if ending == "png" else 1.0), (12, 16), "")
         assert np.nanmin(measured) > 0
         if camera is not None:
             assert min(camera.fx, camera.fy) > 0
@@ -272,5 +322,5 @@ def test_a_zip_archive_named_npy_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "000.npy"
     file.write_bytes(b"PK\3\4 and no more")
     with pytest.raises(UserError, match=re.escape(sentences.FILE_DAMAGED.format("000.npy") + ".")):
-        read_depth(file, 1.0, (4, 4), "")
+        read_depth(file, DepthFormat(1.0), (4, 4), "")
     gc.collect()  # an open file would warn here
