@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
 def _define(values: flags.FlagValues) -> None:
     cli.define_trained(values)
     for name, help_ in {
-        "input": "Image (PNG, JPEG, TIFF, BMP) or folder of images.",
+        "input": "Image (PNG, JPEG, TIFF, BMP) or folder of images; of a model of depth alone, depth without --depth.",
         "depth": "Depth of the image (16-bit PNG, TIFF, NPY, PLY, PCD), or folder of depth files named like images.",
         "output": "Folder of the results, new or empty.",
         "object": "Object that all images show. Default: recognised in each image.",
@@ -65,7 +65,10 @@ def _predict(values: flags.FlagValues) -> str:
         format_ = detector.depth_format
         if values.depth_unit is not None:
             format_ = replace(format_, unit=values.depth_unit)
-        images = list(unlabelled.photographs(Path(values.input), needs_depth, depth, format_, camera))
+        if depth or "rgb" in detector.processing.modalities:
+            images = list(unlabelled.photographs(Path(values.input), needs_depth, depth, format_, camera))
+        else:
+            images = list(unlabelled.depth_files(Path(values.input), format_, camera, detector.default_camera))
     else:
         images = list(
             unlabelled.split_images(

@@ -10,6 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from scipy import ndimage
 
+from iumad_jax.data.depth import measured
 from iumad_jax.data.sample import Sample
 
 _Pixels = UInt8[np.ndarray, "h w 3"]
@@ -88,8 +89,8 @@ def vary(sample: Sample, number: int, object_height: float) -> Sample:
 
 def with_depth_noise(sample: Sample, deviation: float, rng: np.random.Generator) -> Sample:
     """Add noise with a standard deviation in metres to a sample's depth, if it has any."""
-    if sample.depth is None:
+    if sample.depth is None or sample.camera is None:
         return sample
-    valid = np.isfinite(sample.depth) & (sample.depth > 0)
+    valid = measured(sample.depth, sample.camera)
     depth = np.where(valid, sample.depth + rng.normal(0, deviation, sample.depth.shape), np.nan)
     return dataclasses.replace(sample, depth=depth.astype(np.float32))

@@ -23,7 +23,8 @@ class Camera:
 
     fx, fy, cx and cy are in pixels; the centre of the first pixel is (0, 0). x points right, y down, z along the
     optical axis. An orthographic camera (a laser profiler, a telecentric lens) projects the point to
-    column fx x + cx and row fy y + cy, with fx and fy in pixels per metre.
+    column fx x + cx and row fy y + cy, with fx and fy in pixels per metre. The origin of its z is arbitrary, and if it
+    measures heights, its depth images hold -z.
     """
 
     fx: float
@@ -31,6 +32,7 @@ class Camera:
     cx: float
     cy: float
     orthographic: bool = False
+    heights: bool = False
 
     def __post_init__(self) -> None:
         numbers = self.fx, self.fy, self.cx, self.cy
@@ -51,10 +53,12 @@ class DepthFormat:
         unit: Metres per unit; None reads floats as metres and refuses integers.
         missing: Values, in the file's unit, of pixels without a measurement, besides those that never are one (see
             `depth_files.read_depth`); None looks for them.
+        heights: Whether larger is higher, as laser profilers write it, and not farther from the sensor.
     """
 
     unit: float | None = None
     missing: tuple[float, ...] | None = None
+    heights: bool = False
 
     @classmethod
     def recorded(cls, fields: Mapping[str, Any]) -> "DepthFormat":
@@ -70,8 +74,10 @@ class Sample:
     object: str
     id: str
     defect: str  # "good", or the dataset's name for the defect; "unknown" in the unlabelled split
-    rgb: UInt8[np.ndarray, "h w 3"]
-    depth: Float32[np.ndarray, "h w"] | None  # metres along the optical axis, NaN where missing; None: no depth
+    rgb: UInt8[np.ndarray, "h w 3"]  # without a photograph, `depth.picture`
+    depth: (
+        Float32[np.ndarray, "h w"] | None
+    )  # metres along the optical axis (or heights), NaN where missing; None: no depth
     mask: Bool[np.ndarray, "h w"] | None  # True on the defect; None where not annotated
     anomalous: bool  # the dataset's label; False where unknown
     camera: Camera | None  # camera of the depth image; None without depth

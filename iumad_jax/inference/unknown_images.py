@@ -7,7 +7,7 @@ A group becomes `new_object_<number>`, an object of a dataset that `data.readers
     new_object_1/train/good/depth/000_<name>.*
     dataset.yaml                               unit, camera and settings of depth
 
-Depth of datasets, whose files may need others to be read, is written as clouds in metres.
+Depth of datasets, whose files may need others to be read, is written as clouds or heights in metres.
 """
 
 import io
@@ -15,7 +15,6 @@ import itertools
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,14 +121,16 @@ def describe(groups: Sequence[Group], workdir: str) -> str:
 
 def _copy_image(detector: Detector, image: InputImage, good: Path, name: str) -> None:
     rgb_file, depth_file = image.files()
-    _copy(rgb_file, good / "rgb" / f"{name}{rgb_file.suffix}")
+    if rgb_file is not None and "rgb" in detector.processing.modalities:
+        _copy(rgb_file, good / "rgb" / f"{name}{rgb_file.suffix}")
     if depth_file is not None:
         _copy(depth_file, good / "depth" / f"{name}{depth_file.suffix}")
     elif "depth" in detector.processing.modalities:
         _, depth, camera = image.read()
         assert depth is not None
         cloud = io.BytesIO()
-        np.save(cloud, backproject(depth, camera or detector.default_camera(depth.shape[1])))
+        camera = camera or detector.default_camera(depth.shape[1])
+        np.save(cloud, depth if camera.heights else backproject(depth, camera))
         _write(good / "depth" / f"{name}.npy", cloud.getvalue())
 
 
@@ -154,13 +155,17 @@ def _panel(label: str, image: InputImage) -> contact_sheet.Panels:
 def _settings(detector: Detector, image: InputImage) -> dict[str, Any]:
     """Return the settings of depth with which the detector prepared the images, as dataset.yaml.
 
-    Clouds bring their own cameras. An orthographic camera cannot be written to dataset.yaml.
+    Clouds bring their own cameras.
     """
-    processing = detector.processing
-    settings: dict[str, Any] = {key: value for key, value in asdict(image.format_).items() if value is not None}
+    processing, format_ = detector.processing, image.format_
+    settings: dict[str, Any] = {} if format_.unit is None else {"unit": format_.unit}
+    if format_.missing is not None:
+        settings["missing"] = list(format_.missing)
     rgb, _, camera = image.read()
     camera = camera or detector.default_camera(rgb.shape[1])
-    if image.files()[1] is not None and not camera.orthographic:
+    if format_.heights:
+        settings |= {"kind": "height", "pitch": [1000 / camera.fx, 1000 / camera.fy]}
+    elif image.files()[1] is not None and not camera.orthographic:
         settings["camera"] = {key: float(getattr(camera, key)) for key in ("fx", "fy", "cx", "cy")}
     return settings | {
         "object_height": processing.object_height,

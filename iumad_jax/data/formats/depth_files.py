@@ -8,6 +8,7 @@ checked before anything is decoded.
 import logging
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,18 +38,18 @@ class WrongUnit(UserError):
 
 
 def read_depth(
-    file: Path, format_: DepthFormat, size: tuple[int, int], remedy: str
+    file: Path, format_: DepthFormat, size: tuple[int, int] | None, remedy: str
 ) -> tuple[Float32[np.ndarray, "h w"], Camera | None]:
     """Read depth in metres from a depth image or an organised cloud.
 
     Args:
         file: A 16-bit grey PNG; a TIFF or .npy with one channel (depth) or three (x, y and z); a PLY or PCD cloud.
         format_: What the file's numbers mean.
-        size: Rows and columns of the photograph, used for PLY clouds whose header lacks them.
+        size: Rows and columns of the photograph, used for PLY clouds whose header lacks them; None without photograph.
         remedy: Advice on a missing or wrong unit, the end of the error message.
 
     Returns:
-        Depth (h, w), NaN where missing, and the camera estimated from a cloud, None for a depth image.
+        Depth or heights (h, w), NaN where missing, and the camera estimated from a cloud, None for a depth image.
 
     Raises:
         UserError: If the file cannot be read, holds no depth, or its unit is missing or wrong.
@@ -67,19 +68,31 @@ def read_depth(
         depth = np.where(_measured(levels, file, format_) & np.isfinite(depth), depth, np.float32(np.nan))
     if np.isnan(depth).all():
         raise UserError(f"{file} has no valid depth; replace it.")
-    check_distance(depth, file, remedy)
-    depth[(depth < _MIN_DEPTH) | (depth > _MAX_DEPTH)] = np.nan
-    return depth, None if metres.ndim == 2 else fit_camera(np.dstack([metres[..., :2], depth]), file)
+    if format_.heights:
+        depth[np.abs(depth) > _MAX_DEPTH] = np.nan
+    else:
+        check_distance(depth, file, remedy)
+        depth[(depth < _MIN_DEPTH) | (depth > _MAX_DEPTH)] = np.nan
+    if metres.ndim == 2:
+        return depth, None
+    camera = fit_camera(np.dstack([metres[..., :2], depth]), file)
+    if format_.heights and not camera.orthographic:
+        raise UserError(f"{file} is no height map, since its points lie on the rays of a camera; remove kind: height.")
+    return depth, replace(camera, heights=format_.heights)
 
 
 def _measured(levels: np.ndarray, file: Path, format_: DepthFormat) -> Bool[np.ndarray, "h w"]:
     """Find the pixels that hold a measurement; other numbers than 0, NaN and infinities are told once.
 
+    In height maps, only counts from 0 have 0 where nothing was measured.
+
     Raises:
         UserError: If many depths are negative.
     """
     named = np.asarray(format_.missing or (), levels.dtype if levels.dtype.kind == "f" else np.float64)
-    valid = np.isfinite(levels) & (levels != 0) & ~np.isin(levels, named)
+    valid = np.isfinite(levels) & ~np.isin(levels, named)
+    if not format_.heights or levels.dtype.kind == "u":
+        valid &= levels != 0
 
     def leave_out(pixels: np.ndarray, what: str) -> None:
         if (share := (valid & pixels).mean()) > 0:
@@ -91,20 +104,26 @@ def _measured(levels: np.ndarray, file: Path, format_: DepthFormat) -> Bool[np.n
         for limit in np.iinfo(levels.dtype).max, np.iinfo(levels.dtype).min:
             leave_out(levels == limit, f"{limit}")
     negative = levels[valid & (levels < 0)]
-    if len(negative) > _MAX_NEGATIVE * valid.sum() and (np.ptp(negative) or len(negative) == valid.sum()):
+    if len(negative) and not format_.heights:
         lowest = f"{negative.min():g}"
-        raise UserError(f"{file} has a depth of {lowest}; depth must be the distance from the sensor, above 0.")
-    leave_out(levels < 0, f"{negative.min():g}" if len(negative) else "")
-    for value in _constants_apart(levels[valid].astype(np.float64)) if format_.missing is None else ():
-        leave_out(levels == value, f"{value:g}")
+        if len(negative) > _MAX_NEGATIVE * valid.sum() and (np.ptp(negative) or len(negative) == valid.sum()):
+            raise UserError(
+                f"{file} has a depth of {lowest}; depth must be the distance from the sensor, above 0 (if larger is"
+                " higher, write kind: height into dataset.yaml)."
+            )
+        leave_out(levels < 0, lowest)
+    if format_.missing is None:
+        for value in _constants_apart(levels[valid].astype(np.float64), format_.heights):
+            leave_out(levels == value, f"{value:g}")
     return valid
 
 
-def _constants_apart(levels: Float64[np.ndarray, " n"]) -> Iterator[float]:
+def _constants_apart(levels: Float64[np.ndarray, " n"], heights: bool) -> Iterator[float]:
     """Find repeated values, at most three at either end, that are too far from all other levels to be measured.
 
     They differ from their neighbour by a factor above 10; or above 2, if they also differ from it by ten times the
-    range of the others, or are known as the largest number of some sensor, in any decimal unit.
+    range of the others, or are known as the largest number of some sensor, in any decimal unit. Heights have no scale
+    but their range: theirs differ by ten times it, or twice if known.
     """
     for end in (np.max, np.min):
         for _ in range(3):
@@ -115,8 +134,13 @@ def _constants_apart(levels: Float64[np.ndarray, " n"]) -> Iterator[float]:
             neighbour = end(others)
             digits = f"{value:.6g}".partition("e")[0].replace(".", "").strip("0")
             known = digits in _SATURATED and value > neighbour
-            ratio = max(value, neighbour) / min(value, neighbour)
-            if ratio <= 2 or not (known or ratio > 10 or abs(value - neighbour) > 10 * np.ptp(others)):
+            gap, span = abs(value - neighbour), np.ptp(others)
+            if heights:
+                apart = span > 0 and gap > (2 if known else 10) * span
+            else:
+                ratio = max(value, neighbour) / min(value, neighbour)
+                apart = ratio > 10 or (ratio > 2 and (known or gap > 10 * span))
+            if not apart:
                 break
             yield value
             levels = others
@@ -181,7 +205,7 @@ def _fit_line(x: np.ndarray, pixel: np.ndarray) -> tuple[float, float]:
     return float(slope), float(offset)
 
 
-def _decode(file: Path, size: tuple[int, int]) -> np.ndarray:
+def _decode(file: Path, size: tuple[int, int] | None) -> np.ndarray:
     """Decode a file to numbers of shape (h, w), or (h, w, 3) for x, y and z."""
     match file.suffix.lower():
         case ".png":

@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, Float16, Float64
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from iumad_jax.data.depth import measured
 from iumad_jax.data.prepared import copies, records
 from iumad_jax.data.prepared.copies import PreparedSplit
 from iumad_jax.data.prepared.processing import Processing
@@ -364,7 +365,7 @@ def _has_truth(split: PreparedSplit) -> bool:
 
 
 def _describe(sample: Sample) -> Image:
-    valid = None if sample.depth is None else np.isfinite(sample.depth) & (sample.depth > 0)
+    valid = None if sample.depth is None or sample.camera is None else measured(sample.depth, sample.camera)
     return Image(
         defect=sample.defect,
         size=list(sample.rgb.shape[:2]),

@@ -46,7 +46,7 @@ class MVTec3D:
             raise UserError(f'config.dataset.validation is "{validation}"; use train or calibration.')
         self.root = Path(root)
         self.objects = select(objects, OBJECTS)
-        needed_good = ("xyz",) if needs_depth else ()
+        needed_good = ("rgb", "xyz") if needs_depth else ("rgb",)
         needed_test = (*needed_good, "gt")
         self._items: dict[tuple[str, Split], dict[str, Item]] = {}
         with opening(self.root):

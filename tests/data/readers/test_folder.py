@@ -342,7 +342,7 @@ BAD = {
     "an unknown key": (
         "dataset.yaml",
         ("write", "units: mm"),
-        sentences.UNKNOWN_SETTING.format(key="units", known="unit, missing, camera"),
+        sentences.UNKNOWN_SETTING.format(key="units", known="unit, missing, kind, pitch, camera"),
     ),
     "an unknown unit": ("dataset.yaml", ("write", "unit: inch"), sentences.UNKNOWN_UNIT.format("'inch'")),
     "a missing value in words": (
