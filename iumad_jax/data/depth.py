@@ -88,6 +88,17 @@ def backproject(depth: Float32[np.ndarray, "h w"], camera: Camera) -> Float32[np
     return np.stack([x * scale, y * scale, -depth if camera.heights else depth], axis=-1)
 
 
+def project(points: Float[np.ndarray, "n 3"], camera: Camera, size: tuple[int, int]) -> Float32[np.ndarray, "h w"]:
+    """Project points in camera coordinates to a depth image of (h, w) pixels: the nearest per pixel, NaN where none."""
+    x, y, z = points[(points[:, 2] > 0) & np.isfinite(points).all(-1)].T
+    scale = 1 if camera.orthographic else z
+    pixels = np.stack([camera.fy * y / scale + camera.cy, camera.fx * x / scale + camera.cx])
+    inside = ((pixels > -0.5) & (pixels < np.array(size)[:, None] - 0.5)).all(0)
+    depth = np.full(size, np.inf, np.float32)
+    np.minimum.at(depth, tuple(np.rint(pixels[:, inside]).astype(int)), z[inside].astype(np.float32))
+    return np.where(np.isinf(depth), np.float32(np.nan), depth)
+
+
 def border(
     points: Float[np.ndarray, "h w 3"], valid: Bool[np.ndarray, "h w"], width: float = 1 / 16, max_points: int = 2048
 ) -> Float[np.ndarray, "n 3"]:

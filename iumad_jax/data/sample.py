@@ -46,6 +46,21 @@ class Camera:
 
 
 @dataclass(frozen=True)
+class Alignment:
+    """How depth that is not aligned with its photograph pixel by pixel is related to it.
+
+    Attributes:
+        depth: Camera of depth images.
+        rgb: Camera of photographs.
+        matrix: Rows of the 4 x 4 matrix from coordinates of the depth camera to those of the photographs', in metres.
+    """
+
+    depth: Camera
+    rgb: Camera
+    matrix: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
 class DepthFormat:
     """What the numbers in depth files mean.
 
@@ -54,34 +69,41 @@ class DepthFormat:
         missing: Values, in the file's unit, of pixels without a measurement, besides those that never are one (see
             `depth_files.read_depth`); None looks for them.
         heights: Whether larger is higher, as laser profilers write it, and not farther from the sensor.
+        align: How depth comes to the view of its photograph: None if both are aligned pixel by pixel, "resize" if only
+            their resolutions differ.
     """
 
     unit: float | None = None
     missing: tuple[float, ...] | None = None
     heights: bool = False
+    align: Alignment | Literal["resize"] | None = None
 
     @classmethod
     def recorded(cls, fields: Mapping[str, Any]) -> "DepthFormat":
         """Return the format that `Store.describe` recorded as JSON."""
-        missing = fields["missing"]
-        return cls(**{**fields, "missing": None if missing is None else tuple(missing)})
+        missing, align = fields["missing"], fields["align"]
+        if isinstance(align, Mapping):
+            cameras = {name: Camera(**align[name]) for name in ("depth", "rgb")}
+            align = Alignment(**cameras, matrix=tuple(map(tuple, align["matrix"])))
+        return cls(**{**fields, "missing": None if missing is None else tuple(missing), "align": align})
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One image as stored in the dataset, neither resized nor filled in."""
+    """One image as stored in the dataset, neither resized nor filled in.
+
+    Depth may have another resolution than the photograph if both show the same view.
+    """
 
     object: str
     id: str
     defect: str  # "good", or the dataset's name for the defect; "unknown" in the unlabelled split
     rgb: UInt8[np.ndarray, "h w 3"]  # without a photograph, `depth.picture`
-    depth: (
-        Float32[np.ndarray, "h w"] | None
-    )  # metres along the optical axis (or heights), NaN where missing; None: no depth
+    depth: Float32[np.ndarray, "hd wd"] | None  # metres along the optical axis (or heights), NaN where missing
     mask: Bool[np.ndarray, "h w"] | None  # True on the defect; None where not annotated
     anomalous: bool  # the dataset's label; False where unknown
     camera: Camera | None  # camera of the depth image; None without depth
-    normals: Float32[np.ndarray, "h w 3"] | None = None  # the dataset's unit normals towards the camera, in its axes
+    normals: Float32[np.ndarray, "hd wd 3"] | None = None  # the dataset's unit normals towards the camera, in its axes
 
 
 class Reader(Protocol):

@@ -290,12 +290,12 @@ class Detector:
             raise UserError(f"rgb has the shape {rgb.shape}; pass at least one image with at least one pixel.")
         if "depth" not in self.processing.modalities or depth is None:
             depth = None
-        elif not _is_array(depth) or depth.dtype.kind != "f" or depth.shape != rgb.shape[:-1]:
+        elif not _is_array(depth) or depth.dtype.kind != "f" or not self._is_of(depth.shape, rgb.shape[:-1]):
             raise UserError(
                 f"depth is {_kind(depth)}; pass a NumPy array of metres, floats of shape {rgb.shape[:-1]} like rgb."
             )
         elif camera is None:
-            camera = self.default_camera(rgb.shape[-2])
+            camera = self.default_camera(depth.shape[-1])
         elif not isinstance(camera, Camera):
             raise UserError(f"camera is {_kind(camera)}; pass a Camera(fx, fy, cx, cy) in pixels.")
         photographs = rgb if rgb.ndim == 4 else rgb[None]
@@ -315,6 +315,12 @@ class Detector:
             modality: np.stack([arrays[f"images_{modality}"] for arrays in processed]).astype(np.float32)
             for modality in self.processing.modalities
         }
+
+    def _is_of(self, depth: tuple[int, ...], rgb: tuple[int, ...]) -> bool:
+        """Whether an array of depth may belong to photographs, which may have another resolution if the run's had."""
+        if self.depth_format.align == "resize":
+            return len(depth) == len(rgb) and depth[:-2] == rgb[:-2] and 0 not in depth
+        return depth == rgb
 
     def default_camera(self, width: int) -> Camera:
         """Return the camera of the training images, scaled to images of a width in pixels; requires depth.

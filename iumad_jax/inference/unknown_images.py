@@ -28,6 +28,7 @@ from iumad_jax.data.depth import backproject
 from iumad_jax.data.formats.files import read_error
 from iumad_jax.data.readers.folder import SETTINGS
 from iumad_jax.data.readers.unlabelled import InputImage
+from iumad_jax.data.sample import Alignment, Camera
 from iumad_jax.inference.detector import Detector
 from iumad_jax.report import contact_sheet
 from iumad_jax.runtime.storage import make_folder, write_whole
@@ -161,14 +162,24 @@ def _settings(detector: Detector, image: InputImage) -> dict[str, Any]:
     settings: dict[str, Any] = {} if format_.unit is None else {"unit": format_.unit}
     if format_.missing is not None:
         settings["missing"] = list(format_.missing)
-    rgb, _, camera = image.read()
-    camera = camera or detector.default_camera(rgb.shape[1])
+    _, depth, camera = image.read()
+    assert depth is not None
+    camera = camera or detector.default_camera(depth.shape[1])
     if format_.heights:
         settings |= {"kind": "height", "pitch": [1000 / camera.fx, 1000 / camera.fy]}
     elif image.files()[1] is not None and not camera.orthographic:
-        settings["camera"] = {key: float(getattr(camera, key)) for key in ("fx", "fy", "cx", "cy")}
+        settings["camera"] = _intrinsics(camera)
+    if isinstance(format_.align, Alignment):
+        settings["camera"] = _intrinsics(format_.align.depth)
+        settings["align"] = {"camera": _intrinsics(format_.align.rgb), "matrix": list(map(list, format_.align.matrix))}
+    elif format_.align:
+        settings["align"] = format_.align
     return settings | {
         "object_height": processing.object_height,
         "height_range": processing.height_range,
         "normals_window": processing.normals_window,
     }
+
+
+def _intrinsics(camera: Camera) -> dict[str, float]:
+    return {key: float(getattr(camera, key)) for key in ("fx", "fy", "cx", "cy")}

@@ -6,6 +6,7 @@ checked before anything is decoded.
 """
 
 import logging
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,14 +15,16 @@ from pathlib import Path
 import numpy as np
 import tifffile
 from jaxtyping import Bool, Float, Float32, Float64
+from PIL import TiffImagePlugin
 
+from iumad_jax.data.depth import project
 from iumad_jax.data.formats.clouds import read_pcd, read_ply
 from iumad_jax.data.formats.files import read_error
 from iumad_jax.data.formats.images import check_size, read_image
 from iumad_jax.data.sample import Camera, DepthFormat
 from iumad_jax.errors import UserError, tell_once
 
-DEPTH_IMAGES = (".png", ".tiff", ".tif", ".npy", ".ply", ".pcd")  # file suffixes
+DEPTH_IMAGES = (".png", ".tiff", ".tif", ".npy", ".ply", ".pcd", ".pgm", ".exr")  # file suffixes
 
 _MIN_MEDIAN = 0.005  # metres; a smaller median depth means a wrong unit
 _MIN_DEPTH, _MAX_DEPTH = 1e-4, 20.0  # metres; depths outside count as missing; a larger median means a wrong unit
@@ -30,7 +33,9 @@ _MAX_NEGATIVE = 0.05  # a larger share of negative depths does not mean missing 
 _SATURATED = {"999", "9999", "99999", "999999", "1023", "2047", "4095", "8191", "16383", "32767", "65534", "65535"}
 _ROUNDS, _MAX_POINTS = 4, 20_000  # for the robust fit of the camera
 logging.getLogger("tifffile").disabled = True  # damaged files raise a UserError instead of its log lines
-_TIFF_PLAIN, _TIFF_DEFLATE = (1,), (8, 32946)  # compression codes
+_TIFF_PLAIN, _TIFF_DEFLATE, _TIFF_PILLOW = (1,), (8, 32946), (5, 32773)  # compression codes; the last LZW, PackBits
+_FLOATING_POINT, _PILLOW_MODES = 3, ("I;16", "I;16B", "I", "F")  # predictor, modes of a single exact channel
+_PGM = re.compile(rb"P5(?:\s+#[^\n]*\n|\s)+(\d+)(?:\s+#[^\n]*\n|\s)+(\d+)(?:\s+#[^\n]*\n|\s)+(\d+)\s")
 
 
 class WrongUnit(UserError):
@@ -38,7 +43,7 @@ class WrongUnit(UserError):
 
 
 def read_depth(
-    file: Path, format_: DepthFormat, size: tuple[int, int] | None, remedy: str
+    file: Path, format_: DepthFormat, size: tuple[int, int] | None, remedy: str, camera: Camera | None = None
 ) -> tuple[Float32[np.ndarray, "h w"], Camera | None]:
     """Read depth in metres from a depth image or an organised cloud.
 
@@ -47,6 +52,7 @@ def read_depth(
         format_: What the file's numbers mean.
         size: Rows and columns of the photograph, used for PLY clouds whose header lacks them; None without photograph.
         remedy: Advice on a missing or wrong unit, the end of the error message.
+        camera: Camera into whose image of `size` the points of unorganised clouds are projected.
 
     Returns:
         Depth or heights (h, w), NaN where missing, and the camera estimated from a cloud, None for a depth image.
@@ -75,10 +81,38 @@ def read_depth(
         depth[(depth < _MIN_DEPTH) | (depth > _MAX_DEPTH)] = np.nan
     if metres.ndim == 2:
         return depth, None
-    camera = fit_camera(np.dstack([metres[..., :2], depth]), file)
-    if format_.heights and not camera.orthographic:
-        raise UserError(f"{file} is no height map, since its points lie on the rays of a camera; remove kind: height.")
-    return depth, replace(camera, heights=format_.heights)
+    return _of_cloud(np.dstack([metres[..., :2], depth]), file, format_, size, camera)
+
+
+def _of_cloud(
+    cloud: Float32[np.ndarray, "h w 3"],
+    file: Path,
+    format_: DepthFormat,
+    size: tuple[int, int] | None,
+    camera: Camera | None,
+) -> tuple[Float32[np.ndarray, "h2 w2"], Camera]:
+    """Return the depth of a cloud and its camera; for the arguments see `read_depth`.
+
+    The camera of an organised cloud is estimated. Other clouds, of one row or in no order, are projected.
+    """
+    if len(cloud) > 1:
+        try:
+            fitted = fit_camera(cloud, file)
+            if format_.heights and not fitted.orthographic:
+                raise UserError(f"{file} is no height map: its points lie on a camera's rays; remove kind: height.")
+            return cloud[..., 2], replace(fitted, heights=format_.heights)
+        except UserError:
+            if camera is None or format_.heights:
+                raise
+    if size is None or camera is None or format_.heights:
+        raise UserError(
+            f"{file} is not organised: it has {cloud[..., 2].size} points in no rows and columns; save it with them, or"
+            " give the camera of its depth images, into which the points are then projected."
+        )
+    depth = project(cloud.reshape(-1, 3), camera, size)
+    if np.isnan(depth).all():
+        raise UserError(f"{file} has no point in the camera's image; correct the camera.")
+    return depth, camera
 
 
 def _measured(levels: np.ndarray, file: Path, format_: DepthFormat) -> Bool[np.ndarray, "h w"]:
@@ -219,6 +253,10 @@ def _decode(file: Path, size: tuple[int, int] | None) -> np.ndarray:
             return read_ply(file, size)
         case ".pcd":
             return read_pcd(file)
+        case ".pgm":
+            return _read_pgm(file)
+        case ".exr":
+            return _read_exr(file)
         case _:
             return _read_tiff(file)
 
@@ -229,12 +267,46 @@ def _read_tiff(file: Path) -> np.ndarray:
         if tiff.pages.is_multipage:
             raise UserError(f"{file} has several pages; save a single page.")
         _check_array(file, page.shape, page.dtype)
-        if page.compression not in _TIFF_PLAIN + _TIFF_DEFLATE:
+        if len(page.shape) == 2 and (page.compression in _TIFF_PILLOW or page.predictor == _FLOATING_POINT):
+            with file.open("rb") as stream, TiffImagePlugin.TiffImageFile(stream) as image:
+                check_size(file, *image.size)
+                if image.mode in _PILLOW_MODES:
+                    return np.array(image)
+        if page.compression not in _TIFF_PLAIN + _TIFF_DEFLATE or page.predictor == _FLOATING_POINT:
             name = tifffile.COMPRESSION(page.compression).name
             raise UserError(f"{file} is compressed by {name}; save it without compression.")
         if page.compression in _TIFF_DEFLATE:
             _check_inflated(file, page)
         return page.asarray()
+
+
+def _read_pgm(file: Path) -> np.ndarray:
+    content = file.read_bytes()
+    header = _PGM.match(content[:4096])
+    if not header or not 255 < int(header[3]) < 65536:
+        raise UserError(f"{file} is no binary PGM of 16 bits; save it as such, or as PNG.")
+    width, height, _ = map(int, header.groups())
+    check_size(file, width, height)
+    _check_array(file, (height, width), np.dtype(np.uint16))
+    return np.frombuffer(content, ">u2", height * width, header.end()).reshape(height, width).astype(np.uint16)
+
+
+def _read_exr(file: Path) -> np.ndarray:
+    try:
+        import OpenEXR
+    except ImportError as error:
+        raise UserError(f"{file} needs OpenEXR; install iumad-jax[exr], or save it as TIFF.") from error
+    with file.open("rb") as stream:
+        if stream.read(4) != b"v/1\x01":
+            raise UserError(f"{file} is not an EXR image; replace it.")
+    low, high = OpenEXR.File(str(file), header_only=True).header()["dataWindow"]
+    check_size(file, *(int(side) + 1 for side in high - low))
+    channels = OpenEXR.File(str(file), separate_channels=True).channels()
+    first, *others = (channel.pixels for channel in channels.values())
+    if not all(np.array_equal(first, other, equal_nan=True) for other in others):
+        raise UserError(f"{file} has the channels {', '.join(channels)}, which differ; save depth alone.")
+    _check_array(file, first.shape, first.dtype)
+    return first
 
 
 def _check_inflated(file: Path, page: tifffile.TiffPage) -> None:

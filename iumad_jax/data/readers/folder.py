@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from iumad_jax.data.formats.depth_files import DEPTH_IMAGES
 from iumad_jax.data.formats.files import abbreviate, folders, opening, read_yaml, select
 from iumad_jax.data.formats.images import PHOTOGRAPHS
 from iumad_jax.data.readers.layout import Item, list_good_items, list_items, list_labelled_items, read_item
-from iumad_jax.data.sample import Camera, DepthFormat, Sample, Split
+from iumad_jax.data.sample import Alignment, Camera, DepthFormat, Sample, Split
 from iumad_jax.errors import UserError, tell_once
 
 SETTINGS = "dataset.yaml"
@@ -34,7 +34,7 @@ class Folder:
 
     `val`, `test` and whole `depth` and `mask` folders are optional, and `rgb` beside `depth`; images without labels
     belong in `<object>/unlabelled/{rgb,depth}`. RGB: 8-bit PNG, JPEG, TIFF or BMP. Depth: see `depth_files.read_depth`.
-    Masks: 0 where good. All images of one id must have one size.
+    Masks: 0 where good. All images of one id must have one size, but for depth with `align`.
 
     `<root>/dataset.yaml` may have these keys:
         unit: Unit of depth: m, cm, mm, um, or metres per level; required for integers, else metres by default.
@@ -42,8 +42,10 @@ class Folder:
             finite; by default such constants are looked for.
         kind: depth, or height if larger is higher, as in the height maps of laser profilers, which also need `pitch`.
         pitch: Millimetres per pixel in x and y of height maps, which have no camera.
-        camera: fx, fy, cx, cy of depth images in pixels. By default the focal length is the image's width, which keeps
-            planes flat but changes lengths along them.
+        align: resize, if depth and photographs show one view in two resolutions; or, if they have two cameras, `camera`
+            (fx, fy, cx, cy of photographs) and `matrix` (4 x 4, from the depth camera's coordinates, metres).
+        camera: fx, fy, cx, cy of depth images in pixels; unorganised clouds are projected into it. By default the focal
+            length is the image's width, which keeps planes flat but changes lengths along them.
         object_height: Height above the background plane, in metres, from which a pixel belongs to the object (0.005;
             for height maps 1/100 of their longer side).
         height_range: Height in metres that the `height` encoding spans (0.1; for height maps 1/5 of their longer side).
@@ -69,10 +71,14 @@ class Folder:
         with opening(self.root):
             self.objects = select(objects, object_names(self.root))
             file = self.root / SETTINGS
+            if not file.exists() and (other := file.with_suffix(".yml")).exists():
+                file = other
             self._settings_files = (file,) if file.exists() else ()
             self._settings = _check_settings(file, read_yaml(file) if file.exists() else {})
             heights = self._settings.get("kind") == "height"
-            self.depth_format = DepthFormat(self._settings.get("unit"), self._settings.get("missing"), heights)
+            self.depth_format = DepthFormat(
+                self._settings.get("unit"), self._settings.get("missing"), heights, self._settings.get("align")
+            )
             for name in self.objects:
                 self._index(name, ("rgb",) * needs_rgb + ("depth",) * needs_depth)
         # The first training images reveal mistakes common to all images.
@@ -160,7 +166,7 @@ def object_names(root: Path) -> tuple[str, ...]:
 
 def _check_settings(file: Path, content: dict[Any, Any]) -> dict[str, Any]:
     """Check the content of dataset.yaml and convert it: unit in metres, a `Camera`."""
-    keys = ("unit", "missing", "kind", "pitch", "camera", *_LENGTHS, "normals_window")
+    keys = ("unit", "missing", "kind", "pitch", "align", "camera", *_LENGTHS, "normals_window")
     for key in content:
         if key not in keys:
             raise UserError(f"{file} has the unknown key {abbreviate(key)}; use {', '.join(keys)}.")
@@ -187,18 +193,38 @@ def _check_settings(file: Path, content: dict[Any, Any]) -> dict[str, Any]:
     if "kind" in content:
         settings["kind"] = kind
     if "camera" in content:
-        camera = content["camera"]
-        if not isinstance(camera, dict) or set(camera) != set(_CAMERA):
-            raise UserError(f"{file} has {abbreviate(camera)} as camera; use {', '.join(_CAMERA)} in pixels.")
-        focal = [_check_number(file, f"camera: {key}", camera[key]) for key in ("fx", "fy")]
-        centre = [_check_number(file, f"camera: {key}", camera[key], above=-math.inf) for key in ("cx", "cy")]
-        settings["camera"] = Camera(focal[0], focal[1], centre[0], centre[1])
+        settings["camera"] = _check_camera(file, content["camera"])
+    if "align" in content:
+        settings["align"] = _check_alignment(file, content["align"], settings.get("camera"))
     if "normals_window" in content:
         window = content["normals_window"]
         if window not in range(3, 100, 2) or isinstance(window, bool):
             raise UserError(f"{file} has {abbreviate(window)} as normals_window; use an odd number from 3 to 99.")
         settings["normals_window"] = window
     return settings
+
+
+def _check_camera(file: Path, camera: Any) -> Camera:
+    if not isinstance(camera, dict) or set(camera) != set(_CAMERA):
+        raise UserError(f"{file} has {abbreviate(camera)} as camera; use {', '.join(_CAMERA)} in pixels.")
+    focal = [_check_number(file, f"camera: {key}", camera[key]) for key in ("fx", "fy")]
+    centre = [_check_number(file, f"camera: {key}", camera[key], above=-math.inf) for key in ("cx", "cy")]
+    return Camera(focal[0], focal[1], centre[0], centre[1])
+
+
+def _check_alignment(file: Path, align: Any, depth_camera: Camera | None) -> Alignment | Literal["resize"]:
+    if align == "resize":
+        return "resize"
+    matrix = align.get("matrix") if isinstance(align, dict) and set(align) == {"camera", "matrix"} else None
+    if not isinstance(matrix, list) or [isinstance(row, list) and len(row) for row in matrix] != [4] * 4:
+        raise UserError(f"{file} has {abbreviate(align)} as align; use resize, or camera and a 4 x 4 matrix.")
+    if depth_camera is None or depth_camera.orthographic:
+        raise UserError(f"{file} has align with a matrix, which needs the camera of depth images; add camera.")
+    rows = tuple(tuple(_check_number(file, "align: matrix", x, above=-math.inf) for x in row) for row in matrix)
+    rotation = np.array(rows)[:3, :3]
+    if not np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-2) or rows[3] != (0, 0, 0, 1):
+        raise UserError(f"{file} has a matrix that does not rotate and move; use that from depth to photographs.")
+    return Alignment(depth_camera, _check_camera(file, align["camera"]), rows)
 
 
 def _check_number(file: Path, key: str, value: Any, above: float = 0) -> float:

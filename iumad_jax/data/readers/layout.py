@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from iumad_jax.data.depth import picture
+from iumad_jax.data.formats.alignment import align
 from iumad_jax.data.formats.depth_files import read_depth
 from iumad_jax.data.formats.files import check_file, folders, list_entries
 from iumad_jax.data.formats.images import check_same_size, read_mask, read_photograph
@@ -125,9 +126,10 @@ def read_item(
     rgb = None if item.rgb is None else read_photograph(item.rgb)
     depth, depth_camera = None, None
     if item.depth is not None:
-        depth, depth_camera = read_depth(item.depth, format_, None if rgb is None else rgb.shape[:2], remedy)
-        if rgb is not None:
-            check_same_size(item.depth, depth, item.files[0], rgb)
+        size = None if rgb is None else rgb.shape[:2]
+        depth, depth_camera = read_depth(item.depth, format_, size, remedy, camera)
+        if size:
+            depth, depth_camera = align(depth, depth_camera, format_.align, size, item.depth, item.files[0])
         height, width = depth.shape
         if needs_cloud and depth_camera is None:
             raise UserError(f"{item.depth} holds only depth; save x, y and z.")

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from iumad_jax.data.depth import picture
+from iumad_jax.data.formats.alignment import align
 from iumad_jax.data.formats.depth_files import DEPTH_IMAGES, read_depth
-from iumad_jax.data.formats.images import PHOTOGRAPHS, check_same_size, read_photograph
+from iumad_jax.data.formats.images import PHOTOGRAPHS, read_photograph
 from iumad_jax.data.sample import Camera, DepthFormat, Reader, Split
 from iumad_jax.errors import UserError
 
@@ -58,8 +59,8 @@ def photographs(
             rgb, (_, depth_file) = read_photograph(file), files()
             if depth_file is None:
                 return rgb, None, None
-            depth, cloud_camera = read_depth(depth_file, format_, rgb.shape[:2], _REMEDY)
-            check_same_size(depth_file, depth, file, rgb)
+            depth, cloud_camera = read_depth(depth_file, format_, rgb.shape[:2], _REMEDY, camera)
+            depth, cloud_camera = align(depth, cloud_camera, format_.align, rgb.shape[:2], depth_file, file)
             return rgb, depth, camera or cloud_camera
 
         yield InputImage(name, read, files, format_)
@@ -77,7 +78,7 @@ def depth_files(
     for name, file in _by_name(root, files).items():
 
         def read(file: Path = file) -> tuple[np.ndarray, np.ndarray, Camera | None]:
-            depth, cloud_camera = read_depth(file, format_, None, _REMEDY)
+            depth, cloud_camera = read_depth(file, format_, None, _REMEDY, camera)
             camera_ = camera or cloud_camera or default_camera(depth.shape[1])
             return picture(depth, camera_), depth, camera_
 
@@ -149,6 +150,8 @@ def split_images(reader: Reader, split: Split) -> Iterator[InputImage]:
     ids = [(name, id_) for name in reader.objects for id_ in reader.ids(name, split)]
     if not ids:
         raise UserError(f"the dataset has no {split} images; choose another --split.")
+    resized: Literal["resize"] | None = "resize" if reader.depth_format.align == "resize" else None
+    format_ = DepthFormat(1.0, heights=reader.depth_format.heights, align=resized)  # of depth that is read already
     for name, id_ in ids:
 
         def read(name: str = name, id_: str = id_) -> tuple[np.ndarray, np.ndarray | None, Camera | None]:
@@ -158,4 +161,4 @@ def split_images(reader: Reader, split: Split) -> Iterator[InputImage]:
         def files(name: str = name, id_: str = id_) -> tuple[Path, None]:
             return reader.files(name, split, id_)[0], None
 
-        yield InputImage(f"{name}/{id_}", read, files, DepthFormat(1.0, heights=reader.depth_format.heights))
+        yield InputImage(f"{name}/{id_}", read, files, format_)

@@ -5,6 +5,8 @@ import gc
 import io
 import re
 import struct
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -53,10 +55,37 @@ def pcd(cloud: np.ndarray, kind: str = "ascii", **changes: object) -> bytes:
     } | changes  # fmt: skip
     header = "# .PCD v0.7 - Point Cloud Data file format\n" + "".join(f"{key} {keys[key]}\n" for key in keys)
     rows = cloud.reshape(-1, 3).astype("<f4")
+    if kind == "binary_compressed":  # x, y and z of all points, and then their other fields
+        fields = rows.T.tobytes() + bytes(20 * len(rows))
+        packed = lzf(fields)
+        return header.encode() + struct.pack("<II", len(packed), len(fields)) + packed
     if kind == "ascii":
         lines = (" ".join(repr(float(value)) for value in row) + " 0" * 4 + " 7.5" + " 0" * 12 for row in rows)
         return (header + "\n".join(lines) + "\n").encode()
     return header.encode() + b"".join(row.tobytes() + bytes(20) for row in rows)
+
+
+def lzf(data: bytes) -> bytes:
+    """Pack bytes by LZF: as they are, up to 32 at once, or as a repetition of at least three earlier bytes."""
+    packed, at, pending, places = b"", 0, b"", {}
+    while at < len(data):
+        start = places.get(data[at : at + 3], -9999)
+        places[data[at : at + 3]] = at
+        if at - start > 8192 or at + 3 > len(data):
+            pending, at = pending + data[at : at + 1], at + 1
+            continue
+        length = 3
+        while length < 264 and at + length < len(data) and data[start + length] == data[at + length]:
+            length += 1
+        packed += literal(pending)
+        pending, distance, extra = b"", at - start - 1, length - 2
+        packed += bytes([min(extra, 7) << 5 | distance >> 8] + [extra - 7] * (extra >= 7) + [distance & 255])
+        at += length
+    return packed + literal(pending)
+
+
+def literal(data: bytes) -> bytes:
+    return b"".join(bytes([len(piece) - 1]) + piece for piece in (data[i : i + 32] for i in range(0, len(data), 32)))
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -69,6 +98,12 @@ def tiff(array: np.ndarray, **settings) -> bytes:
     stream = io.BytesIO()
     photometric = {"photometric": "rgb"} if array.ndim == 3 else {"photometric": "minisblack"}
     tifffile.imwrite(stream, array, **(photometric | settings))
+    return stream.getvalue()
+
+
+def tiff_of_pillow(array: np.ndarray, **settings) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(array).save(stream, "TIFF", **settings)
     return stream.getvalue()
 
 
@@ -92,6 +127,13 @@ FORMATS = {
     "PLY with lines of DOS": ("ply", lambda cloud: ply(cloud, extra=False).replace(b"\n", b"\r\n")),
     "PCD in words": ("pcd", pcd),
     "PCD, binary": ("pcd", lambda cloud: pcd(cloud, "binary")),
+    "PCD, compressed": ("pcd", lambda cloud: pcd(cloud, "binary_compressed")),
+    "TIFF by LZW": ("tiff", lambda cloud: tiff_of_pillow(cloud[..., 2], compression="tiff_lzw")),
+    "TIFF by deflate": ("tiff", lambda cloud: tiff_of_pillow(cloud[..., 2], compression="tiff_deflate")),
+    "TIFF with floating-point predictor": (
+        "tiff",
+        lambda cloud: tiff_of_pillow(cloud[..., 2], compression="tiff_deflate", tiffinfo={317: 3}),
+    ),
 }
 
 
@@ -113,6 +155,80 @@ def test_formats(tmp_path: Path, scan, ending: str, encode, missing: float) -> N
         )
     else:
         assert camera is None
+
+
+INTEGERS = {
+    "PGM": ("pgm", lambda levels: b"P5\n# of a sensor\n32 24\n65535\n" + levels.astype(">u2").tobytes()),
+    "PGM of 12 bits": ("pgm", lambda levels: b"P5 32 24 4095 " + levels.astype(">u2").tobytes()),
+    "TIFF of 16 bits by LZW": ("tif", lambda levels: tiff_of_pillow(levels, compression="tiff_lzw")),
+    "TIFF of 32 bits by LZW": ("tif", lambda levels: tiff_of_pillow(levels.astype(np.int32), compression="tiff_lzw")),
+    "npy of 16-bit floats": ("npy", lambda levels: npy(levels.astype(np.float16))),
+    "TIFF of 16-bit floats": ("tiff", lambda levels: tiff(levels.astype(np.float16))),
+}
+
+
+@pytest.mark.parametrize(("ending", "encode"), INTEGERS.values(), ids=INTEGERS)
+def test_formats_of_few_bits(tmp_path: Path, ending: str, encode) -> None:
+    levels = np.random.default_rng(0).integers(0, 2048, (24, 32)).astype(np.uint16)
+    levels[levels < 400] = 0
+    file = tmp_path / f"000.{ending}"
+    file.write_bytes(encode(levels))
+    measured, _ = read_depth(file, DepthFormat(0.001), (24, 32), "")
+    np.testing.assert_allclose(measured, np.where(levels == 0, np.nan, levels / 1000), rtol=1e-6)
+
+
+def exr(**channels: np.ndarray) -> bytes:
+    openexr = pytest.importorskip("OpenEXR", reason="needs iumad-jax[exr]")
+    with tempfile.NamedTemporaryFile(suffix=".exr") as file:
+        header = {"compression": openexr.ZIP_COMPRESSION, "type": openexr.scanlineimage}
+        openexr.File(header, channels).write(file.name)
+        return Path(file.name).read_bytes()
+
+
+@pytest.mark.parametrize("channels", ["Z", "RGB"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_exr(tmp_path: Path, scan, channels: str, dtype: type) -> None:
+    z = scan(24, 32).cloud[..., 2].astype(dtype)
+    z[3] = np.nan
+    file = tmp_path / "000.exr"
+    file.write_bytes(exr(**dict.fromkeys(channels, z)))
+    measured, _ = read_depth(file, DepthFormat(), (24, 32), "")
+    np.testing.assert_array_equal(measured, np.where(z == 0, np.nan, z))
+    file.write_bytes(exr(R=z, G=z, B=2 * z))
+    with pytest.raises(UserError, match=sentences.EXR_CHANNELS_DIFFER.format("B, G, R")):
+        read_depth(file, DepthFormat(), (24, 32), "")
+    file.write_bytes(b"v/1\x01 and no more")
+    with pytest.raises(UserError, match=re.escape(sentences.FILE_UNREADABLE.format("000.exr"))):
+        read_depth(file, DepthFormat(), (24, 32), "")
+
+
+def test_exr_without_its_library(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "OpenEXR", None)
+    with pytest.raises(UserError, match=re.escape(sentences.EXR_NEEDS_EXTRA)):
+        read_depth(tmp_path / "000.exr", DepthFormat(), None, "")
+
+
+SENSORS = Path(__file__).parents[4] / "shared/data/sensors"
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "shape", "median", "missing", "focal"),
+    [
+        ("cloud_pcl/test0.pcd", 1.0, (480, 640), 0.728, 0.384, 525),
+        ("camera_redwood/depth_mm.png", 0.001, (480, 640), 1.861, 0.13, None),
+        ("camera_d435/000000080-opaque-depth-img.exr", 1.0, (720, 1280), 0.599, 0.088, None),
+    ],
+)
+def test_files_of_real_sensors(name: str, unit: float, shape, median: float, missing: float, focal) -> None:
+    if not SENSORS.is_dir():
+        pytest.skip("needs the sensors' files in ../shared/data/sensors")
+    if name.endswith("exr"):
+        pytest.importorskip("OpenEXR", reason="needs iumad-jax[exr]")
+    measured, camera = read_depth(SENSORS / name, DepthFormat(unit), None, "")
+    assert measured.shape == shape
+    assert np.nanmedian(measured) == pytest.approx(median, rel=0.01)
+    assert np.isnan(measured).mean() == pytest.approx(missing, abs=0.005)
+    assert focal is None or camera.fx == pytest.approx(focal, rel=0.01)
 
 
 def test_the_size_in_a_ply_header_is_used(tmp_path: Path, scan) -> None:
@@ -232,7 +348,12 @@ BAD = {
     ),
     "no PLY": ("ply", b"mesh", sentences.NOT_A_CLOUD_OF_ITS_FORMAT.format(file="000.ply", format="PLY")),
     "a PLY without format": ("ply", b"ply\nend_header\n", sentences.PLY_WITHOUT_FORMAT),
-    "a PLY of few points": ("ply", ply(CLOUD[:9], size=False), sentences.PLY_NOT_ORGANISED.format(576)),
+    "a PLY of few points": ("ply", ply(CLOUD[:9], size=False), sentences.CLOUD_NOT_ORGANISED.format(576)),
+    "a PLY of fewer points than it says": (
+        "ply",
+        ply(CLOUD).replace(b"num_rows 48", b"num_rows 49"),
+        sentences.PLY_NOT_ORGANISED.format(3072),
+    ),
     "a PLY without z": ("ply", ply(CLOUD).replace(b" z\n", b" w\n"), sentences.PLY_WITHOUT_COORDINATES),
     "a PLY of lists": (
         "ply",
@@ -253,12 +374,22 @@ BAD = {
     ),
     "no PCD": ("pcd", b"cloud", sentences.NOT_A_CLOUD_OF_ITS_FORMAT.format(file="000.pcd", format="PCD")),
     "a PCD without height": ("pcd", pcd(CLOUD).replace(b"HEIGHT", b"H"), sentences.PCD_HEADER_INCOMPLETE),
-    "a compressed PCD": (
+    "a PCD of unknown data": ("pcd", pcd(CLOUD, "packed"), sentences.PCD_WITH_UNKNOWN_DATA.format("packed")),
+    "a PCD in no order": ("pcd", pcd(CLOUD, WIDTH=3072, HEIGHT=1), sentences.CLOUD_NOT_ORGANISED.format(3072)),
+    "a packed PCD that repeats what precedes it": (
         "pcd",
-        pcd(CLOUD, "binary_compressed"),
-        sentences.PCD_WITH_UNKNOWN_DATA.format("binary_compressed"),
+        pcd(CLOUD[:0], "binary_compressed", WIDTH=2, HEIGHT=2, POINTS=4)[:-8]
+        + struct.pack("<II", 3, 128)
+        + b"\x20\x05\0",
+        sentences.FILE_UNREADABLE.format("000.pcd"),
     ),
-    "a PCD in no order": ("pcd", pcd(CLOUD, WIDTH=3072, HEIGHT=1), sentences.PCD_NOT_ORGANISED),
+    "a PGM of 8 bits": ("pgm", b"P5 64 48 255\n" + bytes(3072), sentences.PGM_WRONG),
+    "a truncated PGM": ("pgm", b"P5 64 48 65535\n" + bytes(6143), sentences.FILE_UNREADABLE.format("000.pgm")),
+    "a huge PGM": (
+        "pgm",
+        b"P5 9000 48 65535\n",
+        sentences.TOO_MANY_PIXELS.format(size="9000x48", most="8192x8192"),
+    ),
     "a PCD of unknown types": (
         "pcd",
         pcd(CLOUD, "binary", SIZE="3 3 3 1 4 1"),

@@ -123,7 +123,8 @@ def test_settings_and_their_defaults(root: Path) -> None:
         file.write("object_height: 0.002\nheight_range: 0.3\nnormals_window: 9\n")
     reader = Folder(root)
     assert (reader.object_height, reader.height_range, reader.normals_window) == (0.002, 0.3, 9)
-    (root / "dataset.yaml").write_text("unit: 0.0001")
+    (root / "dataset.yaml").unlink()
+    (root / "dataset.yml").write_text("unit: 0.0001")
     assert Folder(root).read("bolt", "train", "000").camera.fx == 64
 
 
@@ -342,7 +343,7 @@ BAD = {
     "an unknown key": (
         "dataset.yaml",
         ("write", "units: mm"),
-        sentences.UNKNOWN_SETTING.format(key="units", known="unit, missing, kind, pitch, camera"),
+        sentences.UNKNOWN_SETTING.format(key="units", known="unit, missing, kind, pitch, align, camera"),
     ),
     "an unknown unit": ("dataset.yaml", ("write", "unit: inch"), sentences.UNKNOWN_UNIT.format("'inch'")),
     "a missing value in words": (
