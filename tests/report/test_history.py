@@ -122,7 +122,7 @@ def test_objects_that_were_not_tested_keep_their_last_values():
     matrix = past.matrices["net"]["i_auroc"]
     lines = [tables.effect_line(matrix, past.acts, past.decisions, step) for step in (2, 3)]
     assert lines == [
-        "step 2: updated cow 0.800 to 0.900 (false alarms 20.0% to -, misses 0.0% to -); largest change of another object: "
-        "bee +0.000; mean of all 0.800 (I-AUROC)",
+        "step 2: updated cow 0.800 to 0.900 (false alarms 20.0% to -, misses 0.0% to -); largest change of another"
+        " object: bee +0.000; mean of all 0.800 (I-AUROC)",
         "step 3: retired ant; mean of all 0.800 (I-AUROC)",
     ]
