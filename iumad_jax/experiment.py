@@ -134,8 +134,8 @@ def prepare(run: Run, step: Step, progress: Progress) -> None:
             for message in odd_images(run.images.get(name, split), name, inventory.SPLIT_NAMES[split]):
                 live.log(message)
     for name in step.learned:
-        if message := several_kinds(run.images.get(name, "train"), name):
-            live.log(message)
+        if warning := several_kinds(run.images.get(name, "train"), name):
+            live.log(warning)
     if progress.calibration and progress.position.step < step.index:
         report_resemblance(run, step, progress)
     inventory.record_images(run.workdir, run.store, step.learned, splits)
