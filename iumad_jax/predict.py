@@ -71,9 +71,7 @@ def _predict(values: flags.FlagValues) -> str:
             images = list(unlabelled.depth_files(Path(values.input), format_, camera, detector.default_camera))
     else:
         images = list(
-            unlabelled.split_images(
-                plan.open_for_use(values.config, Path(values.workdir), detector.objects), values.split
-            )
+            unlabelled.split_images(plan.open_for_use(values.config, Path(values.workdir), detector.step), values.split)
         )
     rows, damaged, groups = predictions.predict(detector, str(values.workdir), images, values.object, output)
     if groups:

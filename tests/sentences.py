@@ -194,7 +194,7 @@ LATER_STEPS_NEED_IMAGES = (
     "{} since the run learned this object, and later steps train on these images; undo the change, or choose another"
     " --workdir."
 )
-LEARN_ADDED_IMAGES = "Learn the added images with python -m iumad_jax.learn --update --workdir=run --objects={}."
+NEW_IMAGES = "For the new images, run python -m iumad_jax.{command} --workdir=run --objects={objects}."
 DATASET_MISSING = "{} no longer exists, so its changes cannot be detected."
 DATASET_MISSING_PART = "{} no longer exists"
 PLAN_DIFFERS = "this run has learned {learned}, but its plan.json begins with {planned}"

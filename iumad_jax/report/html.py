@@ -106,7 +106,7 @@ def _pictures(
     """Return the picked samples as the page shows them, and how many of them did not fit."""
     shown: list[dict[str, Any]] = []
     for name, object_samples in tqdm(last.items(), "report.html", unit="object", disable=None, leave=False):
-        pictures = samples.load_pictures(workdir, name)
+        pictures = samples.load_pictures(workdir, object_samples.pictures)
         for row, rank_name, rank, count in pick(object_samples):
             picture = pictures[row]
             shown.append(

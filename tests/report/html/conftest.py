@@ -270,8 +270,8 @@ def decisions():
 def write(workdir, **others):
     results = run(**others)
     for step, name in ((0, "cat"), (0, "ant"), (1, "cat"), (1, "ant"), (1, "bee")):
-        samples.save(workdir, step, name, summary(name, step))
-        samples.save_pictures(workdir, name, *truth(name), height_scale=0.02)
+        pictures = samples.save_pictures(workdir, name, *truth(name), height_scale=0.02)
+        samples.save(workdir, step, name, summary(name, step)._replace(pictures=pictures))
     ledger = Ledger(workdir / "ledger.jsonl")
     for step in (0, 1):
         for epoch in range(5):

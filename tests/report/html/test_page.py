@@ -178,13 +178,14 @@ def test_a_single_step_without_depth_masks_decisions_training_or_test_images(bro
     matrices = {
         metric: np.append(rows, [[math.nan]], axis=1) for metric, rows in matrices.items()
     }  # all metrics of the dog are undefined
-    samples.save(tmp_path, 0, "cat", zoo.summary("cat", 0, with_masks=False))
     Ledger(tmp_path / "ledger.jsonl")
     intervals = {metric: zoo.intervals(rows[-1]) for metric, rows in matrices.items()}
     method = {"matrix": matrices, "summary": tables.summarise(matrices), "intervals": intervals}
     results = zoo.run(objects=["cat", "dog"], steps=[["cat", "dog"]], baselines={}, decisions=[], **method)
     rgb, heights, masks = zoo.truth("cat")
-    samples.save_pictures(tmp_path, "cat", rgb, np.full_like(heights, np.nan), np.zeros_like(masks), height_scale=1)
+    unmasked = rgb, np.full_like(heights, np.nan), np.zeros_like(masks)
+    pictures = samples.save_pictures(tmp_path, "cat", *unmasked, height_scale=1)
+    samples.save(tmp_path, 0, "cat", zoo.summary("cat", 0, with_masks=False)._replace(pictures=pictures))
     html.write(tmp_path, results)
     browser.open(tmp_path / "report.html")
     assert browser.errors == []
