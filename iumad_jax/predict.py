@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
 def _define(values: flags.FlagValues) -> None:
     cli.define_trained(values)
     for name, help_ in {
-        "input": "Image (PNG, JPEG, TIFF, BMP) or folder of images.",
+        "input": "Image (PNG, JPEG, TIFF, BMP, WebP) or folder of images.",
         "depth": "Depth of the image (16-bit PNG, TIFF, NPY, PLY, PCD), or folder of depth files named like images.",
         "output": "Folder of the results, new or empty.",
         "object": "Object that all images show. Default: recognised in each image.",
@@ -61,7 +61,9 @@ def _predict(values: flags.FlagValues) -> str:
         depth = Path(values.depth) if values.depth else None
         camera = unlabelled.parse_camera(values.camera) if values.camera else None
         needs_depth = "depth" in detector.processing.modalities
-        images = list(unlabelled.photographs(Path(values.input), needs_depth, depth, values.depth_unit, camera))
+        images = list(
+            unlabelled.photographs(Path(values.input), needs_depth, depth, values.depth_unit, camera, detector.bits)
+        )
     else:
         images = list(
             unlabelled.split_images(

@@ -22,7 +22,7 @@ from iumad_jax.data.readers.eyecandies import Eyecandies
 from iumad_jax.data.readers.folder import Folder
 from iumad_jax.data.readers.mvtec3d import MVTec3D
 from iumad_jax.data.sample import Reader, Split
-from tests.data.formats import test_archives, test_depth_files
+from tests.data.formats import test_archives, test_depth_files, test_images
 
 HEIGHT, WIDTH = 24, 32
 CONFIG = Path(__file__).parents[2] / "configs" / "folder.py"
@@ -57,9 +57,9 @@ def _scene() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return rng.integers(0, 256, (HEIGHT, WIDTH, 3)).astype(np.uint8), cloud, mask
 
 
-def _encode(pixels: np.ndarray, kind: str, **options: object) -> bytes:
+def _encode(pixels: np.ndarray | Image.Image, kind: str, **options: object) -> bytes:
     stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, kind, **options)
+    (Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels).save(stream, kind, **options)
     return stream.getvalue()
 
 
@@ -69,7 +69,9 @@ LEVELS = np.round(CLOUD[..., 2] * 10_000).astype(np.uint16)
 
 def images(folder: Path) -> Target:
     """Return a target that reads photographs and masks in every format."""
-    grey = RGB[..., 0]
+    grey, image = RGB[..., 0], Image.fromarray(RGB)
+    turned = Image.Exif()
+    turned[0x0112] = 6
     seeds = {
         "rgb.png": _encode(RGB, "PNG"),
         "levels.png": _encode(LEVELS, "PNG"),
@@ -80,13 +82,24 @@ def images(folder: Path) -> Target:
         "lzw.tiff": _encode(RGB, "TIFF", compression="tiff_lzw"),
         "deflate.tiff": _encode(RGB, "TIFF", compression="tiff_deflate"),
         "jpeg.tiff": _encode(RGB, "TIFF", compression="jpeg"),
+        "lossy.webp": _encode(RGB, "WEBP"),
+        "lossless.webp": _encode(RGB, "WEBP", lossless=True, exif=turned),
+        "turned.jpg": _encode(RGB, "JPEG", exif=turned),
+        "turned.png": _encode(RGB, "PNG", exif=turned),
+        "palette.png": _encode(image.quantize(16), "PNG"),
+        "alpha.png": _encode(Image.fromarray(grey).convert("LA"), "PNG"),
+        "cmyk.jpg": _encode(image.convert("CMYK"), "JPEG"),
+        "deep.png": test_images.png_of_16_bits(RGB.astype(np.uint16) * 257),
+        "deep.tiff": test_depth_files.tiff(RGB.astype(np.uint16) * 257),
         "mask.png": _encode(MASK, "PNG"),
+        "mask.jpg": _encode(MASK, "JPEG"),
+        "mask_alpha.png": _encode(np.dstack([MASK] * 4), "PNG"),
     }
 
     def read(name: str, content: bytes) -> None:
         file = folder / name
         file.write_bytes(content)
-        (read_mask if name.startswith("mask") else read_photograph)(file)
+        read_mask(file) if name.startswith("mask") else read_photograph(file, 16)
 
     return Target(seeds, read)
 

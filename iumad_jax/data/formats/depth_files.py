@@ -14,7 +14,7 @@ from jaxtyping import Float, Float32
 
 from iumad_jax.data.formats.clouds import read_pcd, read_ply
 from iumad_jax.data.formats.files import read_error
-from iumad_jax.data.formats.images import check_size, read_image
+from iumad_jax.data.formats.images import check_size, read_image, upright
 from iumad_jax.data.sample import Camera
 from iumad_jax.errors import UserError
 
@@ -25,6 +25,7 @@ _MIN_DEPTH, _MAX_DEPTH = 1e-4, 20.0  # metres; depths outside count as missing; 
 _MAX_ERROR = 0.01  # largest distance of points from the rays of their pixels over the image's longer side
 _ROUNDS, _MAX_POINTS = 4, 20_000  # for the robust fit of the camera
 logging.getLogger("tifffile").disabled = True  # damaged files raise a UserError instead of its log lines
+_ORIENTATION_TAG = 0x0112
 _TIFF_PLAIN, _TIFF_DEFLATE = (1,), (8, 32946)  # compression codes
 
 
@@ -158,7 +159,7 @@ def _read_tiff(file: Path) -> np.ndarray:
             raise UserError(f"{file} is compressed by {name}; save it without compression.")
         if page.compression in _TIFF_DEFLATE:
             _check_inflated(file, page)
-        return page.asarray()
+        return upright(page.asarray(), page.tags.valueof(_ORIENTATION_TAG, default=1))
 
 
 def _check_inflated(file: Path, page: tifffile.TiffPage) -> None:

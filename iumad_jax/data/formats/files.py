@@ -2,12 +2,14 @@
 
 import os
 import reprlib
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+from tqdm import tqdm
 
 from iumad_jax.errors import UserError
 
@@ -137,6 +139,16 @@ def abbreviate(value: Any) -> str:
         return f"{reprlib.repr(value):.40}"
     except ValueError:  # Python refuses to convert integers of thousands of digits to text
         return "a huge number"
+
+
+_told: set[str] = set()
+
+
+def tell(message: str, example: Path) -> None:
+    """Print once per process what is done with files such as the example."""
+    if message not in _told:
+        _told.add(message)
+        tqdm.write(f"iumad_jax: {message} (as in {example}).", file=sys.stderr)
 
 
 def read_error(file: Path, error: Exception) -> UserError:

@@ -9,7 +9,7 @@ from typing import Any
 from iumad_jax.data import depth
 from iumad_jax.data.formats.depth_files import DEPTH_IMAGES
 from iumad_jax.data.formats.files import abbreviate, folders, opening, read_yaml, select
-from iumad_jax.data.formats.images import PHOTOGRAPHS
+from iumad_jax.data.formats.images import PHOTOGRAPHS, used_bits
 from iumad_jax.data.readers.layout import Item, list_good_items, list_items, list_labelled_items, read_item
 from iumad_jax.data.sample import Camera, Sample, Split
 from iumad_jax.errors import UserError
@@ -28,13 +28,15 @@ class Folder:
     """Reader of `<root>/<object>/{train,val,test}/{good,<defect>}/{rgb,depth,mask}/<id>.*`.
 
     `val`, `test` and whole `depth` and `mask` folders are optional; images without labels belong in
-    `<object>/unlabelled/{rgb,depth}`. RGB: 8-bit PNG, JPEG, TIFF or BMP. Depth: see `depth_files.read_depth`. Masks: 0
+    `<object>/unlabelled/{rgb,depth}`. RGB: see `images.read_photograph`. Depth: see `depth_files.read_depth`. Masks: 0
     where good. All images of one id must have one size.
 
     `<root>/dataset.yaml` may have these keys:
         unit: Unit of depth: m, cm, mm, or metres per level; required for integers, else metres by default.
         camera: fx, fy, cx, cy of depth images in pixels. By default the focal length is the image's width, which keeps
             planes flat but changes lengths along them.
+        bits: Bits that photographs of 16 bits per channel use; by default the fewest of 8, 10, 12, 14 and 16 that hold
+            the first object's training images.
         object_height: Height above the background plane, in metres, from which a pixel belongs to the object (0.005).
         height_range: Height in metres that the `height` encoding spans (0.1).
         normals_window: Window of the normals in pixels; by default the result of `depth.choose_window` for the first
@@ -60,6 +62,9 @@ class Folder:
             self._settings = _check_settings(file, read_yaml(file) if file.exists() else {})
             for name in self.objects:
                 self._index(name, ("depth",) if needs_depth else ())
+        self._bits: int | None = self._settings.get("bits") or used_bits(
+            [item.rgb for item in self._items[self.objects[0], "train"].values()]
+        )
         self.object_height: float = self._settings["object_height"]
         self.height_range: float = self._settings["height_range"]
         first, *_ = [self._window(name) for name in self.objects]
@@ -89,6 +94,7 @@ class Folder:
             unit=self._settings.get("unit"),
             remedy=f"set the unit in {self.root / SETTINGS}, for example unit: mm",
             camera=self._settings.get("camera"),
+            bits=self._bits,
         )
 
     def _index(self, name: str, needed: tuple[str, ...]) -> None:
@@ -128,7 +134,7 @@ def object_names(root: Path) -> tuple[str, ...]:
 
 def _check_settings(file: Path, content: dict[Any, Any]) -> dict[str, Any]:
     """Check the content of dataset.yaml and convert it: unit in metres, a `Camera`, lengths with defaults."""
-    keys = ("unit", "camera", *_LENGTHS, "normals_window")
+    keys = ("unit", "camera", "bits", *_LENGTHS, "normals_window")
     for key in content:
         if key not in keys:
             raise UserError(f"{file} has the unknown key {abbreviate(key)}; use {', '.join(keys)}.")
@@ -147,6 +153,11 @@ def _check_settings(file: Path, content: dict[Any, Any]) -> dict[str, Any]:
         focal = [_check_number(file, f"camera: {key}", camera[key]) for key in ("fx", "fy")]
         centre = [_check_number(file, f"camera: {key}", camera[key], above=-math.inf) for key in ("cx", "cy")]
         settings["camera"] = Camera(focal[0], focal[1], centre[0], centre[1])
+    if "bits" in content:
+        bits = content["bits"]
+        if bits not in range(8, 17) or isinstance(bits, bool):
+            raise UserError(f"{file} has {abbreviate(bits)} as bits; use 8 to 16, the bits of the camera.")
+        settings["bits"] = bits
     if "normals_window" in content:
         window = content["normals_window"]
         if window not in range(3, 100, 2) or isinstance(window, bool):

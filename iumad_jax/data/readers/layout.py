@@ -8,7 +8,7 @@ import numpy as np
 
 from iumad_jax.data.formats.depth_files import read_depth
 from iumad_jax.data.formats.files import check_file, folders, list_entries
-from iumad_jax.data.formats.images import check_same_size, read_mask, read_photograph
+from iumad_jax.data.formats.images import check_mask_size, check_same_size, read_mask, read_photograph
 from iumad_jax.data.sample import Camera, Sample
 from iumad_jax.errors import UserError
 
@@ -98,7 +98,7 @@ def read_item(
     unit: float | None = None,
     remedy: str,
     camera: Camera | None = None,
-    two_values: bool = True,
+    bits: int | None = None,
     needs_cloud: bool = False,
 ) -> Sample:
     """Read one sample.
@@ -111,13 +111,13 @@ def read_item(
         remedy: Advice on a missing or wrong unit, the end of the error message.
         camera: Camera of depth images; by default a pinhole camera whose focal length is the image's width. The camera
             of a cloud is estimated from the cloud instead.
-        two_values: Whether all values of a mask other than 0 must be equal.
+        bits: Bits that photographs of 16 bits per channel use.
         needs_cloud: Whether to refuse depth without x and y.
 
     Raises:
         UserError: If one of its files is unusable or they contradict each other.
     """
-    rgb = read_photograph(item.rgb)
+    rgb = read_photograph(item.rgb, bits)
     height, width = rgb.shape[:2]
     depth, depth_camera = None, None
     if item.depth is not None:
@@ -129,13 +129,13 @@ def read_item(
     anomalous = item.defect not in ("good", "unknown")
     mask = np.zeros((height, width), bool) if item.defect == "good" else None
     if item.mask is not None:
-        mask = read_mask(item.mask, two_values=two_values)
-        check_same_size(item.mask, mask, item.rgb, rgb)
+        mask = read_mask(item.mask)
+        check_mask_size(item.mask, mask, item.rgb, rgb)
         if mask.any() and not anomalous:
             raise UserError(f"{item.mask} marks a defect but its image is good; clear the mask or move the image.")
         if anomalous and not mask.any():
             raise UserError(f"{item.mask} marks nothing but its image has the defect {item.defect}; mark the defect.")
-    return Sample(object_, id_, item.defect, rgb, depth, mask, anomalous, depth_camera)
+    return Sample(object_, id_, item.defect, rgb, depth, mask, anomalous, depth_camera, bits=bits)
 
 
 def _check_exists(split: Path) -> None:

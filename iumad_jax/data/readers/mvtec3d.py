@@ -77,4 +77,4 @@ class MVTec3D:
             UserError: If one of its files is unusable or they contradict each other.
         """
         item = self._items[object, split][id]
-        return read_item(object, id, item, unit=1.0, remedy="save xyz in metres", two_values=False, needs_cloud=True)
+        return read_item(object, id, item, unit=1.0, remedy="save xyz in metres", needs_cloud=True)

@@ -23,7 +23,12 @@ class InputImage(NamedTuple):
 
 
 def photographs(
-    root: Path, needs_depth: bool, depth_path: Path | None, unit: float | None, camera: Camera | None
+    root: Path,
+    needs_depth: bool,
+    depth_path: Path | None,
+    unit: float | None,
+    camera: Camera | None,
+    bits: int | None = None,
 ) -> Iterator[InputImage]:
     """Yield the images of --input with their depth from --depth.
 
@@ -33,6 +38,7 @@ def photographs(
         depth_path: Depth file of the image, or a folder with depth files of the images' names.
         unit: Metres per unit of the depth files; by default floats are metres, and integers are refused.
         camera: Camera of the depth files; by default it is estimated from clouds.
+        bits: Bits that photographs of 16 bits per channel use; None refuses such photographs.
 
     Raises:
         UserError: If the input or depth is missing or unusable. Errors of a single file are raised when it is read.
@@ -57,7 +63,7 @@ def photographs(
         def read(
             file: Path = file, files: Callable[[], tuple[Path, Path | None]] = files
         ) -> tuple[np.ndarray, np.ndarray | None, Camera | None]:
-            rgb, (_, depth_file) = read_photograph(file), files()
+            rgb, (_, depth_file) = read_photograph(file, bits), files()
             if depth_file is None:
                 return rgb, None, None
             remedy = "use --depth_unit=METRES, such as 0.001 for millimetres"

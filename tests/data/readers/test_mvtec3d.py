@@ -329,11 +329,6 @@ BAD = {
         change(to=lambda cloud: cloud * (np.arange(64) == 30)[:, None].astype(np.float32)),
         sentences.TOO_FEW_POINTS_FOR_CAMERA,
     ),
-    "a grey gt of 16 bits": (
-        f"{HOLE}/gt/000.png",
-        lambda file: Image.fromarray(np.zeros((48, 64), np.uint16)).save(file),
-        sentences.WRONG_PIXELS.format(file="000.png", found="16-bit grey", needed="8-bit grey or 1-bit grey"),
-    ),
 }
 
 
