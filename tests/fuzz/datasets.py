@@ -219,6 +219,12 @@ _NAMES = (
     "b.PNG",
     "x" * 300,
     "",
+    "OK",
+    "normal",
+    "ground_truth",
+    "mask",
+    "00_x_mask.png",
+    "__MACOSX",
 )
 
 
@@ -242,11 +248,44 @@ def _disarrange(paths: list[Path], draw: Iterator[int]) -> None:
                 new.mkdir()
 
 
+def _mvtec_files() -> dict[str, bytes]:
+    photograph = _encode(RGB, "PNG")
+    files = {f"bolt/{path}.png": photograph for path in ("train/good/0", "test/good/0", "test/cut/0", "test/dent/a/0")}
+    masks = {f"bolt/ground_truth/{path}_mask.png": _encode(MASK, "PNG") for path in ("cut/0", "dent/a/0")}
+    return files | masks
+
+
+def _visa_files() -> dict[str, bytes]:
+    images = {f"bolt/Data/Images/{path}.JPG": _encode(RGB, "JPEG") for path in ("Normal/0", "Normal/1", "Anomaly/0")}
+    rows = [f"bolt,{split},normal,bolt/Data/Images/Normal/{i}.JPG," for i, split in enumerate(("train", "test"))]
+    table = "\r\n".join(["object,split,label,image,mask", *rows]).encode()
+    return images | {"bolt/Data/Masks/Anomaly/0.png": _encode(MASK, "PNG"), "split_csv/1cls.csv": table}
+
+
+def visa(folder: Path) -> Target:
+    """Return a target that reads VisA with a mutated table, or with settings in place of one."""
+    root, files = folder / "dataset", _visa_files()
+    table = "split_csv/1cls.csv"
+    settings = "normal: Data/Images/Normal\nabnormal: [Data/Images/Anomaly]\nmasks: Data/Masks/Anomaly\nbits: 12\n"
+    seeds = {table: files[table], "dataset.yaml": settings.encode()}
+
+    def read(name: str, content: bytes) -> None:
+        shutil.rmtree(root, ignore_errors=True)
+        write(root, files | {name: content})
+        reader = Folder(root)
+        for key in _sample_keys(reader):
+            reader.read(*key)
+
+    return Target(seeds, read)
+
+
 def layout(folder: Path) -> Target:
     """Return a target that reads datasets whose files and folders are renamed, removed, linked or moved."""
     templates: dict[str, tuple[dict[str, bytes], Callable[[Path], Reader]]] = {
         "eyecandies": (_eyecandies_files(), lambda root: Eyecandies(root, "Confetto")),
         "folder": (folder_files(), lambda root: Folder(root)),
+        "mvtec": (_mvtec_files(), lambda root: Folder(root)),
+        "visa": (_visa_files(), lambda root: Folder(root)),
     }
 
     def read(name: str, content: bytes) -> None:

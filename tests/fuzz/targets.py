@@ -40,6 +40,7 @@ from tests.fuzz.datasets import (
     layout,
     mvtec3d,
     store,
+    visa,
     write,
 )
 from tests.models import pth
@@ -240,6 +241,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "eyecandies": eyecandies,
     "mvtec3d": mvtec3d,
     "folder": folder,
+    "visa": visa,
     "layout": layout,
     "store": store,
     "archive": archive,

@@ -15,6 +15,7 @@ from iumad_jax.errors import UserError
 
 _MAX_YAML_BYTES = 1 << 16
 _MAX_YAML_DEPTH = 20
+_CLUTTER, _ANNOTATIONS = ("thumbs.db", "desktop.ini", "__macosx"), (".json", ".xml")  # names and endings, in lower case
 
 
 def select(objects: str | Sequence[str], available: Sequence[str]) -> tuple[str, ...]:
@@ -55,8 +56,13 @@ def opening(root: Path) -> Iterator[None]:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}); make it readable.") from error
 
 
+def is_clutter(name: str) -> bool:
+    """Return whether a name is that of a hidden file, of what systems leave in folders, or of a tool's annotation."""
+    return name.startswith(".") or name.casefold() in _CLUTTER or name.casefold().endswith(_ANNOTATIONS)
+
+
 def list_entries(folder: Path, root: Path) -> dict[str, os.DirEntry[str]]:
-    """List the entries of a folder by name, sorted, without hidden files.
+    """List the entries of a folder by name, sorted, without what `is_clutter` leaves out.
 
     Raises:
         UserError: If the folder or a link in it leads out of the root, or a name cannot be printed.
@@ -64,7 +70,7 @@ def list_entries(folder: Path, root: Path) -> dict[str, os.DirEntry[str]]:
     """
     _check_inside(folder, root)
     with os.scandir(folder) as entries:
-        visible = [entry for entry in entries if entry.name[0] != "."]
+        visible = [entry for entry in entries if not is_clutter(entry.name)]
     by_name = {entry.name: entry for entry in sorted(visible, key=lambda entry: entry.name)}
     for name, entry in by_name.items():
         if not name.isprintable():

@@ -7,25 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from iumad_jax.data import depth
-from iumad_jax.data.formats.depth_files import DEPTH_IMAGES
-from iumad_jax.data.formats.files import abbreviate, folders, opening, read_yaml, select
-from iumad_jax.data.formats.images import PHOTOGRAPHS, used_bits
-from iumad_jax.data.readers.layout import Item, list_good_items, list_items, list_labelled_items, read_item
+from iumad_jax.data.formats.files import abbreviate, opening, read_yaml, select
+from iumad_jax.data.formats.images import used_bits
+from iumad_jax.data.readers.arrangements import Named, list_object, object_folders
+from iumad_jax.data.readers.layout import Item, read_item
 from iumad_jax.data.sample import Camera, Sample, Split
 from iumad_jax.errors import UserError
 
 SETTINGS = "dataset.yaml"
 
-_KINDS = {"rgb": PHOTOGRAPHS, "depth": DEPTH_IMAGES, "mask": PHOTOGRAPHS}
-_UNLABELLED = {"rgb": PHOTOGRAPHS, "depth": DEPTH_IMAGES}
-_SPLITS = ("train", "val", "test", "unlabelled")
 _UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001}
 _CAMERA = ("fx", "fy", "cx", "cy")
 _LENGTHS = {"object_height": 0.005, "height_range": 0.1}  # defaults, metres
 
 
 class Folder:
-    """Reader of `<root>/<object>/{train,val,test}/{good,<defect>}/{rgb,depth,mask}/<id>.*`.
+    """Reader of `<root>/<object>/{train,val,test}/{good,<defect>}/{rgb,depth,mask}/<id>.*` and other `arrangements`.
 
     `val`, `test` and whole `depth` and `mask` folders are optional; images without labels belong in
     `<object>/unlabelled/{rgb,depth}`. RGB: see `images.read_photograph`. Depth: see `depth_files.read_depth`. Masks: 0
@@ -39,6 +36,8 @@ class Folder:
             the first object's training images.
         object_height: Height above the background plane, in metres, from which a pixel belongs to the object (0.005).
         height_range: Height in metres that the `height` encoding spans (0.1).
+        normal, abnormal, masks: Folders within each object that hold its good images, its anomalous images (one folder
+            per defect) and their masks; by default the names of folders tell.
         normals_window: Window of the normals in pixels; by default the result of `depth.choose_window` for the first
             object, so that objects that come later do not change it.
 
@@ -55,13 +54,17 @@ class Folder:
     def __init__(self, root: str | Path, objects: str | Sequence[str] = "all", needs_depth: bool = False) -> None:
         self.root = Path(root)
         self._items: dict[tuple[str, Split], dict[str, Item]] = {}
+        by_name = object_folders(self.root)
+        self.objects = select(objects, tuple(by_name))
         with opening(self.root):
-            self.objects = select(objects, object_names(self.root))
             file = self.root / SETTINGS
             self._settings_files = (file,) if file.exists() else ()
             self._settings = _check_settings(file, read_yaml(file) if file.exists() else {})
             for name in self.objects:
-                self._index(name, ("depth",) if needs_depth else ())
+                found = list_object(
+                    by_name[name], self.root, ("depth",) if needs_depth else (), self._settings.get("named")
+                )
+                self._items |= {(name, split): items for split, items in found.items()}
         self._bits: int | None = self._settings.get("bits") or used_bits(
             [item.rgb for item in self._items[self.objects[0], "train"].values()]
         )
@@ -97,20 +100,6 @@ class Folder:
             bits=self._bits,
         )
 
-    def _index(self, name: str, needed: tuple[str, ...]) -> None:
-        folder = self.root / name
-        for split in folders(folder, self.root):
-            if split not in _SPLITS:
-                raise UserError(f"{folder / split} is not one of {', '.join(_SPLITS)}; rename or remove it.")
-        self._items[name, "train"] = list_good_items(folder / "train", self.root, _KINDS, needed)
-        if (folder / "val").exists():
-            self._items[name, "calibration"] = list_good_items(folder / "val", self.root, _KINDS, needed)
-        if (folder / "test").exists():
-            self._items[name, "test"] = list_labelled_items(folder / "test", self.root, _KINDS, needed)
-        if (folder / "unlabelled").exists():
-            items = list_items("unknown", folder / "unlabelled", self.root, _UNLABELLED, needed)
-            self._items[name, "unlabelled"] = items
-
     def _window(self, name: str) -> int:
         """Choose the window of normals for the first training image, which reveals mistakes common to all images."""
         sample = self.read(name, "train", self.ids(name, "train")[0])
@@ -119,22 +108,9 @@ class Folder:
         return depth.choose_window(sample.depth, sample.camera)
 
 
-def object_names(root: Path) -> tuple[str, ...]:
-    """List the objects in a folder, one per subfolder.
-
-    Raises:
-        UserError: If the folder cannot be read or has no subfolders.
-    """
-    with opening(root):
-        names = folders(root, root)
-    if not names:
-        raise UserError(f"config.dataset.root is {root}, which holds no folder; add one for every object.")
-    return names
-
-
 def _check_settings(file: Path, content: dict[Any, Any]) -> dict[str, Any]:
     """Check the content of dataset.yaml and convert it: unit in metres, a `Camera`, lengths with defaults."""
-    keys = ("unit", "camera", "bits", *_LENGTHS, "normals_window")
+    keys = ("unit", "camera", "bits", *_LENGTHS, "normals_window", *Named._fields)
     for key in content:
         if key not in keys:
             raise UserError(f"{file} has the unknown key {abbreviate(key)}; use {', '.join(keys)}.")
@@ -158,12 +134,24 @@ def _check_settings(file: Path, content: dict[Any, Any]) -> dict[str, Any]:
         if bits not in range(8, 17) or isinstance(bits, bool):
             raise UserError(f"{file} has {abbreviate(bits)} as bits; use 8 to 16, the bits of the camera.")
         settings["bits"] = bits
+    if named := {key: _check_paths(file, key, content[key]) for key in Named._fields if key in content}:
+        if "normal" not in named or len(named.get("masks", " ")) != 1:
+            raise UserError(f"{file} names folders but not one of normal images and at most one of masks; correct it.")
+        settings["named"] = Named(named["normal"], named.get("abnormal", ()), *named.get("masks", ()))
     if "normals_window" in content:
         window = content["normals_window"]
         if window not in range(3, 100, 2) or isinstance(window, bool):
             raise UserError(f"{file} has {abbreviate(window)} as normals_window; use an odd number from 3 to 99.")
         settings["normals_window"] = window
     return settings
+
+
+def _check_paths(file: Path, key: str, value: Any) -> tuple[str, ...]:
+    """Check the paths of folders within an object, one or a list."""
+    paths = value if isinstance(value, list) else [value]
+    if not paths or not all(isinstance(path, str) and path.strip() and path.isprintable() for path in paths):
+        raise UserError(f"{file} has {abbreviate(value)} as {key}; use the name of a folder in each object, or a list.")
+    return tuple(paths)
 
 
 def _check_number(file: Path, key: str, value: Any, above: float = 0) -> float:

@@ -8,7 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from iumad_jax.data.formats.depth_files import DEPTH_IMAGES, read_depth
+from iumad_jax.data.formats.files import is_clutter, tell
 from iumad_jax.data.formats.images import PHOTOGRAPHS, check_same_size, read_photograph
+from iumad_jax.data.readers.layout import DEPTHS, MASKS
 from iumad_jax.data.sample import Camera, Reader, Split
 from iumad_jax.errors import UserError
 
@@ -87,7 +89,23 @@ def _check_depth(path: Path | None, unit: float | None, root: Path) -> None:
 
 
 def _list_photographs(root: Path) -> list[Path]:
-    images = sorted(file for file in root.rglob("*") if file.suffix.lower() in PHOTOGRAPHS and file.is_file())
+    """List the photographs in a folder and its subfolders, without masks and depth images, which are told."""
+    files = {
+        file.relative_to(root): file
+        for file in sorted(root.rglob("*"))
+        if file.suffix.lower() in PHOTOGRAPHS and file.is_file()
+    }
+    photographs = {path: file for path, file in files.items() if not any(map(is_clutter, path.parts))}
+    stems = {path.with_suffix("") for path in photographs}
+    others = [
+        path
+        for path in photographs
+        if {part.casefold() for part in path.parent.parts} & {*MASKS, *DEPTHS}
+        or (path.stem.endswith("_mask") and path.with_name(path.stem.removesuffix("_mask")) in stems)
+    ]
+    if others:
+        tell("masks and depth images beside photographs are not predicted", root / others[0])
+    images = [file for path, file in photographs.items() if path not in others]
     for file in images:
         if not str(file).isprintable():
             raise UserError(f"{file} has a name that cannot be printed; rename it.")

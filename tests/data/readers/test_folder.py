@@ -198,8 +198,8 @@ BAD = {
     ),
     "an unknown split": (
         "bolt/unlabelled",
-        ("rename_to", "Test"),
-        sentences.UNKNOWN_NAME.format(path="bolt/Test", known="train, val, test"),
+        ("rename_to", "tests"),
+        sentences.UNKNOWN_NAME.format(path="bolt/tests", known="train, val, test"),
     ),
     "a name with a command to the terminal": (
         RGB,
@@ -213,8 +213,8 @@ BAD = {
     ),
     "an unknown kind": (
         f"{BROKEN}/mask",
-        ("rename_to", "masks"),
-        sentences.UNKNOWN_NAME.format(path="masks", known="rgb, depth, mask"),
+        ("rename_to", "marks"),
+        sentences.UNKNOWN_NAME.format(path="marks", known="rgb, depth, mask"),
     ),
     "an unknown ending": (
         RGB,
