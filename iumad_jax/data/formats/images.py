@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Bool, UInt8
-from PIL import BmpImagePlugin, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
 from iumad_jax.data.formats.files import read_error, tell
 from iumad_jax.errors import UserError
@@ -189,6 +189,8 @@ def _opened(file: Path) -> Iterator[tuple[BinaryIO, Any, Any]]:
                 if getattr(image, "is_animated", False):
                     raise UserError(f"{file} has several pages; save the page to be used as a file of its own.")
                 yield stream, plugin, image
+    except Image.DecompressionBombError as error:  # a WebP, whose header Pillow checks by itself
+        raise UserError(f"{file} has too many pixels; use at most {MAX_SIDE}x{MAX_SIDE}.") from error
     except (OSError, SyntaxError, ValueError, LookupError, TypeError, Warning) as error:  # raised by Pillow
         if "pixel mode" in str(error):
             raise UserError(f"{file} holds floats or an uncommon kind of pixels; save it as 8-bit RGB.") from error
