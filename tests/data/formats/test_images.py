@@ -210,6 +210,9 @@ def test_soft_edges_are_cut_at_half(tmp_path: Path, told, largest: int) -> None:
     cut = read_mask(tmp_path / "a.jpg")
     assert (cut != (np.asarray(soft) > 0)).mean() < 0.001
     assert (np.asarray(Image.open(tmp_path / "a.jpg")) > 0).mean() > cut.mean() + 0.01  # noise around the defect
+    stripe = np.tile(np.uint8([largest] * 3 + [0] * 5), (8, 1))  # noise of few values
+    Image.fromarray(stripe).save(tmp_path / "few.jpg", quality=30)
+    np.testing.assert_array_equal(read_mask(tmp_path / "few.jpg"), stripe > 0)
     soft.resize((WIDTH * 5, HEIGHT * 5), Image.Resampling.BILINEAR).resize(soft.size, Image.Resampling.BICUBIC).save(
         tmp_path / "a.png"
     )
