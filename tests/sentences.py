@@ -172,7 +172,9 @@ OBJECTS_NEW = (
     "The dataset also holds {}, added after this run began and not learned by it; learn all of it with"
     " python -m iumad_jax.learn --workdir=run, or start a run in another --workdir."
 )
-OBJECTS_LEARNED_ALREADY = "the run has learned {objects} already; add the images of a new object to {root}, name"
+OBJECTS_LEARNED_ALREADY = "the run has learned {objects} already; add --update to learn further images of it, add the"
+NO_NEW_IMAGES = "has no {kind} images of {objects} that the run has not used"
+OBJECT_RETIRED = '"{}" is retired'
 STEP_BEGUN_OTHERWISE = "the run has begun to learn {object} {keys}; finish it so first."
 OBJECT_LOOKS_LIKE = "{new} looks like {old}: {share} of its training images are taken for it."
 PLAN_DAMAGED = "{} is not the plan of a run"
@@ -274,9 +276,9 @@ TRAINING_STOPPED = (
 )
 STEP_BEGINS = "step {step}: learning {objects} from {images} images"
 STEP_BEGINS_PART = "step {}: learning"
-STEP_EVALUATED = "step {step}: learned {learned} (I-AUROC); mean of all {mean}"
+STEP_EVALUATED = "step {step}: learned {learned}; mean of all {mean} (I-AUROC)"
 STEP_EVALUATED_WITH_OTHERS = (
-    "step {step}: learned {learned} (I-AUROC); largest change of another object: {change}; mean of all {mean}"
+    "step {step}: learned {learned}; largest change of another object: {change}; mean of all {mean} (I-AUROC)"
 )
 EPOCH_DONE = "step {step}: epoch {epoch} of {epochs}, loss {loss}, {rate} images/s, {minutes} min left"
 EPOCH_PART = ": epoch "

@@ -139,6 +139,7 @@ class Detector:
         workdir: Absolute path of the workdir of the run.
         changes: Replaced values of the run's config, see `load`.
         objects: Names of the learned objects, in the order of learning.
+        retired: Names of those that are no longer recognised.
         step: Number of the run's step after which the model was saved.
         processing: Preprocessing of images.
         camera: Camera of the training images' depth, for images `camera_width` pixels wide; None without depth.
@@ -152,6 +153,7 @@ class Detector:
     workdir: Path
     changes: dict[str, Any]
     objects: tuple[str, ...]
+    retired: tuple[str, ...]
     step: int
     processing: Processing
     camera: Camera | None
@@ -200,13 +202,14 @@ class Detector:
             backbone,
             jax.device_put(method.arrange(variables)),
             progress.scales[name],
-            recognition.fit(progress.recognition),
+            recognition.fit(progress.recognition, progress.retired),
             thresholds(progress.calibration, config.decisions.quantile),
         )
         return cls(
             workdir,
             changes,
-            tuple(progress.calibration),
+            progress.objects,
+            tuple(progress.objects[number] for number in progress.retired),
             progress.position.step,
             Processing.recorded(inputs),
             Camera(**inputs["camera"]) if inputs["camera"] else None,
@@ -253,8 +256,8 @@ class Detector:
             The detection, without batch axis for a single image.
 
         Raises:
-            UserError: If an argument has a wrong type or shape, if the object was not learned, or if the depth cannot
-                be used.
+            UserError: If an argument has a wrong type or shape, if the object was not learned or is retired, or if the
+                depth cannot be used.
         """
         specified_id, images = self.object_number(object), self.prepare(rgb, depth, camera)
         count = len(images[self.processing.modalities[0]])
@@ -320,12 +323,14 @@ class Detector:
         """Return an object's number in the order of learning, or RECOGNISE if the name is None.
 
         Raises:
-            UserError: If the object was not learned.
+            UserError: If the object was not learned or is retired.
         """
         if name is None:
             return RECOGNISE
-        if name not in self.objects:
-            raise UserError(f'"{name}" is not an object of this model; choose one of {", ".join(self.objects)}.')
+        if name not in self.objects or name in self.retired:
+            problem = "is retired" if name in self.retired else "is not an object of this model"
+            remaining = ", ".join(other for other in self.objects if other not in self.retired)
+            raise UserError(f'"{name}" {problem}; choose one of {remaining}.')
         return self.objects.index(name)
 
 

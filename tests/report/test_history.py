@@ -26,7 +26,7 @@ def snapshot(step, size):
 
 
 EVENTS = [
-    {"event": "step", "step": 0, "learned": ["bee", "ant"], "images": 5},
+    {"event": "step", "step": 0, "act": "learn", "objects": ["bee", "ant"], "images": 5},
     {"event": "epoch", "step": 0, "epoch": 0, "loss": 1.0},
     evaluation(0, "bee", "net", 0.9),
     evaluation(0, "bee", "baseline", 0.4),
@@ -34,14 +34,14 @@ EVENTS = [
     evaluation(0, "ant", "baseline", None, None),
     decisions(0, 0.5),
     snapshot(0, 100),
-    {"event": "step", "step": 1, "learned": ["cow"], "images": 3},
+    {"event": "step", "step": 1, "act": "learn", "objects": ["cow"], "images": 3},
     evaluation(1, "bee", "net", 0.7),
     evaluation(1, "bee", "baseline", 0.4),
     evaluation(1, "cow", "net", 0.8, 0.04),  # ant has no test images in this step
     evaluation(1, "cow", "baseline", 0.2),
     decisions(1, 0.6),
     snapshot(1, 200),
-    {"event": "step", "step": 2, "learned": ["dog"], "images": 3},
+    {"event": "step", "step": 2, "act": "learn", "objects": ["dog"], "images": 3},
     evaluation(2, "bee", "net", 0.1),  # the step is not finished
 ]
 NAN = np.nan

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Bool
 
 from iumad_jax.data.prepared import copies
 from iumad_jax.data.prepared.store import PreparedSet, Store, mean_tokens
@@ -14,13 +15,24 @@ from iumad_jax.shapes import Batch, Modality
 _GREY_LEVELS = 3  # an image with at most this range is constant
 
 
+class CalibrationImages(NamedTuple):
+    """Good images of an object that set its thresholds and scales."""
+
+    images: Batch
+    trained: Bool[np.ndarray, " n"]  # whether the method is also trained on an image
+    few: bool = False  # whether no image can be held out; most are then altered copies
+
+
+def calibration_images(images: Batch, trained: bool, few: bool = False) -> CalibrationImages:
+    """Return calibration images, on all or none of which the method is trained."""
+    return CalibrationImages(images, np.full(len(images.object_id), trained), few)
+
+
 class GoodImages(NamedTuple):
     """Good images of an object, divided by their use."""
 
     learned: Batch  # images that recognition of the object is learned from
-    calibrating: Batch  # calibration images, which set the thresholds
-    from_training_images: bool  # whether the method is also trained on the calibration images
-    few: bool  # whether no image can be held out; most calibration images are then altered copies
+    calibrating: CalibrationImages
 
 
 def good_images(store: Store, name: str) -> GoodImages:
@@ -32,15 +44,15 @@ def good_images(store: Store, name: str) -> GoodImages:
     """
     training = store.get(name, "train").batch
     if store.reader.ids(name, "calibration"):
-        return GoodImages(training, store.get(name, "calibration").batch, False, False)
+        return GoodImages(training, calibration_images(store.get(name, "calibration").batch, trained=False))
     count = len(training.object_id)
     if count < copies.FEW:
         varied = store.get(name, "varied").batch
         with_copies = jax.tree.map(lambda *arrays: np.concatenate(arrays), training, varied)
-        return GoodImages(training, with_copies, True, True)
+        return GoodImages(training, calibration_images(with_copies, trained=True, few=True))
     fifth = (np.arange(count) + 1) % 5 == 0
     learned, calibrating = (jax.tree.map(lambda array, rows=rows: array[rows], training) for rows in (~fifth, fifth))
-    return GoodImages(learned, calibrating, True, False)
+    return GoodImages(learned, calibration_images(calibrating, trained=True))
 
 
 def quality_shifts(store: Store, name: str) -> dict[Modality, np.ndarray]:
