@@ -62,7 +62,9 @@ def _predict(values: flags.FlagValues) -> str:
         camera = unlabelled.parse_camera(values.camera) if values.camera else None
         needs_depth = "depth" in detector.processing.modalities
         images = list(
-            unlabelled.photographs(Path(values.input), needs_depth, depth, values.depth_unit, camera, detector.bits)
+            unlabelled.photographs(
+                Path(values.input), needs_depth, depth, values.depth_unit, camera, detector.processing.bits
+            )
         )
     else:
         images = list(

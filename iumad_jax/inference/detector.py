@@ -144,7 +144,6 @@ class Detector:
         processing: Preprocessing of images.
         camera: Camera of the training images' depth, for images `camera_width` pixels wide; None without depth.
         camera_width: Image width in pixels that `camera` refers to; None without depth.
-        bits: Bits that the training images' files use of 16 per channel; None if these have 8.
         function: Jitted function (state, images, specified_id) -> Outputs, see `detect`. It is compiled once per number
             of images.
         state: First argument of `function`: weights, recogniser and thresholds.
@@ -158,7 +157,6 @@ class Detector:
     processing: Processing
     camera: Camera | None
     camera_width: int | None
-    bits: int | None
     function: Callable[[State, dict[Modality, Any], Any], Outputs] = field(repr=False)
     state: State = field(repr=False)
 
@@ -214,7 +212,6 @@ class Detector:
             Processing.recorded(inputs),
             Camera(**inputs["camera"]) if inputs["camera"] else None,
             inputs["camera_width"],
-            inputs.get("bits"),
             jax.jit(lambda state, images, specified_id: detect(method, rule, extractor, state, images, specified_id)),
             state,
         )

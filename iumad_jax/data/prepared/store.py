@@ -155,7 +155,7 @@ class Store:
         }
 
     def describe(self) -> dict[str, Any]:
-        """Return the settings with which a detector prepares images: processing, camera, width and bits, as JSON."""
+        """Return the settings with which a detector prepares images: processing, camera and image width, as JSON."""
         first = self.reader.objects[0]
         sample = self.reader.read(first, "train", self.reader.ids(first, "train")[0])
         camera = sample.camera and dataclasses.asdict(sample.camera)
@@ -163,7 +163,6 @@ class Store:
             "processing": dataclasses.asdict(self.processing),
             "camera": camera,
             "camera_width": sample.depth if sample.depth is None else sample.depth.shape[1],
-            "bits": sample.bits,
         }
 
     def encode(self, samples: Iterable[Sample]) -> PreparedSet:

@@ -74,8 +74,7 @@ class Folder:
         self.normals_window: int = self._settings.get("normals_window") or first
 
     def __repr__(self) -> str:
-        """Return what prepared images depend on besides their files."""
-        return f"Folder({str(self.root)!r}{f', bits={self._bits}' if self._bits else ''})"
+        return f"Folder({str(self.root)!r})"
 
     def ids(self, object: str, split: Split) -> tuple[str, ...]:
         """List the ids of one object and split, sorted by name; test images by defect first."""

@@ -131,7 +131,6 @@ def test_bits_of_16_bit_photographs(root: Path, scan) -> None:
         Image.fromarray(grey * 16).save(file)
     sample = Folder(root).read("Zahnrad groß", "test", "good/000")
     assert sample.bits == 12
-    assert "bits=12" in repr(Folder(root))  # so that images are prepared again when other ones change the bits
     np.testing.assert_array_equal(sample.rgb[..., 0], np.rint(grey * 16.0 / 4095 * 255))
     Image.fromarray(grey * 256).save(root / "bolt/train/good/rgb/000.png")
     with pytest.raises(UserError, match=sentences.LEVEL_ABOVE_BITS.format(level=grey.max() * 256, bits=12)):
