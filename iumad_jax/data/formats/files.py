@@ -2,16 +2,14 @@
 
 import os
 import reprlib
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
-from tqdm import tqdm
 
-from iumad_jax.errors import UserError
+from iumad_jax.errors import UserError, tell_once
 
 _MAX_YAML_BYTES = 1 << 16
 _MAX_YAML_DEPTH = 20
@@ -147,14 +145,9 @@ def abbreviate(value: Any) -> str:
         return "a huge number"
 
 
-_told: set[str] = set()
-
-
 def tell(message: str, example: Path) -> None:
-    """Print once per process what is done with files such as the example."""
-    if message not in _told:
-        _told.add(message)
-        tqdm.write(f"iumad_jax: {message} (as in {example}).", file=sys.stderr)
+    """Tell once what is done with files such as the example."""
+    tell_once(message, f"{message} (as in {example}).")
 
 
 def read_error(file: Path, error: Exception) -> UserError:

@@ -102,11 +102,13 @@ def read_photograph(file: Path, bits: int | None = None) -> UInt8[np.ndarray, "h
 
 
 def used_bits(files: Sequence[Path]) -> int | None:
-    """Return the bits that all photographs together use, which is told; None if the first one has 8 bits per channel.
+    """Return the bits that all photographs together use, which is told; None if the first one, if any, has 8 bits each.
 
     Raises:
         UserError: If an image cannot be read.
     """
+    if not files:
+        return None
     with _opened(files[0]) as (_, _, image):
         if not _kind(image).startswith("16-bit"):
             return None

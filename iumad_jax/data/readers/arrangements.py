@@ -63,9 +63,10 @@ def object_folders(root: Path) -> dict[str, Path]:
             name.casefold() == "train" or layout.means_good(root / name) for name in names
         ):
             return {root.resolve().name: root}
-    if not names:
+    objects = {name: root / name for name in names if name != _TABLES}
+    if not objects:
         raise UserError(f"config.dataset.root is {root}, which holds no folder; add one for every object.")
-    return {name: root / name for name in names if name != _TABLES}
+    return objects
 
 
 def list_object(
@@ -102,7 +103,7 @@ def list_object(
             return _divide(folder, root, needed, Named(good, others, masks.name if masks else None))
         if layout.holds_images(folder, root, _KINDS):
             listed = list_items("good", folder, root, _KINDS, needed)
-            if nested := next((item.rgb.parent for name, item in listed.items() if "/" in name), None):
+            if nested := next((item.files[0].parent for name, item in listed.items() if "/" in name), None):
                 raise UserError(
                     f"{nested} may hold good images or defects; name it as normal or abnormal in dataset.yaml."
                 )
@@ -157,13 +158,11 @@ def _testing(folder: Path, root: Path, good: dict[str, Item]) -> set[str]:
     """Choose the good images that test, by the table of VisA if there is one; more images do not change the choice."""
     file = root / _TABLES / "1cls.csv"
     splits = _read_splits(file) if file.is_file() else {}
-    by_name = {name: splits.get(str(PurePosixPath(item.rgb.relative_to(root)))) for name, item in good.items()}
+    by_name = {name: splits.get(item.files[0].relative_to(root).as_posix()) for name, item in good.items()}
     if any(by_name.values()):
         for name, split in by_name.items():
             if split not in ("train", "test"):
-                raise UserError(
-                    f"{file} does not say whether {good[name].rgb} is of train or test; add it or remove the image."
-                )
+                raise UserError(f"{file} does not say whether {good[name].files[0]} is of train or test; add it there.")
         return {name for name, split in by_name.items() if split == "test"}
     tell(f"of good images, one of {_TESTING_SHARE} tests, chosen by name, because no folder says which", folder)
     return {name for name in good if hashlib.sha256(name.encode()).digest()[0] % _TESTING_SHARE == 0}

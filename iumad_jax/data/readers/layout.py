@@ -6,10 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from iumad_jax.data.depth import picture
+from iumad_jax.data.formats.alignment import align
 from iumad_jax.data.formats.depth_files import read_depth
 from iumad_jax.data.formats.files import check_file, folders, list_entries, tell
-from iumad_jax.data.formats.images import check_mask_size, check_same_size, read_mask, read_photograph
-from iumad_jax.data.sample import Camera, Sample
+from iumad_jax.data.formats.images import check_mask_size, read_mask, read_photograph
+from iumad_jax.data.sample import Camera, DepthFormat, Sample
 from iumad_jax.errors import UserError
 
 Kinds = Mapping[str, Sequence[str]]  # folders of RGB, depth and masks, in this order, with their file suffixes
@@ -23,7 +25,7 @@ class Item(NamedTuple):
     """The files of one sample."""
 
     defect: str
-    rgb: Path
+    rgb: Path | None
     depth: Path | None
     mask: Path | None
 
@@ -50,10 +52,12 @@ def find_kind(name: str, kinds: Kinds) -> str | None:
 
 
 def holds_images(folder: Path, root: Path, kinds: Kinds) -> bool:
-    """Return whether a folder has photographs, in itself or in its folder of them."""
-    image_kind = next(iter(kinds))
+    """Return whether a folder has photographs in itself, or a folder of them or of depth."""
+    image_kind, depth_kind, *_ = kinds
     return any(
-        find_kind(name, kinds) == image_kind if entry.is_dir() else Path(name).suffix.lower() in kinds[image_kind]
+        find_kind(name, kinds) in (image_kind, depth_kind)
+        if entry.is_dir()
+        else Path(name).suffix.lower() in kinds[image_kind]
         for name, entry in list_entries(folder, root).items()
     )
 
@@ -120,7 +124,8 @@ def list_items(
         defect: Defect of the images in the folder; "good" for none, "unknown" for images without labels.
         folder: Folder of the files.
         root: Root folder of the dataset.
-        kinds: Subfolders and their file suffixes; the first subfolder holds the RGB images, one per sample.
+        kinds: Subfolders and their file suffixes; the first subfolder holds the RGB images, one per sample, or if there
+            are none and they are not needed, the second.
         needed: Kinds that must exist; the folders of other kinds may be missing.
         masks: Another folder of masks, for which a folder within `folder` is preferred.
 
@@ -146,18 +151,22 @@ def list_items(
             raise UserError(f"{folder / name} is not one of {', '.join(kinds)}; rename or remove it.")
     if masks is not None and masks.is_dir():
         by_kind.setdefault(mask_kind, masks)
+    if image_kind not in by_kind and not others and image_kind not in needed and other_kinds[0] in by_kind:
+        image_kind = other_kinds[0]
     image_folder = by_kind.pop(image_kind, folder)
     images = _files_by_name(image_folder, root, kinds[image_kind], [path.name for path in by_kind.values()])
     beside = [name for name in images if _masked(name, images) != name]
     masks_beside = {_masked(name, images): images.pop(name) for name in beside}
     if not images:
         raise UserError(f"{folder / image_kind} holds no images; add files such as 000{kinds[image_kind][0]}.")
-    found = []
-    for kind in other_kinds:
+    files = {image_kind: images}
+    for kind in kinds:
+        if kind == image_kind:
+            continue
         by_name = _files_by_name(by_kind[kind], root, kinds[kind]) if kind in by_kind else {}
         if kind == mask_kind:
             by_name = {_masked(name, images): file for name, file in by_name.items()} or masks_beside
-        found.append(by_name)
+        files[kind] = by_name
         if not by_name and kind not in needed:
             continue
         for name, file in by_name.items():
@@ -167,16 +176,16 @@ def list_items(
             if name not in by_name:
                 missing = by_kind.get(kind, folder / kind) / (name + kinds[kind][0])
                 raise UserError(f"{missing} is missing; add it, as every image in {image_folder} needs one.")
-    depth, mask, *_ = *found, {}
-    return {name: Item(defect, rgb, depth.get(name), mask.get(name)) for name, rgb in images.items()}
+    rgb, depth, mask, *_ = *(files[kind] for kind in kinds), {}
+    return {name: Item(defect, rgb.get(name), depth.get(name), mask.get(name)) for name in images}
 
 
 def read_item(
     object_: str,
     id_: str,
     item: Item,
+    format_: DepthFormat,
     *,
-    unit: float | None = None,
     remedy: str,
     camera: Camera | None = None,
     bits: int | None = None,
@@ -188,7 +197,7 @@ def read_item(
         object_: Object of the sample.
         id_: Id of the sample.
         item: Files of the sample.
-        unit: Metres per unit of depth; None if unspecified.
+        format_: What the numbers in depth files mean.
         remedy: Advice on a missing or wrong unit, the end of the error message.
         camera: Camera of depth images; by default a pinhole camera whose focal length is the image's width. The camera
             of a cloud is estimated from the cloud instead.
@@ -198,20 +207,24 @@ def read_item(
     Raises:
         UserError: If one of its files is unusable or they contradict each other.
     """
-    rgb = read_photograph(item.rgb, bits)
-    height, width = rgb.shape[:2]
+    rgb = None if item.rgb is None else read_photograph(item.rgb, bits)
     depth, depth_camera = None, None
     if item.depth is not None:
-        depth, depth_camera = read_depth(item.depth, unit, (height, width), remedy)
-        check_same_size(item.depth, depth, item.rgb, rgb)
+        size = None if rgb is None else rgb.shape[:2]
+        depth, depth_camera = read_depth(item.depth, format_, size, remedy, camera)
+        if size:
+            depth, depth_camera = align(depth, depth_camera, format_.align, size, item.depth, item.files[0])
+        height, width = depth.shape
         if needs_cloud and depth_camera is None:
             raise UserError(f"{item.depth} holds only depth; save x, y and z.")
         depth_camera = depth_camera or camera or Camera(width, width, (width - 1) / 2, (height - 1) / 2)
+        rgb = picture(depth, depth_camera) if rgb is None else rgb
+    assert rgb is not None
     anomalous = item.defect not in ("good", "unknown")
-    mask = np.zeros((height, width), bool) if item.defect == "good" else None
+    mask = np.zeros(rgb.shape[:2], bool) if item.defect == "good" else None
     if item.mask is not None:
         mask = read_mask(item.mask)
-        check_mask_size(item.mask, mask, item.rgb, rgb)
+        check_mask_size(item.mask, mask, item.files[0], rgb)
         if mask.any() and not anomalous:
             raise UserError(f"{item.mask} marks a defect but its image is good; clear the mask or move the image.")
         if anomalous and not mask.any():

@@ -6,7 +6,7 @@ from pathlib import Path
 from iumad_jax.data.formats.files import opening, select
 from iumad_jax.data.readers.arrangements import object_folders
 from iumad_jax.data.readers.layout import Item, list_good_items, list_labelled_items, read_item
-from iumad_jax.data.sample import Sample, Split
+from iumad_jax.data.sample import DepthFormat, Sample, Split
 from iumad_jax.errors import UserError
 
 _KINDS = {"rgb": (".png",), "xyz": (".tiff",), "gt": (".png",)}
@@ -33,6 +33,7 @@ class MVTec3D:
     object_height = 0.005
     height_range = 0.1
     normals_window = 11  # from `depth.choose_window`, for noise of 0.25 mm and pixels 0.37 mm apart
+    depth_format = DepthFormat(unit=1.0)
 
     def __init__(
         self,
@@ -46,7 +47,7 @@ class MVTec3D:
         self.root = Path(root)
         by_name = object_folders(self.root)
         self.objects = select(objects, tuple(by_name))
-        needed_good = ("xyz",) if needs_depth else ()
+        needed_good = ("rgb", "xyz") if needs_depth else ("rgb",)
         needed_test = (*needed_good, "gt")
         self._items: dict[tuple[str, Split], dict[str, Item]] = {}
         with opening(self.root):
@@ -83,4 +84,4 @@ class MVTec3D:
             UserError: If one of its files is unusable or they contradict each other.
         """
         item = self._items[object, split][id]
-        return read_item(object, id, item, unit=1.0, remedy="save xyz in metres", needs_cloud=True)
+        return read_item(object, id, item, self.depth_format, remedy="save xyz in metres", needs_cloud=True)

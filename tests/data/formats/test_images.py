@@ -12,9 +12,10 @@ import pytest
 import tifffile
 from PIL import Image, ImageOps
 
-from iumad_jax.data.formats import files
+from iumad_jax import errors
 from iumad_jax.data.formats.depth_files import read_depth
 from iumad_jax.data.formats.images import check_mask_size, read_image, read_mask, read_photograph, upright, used_bits
+from iumad_jax.data.sample import DepthFormat
 from iumad_jax.errors import UserError
 from tests import sentences
 
@@ -29,7 +30,7 @@ DEFECT[3:8, 5:14] = 1
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     """Return a function that returns what was told, as if nothing had been told in this process before."""
-    monkeypatch.setattr(files, "_told", set())
+    monkeypatch.setattr(errors, "_told", set())
     return lambda: capsys.readouterr().err
 
 
@@ -73,7 +74,7 @@ def test_every_file_is_turned_as_its_orientation_says(tmp_path: Path, orientatio
     Image.fromarray(depth).save(tmp_path / "depth.png", exif=exif(orientation))
     tifffile.imwrite(tmp_path / "depth.tiff", depth, extratags=[(0x0112, "H", 1, orientation, True)])
     for name in ("depth.png", "depth.tiff"):
-        metres, _ = read_depth(tmp_path / name, 1e-4, (HEIGHT, WIDTH), "")
+        metres, _ = read_depth(tmp_path / name, DepthFormat(1e-4, ()), (HEIGHT, WIDTH), "")
         np.testing.assert_allclose(metres, upright(depth, orientation) / 1e4, rtol=1e-6)
 
 

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from iumad_jax import errors
 from iumad_jax.config import paper
 from iumad_jax.data import readers
-from iumad_jax.data.formats import files
 from iumad_jax.data.readers.folder import Folder
 from iumad_jax.data.readers.mvtec3d import MVTec3D
 from iumad_jax.data.readers.unlabelled import photographs
+from iumad_jax.data.sample import DepthFormat
 from iumad_jax.errors import UserError
 from tests import sentences
 
@@ -106,7 +107,7 @@ def test_a_tree_is_read_as_it_is(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["OK", "Good", "normal"])
 def test_other_words_for_good_are_told_once(tmp_path: Path, monkeypatch, capsys, name: str) -> None:
-    monkeypatch.setattr(files, "_told", set())
+    monkeypatch.setattr(errors, "_told", set())
     write(
         tmp_path,
         f"bolt/train/{name}/rgb/0.png",
@@ -128,7 +129,7 @@ NORMAL = tuple(f"{i:03}" for i in range(60))
 
 def test_a_fifth_of_the_good_images_tests(tmp_path: Path, monkeypatch, capsys) -> None:
     """Images that come later do not change what tests."""
-    monkeypatch.setattr(files, "_told", set())
+    monkeypatch.setattr(errors, "_told", set())
     write(tmp_path, *(f"bolt/normal/{name}.png" for name in NORMAL[:40]))
     assert len(Folder(tmp_path).ids("bolt", "train")) == 40
     write(tmp_path, "bolt/abnormal/7.png", "bolt/mask/7.png")
@@ -204,17 +205,19 @@ def test_clutter_is_skipped_everywhere(tmp_path: Path) -> None:
         (folder / "__MACOSX").mkdir()
         shutil.copy(tmp_path / "bolt/train/good/000.png", folder / "__MACOSX/000.png")
     assert contents(tmp_path) == expected
-    names = {image.name for image in photographs(tmp_path, False, None, None, None)}
+    names = {image.name for image in photographs(tmp_path, False, None, DepthFormat(), None)}
     assert names == {"bolt/train/good/000", "bolt/test/good/000", "bolt/test/scratch/000"}
 
 
 def test_masks_and_depth_beside_photographs_are_not_predicted(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(files, "_told", set())
+    monkeypatch.setattr(errors, "_told", set())
     write(tmp_path, "a.png", "a_mask.png", "b_mask.jpg", "x/rgb/c.png", "x/mask/c.png", "x/depth/c.png", "x/GT/d/c.png")
-    names = {image.name for image in photographs(tmp_path, False, None, None, None)}
+    names = {image.name for image in photographs(tmp_path, False, None, DepthFormat(), None)}
     assert names == {"a", "b_mask", "x/rgb/c"}
     assert sentences.MASKS_NOT_PREDICTED in capsys.readouterr().err
-    assert [image.name for image in photographs(tmp_path / "a_mask.png", False, None, None, None)] == ["a_mask"]
+    assert [image.name for image in photographs(tmp_path / "a_mask.png", False, None, DepthFormat(), None)] == [
+        "a_mask"
+    ]
 
 
 REFUSED = {
