@@ -360,6 +360,7 @@ def test_bad_input(root: Path, refused, spoil, path: str, damage, expected: str)
 
 def test_a_root_without_objects(tmp_path: Path) -> None:
     (tmp_path / "dataset.yaml").write_text("unit: mm")
+    (tmp_path / "split_csv").mkdir()  # which is no object
     with pytest.raises(UserError, match=sentences.ROOT_WITHOUT_OBJECTS):
         Folder(tmp_path)
     with pytest.raises(UserError, match=re.escape(sentences.ROOT_NOT_A_FOLDER.format(tmp_path / "nowhere"))):
