@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
 def _define(values: flags.FlagValues) -> None:
     cli.define_trained(values)
     for name, help_ in {
-        "input": "Image (PNG, JPEG, TIFF, BMP) or folder of images; of a model of depth alone, depth without --depth.",
+        "input": "Image (PNG, JPEG, TIFF, BMP, WebP) or folder of images; depth, of a model of depth alone.",
         "depth": "Depth of the image (16-bit PNG, TIFF, NPY, PLY, PCD), or folder of depth files named like images.",
         "output": "Folder of the results, new or empty.",
         "object": "Object that all images show. Default: recognised in each image.",
@@ -62,11 +62,11 @@ def _predict(values: flags.FlagValues) -> str:
         depth = Path(values.depth) if values.depth else None
         camera = unlabelled.parse_camera(values.camera) if values.camera else None
         needs_depth = "depth" in detector.processing.modalities
-        format_ = detector.depth_format
+        format_, bits = detector.depth_format, detector.processing.bits
         if values.depth_unit is not None:
             format_ = replace(format_, unit=values.depth_unit)
         if depth or "rgb" in detector.processing.modalities:
-            images = list(unlabelled.photographs(Path(values.input), needs_depth, depth, format_, camera))
+            images = list(unlabelled.photographs(Path(values.input), needs_depth, depth, format_, camera, bits))
         else:
             images = list(unlabelled.depth_files(Path(values.input), format_, camera, detector.default_camera))
     else:

@@ -42,6 +42,7 @@ from tests.fuzz.datasets import (
     layout,
     mvtec3d,
     store,
+    visa,
     write,
 )
 from tests.models import pth
@@ -242,6 +243,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "eyecandies": eyecandies,
     "mvtec3d": mvtec3d,
     "folder": folder,
+    "visa": visa,
     "height_maps": height_maps,
     "aligned": aligned,
     "layout": layout,

@@ -20,7 +20,7 @@ from PIL import TiffImagePlugin
 from iumad_jax.data.depth import project
 from iumad_jax.data.formats.clouds import read_pcd, read_ply
 from iumad_jax.data.formats.files import read_error
-from iumad_jax.data.formats.images import check_size, read_image
+from iumad_jax.data.formats.images import check_size, read_image, upright
 from iumad_jax.data.sample import Camera, DepthFormat
 from iumad_jax.errors import UserError, tell_once
 
@@ -33,6 +33,7 @@ _MAX_NEGATIVE = 0.05  # a larger share of negative depths does not mean missing 
 _SATURATED = {"999", "9999", "99999", "999999", "1023", "2047", "4095", "8191", "16383", "32767", "65534", "65535"}
 _ROUNDS, _MAX_POINTS = 4, 20_000  # for the robust fit of the camera
 logging.getLogger("tifffile").disabled = True  # damaged files raise a UserError instead of its log lines
+_ORIENTATION_TAG = 0x0112
 _TIFF_PLAIN, _TIFF_DEFLATE, _TIFF_PILLOW = (1,), (8, 32946), (5, 32773)  # compression codes; the last LZW, PackBits
 _FLOATING_POINT, _PILLOW_MODES = 3, ("I;16", "I;16B", "I", "F")  # predictor, modes of a single exact channel
 _PGM = re.compile(rb"P5(?:\s+#[^\n]*\n|\s)+(\d+)(?:\s+#[^\n]*\n|\s)+(\d+)(?:\s+#[^\n]*\n|\s)+(\d+)\s")
@@ -277,7 +278,7 @@ def _read_tiff(file: Path) -> np.ndarray:
             raise UserError(f"{file} is compressed by {name}; save it without compression.")
         if page.compression in _TIFF_DEFLATE:
             _check_inflated(file, page)
-        return page.asarray()
+        return upright(page.asarray(), page.tags.valueof(_ORIENTATION_TAG, default=1))
 
 
 def _read_pgm(file: Path) -> np.ndarray:
