@@ -61,9 +61,8 @@ def with_new(
             f" images of a new object to {changed.dataset.root}, or name their folder with --config.dataset.root."
         )
     for step in steps[finished:]:
-        if set(step.learned) & set(selected) and step.changes != changes:
-            keys = " ".join(f"--config.{key}={value}" for key, value in step.changes.items()) or "without changed keys"
-            raise UserError(f"the run has begun to learn {', '.join(step.learned)} {keys}; finish it so first.")
+        if set(step.learned) & set(selected):
+            _check_same(step, changes)
     return plan.with_objects(steps, [name for name in selected if name not in steps[-1].seen], changes)
 
 
@@ -92,7 +91,7 @@ def with_further(
         UserError: If a key cannot be changed, an object is not learned or is retired, or there are no new images.
     """
     dataset = _checked(config, changes)
-    if _is_planned(steps[finished:], act, names):
+    if _is_planned(steps[finished:], act, names, changes):
         return steps
     objects, available = in_use(steps, names), readers.available(dataset)
     images: dict[str, dict[str, dict[str, str]]] = {name: {} for name in objects}
@@ -124,9 +123,21 @@ def _new_images(workdir: Path, steps: Sequence[Step], act: Act, reader: Reader, 
     return {split: new[split]} if new[split] else {}
 
 
-def _is_planned(steps: Sequence[Step], act: Act, names: str) -> bool:
-    """Return whether one of the steps does something to the named objects."""
-    return any(step.act == act and (names == "all" or set(step.objects) == set(_split(names))) for step in steps)
+def _is_planned(steps: Sequence[Step], act: Act, names: str, changes: Mapping[str, Any]) -> bool:
+    """Return whether one of the steps does something to the named objects; raise UserError if it has other changes."""
+    planned = [
+        step for step in steps if step.act == act and (names == "all" or set(step.objects) == set(_split(names)))
+    ]
+    for step in planned:
+        _check_same(step, changes)
+    return bool(planned)
+
+
+def _check_same(step: Step, changes: Mapping[str, Any]) -> None:
+    """Raise UserError unless a step that has begun has the changes with which it is continued."""
+    if step.changes != changes:
+        keys = " ".join(f"--config.{key}={value}" for key, value in step.changes.items()) or "without changed keys"
+        raise UserError(f"the run has begun to {step.act} {', '.join(step.objects)} {keys}; finish it so first.")
 
 
 def _split(names: str) -> tuple[str, ...]:
@@ -139,7 +150,7 @@ def with_retired(steps: tuple[Step, ...], finished: int, names: str) -> tuple[St
     Raises:
         UserError: If an object is not learned or is retired already, or if none would remain.
     """
-    if _is_planned(steps[finished:], "retire", names):
+    if _is_planned(steps[finished:], "retire", names, {}):
         return steps
     objects = in_use(steps, names)
     if set(objects) == set(in_use(steps, "all")):
