@@ -8,6 +8,7 @@
 """
 
 import hashlib
+import io
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,11 +26,10 @@ from iumad_jax.data.readers.folder import SETTINGS
 from iumad_jax.data.sample import Camera
 from iumad_jax.errors import UserError
 from iumad_jax.inference.detector import Detector
-from iumad_jax.runtime.storage import write_error
+from iumad_jax.runtime.storage import make_folder, write_whole
 
 Photographs = UInt8[np.ndarray, "h w 3"] | UInt8[np.ndarray, "n h w 3"] | Sequence[UInt8[np.ndarray, "h w 3"]]
 Depths = Float[np.ndarray, "h w"] | Float[np.ndarray, "n h w"] | Sequence[Float[np.ndarray, "h w"]]
-_Images = list[tuple[np.ndarray, np.ndarray | None]]  # RGB and depth of each image
 
 
 def check_name(name: str) -> None:
@@ -58,30 +58,22 @@ def write(
     Raises:
         UserError: If an image cannot be used, or the dataset cannot be written.
     """
-    images, settings = list(_checked(detector, rgb, depth, camera)), b""
-    if images[0][1] is not None:
-        camera = camera or detector.default_camera(images[0][0].shape[1])
-        images = [(photograph, _stored(metres, camera)) for photograph, metres in images if metres is not None]
-        settings = yaml.safe_dump(_settings(detector, camera), sort_keys=False).encode()
-    root = workdir.absolute() / "images" / _digest(name, images, settings)
+    images = list(_checked(detector, rgb, depth, camera))
+    files = dict(_files(detector, name, images, camera))
+    digest = hashlib.sha256(b"".join(hashlib.sha256(path.encode() + data).digest() for path, data in files.items()))
+    root = workdir.absolute() / "images" / digest.hexdigest()[:12]
+    unfinished = root.with_name(f"{root.name}.unfinished")
     if root.exists():
         return root
-    unfinished = root.with_name(f"{root.name}.unfinished")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
-        good = unfinished / name / "train" / "good"
-        for kind in ("rgb", "depth") if settings else ("rgb",):
-            (good / kind).mkdir(parents=True)
-        for number, (photograph, metres) in enumerate(images):
-            Image.fromarray(photograph).save(good / "rgb" / f"{number:05}.png")
-            if metres is not None:
-                np.save(good / "depth" / f"{number:05}.npy", metres)
-        if settings:
-            (unfinished / SETTINGS).write_bytes(settings)
+        for path, content in files.items():
+            make_folder((unfinished / path).parent)
+            write_whole(unfinished / path, content)
         unfinished.rename(root)
-    except OSError as error:
+    except UserError:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise write_error(root, error) from error
+        raise
     return root
 
 
@@ -120,27 +112,30 @@ def _listed(argument: str, images: Any, axes: int) -> list[Any]:
     return list(images)
 
 
-def _stored(depth: Float[np.ndarray, "h w"], camera: Camera) -> np.ndarray:
-    """Return depth as it is stored; settings of a dataset cannot describe an orthographic camera, but clouds can."""
-    metres = depth.astype(np.float32)
-    return backproject(metres, camera) if camera.orthographic else metres
+def _files(
+    detector: Detector, name: str, images: Sequence[tuple[Any, Any]], camera: Camera | None
+) -> Iterator[tuple[str, bytes]]:
+    """Yield path and content of every file of the dataset."""
+    good = f"{name}/train/good"
+    for number, (photograph, depth) in enumerate(images):
+        png, npy = io.BytesIO(), io.BytesIO()
+        Image.fromarray(photograph).save(png, "PNG")
+        yield f"{good}/rgb/{number:05}.png", png.getvalue()
+        if depth is not None:
+            camera, metres = camera or detector.default_camera(depth.shape[1]), depth.astype(np.float32)
+            np.save(npy, backproject(metres, camera) if camera.orthographic else metres)
+            yield f"{good}/depth/{number:05}.npy", npy.getvalue()
+    if camera is not None and images[0][1] is not None:
+        yield SETTINGS, yaml.safe_dump(_settings(detector, camera), sort_keys=False).encode()
 
 
 def _settings(detector: Detector, camera: Camera) -> dict[str, Any]:
-    """Return the content of dataset.yaml: the camera, and the settings with which the run prepares depth."""
+    """Return the camera and the settings with which the run prepares depth; clouds tell an orthographic camera."""
+    processing = detector.processing
     camera_settings = {key: float(getattr(camera, key)) for key in ("fx", "fy", "cx", "cy")}
     return {
         **({} if camera.orthographic else {"camera": camera_settings}),
-        "object_height": detector.processing.object_height,
-        "height_range": detector.processing.height_range,
-        "normals_window": detector.processing.normals_window,
+        "object_height": processing.object_height,
+        "height_range": processing.height_range,
+        "normals_window": processing.normals_window,
     }
-
-
-def _digest(name: str, images: _Images, settings: bytes) -> str:
-    """Return a digest of all that the dataset holds."""
-    digest = hashlib.sha256(f"{name}\n".encode() + settings)
-    for photograph, metres in images:
-        for array in (photograph, metres) if metres is not None else (photograph,):
-            digest.update(f"{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:12]

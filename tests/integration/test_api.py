@@ -139,6 +139,14 @@ def test_written_images_are_prepared_as_a_detector_prepares_the_arrays():
             np.testing.assert_allclose(written[f"images_{modality}"], expected[0], atol=0.2)
 
 
+@pytest.mark.usefixtures("home")
+def test_a_full_disk_leaves_nothing_half_written(files_no_larger_than):
+    detector = Detector.load("run")
+    with files_no_larger_than(9000), pytest.raises(UserError, match="cannot write"):  # depth has 16 kB
+        arrays.write(Path("run"), detector, "washer", *washer(), None)
+    assert not list(Path("run/images").iterdir())
+
+
 def changed(array, at, value):
     copy = array.copy()
     copy[at] = value
