@@ -15,6 +15,7 @@ the exit code is then 2.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from absl import flags
@@ -31,7 +32,7 @@ def main(arguments: list[str]) -> int:
 def _define(values: flags.FlagValues) -> None:
     cli.define_trained(values)
     for name, help_ in {
-        "input": "Image (PNG, JPEG, TIFF, BMP) or folder of images.",
+        "input": "Image (PNG, JPEG, TIFF, BMP) or folder of images; of a model of depth alone, depth without --depth.",
         "depth": "Depth of the image (16-bit PNG, TIFF, NPY, PLY, PCD), or folder of depth files named like images.",
         "output": "Folder of the results, new or empty.",
         "object": "Object that all images show. Default: recognised in each image.",
@@ -41,7 +42,7 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_enum(
         "split", splits[0], splits, "Split of the dataset to predict without --input.", flag_values=values
     )
-    help_ = "Metres per unit of the depth files, such as 0.001; required for integer files."
+    help_ = "Metres per unit of the depth files, such as 0.001. Default: that of the training images."
     flags.DEFINE_float("depth_unit", None, help_, flag_values=values)
     help_ = "fx,fy,cx,cy of the depth images in pixels. Default: the camera of the training images."
     flags.DEFINE_list("camera", None, help_, flag_values=values)
@@ -61,7 +62,13 @@ def _predict(values: flags.FlagValues) -> str:
         depth = Path(values.depth) if values.depth else None
         camera = unlabelled.parse_camera(values.camera) if values.camera else None
         needs_depth = "depth" in detector.processing.modalities
-        images = list(unlabelled.photographs(Path(values.input), needs_depth, depth, values.depth_unit, camera))
+        format_ = detector.depth_format
+        if values.depth_unit is not None:
+            format_ = replace(format_, unit=values.depth_unit)
+        if depth or "rgb" in detector.processing.modalities:
+            images = list(unlabelled.photographs(Path(values.input), needs_depth, depth, format_, camera))
+        else:
+            images = list(unlabelled.depth_files(Path(values.input), format_, camera, detector.default_camera))
     else:
         images = list(
             unlabelled.split_images(

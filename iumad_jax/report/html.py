@@ -44,6 +44,9 @@ def write(workdir: Path, results: dict[str, Any]) -> None:
     steps = {name: _tested_steps(workdir, results, name, column) for _, name, column in columns}
     last = {name: samples.load(workdir, tested[-1], name) for name, tested in steps.items() if tested}
     as_learned = {name: samples.load(workdir, steps[name][0], name) for name in last}
+    for name in last:  # an object that was updated may have other test images since
+        if as_learned[name].ids != last[name].ids:
+            as_learned[name] = last[name]
     shown, left_out = _pictures(workdir, last, as_learned)
     matrix = [[row[column] for _, _, column in columns] for row in results["matrix"]["i_auroc"]]
     rows = history.rows_of_steps(workdir, matrix, results["acts"], results["decisions"]) if len(matrix) > 1 else []

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from iumad_jax.data.sample import Reader, Sample, Split
+from iumad_jax.data.sample import DepthFormat, Reader, Sample, Split
 from iumad_jax.errors import UserError
 from iumad_jax.protocol import Images
 
@@ -16,7 +16,7 @@ class Joined:
         self.objects = tuple(by_object)
         first, *_ = sorted(by_object.values(), key=lambda reader: isinstance(reader, Absent))
         self.object_height, self.height_range = first.object_height, first.height_range
-        self.normals_window = first.normals_window
+        self.normals_window, self.depth_format = first.normals_window, first.depth_format
 
     def ids(self, object: str, split: Split) -> tuple[str, ...]:
         """List the sample ids of one object and split."""
@@ -34,7 +34,7 @@ class Joined:
 class Absent:
     """Reader of an object without images."""
 
-    object_height, height_range, normals_window = 0.0, 0.0, 3
+    object_height, height_range, normals_window, depth_format = 0.0, 0.0, 3, DepthFormat()
 
     def __init__(self, object: str) -> None:
         self.objects = (object,)
@@ -59,7 +59,7 @@ class Selected:
         """Select images, the digests of which are listed by object, split and id; `objects` are all of the run."""
         self.reader, self.objects, self.images = reader, objects, images
         self.object_height, self.height_range = reader.object_height, reader.height_range
-        self.normals_window = reader.normals_window
+        self.normals_window, self.depth_format = reader.normals_window, reader.depth_format
 
     def ids(self, object: str, split: Split) -> tuple[str, ...]:
         """List the ids of the selected images of one object and split."""
