@@ -25,10 +25,11 @@ class Run:
     step that it finished: how well the step's objects are judged now, and what it did to the others.
 
     Images are good ones of one object: `rgb` is uint8 of shape (h, w, 3) for one image, (n, h, w, 3) for several, or a
-    sequence of images, which may differ in size where depth is not used. `depth` is in metres, with the same axes but
-    the last, 0 or not finite where missing; it is required unless the run learns from RGB alone. `camera` is that of
-    the depth, by default that of the run's training images, scaled to the width of these. Images are written into the
-    run's folder before anything is learned from them. After an interruption the same call goes on.
+    sequence of images, which may differ in size where depth is not used; None if the run learns from depth alone.
+    `depth` is in metres, with the same axes but the last, 0 or not finite where missing; a run that learns from RGB
+    alone does not use it. `camera` is that of the depth, by default that of the run's training images, scaled to the
+    width of these. Images are written into the run's folder before anything is learned from them. After an interruption
+    the same call goes on.
 
     All acts raise UserError, and leave the run as it was, if an argument cannot be used.
     """
@@ -51,7 +52,7 @@ class Run:
     def learn(
         self,
         name: str,
-        rgb: Photographs,
+        rgb: Photographs | None,
         depth: Depths | None = None,
         camera: Camera | None = None,
         update: bool = False,
@@ -59,7 +60,9 @@ class Run:
         """Learn a new object, or with `update` further images of a learned one."""
         return self._add("update" if update else "learn", name, rgb, depth, camera)
 
-    def calibrate(self, name: str, rgb: Photographs, depth: Depths | None = None, camera: Camera | None = None) -> str:
+    def calibrate(
+        self, name: str, rgb: Photographs | None, depth: Depths | None = None, camera: Camera | None = None
+    ) -> str:
         """Set the thresholds of a learned object anew: the images join those that the run keeps of it."""
         return self._add("calibrate", name, rgb, depth, camera)
 
@@ -76,7 +79,7 @@ class Run:
         self,
         act: Literal["learn", "update", "calibrate"],
         name: str,
-        rgb: Photographs,
+        rgb: Photographs | None,
         depth: Depths | None,
         camera: Camera | None,
     ) -> str:

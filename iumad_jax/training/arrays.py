@@ -4,7 +4,7 @@
 
     dataset.yaml                            camera and settings of depth
     <object>/train/good/rgb/00000.png
-    <object>/train/good/depth/00000.npy     metres; clouds of points if the camera is orthographic
+    <object>/train/good/depth/00000.npy     metres; clouds if the camera is orthographic and measures no heights
 """
 
 import hashlib
@@ -40,7 +40,7 @@ def check_name(name: str) -> None:
 
 
 def write(
-    workdir: Path, detector: Detector, name: str, rgb: Photographs, depth: Depths | None, camera: Camera | None
+    workdir: Path, detector: Detector, name: str, rgb: Photographs | None, depth: Depths | None, camera: Camera | None
 ) -> Path:
     """Check good images of an object and write them as a dataset, unless they were written before.
 
@@ -48,8 +48,8 @@ def write(
         workdir: Workdir of the run.
         detector: Detector of the run.
         name: Name of the object.
-        rgb: One or several images.
-        depth: Depth of each image in metres; unused if the run learns from RGB alone.
+        rgb: One or several images; None only if the run learns from depth alone.
+        depth: Depth (or height) of each image in metres; unused if the run learns from RGB alone.
         camera: Camera of the depth; by default that of the run's training images.
 
     Returns:
@@ -78,25 +78,28 @@ def write(
 
 
 def _checked(detector: Detector, rgb: Any, depth: Any, camera: Camera | None) -> Iterator[tuple[Any, Any]]:
-    """Yield RGB and depth of each image, depth being None where the detector does not use it."""
-    photographs = _listed("rgb", rgb, axes=3)
-    depths: list[Any] = [None] * len(photographs)
-    if "depth" in detector.processing.modalities and depth is not None:
-        depths = _listed("depth", depth, axes=2)
-        if len(depths) != len(photographs):
-            raise UserError(f"rgb holds {len(photographs)} images and depth {len(depths)}; pass one depth per image.")
-        if len({metres.shape for metres in depths}) > 1:
-            raise UserError("depth holds images of several sizes, but has one camera; pass images of one size.")
-    for number, (photograph, metres) in enumerate(zip(photographs, depths, strict=True)):
+    """Yield RGB and depth of each image, None where the detector does not use it."""
+    uses = detector.processing.modalities
+    photographs = None if rgb is None and "rgb" not in uses else _listed("rgb", rgb, axes=3)
+    depths = _listed("depth", depth, axes=2) if "depth" in uses else None
+    if photographs and depths and len(depths) != len(photographs):
+        raise UserError(f"rgb holds {len(photographs)} images and depth {len(depths)}; pass one depth per image.")
+    if depths and len({metres.shape for metres in depths}) > 1:
+        raise UserError("depth holds images of several sizes, but has one camera; pass images of one size.")
+    count = len(photographs or depths or ())
+    pairs = zip(photographs or [None] * count, depths or [None] * count, strict=True)
+    for number, (photograph, metres) in enumerate(pairs):
         try:
             detector.prepare(photograph, metres, camera)
-            check_size(Path("it"), photograph.shape[1], photograph.shape[0])
-            if metres is not None:
+            for image in (photograph, metres):
+                if image is not None:
+                    check_size(Path("it"), image.shape[1], image.shape[0])
+            if metres is not None and not detector.depth_format.heights:
                 measured = metres[np.isfinite(metres) & (metres != 0)]
                 check_distance(measured[None], Path("its depth"), "pass metres")
         except UserError as error:
             problem = str(error).removeprefix("image 0: ")
-            raise UserError(f"image {number} of {len(photographs)}: {problem}") from error
+            raise UserError(f"image {number} of {count}: {problem}") from error
         yield photograph, metres
 
 
@@ -119,11 +122,13 @@ def _files(
     good = f"{name}/train/good"
     for number, (photograph, depth) in enumerate(images):
         png, npy = io.BytesIO(), io.BytesIO()
-        Image.fromarray(photograph).save(png, "PNG")
-        yield f"{good}/rgb/{number:05}.png", png.getvalue()
+        if photograph is not None:
+            Image.fromarray(photograph).save(png, "PNG")
+            yield f"{good}/rgb/{number:05}.png", png.getvalue()
         if depth is not None:
             camera, metres = camera or detector.default_camera(depth.shape[1]), depth.astype(np.float32)
-            np.save(npy, backproject(metres, camera) if camera.orthographic else metres)
+            is_cloud = camera.orthographic and not camera.heights
+            np.save(npy, backproject(metres, camera) if is_cloud else metres)
             yield f"{good}/depth/{number:05}.npy", npy.getvalue()
     if camera is not None and images[0][1] is not None:
         yield SETTINGS, yaml.safe_dump(_settings(detector, camera), sort_keys=False).encode()
@@ -132,9 +137,14 @@ def _files(
 def _settings(detector: Detector, camera: Camera) -> dict[str, Any]:
     """Return the camera and the settings with which the run prepares depth; clouds tell an orthographic camera."""
     processing = detector.processing
-    camera_settings = {key: float(getattr(camera, key)) for key in ("fx", "fy", "cx", "cy")}
-    return {
-        **({} if camera.orthographic else {"camera": camera_settings}),
+    settings: dict[str, Any] = {"unit": "m", "missing": [], "kind": "depth"}
+    if camera.heights:
+        settings |= {"kind": "height", "pitch": [1000 / camera.fx, 1000 / camera.fy]}
+    elif not camera.orthographic:
+        settings["camera"] = {key: float(getattr(camera, key)) for key in ("fx", "fy", "cx", "cy")}
+    if detector.depth_format.align == "resize":
+        settings["align"] = "resize"
+    return settings | {
         "object_height": processing.object_height,
         "height_range": processing.height_range,
         "normals_window": processing.normals_window,

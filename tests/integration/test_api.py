@@ -1,6 +1,7 @@
 """A run opened in Python, which learns from arrays."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -127,7 +128,8 @@ def test_written_images_are_prepared_as_a_detector_prepares_the_arrays():
     depth[20:30, 20:30] = np.nan
     cropped = rgb[:32, :48], depth[:32, :48]
     orthographic = Camera(400, 400, 31.5, 31.5, orthographic=True)
-    for images, camera in (((rgb, depth), None), (cropped, None), ((rgb, depth), orthographic)):
+    heights = replace(orthographic, cx=0, cy=0, heights=True)
+    for images, camera in (((rgb, depth), None), (cropped, None), ((rgb, depth), orthographic), (cropped, heights)):
         root = arrays.write(Path("run"), detector, "washer", *images, camera)
         assert arrays.write(Path("run"), detector, "washer", *images, camera) == root
         reader = Folder(root, needs_depth=True)
@@ -168,7 +170,7 @@ REFUSED = {
     "None": (lambda run, rgb, _: run.learn("screw", None), "rgb holds no images"),
     "grey images": (lambda run, rgb, depth: run.learn("screw", rgb[..., 0], depth), "rgb[0] is not an array of 3 axes"),
     "floats": (lambda run, rgb, depth: run.learn("screw", rgb / 255, depth), "image 0 of 6: rgb is float64 of shape"),
-    "no depth": (lambda run, rgb, _: run.learn("screw", rgb), "depth is missing; pass it"),
+    "no depth": (lambda run, rgb, _: run.learn("screw", rgb), "depth holds no images"),
     "too little depth": (
         lambda run, rgb, depth: run.learn("screw", rgb, depth[1:]),
         "rgb holds 6 images and depth 5; pass one depth per image.",
