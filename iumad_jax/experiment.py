@@ -80,9 +80,7 @@ def go_on(config: ConfigDict, workdir: Path, steps: tuple[Step, ...], finished: 
     """
 
     def describe(results: dict[str, Any]) -> str:
-        matrix, acts, limits = results["matrix"]["i_auroc"], results["acts"], results["decisions"]
-        effects = [tables.effect_line(matrix, acts, limits, step) for step in range(finished, len(acts))]
-        return "\n".join([*effects, "", tables.console(results, workdir)]).lstrip("\n")
+        return f"{effects(results, finished)}\n\n{tables.console(results, workdir)}".lstrip("\n")
 
     try:
         results = run(config, workdir, steps)
@@ -91,6 +89,12 @@ def go_on(config: ConfigDict, workdir: Path, steps: tuple[Step, ...], finished: 
         raise
     assert results is not None  # one process
     return describe(results)
+
+
+def effects(results: dict[str, Any], finished: int) -> str:
+    """Describe in one line each what the steps after the finished ones did."""
+    matrix, acts, limits = results["matrix"]["i_auroc"], results["acts"], results["decisions"]
+    return "\n".join(tables.effect_line(matrix, acts, limits, step) for step in range(finished, len(acts)))
 
 
 def finished_seconds(workdir: Path, steps: tuple[Step, ...]) -> float | None:

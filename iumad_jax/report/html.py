@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 from tqdm import tqdm
 
-from iumad_jax.report import samples, tables
+from iumad_jax.report import history, samples, tables
 from iumad_jax.report.samples import Samples
 from iumad_jax.runtime import ledger, storage
 
@@ -48,9 +48,13 @@ def write(workdir: Path, results: dict[str, Any]) -> None:
         if as_learned[name].ids != last[name].ids:
             as_learned[name] = last[name]
     shown, left_out = _pictures(workdir, last, as_learned)
+    matrix = [[row[column] for _, _, column in columns] for row in results["matrix"]["i_auroc"]]
+    rows = history.rows_of_steps(workdir, matrix, results["acts"], results["decisions"]) if len(matrix) > 1 else []
     page = {
         "results": results,
         "columns": columns,
+        "learned": {name: tables.step_with_remarks(results, step, name) for step, name, _ in columns},
+        "history": [history.HEADERS, *rows],
         "metrics": {metric: tables.METRICS[metric] for metric in tables.measured(results)},
         "figures": tables.FIGURES,
         "methods": {
