@@ -158,9 +158,9 @@ def _measured(levels: np.ndarray, file: Path, format_: DepthFormat) -> Bool[np.n
 def _constants_apart(levels: Float64[np.ndarray, " n"], heights: bool) -> Iterator[float]:
     """Find repeated values, at most three at either end, that are too far from all other levels to be measured.
 
-    Depths are more than 10 times their neighbour; or twice, if they also differ from it by ten times the range of the
-    others, or are known as the largest number of some sensor, in any decimal unit. Heights have no scale but their
-    range: theirs differ by ten times it, or twice if known, at the lower end, too.
+    Such depths are more than twice their neighbour, and differ from it by ten times the range of the others, or are
+    known as the largest number of some sensor, in any decimal unit. Heights have no scale but their range: theirs
+    differ by ten times it, or twice if known, at the lower end, too.
     """
     for end in (np.max, np.min) if heights else (np.max,):
         for _ in range(3):
@@ -175,8 +175,7 @@ def _constants_apart(levels: Float64[np.ndarray, " n"], heights: bool) -> Iterat
             if heights:
                 apart = span > 0 and gap > (2 if known else 10) * span
             else:
-                ratio = value / neighbour
-                apart = ratio > 10 or (ratio > 2 and (known or gap > 10 * span))
+                apart = value > 2 * neighbour and (known or gap > 10 * span)
             if not apart:
                 break
             yield value
