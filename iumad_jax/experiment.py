@@ -13,7 +13,7 @@ from iumad_jax import config as configs
 from iumad_jax.data import plan, readers
 from iumad_jax.data.batches import training_input
 from iumad_jax.data.prepared import copies, inventory
-from iumad_jax.data.prepared.good_images import good_images, odd_images, quality_shifts
+from iumad_jax.data.prepared.good_images import good_images, odd_images, quality_shifts, several_kinds
 from iumad_jax.data.sample import Split
 from iumad_jax.errors import UserError
 from iumad_jax.inference import decisions, recognition
@@ -133,6 +133,9 @@ def prepare(run: Run, step: Step, progress: Progress) -> None:
         if run.images.reader.ids(name, split):
             for message in odd_images(run.images.get(name, split), name, inventory.SPLIT_NAMES[split]):
                 live.log(message)
+    for name in step.learned:
+        if warning := several_kinds(run.images.get(name, "train"), name):
+            live.log(warning)
     if progress.calibration and progress.position.step < step.index:
         report_resemblance(run, step, progress)
     inventory.record_images(run.workdir, run.store, step.learned, splits)

@@ -190,10 +190,11 @@ CHANGED_WITHIN_STEP = (
     "{changed} in the middle of step {step}, which trains on them; undo the change, or remove {folder} to restart the"
     " step."
 )
-THRESHOLDS_DEPEND_ON_IMAGES = (
-    "{} since the run learned this object, and its thresholds depend on these images; undo the change, or choose"
-    " another --workdir."
+LATER_STEPS_NEED_IMAGES = (
+    "{} since the run learned this object, and later steps train on these images; undo the change, or choose another"
+    " --workdir."
 )
+LEARN_ADDED_IMAGES = "Learn the added images with python -m iumad_jax.learn --update --workdir=run --objects={}."
 DATASET_MISSING = "{} no longer exists, so its changes cannot be detected."
 DATASET_MISSING_PART = "{} no longer exists"
 PLAN_DIFFERS = "this run has learned {learned}, but its plan.json begins with {planned}"

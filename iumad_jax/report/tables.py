@@ -99,7 +99,7 @@ def effect(matrix: Any, acts: Sequence[dict[str, Any]], decisions: Sequence[dict
     )
     others = [column for column, name in enumerate(learned) if name not in act["objects"]]
     changes, change = values[step, others] - values[step - 1, others], ""
-    if np.any(changes) and np.isfinite(changes).any():
+    if act["act"] in ("learn", "update") and np.isfinite(changes).any():
         largest = int(np.nanargmax(np.abs(changes)))
         change = f"{learned[others[largest]]} {changes[largest]:+.3f}"
     return Effect(f"{_DONE[act['act']]} {outcome}", change, _cell(final(values)))

@@ -17,6 +17,7 @@ from PIL import Image
 from iumad_jax.errors import UserError
 from iumad_jax.runtime.ledger import Ledger
 
+_DOING = {"learn": "learning", "update": "updating", "calibrate": "calibrating", "retire": "retiring"}
 _LOG_INTERVAL = 30.0  # minimum seconds between two log lines within a step
 
 
@@ -49,7 +50,7 @@ class Live:
         """Record that a step begins to learn, update, calibrate or retire objects, with changed config keys."""
         self.log_event("step", step=step, act=act, objects=names, images=images, changes=changes)
         self._logged_at = time.monotonic()
-        log(f"step {step}: {act} {', '.join(names)}" + (f" from {images} images" if images else ""))
+        log(f"step {step}: {_DOING[act]} {', '.join(names)}" + (f" from {images} images" if images else ""))
 
     def log_epoch(
         self,

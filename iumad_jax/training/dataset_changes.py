@@ -92,13 +92,13 @@ def check_images(
         change = inventory.changed_images(noted, store, name, split)
         if change is None:
             continue
-        learned = split == "train" and name in progress.calibration
+        learned = split != "test" and name in progress.calibration
         if split == "train" and name in in_training:
             raise UserError(
                 f"{change} in the middle of step {position.step}, which trains on them; undo the change, or remove"
                 f" {workdir / 'snapshots_within_step'} to restart the step."
             )
-        if learned and not strategy.incremental:
+        if learned and split == "train" and not strategy.incremental:
             raise UserError(
                 f"{change} since the run learned this object, and later steps train on these images; undo the change,"
                 " or choose another --workdir."

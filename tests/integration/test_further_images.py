@@ -103,7 +103,7 @@ def test_an_interrupted_update_resumes_to_the_same_result(tmp_path, monkeypatch,
     shutil.rmtree("run/snapshots/2")
     Path("run/results.json").unlink()
     code, _, err = command(learn, "--update")
-    assert (code, "update bolt from 4 images" in err) == (0, True)
+    assert (code, "updating bolt from 4 images" in err) == (0, True)
     assert Path("run/ledger.jsonl").read_bytes() == Path("whole/ledger.jsonl").read_bytes()
     same_snapshots("run", "whole", 2)
 

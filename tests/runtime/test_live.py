@@ -98,7 +98,7 @@ def test_a_missing_tensorboard_writer_is_reported(monkeypatch):
 
 def test_epochs_are_logged_at_intervals_without_a_terminal(tmp_path, capsys, clock):
     view = Live(tmp_path, tensorboard=False)
-    view.log_step(0, ("ant",), 24, {})
+    view.log_step(0, "learn", ("ant",), 24, {})
     for epoch in range(6):
         clock[0] += 11
         view.log_epoch(0, epoch, 60, LOSSES, 1e-3, images=24, seconds=11.0)

@@ -7,11 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jaxtyping import Bool
+from sklearn.cluster import KMeans
+from sklearn.metrics import silhouette_score
 
 from iumad_jax.data.prepared import copies
 from iumad_jax.data.prepared.store import PreparedSet, Store, mean_tokens
 from iumad_jax.shapes import Batch, Modality
 
+_SILHOUETTE, _SMALLEST_KIND = 0.35, 4  # of two kinds of images, and the number of images of the smaller one
 _GREY_LEVELS = 3  # an image with at most this range is constant
 
 
@@ -95,3 +98,24 @@ def odd_images(images: PreparedSet, name: str, kind: str) -> Iterator[str]:
         if ids:
             shown = ", ".join(ids[:5]) + (" and others" if len(ids) > 5 else "")
             yield f"{len(ids)} of {name}'s {len(images.ids)} {kind} images are {oddity} ({shown}); check them."
+
+
+def several_kinds(images: PreparedSet, name: str) -> str | None:
+    """Return a warning if the images of an object are of two kinds; None if they are not.
+
+    They are if two clusters of their mean tokens are far apart by their mean silhouette (Rousseeuw, 1987), which is 0.2
+    to 0.3 for images of one of the rendered candies, and 0.4 to 0.5 for images of two.
+    """
+    tokens = np.concatenate([mean_tokens(array) for _, array in sorted(images.batch.features.items())], axis=-1)
+    if len(tokens) < 2 * _SMALLEST_KIND or not np.ptp(tokens, axis=0).any():
+        return None
+    standardised = (tokens - tokens.mean(0)) / np.maximum(tokens.std(0), 1e-6)
+    kinds = KMeans(2, n_init=3, random_state=0).fit_predict(standardised)
+    counts = np.bincount(kinds, minlength=2)
+    if counts.min() < _SMALLEST_KIND or silhouette_score(standardised, kinds) < _SILHOUETTE:
+        return None
+    described = (f"{count} like {images.ids[int(np.argmax(kinds == kind))]}" for kind, count in enumerate(counts))
+    return (
+        f"{name}'s training images are of two kinds ({', '.join(described)}); if they show two objects, put them into"
+        " two folders."
+    )
