@@ -117,6 +117,14 @@ def define_trained(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("step", None, help_, flag_values=values)
 
 
+def define_thresholds(values: flags.FlagValues) -> None:
+    """Define --quantile and --threshold, which replace the thresholds of the run."""
+    help_ = "Share of good images below the thresholds. Default: config.decisions.quantile of the run."
+    flags.DEFINE_float("quantile", None, help_, 0.5, 1, flag_values=values)
+    help_ = "Threshold of the scores of all objects, or OBJECT=NUMBER,...; pixels' change by the same factor."
+    flags.DEFINE_list("threshold", None, help_, flag_values=values)
+
+
 def path(values: flags.FlagValues, name: str) -> Path:
     """Return the path given by a flag.
 
@@ -143,6 +151,8 @@ def _define_changes(values: flags.FlagValues, arguments: list[str], changeable: 
     _parse(only_workdir, arguments, known_only=True)
     for argument in arguments:
         key = argument.lstrip("-").partition("=")[0]
+        if key == "config.decisions.quantile" and "quantile" in values:
+            raise UserError("--config.decisions.quantile is fixed by training; use --quantile to decide anew.")
         if key.startswith("config.") and key.split(".")[1] not in changeable:
             allowed = " and ".join(f"--config.{group}.KEY" for group in changeable)
             raise UserError(f"--{key} is fixed by training; only {allowed} can be changed here.")

@@ -8,7 +8,8 @@ run's dataset are predicted, or of the dataset that --config.dataset.KEY=VALUE n
 The decision is good, anomalous or unknown. Unknown means that the image is farther from its object than the threshold,
 so it probably shows an object that was never learned. The probability of the object assumes a learned one. Unknown
 images are grouped by likeness. Every group becomes a picture and a folder of copies of its images, which the printed
-command learns as a new object, once a person has looked at them and removed those with defects.
+command learns as a new object, once a person has looked at them and removed those with defects. --quantile and
+--threshold replace the thresholds of the run.
 
 Results are predictions.csv, predictions.json, masks and heatmaps. Images that cannot be read are reported and skipped;
 the exit code is then 2.
@@ -30,6 +31,7 @@ def main(arguments: list[str]) -> int:
 
 def _define(values: flags.FlagValues) -> None:
     cli.define_trained(values)
+    cli.define_thresholds(values)
     for name, help_ in {
         "input": "Image (PNG, JPEG, TIFF, BMP) or folder of images.",
         "depth": "Depth of the image (16-bit PNG, TIFF, NPY, PLY, PCD), or folder of depth files named like images.",
@@ -51,11 +53,12 @@ def _predict(values: flags.FlagValues) -> str:
     output = cli.path(values, "output")
     from iumad_jax.data import plan  # loads JAX, so wrong flags are reported first
     from iumad_jax.data.readers import unlabelled
-    from iumad_jax.inference import predictions, unknown_images
+    from iumad_jax.inference import predictions, thresholds, unknown_images
     from iumad_jax.inference.detector import Detector
 
     predictions.check_output(output, values.input)
-    detector = Detector.load(cli.path(values, "workdir"), values.step)
+    threshold = thresholds.parse(values.threshold)
+    detector = Detector.load(cli.path(values, "workdir"), values.step, quantile=values.quantile, threshold=threshold)
     detector.object_number(values.object)
     if values.input:
         depth = Path(values.depth) if values.depth else None

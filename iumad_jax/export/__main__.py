@@ -24,6 +24,7 @@ def main(arguments: list[str]) -> int:
 
 def _define(values: flags.FlagValues) -> None:
     cli.define_trained(values)
+    cli.define_thresholds(values)
     names = ["stablehlo", "onnx"]
     flags.DEFINE_enum("format", names[0], names, "Format of the file.", flag_values=values)
     flags.DEFINE_string("output", None, "File to write. Default: WORKDIR/detector.FORMAT.", flag_values=values)
@@ -37,10 +38,12 @@ def _export(values: flags.FlagValues) -> str:
     if output.suffix != f".{format_}" or not output.parent.is_dir():
         raise UserError(f"--output={output}: choose a file ending in .{format_} in an existing folder.")
     from iumad_jax.export import formats  # loads JAX, so wrong flags are reported first
+    from iumad_jax.inference import thresholds
     from iumad_jax.inference.detector import Detector
 
     changes = {"model.scan": formats.SCANS[format_], "model.dtype": "float32"}  # ONNX runtimes lack bfloat16
-    detector = Detector.load(workdir, values.step, **changes)
+    threshold = thresholds.parse(values.threshold)
+    detector = Detector.load(workdir, values.step, quantile=values.quantile, threshold=threshold, **changes)
     content = formats.export(detector, format_, values.batch)
     difference = formats.check(detector, content, format_, values.batch)
     write_whole(output, content)

@@ -42,7 +42,8 @@ def measure(config: ConfigDict, workdir: Path, step: int | None, repetitions: in
     image_id = reader.ids(object_name, "test")[0]
     sample = reader.read(object_name, "test", image_id)
     depth = None if sample.depth is None else sample.depth[None]
-    detector = Detector.load(workdir, step, **{"model.dtype": "float32"})  # as exported detectors compute
+    as_exported: dict[str, Any] = {"model.dtype": "float32"}
+    detector = Detector.load(workdir, step, **as_exported)
     prepared = detector.prepare(sample.rgb[None], depth, sample.camera)
 
     def milliseconds(function: Callable[[], Any]) -> float:
@@ -93,7 +94,8 @@ def _engines(
 
     def load_call(batch: int, format_: str) -> Callable[[], Any]:
         images = [np.repeat(array, batch, axis=0) for array in prepared.values()]
-        detector = Detector.load(workdir, step, **{"model.scan": formats.SCANS[format_]})
+        scan: dict[str, Any] = {"model.scan": formats.SCANS[format_]}
+        detector = Detector.load(workdir, step, **scan)
         run: Callable[..., Any]
         if format_ == "stablehlo":
             run = jax.jit(formats.positional_function(detector, batch))

@@ -101,6 +101,7 @@ def _row(name: str, detection: Detection) -> dict[str, Any]:
         "object": str(detection.object),
         "probability": float(detection.probability),
         "score": float(detection.score),
+        "relative_score": float(detection.relative_score),
         "threshold": float(detection.image_threshold),
         "distance": float(detection.distance),
         "unknown_threshold": float(detection.unknown_threshold),
