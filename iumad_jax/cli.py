@@ -28,7 +28,8 @@ def execute(
         doc: Docstring of the command: a summary, an example and a description, separated by empty lines.
         arguments: Arguments of the process, beginning with its name.
         define: Defines the command's flags.
-        act: Runs the command and returns its output. Only this imports JAX, so that wrong flags are reported at once.
+        act: Runs the command and returns its output, "" for none. Only this imports JAX, so that wrong flags are
+            reported at once.
         changeable: Groups of keys, such as dataset, of which --config.GROUP.KEY=VALUE changes the config of the run in
             --workdir.
         resumable: Whether SIGTERM and SIGINT may interrupt the command, which then resumes when started again.
@@ -46,13 +47,20 @@ def execute(
         memory.keep_buffers()
         compilation_cache.enable(values.compilation_cache)
         with preemption.handle_signals() if resumable else nullcontext():
-            print(act(values))
+            if text := act(values):
+                print(text)
     except UserError as error:
         print(f"iumad_jax: {error}", file=sys.stderr)
         return USER_ERROR
     except preemption.Interrupted:  # reported when the signal arrived
         return INTERRUPTED
     return 0
+
+
+def tell_slow(what: str) -> None:
+    """Tell a person at a terminal what a slow step does."""
+    if sys.stderr.isatty():
+        print(f"iumad_jax: {what}", file=sys.stderr)
 
 
 def summary_and_example(doc: str) -> tuple[str, str]:

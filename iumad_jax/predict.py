@@ -11,11 +11,16 @@ images are grouped by likeness. Every group becomes a picture and a folder of co
 command learns as a new object, once a person has looked at them and removed those with defects. --quantile and
 --threshold replace the thresholds of the run.
 
-Results are predictions.csv, predictions.json, masks and heatmaps. Images that cannot be read are reported and skipped;
-the exit code is then 2.
+Results are predictions.csv, predictions.json, masks, heatmaps and predictions.html, which shows the images by score.
+Images that cannot be read are reported and skipped; the exit code is then 2.
+
+--watch judges the images in the folder --input and then each new one once it is complete, until Ctrl-C or SIGTERM. Each
+becomes one line of JSON on standard output: its row of predictions.json, or the reason why it cannot be used. Images
+that change are judged again. Unknown images are not grouped.
 """
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from absl import flags
@@ -45,6 +50,10 @@ def _define(values: flags.FlagValues) -> None:
     )
     help_ = "Metres per unit of the depth files, such as 0.001; required for integer files."
     flags.DEFINE_float("depth_unit", None, help_, flag_values=values)
+    sizes = ["none", "small", "full"]
+    help_ = "Size of the heatmaps: at most 640 pixels per side, or that of the photographs."
+    flags.DEFINE_enum("heatmaps", sizes[1], sizes, help_, flag_values=values)
+    flags.DEFINE_bool("watch", False, "Judges each new image of the folder --input until stopped.", flag_values=values)
     help_ = "fx,fy,cx,cy of the depth images in pixels. Default: the camera of the training images."
     flags.DEFINE_list("camera", None, help_, flag_values=values)
 
@@ -57,29 +66,38 @@ def _predict(values: flags.FlagValues) -> str:
     from iumad_jax.inference.detector import Detector
 
     predictions.check_output(output, values.input)
+    if values.watch and not (values.input and Path(values.input).is_dir()):
+        raise UserError(f"--watch needs a folder, but --input is {values.input}; name the folder that receives images.")
     threshold = thresholds.parse(values.threshold)
     detector = Detector.load(cli.path(values, "workdir"), values.step, quantile=values.quantile, threshold=threshold)
     detector.object_number(values.object)
-    if values.input:
+
+    def photographs() -> Iterator[unlabelled.InputImage]:
         depth = Path(values.depth) if values.depth else None
         camera = unlabelled.parse_camera(values.camera) if values.camera else None
         needs_depth = "depth" in detector.processing.modalities
-        images = list(unlabelled.photographs(Path(values.input), needs_depth, depth, values.depth_unit, camera))
-    else:
-        images = list(
-            unlabelled.split_images(
-                plan.open_for_use(values.config, Path(values.workdir), detector.objects), values.split
-            )
+        return unlabelled.photographs(
+            Path(values.input), needs_depth, depth, values.depth_unit, camera, may_be_empty=values.watch
         )
-    rows, damaged, groups = predictions.predict(detector, str(values.workdir), images, values.object, output)
+
+    settings = str(values.workdir), values.object, output, values.heatmaps
+    cli.tell_slow("compiling the model, about 20 s the first time.")
+    if values.watch:
+        rows = predictions.watch(detector, photographs, *settings)
+        print(f"iumad_jax: {predictions.summary(rows)}. The results are in {output}.", file=sys.stderr)
+        return ""
+    if values.input:
+        images = list(photographs())
+    else:
+        dataset = plan.open_for_use(values.config, Path(values.workdir), detector.objects)
+        images = list(unlabelled.split_images(dataset, values.split))
+    rows, damaged, groups = predictions.predict(detector, images, *settings)
     if groups:
         print(unknown_images.describe(groups, values.workdir))
     if damaged:
         remedy = f"the others are in {output}" if rows else "correct them"
         raise UserError(f"{len(damaged)} of {len(images)} images cannot be used; {remedy}.")
-    counts = {name: sum(row["decision"] == name for row in rows) for name in ("good", "anomalous", "unknown")}
-    summary = ", ".join(f"{count} {name}" for name, count in counts.items())
-    return f"{len(rows)} images: {summary}. Scores, masks and heatmaps are in {output}."
+    return f"{predictions.summary(rows)}. Scores, masks and heatmaps are in {output}."
 
 
 if __name__ == "__main__":

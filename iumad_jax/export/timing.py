@@ -98,7 +98,7 @@ def _engines(
         detector = Detector.load(workdir, step, **scan)
         run: Callable[..., Any]
         if format_ == "stablehlo":
-            run = jax.jit(formats.positional_function(detector, batch))
+            run = jax.jit(formats.positional_function(detector))
         else:
             run = formats.load_function(formats.export(detector, format_, batch), format_)
         return lambda: run(*images)

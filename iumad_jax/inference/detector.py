@@ -282,12 +282,7 @@ class Detector:
             UserError: If an argument has a wrong type or shape, if the object was not learned, or if the depth cannot
                 be used.
         """
-        specified_id, images = self.object_number(object), self.prepare(rgb, depth, camera)
-        count = len(images[self.processing.modalities[0]])
-        outputs = self.function(self.state, images, np.full(count, specified_id, np.int32))
-        fields = jax.tree.map(np.asarray, outputs)._asdict()
-        names = np.array(self.objects)[fields.pop("object_id")]
-        detection = Detection(**fields, object=names)
+        detection = self.judge(self.prepare(rgb, depth, camera), object)
         return Detection(*(field[0] for field in detection)) if rgb.ndim == 3 else detection
 
     def prepare(
@@ -335,6 +330,23 @@ class Detector:
             modality: np.stack([arrays[f"images_{modality}"] for arrays in processed]).astype(np.float32)
             for modality in self.processing.modalities
         }
+
+    def judge(self, images: dict[Modality, Float32[np.ndarray, "b s s 3"]], object: str | None = None) -> Detection:
+        """Detect anomalies in a batch of prepared images, see `prepare`.
+
+        Raises:
+            UserError: If the object was not learned.
+        """
+        count = len(images[self.processing.modalities[0]])
+        outputs = self.function(self.state, images, np.full(count, self.object_number(object), np.int32))
+        fields = jax.tree.map(np.asarray, outputs)._asdict()
+        names = np.array(self.objects)[fields.pop("object_id")]
+        return Detection(**fields, object=names)
+
+    def compile(self) -> None:
+        """Compile the function for single images, which the first call would do otherwise."""
+        size = self.processing.size
+        self.judge({modality: np.zeros((1, size, size, 3), np.float32) for modality in self.processing.modalities})
 
     def default_camera(self, width: int) -> Camera:
         """Return the camera of the training images, scaled to images of a width in pixels; requires depth."""

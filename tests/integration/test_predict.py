@@ -4,8 +4,12 @@ import csv
 import dataclasses
 import itertools
 import json
+import os
 import re
 import shlex
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from PIL import Image
 
 from iumad_jax.data.readers import unlabelled
 from iumad_jax.data.readers.folder import Folder
+from iumad_jax.errors import UserError
 from iumad_jax.inference import predictions, unknown_images
 from tests import sentences
 from tests.integration.trained import NEVER_LEARNED, in_process, samples, train
@@ -85,22 +90,71 @@ def test_a_missing_unit_is_reported_once_and_nothing_is_written(home, command, r
     assert len(json.loads((home / "counted" / "predictions.json").read_text())["images"]) == 2
 
 
-def test_predictions_before_the_disk_was_full_are_listed(home, command, files_no_larger_than, monkeypatch):
-    flags = ["--workdir=run", "--output=cut", f"--config.dataset.objects={NEVER_LEARNED}"]
-    written, write = [], predictions._write_image
+def test_predictions_before_a_file_cannot_be_written_are_listed(home, detector, reader):
+    images = list(unlabelled.split_images(reader, "test"))[:4]
+    blocked = home / "cut" / "heatmaps" / f"{images[2].name}.png"
+    blocked.mkdir(parents=True)
+    with pytest.raises(UserError, match=re.escape(sentences.CANNOT_WRITE.format(blocked))):
+        predictions.predict(detector, images, "run", None, home / "cut")
+    assert list(rows_of(home / "cut")) == [image.name for image in images[:2]]
 
-    def write_three(path, pixels):
-        if len(written) < 3:
-            written.append(path)
-            return write(path, pixels)
-        with files_no_larger_than(10):
-            return write(path, pixels)
 
-    monkeypatch.setattr(predictions, "_write_image", write_three)
+def test_watch_judges_new_images_and_stops(home, command, reader):
+    """A second thread adds images once the first ones are judged, and then sends SIGTERM to this process."""
+    for folder in ("line/rgb", "line/depth"):
+        (home / folder).mkdir(parents=True)
+
+    def add(name, sample):
+        np.save(home / "line" / "depth" / f"{name}.npy", sample.depth)
+        Image.fromarray(sample.rgb).save(home / "line" / "rgb" / f"{name}.png")
+
+    def run_line():
+        canes = samples(reader, "CandyCane")
+        try:
+            for name, sample in (("first", canes[0]), ("second", canes[1])):
+                add(name, sample)
+                end = time.monotonic() + 60
+                while not (home / "watched" / "heatmaps" / f"{name}.png").exists() and time.monotonic() < end:
+                    time.sleep(0.05)
+            (home / "line" / "depth" / "bad.npy").write_bytes(b"nothing")
+            add("bad", canes[0])
+            (home / "line" / "depth" / "bad.npy").write_bytes(b"nothing")
+            time.sleep(2)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    line = threading.Thread(target=run_line)
+    line.start()
+    flags = ["--workdir=run", "--watch", "--input=line/rgb", "--depth=line/depth", "--output=watched"]
     code, out, err = command("predict", *flags)
-    assert (code, out) == (2, "")
-    assert err.startswith(f"iumad_jax: {sentences.CANNOT_WRITE.format('cut/heatmaps/Lollipop/')}")
-    assert len(json.loads((home / "cut" / "predictions.json").read_text())["images"]) == 1
+    line.join()
+    assert code == 0, err
+    lines = [json.loads(text) for text in out.splitlines()]
+    assert [line["image"] for line in lines][:2] == ["first", "second"]
+    assert lines[-1]["image"] == "bad"
+    assert sentences.FILE_UNREADABLE.format("line/depth/bad.npy") in lines[-1]["reason"]
+    written = json.loads((home / "watched" / "predictions.json").read_text())
+    assert (written["images"], written["damaged"][-1]) == (lines[:2], lines[-1])
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_heatmaps_are_of_the_chosen_size(home, command, reader):
+    sample = samples(reader, "CandyCane")[0]
+    (home / "large").mkdir()
+    (home / "large depth").mkdir()
+    Image.fromarray(sample.rgb.repeat(13, 0).repeat(13, 1)).save(home / "large" / "cane.png")
+    np.save(home / "large depth" / "cane.npy", sample.depth.repeat(13, 0).repeat(13, 1))
+    sizes = {}
+    for choice in ("none", "small", "full"):
+        flags = ["--input=large", "--depth=large depth", f"--heatmaps={choice}", f"--output=of_{choice}"]
+        assert command("predict", "--workdir=run", *flags)[0] == 0
+        row = rows_of(home / f"of_{choice}")["cane"]
+        file = home / f"of_{choice}" / row["heatmap"]
+        sizes[choice] = np.asarray(Image.open(file)).shape if row["heatmap"] else None
+        assert np.asarray(Image.open(home / f"of_{choice}" / row["mask"])).shape == (832, 832)
+        assert (home / f"of_{choice}" / "predictions.html").exists()
+    assert sizes == {"none": None, "small": (640, 640, 3), "full": (832, 832, 3)}
+    assert not (home / "of_none" / "heatmaps").exists()
 
 
 def test_predict_reads_a_dataset(home, command, detector, reader):

@@ -10,11 +10,13 @@ import sys
 import numpy as np
 import pytest
 
+from iumad_jax import Detector
 from iumad_jax.data import readers
 from iumad_jax.data.degradation import FAULTS
 from iumad_jax.data.prepared.store import open_store
 from iumad_jax.data.readers.eyecandies import Eyecandies
 from iumad_jax.errors import UserError
+from iumad_jax.export import formats
 from iumad_jax.inference import choosing
 from iumad_jax.runtime import snapshots, workdir
 from tests import sentences
@@ -174,15 +176,15 @@ def test_an_exported_file_runs_without_this_package(home, command, detector, eye
     expected = detector(*stacked(real))
     for name, array in detector.prepare(*stacked(real)).items():
         np.save(home / f"{name}.npy", array)
-    code, out, err = command(
-        "export", "--workdir=run", f"--format={format_}", f"--output=detector.{format_}", "--batch=2"
-    )
+    batch = ["--batch=2"] if format_ == "stablehlo" else []
+    code, out, err = command("export", "--workdir=run", f"--format={format_}", f"--output=detector.{format_}", *batch)
     assert code == 0, err
     assert out.startswith(f"detector.{format_}: ")
     description = json.loads((home / f"detector.{format_}.json").read_text())
     assert (description["format"], description["step"]) == (format_, 1)
     assert description["objects"] == list(LEARNED)
-    assert description["inputs"] == {"rgb": [2, 64, 64, 3], "depth": [2, 64, 64, 3]}
+    images = 2 if batch else "batch"
+    assert description["inputs"] == {"rgb": [images, 64, 64, 3], "depth": [images, 64, 64, 3]}
     subprocess.run([sys.executable, "-c", SCRIPT, format_], cwd=home, check=True)
     with np.load(home / "outputs.npz") as outputs:
         assert set(outputs) == set(description["outputs"])
@@ -195,6 +197,39 @@ def test_an_exported_file_runs_without_this_package(home, command, detector, eye
         for field in ("anomalous", "unknown", "image_threshold", "pixel_threshold", "unknown_threshold"):
             np.testing.assert_allclose(outputs[field], getattr(expected, field))
         assert (outputs["mask"] != expected.mask).mean() < 1e-3
+
+
+@pytest.fixture(scope="module")
+def onnx_model(home):
+    """Return the content of an exported file."""
+    detector = Detector.load(home / "run", **{"model.scan": formats.SCANS["onnx"]})
+    return formats.export(detector, "onnx", None)
+
+
+def assert_as_detected(run, detector, reader):
+    """Compare a function from batches of images to outputs with detections of single images."""
+    images = samples(reader, "CandyCane") + samples(reader, NEVER_LEARNED)
+    singles = [detector(image.rgb, image.depth) for image in images]
+    for count in (1, 3, 16):
+        rows = np.arange(count) % len(images)
+        outputs = run(*detector.prepare(*stacked([images[row] for row in rows])).values())
+        expected = {field: np.stack([getattr(singles[row], field) for row in rows]) for field in ("score", "map")}
+        np.testing.assert_allclose(outputs["score"], expected["score"], rtol=1e-4)
+        np.testing.assert_allclose(outputs["map"], expected["map"], atol=1e-4 * expected["map"].max())
+        assert outputs["unknown"].tolist() == [bool(singles[row].unknown) for row in rows]
+
+
+def test_an_exported_model_takes_batches_of_any_size(onnx_model, detector, reader):
+    run = formats.load_function(onnx_model, "onnx")
+    assert_as_detected(lambda *images: run(*images)._asdict(), detector, reader)
+
+
+def test_openvino_reads_an_exported_model(onnx_model, detector, reader, tmp_path):
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
+    (tmp_path / "detector.onnx").write_bytes(onnx_model)
+    model = openvino.Core().compile_model(tmp_path / "detector.onnx", "CPU")
+    names = [output.any_name for output in model.outputs]
+    assert_as_detected(lambda *images: dict(zip(names, model(images).values(), strict=True)), detector, reader)
 
 
 BAD_COMMANDS = {

@@ -23,7 +23,13 @@ class InputImage(NamedTuple):
 
 
 def photographs(
-    root: Path, needs_depth: bool, depth_path: Path | None, unit: float | None, camera: Camera | None
+    root: Path,
+    needs_depth: bool,
+    depth_path: Path | None,
+    unit: float | None,
+    camera: Camera | None,
+    *,
+    may_be_empty: bool = False,
 ) -> Iterator[InputImage]:
     """Yield the images of --input with their depth from --depth.
 
@@ -33,6 +39,7 @@ def photographs(
         depth_path: Depth file of the image, or a folder with depth files of the images' names.
         unit: Metres per unit of the depth files; by default floats are metres, and integers are refused.
         camera: Camera of the depth files; by default it is estimated from clouds.
+        may_be_empty: Whether a folder without images is accepted.
 
     Raises:
         UserError: If the input or depth is missing or unusable. Errors of a single file are raised when it is read.
@@ -40,7 +47,7 @@ def photographs(
     if not root.exists():
         raise UserError(f"--input is {root}, which does not exist; choose an image or a folder of images.")
     images = [root] if root.is_file() else _list_photographs(root)
-    if not images or images[0].suffix.lower() not in PHOTOGRAPHS:
+    if (images and images[0].suffix.lower() not in PHOTOGRAPHS) or (not images and not may_be_empty):
         raise UserError(f"--input is {root}, which contains no image; use files ending in {' '.join(PHOTOGRAPHS)}.")
     if needs_depth:
         _check_depth(depth_path, unit, root)
