@@ -130,7 +130,7 @@ def predict(
         _write_image(output / row["mask"], _full_size(detection.mask, judged.ready.size))
         heatmap = figures.overlay(judged.ready.picture, detection.map, float(detection.pixel_threshold))
         if row["heatmap"]:
-            _write_image(output / row["heatmap"], heatmap)
+            _write_image(output / row["heatmap"], Image.fromarray(heatmap))
         return row, heatmap
 
     pool = ThreadPoolExecutor(_THREADS)
@@ -163,13 +163,20 @@ def predict(
     return Predictions(rows, damaged, groups)
 
 
-def watch(detector: Detector, look: Callable[[], Iterable[InputImage]], *settings: Any) -> list[dict[str, Any]]:
+def watch(
+    detector: Detector,
+    look: Callable[[], Iterable[InputImage]],
+    workdir: str,
+    object_: str | None,
+    output: Path,
+    heatmaps: str,
+) -> list[dict[str, Any]]:
     """Predict the images of a folder as they arrive, until a signal asks to stop. Results are printed as lines of JSON.
 
     Args:
         detector: Trained model.
         look: Lists the images that are there now.
-        settings: Further arguments of `predict`.
+        workdir, object_, output, heatmaps: See `predict`.
 
     Returns:
         Rows of predictions.csv.
@@ -177,12 +184,15 @@ def watch(detector: Detector, look: Callable[[], Iterable[InputImage]], *setting
     Raises:
         UserError: If the folder cannot be used or a file cannot be written.
     """
+
+    def tell(row: dict[str, Any]) -> None:
+        print(json.dumps(as_json(row)), flush=True)
+
     list(look())  # reports wrong flags before the model is compiled
     with preemption.stop_on_signals() as stopped:
         detector.compile()
         print("iumad_jax: watching the folder; Ctrl-C or SIGTERM stops.", file=sys.stderr, flush=True)
-        images = watching.watch(look, stopped)
-        return predict(detector, images, *settings, tell=lambda row: print(json.dumps(as_json(row)), flush=True)).rows
+        return predict(detector, watching.watch(look, stopped), workdir, object_, output, heatmaps, tell).rows
 
 
 def summary(rows: Iterable[dict[str, Any]]) -> str:
@@ -258,12 +268,12 @@ def _reduced(rgb: np.ndarray, side: int | None) -> np.ndarray:
     return np.asarray(picture)
 
 
-def _full_size(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return np.asarray(Image.fromarray(mask).convert("L").resize(size, Image.Resampling.NEAREST))
+def _full_size(mask: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    return Image.fromarray(mask).convert("L").resize(size, Image.Resampling.NEAREST)
 
 
-def _write_image(path: Path, pixels: np.ndarray) -> None:
+def _write_image(path: Path, image: Image.Image) -> None:
     content = io.BytesIO()
-    Image.fromarray(pixels).save(content, "PNG", compress_level=_QUICKLY)
+    image.save(content, "PNG", compress_level=_QUICKLY)
     make_folder(path.parent)
     write_whole(path, content.getvalue())
