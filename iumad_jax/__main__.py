@@ -10,6 +10,8 @@ COMMANDS = (
     "prepare",
     "main",
     "learn",
+    "calibrate",
+    "retire",
     "history",
     "evaluate",
     "predict",

@@ -1,13 +1,16 @@
 """Shared parts of the commands: flags, --help, and errors as one sentence with an exit code."""
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from iumad_jax import config as configs
 from iumad_jax.errors import INTERRUPTED, USER_ERROR, UserError
 from iumad_jax.runtime import compilation_cache, memory, preemption
 from iumad_jax.runtime import workdir as workdirs
@@ -142,6 +145,13 @@ def path(values: flags.FlagValues, name: str) -> Path:
     if not (value := values[name].value):
         raise UserError(f"--{name} is missing; write --{name}=PATH.")
     return Path(value)
+
+
+def changed_keys(values: flags.FlagValues) -> dict[str, Any]:
+    """Return the keys that --config.KEY=VALUE gives another value than the run in --workdir has."""
+    run = workdirs.read(path(values, "workdir"))
+    before, now = (configs.flat(json.loads(config.to_json())) for config in (run, values.config))
+    return {key: value for key, value in now.items() if value != before[key]}
 
 
 def _define_compilation_cache(values: flags.FlagValues) -> None:

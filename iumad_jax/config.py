@@ -31,6 +31,7 @@ _LIMITS = {
     "memory_bank.neighbourhood": (1, 256),
     "memory_bank.place": (0, 1000),
     "decisions.quantile": (0.5, 1),
+    "decisions.kept_images": (1, 100_000),
     "train.epochs": (0, 10**6 - 1),
     "train.batch_size": (1, 10**6),
     "train.learning_rate": (0, math.inf),
@@ -144,6 +145,7 @@ def paper(protocol: str) -> ConfigDict:
     config.continual.replay.rank = 8  # principal directions stored per object
     config.continual.replay.image_size = 56  # side of the stored coarse images, pixels
     config.decisions = ConfigDict({"quantile": 0.995})  # share of good images below the threshold
+    config.decisions.kept_images = 32  # calibration images of an object that a run keeps for later steps, at most
     config.snapshots = ConfigDict({"every_minutes": 5.0})  # between snapshots within a step
     config.debug = ConfigDict({"nans": False})  # True reports the operation that yields NaN or infinity (slow)
     config.report = ConfigDict({"pictures_per_object": 6, "tensorboard": False})  # tensorboard needs tensorboardX

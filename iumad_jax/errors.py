@@ -1,4 +1,7 @@
-"""The error for mistakes of users, and the exit codes of commands."""
+"""The error for mistakes of users, what they are told once, and the exit codes of commands."""
+
+import sys
+from collections.abc import Hashable
 
 USER_ERROR = 2  # a mistake of the user, reported in one sentence
 INTERRUPTED = 75  # interrupted; the same command resumes from the last saved state (EX_TEMPFAIL of sysexits.h)
@@ -18,3 +21,13 @@ class UserError(Exception):
         shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in sentence)
         half = _LONGEST // 2
         super().__init__(shown if len(shown) <= _LONGEST else f"{shown[:half]} ... {shown[-half:]}")
+
+
+_told: set[Hashable] = set()
+
+
+def tell_once(subject: Hashable, sentence: str) -> None:
+    """Print a sentence to stderr, unless the user was told about this subject before."""
+    if subject not in _told:
+        _told.add(subject)
+        print(f"iumad_jax: {UserError(sentence)}", file=sys.stderr, flush=True)

@@ -1,6 +1,5 @@
 """A run from its first step to its results: learn the objects of each step, evaluate, and write the ledger."""
 
-import functools
 import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -14,18 +13,17 @@ from iumad_jax import config as configs
 from iumad_jax.data import plan, readers
 from iumad_jax.data.batches import training_input
 from iumad_jax.data.prepared import copies, inventory
-from iumad_jax.data.prepared.good_images import good_images, odd_images, quality_shifts
+from iumad_jax.data.prepared.good_images import good_images, odd_images, quality_shifts, several_kinds
 from iumad_jax.data.sample import Split
 from iumad_jax.errors import UserError
-from iumad_jax.inference import assessment, decisions, evaluation, recognition
-from iumad_jax.inference.evaluation import Judgement
-from iumad_jax.inference.thresholds import describe, thresholds
+from iumad_jax.inference import decisions, recognition
+from iumad_jax.inference.thresholds import thresholds
 from iumad_jax.methods.method import without_objects
 from iumad_jax.protocol import Step
 from iumad_jax.report import figures, html, result_files, tables
 from iumad_jax.report.history import history, results
 from iumad_jax.runtime import ledger as ledgers
-from iumad_jax.runtime import live, preemption, processes, snapshots
+from iumad_jax.runtime import live, processes, snapshots
 from iumad_jax.runtime import workdir as workdirs
 from iumad_jax.runtime.progress import Position, Progress
 from iumad_jax.training import nonfinite
@@ -33,6 +31,7 @@ from iumad_jax.training.dataset_changes import DatasetChanged, describe_changes
 from iumad_jax.training.epochs import Epoch, Training, train_epochs
 from iumad_jax.training.optimization import learning_rates, optimizer_name, step_config
 from iumad_jax.training.run import Run, check, for_step, start
+from iumad_jax.training.step_end import assess, judge_before
 from iumad_jax.training.update import initial_state
 
 _COMPARED = 50  # training images of a new object that are compared with the learned objects, at most
@@ -54,7 +53,7 @@ def run(config: ConfigDict, workdir: Path, steps: tuple[Step, ...] = ()) -> dict
     configs.check(config)
     workdirs.check(workdir, config)
     chosen, steps = bool(steps), steps or plan.current(config, workdir)
-    processes.check_same(lambda: {"objects": [step.learned for step in steps]})
+    processes.check_same(lambda: {"objects": [step.objects for step in steps]})
     finished = result_files.read(workdir)
     written = all((workdir / name).exists() for name in _RESULTS)
     nothing_to_do = finished is not None and written and len(finished["steps"]) == len(steps)
@@ -73,6 +72,27 @@ def run(config: ConfigDict, workdir: Path, steps: tuple[Step, ...] = ()) -> dict
     return finished
 
 
+def go_on(config: ConfigDict, workdir: Path, steps: tuple[Step, ...], finished: int) -> str:
+    """Run the steps after the finished ones; describe what they did, and then all results.
+
+    Raises:
+        UserError: As `run`.
+    """
+
+    def describe(results: dict[str, Any]) -> str:
+        matrix, acts, limits = results["matrix"]["i_auroc"], results["acts"], results["decisions"]
+        effects = [tables.effect_line(matrix, acts, limits, step) for step in range(finished, len(acts))]
+        return "\n".join([*effects, "", tables.console(results, workdir)]).lstrip("\n")
+
+    try:
+        results = run(config, workdir, steps)
+    except DatasetChanged as changed:
+        print(describe(changed.results))
+        raise
+    assert results is not None  # one process
+    return describe(results)
+
+
 def finished_seconds(workdir: Path, steps: tuple[Step, ...]) -> float | None:
     """Return the run time of a run whose last step is finished, else None."""
     try:
@@ -86,12 +106,12 @@ def run_steps(config: ConfigDict, workdir: Path, steps: tuple[Step, ...], resour
     """Run the remaining steps and return the run time of the whole run, seconds."""
     check(config, workdir, steps)
     with processes.process_zero_first():
-        for dataset, _ in plan.datasets(config, steps):
+        for dataset in plan.rendered(config, steps):
             readers.render(dataset)
         run, progress = start(config, workdir, steps, resources)
     for step in run.steps[progress.position.step + progress.position.finished :]:
         run_of_step = for_step(run, step)
-        prepare(run_of_step, step)
+        prepare(run_of_step, step, progress)
         progress = learn(run_of_step, step, progress)
         progress = assess(run_of_step, step, progress) or progress  # None in processes other than process 0
     run.snapshots.wait()  # results are written after all snapshots
@@ -99,82 +119,103 @@ def run_steps(config: ConfigDict, workdir: Path, steps: tuple[Step, ...], resour
 
 
 @processes.process_zero_only
-def prepare(run: Run, step: Step) -> None:
-    """Prepare the training and calibration images of the step, and report suspicious ones."""
+def prepare(run: Run, step: Step, progress: Progress) -> None:
+    """Prepare the good images that the step uses, report suspicious ones, and add the step to the plan.
+
+    Raises:
+        UserError: If most further images of an object are taken for another one.
+    """
     splits: tuple[Split, ...] = ("train", "calibration")
-    for name, image_set in itertools.product(step.learned, (*splits, *copies.ALTERED)):
-        if copies.ids(run.store.reader, name, image_set):
-            run.store.prepare(name, image_set)
-    for name, split in itertools.product(step.learned, splits):
-        if run.store.reader.ids(name, split):
-            for message in odd_images(run.store.get(name, split), name, inventory.SPLIT_NAMES[split]):
+    for name, image_set in itertools.product(step.objects, (*splits, *copies.ALTERED)):
+        if copies.ids(run.images.reader, name, image_set):
+            run.images.prepare(name, image_set)
+    for name, split in itertools.product(step.objects, splits):
+        if run.images.reader.ids(name, split):
+            for message in odd_images(run.images.get(name, split), name, inventory.SPLIT_NAMES[split]):
                 live.log(message)
+    for name in step.learned:
+        if message := several_kinds(run.images.get(name, "train"), name):
+            live.log(message)
+    if progress.calibration and progress.position.step < step.index:
+        report_resemblance(run, step, progress)
     inventory.record_images(run.workdir, run.store, step.learned, splits)
     plan.begin(run.config, run.workdir, run.steps, step)
+
+
+def report_resemblance(run: Run, step: Step, progress: Progress) -> None:
+    """Report or refuse images most of which are taken for another learned object."""
+    limits = thresholds(progress.calibration, run.config.decisions.quantile)
+    recogniser = recognition.fit(progress.recognition, progress.retired)
+    for name in step.trained:
+        first_images = jax.tree.map(lambda array: array[:_COMPARED], run.images.get(name, "train").batch.features)
+        number, share = decisions.resembled(limits, recognition.distances(recogniser, first_images))
+        taken = progress.objects[number]
+        if share > 0.5 and step.act == "learn":
+            live.log(
+                f"{name} looks like {taken}: {share:.0%} of its training images are taken for it. If it is the same"
+                " object, undo this step (learn --after) and take its folder away."
+            )
+        elif share > 0.5 and taken != name:
+            raise UserError(
+                f"{share:.0%} of the further images of {name} are taken for {taken}; check that they show {name}."
+            )
 
 
 def learn(run: Run, step: Step, progress: Progress) -> Progress:
     """Train the step from the current position to its end."""
     objects = run.strategy.objects(step)
-    processes.check_same(lambda: {"images": run.store.sources(objects), "weights": run.store.settings})
-    sets = [run.store.get(name, "train") for name in objects]
+    processes.check_same(lambda: {"images": run.images.sources(objects), "weights": run.store.settings})
+    sets = [run.images.get(name, "train") for name in objects]
     images = sum(len(prepared.ids) for prepared in sets)
     batch_size = min(run.config.train.batch_size, images)
     training = Training(step, objects, sets, images, batch_size, run.config.seed * 1000 + step.index)
     if progress.position.step < step.index:
         progress = observe(run, training, progress)
-    run.live.log_step(step.index, step.learned, images, step.changes)
-    if run.trained and batch_size < run.config.train.batch_size:
+    run.live.log_step(step.index, step.act, step.objects, images if step.trained else step.new_images, step.changes)
+    trained = run.trained and bool(objects)
+    if trained and batch_size < run.config.train.batch_size:
         live.log(f"step {step.index}: batches of {batch_size}, because there are only {images} training images")
-    for epoch in epochs(run, training, progress) if run.trained else ():
+    for epoch in epochs(run, training, progress) if trained else ():
         progress = record(run, training, epoch, progress)
     strategy_state, variables = progress.strategy_state, without_objects(progress.variables[run.config.method])
-    for name in step.learned if run.method.loss else ():
-        batch = run.store.get(name, "train").batch
+    for name in step.trained if run.method.loss else ():
+        batch = run.images.get(name, "train").batch
         strategy_state = run.strategy.finish(strategy_state, variables, batch, int(batch.object_id[0]))
-    return fit(run, objects, progress._replace(strategy_state=strategy_state))
+    return fit(run, training, progress._replace(strategy_state=strategy_state))
 
 
-def fit(run: Run, objects: tuple[str, ...], progress: Progress) -> Progress:
+def fit(run: Run, training: Training, progress: Progress) -> Progress:
     """Let every method fit what the errors of the objects are measured against, with the weights after training."""
-    variables = dict(progress.variables)
-    for (method_name, method), name in itertools.product(run.methods.items(), objects):
-        batch = run.store.get(name, "train").batch
-        variables[method_name] = method.fit(variables[method_name], batch, int(batch.object_id[0]))
+    variables, further = dict(progress.variables), training.step.act == "update"
+    for (method_name, method), images in itertools.product(run.methods.items(), training.sets):
+        batch = images.batch
+        variables[method_name] = method.fit(variables[method_name], batch, int(batch.object_id[0]), further)
     return progress._replace(variables=variables)
-
-
-def report_resemblance(run: Run, step: Step, progress: Progress) -> None:
-    """Report new objects most of whose training images are taken for an object that was learned before."""
-    limits = thresholds(progress.calibration, run.config.decisions.quantile)
-    recogniser = recognition.fit(progress.recognition)
-    for name in step.learned:
-        first_images = jax.tree.map(lambda array: array[:_COMPARED], run.store.get(name, "train").batch.features)
-        number, share = decisions.resembled(limits, recognition.distances(recogniser, first_images))
-        if share > 0.5:
-            live.log(
-                f"{name} looks like {progress.objects[number]}: {share:.0%} of its training images are taken for it. If"
-                " it is the same object, undo this step (learn --after) and take its folder away."
-            )
 
 
 def observe(run: Run, training: Training, progress: Progress) -> Progress:
     """Begin a step: update the statistics of all methods and of the recogniser, and the state of the strategy."""
     step, variables, statistics = training.step, dict(progress.variables), progress.recognition
-    if progress.calibration:
-        report_resemblance(run, step, progress)
-    run.ledger.append("step", step=step.index, learned=step.learned, images=training.images, changes=step.changes)
+    judge_before(run, step, progress)
+    run.ledger.append(
+        "step",
+        step=step.index,
+        act=step.act,
+        objects=step.objects,
+        images=training.images if step.trained else step.new_images,
+        changes=step.changes,
+    )
     for method_name, method in run.methods.items():
         key = jax.random.key(run.config.seed + 1)
         variables[method_name] = method.grow(variables[method_name], len(step.seen), key)
-    for name in step.learned:
-        good = good_images(run.store, name)
-        statistics = recognition.add_object(statistics, good.learned, quality_shifts(run.store, name))
-        batch = run.store.get(name, "train").batch
+    for name in step.trained:
+        good = good_images(run.images, name)
+        statistics = recognition.add_object(statistics, good.learned, quality_shifts(run.images, name))
+        batch = run.images.get(name, "train").batch
         for method_name, method in run.methods.items():
             variables[method_name] = method.observe(variables[method_name], batch, step.index)
     strategy_state = progress.strategy_state
-    if run.trained:
+    if run.trained and training.sets:
         example = jax.tree.map(lambda array: array[:1], training.sets[0].batch)
         strategy_state = run.strategy.begin(strategy_state, variables[run.config.method], example, step.index)
     position = Position(step.index, 0)
@@ -222,62 +263,6 @@ def record(run: Run, training: Training, epoch: Epoch, progress: Progress) -> Pr
     if run.due() or epoch.updates == total * training.per_epoch:  # an interrupted evaluation need not train again
         progress = run.save(progress._replace(optimizer=jax.tree.leaves(epoch.state.optimizer)))
     return progress
-
-
-@processes.process_zero_only
-def assess(run: Run, step: Step, progress: Progress) -> Progress:
-    """Set thresholds, evaluate every method on all objects learned so far, and take the step's snapshot."""
-    good = functools.partial(good_images, run.store)
-    progress, model = assessment.calibrate(run.config, run.methods, progress, step.seen, good)
-    described, scale = describe(progress.calibration, run.config.decisions.quantile), run.store.processing.height_scale
-    tests = evaluation.test_sets(run.store.reader, step.seen, lambda name: run.store.get(name, "test"))
-    numbers = {name: number for number, name in enumerate(step.seen)}
-    for judgement in assessment.assess(model, tests, numbers, described, step.index, run.ledger, run.workdir, scale):
-        preemption.check()
-        show(run, step, judgement)
-    stored = {"bytes": sizes(run, progress), "strategy_bytes": strategy_bytes(run, step, progress)}
-    for append in (run.ledger.append, run.live.log_event):
-        append("decisions", step=step.index, **described)
-        append("snapshot", step=step.index, **stored)
-    measured = history(ledgers.read(run.workdir / "ledger.jsonl"))
-    live.log(tables.effect_line(measured.matrices[run.config.method]["i_auroc"], measured.steps, step.index))
-    inventory.record_images(run.workdir, run.store, step.seen, ("calibration", "test"))
-    position = Position(step.index, 0, finished=True)
-    return run.save(progress._replace(position=position, optimizer=[]))
-
-
-def show(run: Run, step: Step, judgement: Judgement) -> None:
-    """Show the metrics of an object and a method in the live view, and draw heatmaps of the run's method."""
-    name, method = judgement.object, judgement.method
-    run.live.log_evaluation(step.index, name, method, judgement.metrics, judgement.spread)
-    rows = figures.choose(judgement.images.defects, run.config.report.pictures_per_object)
-    if judgement.decision is None or not rows:
-        return
-    path = run.workdir / "pictures" / f"step{step.index}_{name}.jpg"
-    figures.save_heatmaps(
-        path,
-        title=f"{name} after step {step.index}: {method}, {run.config.modality}",
-        labels=[figures.label(judgement.images.defects[row], judgement.images.ids[row]) for row in rows],
-        rgb=judgement.truth.thumbnail[rows],
-        heights=judgement.truth.height[rows],
-        height_scale=run.store.processing.height_scale,
-        masks=judgement.truth.mask[rows],
-        maps=judgement.prediction.map[rows],
-        scores=judgement.prediction.score[rows],
-    )
-    run.live.log_picture(step.index, name, path)
-
-
-def sizes(run: Run, progress: Progress) -> dict[str, int]:
-    """Return the bytes that each method stores."""
-    return {name: snapshots.size_of(snapshots.stored(progress.variables[name])) for name in run.methods}
-
-
-def strategy_bytes(run: Run, step: Step, progress: Progress) -> int:
-    """Return the bytes that the strategy stores for later steps: its state, or all images if not incremental."""
-    if run.strategy.incremental:
-        return snapshots.size_of(progress.strategy_state)
-    return sum(snapshots.size_of(run.store.get(name, "train").batch) for name in step.seen)
 
 
 @processes.process_zero_only

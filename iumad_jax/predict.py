@@ -21,6 +21,7 @@ that change are judged again. Unknown images are not grouped.
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from absl import flags
@@ -38,7 +39,7 @@ def _define(values: flags.FlagValues) -> None:
     cli.define_trained(values)
     cli.define_thresholds(values)
     for name, help_ in {
-        "input": "Image (PNG, JPEG, TIFF, BMP) or folder of images.",
+        "input": "Image (PNG, JPEG, TIFF, BMP) or folder of images; of a model of depth alone, depth without --depth.",
         "depth": "Depth of the image (16-bit PNG, TIFF, NPY, PLY, PCD), or folder of depth files named like images.",
         "output": "Folder of the results, new or empty.",
         "object": "Object that all images show. Default: recognised in each image.",
@@ -48,7 +49,7 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_enum(
         "split", splits[0], splits, "Split of the dataset to predict without --input.", flag_values=values
     )
-    help_ = "Metres per unit of the depth files, such as 0.001; required for integer files."
+    help_ = "Metres per unit of the depth files, such as 0.001. Default: that of the training images."
     flags.DEFINE_float("depth_unit", None, help_, flag_values=values)
     sizes = ["none", "small", "full"]
     help_ = "Size of the heatmaps: at most 640 pixels per side, or that of the photographs."
@@ -76,8 +77,15 @@ def _predict(values: flags.FlagValues) -> str:
         depth = Path(values.depth) if values.depth else None
         camera = unlabelled.parse_camera(values.camera) if values.camera else None
         needs_depth = "depth" in detector.processing.modalities
-        return unlabelled.photographs(
-            Path(values.input), needs_depth, depth, values.depth_unit, camera, may_be_empty=values.watch
+        format_ = detector.depth_format
+        if values.depth_unit is not None:
+            format_ = replace(format_, unit=values.depth_unit)
+        if depth or "rgb" in detector.processing.modalities:
+            return unlabelled.photographs(
+                Path(values.input), needs_depth, depth, format_, camera, may_be_empty=values.watch
+            )
+        return unlabelled.depth_files(
+            Path(values.input), format_, camera, detector.default_camera, may_be_empty=values.watch
         )
 
     settings = str(values.workdir), values.object, output, values.heatmaps

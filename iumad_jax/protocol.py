@@ -3,11 +3,15 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from iumad_jax.errors import UserError
 
 OPEN = "open"  # the protocol of runs that learn every object that the dataset has, or will have, one per step
+
+
+Act = Literal["learn", "update", "calibrate", "retire"]  # update: learn further images of learned objects
+Images = Mapping[str, Mapping[str, Mapping[str, str]]]  # digests by object, split and image id
 
 
 @dataclass(frozen=True)
@@ -15,9 +19,26 @@ class Step:
     """A step of a run."""
 
     index: int
-    learned: tuple[str, ...]  # objects that the step learns
-    seen: tuple[str, ...]  # objects learned so far, including these
+    objects: tuple[str, ...]  # objects that the step learns, updates, calibrates or retires
+    seen: tuple[str, ...]  # objects learned so far, including those of this step
     changes: Mapping[str, Any] = field(default_factory=dict)  # config keys whose values differ from the run's
+    act: Act = "learn"
+    images: Images = field(default_factory=dict)  # the new images of an update or calibration
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """Objects that the step learns for the first time."""
+        return self.objects if self.act == "learn" else ()
+
+    @property
+    def new_images(self) -> int:
+        """Number of new images of an update or calibration."""
+        return sum(len(images) for splits in self.images.values() for images in splits.values())
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Objects whose images the step learns from."""
+        return self.objects if self.act in ("learn", "update") else ()
 
 
 def steps(protocol: str, objects: tuple[str, ...]) -> tuple[Step, ...]:
@@ -46,6 +67,13 @@ def steps(protocol: str, objects: tuple[str, ...]) -> tuple[Step, ...]:
     return tuple(Step(i, objects[a:b], objects[:b]) for i, (a, b) in enumerate(zip(starts, ends, strict=True)))
 
 
-def next_step(steps: Sequence[Step], learned: tuple[str, ...], changes: Mapping[str, Any]) -> Step:
-    """Return the step that learns further objects after others."""
-    return Step(len(steps), learned, (steps[-1].seen if steps else ()) + learned, changes)
+def next_step(
+    steps: Sequence[Step],
+    objects: tuple[str, ...],
+    changes: Mapping[str, Any],
+    act: Act = "learn",
+    images: Images | None = None,
+) -> Step:
+    """Return the step that follows others."""
+    seen = steps[-1].seen if steps else ()
+    return Step(len(steps), objects, seen + objects if act == "learn" else seen, changes, act, images or {})

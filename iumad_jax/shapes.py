@@ -109,10 +109,11 @@ class GroundTruth(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """Scores of the n good calibration images of an object."""
+    """Scores of the good calibration images of an object."""
 
     score: Float[np.ndarray, " n"]  # image score
     peak: Float[np.ndarray, " n"]  # largest value of the anomaly map
-    distance: Float[np.ndarray, "n 3"]  # `recognition.distances` to the true, nearest and second nearest object
+    distance: Float[np.ndarray, "i 3"]  # `recognition.distances` to the true, nearest and second nearest object
     from_training_images: bool = False  # True without calibration images: scores too low to guarantee anything
-    few: bool = False  # True if n is too small to estimate the distances of further images
+    few: bool = False  # True if there are too few images to estimate the distances of further ones
+    retired: bool = False  # True if the object is no longer recognised

@@ -77,7 +77,17 @@ PLY_WITH_UNKNOWN_TYPES = "has vertices with lists or unknown types"
 PLY_WITHOUT_POINTS = "has no points after its header"
 PCD_HEADER_INCOMPLETE = "incomplete PCD header"
 PCD_WITH_UNKNOWN_DATA = "has DATA {}; save it as ascii or binary"
-PCD_NOT_ORGANISED = "is not organised"
+CLOUD_NOT_ORGANISED = "is not organised: it has {} points in no rows and columns; save it with them, or give the camera"
+CAMERA_SEES_NOTHING = "has no point in the camera's image"
+PGM_WRONG = "is no binary PGM of 16 bits"
+EXR_CHANNELS_DIFFER = "has the channels {}, which differ"
+EXR_NEEDS_EXTRA = "needs OpenEXR; install iumad-jax[exr]"
+ALIGN_MISSING = "; save both in one size, or write align: into dataset.yaml: resize if"
+ALIGN_NOT_ONE_VIEW = "which is no view in two resolutions; replace align: resize"
+ALIGN_WRONG = "as align; use resize, or camera and a 4 x 4 matrix"
+ALIGN_WITHOUT_CAMERA = "which needs the camera of depth images; add camera"
+ALIGN_NO_ROTATION = "has a matrix that does not rotate and move"
+ALIGN_OUTSIDE = "lies outside of its photograph; correct align"
 TIFF_COMPRESSION_UNKNOWN = "{file} is compressed by {name}; save it without compression"
 TIFF_INFLATES = "{} inflates to more than its size"
 TIFF_WITHOUT_COORDINATES = "holds only depth; save x, y and z"
@@ -98,8 +108,13 @@ TOO_FEW_VALID_PIXELS = "too few valid pixels"
 
 # data: readers
 SETTING_WRONG = "has {found} as {key}"
-UNKNOWN_UNIT = "has {} as unit; use m, cm, mm or metres per level"
+UNKNOWN_UNIT = "has {} as unit; use m, cm, mm, um or metres per level"
 CAMERA_INCOMPLETE = "has {} as camera; use fx, fy, cx, cy in pixels"
+KIND_WRONG = "has {} as kind; use depth or height"
+HEIGHT_INCOMPLETE = "has kind: height, which needs unit and pitch: [x, y] in millimetres per pixel, and no camera"
+PITCH_ALONE = "has pitch but not kind: height"
+HEIGHTS_TOO_STEEP = "; correct unit or pitch in"
+SEEMS_HEIGHTS = "the border is nearer than the middle; if this is a height map, write kind: height and pitch"
 SETTING_NOT_POSITIVE = "has {found} as {key}; use a number above 0"
 WINDOW_WRONG = "has {} as normals_window; use an odd number from 3 to 99"
 UNKNOWN_SETTING = "has the unknown key '{key}'; use {known}"
@@ -152,7 +167,9 @@ OBJECTS_NEW = (
     "The dataset also holds {}, added after this run began and not learned by it; learn all of it with"
     " python -m iumad_jax.learn --workdir=run, or start a run in another --workdir."
 )
-OBJECTS_LEARNED_ALREADY = "the run has learned {objects} already; add the images of a new object to {root}, name"
+OBJECTS_LEARNED_ALREADY = "the run has learned {objects} already; add --update to learn further images of it, add the"
+NO_NEW_IMAGES = "has no {kind} images of {objects} that the run has not used"
+OBJECT_RETIRED = '"{}" is retired'
 STEP_BEGUN_OTHERWISE = "the run has begun to learn {object} {keys}; finish it so first."
 OBJECT_LOOKS_LIKE = "{new} looks like {old}: {share} of its training images are taken for it."
 PLAN_DAMAGED = "{} is not the plan of a run"
@@ -173,10 +190,11 @@ CHANGED_WITHIN_STEP = (
     "{changed} in the middle of step {step}, which trains on them; undo the change, or remove {folder} to restart the"
     " step."
 )
-THRESHOLDS_DEPEND_ON_IMAGES = (
-    "{} since the run learned this object, and its thresholds depend on these images; undo the change, or choose"
-    " another --workdir."
+LATER_STEPS_NEED_IMAGES = (
+    "{} since the run learned this object, and later steps train on these images; undo the change, or choose another"
+    " --workdir."
 )
+LEARN_ADDED_IMAGES = "Learn the added images with python -m iumad_jax.learn --update --workdir=run --objects={}."
 DATASET_MISSING = "{} no longer exists, so its changes cannot be detected."
 DATASET_MISSING_PART = "{} no longer exists"
 PLAN_DIFFERS = "this run has learned {learned}, but its plan.json begins with {planned}"
@@ -254,9 +272,9 @@ TRAINING_STOPPED = (
 )
 STEP_BEGINS = "step {step}: learning {objects} from {images} images"
 STEP_BEGINS_PART = "step {}: learning"
-STEP_EVALUATED = "step {step}: learned {learned} (I-AUROC); mean of all {mean}"
+STEP_EVALUATED = "step {step}: learned {learned}; mean of all {mean} (I-AUROC)"
 STEP_EVALUATED_WITH_OTHERS = (
-    "step {step}: learned {learned} (I-AUROC); largest change of another object: {change}; mean of all {mean}"
+    "step {step}: learned {learned}; largest change of another object: {change}; mean of all {mean} (I-AUROC)"
 )
 EPOCH_DONE = "step {step}: epoch {epoch} of {epochs}, loss {loss}, {rate} images/s, {minutes} min left"
 EPOCH_PART = ": epoch "

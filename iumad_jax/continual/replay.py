@@ -18,37 +18,56 @@ from iumad_jax.continual.strategy import Strategy, StrategyState
 from iumad_jax.methods.method import Loss, Method, stack_objects
 from iumad_jax.shapes import BY_OBJECT, Batch, Keys, Variables
 
+Gaussian = dict[str, Any]  # of one object: count () of images; mean and directions, each by part
+
 _resize = jax.jit(jax.image.resize, static_argnums=(1, 2))
 
 
 def principal_components(
-    parts: dict[str, Float[np.ndarray, "n ..."]], rank: int
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    parts: dict[str, Float[np.ndarray, "n ..."]], rank: int, earlier: Gaussian | None = None
+) -> Gaussian:
     """Fit a low-rank Gaussian to several views of the same images.
 
     Args:
         parts: Views of the same n images by name, each weighted to a total variance of 1.
-        rank: Number of directions. Those beyond n - 1 are zero.
+        rank: Number of directions. Those beyond the number of images - 1 are zero.
+        earlier: Gaussian of other images, which are included.
 
     Returns:
-        Mean (...) and directions (rank, ...) of each part, the strongest direction first, each one standard deviation
-        long. mean + z @ directions with z ~ N(0, I) has the mean of the images and, up to the rank, their covariance,
-        also across parts.
+        `count`, the number of images; `mean` (...) and `directions` (rank, ...) of each part, the strongest direction
+        first, each one standard deviation long. mean + z @ directions with z ~ N(0, I) has the mean of the images and,
+        up to the rank, their covariance, also across parts.
     """
+    weights = np.ones(len(next(iter(parts.values()))))
+    if earlier:
+        points = jax.tree.map(_points, earlier["mean"], earlier["directions"])
+        parts = {name: np.concatenate([part, points[name]]) for name, part in parts.items()}
+        added = len(next(iter(points.values())))
+        weights = np.append(weights, np.full(added, earlier["count"] / added))
+    count = weights.sum()
     flat = {name: np.reshape(part, (len(part), -1)) for name, part in parts.items()}
-    means = {name: rows.mean(0, dtype=np.float64) for name, rows in flat.items()}
-    centred = {name: rows - means[name].astype(rows.dtype) for name, rows in flat.items()}
+    means = {name: np.einsum("n,nd->d", weights, rows) / count for name, rows in flat.items()}
+    roots = np.sqrt(weights)[:, None]
+    centred = {name: (rows - means[name].astype(rows.dtype)) * roots.astype(rows.dtype) for name, rows in flat.items()}
     grams = [(rows @ rows.T).astype(np.float64) for rows in centred.values()]
     joint_gram = sum(gram / max(np.trace(gram), 1e-12) for gram in grams)
-    scores = np.sqrt(len(joint_gram)) * np.linalg.eigh(joint_gram)[1][:, ::-1][:, :rank]
+    scores = np.sqrt(count) * np.linalg.eigh(joint_gram)[1][:, ::-1][:, :rank]
     directions = {name: np.zeros((rank, rows.shape[1])) for name, rows in centred.items()}
     for name, rows in centred.items():
-        directions[name][: scores.shape[1]] = scores.T @ rows / len(rows)
-    shapes = {name: part.shape[1:] for name, part in parts.items()}
-    return (
-        {name: mean.reshape(shapes[name]).astype(np.float16) for name, mean in means.items()},
-        {name: rows.reshape(rank, *shapes[name]).astype(np.float16) for name, rows in directions.items()},
-    )
+        directions[name][: scores.shape[1]] = scores.T @ rows / count
+    return {
+        "count": np.float32(count),
+        "mean": {name: means[name].reshape(part.shape[1:]).astype(np.float16) for name, part in parts.items()},
+        "directions": {
+            name: directions[name].reshape(rank, *part.shape[1:]).astype(np.float16) for name, part in parts.items()
+        },
+    }
+
+
+def _points(mean: Float[np.ndarray, "..."], directions: Float[np.ndarray, "r ..."]) -> Float[np.ndarray, "n ..."]:
+    """Return two points per direction, which have the mean and the covariance of a low-rank Gaussian."""
+    offsets = np.sqrt(len(directions)) * np.asarray(directions, np.float32)
+    return np.asarray(mean, np.float32) + np.concatenate([offsets, -offsets])
 
 
 def draw_sample(strategy_state: StrategyState, key: Array) -> tuple[dict[str, Array], Array]:
@@ -109,20 +128,22 @@ def replay(config: ConfigDict, method: Method) -> Strategy:
         return stack_objects(gaussians) | {"objects": np.int32(len(gaussians))} if gaussians else {}
 
     def finish(strategy_state: StrategyState, _: Variables, batch: Batch, object_id: int) -> StrategyState:
+        gaussians = _gaussians(strategy_state)
+        earlier = gaussians[object_id] if object_id < len(gaussians) else None
         parts = {f"features_{m}": np.asarray(features, np.float32) for m, features in batch.features.items()}
         parts |= {f"image_{m}": downsample(images, config.image_size) for m, images in batch.images.items()}
-        mean, directions = principal_components(parts, config.rank)
-        return {BY_OBJECT: (*_gaussians(strategy_state), {"mean": mean, "directions": directions})}
+        merged = principal_components(parts, config.rank, earlier)
+        return {BY_OBJECT: (*gaussians[:object_id], merged, *gaussians[object_id + 1 :])}
 
     return Strategy(loss, begin=begin, finish=finish)
 
 
-def _gaussians(strategy_state: StrategyState) -> tuple[dict[str, Any], ...]:
+def _gaussians(strategy_state: StrategyState) -> tuple[Gaussian, ...]:
     """Return the Gaussian of each old object, from a state between steps or within a step."""
     if BY_OBJECT in strategy_state or not strategy_state:
         return strategy_state.get(BY_OBJECT, ())
-    parts = {name: strategy_state[name] for name in ("mean", "directions")}
-    return tuple(jax.tree.map(lambda array, i=i: array[i], parts) for i in range(int(strategy_state["objects"])))
+    stacked = {name: strategy_state[name] for name in ("count", "mean", "directions")}
+    return tuple(jax.tree.map(lambda array, i=i: array[i], stacked) for i in range(int(strategy_state["objects"])))
 
 
 def downsample(images: Float[Array | np.ndarray, "n h w 3"], size: int) -> Float[np.ndarray, "n s s 3"]:

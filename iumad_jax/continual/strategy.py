@@ -28,9 +28,10 @@ class Strategy:
         begin: (state, variables, batch, step) -> state. Called before the first update of a step. The batch is an
             example of the shapes.
         finish: (state, variables, batch, object id) -> state. Called after the last update of a step, once per object
-            that the step learned, with all training images of that object as one (memory-mapped) batch. The result is
-            stored between steps. Entries that belong to one object and never change go under the key
-            BY_OBJECT, as a tuple with one item per object; snapshots store each item once.
+            that the step learned, with all training images of that object as one (memory-mapped) batch. Also called
+            with further images of an object learned before; the result then covers its earlier images too. It is
+            stored between steps. What belongs to one object goes under the key BY_OBJECT, as a tuple with one item per
+            object; snapshots store equal items once.
         incremental: False if the strategy trains on the images of all objects learned so far.
     """
 
@@ -42,4 +43,4 @@ class Strategy:
 
     def objects(self, step: Step) -> tuple[str, ...]:
         """Return the objects whose images a step is trained on."""
-        return step.learned if self.incremental else step.seen
+        return step.trained if self.incremental or not step.trained else step.seen

@@ -10,6 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from scipy import ndimage
 
+from iumad_jax.data.depth import measured
 from iumad_jax.data.sample import Sample
 
 _Pixels = UInt8[np.ndarray, "h w 3"]
@@ -71,16 +72,17 @@ def degrade(sample: Sample, number: int, object_height: float) -> Sample:
 def vary(sample: Sample, number: int, object_height: float) -> Sample:
     """Degrade a sample as `degrade` does, and shift it by up to 3 % of its size with edge pixels repeated."""
     degraded, rng = degrade(sample, number, object_height), np.random.default_rng([number, 1])
-    rows, columns = (round(rng.uniform(-0.03, 0.03) * size) for size in sample.rgb.shape[:2])
+    shifts = rng.uniform(-0.03, 0.03, 2)
 
     def shifted(array: np.ndarray | None) -> np.ndarray | None:
         if array is None:
             return None
-        shifts = zip(array.shape[:2], (rows, columns), strict=True)
-        return array[np.ix_(*((np.arange(size) - shift).clip(0, size - 1) for size, shift in shifts))]
+        by_axis = zip(array.shape[:2], shifts, strict=True)
+        return array[np.ix_(*((np.arange(size) - round(size * shift)).clip(0, size - 1) for size, shift in by_axis))]
 
     camera = degraded.camera
-    if camera is not None:
+    if camera is not None and degraded.depth is not None:
+        rows, columns = (round(size * shift) for size, shift in zip(degraded.depth.shape, shifts, strict=True))
         camera = dataclasses.replace(camera, cx=camera.cx + columns, cy=camera.cy + rows)
     arrays: dict[str, Any] = {name: shifted(getattr(degraded, name)) for name in ("rgb", "depth", "mask", "normals")}
     return dataclasses.replace(degraded, camera=camera, **arrays)
@@ -88,8 +90,8 @@ def vary(sample: Sample, number: int, object_height: float) -> Sample:
 
 def with_depth_noise(sample: Sample, deviation: float, rng: np.random.Generator) -> Sample:
     """Add noise with a standard deviation in metres to a sample's depth, if it has any."""
-    if sample.depth is None:
+    if sample.depth is None or sample.camera is None:
         return sample
-    valid = np.isfinite(sample.depth) & (sample.depth > 0)
+    valid = measured(sample.depth, sample.camera)
     depth = np.where(valid, sample.depth + rng.normal(0, deviation, sample.depth.shape), np.nan)
     return dataclasses.replace(sample, depth=depth.astype(np.float32))

@@ -6,7 +6,7 @@ All lengths are metres. Camera coordinates: x right, y down, z along the optical
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float, Float32, UInt8
 from scipy import ndimage
 
 from iumad_jax.data.sample import Camera
@@ -20,7 +20,7 @@ class Plane:
     """Plane of all points p with normal . p + distance = 0."""
 
     normal: Float[np.ndarray, "3"]  # unit vector towards the camera
-    distance: float  # distance of the camera from the plane, >= 0
+    distance: float  # distance of the origin from the plane, >= 0 unless the camera is orthographic
 
     @property
     def axes(self) -> Float[np.ndarray, "3 3"]:
@@ -52,25 +52,30 @@ def measure(depth: Float32[np.ndarray, "h w"], camera: Camera, window: int = 3) 
     Raises:
         UserError: If too few pixels are valid to fit a plane or normals.
     """
-    filled, valid = fill_missing(depth)
+    filled, valid = fill_missing(depth, camera)
     points = backproject(filled, camera)
-    plane = fit_plane(border(points, valid))
+    plane = fit_plane(border(points, valid), camera.orthographic)
     in_plane_axes = normals(depth, camera, window) @ plane.axes.T.astype(np.float32)
     return Surface(valid, points, plane, height_above(points, plane), in_plane_axes)
 
 
+def measured(depth: Float[np.ndarray, "h w"], camera: Camera) -> Bool[np.ndarray, "h w"]:
+    """Find the pixels with measured depth: finite, and above 0 unless it is heights."""
+    return np.isfinite(depth) & (camera.heights | (depth > 0))
+
+
 def fill_missing(
-    depth: Float32[np.ndarray, "h w"],
+    depth: Float32[np.ndarray, "h w"], camera: Camera
 ) -> tuple[Float32[np.ndarray, "h w"], Bool[np.ndarray, "h w"]]:
     """Fill missing depth from the nearest valid pixel.
 
     Returns:
-        The filled depth, and a mask of the valid pixels (finite and > 0).
+        The filled depth, and a mask of the valid pixels, see `measured`.
 
     Raises:
         UserError: If no pixel is valid.
     """
-    valid = np.isfinite(depth) & (depth > 0)
+    valid = measured(depth, camera)
     if not valid.any():
         raise UserError("the depth image has no valid pixel; replace the image.")
     return _from_nearest(depth, valid), valid
@@ -80,7 +85,18 @@ def backproject(depth: Float32[np.ndarray, "h w"], camera: Camera) -> Float32[np
     """Convert depth to points in camera coordinates."""
     x, y = _rays(depth.shape, camera)
     scale = np.ones_like(depth) if camera.orthographic else depth
-    return np.stack([x * scale, y * scale, depth], axis=-1)
+    return np.stack([x * scale, y * scale, -depth if camera.heights else depth], axis=-1)
+
+
+def project(points: Float[np.ndarray, "n 3"], camera: Camera, size: tuple[int, int]) -> Float32[np.ndarray, "h w"]:
+    """Project points in camera coordinates to a depth image of (h, w) pixels: the nearest per pixel, NaN where none."""
+    x, y, z = points[(points[:, 2] > 0) & np.isfinite(points).all(-1)].T
+    scale = 1 if camera.orthographic else z
+    pixels = np.stack([camera.fy * y / scale + camera.cy, camera.fx * x / scale + camera.cx])
+    inside = ((pixels > -0.5) & (pixels < np.array(size)[:, None] - 0.5)).all(0)
+    depth = np.full(size, np.inf, np.float32)
+    np.minimum.at(depth, tuple(np.rint(pixels[:, inside]).astype(int)), z[inside].astype(np.float32))
+    return np.where(np.isinf(depth), np.float32(np.nan), depth)
 
 
 def border(
@@ -102,7 +118,7 @@ def border(
     return selected[:: -(-len(selected) // max_points)]
 
 
-def fit_plane(points: Float[np.ndarray, "n 3"], trials: int = 256) -> Plane:
+def fit_plane(points: Float[np.ndarray, "n 3"], orthographic: bool = False, trials: int = 256) -> Plane:
     """Fit a plane to most of the points by RANSAC with a truncated quadratic cost (MSAC; Torr and Zisserman, 2000).
 
     The best of `trials` planes through three random points each is refined by least squares on the points within 2 mm
@@ -131,7 +147,7 @@ def fit_plane(points: Float[np.ndarray, "n 3"], trials: int = 256) -> Plane:
         centre = inliers.mean(0)
         normal = np.linalg.svd(inliers - centre, full_matrices=False)[2][2]
     distance = -normal @ centre
-    sign = 1 if distance >= 0 else -1
+    sign = 1 if (-normal[2] if orthographic else distance) >= 0 else -1
     return Plane(sign * normal, float(sign * distance))
 
 
@@ -156,7 +172,7 @@ def normals(depth: Float32[np.ndarray, "h w"], camera: Camera, window: int = 3) 
     Raises:
         UserError: If no window has three valid pixels that span a plane.
     """
-    valid = np.isfinite(depth) & (depth > 0)
+    valid = measured(depth, camera)
     weight = valid.astype(np.float32)
     linear = weight * _linearised(np.where(valid, depth, 1), camera)
     # Regress over each window on offsets (u, v) from its centre: means, then (co)variances, then slopes.
@@ -197,10 +213,10 @@ def choose_window(depth: Float32[np.ndarray, "h w"], camera: Camera, largest: in
         camera: Camera of the depth image.
         largest: Largest window to return; larger ones would smooth away more than noise.
     """
-    valid = np.isfinite(depth) & (depth > 0)
+    valid = measured(depth, camera)
     metres = np.where(valid, depth, np.nan)
     scale = np.where(valid, 1.0, np.nan) if camera.orthographic else metres
-    pitch = scale / camera.fx  # metres between pixels
+    pitch = scale / max(camera.fx, camera.fy)  # metres between pixels
     linear = _linearised(metres, camera)
     second_difference = linear[:, :-2] - 2 * linear[:, 1:-1] + linear[:, 2:]
     # A change of 1/z by d changes z by z^2 d.
@@ -215,6 +231,24 @@ def choose_window(depth: Float32[np.ndarray, "h w"], camera: Camera, largest: in
     sizes = np.arange(3, largest + 1, 2)
     sufficient = sizes[noise <= allowed * np.sqrt(valid.mean() * sizes**2 * (sizes**2 - 1) / 12)]
     return int(sufficient[0]) if len(sufficient) else largest
+
+
+def picture(depth: Float32[np.ndarray, "h w"], camera: Camera) -> UInt8[np.ndarray, "h w 3"]:
+    """Draw depth in place of a photograph: the nearest pixels white, the farthest and those without depth black."""
+    depth = -depth if camera.heights else depth
+    far, near = np.nanquantile(depth, [0.99, 0.01])
+    grey = 255 * ((far - depth) / max(far - near, np.finfo(np.float32).tiny)).clip(0, 1)
+    return np.repeat(np.nan_to_num(grey).astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def seems_heights(depth: Float32[np.ndarray, "h w"]) -> bool:
+    """Whether the image's edge is nearer than its middle, as in a height map, by 1 % at least."""
+    rows, columns = (max(1, side // 8) for side in depth.shape)
+    edge = depth.copy()
+    edge[rows:-rows, columns:-columns] = np.nan
+    middle = depth[2 * rows : -2 * rows, 2 * columns : -2 * columns]
+    measured_parts = [part[np.isfinite(part)] for part in (edge, middle)]
+    return all(map(len, measured_parts)) and 1.01 * np.median(measured_parts[0]) < np.median(measured_parts[1])
 
 
 def with_normals(surface: Surface, official: Float32[np.ndarray, "h w 3"]) -> Surface:
@@ -275,6 +309,8 @@ def _rays(shape: tuple[int, ...], camera: Camera) -> tuple[np.ndarray, np.ndarra
 
 def _linearised(depth: np.ndarray, camera: Camera) -> np.ndarray:
     """Return 1/z, or -z for an orthographic camera; either is linear over the image of a plane."""
+    if camera.heights:
+        return depth
     return -depth if camera.orthographic else 1 / depth
 
 

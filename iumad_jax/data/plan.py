@@ -1,30 +1,26 @@
-"""The plan of a run, stored as `plan.json` in the workdir: its steps, to which new objects are added."""
+"""The plan of a run, stored as `plan.json` in the workdir: its steps, to which others are added."""
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ml_collections import ConfigDict
 
 from iumad_jax import config as configs
 from iumad_jax import protocol
 from iumad_jax.data import readers
-from iumad_jax.data.readers.joined import Joined
+from iumad_jax.data.readers.joined import Absent, Joined, reader_of
 from iumad_jax.data.sample import Reader
 from iumad_jax.errors import UserError
-from iumad_jax.protocol import Step
+from iumad_jax.protocol import Act, Step
+from iumad_jax.runtime import live
 from iumad_jax.runtime import workdir as workdirs
 from iumad_jax.runtime.storage import write_whole
 
 CHANGEABLE = ("dataset", "train")  # groups of config keys that a step may change
 _NAME = "plan.json"
-_FIXED = {
-    "dataset.objects": "use --objects",
-    "dataset.prepared": "a run has one folder of prepared images",
-    "train.optimizer": "config.continual.optimizer is that of all steps but the first",
-}
 
 
 def read(workdir: Path) -> tuple[Step, ...]:
@@ -38,7 +34,7 @@ def read(workdir: Path) -> tuple[Step, ...]:
         steps: tuple[Step, ...] = ()
         for entry in json.loads(file.read_bytes()):
             _check_entry(entry, steps)
-            steps += (protocol.next_step(steps, tuple(entry["learned"]), entry["changes"]),)
+            steps += (protocol.next_step(steps, tuple(entry.pop("objects")), **entry),)
         if not steps:
             raise ValueError("it has no step")
         return steps
@@ -52,15 +48,23 @@ def read(workdir: Path) -> tuple[Step, ...]:
 
 def _check_entry(entry: dict[str, Any], earlier: Sequence[Step]) -> None:
     """Raise ValueError unless an entry of the file is a step that may follow the earlier ones."""
-    learned, changes = entry["learned"], entry["changes"]
-    if not isinstance(learned, list) or not learned or not all(isinstance(name, str) for name in learned):
+    objects, changes, act = entry["objects"], entry["changes"], entry["act"]
+    if act not in get_args(Act):
+        raise ValueError(f"a step's act is {act!r}")
+    if not isinstance(objects, list) or not objects or not all(isinstance(name, str) for name in objects):
         raise ValueError("a step does not list its objects")
-    if len(set(learned)) < len(learned) or (earlier and set(learned) & set(earlier[-1].seen)):
+    seen = set(earlier[-1].seen) if earlier else set()
+    if act == "learn" and (len(set(objects)) < len(objects) or seen & set(objects)):
         raise ValueError("an object is learned twice")
+    if act != "learn" and not seen >= set(objects):
+        raise ValueError(f"a step's act is {act!r} for an object that is not learned before")
     known = configs.flat(configs.paper("1-0").to_dict())
     for key, value in changes.items():
         if key.split(".")[0] not in CHANGEABLE or type(value) is not type(known.get(key)):
             raise ValueError(f"a step changes config.{key} to {value!r}")
+    images = [images for splits in entry["images"].values() for images in splits.values()]
+    if not all(isinstance(digest, str) for split in images for digest in split.values()):
+        raise ValueError("a digest is not a string")
 
 
 def write(workdir: Path, steps: Sequence[Step]) -> None:
@@ -69,7 +73,10 @@ def write(workdir: Path, steps: Sequence[Step]) -> None:
     Raises:
         UserError: If it cannot be written.
     """
-    content = [{"learned": step.learned, "changes": dict(step.changes)} for step in steps]
+    content = [
+        {"act": step.act, "objects": step.objects, "changes": dict(step.changes), "images": step.images}
+        for step in steps
+    ]
     write_whole(workdir / _NAME, (json.dumps(content, indent=1) + "\n").encode())
 
 
@@ -100,46 +107,11 @@ def current(config: ConfigDict, workdir: Path) -> tuple[Step, ...]:
         return protocol.steps(config.protocol, readers.objects(config))
     if config.protocol != protocol.OPEN or not Path(config.dataset.root).is_dir():
         return steps
-    return _with_objects(steps, [name for name in readers.objects(config) if name not in steps[-1].seen], {})
+    return with_objects(steps, [name for name in readers.objects(config) if name not in steps[-1].seen], {})
 
 
-def with_new(
-    config: ConfigDict, steps: tuple[Step, ...], names: str, changes: Mapping[str, Any], finished: int
-) -> tuple[Step, ...]:
-    """Add one step for each new object to the steps of a run.
-
-    Args:
-        config: Config of the run.
-        steps: Steps planned so far, at least one.
-        names: "all" for all objects that the run has not learned, or names separated by commas.
-        changes: Keys under `dataset` and `train` with other values than the run's, for these steps.
-        finished: Number of finished steps. Objects of planned steps that are not finished are continued with.
-
-    Raises:
-        UserError: If a key cannot be changed, an object is learned already or does not exist, none is new, or an
-            unfinished step has other changes.
-    """
-    for key in _FIXED.keys() & changes.keys():
-        raise UserError(f"--config.{key} cannot be changed here; {_FIXED[key]}.")
-    changed = changed_config(config, changes)
-    configs.check(changed)
-    changed.dataset.objects = names
-    learned = set(itertools.chain.from_iterable(step.learned for step in steps[:finished]))
-    selected = readers.objects(changed)
-    known = [name for name in selected if name in learned]
-    if known and (names != "all" or len(known) == len(selected)):
-        raise UserError(
-            f"the run has learned {', '.join(known)} already; add the images of a new object to"
-            f" {changed.dataset.root}, name their folder with --config.dataset.root, or rename another object's folder."
-        )
-    for step in steps[finished:]:
-        if set(step.learned) & set(selected) and step.changes != changes:
-            keys = " ".join(f"--config.{key}={value}" for key, value in step.changes.items()) or "without changed keys"
-            raise UserError(f"the run has begun to learn {', '.join(step.learned)} {keys}; finish it so first.")
-    return _with_objects(steps, [name for name in selected if name not in steps[-1].seen], changes)
-
-
-def _with_objects(steps: tuple[Step, ...], names: Sequence[str], changes: Mapping[str, Any]) -> tuple[Step, ...]:
+def with_objects(steps: tuple[Step, ...], names: Sequence[str], changes: Mapping[str, Any]) -> tuple[Step, ...]:
+    """Add one step for each object, which learns it."""
     for name in names:
         steps += (protocol.next_step(steps, (name,), changes),)
     return steps
@@ -152,24 +124,72 @@ def changed_config(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict
     return copy
 
 
+def dataset_of(config: ConfigDict, step: Step) -> ConfigDict:
+    """Return the config of the dataset that a step learns from."""
+    return changed_config(config, _dataset_changes(step))
+
+
+def _dataset_changes(step: Step) -> dict[str, Any]:
+    return {key: value for key, value in step.changes.items() if key.startswith("dataset.")}
+
+
+def is_same_dataset(step: Step, other: Step) -> bool:
+    """Return whether two steps learn from the same dataset."""
+    return _dataset_changes(step) == _dataset_changes(other)
+
+
 def datasets(config: ConfigDict, steps: Sequence[Step]) -> list[tuple[ConfigDict, tuple[str, ...]]]:
-    """List the configs of the datasets of all steps, each with the objects that were learned from it."""
-
-    def dataset_changes(step: Step) -> dict[str, Any]:
-        return {key: value for key, value in step.changes.items() if key.startswith("dataset.")}
-
-    groups = itertools.groupby(steps, dataset_changes)
+    """List the configs of the datasets that objects were learned from, each with these objects."""
+    groups = itertools.groupby((step for step in steps if step.learned), _dataset_changes)
     return [(changed_config(config, changes), sum((step.learned for step in group), ())) for changes, group in groups]
 
 
-def open_reader(config: ConfigDict, steps: Sequence[Step]) -> Reader:
+def rendered(config: ConfigDict, steps: Sequence[Step]) -> list[ConfigDict]:
+    """List the configs of the datasets that the steps use."""
+    groups = itertools.groupby((step for step in steps if step.learned or step.images), _dataset_changes)
+    return [changed_config(config, changes) for changes, _ in groups]
+
+
+def open_reader(config: ConfigDict, steps: Sequence[Step], spared: Collection[str] = ()) -> Reader:
     """Open the reader of all objects of a run, in the order of learning.
+
+    An object that was updated is read from the dataset of the update, if that has test images of it.
+
+    Args:
+        config: Config of the run.
+        steps: Steps of the run.
+        spared: Objects whose images may be missing. They then have no images.
 
     Raises:
         UserError: As `readers.open_reader`.
     """
-    opened = [readers.open_reader(dataset, names) for dataset, names in datasets(config, steps)]
-    return opened[0] if len(opened) == 1 else Joined(opened)
+    opened = [*itertools.chain(*(_open(dataset, names, spared) for dataset, names in datasets(config, steps)))]
+    if len(opened) == 1 and not any(map(_is_elsewhere, steps)):
+        return opened[0]
+    by_object = {name: reader for reader in opened for name in reader.objects}
+    for step in filter(_is_elsewhere, steps):
+        for reader in _open(dataset_of(config, step), step.objects, spared):
+            by_object |= {name: reader for name in reader.objects if reader.ids(name, "test")}
+    return Joined(by_object)
+
+
+def _is_elsewhere(step: Step) -> bool:
+    """Return whether a step updates or calibrates objects with images of another dataset."""
+    return bool(step.images and _dataset_changes(step))
+
+
+def _open(dataset: ConfigDict, names: Sequence[str], spared: Collection[str]) -> Iterable[Reader]:
+    """Open the reader of a dataset's objects; if it cannot be opened, one for each object, so that some are spared."""
+    try:
+        return [readers.open_reader(dataset, names)]
+    except UserError as error:
+        if len(names) > 1 and set(names) & set(spared):
+            return itertools.chain(*(_open(dataset, (name,), spared) for name in names))
+        if names[0] not in spared:
+            raise
+        if Path(dataset.dataset.root).is_dir() and names[0] in readers.available(dataset):
+            live.log(f"{names[0]} is judged on images that the run kept, because its own cannot be read: {error}")
+        return [Absent(names[0])]
 
 
 def open_learned(config: ConfigDict, workdir: Path, objects: Sequence[str]) -> Reader:
@@ -178,7 +198,7 @@ def open_learned(config: ConfigDict, workdir: Path, objects: Sequence[str]) -> R
     Raises:
         UserError: As `read` and `readers.open_reader`.
     """
-    return open_reader(config, _learned(workdir, objects))
+    return open_reader(config, _until_learned(workdir, objects))
 
 
 def open_for_use(config: ConfigDict, workdir: Path, objects: Sequence[str]) -> Reader:
@@ -195,19 +215,18 @@ def open_for_use(config: ConfigDict, workdir: Path, objects: Sequence[str]) -> R
     """
     if config.dataset != workdirs.read(workdir).dataset:
         return readers.open_reader(config)
-    steps = _learned(workdir, objects)
-    if others := tuple(name for name in readers.objects(config) if name not in objects):
+    steps = _until_learned(workdir, objects)
+    present = set(readers.objects(config)) if Path(config.dataset.root).is_dir() else set()
+    if others := tuple(name for name in readers.objects(config) if name not in objects) if present else ():
         steps.append(protocol.next_step(steps, others, {}))
-    opened = []
-    for dataset, names in datasets(config, steps):
-        available = readers.available(dataset)
-        if present := [name for name in names if name in available]:
-            opened.append(readers.open_reader(dataset, present))
-    return Joined(opened)
+    reader = open_reader(config, steps, objects)
+    by_object = {name: reader_of(reader, name) for name in reader.objects}
+    return Joined({name: reader for name, reader in by_object.items() if not isinstance(reader, Absent)})
 
 
-def _learned(workdir: Path, objects: Sequence[str]) -> list[Step]:
-    steps = [step for step in read(workdir) if set(step.learned) <= set(objects)]
+def _until_learned(workdir: Path, objects: Sequence[str]) -> list[Step]:
+    """Return the steps of a run's plan until it had learned the objects."""
+    steps = [step for step in read(workdir) if set(step.seen) <= set(objects)]
     if not steps:
         raise UserError(f"{workdir / _NAME} is missing; restore it from a backup.")
     return steps

@@ -10,68 +10,118 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from iumad_jax.data import plan
-from iumad_jax.data.prepared.good_images import GoodImages
+from iumad_jax.data.prepared.good_images import CalibrationImages
 from iumad_jax.data.prepared.store import open_store
 from iumad_jax.errors import UserError
-from iumad_jax.inference import decisions, evaluation
-from iumad_jax.inference.anomaly_map import combine, measure_scales
+from iumad_jax.inference import decisions, evaluation, recognition
+from iumad_jax.inference.anomaly_map import Rule, combine, measure_scales
 from iumad_jax.inference.evaluation import Judgement, Model, TestSets
-from iumad_jax.inference.thresholds import NONE, Chosen, Record, describe, make_calibration, thresholds
+from iumad_jax.inference.thresholds import (
+    NONE,
+    Chosen,
+    Record,
+    describe,
+    make_calibration,
+    nearest_distances,
+    thresholds,
+)
 from iumad_jax.methods.method import Method
+from iumad_jax.protocol import Step
 from iumad_jax.report import html, result_files, samples
 from iumad_jax.report.history import history, results
 from iumad_jax.runtime import ledger as ledgers
 from iumad_jax.runtime import preemption, storage
+from iumad_jax.runtime.in_batches import predict_in_batches
 from iumad_jax.runtime.ledger import Ledger
 from iumad_jax.runtime.progress import Progress
-from iumad_jax.shapes import Scales
+from iumad_jax.shapes import ErrorMaps, Scales, Variables
 
 
 def calibrate(
     config: ConfigDict,
     methods: dict[str, Method],
     progress: Progress,
-    objects: Sequence[str],
-    good_images: Callable[[str], GoodImages],
+    step: Step,
+    calibrating: Callable[[str], CalibrationImages],
 ) -> tuple[Progress, Model]:
     """Measure the scales of all methods and the calibration of the config's method on good images.
+
+    Objects that a step cannot have changed keep both, except for their distances to the other objects.
 
     Args:
         config: Config of the run.
         methods: Methods by name, the config's method first.
         progress: Progress with the methods' variables, frozen ones included.
-        objects: The learned objects, in the order of learning.
-        good_images: Returns the good images of an object.
+        step: The step that ends.
+        calibrating: Returns the calibration images of an object.
 
     Returns:
         The progress with new scales and calibrations, and the model with the thresholds that follow from them.
     """
-    model = evaluation.make_model(config, methods, progress)
-    scales: dict[str, Scales] = {}
-    for name, method in methods.items():
-        by_object = []
-        for number, object_ in enumerate(objects):
-            preemption.check()
-            errors = method.held_out(progress.variables[name], number)
-            if errors is None:
-                errors = evaluation.error_maps(model, name, good_images(object_).calibrating)
-            by_object.append(measure_scales(errors))
-        scales[name] = jax.tree.map(lambda *values: np.stack(values), *by_object)
-    model, main = model._replace(scales=scales), next(iter(methods))
-    calibration = {}
-    for number, object_ in enumerate(objects):
+    calibration = dict(progress.calibration)
+    if step.act == "retire":
+        calibration |= {name: calibration[name]._replace(retired=True) for name in step.objects}
+    progress = progress._replace(calibration=calibration)
+    model, main = evaluation.make_model(config, methods, progress), next(iter(methods))
+    scales: dict[str, list[Scales]] = {name: [] for name in methods}
+    for number, object_ in enumerate(progress.objects):
         preemption.check()
-        good = good_images(object_)
-        prediction, distance = evaluation.infer(model, main, good.calibrating)
-        if good.from_training_images and (errors := methods[main].held_out(progress.variables[main], number)):
-            numbers = np.full(len(jax.tree.leaves(errors)[0]), number, np.int32)
-            held_out = combine(errors, scales[main], numbers, model.rule)
-            with_copies: Any = jax.tree.map(lambda *parts: np.concatenate(parts), prediction, held_out)
-            prediction = with_copies if good.few else held_out
-        flags = {"from_training_images": good.from_training_images, "few": good.few}
-        calibration[object_] = make_calibration(prediction, distance, number, **flags)
+        earlier = calibration.get(object_)
+        good = None if earlier and earlier.retired else calibrating(object_)
+        if good is not None:
+            distance = np.asarray(recognition.distances(model.recogniser, good.images.features))
+        if good is not None and earlier is not None:
+            calibration[object_] = earlier._replace(distance=nearest_distances(distance, number))
+        for name, method in methods.items():
+            if good is None or not _is_changed(step, method, object_):
+                scales[name].append(jax.tree.map(lambda values, i=number: values[i], progress.scales[name]))
+                continue
+            errors, judged = _error_maps(model, name, progress.variables[name], number, good)
+            scales[name].append(measure_scales(errors))
+            if name == main:
+                predictions = [_predict(part, scales[name][-1], model.rule) for part in judged]
+                score, peak = map(np.concatenate, zip(*predictions, strict=True))
+                flags = {"from_training_images": bool(good.trained.any()), "few": good.few}
+                calibration[object_] = make_calibration(score, peak, distance, number, **flags)
+    stacked = {name: jax.tree.map(lambda *values: np.stack(values), *by_object) for name, by_object in scales.items()}
     limits = thresholds(calibration, config.decisions.quantile)
-    return progress._replace(scales=scales, calibration=calibration), model._replace(thresholds=limits)
+    model = model._replace(scales=stacked, thresholds=limits)
+    return progress._replace(scales=stacked, calibration=calibration), model
+
+
+def _is_changed(step: Step, method: Method, object_: str) -> bool:
+    """Return whether a step changes a method's error maps of an object, or the images that they are calibrated on."""
+    return object_ in step.objects or (bool(step.trained) and not method.independent)
+
+
+def _error_maps(
+    model: Model, name: str, variables: Variables, number: int, good: CalibrationImages
+) -> tuple[ErrorMaps, list[ErrorMaps]]:
+    """Return the error maps that set a method's scales of an object, and those that set its thresholds.
+
+    Images on which the method was trained are replaced by its own held-out errors, if it has any. If there are few
+    images, both are used, since most are altered copies.
+    """
+    held_out = model.methods[name].held_out(variables, number)
+    if held_out is None:
+        errors = evaluation.error_maps(model, name, good.images)
+        return errors, [errors]
+    rows = np.flatnonzero(~good.trained | good.few)
+    images = jax.tree.map(lambda array: array[rows], good.images)
+    judged = [evaluation.error_maps(model, name, images)] if len(rows) else []
+    return held_out, [*judged, held_out] if good.trained.any() else judged
+
+
+def _predict(errors: ErrorMaps, scales: Scales, rule: Rule) -> tuple[np.ndarray, np.ndarray]:
+    """Return the scores of an object's error maps, and the largest values of the anomaly maps."""
+
+    def predict(scales: Scales, errors: ErrorMaps) -> tuple[Any, Any]:
+        number = np.zeros(len(jax.tree.leaves(errors)[0]), np.int32)
+        prediction = combine(errors, scales, number, rule)
+        return prediction.score, prediction.map.max((1, 2))
+
+    of_one = jax.tree.map(lambda value: np.asarray(value)[None], scales)
+    return predict_in_batches(predict, of_one, errors)
 
 
 def assess(
@@ -155,11 +205,12 @@ def evaluate_snapshot(
     began, step = time.monotonic(), progress.position.step
     reader = plan.open_for_use(config, workdir, tuple(progress.calibration))
     store = open_store(config, reader, workdir, progress.inputs)
-    learned = [name for name in reader.objects if name in progress.calibration]
+    in_use = [name for name, calibration in progress.calibration.items() if not calibration.retired]
+    learned = [name for name in reader.objects if name in in_use]
     if not learned:
         raise UserError(
             f"config.dataset.objects selects {', '.join(reader.objects)}, which this model has not learned; include one"
-            f" of {', '.join(progress.calibration)}."
+            f" of {', '.join(in_use)}."
         )
     test_sets = evaluation.test_sets(reader, reader.objects, lambda name: store.get(name, "test"))
     if not test_sets:
@@ -168,7 +219,7 @@ def evaluate_snapshot(
         store.prepare(name, "test")
     before = history(ledgers.read(workdir / "ledger.jsonl"), step)
     ledger = _new_ledger(output)
-    ledger.append("step", step=0, learned=learned)
+    ledger.append("step", step=0, act="learn", objects=learned)
     unknown = _assess_with_unknown(config, progress, chosen, test_sets, learned, ledger, store.processing.height_scale)
     ledger.append("snapshot", step=0, bytes=before.bytes, strategy_bytes=before.strategy_bytes)
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from iumad_jax import methods
 from iumad_jax.data.prepared.processing import Processing
-from iumad_jax.data.sample import Camera, Sample
+from iumad_jax.data.sample import Camera, DepthFormat, Sample
 from iumad_jax.errors import UserError
 from iumad_jax.inference import recognition
 from iumad_jax.inference.anomaly_map import Rule, combine, make_rule
@@ -145,8 +145,10 @@ class Detector:
         changes: Replaced values of the run's config, see `load`.
         threshold: Thresholds that replace those of the run, see `load`.
         objects: Names of the learned objects, in the order of learning.
+        retired: Names of those that are no longer recognised.
         step: Number of the run's step after which the model was saved.
         processing: Preprocessing of images.
+        depth_format: What the numbers in the training images' depth files mean.
         camera: Camera of the training images' depth, for images `camera_width` pixels wide; None without depth.
         camera_width: Image width in pixels that `camera` refers to; None without depth.
         function: Jitted function (state, images, specified_id) -> Outputs, see `detect`. It is compiled once per number
@@ -158,8 +160,10 @@ class Detector:
     changes: dict[str, Any]
     threshold: float | Mapping[str, float] | None
     objects: tuple[str, ...]
+    retired: tuple[str, ...]
     step: int
     processing: Processing
+    depth_format: DepthFormat
     camera: Camera | None
     camera_width: int | None
     function: Callable[[State, dict[Modality, Any], Any], Outputs] = field(repr=False)
@@ -226,16 +230,18 @@ class Detector:
             backbone,
             jax.device_put(method.arrange(variables)),
             progress.scales[name],
-            recognition.fit(progress.recognition),
+            recognition.fit(progress.recognition, progress.retired),
             thresholds(progress.calibration, config.decisions.quantile, choose(threshold, None, progress.calibration)),
         )
         return cls(
             workdir,
             changes,
             threshold,
-            tuple(progress.calibration),
+            progress.objects,
+            tuple(progress.objects[number] for number in progress.retired),
             progress.position.step,
             Processing.recorded(inputs),
+            DepthFormat.recorded(inputs["depth"]),
             Camera(**inputs["camera"]) if inputs["camera"] else None,
             inputs["camera_width"],
             jax.jit(lambda state, images, specified_id: detect(method, rule, extractor, state, images, specified_id)),
@@ -261,7 +267,7 @@ class Detector:
 
     def __call__(
         self,
-        rgb: UInt8[np.ndarray, "*b h w 3"],
+        rgb: UInt8[np.ndarray, "*b h w 3"] | None = None,
         depth: Float[np.ndarray, "*b h w"] | None = None,
         camera: Camera | None = None,
         object: str | None = None,
@@ -269,9 +275,11 @@ class Detector:
         """Detect anomalies in one image or in a batch of images.
 
         Args:
-            rgb: Image of shape (h, w, 3) or batch of shape (b, h, w, 3), uint8 from 0 to 255.
+            rgb: Image of shape (h, w, 3) or batch of shape (b, h, w, 3), uint8 from 0 to 255. Required unless the
+                model was trained on depth alone.
             depth: Depth in metres along the optical axis, floats of shape (h, w) or (b, h, w), aligned with `rgb` pixel
-                by pixel; 0 or not finite where missing. Required unless the model was trained on RGB alone.
+                by pixel; 0 or not finite where missing. If the model was trained on height maps, heights in metres
+                instead, not finite where missing. Required unless the model was trained on RGB alone.
             camera: Camera of the depth image; by default that of the training images, scaled to this image's width.
             object: Name of the object that all images show; recognised per image by default.
 
@@ -279,15 +287,16 @@ class Detector:
             The detection, without batch axis for a single image.
 
         Raises:
-            UserError: If an argument has a wrong type or shape, if the object was not learned, or if the depth cannot
-                be used.
+            UserError: If an argument has a wrong type or shape, if the object was not learned or is retired, or if the
+                depth cannot be used.
         """
         detection = self.judge(self.prepare(rgb, depth, camera), object)
-        return Detection(*(field[0] for field in detection)) if rgb.ndim == 3 else detection
+        single = depth.ndim == 2 if rgb is None and depth is not None else rgb is not None and rgb.ndim == 3
+        return Detection(*(field[0] for field in detection)) if single else detection
 
     def prepare(
         self,
-        rgb: UInt8[np.ndarray, "*b h w 3"],
+        rgb: UInt8[np.ndarray, "*b h w 3"] | None = None,
         depth: Float[np.ndarray, "*b h w"] | None = None,
         camera: Camera | None = None,
     ) -> dict[Modality, Float32[np.ndarray, "b s s 3"]]:
@@ -296,36 +305,39 @@ class Detector:
         Returns:
             Images by modality, shape (b, s, s, 3) with values 0 to 255; b is 1 for a single image.
         """
-        if not _is_array(rgb) or rgb.dtype != np.uint8 or rgb.ndim not in (3, 4) or rgb.shape[-1] != 3:
+        if depth is None and "depth" in self.processing.modalities:
+            raise UserError("depth is missing; pass it, since this model was trained with depth.")
+        if rgb is None and depth is not None and _is_array(depth) and "rgb" not in self.processing.modalities:
+            rgb = np.zeros((*depth.shape, 3), np.uint8)  # unused
+        if rgb is None or not _is_array(rgb) or rgb.dtype != np.uint8 or rgb.ndim not in (3, 4) or rgb.shape[-1] != 3:
             raise UserError(
                 f"rgb is {_kind(rgb)}; pass a NumPy array of uint8, shape (rows, columns, 3) or (b, rows, columns, 3)."
             )
         if not rgb.size:
             raise UserError(f"rgb has the shape {rgb.shape}; pass at least one image with at least one pixel.")
-        if "depth" not in self.processing.modalities:
+        if "depth" not in self.processing.modalities or depth is None:
             depth = None
-        elif depth is None:
-            raise UserError("depth is missing; pass it, since this model was trained with depth.")
-        elif not _is_array(depth) or depth.dtype.kind != "f" or depth.shape != rgb.shape[:-1]:
+        elif not _is_array(depth) or depth.dtype.kind != "f" or not self._is_of(depth.shape, rgb.shape[:-1]):
             raise UserError(
                 f"depth is {_kind(depth)}; pass a NumPy array of metres, floats of shape {rgb.shape[:-1]} like rgb."
             )
         elif camera is None:
-            camera = self.default_camera(rgb.shape[-2])
+            camera = self.default_camera(depth.shape[-1])
         elif not isinstance(camera, Camera):
             raise UserError(f"camera is {_kind(camera)}; pass a Camera(fx, fy, cx, cy) in pixels.")
-        if rgb.ndim == 3:
-            rgb, depth = rgb[None], None if depth is None else depth[None]
+        photographs = rgb if rgb.ndim == 4 else rgb[None]
+        if depth is not None and rgb.ndim == 3:
+            depth = depth[None]
 
         def process(index: int) -> dict[str, np.ndarray]:
             metres = None if depth is None else depth[index].astype(np.float32)
-            return self.processing(Sample("image", str(index), "good", rgb[index], metres, None, False, camera))
+            return self.processing(Sample("image", str(index), "good", photographs[index], metres, None, False, camera))
 
-        if len(rgb) == 1:  # starting a thread would only add delay
+        if len(photographs) == 1:  # starting a thread would only add delay
             processed = [process(0)]
         else:
             with ThreadPoolExecutor() as pool:
-                processed = list(pool.map(process, range(len(rgb))))
+                processed = list(pool.map(process, range(len(photographs))))
         return {
             modality: np.stack([arrays[f"images_{modality}"] for arrays in processed]).astype(np.float32)
             for modality in self.processing.modalities
@@ -335,7 +347,7 @@ class Detector:
         """Detect anomalies in a batch of prepared images, see `prepare`.
 
         Raises:
-            UserError: If the object was not learned.
+            UserError: If the object was not learned or is retired.
         """
         count = len(images[self.processing.modalities[0]])
         outputs = self.function(self.state, images, np.full(count, self.object_number(object), np.int32))
@@ -348,22 +360,35 @@ class Detector:
         size = self.processing.size
         self.judge({modality: np.zeros((1, size, size, 3), np.float32) for modality in self.processing.modalities})
 
+    def _is_of(self, depth: tuple[int, ...], rgb: tuple[int, ...]) -> bool:
+        """Whether an array of depth may belong to photographs, which may have another resolution if the run's had."""
+        if self.depth_format.align == "resize":
+            return len(depth) == len(rgb) and depth[:-2] == rgb[:-2] and 0 not in depth
+        return depth == rgb
+
     def default_camera(self, width: int) -> Camera:
-        """Return the camera of the training images, scaled to images of a width in pixels; requires depth."""
+        """Return the camera of the training images, scaled to images of a width in pixels; requires depth.
+
+        Pixels of height maps keep their size, whatever the width.
+        """
         assert self.camera is not None
         assert self.camera_width is not None
+        if self.camera.heights:
+            return self.camera
         return self.camera.scaled(width / self.camera_width)
 
     def object_number(self, name: str | None) -> int:
         """Return an object's number in the order of learning, or RECOGNISE if the name is None.
 
         Raises:
-            UserError: If the object was not learned.
+            UserError: If the object was not learned or is retired.
         """
         if name is None:
             return RECOGNISE
-        if name not in self.objects:
-            raise UserError(f'"{name}" is not an object of this model; choose one of {", ".join(self.objects)}.')
+        if name not in self.objects or name in self.retired:
+            problem = "is retired" if name in self.retired else "is not an object of this model"
+            remaining = ", ".join(other for other in self.objects if other not in self.retired)
+            raise UserError(f'"{name}" {problem}; choose one of {remaining}.')
         return self.objects.index(name)
 
 

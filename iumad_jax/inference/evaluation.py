@@ -56,7 +56,7 @@ def make_model(config: ConfigDict, methods: dict[str, Method], progress: Progres
         {name: jax.device_put(method.arrange(progress.variables[name])) for name, method in methods.items()},
         progress.scales,
         make_rule(config),
-        recognition.fit(progress.recognition),
+        recognition.fit(progress.recognition, progress.retired),
         thresholds(progress.calibration, config.decisions.quantile) if progress.calibration else None,
     )
 

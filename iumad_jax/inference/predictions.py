@@ -176,7 +176,10 @@ def watch(
     Args:
         detector: Trained model.
         look: Lists the images that are there now.
-        workdir, object_, output, heatmaps: See `predict`.
+        workdir: Workdir of the model, noted in predictions.json.
+        object_: Name of the object that all images show; None to recognise it per image.
+        output: New or empty folder for the results.
+        heatmaps: Key of `HEATMAPS`.
 
     Returns:
         Rows of predictions.csv.

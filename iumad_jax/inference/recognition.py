@@ -8,6 +8,7 @@ The covariance also includes the shifts that a slightly worse camera causes. Tra
 in these directions; without the shifts, a JPEG copy of an image would be farther away than another object.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from iumad_jax.data.prepared.store import mean_tokens
 from iumad_jax.shapes import Batch, Modality, Variables
 
 RECOGNISE = -1  # used in place of an object's number if the object is to be recognised
+RETIRED = 1e10  # distance of images to retired objects: more than to any other, and its square fits into float32
 
 
 class Recogniser(NamedTuple):
@@ -41,32 +43,43 @@ def empty_statistics(batch: Batch) -> Variables:
 
 
 def add_object(statistics: Variables, batch: Batch, shifts: dict[Modality, Float[np.ndarray, "s f"]]) -> Variables:
-    """Add one object to the statistics.
+    """Add one object to the statistics, or further images to an object.
 
     Args:
         statistics: Statistics of the objects learned so far.
-        batch: All training images of the new object.
+        batch: All training images of the new object, or further images of one learned before.
         shifts: Differences between the mean tokens of s degraded images and of their originals, by modality. They add
             to the scatter as if every image had been shifted by each of them, weighted 1 / s, in one modality at a
             time.
     """
     x = np.concatenate([mean_tokens(tokens) for tokens in _sorted(batch.features)], axis=-1)
-    mean = x.mean(0)
-    shift_scatter = block_diag(*(shift.T @ shift * (len(x) / len(shift)) for shift in _sorted(shifts)))
-    return {
-        "count": np.append(statistics["count"], np.float32(len(x))),
-        "mean": np.append(statistics["mean"], mean[None].astype(np.float32), axis=0),
-        "scatter": statistics["scatter"] + ((x - mean).T @ (x - mean) + shift_scatter).astype(np.float32),
-    }
+    object_id, images, mean = int(batch.object_id[0]), len(x), x.mean(0)
+    new = int(object_id == len(statistics["count"]))
+    counts, means = np.pad(statistics["count"], (0, new)), np.pad(statistics["mean"], ((0, new), (0, 0)))
+    earlier, move = float(counts[object_id]), mean - means[object_id]  # zero images if the object is new
+    share = images / (earlier + images)
+    between = earlier * share * np.outer(move, move)  # scatter of the means of both sets about the mean of all
+    counts[object_id] += images
+    means[object_id] += share * move
+    shift_scatter = block_diag(*(shift.T @ shift * (images / len(shift)) for shift in _sorted(shifts)))
+    added = (x - mean).T @ (x - mean) + between + shift_scatter
+    return {"count": counts, "mean": means, "scatter": statistics["scatter"] + added.astype(np.float32)}
 
 
-def fit(statistics: Variables) -> Recogniser:
-    """Fit the recogniser of the objects observed so far, with the covariance shrunk by `oas`."""
+def fit(statistics: Variables, retired: Sequence[int] = ()) -> Recogniser:
+    """Fit the recogniser of the objects observed so far, with the covariance shrunk by `oas`.
+
+    Args:
+        statistics: Statistics of the objects.
+        retired: Numbers of objects that no image is to be recognised as. Distances to the others stay.
+    """
     means, count = np.asarray(statistics["mean"], np.float64), float(np.sum(statistics["count"]))
     covariance = oas(np.asarray(statistics["scatter"], np.float64) / count, count)
     whiten = np.linalg.cholesky(np.linalg.inv(covariance))
     centre = means.mean(0)
-    return Recogniser(*(jnp.asarray(array, jnp.float32) for array in (centre, whiten, (means - centre) @ whiten)))
+    whitened = (means - centre) @ whiten
+    whitened[list(retired)] = RETIRED
+    return Recogniser(*(jnp.asarray(array, jnp.float32) for array in (centre, whiten, whitened)))
 
 
 def oas(covariance: Float[np.ndarray, "f f"], samples: float) -> Float[np.ndarray, "f f"]:

@@ -20,7 +20,8 @@ from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
 from iumad_jax.errors import UserError
-from iumad_jax.shapes import Calibration, Prediction
+from iumad_jax.inference.recognition import RETIRED
+from iumad_jax.shapes import Calibration
 
 _RESAMPLES, _COVERAGE, _SEED = 1000, 0.95, 0
 
@@ -47,24 +48,32 @@ class Thresholds(NamedTuple):
 
 
 def make_calibration(
-    prediction: Prediction, distance: Float[np.ndarray, "n k"], number: int, **flags: bool
+    score: Float[np.ndarray, " n"],
+    peak: Float[np.ndarray, " n"],
+    distance: Float[np.ndarray, "i k"],
+    number: int,
+    **flags: bool,
 ) -> Calibration:
-    """Build an object's calibration from the predictions and distances of its good images.
+    """Build an object's calibration.
 
     Args:
-        prediction: Anomaly maps and scores of the images.
-        distance: Distance of each image to each learned object. The second nearest object is infinitely far if only
-            one was learned.
+        score: Image scores of its good images.
+        peak: Largest values of their anomaly maps.
+        distance: Distance of each image to each learned object.
         number: Number of the object.
         flags: Values for `from_training_images` and `few` of `Calibration`.
     """
-    nearest = np.sort(np.pad(distance, ((0, 0), (0, 1)), constant_values=np.inf), axis=1)[:, :2]
-    return Calibration(
-        np.asarray(prediction.score),
-        np.asarray(prediction.map).max((1, 2)),
-        np.concatenate([distance[:, number, None], nearest], axis=1),
-        **flags,
-    )
+    return Calibration(score, peak, nearest_distances(distance, number), **flags)
+
+
+def nearest_distances(distance: Float[np.ndarray, "i k"], number: int) -> Float[np.ndarray, "i 3"]:
+    """Select each image's distances to its own object, to the nearest and to the second nearest one.
+
+    Retired objects are infinitely far, and so is the second nearest one if only one is in use.
+    """
+    in_use = np.where(distance < RETIRED / 2, distance, np.inf)  # distances to retired objects are rounded
+    nearest = np.sort(np.pad(in_use, ((0, 0), (0, 1)), constant_values=np.inf), axis=1)[:, :2]
+    return np.concatenate([distance[:, number, None], nearest], axis=1)
 
 
 def choose(
@@ -156,7 +165,7 @@ def describe(calibrations: Mapping[str, Calibration], quantile: float, chosen: C
         thresholds from training images, which guarantee nothing, and for thresholds that a user chose, which are marked
         `chosen`.
     """
-    single = len(calibrations) == 1
+    single = sum(not calibration.retired for calibration in calibrations.values()) == 1
 
     def describe_object(name: str, calibration: Calibration) -> Record:
         no_bound = {"false_alarm_bound": None} if calibration.from_training_images else {}
@@ -233,14 +242,18 @@ class _UnknownThreshold(NamedTuple):
         return cls(math.sqrt(good * max(others, good)), distance[:, 1], good, others)
 
     def describe(self, quantile: float, single: bool) -> Record:
-        """Describe the threshold for the ledger; `others` is None if a single object was learned."""
+        """Describe the threshold for the ledger; `others` is None if a single object is in use."""
         good = describe_threshold(self.distance, quantile)
         return {"threshold": self.threshold, "good": good, "others": None if single else self.others}
 
 
 def _with_enough_images(calibrations: Mapping[str, Calibration]) -> list[Calibration]:
-    """Select the objects with enough images to estimate the spread of further images; all objects if none has."""
-    return [calibration for calibration in calibrations.values() if not calibration.few] or list(calibrations.values())
+    """Select the objects with enough images to estimate the spread of further images; all objects if none has.
+
+    Retired objects are left out.
+    """
+    in_use = [calibration for calibration in calibrations.values() if not calibration.retired]
+    return [calibration for calibration in in_use if not calibration.few] or in_use
 
 
 def _rms_distance(calibrations: Mapping[str, Calibration]) -> float:

@@ -7,7 +7,7 @@ A group becomes `new_object_<number>`, an object of a dataset that `data.readers
     new_object_1/train/good/depth/000_<name>.*
     dataset.yaml                               unit, camera and settings of depth
 
-Depth of datasets, whose files may need others to be read, is written as clouds in metres.
+Depth of datasets, whose files may need others to be read, is written as clouds or heights in metres.
 """
 
 import io
@@ -28,6 +28,7 @@ from iumad_jax.data.depth import backproject
 from iumad_jax.data.formats.files import read_error
 from iumad_jax.data.readers.folder import SETTINGS
 from iumad_jax.data.readers.unlabelled import InputImage
+from iumad_jax.data.sample import Alignment, Camera
 from iumad_jax.inference.detector import Detector
 from iumad_jax.report import contact_sheet
 from iumad_jax.runtime.storage import make_folder, write_whole
@@ -121,14 +122,16 @@ def describe(groups: Sequence[Group], workdir: str) -> str:
 
 def _copy_image(detector: Detector, image: InputImage, good: Path, name: str) -> None:
     rgb_file, depth_file = image.files()
-    _copy(rgb_file, good / "rgb" / f"{name}{rgb_file.suffix}")
+    if rgb_file is not None and "rgb" in detector.processing.modalities:
+        _copy(rgb_file, good / "rgb" / f"{name}{rgb_file.suffix}")
     if depth_file is not None:
         _copy(depth_file, good / "depth" / f"{name}{depth_file.suffix}")
     elif "depth" in detector.processing.modalities:
         _, depth, camera = image.read()
         assert depth is not None
         cloud = io.BytesIO()
-        np.save(cloud, backproject(depth, camera or detector.default_camera(depth.shape[1])))
+        camera = camera or detector.default_camera(depth.shape[1])
+        np.save(cloud, depth if camera.heights else backproject(depth, camera))
         _write(good / "depth" / f"{name}.npy", cloud.getvalue())
 
 
@@ -153,16 +156,30 @@ def _panel(label: str, image: InputImage) -> contact_sheet.Panels:
 def _settings(detector: Detector, image: InputImage) -> dict[str, Any]:
     """Return the settings of depth with which the detector prepared the images, as dataset.yaml.
 
-    Clouds bring their own cameras. An orthographic camera cannot be written to dataset.yaml.
+    Clouds bring their own cameras.
     """
-    processing = detector.processing
-    settings: dict[str, Any] = {} if image.unit is None else {"unit": image.unit}
-    rgb, _, camera = image.read()
-    camera = camera or detector.default_camera(rgb.shape[1])
-    if image.files()[1] is not None and not camera.orthographic:
-        settings["camera"] = {key: float(getattr(camera, key)) for key in ("fx", "fy", "cx", "cy")}
+    processing, format_ = detector.processing, image.format_
+    settings: dict[str, Any] = {} if format_.unit is None else {"unit": format_.unit}
+    if format_.missing is not None:
+        settings["missing"] = list(format_.missing)
+    _, depth, camera = image.read()
+    assert depth is not None
+    camera = camera or detector.default_camera(depth.shape[1])
+    if format_.heights:
+        settings |= {"kind": "height", "pitch": [1000 / camera.fx, 1000 / camera.fy]}
+    elif image.files()[1] is not None and not camera.orthographic:
+        settings["camera"] = _intrinsics(camera)
+    if isinstance(format_.align, Alignment):
+        settings["camera"] = _intrinsics(format_.align.depth)
+        settings["align"] = {"camera": _intrinsics(format_.align.rgb), "matrix": list(map(list, format_.align.matrix))}
+    elif format_.align:
+        settings["align"] = format_.align
     return settings | {
         "object_height": processing.object_height,
         "height_range": processing.height_range,
         "normals_window": processing.normals_window,
     }
+
+
+def _intrinsics(camera: Camera) -> dict[str, float]:
+    return {key: float(getattr(camera, key)) for key in ("fx", "fy", "cx", "cy")}

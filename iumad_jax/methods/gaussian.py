@@ -7,7 +7,7 @@ import jax
 
 from iumad_jax.methods.error_maps import upsample_errors
 from iumad_jax.methods.mahalanobis import arrange, distances, fit, in_parts
-from iumad_jax.methods.method import Method, of_objects
+from iumad_jax.methods.method import Method, of_objects, with_object
 from iumad_jax.shapes import BY_OBJECT, Batch, ErrorMaps, Variables
 
 
@@ -18,10 +18,12 @@ def gaussian() -> Method:
         return {"params": {}, "statistics": {}, BY_OBJECT: ()}
 
     def observe(variables: Variables, batch: Batch, _: int) -> Variables:
-        return variables | {BY_OBJECT: (*variables[BY_OBJECT], fit(in_parts(batch.features)))}
+        object_id, by_object = int(batch.object_id[0]), variables[BY_OBJECT]
+        earlier = by_object[object_id] if object_id < len(by_object) else None
+        return with_object(variables, object_id, fit(in_parts(batch.features), earlier))
 
     def predict(variables: Variables, batch: Batch) -> ErrorMaps:
         gaussians = of_objects(variables[BY_OBJECT], batch.object_id)
         return upsample_errors({m: jax.vmap(distances)(x, gaussians[m]) for m, x in batch.features.items()})
 
-    return Method(init, predict, observe=observe, arrange=arrange)
+    return Method(init, predict, observe=observe, arrange=arrange, independent=True)

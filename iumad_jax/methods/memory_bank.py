@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from iumad_jax.errors import UserError
 from iumad_jax.methods.error_maps import upsample_errors
-from iumad_jax.methods.method import Method, of_objects, stack_objects
+from iumad_jax.methods.method import Method, of_objects, stack_objects, with_object
 from iumad_jax.methods.moments import Moments, merge_moments, no_moments, standardise
 from iumad_jax.shapes import BY_OBJECT, Batch, ErrorMaps, Modality, Variables
 
@@ -38,36 +38,51 @@ def memory_bank(config: ConfigDict) -> Method:
     average = jax.jit(functools.partial(average_neighbours, size=config.neighbourhood))
     to_float16 = jax.jit(lambda tokens, moments: describe(tokens, moments).astype(jnp.float16))
 
-    def learn(features: Float[np.ndarray, "n p f"], size: float) -> Bank:
-        """Choose the patches of a bank of at most `size` bytes, and compute the errors of held-out training images."""
+    def learn(features: Float[np.ndarray, "n p f"], size: float, earlier: Bank | None) -> Bank:
+        """Choose the patches of a bank of at most `size` bytes, and compute the errors of held-out training images.
+
+        If the object has an earlier bank, patches are chosen from those of the bank and of the images. Its moments
+        stay, so that both can be compared, and so do the errors of its held-out images, as far as there is room.
+        """
         averages = np.stack([np.asarray(average(jnp.asarray(x, jnp.float32)), np.float16) for x in features])
-        parts = np.array_split(averages, -(-len(averages) // 64))  # bounds the memory of float64 copies
-        moments = functools.reduce(merge_moments, parts, no_moments(features.shape[-1]))
+        if earlier is None:
+            parts = np.array_split(averages, -(-len(averages) // 64))  # bounds the memory of float64 copies
+            moments = functools.reduce(merge_moments, parts, no_moments(features.shape[-1]))
+        else:
+            moments = earlier["moments"]
         described = np.stack([np.asarray(to_float16(jnp.asarray(x, jnp.float32), moments)) for x in features])
         images, tokens, channels = described.shape
+        earlier = earlier or {"patches": described[:0, 0], "held_out": np.zeros((0, tokens), np.float16)}
         patches = described.reshape(-1, channels)
         if (count := int(size / channels / 2)) < 1:
             raise UserError(
                 f"config.memory_bank.megabytes is {config.megabytes}, less than a patch of {channels} channels per"
                 " modality; use a larger number."
             )
-        candidates = np.arange(len(patches))
-        if len(candidates) > (most := _CANDIDATES // (4 * channels)):
-            candidates = np.sort(np.random.default_rng(0).permutation(candidates)[:most])
-        chosen = candidates[np.asarray(k_centres(patches[candidates], count))]
-        held_out = np.linspace(0, images - 1, min(images, _HELD_OUT) if images > 1 else 0).astype(np.int32)
-        others = (chosen // tokens)[None] != held_out[:, None]
+        rows = np.arange(len(patches))
+        if len(rows) > (most := _CANDIDATES // (4 * channels) - len(earlier["patches"])):
+            rows = np.sort(np.random.default_rng(0).permutation(rows)[:most])
+        candidates = np.concatenate([patches[rows], earlier["patches"]])
+        chosen = np.asarray(k_centres(candidates, count))
+        alone = images == 1 and not len(earlier["patches"])  # then no other image's patches are in the bank
+        held_out = _evenly_spaced(images, 0 if alone else _HELD_OUT)
+        image_of = np.append(rows // tokens, np.full(len(earlier["patches"]), images))
+        others = image_of[chosen][None] != held_out[:, None]
         others |= ~others.any(1, keepdims=True)  # an image that is the whole bank cannot be left out
-        errors = _distances_of_images(described[held_out], patches[chosen], others)
-        return {"moments": moments, "patches": patches[chosen], "held_out": np.asarray(errors, np.float16)}
+        errors = np.asarray(_distances_of_images(described[held_out], candidates[chosen], others), np.float16)
+        kept = _evenly_spaced(len(earlier["held_out"]), _HELD_OUT - len(errors))
+        errors = np.concatenate([errors, earlier["held_out"][kept]])
+        return {"moments": moments, "patches": candidates[chosen], "held_out": errors}
 
     def init(_: jax.Array, __: Batch) -> Variables:
         return {"params": {}, "statistics": {}, BY_OBJECT: ()}
 
     def observe(variables: Variables, batch: Batch, _: int) -> Variables:
         size = config.megabytes * 2**20 / len(batch.features)
-        banks = {m: learn(np.asarray(features), size) for m, features in batch.features.items()}
-        return variables | {BY_OBJECT: (*variables[BY_OBJECT], banks)}
+        object_id, by_object = int(batch.object_id[0]), variables[BY_OBJECT]
+        earlier = by_object[object_id] if object_id < len(by_object) else {}
+        banks = {m: learn(np.asarray(features), size, earlier.get(m)) for m, features in batch.features.items()}
+        return with_object(variables, object_id, banks)
 
     def arrange(variables: Variables) -> Variables:
         """Stack what `predict` reads of all objects' banks. Smaller banks are filled up with copies of a patch."""
@@ -94,7 +109,12 @@ def memory_bank(config: ConfigDict) -> Method:
         errors = {m: jnp.asarray(bank["held_out"], jnp.float32) for m, bank in banks.items()}
         return with_score(errors) if all(map(len, errors.values())) else None
 
-    return Method(init, predict, observe=observe, arrange=arrange, held_out=held_out)
+    return Method(init, predict, observe=observe, arrange=arrange, held_out=held_out, independent=True)
+
+
+def _evenly_spaced(count: int, most: int) -> Int[np.ndarray, " n"]:
+    """Return `most` of the numbers below `count`, or all if there are fewer."""
+    return np.linspace(0, count - 1, min(count, most)).astype(np.int32)
 
 
 def with_score(errors: dict[Modality, Float[Array, "b p"]]) -> ErrorMaps:

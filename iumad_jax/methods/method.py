@@ -50,9 +50,13 @@ class Method:
         observe: (variables, batch, step) -> variables. Updates the statistics. Called before the training of a step,
             once per object that the step learns, with all training images of that object as one (memory-mapped)
             batch. What belongs to one object goes under `variables[BY_OBJECT]`, a tuple with one item per object;
-            snapshots store equal items once, and training does not receive them. Not jitted.
-        fit: (variables, batch, object id) -> variables. Called after the training of a step, once per object whose
-            images it trained on, with all of these as one batch. Fits what errors are measured against. Not jitted.
+            snapshots store equal items once, and training does not receive them. Also called with further images of
+            an object learned before: then `batch.object_id[0]` is less than the number of items, and the object's
+            item is replaced by one that covers both its earlier images and these. Not jitted.
+        fit: (variables, batch, object id, further) -> variables. Called after the training of a step, once per object
+            whose images it trained on, with all of these as one batch. Fits what errors are measured against.
+            `further` tells whether these are further images of an object, rather than all of its images; then the
+            result covers its earlier images too. Not jitted.
         optimizer: (config.train) -> optimiser. Creates an optimiser that replaces the config's optimisers in every
             step; gradients are not clipped. It receives the share of the step's updates that are done as the extra
             argument `progress`, and its updates are multiplied by the learning rate. None selects the config's
@@ -64,6 +68,7 @@ class Method:
         held_out: (variables, object id) -> error maps of training images of the object, each as if the method had not
             learned from it. They take the place of calibration images on which the method was trained. None if the
             method cannot tell. Not jitted.
+        independent: Whether what is predicted for an object depends on no other object that was learned.
         activations: (variables, batch) -> tree. Computes the outputs of dense layers that a strategy may protect,
             without dropout or jitter. The tree has the structure of `variables["params"]`; at the place of each such
             layer, `mean` holds the token means, shape (b, d). Jitted by the caller.
@@ -77,11 +82,12 @@ class Method:
     loss: Callable[[Variables, Batch, Keys], Loss] | None = None
     grow: Callable[[Variables, int, jax.Array], Variables] = lambda variables, objects, key: variables
     observe: Callable[[Variables, Batch, int], Variables] = lambda variables, batch, step: variables
-    fit: Callable[[Variables, Batch, int], Variables] = lambda variables, batch, object_id: variables
+    fit: Callable[[Variables, Batch, int, bool], Variables] = lambda variables, batch, object_id, further: variables
     optimizer: Callable[[ConfigDict], optax.GradientTransformation] | None = None
     frozen: Callable[[], Any] = dict
     arrange: Callable[[Variables], Variables] = lambda variables: variables
     held_out: Callable[[Variables, int], ErrorMaps | None] = lambda variables, object_id: None
+    independent: bool = False
     activations: Callable[[Variables, Batch], dict[str, Any]] = lambda variables, batch: {}
     inputs: Callable[[Variables, Batch], dict[str, Any]] = lambda variables, batch: {}
 
@@ -95,6 +101,12 @@ def stack_objects(by_object: Sequence[Any]) -> Any:
 def of_objects(stacked: Any, object_id: Int[Array, "*b"]) -> Any:
     """Select the arrays of one or more objects from those that `stack_objects` returns."""
     return jax.tree.map(lambda array: jnp.take(array, object_id, axis=0, mode="clip"), stacked)
+
+
+def with_object(variables: Variables, object_id: int, item: Any) -> Variables:
+    """Return the variables with the item of one object added or replaced."""
+    by_object = variables[BY_OBJECT]
+    return variables | {BY_OBJECT: (*by_object[:object_id], item, *by_object[object_id + 1 :])}
 
 
 def without_objects(variables: Variables) -> Variables:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from iumad_jax.errors import UserError
 from iumad_jax.methods import mahalanobis
 from iumad_jax.methods.error_maps import norm, upsample_errors
-from iumad_jax.methods.method import Loss, Method, of_objects, without_objects
+from iumad_jax.methods.method import Loss, Method, of_objects, with_object, without_objects
 from iumad_jax.methods.moments import merge_moments, no_moments, standardise
 from iumad_jax.models.hashed_bits import hashed_keys
 from iumad_jax.models.object_head import grow_heads
@@ -163,11 +163,11 @@ def from_network(
 
     jitted_residuals = jax.jit(residuals)
 
-    def fit(variables: Variables, batch: Batch, object_id: int) -> Variables:
-        before = variables[BY_OBJECT]
+    def fit(variables: Variables, batch: Batch, object_id: int, further: bool) -> Variables:
+        earlier = variables[BY_OBJECT][object_id] if further else None  # of residuals with the weights at that time
         weights = without_objects(variables)
         parts = (predict_in_batches(jitted_residuals, weights, part)[0] for part in mahalanobis.in_parts(batch))
-        return variables | {BY_OBJECT: (*before[:object_id], mahalanobis.fit(parts), *before[object_id + 1 :])}
+        return with_object(variables, object_id, mahalanobis.fit(parts, earlier))
 
     def predict(variables: Variables, batch: Batch) -> ErrorMaps:
         by_modality, object_logits = residuals(variables, batch)

@@ -1,5 +1,6 @@
 """Derives a run's history from its ledger: objects and metrics of every step, decisions and sizes."""
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,8 @@ from iumad_jax.report import tables
 from iumad_jax.report.tables import METRICS, summarise
 from iumad_jax.runtime.ledger import read
 
+_KINDS = ("step", "before", "evaluation", "decisions", "snapshot")
+
 Matrices = dict[str, Float[np.ndarray, "steps objects"]]  # by metric; NaN where not yet learned or undefined
 Intervals = dict[str, dict[str, Any]]  # by metric: see `result_files`
 
@@ -23,6 +26,8 @@ class History(NamedTuple):
     """Measurements of all finished steps."""
 
     steps: tuple[tuple[str, ...], ...]  # objects learned at each step
+    acts: list[dict[str, Any]]  # by step: `act`, `objects` and, before an update or calibration, `before` by object
+    tested: dict[str, int]  # by object: the step after which it was tested last, if its maps may have changed since
     matrices: dict[str, Matrices]  # by method: the run's method first, then its baselines
     intervals: dict[str, Intervals]  # by method
     decisions: list[dict[str, Any]]  # by step: `inference.thresholds.describe`, with test rates
@@ -38,15 +43,18 @@ class History(NamedTuple):
 def history(events: Iterable[Mapping[str, Any]], last_step: int | None = None) -> History:
     """Collect the events of finished steps; events of an unfinished step are ignored.
 
+    Objects that a step did not test keep the values of their last test.
+
     Args:
         events: Events of a ledger, in order.
         last_step: Last step to include; None includes all finished steps.
     """
-    by_kind: dict[str, list[Mapping[str, Any]]] = {kind: [] for kind in ("step", "evaluation", "decisions", "snapshot")}
+    by_kind: dict[str, list[Mapping[str, Any]]] = {kind: [] for kind in _KINDS}
     for event in events:
         by_kind.get(event["event"], []).append(event)
     count = len(by_kind["snapshot"][: None if last_step is None else last_step + 1])  # the last event of each step
-    steps = tuple(tuple(event["learned"]) for event in by_kind["step"][:count])
+    begun = by_kind["step"][:count]
+    steps = tuple(tuple(event["objects"]) if event["act"] == "learn" else () for event in begun)
     last: Mapping[str, Any] = by_kind["snapshot"][count - 1] if count else {"bytes": {}, "strategy_bytes": 0}
     objects: tuple[str, ...] = sum(steps, ())
     matrices: dict[str, Matrices] = {
@@ -57,7 +65,10 @@ def history(events: Iterable[Mapping[str, Any]], last_step: int | None = None) -
             for metric, matrix in matrices[event["method"]].items():
                 value = event[metric]
                 matrix[event["step"], objects.index(event["object"])] = np.nan if value is None else value
-    last_evaluations = {(e["method"], e["object"]): e for e in by_kind["evaluation"] if e["step"] == count - 1}
+    for matrix in itertools.chain.from_iterable(by_metric.values() for by_metric in matrices.values()):
+        for before, row in itertools.pairwise(matrix):  # objects that were not tested again keep their last values
+            row[:] = np.where(np.isnan(row), before, row)
+    last_evaluations = {(e["method"], e["object"]): e for e in by_kind["evaluation"] if e["step"] < count}
     intervals = {
         method: _intervals(matrix, [last_evaluations.get((method, name)) for name in objects])
         for method, matrix in matrices.items()
@@ -66,7 +77,19 @@ def history(events: Iterable[Mapping[str, Any]], last_step: int | None = None) -
         {key: value for key, value in event.items() if key not in ("event", "step")}
         for event in by_kind["decisions"][:count]
     ]
-    return History(steps, matrices, intervals, decisions, last["bytes"], last["strategy_bytes"])
+    for before_step, after_step in itertools.pairwise(decisions):
+        for name, record in before_step["objects"].items():
+            if "test" in record:
+                after_step["objects"][name].setdefault("test", record["test"])
+    acts = [{"act": event["act"], "objects": list(event["objects"]), "before": {}} for event in begun]
+    for event in by_kind["before"]:
+        if event["step"] < count:
+            values = {key: value for key, value in event.items() if key not in ("event", "step", "object")}
+            acts[event["step"]]["before"][event["object"]] = values
+    changed = max((step for step, event in enumerate(begun) if event["act"] in ("learn", "update")), default=0)
+    last_tests = {name: event["step"] for (_, name), event in last_evaluations.items()}
+    tested = {name: step for name, step in last_tests.items() if step < changed}
+    return History(steps, acts, tested, matrices, intervals, decisions, last["bytes"], last["strategy_bytes"])
 
 
 def _intervals(matrices: Matrices, evaluations: Sequence[Mapping[str, Any] | None]) -> Intervals:
@@ -102,6 +125,8 @@ def results(config: Mapping[str, Any], history: History, seconds: float) -> dict
         "protocol": config["protocol"],
         "objects": list(history.objects),
         "steps": [list(step) for step in history.steps],
+        "acts": history.acts,
+        "tested": history.tested,
         **by_method.pop(config["method"]),
         "baselines": by_method,
         "strategy_bytes": history.strategy_bytes,
@@ -129,7 +154,7 @@ def table_of_steps(method: str, workdir: Path) -> str:
     ends = {event["step"]: event["time"] for event in read(workdir / "live.jsonl") if event["event"] == "snapshot"}
     rows = []
     for step in range(len(measured.steps)):
-        effect = tables.effect(measured.matrices[method]["i_auroc"], measured.steps, step)
+        effect = tables.effect(measured.matrices[method]["i_auroc"], measured.acts, measured.decisions, step)
         changes = " ".join(f"{key}={value}" for key, value in begun[step]["changes"].items())
         time = ends.get(step, "")[:16].replace("T", " ")
         rows.append([step, time, begun[step]["images"], *effect, changes or "-"])
@@ -137,7 +162,7 @@ def table_of_steps(method: str, workdir: Path) -> str:
         "step",
         "finished (UTC)",
         "images",
-        "learned",
+        "what it did",
         "largest other change",
         "mean of all",
         "changed keys",

@@ -41,11 +41,13 @@ def write(workdir: Path, results: dict[str, Any]) -> None:
     Raises:
         UserError: If a file is missing or damaged, or the page cannot be written.
     """
-    count = len(results["matrix"]["i_auroc"])
     columns = tables.learned_objects(results)
-    tested = [(step, name) for step, name, column in columns if _is_tested(workdir, results, name, column)]
-    last = {name: samples.load(workdir, count - 1, name) for _, name in tested}
-    as_learned = {name: last[name] if step == count - 1 else samples.load(workdir, step, name) for step, name in tested}
+    steps = {name: _tested_steps(workdir, results, name, column) for _, name, column in columns}
+    last = {name: samples.load(workdir, tested[-1], name) for name, tested in steps.items() if tested}
+    as_learned = {name: samples.load(workdir, steps[name][0], name) for name in last}
+    for name in last:  # an object that was updated may have other test images since
+        if as_learned[name].ids != last[name].ids:
+            as_learned[name] = last[name]
     shown, left_out = _pictures(workdir, last, as_learned)
     page = {
         "results": results,
@@ -68,11 +70,13 @@ def write(workdir: Path, results: dict[str, Any]) -> None:
     storage.write_whole(workdir / "report.html", content.encode())
 
 
-def _is_tested(workdir: Path, results: dict[str, Any], name: str, column: int) -> bool:
-    """Return whether the object has test images: a metric is defined for it, or its samples exist."""
+def _tested_steps(workdir: Path, results: dict[str, Any], name: str, column: int) -> list[int]:
+    """Return the steps after which an object was tested: its samples exist, or are missing although metrics do not."""
+    count = len(results["matrix"]["i_auroc"])
+    tested = [step for step in range(count) if samples.exist(workdir, step, name)]
     last = [rows[-1][column] for rows in results["matrix"].values()]
-    step = len(results["matrix"]["i_auroc"]) - 1
-    return any(value is not None and not math.isnan(value) for value in last) or samples.exist(workdir, step, name)
+    is_measured = any(value is not None and not math.isnan(value) for value in last)
+    return tested or [count - 1] * is_measured
 
 
 def pick(object_samples: Samples) -> list[tuple[int, str, int, int]]:

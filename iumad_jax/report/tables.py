@@ -46,6 +46,7 @@ RATES = {
     "recognised": "recognised",
     "taken_as_unknown": "taken as unknown",
 }
+_DONE = {"learn": "learned", "update": "updated", "calibrate": "calibrated", "retire": "retired"}
 _SHORT = ("i_auroc", "aupro", "p_auroc_object")  # metrics whose forgetting the console shows
 _METRICS_EXPLAINED = (
     "I-AUROC: how well scores rank anomalous above good images (0.5 is chance, 1 perfect); P-AUROC: the same for the\n"
@@ -79,34 +80,51 @@ def summarise(matrix: dict[str, Any]) -> dict[str, dict[str, float]]:
 class Effect(NamedTuple):
     """What a step did, in I-AUROC; "-" where undefined."""
 
-    learned: str  # values of the objects that the step learned
+    outcome: str  # what became of the step's objects
     change: str  # of the other object that changed most; "" without one
     mean: str  # of all objects learned so far
 
 
-def effect(matrix: Any, steps: Sequence[Sequence[str]], step: int) -> Effect:
+def effect(matrix: Any, acts: Sequence[dict[str, Any]], decisions: Sequence[dict[str, Any]], step: int) -> Effect:
     """Measure what a step did to its own objects and to those learned before.
 
     Args:
         matrix: I-AUROC of every object after every step; NaN or None where undefined.
-        steps: Objects learned at each step.
+        acts: What was done at each step, see `result_files`.
+        decisions: Thresholds and rates of each step, see `result_files`.
         step: Number of the step.
     """
-    values, objects = np.asarray(matrix, float), list(itertools.chain.from_iterable(steps[: step + 1]))
-    old, row = len(objects) - len(steps[step]), values[step, : len(objects)]
-    learned = ", ".join(f"{name} {_cell(value)}" for name, value in zip(objects[old:], row[old:], strict=True))
-    changes, change = row[:old] - values[step - 1, :old], ""
-    if np.isfinite(changes).any():
+    learned = [name for act in acts[: step + 1] if act["act"] == "learn" for name in act["objects"]]
+    values, act = np.asarray(matrix, float)[: step + 1, : len(learned)], acts[step]
+    after = dict(zip(learned, values[step], strict=True))
+    outcome = ", ".join(
+        _outcome(name, act, after[name], decisions[step]["objects"][name].get("test", {})) for name in act["objects"]
+    )
+    others = [column for column, name in enumerate(learned) if name not in act["objects"]]
+    changes, change = values[step, others] - values[step - 1, others], ""
+    if act["act"] in ("learn", "update") and np.isfinite(changes).any():
         largest = int(np.nanargmax(np.abs(changes)))
-        change = f"{objects[largest]} {changes[largest]:+.3f}"
-    return Effect(learned, change, _cell(final(values[: step + 1, : len(objects)])))
+        change = f"{learned[others[largest]]} {changes[largest]:+.3f}"
+    return Effect(f"{_DONE[act['act']]} {outcome}", change, _cell(final(values)))
 
 
-def effect_line(matrix: Any, steps: Sequence[Sequence[str]], step: int) -> str:
+def _outcome(name: str, act: dict[str, Any], value: float, rates: dict[str, Any]) -> str:
+    """Describe what became of an object: its I-AUROC, and what it and the error rates were before."""
+    if act["act"] == "learn":
+        return f"{name} {_cell(value)}"
+    if (before := act["before"].get(name)) is None:  # retired, or without test images
+        return name
+    changes = [f"{name} {_cell(before['i_auroc'])} to {_cell(value)}"]
+    for rate in ("false_alarms", "misses"):
+        changes.append(f"{RATES[rate]} {_percent(before[rate])} to {_percent(rates.get(rate))}")
+    return f"{changes[0]} ({', '.join(changes[1:])})"
+
+
+def effect_line(matrix: Any, acts: Sequence[dict[str, Any]], decisions: Sequence[dict[str, Any]], step: int) -> str:
     """Format `effect` in one line."""
-    learned, change, mean = effect(matrix, steps, step)
+    outcome, change, mean = effect(matrix, acts, decisions, step)
     others = f"; largest change of another object: {change}" if change else ""
-    return f"step {step}: learned {learned} (I-AUROC){others}; mean of all {mean}"
+    return f"step {step}: {outcome}{others}; mean of all {mean} (I-AUROC)"
 
 
 def title(results: dict[str, Any]) -> str:
@@ -169,7 +187,15 @@ def _decisions_on_test_images(results: dict[str, Any], style: str) -> Iterator[s
     rows: list[list[Any]] = []
     for step, name, _ in learned_objects(results):
         image, test = decided[name]["image"], decided[name].get("test", {})
-        rows.append([name, step, image["images"], _bound(image), *(_percent(test.get(rate)) for rate in rates)])
+        rows.append(
+            [
+                name,
+                _step(results, step, name),
+                image["images"],
+                _bound(image),
+                *(_percent(test.get(rate)) for rate in rates),
+            ]
+        )
     if rates:
         values = [[record.get("test", {}).get(rate) for record in decided.values()] for rate in rates]
         rows.append(["mean", "", "", "", *(_percent(_mean(column)) for column in values)])
@@ -221,7 +247,11 @@ def _metrics_of_objects(results: dict[str, Any], style: str) -> Iterator[str]:
         return [f"{_cell(value)} {_interval(ends)}".strip() if one_line else _cell(value) for value, ends in pairs]
 
     rows: list[list[Any]] = [
-        [name, step, *cells([values[column] for values in last], [intervals[column] for intervals in ends])]
+        [
+            name,
+            _step(results, step, name),
+            *cells([values[column] for values in last], [intervals[column] for intervals in ends]),
+        ]
         for step, name, column in learned_objects(results)
     ]
     for name, method in methods_of(results).items():
@@ -386,6 +416,14 @@ def learned_objects(results: dict[str, Any]) -> list[tuple[int, str, int]]:
     count = len(results["matrix"]["i_auroc"])
     steps = enumerate(results["steps"][:count])
     return [(step, name, results["objects"].index(name)) for step, names in steps for name in names]
+
+
+def _step(results: dict[str, Any], step: int, name: str) -> str:
+    """Return the step that learned an object, and the one after which it was tested if that is not the last."""
+    tested = results.get("tested", {}).get(name)
+    retired = any(act["act"] == "retire" and name in act["objects"] for act in results.get("acts", []))
+    remarks = ["retired"] * retired + [f"tested after {tested}"] * (tested is not None)
+    return f"{step} ({', '.join(remarks)})" if remarks else str(step)
 
 
 def _undefined(value: float | None) -> bool:

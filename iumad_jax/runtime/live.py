@@ -17,6 +17,7 @@ from PIL import Image
 from iumad_jax.errors import UserError
 from iumad_jax.runtime.ledger import Ledger
 
+_DOING = {"learn": "learning", "update": "updating", "calibrate": "calibrating", "retire": "retiring"}
 _LOG_INTERVAL = 30.0  # minimum seconds between two log lines within a step
 
 
@@ -45,11 +46,11 @@ class Live:
 
             self._board = SummaryWriter(str(workdir / "tensorboard"))
 
-    def log_step(self, step: int, names: tuple[str, ...], images: int, changes: Mapping[str, Any]) -> None:
-        """Record that a step begins to learn objects from a number of training images, with changed config keys."""
-        self.log_event("step", step=step, learned=names, images=images, changes=changes)
+    def log_step(self, step: int, act: str, names: tuple[str, ...], images: int, changes: Mapping[str, Any]) -> None:
+        """Record that a step begins to learn, update, calibrate or retire objects, with changed config keys."""
+        self.log_event("step", step=step, act=act, objects=names, images=images, changes=changes)
         self._logged_at = time.monotonic()
-        log(f"step {step}: learning {', '.join(names)} from {images} images")
+        log(f"step {step}: {_DOING[act]} {', '.join(names)}" + (f" from {images} images" if images else ""))
 
     def log_epoch(
         self,

@@ -33,12 +33,18 @@ class Progress(NamedTuple):
     recognition: Variables  # statistics of `recognition.add_object`
     scales: dict[str, Scales]  # by method, for the objects learned up to the last finished step
     calibration: dict[str, Calibration]  # by learned object, as of the last finished step; determines the thresholds
+    kept: dict[str, dict[str, Any]]  # by learned object: JSON that identifies its calibration images, see `kept`
     optimizer: list[Any]  # leaves of the optimiser's state; empty between steps
     strategy_state: StrategyState  # state of the strategy against forgetting
     losses: dict[str, np.ndarray]  # losses per update of an unfinished epoch
     ledger: LedgerMark
     seconds: float  # run time so far
     inputs: dict[str, Any]  # JSON: preprocessing settings for a detector, see `Store.describe`
+
+    @property
+    def retired(self) -> tuple[int, ...]:
+        """Numbers of the objects that are no longer recognised."""
+        return tuple(number for number, object_ in enumerate(self.calibration.values()) if object_.retired)
 
 
 BEGINNING = Progress(
@@ -49,6 +55,7 @@ BEGINNING = Progress(
     recognition={},
     scales={},
     calibration={},
+    kept={},
     optimizer=[],
     strategy_state={},
     losses={},

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from iumad_jax.errors import UserError
 from iumad_jax.runtime.storage import write_whole
 from iumad_jax.shapes import BY_OBJECT
 
@@ -54,7 +55,7 @@ class SharedArrays:
         Raises:
             UserError: If the disk is full or the folder is not writable.
         """
-        return {path: [self._write_object(arrays) for arrays in objects] for path, objects in shared.items()}
+        return {path: [self.write_object(arrays) for arrays in objects] for path, objects in shared.items()}
 
     def read(self, index: Index) -> ByObject:
         """Read the arrays of an index.
@@ -80,18 +81,34 @@ class SharedArrays:
         digests = {digest for objects in index.values() for arrays in objects for digest in arrays.values()}
         return next((f"{digest}.npy" for digest in sorted(digests) if not self._is_intact(digest)), None)
 
-    def _write_object(self, arrays: Any) -> dict[str, str]:
-        """Write the arrays of one object and return the SHA-256 of each, by path."""
+    def write_object(self, arrays: Any) -> dict[str, str]:
+        """Write the arrays of one object and return the SHA-256 of each, by path.
+
+        Raises:
+            UserError: As `write`.
+        """
         digests = {}
         for name, array in flatten_dict(arrays, sep="/").items():
             content = io.BytesIO()
             np.save(content, np.asarray(array), allow_pickle=False)
             digest = digests[name] = hashlib.sha256(content.getvalue()).hexdigest()
             if not self._is_intact(digest):
-                self.folder.mkdir(exist_ok=True)
+                self.folder.mkdir(parents=True, exist_ok=True)
                 write_whole(self._file(digest), content.getvalue())
                 self._intact.add(digest)
         return digests
+
+    def read_object(self, digests: dict[str, str]) -> Any:
+        """Memory-map the arrays of one object, after comparing them with their SHA-256.
+
+        Raises:
+            UserError: If a file is missing or damaged.
+        """
+        for digest in digests.values():
+            if not self._is_intact(digest):
+                raise UserError(f"{self._file(digest)} is missing or was changed; restore it from a backup.")
+        arrays = {name: np.load(self._file(digest), mmap_mode="r") for name, digest in digests.items()}
+        return unflatten_dict(arrays, sep="/")
 
     def _is_intact(self, digest: str) -> bool:
         if digest not in self._intact and self._file(digest).exists():

@@ -51,7 +51,7 @@ class Snapshots:
             UserError: If the workdir is not writable.
         """
         logging.getLogger("absl").setLevel(logging.WARNING)
-        self._shared = _shared_arrays(workdir)
+        self._shared = shared_arrays(workdir)
         self._finished, self._within = ((workdir / name).absolute() for name in ("snapshots", "snapshots_within_step"))
         for folder in (self._finished, self._within):
             try:
@@ -164,7 +164,7 @@ def read(workdir: Path, step: int | None = None, after: int = -1) -> Progress:
     Raises:
         UserError: If the snapshot does not exist or is damaged.
     """
-    folder, shared = (workdir / "snapshots").absolute(), _shared_arrays(workdir)
+    folder, shared = (workdir / "snapshots").absolute(), shared_arrays(workdir)
     folder_by_step = {number: snapshot for number, snapshot in _numbered(folder) if number > after}
     problems: list[str] = []
     for number in sorted(folder_by_step, reverse=True) if step is None else {step} & set(folder_by_step):
@@ -184,7 +184,8 @@ def read(workdir: Path, step: int | None = None, after: int = -1) -> Progress:
     raise UserError(f"{folder} holds no snapshot of step {step}; choose one of the finished steps {steps}.")
 
 
-def _shared_arrays(workdir: Path) -> SharedArrays:
+def shared_arrays(workdir: Path) -> SharedArrays:
+    """Return the arrays that the snapshots of a workdir share."""
     return SharedArrays((workdir / "snapshots").absolute() / "by_object")
 
 

@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 
 from iumad_jax import continual, methods
 from iumad_jax.continual.strategy import Strategy
-from iumad_jax.data import plan
+from iumad_jax.data import plan, readers
 from iumad_jax.data.prepared import inventory
-from iumad_jax.data.prepared.processing import Processing
 from iumad_jax.data.prepared.store import Store, open_store
+from iumad_jax.data.readers.joined import Selected
 from iumad_jax.errors import UserError
 from iumad_jax.inference import recognition
 from iumad_jax.inference.anomaly_map import make_rule
@@ -28,8 +28,8 @@ from iumad_jax.runtime import workdir as workdirs
 from iumad_jax.runtime.ledger import Ledger
 from iumad_jax.runtime.live import Live
 from iumad_jax.runtime.progress import BEGINNING, LedgerMark, Progress
-from iumad_jax.runtime.snapshots import Snapshots
-from iumad_jax.training.dataset_changes import check_images, compare_names
+from iumad_jax.runtime.snapshots import Snapshots, last_step
+from iumad_jax.training.dataset_changes import check_images, compare_names, used_images
 from iumad_jax.training.optimization import learning_rates, make_optimizer, optimizer_name, step_config, step_optimizer
 from iumad_jax.training.update import make_update
 
@@ -42,6 +42,7 @@ class Run:
     workdir: Path
     steps: tuple[Step, ...]
     store: Store
+    images: Store  # prepared images that the current step learns from
     methods: dict[str, Method]  # by name: the config's method, then its baselines
     strategy: Strategy
     optimizers: dict[str, optax.GradientTransformation]  # by name: those of the base step and of later steps
@@ -98,11 +99,26 @@ def check(config: ConfigDict, workdir: Path, steps: tuple[Step, ...]) -> None:
     Raises:
         UserError: If a dataset no longer has an object of the run, or the config or a step's changes are invalid.
     """
+    _, strategy = _build_methods(config)
+    unneeded = spared(config, workdir, steps, strategy)
+    if not strategy.incremental and any(step.act == "update" for step in steps):
+        raise UserError(
+            f"config.continual.strategy is {config.continual.strategy}, which trains on all images in every step; start"
+            " a run in another --workdir to learn further images of an object."
+        )
     for found in compare_names(config, inventory.read(workdir), steps):
-        if messages := found.missing_messages():
+        needed = found._replace(gone=tuple(name for name in found.gone if name not in unneeded))
+        if messages := needed.missing_messages():
             raise UserError(" ".join(messages))
     for changes in ({}, *(step.changes for step in steps if step.changes)):
         _build_methods(plan.changed_config(config, changes))
+
+
+def spared(config: ConfigDict, workdir: Path, steps: tuple[Step, ...], strategy: Strategy) -> tuple[str, ...]:
+    """Return the objects of finished steps if a run needs no files of them any more."""
+    finished = last_step(workdir)
+    needed = is_trained(config, methods.build(config.method, config)) and not strategy.incremental
+    return () if needed or finished < 0 else steps[finished].seen
 
 
 def start(config: ConfigDict, workdir: Path, steps: tuple[Step, ...], stack: ExitStack) -> tuple[Run, Progress]:
@@ -119,13 +135,13 @@ def start(config: ConfigDict, workdir: Path, steps: tuple[Step, ...], stack: Exi
     """
     run_methods, strategy = _build_methods(config)
     live.check(config.report.tensorboard)
-    store = open_store(config, plan.open_reader(config, steps), workdir)
+    reader = plan.open_reader(config, steps, spared(config, workdir, steps, strategy))
     if processes.is_process_zero():
         stack.enter_context(workdirs.claimed(workdir, config))
     snapshots = stack.enter_context(closing(Snapshots(workdir)))
-    if progress := snapshots.latest():
-        store = dataclasses.replace(store, processing=Processing.recorded(progress.inputs))
-    else:
+    progress = snapshots.latest()
+    store = open_store(config, reader, workdir, progress and progress.inputs)
+    if progress is None:
         progress = _new_progress(config, run_methods, store)
     progress = progress._replace(
         variables={
@@ -133,7 +149,7 @@ def start(config: ConfigDict, workdir: Path, steps: tuple[Step, ...], stack: Exi
             for name, method in run_methods.items()
         }
     )
-    noted = {name: images for name, images in inventory.read(workdir).items() if name in steps[-1].seen}
+    noted = {name: images for name, images in used_images(workdir, steps).items() if name in steps[-1].seen}
     check_images(noted, store, strategy, steps, progress, workdir)
     ledger = processes.on_process_zero(Ledger, workdir / "ledger.jsonl")
     ledger.truncate(*progress.ledger)
@@ -142,6 +158,7 @@ def start(config: ConfigDict, workdir: Path, steps: tuple[Step, ...], stack: Exi
         workdir=workdir,
         steps=steps,
         store=store,
+        images=store,
         methods=run_methods,
         strategy=strategy,
         **_optimization(config, run_methods[config.method], strategy),
@@ -154,7 +171,12 @@ def start(config: ConfigDict, workdir: Path, steps: tuple[Step, ...], stack: Exi
 
 
 def for_step(run: Run, step: Step) -> Run:
-    """Return the run with the config of a step."""
+    """Return the run with the config and the images of a step."""
+    if step.images:
+        reader = readers.open_reader(plan.dataset_of(run.config, step), step.objects)
+        selected = Selected(reader, run.store.reader.objects, step.images)
+        images = dataclasses.replace(run.store, reader=selected, folder=run.store.folder / f"step{step.index}")
+        run = dataclasses.replace(run, images=images)
     if not step.changes:
         return run
     config = plan.changed_config(run.config, step.changes)

@@ -10,6 +10,7 @@ from iumad_jax.continual.finetune import finetune
 from iumad_jax.continual.replay import downsample, draw_sample, principal_components, replay
 from iumad_jax.data.batches import single_update
 from iumad_jax.runtime import devices
+from iumad_jax.shapes import BY_OBJECT
 from iumad_jax.training.optimization import make_optimizer
 from iumad_jax.training.update import initial_state, make_update
 
@@ -30,21 +31,56 @@ def test_components_have_the_mean_and_covariance_of_low_rank_data():
     rng = np.random.default_rng(0)
     factors = rng.standard_normal((40, 3))
     parts = {"a": low_rank(rng, 40, (2, 5), factors), "b": 1000 * low_rank(rng, 40, (4,), factors)}
-    mean, directions = principal_components(parts, rank=3)
-    assert {name: array.shape for name, array in directions.items()} == {"a": (3, 2, 5), "b": (3, 4)}
-    rows = np.concatenate([part.reshape(40, -1) for part in parts.values()], axis=1)
-    flat = np.concatenate([directions[name].reshape(3, -1) for name in parts], axis=1).astype(np.float64)
-    joint_mean = np.concatenate([mean[name].ravel() for name in parts])
+    fitted = principal_components(parts, rank=3)
+    assert {name: array.shape for name, array in fitted["directions"].items()} == {"a": (3, 2, 5), "b": (3, 4)}
+    assert_mean_and_covariance(fitted, parts)
+
+
+def assert_mean_and_covariance(fitted, parts, atol=5e-3):
+    """Compare a Gaussian with the statistics of all images, relative to their spread."""
+    rows = np.concatenate([part.reshape(len(part), -1) for part in parts.values()], axis=1)
+    flat = [directions.reshape(len(directions), -1) for directions in fitted["directions"].values()]
+    joint = np.concatenate(flat, axis=1).astype(np.float64)
+    joint_mean = np.concatenate([fitted["mean"][name].ravel() for name in parts])
     scale = rows.std(0)
     np.testing.assert_allclose(joint_mean / scale, rows.mean(0) / scale, rtol=2e-3, atol=2e-3)
     expected = np.cov(rows.T, bias=True) / np.outer(scale, scale)
-    np.testing.assert_allclose(flat.T @ flat / np.outer(scale, scale), expected, atol=5e-3)
+    np.testing.assert_allclose(joint.T @ joint / np.outer(scale, scale), expected, atol=atol)
+    assert fitted["count"] == len(rows)
+
+
+@pytest.mark.parametrize("first", [2, 25, 39])
+def test_merging_further_images_equals_all_images_at_once(first):
+    """With enough directions the covariance is that of all images, even if there are more directions than images."""
+    rng = np.random.default_rng(1)
+    factors = rng.standard_normal((40, 3)) * np.where(np.arange(40) < first, 0.5, 2)[:, None]
+    factors[first:] += 1
+    parts = {"a": low_rank(rng, 40, (2, 5), factors), "b": 1000 * low_rank(rng, 40, (4,), factors)}
+    earlier, further = ({name: part[rows] for name, part in parts.items()} for rows in np.split(np.arange(40), [first]))
+    merged = principal_components(further, 5, principal_components(earlier, 5))
+    assert_mean_and_covariance(merged, parts, atol=1e-2)
+
+
+def test_further_images_of_an_object_are_merged_into_its_gaussian_alone(method, variables, images):
+    """Also when the state is that within a step, which stacks the Gaussians of all objects."""
+    strategy, between = replay(settings(rank=27), method), {}
+    for object_ in (0, 1):
+        between = strategy.finish(between, variables, images(25, object_), object_)
+    more = images(15, 0, 1)
+    merged, other = strategy.finish(between, variables, more, 0)[BY_OBJECT]
+    assert other is between[BY_OBJECT][1]
+    both = jax.tree.map(lambda *arrays: np.concatenate(arrays), images(25, 0), more)
+    parts = {"features_rgb": both.features["rgb"], "image_rgb": downsample(both.images["rgb"], 2)}
+    parts = {name: parts[name] for name in merged["directions"]}
+    assert_mean_and_covariance(merged, parts, atol=1e-2)
+    within = strategy.begin(between, variables, images(1), 2)
+    jax.tree.map(np.testing.assert_array_equal, strategy.finish(within, variables, more, 0)[BY_OBJECT], (merged, other))
 
 
 def test_components_are_the_strongest():
     """For a single part they equal those of the singular value decomposition."""
     rows = np.random.default_rng(1).standard_normal((30, 6)) * [9, 7, 5, 1, 0.5, 0.1]
-    _, directions = principal_components({"a": rows}, rank=2)
+    directions = principal_components({"a": rows}, rank=2)["directions"]
     values, v = np.linalg.svd(rows - rows.mean(0))[1:]
     for component, value, direction in zip(directions["a"].astype(np.float64), values, v, strict=False):
         assert np.linalg.norm(component) == pytest.approx(value / np.sqrt(30), rel=1e-2)
@@ -56,12 +92,12 @@ def test_every_part_has_equal_weight_whatever_its_scale():
     factors = np.linalg.qr(np.random.default_rng(0).standard_normal((40, 4)))[0]
     factors = factors - factors.mean(0)
     parts = {"a": factors[:, :1], "b": 1000 * factors[:, 1:3]}
-    _, directions = principal_components(parts, rank=1)
+    directions = principal_components(parts, rank=1)["directions"]
     assert abs(float(directions["a"][0, 0])) == pytest.approx(parts["a"].std(), rel=0.05)
 
 
 def test_more_directions_than_images_are_zero():
-    _, directions = principal_components({"a": np.random.default_rng(0).standard_normal((2, 5))}, rank=4)
+    directions = principal_components({"a": np.random.default_rng(0).standard_normal((2, 5))}, rank=4)["directions"]
     strength = np.abs(directions["a"]).max(1)
     assert strength[0] > 0.1
     np.testing.assert_allclose(strength[1:], 0, atol=1e-3)
@@ -109,7 +145,7 @@ def test_the_state_does_not_grow_with_images(method, variables, images):
     strategy = replay(settings(), method)
     few, many = (strategy.finish({}, variables, images(count), 0) for count in (5, 50))
     assert jax.tree.map(np.shape, few) == jax.tree.map(np.shape, many)
-    per_object = 2 * (1 + 3) * (3 * 5 + 2 * 2 * 3)  # bytes x (mean and directions) x (features and coarse image)
+    per_object = 4 + 2 * (1 + 3) * (3 * 5 + 2 * 2 * 3)  # count, bytes x (mean and directions) x (features and image)
     assert sum(a.nbytes for a in jax.tree.leaves(many)) == per_object
 
 

@@ -19,7 +19,7 @@ def sample():
     depth = np.full((64, 96), 1.5, np.float32)
     depth[:8, :8] = np.nan
     depth[8:16, :8] = 0
-    return Sample("bolt", "1", "good", rgb, depth, None, False, None)
+    return Sample("bolt", "1", "good", rgb, depth, None, False, Camera(100, 100, 31, 23))
 
 
 def test_the_first_copies_have_different_faults(sample):

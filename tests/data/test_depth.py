@@ -298,12 +298,13 @@ def test_backprojection_by_hand() -> None:
 @settings(deadline=None, max_examples=25)
 @given(arrays(np.float32, (7, 8), elements=st.sampled_from([0, -1, 1, 2, 3, 4, np.nan, np.inf])))
 def test_missing_depth_is_the_nearest_valid(image: np.ndarray) -> None:
+    camera = Camera(8, 8, 3.5, 3)
     pixels = [(row, column) for row, column in np.ndindex(image.shape) if 0 < image[row, column] < np.inf]
     if not pixels:
         with pytest.raises(UserError, match=sentences.NO_VALID_PIXEL):
-            depth.fill_missing(image)
+            depth.fill_missing(image, camera)
         return
-    filled, valid = depth.fill_missing(image)
+    filled, valid = depth.fill_missing(image, camera)
     assert valid.sum() == len(pixels)
     for row, column in np.ndindex(image.shape):
         distances = {pixel: np.hypot(pixel[0] - row, pixel[1] - column) for pixel in pixels}

@@ -23,6 +23,10 @@ def test_a_plan_is_read_as_it_was_written(tmp_path):
     assert plan.read(tmp_path / "elsewhere") == ()
 
 
+def learn(objects, **fields):
+    return {"act": "learn", "objects": objects, "changes": {}, "images": {}} | fields
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -34,15 +38,18 @@ def test_a_plan_is_read_as_it_was_written(tmp_path):
         *(
             json.dumps(entries).encode()
             for entries in (
-                [{"learned": [], "changes": {}}],
-                [{"learned": "abc", "changes": {}}],
-                [{"learned": [1], "changes": {}}],
-                [{"learned": ["bolt", "bolt"], "changes": {}}],
-                [{"learned": ["bolt"], "changes": {}}] * 2,
-                [{"learned": ["bolt"]}],
-                [{"learned": ["bolt"], "changes": {"dataset.root": 3}}],
-                [{"learned": ["bolt"], "changes": {"model.width": 3}}],
-                [{"learned": ["bolt"], "changes": {"train.unknown": 3}}],
+                [learn([])],
+                [learn("abc")],
+                [learn([1])],
+                [learn(["bolt", "bolt"])],
+                [learn(["bolt"]), learn(["bolt"])],
+                [{"act": "learn", "objects": ["bolt"], "changes": {}}],
+                [learn(["bolt"], changes={"dataset.root": 3})],
+                [learn(["bolt"], changes={"model.width": 3})],
+                [learn(["bolt"], changes={"train.unknown": 3})],
+                [learn(["bolt"], act="forget")],
+                [learn(["bolt"], act="retire")],
+                [learn(["bolt"]), learn(["bolt"], act="update", images={"bolt": {"train": {"0": 3}}})],
             )
         ),
     ],

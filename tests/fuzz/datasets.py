@@ -21,7 +21,8 @@ from iumad_jax.data.prepared.store import Store
 from iumad_jax.data.readers.eyecandies import Eyecandies
 from iumad_jax.data.readers.folder import Folder
 from iumad_jax.data.readers.mvtec3d import MVTec3D
-from iumad_jax.data.sample import Reader, Split
+from iumad_jax.data.sample import Camera, DepthFormat, Reader, Split
+from iumad_jax.shapes import Modality
 from tests.data.formats import test_archives, test_depth_files
 
 HEIGHT, WIDTH = 24, 32
@@ -95,13 +96,23 @@ def depth(folder: Path) -> Target:
     """Return a target that reads depth images and clouds in every format."""
     encoders = [*test_depth_files.FORMATS.values(), ("png", test_depth_files.png)]
     seeds = {f"{i}.{ending}": encode(CLOUD) for i, (ending, encode) in enumerate(encoders)}
+    seeds |= {
+        f"levels {i}.{ending}": encode(LEVELS) for i, (ending, encode) in enumerate(test_depth_files.INTEGERS.values())
+    }
+    with contextlib.suppress(ImportError):
+        import OpenEXR  # noqa: F401
+
+        seeds["z.exr"] = test_depth_files.exr(Z=CLOUD[..., 2])
+        seeds["rgb.exr"] = test_depth_files.exr(**dict.fromkeys("RGB", CLOUD[..., 2].astype(np.float16)))
     seeds["deflated.tiff"] = test_depth_files.tiff(CLOUD[..., 2], compression="zlib")
     seeds["tiles.tiff"] = test_depth_files.tiff(CLOUD[..., 2], tile=(16, 16))
 
     def read(name: str, content: bytes) -> None:
         file = folder / name
         file.write_bytes(content)
-        read_depth(file, 0.0001 if name.endswith(".png") else 1.0, (HEIGHT, WIDTH), "give the unit")
+        integers = name.endswith(".png") or name.startswith("levels")
+        camera = Camera(40, 40, 15.5, 11.5) if content[-1:] > b"\x80" else None  # for clouds in no order
+        read_depth(file, DepthFormat(0.0001 if integers else 1.0), (HEIGHT, WIDTH), "give the unit", camera)
 
     return Target(seeds, read)
 
@@ -112,7 +123,12 @@ def write(root: Path, files: dict[str, bytes]) -> None:
         (root / name).write_bytes(content)
 
 
-def _dataset(folder: Path, files: dict[str, bytes], open_: Callable[[Path], Reader]) -> Target:
+def _dataset(
+    folder: Path,
+    files: dict[str, bytes],
+    open_: Callable[[Path], Reader],
+    modalities: tuple[Modality, ...] = ("rgb", "depth"),
+) -> Target:
     """Return a target that opens a dataset with one mutated file, and reads and processes a sample with this file."""
     root = folder / "dataset"
     write(root, files)
@@ -122,7 +138,7 @@ def _dataset(folder: Path, files: dict[str, bytes], open_: Callable[[Path], Read
         try:
             reader = open_(root)
             key = next(key for key in _sample_keys(reader) if root / name in reader.files(*key))
-            processing = Processing(("rgb", "depth"), 16, "normals", reader.height_range, reader.object_height, 3)
+            processing = Processing(modalities, 16, "normals", reader.height_range, reader.object_height, 3)
             processing(reader.read(*key))
         finally:
             (root / name).write_bytes(files[name])
@@ -184,6 +200,25 @@ def folder_files() -> dict[str, bytes]:
         files[f"bolt/{images_folder}/depth/a b.png"] = _encode(LEVELS, "PNG")
     files["bolt/test/scratch/mask/a b.png"] = _encode(MASK, "PNG")
     return files
+
+
+def height_maps(folder: Path) -> Target:
+    """Return a target that reads height maps without photographs, with a mutated file."""
+    files = {"dataset.yaml": b"kind: height\npitch: [0.1, 0.25]\nunit: 0.5e-6\nmissing: [-9999]\n"}
+    for images_folder in ("train/good", "test/good", "unlabelled"):
+        files[f"part/{images_folder}/depth/a b.png"] = _encode(LEVELS, "PNG")
+    return _dataset(folder, files, lambda root: Folder(root, needs_depth=True), ("depth",))
+
+
+def aligned(folder: Path) -> Target:
+    """Return a target that reads custom objects, whose depth is of another camera, with a mutated file."""
+    settings = (
+        b"unit: 0.0001\ncamera: {fx: 40, fy: 40.5, cx: 15.5, cy: 11.5}\n"
+        b"align:\n  camera: {fx: 20, fy: 20, cx: 7, cy: 5}\n"
+        b"  matrix: [[1, 0, 0, 0.01], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]\n"
+    )
+    files = folder_files() | {"dataset.yaml": settings}
+    return _dataset(folder, files, lambda root: Folder(root, needs_depth=True))
 
 
 def folder(folder: Path) -> Target:

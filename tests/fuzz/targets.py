@@ -31,11 +31,13 @@ from iumad_jax.shapes import Calibration
 from iumad_jax.training.optimization import learning_rates, make_optimizer, step_config
 from tests.fuzz.datasets import (
     Target,
+    aligned,
     archive,
     depth,
     eyecandies,
     folder,
     folder_files,
+    height_maps,
     images,
     layout,
     mvtec3d,
@@ -240,6 +242,8 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "eyecandies": eyecandies,
     "mvtec3d": mvtec3d,
     "folder": folder,
+    "height_maps": height_maps,
+    "aligned": aligned,
     "layout": layout,
     "store": store,
     "archive": archive,

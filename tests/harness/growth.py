@@ -55,7 +55,7 @@ def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]
     from iumad_jax.models.backbone import FeatureExtractor
     from iumad_jax.report.tables import METRICS
     from iumad_jax.runtime.storage import as_json
-    from iumad_jax.shapes import MAP_SIZE, Batch, Prediction, capacity
+    from iumad_jax.shapes import MAP_SIZE, Batch, capacity
     from iumad_jax.training.optimization import make_optimizer
 
     def size(tree: Any) -> float:
@@ -94,8 +94,8 @@ def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]
     values = {metric: rng.random() for metric in METRICS}
     spread = {"intervals": {m: [v, v] for m, v in values.items()}, "standard_errors": values}
     event = {"event": "evaluation", "step": objects, "object": "a" * 12, "method": config.method, **values, **spread}
-    maps: Any = rng.random((test, 2, 2))
-    good = thresholds.make_calibration(Prediction(maps, maps.max((1, 2)), None), rng.random((test, 2)), 0)
+    maps: Any = rng.random(test)
+    good = thresholds.make_calibration(maps, maps, rng.random((test, 2)), 0)
     decision = json.dumps(thresholds.describe({"a" * 12: good, "b": good}, 0.995)["objects"]["a" * 12])
     numbers = len(variants) * len(METRICS)
     calibration = json.dumps(as_json(good._asdict()))
@@ -105,9 +105,9 @@ def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]
         f"weights of {config.method}": size(variables),
         "state of the optimiser": size(optimizer),
         "state of iuf": sum(4.0 * leaf.shape[-1] ** 2 for leaf in activations),
-        "state of replay": objects * (config.continual.replay.rank + 1.0) * replayed,
+        "state of replay": objects * ((config.continual.replay.rank + 1.0) * replayed + 4),
         "patches of memory_bank": objects * bank,
-        "Gaussians of gaussian": 4.0 * objects * len(modalities) * channels * (channels + 1),
+        "Gaussians of gaussian": 4.0 * objects * len(modalities) * (channels * (channels + 1) + 1),
         "statistics of recognition": float(recognition.sum()),
         "distances of a test set to all objects": 4.0 * test * objects * len(modalities) * channels,
         "every metric of every object after every step": 8.0 * numbers * objects**2,

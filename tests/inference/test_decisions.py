@@ -56,11 +56,15 @@ def prediction(scores, peaks):
     return Prediction(maps, np.array(scores, np.float32), None)
 
 
+def scored(scores, peaks):
+    return np.array(scores, np.float32), np.array(peaks, np.float32)
+
+
 @pytest.fixture
 def calibration():
     return {
-        "A": make_calibration(prediction([1, 2, 3], [5, 6, 4]), np.array([[1.0, 13], [2, 13], [1, 12]]), 0),
-        "B": make_calibration(prediction([7, 8], [1, 2]), np.array([[13.0, 2], [13, 3]]), 1, from_training_images=True),
+        "A": make_calibration(*scored([1, 2, 3], [5, 6, 4]), np.array([[1.0, 13], [2, 13], [1, 12]]), 0),
+        "B": make_calibration(*scored([7, 8], [1, 2]), np.array([[13.0, 2], [13, 3]]), 1, from_training_images=True),
     }
 
 
@@ -84,10 +88,10 @@ def test_the_unknown_threshold_lies_between_good_images_and_other_objects(calibr
     assert unknown["good"]["images"] == 5
     assert unknown["others"] == 12
     assert unknown["threshold"] == 6
-    single = thresholds.describe({"A": make_calibration(prediction([1], [1]), np.array([[2.5]]), 0)}, 0.995)["unknown"]
+    single = thresholds.describe({"A": make_calibration(*scored([1], [1]), np.array([[2.5]]), 0)}, 0.995)["unknown"]
     assert (single["threshold"], single["others"]) == (5, None)
-    mixed = {"A": make_calibration(prediction([1, 1], [1, 1]), np.array([[3.0, 4], [7, 6]]), 0)} | {
-        "B": make_calibration(prediction([1], [1]), np.array([[8.0, 3]]), 1)
+    mixed = {"A": make_calibration(*scored([1, 1], [1, 1]), np.array([[3.0, 4], [7, 6]]), 0)} | {
+        "B": make_calibration(*scored([1], [1]), np.array([[8.0, 3]]), 1)
     }
     assert thresholds.describe(mixed, 0.995)["unknown"]["threshold"] == 6  # not below the threshold of good images
 
@@ -95,7 +99,7 @@ def test_the_unknown_threshold_lies_between_good_images_and_other_objects(calibr
 def test_an_object_with_few_images_changes_no_thresholds_of_others(calibration):
     """Its images are far from all objects, since few images do not show how much further ones vary."""
     scarce = make_calibration(
-        prediction([70, 80], [90, 10]), np.array([[14.0, 15, 11], [13, 14, 12]]), 2, from_training_images=True, few=True
+        *scored([70, 80], [90, 10]), np.array([[14.0, 15, 11], [13, 14, 12]]), 2, from_training_images=True, few=True
     )
     before, after = (thresholds.describe(c, 0.995) for c in (calibration, calibration | {"C": scarce}))
     assert {name: after["objects"][name] for name in "AB"} == before["objects"]

@@ -5,19 +5,21 @@ import numpy as np
 import pytest
 
 from iumad_jax import config as configs
-from iumad_jax.data.prepared.good_images import GoodImages
+from iumad_jax import protocol
+from iumad_jax.data.prepared.good_images import CalibrationImages, calibration_images
 from iumad_jax.data.prepared.store import PreparedSet
 from iumad_jax.inference import assessment, decisions, evaluation, thresholds
 from iumad_jax.inference.anomaly_map import Rule
 from iumad_jax.inference.evaluation import Model
 from iumad_jax.inference.recognition import Recogniser
-from iumad_jax.inference.thresholds import make_calibration
 from iumad_jax.methods.method import Method
 from iumad_jax.runtime.progress import BEGINNING
 from iumad_jax.shapes import Batch, Calibration, ErrorMaps, GroundTruth, Scale
 
 SIDE = 16
 RULE = Rule("maximum", "common")
+RECOGNITION = {"count": np.ones(2), "mean": np.array([[2.0, 0], [10, 0]]), "scatter": np.eye(2)}
+BOTH = protocol.next_step((), ("A", "B"), {})
 
 
 def flat(values):
@@ -74,14 +76,6 @@ def test_no_method_receives_the_true_object(model):
     assert decisions.rates(primary.decision, primary.truth, 0)["recognised"] == 0.5
 
 
-def test_calibration_does_not_use_the_true_object(model):
-    prediction, distance = evaluation.infer(model, "primary", images([(0, 0), (9, 0)], true_object=0).batch)
-    assert prediction.score.tolist() == [0, 1]
-    np.testing.assert_allclose(distance, np.array([[0, 10], [9, 1]]) / np.sqrt(2), rtol=1e-6)
-    calibration = make_calibration(prediction, distance, number=0)
-    np.testing.assert_allclose(calibration.distance, np.array([[0, 0, 10], [9, 1, 9]]) / np.sqrt(2), rtol=1e-6)
-
-
 @pytest.mark.parametrize("trained_on", [False, True])
 def test_errors_on_good_images_set_the_scales_and_then_the_thresholds(trained_on):
     """Images on which the method was trained are replaced by its own held-out errors, if it has any."""
@@ -93,15 +87,14 @@ def test_errors_on_good_images_set_the_scales_and_then_the_thresholds(trained_on
         "primary": Method(init=dict, predict=position, held_out=held_out if trained_on else lambda *_: None),
         "baseline": Method(init=dict, predict=position),
     }
-    recognition = {"count": np.ones(2), "mean": np.array([[2.0, 0], [10, 0]]), "scatter": np.eye(2)}
-    progress = BEGINNING._replace(variables={name: {} for name in methods}, recognition=recognition)
+    variables = {name: {} for name in methods}
+    progress = BEGINNING._replace(objects=("A", "B"), variables=variables, recognition=RECOGNITION)
     good = {"A": [(1, 0), (2, 0), (3, 0)], "B": [(8, 0), (12, 0)]}
 
-    def good_images(name):
-        batch = images(good[name], "AB".index(name)).batch
-        return GoodImages(batch, batch, trained_on, False)
+    def calibrating(name):
+        return calibration_images(images(good[name], "AB".index(name)).batch, trained_on)
 
-    after, model = assessment.calibrate(configs.small("1-1"), methods, progress, ("A", "B"), good_images)
+    after, model = assessment.calibrate(configs.small("1-1"), methods, progress, BOTH, calibrating)
     assert float(after.scales["baseline"]["rgb"].mean[0]) == pytest.approx(2)
     assert [float(x) for x in after.scales["baseline"]["rgb"].quantile] == [3, 12]
     quantiles = [60, 120] if trained_on else [3, 12]
@@ -112,6 +105,43 @@ def test_errors_on_good_images_set_the_scales_and_then_the_thresholds(trained_on
         assert actual == pytest.approx(values, rel=1e-5)
     assert [len(calibration.distance) for calibration in after.calibration.values()] == [3, 2]
     np.testing.assert_allclose(model.thresholds.image, [max(values) for values in expected], rtol=1e-5)
+
+
+def calibrated(method, positions, step=BOTH, trained=(False,), earlier=None):
+    """Calibrate A and B with the same images, at the positions given."""
+    progress = earlier or BEGINNING._replace(objects=("A", "B"), variables={"method": {}}, recognition=RECOGNITION)
+
+    def calibrating(name):
+        batch = images([(x, 0) for x in positions], "AB".index(name)).batch
+        return CalibrationImages(batch, np.resize(trained, len(positions)))
+
+    return assessment.calibrate(configs.small("1-1"), {"method": method}, progress, step, calibrating)[0]
+
+
+def test_calibration_images_are_judged_as_their_own_object():
+    """The second image of A looks like B."""
+    after = calibrated(Method(init=dict, predict=object_number), [2, 10])
+    assert [values.tolist() for values in after.scales["method"]["rgb"].mean] == [0, 1]
+    np.testing.assert_allclose(after.calibration["A"].distance[:, 0] > after.calibration["A"].distance[:, 1], [0, 1])
+
+
+def test_images_that_were_trained_on_are_replaced_by_held_out_errors():
+    held_out = Method(init=dict, predict=position, held_out=lambda *_: flat(np.array([20.0, 40.0])))
+    after = calibrated(held_out, [2, 8], trained=(True, False)).calibration["A"]
+    np.testing.assert_allclose(after.score, [8 / 40, 20 / 40, 1], rtol=1e-5)
+    assert after.from_training_images
+
+
+@pytest.mark.parametrize("act", ["learn", "update", "calibrate", "retire"])
+@pytest.mark.parametrize("independent", [False, True])
+def test_a_step_measures_anew_what_it_may_have_changed(act, independent):
+    method = Method(init=dict, predict=position, independent=independent)
+    earlier = calibrated(method, [2])
+    after = calibrated(method, [4], protocol.next_step((BOTH,), ("B",), {}, act), earlier=earlier)
+    changed = {"A": act in ("learn", "update") and not independent, "B": act != "retire"}
+    means = dict(zip("AB", after.scales["method"]["rgb"].mean, strict=True))
+    assert {name: float(mean) for name, mean in means.items()} == {name: 4 if changed[name] else 2 for name in "AB"}
+    assert [after.calibration[name].retired for name in "AB"] == [False, act == "retire"]
 
 
 class OnlyA:

@@ -7,7 +7,8 @@ from sklearn.covariance import OAS
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from iumad_jax.inference import recognition
-from iumad_jax.shapes import Batch
+from iumad_jax.inference.thresholds import describe, nearest_distances
+from iumad_jax.shapes import Batch, Calibration
 
 OBJECTS, CHANNELS = 3, 4
 
@@ -107,8 +108,75 @@ def test_shrinkage_is_oas(count):
 def test_constant_features_have_finite_distances():
     statistics = recognition.empty_statistics(Batch({"rgb": np.zeros((1, 2, 3))}, {}, None))
     for value in (0, 1):
-        batch = Batch({"rgb": np.full((4, 2, 3), value, np.float32)}, {}, None)
+        batch = Batch({"rgb": np.full((4, 2, 3), value, np.float32)}, {}, np.full(4, value))
         statistics = recognition.add_object(statistics, batch, {"rgb": np.zeros((2, 3))})
     distances = recognition.distances(recognition.fit(statistics), {"rgb": np.ones((1, 2, 3), np.float32)})
     assert distances[0, 1] == pytest.approx(0, abs=1e-3)
     assert distances[0, 0] > 100
+
+
+@pytest.mark.parametrize("number", range(OBJECTS))
+def test_further_images_equal_all_images_at_once(learned, number):
+    """The shifts of both sets of images are weighted by the number of images."""
+    further, shifts = images_of(number, 12 + number, seed=4), shifts_of(number + 10)
+    merged = recognition.add_object(learned, further, shifts)
+    at_once = recognition.empty_statistics(further)
+    for object_ in range(OBJECTS):
+        batch, its_shifts = images_of(object_, 12 + object_, seed=1), shifts_of(object_)
+        if object_ == number:
+            batch = jax.tree.map(lambda *arrays: np.concatenate(arrays), batch, further)
+            its_shifts = jax.tree.map(lambda *arrays: np.concatenate(arrays), its_shifts, shifts)
+        at_once = recognition.add_object(at_once, batch, its_shifts)
+    jax.tree.map(lambda *arrays: np.testing.assert_allclose(*arrays, rtol=1e-5, atol=1e-5), merged, at_once)
+    assert all(merged[name].dtype == np.float32 for name in merged)
+
+
+@pytest.mark.parametrize("count", [1, 100])
+def test_further_images_far_from_the_earlier_ones_widen_the_scatter(learned, count):
+    """An update under another lamp moves the mean; the scatter is about the mean of all images."""
+    further = images_of(1, count, seed=4)
+    further = further._replace(features={m: x + 2 for m, x in further.features.items()})
+    merged = recognition.add_object(learned, further, {m: np.zeros((1, CHANNELS)) for m in ("rgb", "depth")})
+    both = np.concatenate([descriptors(images_of(1, 13, seed=1)), descriptors(further)])
+    before = descriptors(images_of(1, 13, seed=1))
+    gained = len(both) * np.cov(both.T, bias=True) - 13 * np.cov(before.T, bias=True)
+    np.testing.assert_allclose(merged["scatter"] - learned["scatter"], gained, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(merged["mean"], [learned["mean"][0], both.mean(0), learned["mean"][2]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("retired", [[0], [1, 2]])
+@pytest.mark.parametrize("rms_distance", [1e-6, 1.0])
+def test_no_image_is_recognised_as_a_retired_object(learned, retired, rms_distance):
+    everything, remaining = (recognition.fit(learned, numbers) for numbers in ((), retired))
+    kept = [number for number in range(OBJECTS) if number not in retired]
+
+    @jax.jit
+    def recognise(recogniser, features):
+        distance = recognition.distances(recogniser, features)
+        probabilities = recognition.probabilities(distance, 2 * CHANNELS, np.float32(rms_distance))
+        return distance, recognition.recognise(distance), probabilities
+
+    for object_ in range(OBJECTS):
+        features = images_of(object_, 10, seed=2).features
+        distance, recognised, probabilities = recognise(remaining, features)
+        np.testing.assert_array_equal(distance[:, kept], recognise(everything, features)[0][:, kept])
+        assert set(np.unique(recognised)) <= set(kept)
+        assert np.isfinite(distance).all()
+        np.testing.assert_allclose(probabilities[:, kept].sum(1), 1, rtol=1e-5)
+        assert not probabilities[:, retired].any()
+
+
+def test_calibration_ignores_retired_objects(learned):
+    """With the others retired, the second nearest object is infinitely far, as after learning a single object."""
+    features = images_of(0, 10, seed=2).features
+    distances = {
+        retired: np.asarray(recognition.distances(recognition.fit(learned, retired), features))
+        for retired in [(), (1,), (1, 2)]
+    }
+    np.testing.assert_array_equal(nearest_distances(distances[1,], 0), nearest_distances(distances[()][:, [0, 2]], 0))
+    alone = nearest_distances(distances[1, 2], 0)
+    np.testing.assert_array_equal(alone, nearest_distances(distances[()][:, [0]], 0))
+    one, two = (Calibration(np.zeros(10), np.zeros(10), alone, retired=retired) for retired in (False, True))
+    record = describe({"a": one, "b": two}, 0.9)["unknown"]
+    assert record["others"] is None
+    assert record["threshold"] == pytest.approx(2 * record["good"]["threshold"])

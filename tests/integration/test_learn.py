@@ -109,7 +109,7 @@ def test_a_closed_run_learns_objects_from_another_folder(command):
         mean=f"{matrix[1, :3].mean():.3f}",
     )
     steps = [event for event in read(Path("run/ledger.jsonl")) if event["event"] == "step"]
-    assert [step["learned"] for step in steps] == [["bolt", "nut"], ["washer"], ["anchor"]]
+    assert [step["objects"] for step in steps] == [["bolt", "nut"], ["washer"], ["anchor"]]
     assert [step["changes"] for step in steps] == [{}, {"dataset.root": "later", "train.epochs": 3}, {}]
     assert files(Path("run/snapshots/0")) == before
     detector = Detector.load("run")
@@ -205,7 +205,8 @@ def test_a_step_that_was_trained_but_not_evaluated_resumes_to_the_same_result(tm
 @pytest.mark.usefixtures("home")
 def test_a_begun_step_is_finished_as_it_began(command):
     plan = json.loads(Path("run/plan.json").read_text())
-    begun = {"learned": ["washer"], "changes": {"dataset.root": "later", "train.epochs": 3}}
+    changes = {"dataset.root": "later", "train.epochs": 3}
+    begun = {"act": "learn", "objects": ["washer"], "changes": changes, "images": {}}
     Path("run/plan.json").write_text(json.dumps([*plan, begun]))
     code, _, err = command("--config.dataset.root=later")
     assert code == USER_ERROR
@@ -282,10 +283,10 @@ def test_the_history_tells_what_each_step_did(command, capsys):
     assert history.main(["history", "--workdir=run"]) == 0
     _, _, first, second = (line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines())
     matrix = json.loads(Path("run/results.json").read_text())["matrix"]["i_auroc"]
-    learned = f"bolt {matrix[0][0]:.3f}, nut {matrix[0][1]:.3f}"
+    learned = f"learned bolt {matrix[0][0]:.3f}, nut {matrix[0][1]:.3f}"
     assert [cell.strip() for cell in (first[0], *first[2:4])] == ["0", "12", learned]
     assert [cell.strip() for cell in (*second[2:4], second[-1])] == [
         "6",
-        f"washer {matrix[1][2]:.3f}",
+        f"learned washer {matrix[1][2]:.3f}",
         "dataset.root=later train.epochs=3",
     ]

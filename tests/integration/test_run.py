@@ -139,7 +139,14 @@ def test_the_ledger_records_all_events_in_order(finished_run):
         "step", *["epoch"] * 6, *["evaluation"] * methods, "decisions", "snapshot",
         "step", *["epoch"] * 6, *["evaluation"] * 2 * methods, "decisions", "snapshot",
     ]  # fmt: skip
-    assert events[0] == {"event": "step", "step": 0, "learned": ["CandyCane"], "images": 5, "changes": {}}
+    assert events[0] == {
+        "event": "step",
+        "step": 0,
+        "act": "learn",
+        "objects": ["CandyCane"],
+        "images": 5,
+        "changes": {},
+    }
     epochs = [event for event in events if event["event"] == "epoch"]
     assert [(event["step"], event["epoch"]) for event in epochs] == [(s, e) for s in (0, 1) for e in range(6)]
     for event in epochs:
@@ -376,7 +383,7 @@ def test_joint_trains_on_all_objects_learned_so_far_and_is_reported_as_not_incre
     assert code == 0, err
     events = read(workdir / "ledger.jsonl")
     assert [event["images"] for event in events if event["event"] == "step"] == [5, 10]
-    assert [event["learned"] for event in events if event["event"] == "step"] == [["CandyCane"], ["GummyBear"]]
+    assert [event["objects"] for event in events if event["event"] == "step"] == [["CandyCane"], ["GummyBear"]]
     for text in (out, (workdir / "results.md").read_text()):
         assert sentences.STRATEGY_JOINT in text
     image_bytes = 64 * 64 * 3 * 4 + 4 * 4 * 192 * 4 + 4  # prepared pixels, features and the object's number

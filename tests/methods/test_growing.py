@@ -34,7 +34,7 @@ def test_error_maps_of_old_objects_stay(name):
     for objects in range(1, 10):
         variables = method.grow(variables, objects, key)
         variables = method.observe(variables, images(objects - 1), objects - 1)
-        variables = method.fit(variables, images(objects - 1), objects - 1)
+        variables = method.fit(variables, images(objects - 1), objects - 1, False)
         old = [images(object_id, count=2) for object_id in range(min(objects, 8))]
         predictions = [predict(method.arrange(variables), batch) for batch in old]
         maps[objects] = np.stack([prediction.maps["rgb"] for prediction in predictions])

@@ -56,6 +56,29 @@ def test_constant_channels_are_left_out():
     np.testing.assert_allclose(distances(constant[1], fitted), expected_distances(training, test), rtol=1e-4)
 
 
+@pytest.mark.parametrize("first", [1, 35, 69])
+@pytest.mark.parametrize("varies", ["always", "later", "earlier", "never"])
+def test_merging_with_an_earlier_gaussian_equals_fitting_all_images(first, varies):
+    """Also if a channel is constant in the earlier images, in the later ones, or in all."""
+    images, test = correlated(0), correlated(1, images=2)
+    images[:first] = (images[:first] - 2) * 1.5  # both sets differ in mean and spread
+    images[: first if varies == "later" else 0, :, 2] = 0.1
+    images[first if varies == "earlier" else len(images) :, :, 2] = 0.1
+    images[slice(None) if varies == "never" else slice(0), :, 2] = 0.1
+    merged = mahalanobis.fit(parts_of(images[first:]), mahalanobis.fit(parts_of(images[:first])))["rgb"]
+    whole = mahalanobis.fit(parts_of(images))["rgb"]
+    spread = images.std((0, 1), dtype=np.float64) + 1e-6
+    assert merged["count"] == 70 * 16
+    np.testing.assert_allclose(merged["mean"] / spread, whole["mean"] / spread, rtol=1e-6, atol=1e-5)
+    scale = np.outer(spread, spread)
+    precisions = [fitted["whitening"] @ fitted["whitening"].T * scale for fitted in (merged, whole)]
+    np.testing.assert_allclose(*precisions, rtol=1e-4, atol=1e-4)
+    kept = np.delete(np.arange(5), 2) if varies == "never" else np.arange(5)
+    np.testing.assert_allclose(
+        distances(test, merged), expected_distances(images[..., kept], test[..., kept]), rtol=1e-4
+    )
+
+
 def test_gaussian_uses_the_recognised_objects_features():
     method, objects, test = gaussian(), [correlated(seed) for seed in range(3)], correlated(3, images=2)
     batches = [Batch({"depth": x}, {}, np.full(len(x), i, np.int32)) for i, x in enumerate(objects)]
@@ -105,7 +128,7 @@ def test_errors_of_a_network_are_distances_of_residuals(network):
     zero = variables | {"params": jax.tree.map(np.zeros_like, variables["params"])}
     training = [batch_of(1, images=70), batch_of(2, images=5, object_id=1)]
     for number, batch in enumerate(training):
-        zero = method.fit(zero, batch, number)
+        zero = method.fit(zero, batch, number, False)
     for number, batch in enumerate(training):
         test = batch_of(5, object_id=number)
         predicted = jax.jit(method.predict)(method.arrange(zero), test)
@@ -117,9 +140,20 @@ def test_errors_of_a_network_are_distances_of_residuals(network):
 
 def test_fitting_an_object_again_replaces_its_gaussian_alone(network):
     method, variables = network
-    first = method.fit(method.fit(variables, batch_of(1), 0), batch_of(2, object_id=1), 1)
-    again = method.fit(first, batch_of(3), 0)
-    alone = method.fit(variables, batch_of(3), 0)
+    first = method.fit(method.fit(variables, batch_of(1), 0, False), batch_of(2, object_id=1), 1, False)
+    again = method.fit(first, batch_of(3), 0, False)
+    alone = method.fit(variables, batch_of(3), 0, False)
     assert again[BY_OBJECT][1] is first[BY_OBJECT][1]
     jax.tree.map(np.testing.assert_array_equal, again[BY_OBJECT][0], alone[BY_OBJECT][0])
     assert len(again[BY_OBJECT]) == 2
+
+
+def test_further_images_of_an_object_are_merged_into_its_gaussian_alone(network):
+    method, variables = network
+    first = method.fit(method.fit(variables, batch_of(1), 0, False), batch_of(2, object_id=1), 1, False)
+    merged = method.fit(first, batch_of(3, images=5), 0, True)
+    both = jax.tree.map(lambda *arrays: np.concatenate(arrays), batch_of(1), batch_of(3, images=5))
+    at_once = method.fit(first, both, 0, False)
+    assert merged[BY_OBJECT][1] is first[BY_OBJECT][1]
+    maps = [jax.jit(method.predict)(method.arrange(fitted), batch_of(5)).maps for fitted in (merged, at_once)]
+    jax.tree.map(lambda *arrays: np.testing.assert_allclose(*arrays, rtol=1e-3), *maps)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 
 from iumad_jax.metrics import forgetting
+from iumad_jax.report import tables
 from iumad_jax.report.history import history, results
 from iumad_jax.report.tables import METRICS
 
@@ -26,7 +27,7 @@ def snapshot(step, size):
 
 
 EVENTS = [
-    {"event": "step", "step": 0, "learned": ["bee", "ant"], "images": 5},
+    {"event": "step", "step": 0, "act": "learn", "objects": ["bee", "ant"], "images": 5},
     {"event": "epoch", "step": 0, "epoch": 0, "loss": 1.0},
     evaluation(0, "bee", "net", 0.9),
     evaluation(0, "bee", "baseline", 0.4),
@@ -34,14 +35,14 @@ EVENTS = [
     evaluation(0, "ant", "baseline", None, None),
     decisions(0, 0.5),
     snapshot(0, 100),
-    {"event": "step", "step": 1, "learned": ["cow"], "images": 3},
+    {"event": "step", "step": 1, "act": "learn", "objects": ["cow"], "images": 3},
     evaluation(1, "bee", "net", 0.7),
     evaluation(1, "bee", "baseline", 0.4),
     evaluation(1, "cow", "net", 0.8, 0.04),  # ant has no test images in this step
     evaluation(1, "cow", "baseline", 0.2),
     decisions(1, 0.6),
     snapshot(1, 200),
-    {"event": "step", "step": 2, "learned": ["dog"], "images": 3},
+    {"event": "step", "step": 2, "act": "learn", "objects": ["dog"], "images": 3},
     evaluation(2, "bee", "net", 0.1),  # the step is not finished
 ]
 NAN = np.nan
@@ -89,3 +90,39 @@ def test_results_contain_the_history():
     matrix = np.array(run["matrix"]["i_auroc"])
     assert run["summary"]["i_auroc"]["fm"] == forgetting(matrix)
     assert round(run["summary"]["i_auroc"]["fm"], 6) == 0.2
+
+
+def test_objects_that_were_not_tested_keep_their_last_values():
+    """Only cow is updated, and then tested, in step 2; step 3 retires ant."""
+    rates = {"false_alarms": 0.2, "misses": 0.0}
+    record = {"bee": {"image": 1, "test": rates}, "ant": {"image": 1}, "cow": {"image": 1}}
+    events = [
+        *EVENTS[:6],
+        {"event": "decisions", "step": 0, "objects": {name: dict(record[name]) for name in ("bee", "ant")}},
+        *EVENTS[7:13],
+        {"event": "decisions", "step": 1, "objects": {name: {"image": 2} for name in record}},
+        EVENTS[14],
+        {"event": "step", "step": 2, "act": "update", "objects": ["cow"], "images": 3},
+        {"event": "before", "step": 2, "object": "cow", "i_auroc": 0.8, **rates},
+        evaluation(2, "cow", "net", 0.9),
+        evaluation(2, "cow", "baseline", 0.3),
+        {"event": "decisions", "step": 2, "objects": {name: {"image": 3} for name in record}},
+        snapshot(2, 200),
+        {"event": "step", "step": 3, "act": "retire", "objects": ["ant"], "images": 0},
+        {"event": "decisions", "step": 3, "objects": {name: {"image": 3} for name in record}},
+        snapshot(3, 200),
+    ]
+    past = history(events)
+    assert past.steps == (("bee", "ant"), ("cow",), (), ())
+    np.testing.assert_array_equal(past.matrices["net"]["aupro"][1:, 0], [0.7, 0.7, 0.7])
+    np.testing.assert_array_equal(past.matrices["net"]["aupro"][1:, 2], [0.8, 0.9, 0.9])
+    assert past.tested == {"bee": 1, "ant": 0}  # the maps of cow have not changed since its test
+    assert past.acts[2] == {"act": "update", "objects": ["cow"], "before": {"cow": {"i_auroc": 0.8, **rates}}}
+    assert past.decisions[3]["objects"]["bee"] == {"image": 3, "test": rates}
+    matrix = past.matrices["net"]["i_auroc"]
+    lines = [tables.effect_line(matrix, past.acts, past.decisions, step) for step in (2, 3)]
+    assert lines == [
+        "step 2: updated cow 0.800 to 0.900 (false alarms 20.0% to -, misses 0.0% to -); largest change of another"
+        " object: bee +0.000; mean of all 0.800 (I-AUROC)",
+        "step 3: retired ant; mean of all 0.800 (I-AUROC)",
+    ]

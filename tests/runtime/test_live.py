@@ -42,7 +42,7 @@ def clock(monkeypatch):
 def run(workdir, tensorboard):
     """Record two epochs of the second step and an evaluation."""
     view = Live(workdir, tensorboard)
-    view.log_step(1, ("ant", "bee"), 48, {"train.epochs": 3})
+    view.log_step(1, "learn", ("ant", "bee"), 48, {"train.epochs": 3})
     for epoch in (0, 1):
         view.log_epoch(1, epoch, 20, {**LOSSES, "loss": 0.75 / (1 + epoch)}, 1e-3, images=48, seconds=4.0)
     view.log_evaluation(1, "ant", "ib_iumad", {"i_auroc": 0.875, "p_auroc_object": float("nan")}, {})
@@ -58,7 +58,7 @@ def test_events_are_written_with_the_time(tmp_path):
     lines = ledger.read(tmp_path / "live.jsonl")
     assert [line["event"] for line in lines] == 2 * ["step", "epoch", "epoch", "evaluation"]
     assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
-    assert lines[0]["learned"] == ["ant", "bee"]
+    assert lines[0]["objects"] == ["ant", "bee"]
     assert {key: lines[2][key] for key in ("step", "epoch", "loss", "learning_rate", "images_per_second")} == {
         "step": 1, "epoch": 1, "loss": 0.375, "learning_rate": 1e-3, "images_per_second": 12.0
     }  # fmt: skip
@@ -98,7 +98,7 @@ def test_a_missing_tensorboard_writer_is_reported(monkeypatch):
 
 def test_epochs_are_logged_at_intervals_without_a_terminal(tmp_path, capsys, clock):
     view = Live(tmp_path, tensorboard=False)
-    view.log_step(0, ("ant",), 24, {})
+    view.log_step(0, "learn", ("ant",), 24, {})
     for epoch in range(6):
         clock[0] += 11
         view.log_epoch(0, epoch, 60, LOSSES, 1e-3, images=24, seconds=11.0)

@@ -52,6 +52,7 @@ def snapshot(step, updates, finished=False, seed=0, size=3):
         recognition={"count": np.full(2, 3, np.float32), "mean": np.ones((2, 4), np.float32)},
         scales={"ib_iumad": {"rgb": Scale(*np.float32([[0.1, 2 / 3], [1, 2], [3, 1e-7]]))}},
         calibration={"bolt": calibration, "größe 2": calibration._replace(few=False, from_training_images=True)},
+        kept={"bolt": {"arrays": {"trained": "ab"}, "few": True}},
         optimizer=[],
         strategy_state={"old": {"kernel": np.full(2, seed, np.float32)}, "by_object": per_object(seed)},
         losses={"loss": np.arange(updates, dtype=np.float32)} if updates % 2 else {},

@@ -6,21 +6,36 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Bool
+from sklearn.cluster import KMeans
+from sklearn.metrics import silhouette_score
 
 from iumad_jax.data.prepared import copies
 from iumad_jax.data.prepared.store import PreparedSet, Store, mean_tokens
 from iumad_jax.shapes import Batch, Modality
 
+_SILHOUETTE, _SMALLEST_KIND = 0.35, 4  # of two kinds of images, and the number of images of the smaller one
 _GREY_LEVELS = 3  # an image with at most this range is constant
+
+
+class CalibrationImages(NamedTuple):
+    """Good images of an object that set its thresholds and scales."""
+
+    images: Batch
+    trained: Bool[np.ndarray, " n"]  # whether the method is also trained on an image
+    few: bool = False  # whether no image can be held out; most are then altered copies
+
+
+def calibration_images(images: Batch, trained: bool, few: bool = False) -> CalibrationImages:
+    """Return calibration images, on all or none of which the method is trained."""
+    return CalibrationImages(images, np.full(len(images.object_id), trained), few)
 
 
 class GoodImages(NamedTuple):
     """Good images of an object, divided by their use."""
 
     learned: Batch  # images that recognition of the object is learned from
-    calibrating: Batch  # calibration images, which set the thresholds
-    from_training_images: bool  # whether the method is also trained on the calibration images
-    few: bool  # whether no image can be held out; most calibration images are then altered copies
+    calibrating: CalibrationImages
 
 
 def good_images(store: Store, name: str) -> GoodImages:
@@ -32,15 +47,15 @@ def good_images(store: Store, name: str) -> GoodImages:
     """
     training = store.get(name, "train").batch
     if store.reader.ids(name, "calibration"):
-        return GoodImages(training, store.get(name, "calibration").batch, False, False)
+        return GoodImages(training, calibration_images(store.get(name, "calibration").batch, trained=False))
     count = len(training.object_id)
     if count < copies.FEW:
         varied = store.get(name, "varied").batch
         with_copies = jax.tree.map(lambda *arrays: np.concatenate(arrays), training, varied)
-        return GoodImages(training, with_copies, True, True)
+        return GoodImages(training, calibration_images(with_copies, trained=True, few=True))
     fifth = (np.arange(count) + 1) % 5 == 0
     learned, calibrating = (jax.tree.map(lambda array, rows=rows: array[rows], training) for rows in (~fifth, fifth))
-    return GoodImages(learned, calibrating, True, False)
+    return GoodImages(learned, calibration_images(calibrating, trained=True))
 
 
 def quality_shifts(store: Store, name: str) -> dict[Modality, np.ndarray]:
@@ -83,3 +98,24 @@ def odd_images(images: PreparedSet, name: str, kind: str) -> Iterator[str]:
         if ids:
             shown = ", ".join(ids[:5]) + (" and others" if len(ids) > 5 else "")
             yield f"{len(ids)} of {name}'s {len(images.ids)} {kind} images are {oddity} ({shown}); check them."
+
+
+def several_kinds(images: PreparedSet, name: str) -> str | None:
+    """Return a warning if the images of an object are of two kinds; None if they are not.
+
+    They are if two clusters of their mean tokens are far apart by their mean silhouette (Rousseeuw, 1987), which is 0.2
+    to 0.3 for images of one of the rendered candies, and 0.4 to 0.5 for images of two.
+    """
+    tokens = np.concatenate([mean_tokens(array) for _, array in sorted(images.batch.features.items())], axis=-1)
+    if len(tokens) < 2 * _SMALLEST_KIND or not np.ptp(tokens, axis=0).any():
+        return None
+    standardised = (tokens - tokens.mean(0)) / np.maximum(tokens.std(0), 1e-6)
+    kinds = KMeans(2, n_init=3, random_state=0).fit_predict(standardised)
+    counts = np.bincount(kinds, minlength=2)
+    if counts.min() < _SMALLEST_KIND or silhouette_score(standardised, kinds) < _SILHOUETTE:
+        return None
+    described = (f"{count} like {images.ids[int(np.argmax(kinds == kind))]}" for kind, count in enumerate(counts))
+    return (
+        f"{name}'s training images are of two kinds ({', '.join(described)}); if they show two objects, put them into"
+        " two folders."
+    )

@@ -172,13 +172,21 @@ def _present_digests(store: Store, name: str) -> set[str]:
 def _read_digests(open_reader: Callable[[Sequence[str]], Reader], name: str) -> set[str]:
     """Compute the digests of a new object's training images; empty if they cannot be read."""
     try:
-        reader = open_reader([name])
-        return {
-            records.digest([records.hash_file(file, None)["sha256"] for file in reader.files(name, "train", id_)])
-            for id_ in reader.ids(name, "train")
-        }
+        return set(digests(open_reader([name]), name, "train").values())
     except UserError:
         return set()
+
+
+def digests(reader: Reader, name: str, split: Split) -> dict[str, str]:
+    """Compute the digest of each image's files by id.
+
+    Raises:
+        UserError: If a file cannot be read.
+    """
+    return {
+        id_: records.digest([records.hash_file(file, None)["sha256"] for file in reader.files(name, split, id_)])
+        for id_ in reader.ids(name, split)
+    }
 
 
 def _shortened(names: Sequence[str]) -> str:

@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, Float16, Float64
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from iumad_jax.data.depth import measured
 from iumad_jax.data.prepared import copies, records
 from iumad_jax.data.prepared.copies import PreparedSplit
 from iumad_jax.data.prepared.processing import Processing
@@ -155,12 +156,13 @@ class Store:
         }
 
     def describe(self) -> dict[str, Any]:
-        """Return the settings with which a detector prepares images: processing, camera and image width, as JSON."""
+        """Return the settings with which a detector reads and prepares images, as JSON."""
         first = self.reader.objects[0]
         sample = self.reader.read(first, "train", self.reader.ids(first, "train")[0])
         camera = sample.camera and dataclasses.asdict(sample.camera)
         return {
             "processing": dataclasses.asdict(self.processing),
+            "depth": dataclasses.asdict(self.reader.depth_format),
             "camera": camera,
             "camera_width": sample.depth if sample.depth is None else sample.depth.shape[1],
         }
@@ -363,7 +365,7 @@ def _has_truth(split: PreparedSplit) -> bool:
 
 
 def _describe(sample: Sample) -> Image:
-    valid = None if sample.depth is None else np.isfinite(sample.depth) & (sample.depth > 0)
+    valid = None if sample.depth is None or sample.camera is None else measured(sample.depth, sample.camera)
     return Image(
         defect=sample.defect,
         size=list(sample.rgb.shape[:2]),

@@ -82,5 +82,5 @@ def _readers(config: ConfigDict, chosen: str | Sequence[str]) -> dict[str, Calla
         "candies": lambda: Eyecandies(root, chosen, light, normals),
         "sweets": lambda: Eyecandies(root, chosen, light, normals, candies.names(config.dataset.render.objects)),
         "mvtec3d": lambda: MVTec3D(root, chosen, config.dataset.validation, depth),
-        "folder": lambda: Folder(root, chosen, depth),
+        "folder": lambda: Folder(root, chosen, depth, "rgb" in config.modality),
     }

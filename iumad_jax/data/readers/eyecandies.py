@@ -10,7 +10,7 @@ from jaxtyping import Float32
 from iumad_jax.data.formats.depth_files import check_distance
 from iumad_jax.data.formats.files import abbreviate, check_file, list_entries, opening, read_yaml, select
 from iumad_jax.data.formats.images import check_same_size, read_image, read_mask
-from iumad_jax.data.sample import Camera, Sample, Split
+from iumad_jax.data.sample import Camera, DepthFormat, Sample, Split
 from iumad_jax.errors import UserError
 
 OBJECTS = (
@@ -60,6 +60,7 @@ class Eyecandies:
     object_height = 0.008
     height_range = 1.0
     normals_window = 3
+    depth_format = DepthFormat()
 
     def __init__(
         self,

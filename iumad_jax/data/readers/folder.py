@@ -3,40 +3,52 @@
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from iumad_jax.data import depth
 from iumad_jax.data.formats.depth_files import DEPTH_IMAGES
 from iumad_jax.data.formats.files import abbreviate, folders, opening, read_yaml, select
 from iumad_jax.data.formats.images import PHOTOGRAPHS
 from iumad_jax.data.readers.layout import Item, list_good_items, list_items, list_labelled_items, read_item
-from iumad_jax.data.sample import Camera, Sample, Split
-from iumad_jax.errors import UserError
+from iumad_jax.data.sample import Alignment, Camera, DepthFormat, Sample, Split
+from iumad_jax.errors import UserError, tell_once
 
 SETTINGS = "dataset.yaml"
 
 _KINDS = {"rgb": PHOTOGRAPHS, "depth": DEPTH_IMAGES, "mask": PHOTOGRAPHS}
 _UNLABELLED = {"rgb": PHOTOGRAPHS, "depth": DEPTH_IMAGES}
 _SPLITS = ("train", "val", "test", "unlabelled")
-_UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001}
+_UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001, "um": 1e-6}
 _CAMERA = ("fx", "fy", "cx", "cy")
-_LENGTHS = {"object_height": 0.005, "height_range": 0.1}  # defaults, metres
+_LENGTHS = ("object_height", "height_range")
+_DEFAULTS = {"object_height": 0.005, "height_range": 0.1, "normals_window": 3}  # metres, metres, pixels
+_STEEPEST = 10  # largest range of heights per longer side of a height map; a larger one means a wrong unit or pitch
 
 
 class Folder:
     """Reader of `<root>/<object>/{train,val,test}/{good,<defect>}/{rgb,depth,mask}/<id>.*`.
 
-    `val`, `test` and whole `depth` and `mask` folders are optional; images without labels belong in
-    `<object>/unlabelled/{rgb,depth}`. RGB: 8-bit PNG, JPEG, TIFF or BMP. Depth: see `depth_files.read_depth`. Masks: 0
-    where good. All images of one id must have one size.
+    `val`, `test` and whole `depth` and `mask` folders are optional, and `rgb` beside `depth`; images without labels
+    belong in `<object>/unlabelled/{rgb,depth}`. RGB: 8-bit PNG, JPEG, TIFF or BMP. Depth: see `depth_files.read_depth`.
+    Masks: 0 where good. All images of one id must have one size, but for depth with `align`.
 
     `<root>/dataset.yaml` may have these keys:
-        unit: Unit of depth: m, cm, mm, or metres per level; required for integers, else metres by default.
-        camera: fx, fy, cx, cy of depth images in pixels. By default the focal length is the image's width, which keeps
-            planes flat but changes lengths along them.
-        object_height: Height above the background plane, in metres, from which a pixel belongs to the object (0.005).
-        height_range: Height in metres that the `height` encoding spans (0.1).
+        unit: Unit of depth: m, cm, mm, um, or metres per level; required for integers, else metres by default.
+        missing: List of the values, in this unit, of pixels without a measurement, besides 0 and those that are not
+            finite; by default such constants are looked for.
+        kind: depth, or height if larger is higher, as in the height maps of laser profilers, which also need `pitch`.
+        pitch: Millimetres per pixel in x and y of height maps, which have no camera.
+        align: resize, if depth and photographs show one view in two resolutions; or, if they have two cameras, `camera`
+            (fx, fy, cx, cy of photographs) and `matrix` (4 x 4, from the depth camera's coordinates, metres).
+        camera: fx, fy, cx, cy of depth images in pixels; unorganised clouds are projected into it. By default the focal
+            length is the image's width, which keeps planes flat but changes lengths along them.
+        object_height: Height above the background plane, in metres, from which a pixel belongs to the object (0.005;
+            for height maps 1/100 of their longer side).
+        height_range: Height in metres that the `height` encoding spans (0.1; for height maps 1/5 of their longer side).
         normals_window: Window of the normals in pixels; by default the result of `depth.choose_window` for the first
             object, so that objects that come later do not change it.
 
@@ -44,26 +56,37 @@ class Folder:
         root: Folder with one subfolder per object.
         objects: "all", names separated by commas, or a sequence of names, in the order of learning.
         needs_depth: Whether to refuse images without depth.
+        needs_rgb: Whether to refuse depth without photographs.
 
     Raises:
         UserError: If a folder or file is missing or empty or leads out of the root, if the settings or an object's
             first training image are unusable, or if an object is unknown.
     """
 
-    def __init__(self, root: str | Path, objects: str | Sequence[str] = "all", needs_depth: bool = False) -> None:
+    def __init__(
+        self, root: str | Path, objects: str | Sequence[str] = "all", needs_depth: bool = False, needs_rgb: bool = False
+    ) -> None:
         self.root = Path(root)
         self._items: dict[tuple[str, Split], dict[str, Item]] = {}
         with opening(self.root):
             self.objects = select(objects, object_names(self.root))
             file = self.root / SETTINGS
+            if not file.exists() and (other := file.with_suffix(".yml")).exists():
+                file = other
             self._settings_files = (file,) if file.exists() else ()
             self._settings = _check_settings(file, read_yaml(file) if file.exists() else {})
+            heights = self._settings.get("kind") == "height"
+            self.depth_format = DepthFormat(
+                self._settings.get("unit"), self._settings.get("missing"), heights, self._settings.get("align")
+            )
             for name in self.objects:
-                self._index(name, ("depth",) if needs_depth else ())
-        self.object_height: float = self._settings["object_height"]
-        self.height_range: float = self._settings["height_range"]
-        first, *_ = [self._window(name) for name in self.objects]
-        self.normals_window: int = self._settings.get("normals_window") or first
+                self._index(name, ("rgb",) * needs_rgb + ("depth",) * needs_depth)
+        # The first training images reveal mistakes common to all images.
+        first, *_ = [self.read(name, "train", self.ids(name, "train")[0]) for name in self.objects]
+        defaults = self._defaults(first)
+        self.object_height, self.height_range, self.normals_window = (
+            self._settings.get(key, value) for key, value in defaults.items()
+        )
 
     def __repr__(self) -> str:
         return f"Folder({str(self.root)!r})"
@@ -86,8 +109,8 @@ class Folder:
             object,
             id,
             self._items[object, split][id],
-            unit=self._settings.get("unit"),
-            remedy=f"set the unit in {self.root / SETTINGS}, for example unit: mm",
+            self.depth_format,
+            remedy=f"set the unit in {self.root / SETTINGS}, for example unit: mm (kind: height if larger is higher)",
             camera=self._settings.get("camera"),
         )
 
@@ -105,12 +128,27 @@ class Folder:
             items = list_items("unknown", folder / "unlabelled", self.root, _UNLABELLED, needed)
             self._items[name, "unlabelled"] = items
 
-    def _window(self, name: str) -> int:
-        """Choose the window of normals for the first training image, which reveals mistakes common to all images."""
-        sample = self.read(name, "train", self.ids(name, "train")[0])
+    def _defaults(self, sample: Sample) -> dict[str, Any]:
+        """Derive settings from a training image, and ask about depth that looks like heights."""
         if sample.depth is None or sample.camera is None:
-            return 3
-        return depth.choose_window(sample.depth, sample.camera)
+            return _DEFAULTS
+        settings = _DEFAULTS | {"normals_window": depth.choose_window(sample.depth, sample.camera)}
+        file, yaml = self._items[sample.object, "train"][sample.id].depth, self.root / SETTINGS
+        if self.depth_format.heights:
+            side = max(sample.depth.shape[0] / sample.camera.fy, sample.depth.shape[1] / sample.camera.fx)
+            low, high = np.nanquantile(sample.depth, [0.05, 0.95])
+            if high - low > _STEEPEST * side:
+                raise UserError(
+                    f"{file} spans heights of {high - low:.2g} m on {side:.2g} m; correct unit or pitch in {yaml}."
+                )
+            settings |= {"object_height": side / 100, "height_range": side / 5}
+        elif "kind" not in self._settings and not sample.camera.orthographic and depth.seems_heights(sample.depth):
+            tell_once(
+                self.root,
+                f"{file}: the border is nearer than the middle; if this is a height map, write kind: height and pitch:"
+                f" [x, y] (millimetres per pixel) into {yaml}, else kind: depth.",
+            )
+        return settings
 
 
 def object_names(root: Path) -> tuple[str, ...]:
@@ -127,26 +165,37 @@ def object_names(root: Path) -> tuple[str, ...]:
 
 
 def _check_settings(file: Path, content: dict[Any, Any]) -> dict[str, Any]:
-    """Check the content of dataset.yaml and convert it: unit in metres, a `Camera`, lengths with defaults."""
-    keys = ("unit", "camera", *_LENGTHS, "normals_window")
+    """Check the content of dataset.yaml and convert it: unit in metres, a `Camera`."""
+    keys = ("unit", "missing", "kind", "pitch", "align", "camera", *_LENGTHS, "normals_window")
     for key in content:
         if key not in keys:
             raise UserError(f"{file} has the unknown key {abbreviate(key)}; use {', '.join(keys)}.")
-    settings: dict[str, Any] = {
-        key: _check_number(file, key, content.get(key, value)) for key, value in _LENGTHS.items()
-    }
+    settings: dict[str, Any] = {key: _check_number(file, key, content[key]) for key in _LENGTHS if key in content}
     if "unit" in content:
         unit = content["unit"]
-        settings["unit"] = (
-            _UNITS[unit] if isinstance(unit, str) and unit in _UNITS else _check_number(file, "unit", unit)
-        )
+        settings["unit"] = _UNITS.get(str(unit).lower()) or _check_number(file, "unit", unit)
+    if "missing" in content:
+        missing = content["missing"]
+        values = missing if isinstance(missing, list) else [missing]
+        settings["missing"] = tuple(_check_number(file, "missing", value, above=-math.inf) for value in values)
+    kind, pitch = content.get("kind", "depth"), content.get("pitch")
+    if kind not in ("depth", "height"):
+        raise UserError(f"{file} has {abbreviate(kind)} as kind; use depth or height.")
+    if kind == "height":
+        if "unit" not in content or "camera" in content or not isinstance(pitch, list) or len(pitch) != 2:
+            raise UserError(
+                f"{file} has kind: height, which needs unit and pitch: [x, y] in millimetres per pixel, and no camera."
+            )
+        x, y = (_check_number(file, "pitch", value) / 1000 for value in pitch)
+        settings["camera"] = Camera(1 / x, 1 / y, 0, 0, orthographic=True, heights=True)
+    elif pitch is not None:
+        raise UserError(f"{file} has pitch but not kind: height; add it, or remove pitch.")
+    if "kind" in content:
+        settings["kind"] = kind
     if "camera" in content:
-        camera = content["camera"]
-        if not isinstance(camera, dict) or set(camera) != set(_CAMERA):
-            raise UserError(f"{file} has {abbreviate(camera)} as camera; use {', '.join(_CAMERA)} in pixels.")
-        focal = [_check_number(file, f"camera: {key}", camera[key]) for key in ("fx", "fy")]
-        centre = [_check_number(file, f"camera: {key}", camera[key], above=-math.inf) for key in ("cx", "cy")]
-        settings["camera"] = Camera(focal[0], focal[1], centre[0], centre[1])
+        settings["camera"] = _check_camera(file, content["camera"])
+    if "align" in content:
+        settings["align"] = _check_alignment(file, content["align"], settings.get("camera"))
     if "normals_window" in content:
         window = content["normals_window"]
         if window not in range(3, 100, 2) or isinstance(window, bool):
@@ -155,8 +204,35 @@ def _check_settings(file: Path, content: dict[Any, Any]) -> dict[str, Any]:
     return settings
 
 
+def _check_camera(file: Path, camera: Any) -> Camera:
+    if not isinstance(camera, dict) or set(camera) != set(_CAMERA):
+        raise UserError(f"{file} has {abbreviate(camera)} as camera; use {', '.join(_CAMERA)} in pixels.")
+    focal = [_check_number(file, f"camera: {key}", camera[key]) for key in ("fx", "fy")]
+    centre = [_check_number(file, f"camera: {key}", camera[key], above=-math.inf) for key in ("cx", "cy")]
+    return Camera(focal[0], focal[1], centre[0], centre[1])
+
+
+def _check_alignment(file: Path, align: Any, depth_camera: Camera | None) -> Alignment | Literal["resize"]:
+    if align == "resize":
+        return "resize"
+    matrix = align.get("matrix") if isinstance(align, dict) and set(align) == {"camera", "matrix"} else None
+    if not isinstance(matrix, list) or [isinstance(row, list) and len(row) for row in matrix] != [4] * 4:
+        raise UserError(f"{file} has {abbreviate(align)} as align; use resize, or camera and a 4 x 4 matrix.")
+    if depth_camera is None or depth_camera.orthographic:
+        raise UserError(f"{file} has align with a matrix, which needs the camera of depth images; add camera.")
+    rows = tuple(tuple(_check_number(file, "align: matrix", x, above=-math.inf) for x in row) for row in matrix)
+    rotation = np.array(rows)[:3, :3]
+    if not np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-2) or rows[3] != (0, 0, 0, 1):
+        raise UserError(f"{file} has a matrix that does not rotate and move; use that from depth to photographs.")
+    return Alignment(depth_camera, _check_camera(file, align["camera"]), rows)
+
+
 def _check_number(file: Path, key: str, value: Any, above: float = 0) -> float:
+    if isinstance(value, str):  # YAML takes 1e-6 for a word
+        with suppress(ValueError):
+            value = float(value)
     if not isinstance(value, int | float) or isinstance(value, bool) or not above < value < sys.float_info.max:
-        expected = f"{', '.join(_UNITS)} or metres per level" if key == "unit" else f"a number above {above}"
+        number = "a finite number" if above == -math.inf else f"a number above {above}"
+        expected = f"{', '.join(_UNITS)} or metres per level" if key == "unit" else number
         raise UserError(f"{file} has {abbreviate(value)} as {key}; use {expected}.")
     return float(value)

@@ -6,10 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from iumad_jax.data.depth import picture
+from iumad_jax.data.formats.alignment import align
 from iumad_jax.data.formats.depth_files import read_depth
 from iumad_jax.data.formats.files import check_file, folders, list_entries
 from iumad_jax.data.formats.images import check_same_size, read_mask, read_photograph
-from iumad_jax.data.sample import Camera, Sample
+from iumad_jax.data.sample import Camera, DepthFormat, Sample
 from iumad_jax.errors import UserError
 
 Kinds = Mapping[str, Sequence[str]]  # folders of RGB, depth and masks, in this order, with their file suffixes
@@ -19,7 +21,7 @@ class Item(NamedTuple):
     """The files of one sample."""
 
     defect: str
-    rgb: Path
+    rgb: Path | None
     depth: Path | None
     mask: Path | None
 
@@ -60,7 +62,8 @@ def list_items(defect: str, folder: Path, root: Path, kinds: Kinds, needed: Coll
         defect: Defect of the images in the folder; "good" for none, "unknown" for images without labels.
         folder: Folder with one subfolder per kind of file.
         root: Root folder of the dataset.
-        kinds: Subfolders and their file suffixes; the first subfolder holds the RGB images, one per sample.
+        kinds: Subfolders and their file suffixes; the first subfolder holds the RGB images, one per sample, or if it
+            is missing and not needed, the second.
         needed: Kinds that must exist; the folders of other kinds may be missing.
 
     Raises:
@@ -72,12 +75,15 @@ def list_items(defect: str, folder: Path, root: Path, kinds: Kinds, needed: Coll
     for name in entries:
         if name not in kinds:
             raise UserError(f"{folder / name} is not one of {', '.join(kinds)}; rename or remove it.")
-    images, *others = (_files_by_name(folder / kind, root, kinds[kind]) if kind in entries else {} for kind in kinds)
-    image_kind, *other_kinds = kinds
+    files = {kind: _files_by_name(folder / kind, root, kinds[kind]) if kind in entries else {} for kind in kinds}
+    image_kind, depth_kind, *_ = kinds
+    if image_kind not in entries and image_kind not in needed and depth_kind in entries:
+        image_kind = depth_kind
+    images = files[image_kind]
     if not images:
         raise UserError(f"{folder / image_kind} holds no images; add files such as 000{kinds[image_kind][0]}.")
-    for kind, by_name in zip(other_kinds, others, strict=True):
-        if not by_name and kind not in needed:
+    for kind, by_name in files.items():
+        if kind == image_kind or (not by_name and kind not in needed):
             continue
         for name, file in by_name.items():
             if name not in images:
@@ -86,16 +92,16 @@ def list_items(defect: str, folder: Path, root: Path, kinds: Kinds, needed: Coll
             if name not in by_name:
                 missing = folder / kind / (name + kinds[kind][0])
                 raise UserError(f"{missing} is missing; add it, as every image in {folder / image_kind} needs one.")
-    depth, mask, *_ = *others, {}
-    return {name: Item(defect, rgb, depth.get(name), mask.get(name)) for name, rgb in images.items()}
+    rgb, depth, mask, *_ = *files.values(), {}
+    return {name: Item(defect, rgb.get(name), depth.get(name), mask.get(name)) for name in images}
 
 
 def read_item(
     object_: str,
     id_: str,
     item: Item,
+    format_: DepthFormat,
     *,
-    unit: float | None = None,
     remedy: str,
     camera: Camera | None = None,
     two_values: bool = True,
@@ -107,7 +113,7 @@ def read_item(
         object_: Object of the sample.
         id_: Id of the sample.
         item: Files of the sample.
-        unit: Metres per unit of depth; None if unspecified.
+        format_: What the numbers in depth files mean.
         remedy: Advice on a missing or wrong unit, the end of the error message.
         camera: Camera of depth images; by default a pinhole camera whose focal length is the image's width. The camera
             of a cloud is estimated from the cloud instead.
@@ -117,20 +123,24 @@ def read_item(
     Raises:
         UserError: If one of its files is unusable or they contradict each other.
     """
-    rgb = read_photograph(item.rgb)
-    height, width = rgb.shape[:2]
+    rgb = None if item.rgb is None else read_photograph(item.rgb)
     depth, depth_camera = None, None
     if item.depth is not None:
-        depth, depth_camera = read_depth(item.depth, unit, (height, width), remedy)
-        check_same_size(item.depth, depth, item.rgb, rgb)
+        size = None if rgb is None else rgb.shape[:2]
+        depth, depth_camera = read_depth(item.depth, format_, size, remedy, camera)
+        if size:
+            depth, depth_camera = align(depth, depth_camera, format_.align, size, item.depth, item.files[0])
+        height, width = depth.shape
         if needs_cloud and depth_camera is None:
             raise UserError(f"{item.depth} holds only depth; save x, y and z.")
         depth_camera = depth_camera or camera or Camera(width, width, (width - 1) / 2, (height - 1) / 2)
+        rgb = picture(depth, depth_camera) if rgb is None else rgb
+    assert rgb is not None
     anomalous = item.defect not in ("good", "unknown")
-    mask = np.zeros((height, width), bool) if item.defect == "good" else None
+    mask = np.zeros(rgb.shape[:2], bool) if item.defect == "good" else None
     if item.mask is not None:
         mask = read_mask(item.mask, two_values=two_values)
-        check_same_size(item.mask, mask, item.rgb, rgb)
+        check_same_size(item.mask, mask, item.files[0], rgb)
         if mask.any() and not anomalous:
             raise UserError(f"{item.mask} marks a defect but its image is good; clear the mask or move the image.")
         if anomalous and not mask.any():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from iumad_jax.data.formats.files import opening, select
 from iumad_jax.data.readers.layout import Item, list_good_items, list_labelled_items, read_item
-from iumad_jax.data.sample import Sample, Split
+from iumad_jax.data.sample import DepthFormat, Sample, Split
 from iumad_jax.errors import UserError
 
 OBJECTS = ("bagel", "cable_gland", "carrot", "cookie", "dowel", "foam", "peach", "potato", "rope", "tire")
@@ -33,6 +33,7 @@ class MVTec3D:
     object_height = 0.005
     height_range = 0.1
     normals_window = 11  # from `depth.choose_window`, for noise of 0.25 mm and pixels 0.37 mm apart
+    depth_format = DepthFormat(unit=1.0)
 
     def __init__(
         self,
@@ -45,7 +46,7 @@ class MVTec3D:
             raise UserError(f'config.dataset.validation is "{validation}"; use train or calibration.')
         self.root = Path(root)
         self.objects = select(objects, OBJECTS)
-        needed_good = ("xyz",) if needs_depth else ()
+        needed_good = ("rgb", "xyz") if needs_depth else ("rgb",)
         needed_test = (*needed_good, "gt")
         self._items: dict[tuple[str, Split], dict[str, Item]] = {}
         with opening(self.root):
@@ -77,4 +78,6 @@ class MVTec3D:
             UserError: If one of its files is unusable or they contradict each other.
         """
         item = self._items[object, split][id]
-        return read_item(object, id, item, unit=1.0, remedy="save xyz in metres", two_values=False, needs_cloud=True)
+        return read_item(
+            object, id, item, self.depth_format, remedy="save xyz in metres", two_values=False, needs_cloud=True
+        )

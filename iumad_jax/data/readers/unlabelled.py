@@ -1,32 +1,36 @@
 """Lists images to predict: photographs in files or folders, or a split of a dataset."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
+from iumad_jax.data.depth import picture
+from iumad_jax.data.formats.alignment import align
 from iumad_jax.data.formats.depth_files import DEPTH_IMAGES, read_depth
-from iumad_jax.data.formats.images import PHOTOGRAPHS, check_same_size, read_photograph
-from iumad_jax.data.sample import Camera, Reader, Split
+from iumad_jax.data.formats.images import PHOTOGRAPHS, read_photograph
+from iumad_jax.data.sample import Camera, DepthFormat, Reader, Split
 from iumad_jax.errors import UserError
+
+_REMEDY = "use --depth_unit=METRES, such as 0.001 for millimetres"
 
 
 class InputImage(NamedTuple):
     """An image to predict."""
 
     name: str  # path of its output files, relative and without suffix
-    read: Callable[[], tuple[np.ndarray, np.ndarray | None, Camera | None]]  # RGB, depth, camera
-    files: Callable[[], tuple[Path, Path | None]]  # RGB, depth; None if the depth is not in one file of its own
-    unit: float | None = None  # metres per unit of the depth file; None if unspecified
+    read: Callable[[], tuple[np.ndarray, np.ndarray | None, Camera | None]]  # RGB, depth, camera of a `Sample`
+    files: Callable[[], tuple[Path | None, Path | None]]  # RGB, depth; None if it is not in one file of its own
+    format_: DepthFormat = DepthFormat()  # what the numbers in the depth file mean
 
 
 def photographs(
     root: Path,
     needs_depth: bool,
     depth_path: Path | None,
-    unit: float | None,
+    format_: DepthFormat,
     camera: Camera | None,
     *,
     may_be_empty: bool = False,
@@ -37,7 +41,7 @@ def photographs(
         root: An image, or a folder of images.
         needs_depth: Whether to read depth.
         depth_path: Depth file of the image, or a folder with depth files of the images' names.
-        unit: Metres per unit of the depth files; by default floats are metres, and integers are refused.
+        format_: What the numbers in the depth files mean.
         camera: Camera of the depth files; by default it is estimated from clouds.
         may_be_empty: Whether a folder without images is accepted.
 
@@ -46,17 +50,12 @@ def photographs(
     """
     if not root.exists():
         raise UserError(f"--input is {root}, which does not exist; choose an image or a folder of images.")
-    images = [root] if root.is_file() else _list_photographs(root)
+    images = [root] if root.is_file() else _list(root, PHOTOGRAPHS)
     if (images and images[0].suffix.lower() not in PHOTOGRAPHS) or (not images and not may_be_empty):
         raise UserError(f"--input is {root}, which contains no image; use files ending in {' '.join(PHOTOGRAPHS)}.")
     if needs_depth:
-        _check_depth(depth_path, unit, root)
-    names: dict[str, Path] = {}
-    for file in images:
-        name = str(file.relative_to(root).with_suffix("")) if root.is_dir() else file.stem
-        if name in names:
-            raise UserError(f"{file} and {names[name].name} differ only in suffix; rename or remove either.")
-        names[name] = file
+        _check_depth(depth_path, format_.unit, root)
+    for name, file in _by_name(root, images).items():
 
         def files(file: Path = file, name: str = name) -> tuple[Path, Path | None]:
             return file, _find_depth_file(depth_path, name) if needs_depth and depth_path else None
@@ -67,12 +66,38 @@ def photographs(
             rgb, (_, depth_file) = read_photograph(file), files()
             if depth_file is None:
                 return rgb, None, None
-            remedy = "use --depth_unit=METRES, such as 0.001 for millimetres"
-            depth, cloud_camera = read_depth(depth_file, unit, rgb.shape[:2], remedy)
-            check_same_size(depth_file, depth, file, rgb)
+            depth, cloud_camera = read_depth(depth_file, format_, rgb.shape[:2], _REMEDY, camera)
+            depth, cloud_camera = align(depth, cloud_camera, format_.align, rgb.shape[:2], depth_file, file)
             return rgb, depth, camera or cloud_camera
 
-        yield InputImage(name, read, files, unit)
+        yield InputImage(name, read, files, format_)
+
+
+def depth_files(
+    root: Path,
+    format_: DepthFormat,
+    camera: Camera | None,
+    default_camera: Callable[[int], Camera],
+    *,
+    may_be_empty: bool = False,
+) -> Iterator[InputImage]:
+    """Yield the images of --input for a model of depth alone; for the arguments and errors see `photographs`."""
+    if not root.exists():
+        raise UserError(f"--input is {root}, which does not exist; choose a depth file or a folder of depth files.")
+    files = [root] if root.is_file() else _list(root, DEPTH_IMAGES)
+    if (files and files[0].suffix.lower() not in DEPTH_IMAGES) or (not files and not may_be_empty):
+        raise UserError(f"--input is {root}, which contains no depth; use files ending in {' '.join(DEPTH_IMAGES)}.")
+    for name, file in _by_name(root, files).items():
+
+        def read(file: Path = file) -> tuple[np.ndarray, np.ndarray, Camera | None]:
+            depth, cloud_camera = read_depth(file, format_, None, _REMEDY, camera)
+            camera_ = camera or cloud_camera or default_camera(depth.shape[1])
+            return picture(depth, camera_), depth, camera_
+
+        def files_(file: Path = file) -> tuple[None, Path]:
+            return None, file
+
+        yield InputImage(name, read, files_, format_)
 
 
 def _check_depth(path: Path | None, unit: float | None, root: Path) -> None:
@@ -87,12 +112,22 @@ def _check_depth(path: Path | None, unit: float | None, root: Path) -> None:
         raise UserError(f"--depth_unit is {unit:g}; use metres per unit, such as 0.001 for millimetres.")
 
 
-def _list_photographs(root: Path) -> list[Path]:
-    images = sorted(file for file in root.rglob("*") if file.suffix.lower() in PHOTOGRAPHS and file.is_file())
-    for file in images:
+def _list(root: Path, suffixes: Collection[str]) -> list[Path]:
+    files = sorted(file for file in root.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
+    for file in files:
         if not str(file).isprintable():
             raise UserError(f"{file} has a name that cannot be printed; rename it.")
-    return images
+    return files
+
+
+def _by_name(root: Path, files: Sequence[Path]) -> dict[str, Path]:
+    names: dict[str, Path] = {}
+    for file in files:
+        name = str(file.relative_to(root).with_suffix("")) if root.is_dir() else file.stem
+        if name in names:
+            raise UserError(f"{file} and {names[name].name} differ only in suffix; rename or remove either.")
+        names[name] = file
+    return names
 
 
 def _find_depth_file(path: Path, name: str) -> Path:
@@ -127,6 +162,8 @@ def split_images(reader: Reader, split: Split) -> Iterator[InputImage]:
     ids = [(name, id_) for name in reader.objects for id_ in reader.ids(name, split)]
     if not ids:
         raise UserError(f"the dataset has no {split} images; choose another --split.")
+    resized: Literal["resize"] | None = "resize" if reader.depth_format.align == "resize" else None
+    format_ = DepthFormat(1.0, heights=reader.depth_format.heights, align=resized)  # of depth that is read already
     for name, id_ in ids:
 
         def read(name: str = name, id_: str = id_) -> tuple[np.ndarray, np.ndarray | None, Camera | None]:
@@ -136,4 +173,4 @@ def split_images(reader: Reader, split: Split) -> Iterator[InputImage]:
         def files(name: str = name, id_: str = id_) -> tuple[Path, None]:
             return reader.files(name, split, id_)[0], None
 
-        yield InputImage(f"{name}/{id_}", read, files)
+        yield InputImage(f"{name}/{id_}", read, files, format_)

@@ -5,6 +5,8 @@ import gc
 import io
 import re
 import struct
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from iumad_jax import errors
 from iumad_jax.data import depth
 from iumad_jax.data.formats.clouds import read_ply
 from iumad_jax.data.formats.depth_files import read_depth
+from iumad_jax.data.sample import DepthFormat
 from iumad_jax.errors import UserError
 from tests import sentences
 
@@ -51,10 +55,37 @@ def pcd(cloud: np.ndarray, kind: str = "ascii", **changes: object) -> bytes:
     } | changes  # fmt: skip
     header = "# .PCD v0.7 - Point Cloud Data file format\n" + "".join(f"{key} {keys[key]}\n" for key in keys)
     rows = cloud.reshape(-1, 3).astype("<f4")
+    if kind == "binary_compressed":  # x, y and z of all points, and then their other fields
+        fields = rows.T.tobytes() + bytes(20 * len(rows))
+        packed = lzf(fields)
+        return header.encode() + struct.pack("<II", len(packed), len(fields)) + packed
     if kind == "ascii":
         lines = (" ".join(repr(float(value)) for value in row) + " 0" * 4 + " 7.5" + " 0" * 12 for row in rows)
         return (header + "\n".join(lines) + "\n").encode()
     return header.encode() + b"".join(row.tobytes() + bytes(20) for row in rows)
+
+
+def lzf(data: bytes) -> bytes:
+    """Pack bytes by LZF: as they are, up to 32 at once, or as a repetition of at least three earlier bytes."""
+    packed, at, pending, places = b"", 0, b"", {}
+    while at < len(data):
+        start = places.get(data[at : at + 3], -9999)
+        places[data[at : at + 3]] = at
+        if at - start > 8192 or at + 3 > len(data):
+            pending, at = pending + data[at : at + 1], at + 1
+            continue
+        length = 3
+        while length < 264 and at + length < len(data) and data[start + length] == data[at + length]:
+            length += 1
+        packed += literal(pending)
+        pending, distance, extra = b"", at - start - 1, length - 2
+        packed += bytes([min(extra, 7) << 5 | distance >> 8] + [extra - 7] * (extra >= 7) + [distance & 255])
+        at += length
+    return packed + literal(pending)
+
+
+def literal(data: bytes) -> bytes:
+    return b"".join(bytes([len(piece) - 1]) + piece for piece in (data[i : i + 32] for i in range(0, len(data), 32)))
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -67,6 +98,12 @@ def tiff(array: np.ndarray, **settings) -> bytes:
     stream = io.BytesIO()
     photometric = {"photometric": "rgb"} if array.ndim == 3 else {"photometric": "minisblack"}
     tifffile.imwrite(stream, array, **(photometric | settings))
+    return stream.getvalue()
+
+
+def tiff_of_pillow(array: np.ndarray, **settings) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(array).save(stream, "TIFF", **settings)
     return stream.getvalue()
 
 
@@ -90,6 +127,13 @@ FORMATS = {
     "PLY with lines of DOS": ("ply", lambda cloud: ply(cloud, extra=False).replace(b"\n", b"\r\n")),
     "PCD in words": ("pcd", pcd),
     "PCD, binary": ("pcd", lambda cloud: pcd(cloud, "binary")),
+    "PCD, compressed": ("pcd", lambda cloud: pcd(cloud, "binary_compressed")),
+    "TIFF by LZW": ("tiff", lambda cloud: tiff_of_pillow(cloud[..., 2], compression="tiff_lzw")),
+    "TIFF by deflate": ("tiff", lambda cloud: tiff_of_pillow(cloud[..., 2], compression="tiff_deflate")),
+    "TIFF with floating-point predictor": (
+        "tiff",
+        lambda cloud: tiff_of_pillow(cloud[..., 2], compression="tiff_deflate", tiffinfo={317: 3}),
+    ),
 }
 
 
@@ -100,7 +144,7 @@ def test_formats(tmp_path: Path, scan, ending: str, encode, missing: float) -> N
     scene = scan(24, 32, seed=8, holes=0.2)
     file = tmp_path / f"000.{ending}"
     file.write_bytes(encode(np.where(scene.cloud[..., 2:] == 0, np.float32(missing), scene.cloud)))
-    measured, camera = read_depth(file, None, (24, 32), "")
+    measured, camera = read_depth(file, DepthFormat(), (24, 32), "")
     assert measured.dtype == np.float32
     z = scene.cloud[..., 2]
     np.testing.assert_array_equal(measured, np.where(z == 0, np.nan, z))
@@ -111,6 +155,80 @@ def test_formats(tmp_path: Path, scan, ending: str, encode, missing: float) -> N
         )
     else:
         assert camera is None
+
+
+INTEGERS = {
+    "PGM": ("pgm", lambda levels: b"P5\n# of a sensor\n32 24\n65535\n" + levels.astype(">u2").tobytes()),
+    "PGM of 12 bits": ("pgm", lambda levels: b"P5 32 24 4095 " + levels.astype(">u2").tobytes()),
+    "TIFF of 16 bits by LZW": ("tif", lambda levels: tiff_of_pillow(levels, compression="tiff_lzw")),
+    "TIFF of 32 bits by LZW": ("tif", lambda levels: tiff_of_pillow(levels.astype(np.int32), compression="tiff_lzw")),
+    "npy of 16-bit floats": ("npy", lambda levels: npy(levels.astype(np.float16))),
+    "TIFF of 16-bit floats": ("tiff", lambda levels: tiff(levels.astype(np.float16))),
+}
+
+
+@pytest.mark.parametrize(("ending", "encode"), INTEGERS.values(), ids=INTEGERS)
+def test_formats_of_few_bits(tmp_path: Path, ending: str, encode) -> None:
+    levels = np.random.default_rng(0).integers(0, 2048, (24, 32)).astype(np.uint16)
+    levels[levels < 400] = 0
+    file = tmp_path / f"000.{ending}"
+    file.write_bytes(encode(levels))
+    measured, _ = read_depth(file, DepthFormat(0.001), (24, 32), "")
+    np.testing.assert_allclose(measured, np.where(levels == 0, np.nan, levels / 1000), rtol=1e-6)
+
+
+def exr(**channels: np.ndarray) -> bytes:
+    openexr = pytest.importorskip("OpenEXR", reason="needs iumad-jax[exr]")
+    with tempfile.NamedTemporaryFile(suffix=".exr") as file:
+        header = {"compression": openexr.ZIP_COMPRESSION, "type": openexr.scanlineimage}
+        openexr.File(header, channels).write(file.name)
+        return Path(file.name).read_bytes()
+
+
+@pytest.mark.parametrize("channels", ["Z", "RGB"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_exr(tmp_path: Path, scan, channels: str, dtype: type) -> None:
+    z = scan(24, 32).cloud[..., 2].astype(dtype)
+    z[3] = np.nan
+    file = tmp_path / "000.exr"
+    file.write_bytes(exr(**dict.fromkeys(channels, z)))
+    measured, _ = read_depth(file, DepthFormat(), (24, 32), "")
+    np.testing.assert_array_equal(measured, np.where(z == 0, np.nan, z))
+    file.write_bytes(exr(R=z, G=z, B=2 * z))
+    with pytest.raises(UserError, match=sentences.EXR_CHANNELS_DIFFER.format("B, G, R")):
+        read_depth(file, DepthFormat(), (24, 32), "")
+    file.write_bytes(b"v/1\x01 and no more")
+    with pytest.raises(UserError, match=re.escape(sentences.FILE_UNREADABLE.format("000.exr"))):
+        read_depth(file, DepthFormat(), (24, 32), "")
+
+
+def test_exr_without_its_library(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "OpenEXR", None)
+    with pytest.raises(UserError, match=re.escape(sentences.EXR_NEEDS_EXTRA)):
+        read_depth(tmp_path / "000.exr", DepthFormat(), None, "")
+
+
+SENSORS = Path(__file__).parents[4] / "shared/data/sensors"
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "shape", "median", "missing", "focal"),
+    [
+        ("cloud_pcl/test0.pcd", 1.0, (480, 640), 0.728, 0.384, 525),
+        ("camera_redwood/depth_mm.png", 0.001, (480, 640), 1.861, 0.13, None),
+        ("camera_d435/000000080-opaque-depth-img.exr", 1.0, (720, 1280), 0.599, 0.088, None),
+    ],
+)
+def test_files_of_real_sensors(name: str, unit: float, shape, median: float, missing: float, focal) -> None:
+    if not SENSORS.is_dir():
+        pytest.skip("needs the sensors' files in ../shared/data/sensors")
+    if name.endswith("exr"):
+        pytest.importorskip("OpenEXR", reason="needs iumad-jax[exr]")
+    measured, camera = read_depth(SENSORS / name, DepthFormat(unit), None, "")
+    assert measured.shape == shape
+    assert np.nanmedian(measured) == pytest.approx(median, rel=0.01)
+    assert np.isnan(measured).mean() == pytest.approx(missing, abs=0.005)
+    assert focal is None or camera.fx == pytest.approx(focal, rel=0.01)
 
 
 def test_the_size_in_a_ply_header_is_used(tmp_path: Path, scan) -> None:
@@ -124,7 +242,7 @@ def test_the_size_in_a_ply_header_is_used(tmp_path: Path, scan) -> None:
 def test_units(tmp_path: Path, scan, factor: float) -> None:
     scene = scan(seed=8)
     np.save(tmp_path / "000.npy", scene.cloud * factor)
-    measured, camera = read_depth(tmp_path / "000.npy", 1 / factor, (48, 64), "")
+    measured, camera = read_depth(tmp_path / "000.npy", DepthFormat(1 / factor), (48, 64), "")
     z = scene.cloud[..., 2]
     np.testing.assert_allclose(measured[z > 0], z[z > 0], rtol=1e-5)
     assert camera.fx == pytest.approx(scene.camera.fx, rel=1e-4)
@@ -140,7 +258,7 @@ def test_an_orthographic_scanner(tmp_path: Path) -> None:
     z = (0.1 - step + normal[1] * y) / -normal[2]
     z += 2e-5 * np.random.default_rng(0).standard_normal(z.shape)
     np.save(tmp_path / "000.npy", np.stack([x, y, z], -1))
-    measured, camera = read_depth(tmp_path / "000.npy", 1.0, z.shape, "")
+    measured, camera = read_depth(tmp_path / "000.npy", DepthFormat(1.0), z.shape, "")
     assert camera.orthographic
     assert camera.fx == pytest.approx(2000, rel=1e-4)
     surface = depth.measure(measured, camera, window=5)
@@ -150,6 +268,53 @@ def test_an_orthographic_scanner(tmp_path: Path) -> None:
     assert np.quantile(angles[:, :38], 0.95) < 1
     points = depth.backproject(measured, camera)
     np.testing.assert_allclose(points[..., 0], x, atol=1e-6)
+
+
+# Pixels without a measurement
+
+SENTINELS = {
+    "0": (0, np.float32, 1.0),
+    "65535 of uint16": (65535, np.uint16, 1e-5),  # 0.66 m, not far from the scene
+    "65535 of tenths of mm": (65535, np.uint16, 1e-4),
+    "65535 of mm in 32 bits": (65535, np.int32, 1e-3),
+    "65535 converted to metres": (6.5535, np.float32, 1.0),
+    "4095 of a 12-bit sensor": (4095, np.int32, 1e-3),
+    "32767 of int16": (32767, np.int16, 2e-5),
+    "-32768 of int16": (-32768, np.int16, 2e-5),
+    "-1": (-1, np.float32, 1e-3),
+    "-9999": (-9999, np.float64, 1.0),
+    "9999 mm": (9999, np.float32, 1e-3),
+    "0.001 m": (0.001, np.float32, 1.0),
+    "the largest float": (np.finfo(np.float32).max, np.float32, 1.0),
+    "minus infinity": (-np.inf, np.float16, 1.0),
+}
+
+
+@pytest.mark.parametrize(("value", "dtype", "unit"), SENTINELS.values(), ids=SENTINELS)
+def test_missing_depth_in_other_words(tmp_path: Path, scan, capsys, monkeypatch, value, dtype, unit) -> None:
+    """Exactly the pixels with such a value are missing, and one sentence tells all but the usual ones once."""
+    monkeypatch.setattr(errors, "_told", set())
+    z = scan(holes=0, seed=8).cloud[..., 2]
+    hole = np.random.default_rng(0).random(z.shape) < 0.1
+    np.save(tmp_path / "000.npy", np.where(hole, value, z / unit).astype(dtype))
+    for _ in range(2):
+        measured, _ = read_depth(tmp_path / "000.npy", DepthFormat(unit), z.shape, "")
+        np.testing.assert_array_equal(np.isnan(measured), hole)
+    told = capsys.readouterr().err
+    assert told.count("count as missing") == (np.isfinite(value) and value != 0)
+    assert told.count(f"{hole.mean():.2%} of its pixels hold {value:g}, ") == told.count("\n")
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(draw=st.data())
+def test_measurements_are_not_taken_for_missing(tmp_path: Path, draw: st.DataObject) -> None:
+    """Neither a background that is one constant nor single steps of a scene within twice the nearest depth."""
+    nearest = draw.draw(st.floats(0.02, 5))
+    heights = draw.draw(st.lists(st.floats(0, 0.99), min_size=1, max_size=6))
+    z = nearest * (1 + np.array(heights)[np.random.default_rng(len(heights)).integers(len(heights), size=(24, 32))])
+    np.save(tmp_path / "000.npy", z)
+    measured, _ = read_depth(tmp_path / "000.npy", DepthFormat(), z.shape, "")
+    np.testing.assert_array_equal(measured, z.astype(np.float32))
 
 
 # Bad input
@@ -183,7 +348,12 @@ BAD = {
     ),
     "no PLY": ("ply", b"mesh", sentences.NOT_A_CLOUD_OF_ITS_FORMAT.format(file="000.ply", format="PLY")),
     "a PLY without format": ("ply", b"ply\nend_header\n", sentences.PLY_WITHOUT_FORMAT),
-    "a PLY of few points": ("ply", ply(CLOUD[:9], size=False), sentences.PLY_NOT_ORGANISED.format(576)),
+    "a PLY of few points": ("ply", ply(CLOUD[:9], size=False), sentences.CLOUD_NOT_ORGANISED.format(576)),
+    "a PLY of fewer points than it says": (
+        "ply",
+        ply(CLOUD).replace(b"num_rows 48", b"num_rows 49"),
+        sentences.PLY_NOT_ORGANISED.format(3072),
+    ),
     "a PLY without z": ("ply", ply(CLOUD).replace(b" z\n", b" w\n"), sentences.PLY_WITHOUT_COORDINATES),
     "a PLY of lists": (
         "ply",
@@ -204,12 +374,22 @@ BAD = {
     ),
     "no PCD": ("pcd", b"cloud", sentences.NOT_A_CLOUD_OF_ITS_FORMAT.format(file="000.pcd", format="PCD")),
     "a PCD without height": ("pcd", pcd(CLOUD).replace(b"HEIGHT", b"H"), sentences.PCD_HEADER_INCOMPLETE),
-    "a compressed PCD": (
+    "a PCD of unknown data": ("pcd", pcd(CLOUD, "packed"), sentences.PCD_WITH_UNKNOWN_DATA.format("packed")),
+    "a PCD in no order": ("pcd", pcd(CLOUD, WIDTH=3072, HEIGHT=1), sentences.CLOUD_NOT_ORGANISED.format(3072)),
+    "a packed PCD that repeats what precedes it": (
         "pcd",
-        pcd(CLOUD, "binary_compressed"),
-        sentences.PCD_WITH_UNKNOWN_DATA.format("binary_compressed"),
+        pcd(CLOUD[:0], "binary_compressed", WIDTH=2, HEIGHT=2, POINTS=4)[:-8]
+        + struct.pack("<II", 3, 128)
+        + b"\x20\x05\0",
+        sentences.FILE_UNREADABLE.format("000.pcd"),
     ),
-    "a PCD in no order": ("pcd", pcd(CLOUD, WIDTH=3072, HEIGHT=1), sentences.PCD_NOT_ORGANISED),
+    "a PGM of 8 bits": ("pgm", b"P5 64 48 255\n" + bytes(3072), sentences.PGM_WRONG),
+    "a truncated PGM": ("pgm", b"P5 64 48 65535\n" + bytes(6143), sentences.FILE_UNREADABLE.format("000.pgm")),
+    "a huge PGM": (
+        "pgm",
+        b"P5 9000 48 65535\n",
+        sentences.TOO_MANY_PIXELS.format(size="9000x48", most="8192x8192"),
+    ),
     "a PCD of unknown types": (
         "pcd",
         pcd(CLOUD, "binary", SIZE="3 3 3 1 4 1"),
@@ -221,6 +401,7 @@ BAD = {
         sentences.UNIT_WRONG.format(true="metres", called="millimetres") + "; give the unit",
     ),
     "behind the sensor": ("npy", npy(np.full((48, 64), -0.4)), sentences.DEPTH_NEGATIVE),
+    "heights": ("npy", npy(np.linspace(-0.05, 0.4, 48 * 64).reshape(48, 64)), sentences.DEPTH_NEGATIVE),
     "millimetres": (
         "npy",
         npy(np.full((48, 64), 412.0)),
@@ -235,7 +416,7 @@ def test_bad_file(tmp_path: Path, ending: str, content: bytes, expected: str) ->
     file = tmp_path / f"000.{ending}"
     file.write_bytes(content)
     with pytest.raises(UserError) as error:
-        read_depth(file, None, (48, 64), "give the unit")
+        read_depth(file, DepthFormat(), (48, 64), "give the unit")
     message = str(error.value)
     assert message.startswith(f"{file} ")
     assert expected in message
@@ -248,7 +429,7 @@ def test_a_damaged_tiff_is_not_logged_as_well(tmp_path: Path, caplog: pytest.Log
     file = tmp_path / "000.tiff"
     file.write_bytes(tiff(CLOUD).replace(struct.pack("<HH", 273, 4), struct.pack("<HH", 273, 99)))  # offset of its rows
     with pytest.raises(UserError, match=re.escape(sentences.FILE_UNREADABLE.format("000.tiff"))):
-        read_depth(file, 1.0, (48, 64), "")
+        read_depth(file, DepthFormat(1.0), (48, 64), "")
     assert not caplog.records
 
 
@@ -262,7 +443,7 @@ def test_a_damaged_file_is_read_or_refused(tmp_path: Path, scan, ending: str, en
     file = tmp_path / f"000.{ending}"
     file.write_bytes(original[:start] + draw.draw(st.binary(max_size=8)) + original[start + cut :])
     with contextlib.suppress(UserError):  # any other error would be a traceback for the user
-        measured, camera = read_depth(file, 0.0001 if ending == "png" else 1.0, (12, 16), "")
+        measured, camera = read_depth(file, DepthFormat(0.0001 if ending == "png" else 1.0), (12, 16), "")
         assert np.nanmin(measured) > 0
         if camera is not None:
             assert min(camera.fx, camera.fy) > 0
@@ -272,5 +453,5 @@ def test_a_zip_archive_named_npy_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "000.npy"
     file.write_bytes(b"PK\3\4 and no more")
     with pytest.raises(UserError, match=re.escape(sentences.FILE_DAMAGED.format("000.npy") + ".")):
-        read_depth(file, 1.0, (4, 4), "")
+        read_depth(file, DepthFormat(1.0), (4, 4), "")
     gc.collect()  # an open file would warn here

@@ -12,7 +12,9 @@ from PIL import Image
 from iumad_jax import protocol
 from iumad_jax.config import paper
 from iumad_jax.data import readers
+from iumad_jax.data.formats.files import read_yaml
 from iumad_jax.data.prepared.processing import Processing
+from iumad_jax.data.readers import folder
 from iumad_jax.data.readers.folder import Folder
 from iumad_jax.errors import UserError
 from tests import sentences
@@ -121,8 +123,32 @@ def test_settings_and_their_defaults(root: Path) -> None:
         file.write("object_height: 0.002\nheight_range: 0.3\nnormals_window: 9\n")
     reader = Folder(root)
     assert (reader.object_height, reader.height_range, reader.normals_window) == (0.002, 0.3, 9)
-    (root / "dataset.yaml").write_text("unit: 0.0001")
+    (root / "dataset.yaml").unlink()
+    (root / "dataset.yml").write_text("unit: 0.0001")
     assert Folder(root).read("bolt", "train", "000").camera.fx == 64
+
+
+@pytest.mark.parametrize(
+    ("written", "unit"), [("mm", 1e-3), ("UM", 1e-6), ("1e-6", 1e-6), ("0.01", 0.01), ("cm", 0.01)]
+)
+def test_units_as_people_write_them(root: Path, written: str, unit: float) -> None:
+    (root / "dataset.yaml").write_text(f"unit: {written}\nmissing: [-7, 1e3]")
+    file = root / "dataset.yaml"
+    assert folder._check_settings(file, read_yaml(file))["unit"] == unit
+
+
+def test_named_values_are_missing(root: Path, scan) -> None:
+    """Naming values ends the search for others, which is right about 9 m here."""
+    tenths = levels(scan(seed=6))
+    tenths[:4], tenths[4:8] = 4000, 65535
+    tenths[8:9] = 60_000
+    Image.fromarray(tenths).save(root / DEPTH)
+    (root / "dataset.yaml").write_text("unit: 0.0001\nmissing: 4000\n")
+    depth = Folder(root, "bolt").read("bolt", "train", "000").depth
+    np.testing.assert_array_equal(np.isnan(depth), np.isin(tenths, [0, 4000, 65535]))
+    (root / "dataset.yaml").write_text("unit: 0.0001\n")
+    depth = Folder(root, "bolt").read("bolt", "train", "000").depth
+    np.testing.assert_array_equal(np.isnan(depth), np.isin(tenths, [0, 60_000, 65535]))
 
 
 def test_the_camera_of_a_cloud_overrides_the_settings(root: Path, scan) -> None:
@@ -317,9 +343,14 @@ BAD = {
     "an unknown key": (
         "dataset.yaml",
         ("write", "units: mm"),
-        sentences.UNKNOWN_SETTING.format(key="units", known="unit, camera"),
+        sentences.UNKNOWN_SETTING.format(key="units", known="unit, missing, kind, pitch, align, camera"),
     ),
     "an unknown unit": ("dataset.yaml", ("write", "unit: inch"), sentences.UNKNOWN_UNIT.format("'inch'")),
+    "a missing value in words": (
+        "dataset.yaml",
+        ("write", "missing: [none]"),
+        sentences.SETTING_WRONG.format(found="'none'", key="missing"),
+    ),
     "a unit of 0": ("dataset.yaml", ("write", "unit: 0"), sentences.SETTING_WRONG.format(found=0, key="unit")),
     "yes for a unit": ("dataset.yaml", ("write", "unit: yes"), sentences.SETTING_WRONG.format(found=True, key="unit")),
     "half a camera": ("dataset.yaml", ("write", "camera: {fx: 9}"), sentences.CAMERA_INCOMPLETE.format("{'fx': 9}")),

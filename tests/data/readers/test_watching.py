@@ -9,10 +9,13 @@ from PIL import Image
 
 from iumad_jax.data.readers import unlabelled
 from iumad_jax.data.readers.watching import watch
+from iumad_jax.data.sample import DepthFormat
 
 
 def looking(root, depth=None):
-    return functools.partial(unlabelled.photographs, root, depth is not None, depth, 0.001, None, may_be_empty=True)
+    return functools.partial(
+        unlabelled.photographs, root, depth is not None, depth, DepthFormat(0.001), None, may_be_empty=True
+    )
 
 
 def next_images(images):
