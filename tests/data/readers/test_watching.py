@@ -13,9 +13,8 @@ from iumad_jax.data.sample import DepthFormat
 
 
 def looking(root, depth=None):
-    return functools.partial(
-        unlabelled.photographs, root, depth is not None, depth, DepthFormat(0.001), None, may_be_empty=True
-    )
+    settings = depth is not None, depth, DepthFormat(0.001), None
+    return functools.partial(unlabelled.photographs, root, *settings, may_be_empty=True)
 
 
 def next_images(images):
