@@ -31,7 +31,8 @@ def execute(
         doc: Docstring of the command: a summary, an example and a description, separated by empty lines.
         arguments: Arguments of the process, beginning with its name.
         define: Defines the command's flags.
-        act: Runs the command and returns its output. Only this imports JAX, so that wrong flags are reported at once.
+        act: Runs the command and returns its output, "" for none. Only this imports JAX, so that wrong flags are
+            reported at once.
         changeable: Groups of keys, such as dataset, of which --config.GROUP.KEY=VALUE changes the config of the run in
             --workdir.
         resumable: Whether SIGTERM and SIGINT may interrupt the command, which then resumes when started again.
@@ -49,13 +50,20 @@ def execute(
         memory.keep_buffers()
         compilation_cache.enable(values.compilation_cache)
         with preemption.handle_signals() if resumable else nullcontext():
-            print(act(values))
+            if text := act(values):
+                print(text)
     except UserError as error:
         print(f"iumad_jax: {error}", file=sys.stderr)
         return USER_ERROR
     except preemption.Interrupted:  # reported when the signal arrived
         return INTERRUPTED
     return 0
+
+
+def tell_slow(what: str) -> None:
+    """Tell a person at a terminal what a slow step does."""
+    if sys.stderr.isatty():
+        print(f"iumad_jax: {what}", file=sys.stderr)
 
 
 def summary_and_example(doc: str) -> tuple[str, str]:
@@ -120,6 +128,14 @@ def define_trained(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("step", None, help_, flag_values=values)
 
 
+def define_thresholds(values: flags.FlagValues) -> None:
+    """Define --quantile and --threshold, which replace the thresholds of the run."""
+    help_ = "Share of good images below the thresholds. Default: config.decisions.quantile of the run."
+    flags.DEFINE_float("quantile", None, help_, 0.5, 1, flag_values=values)
+    help_ = "Threshold of the scores of all objects, or OBJECT=NUMBER,...; pixels' change by the same factor."
+    flags.DEFINE_list("threshold", None, help_, flag_values=values)
+
+
 def path(values: flags.FlagValues, name: str) -> Path:
     """Return the path given by a flag.
 
@@ -153,6 +169,8 @@ def _define_changes(values: flags.FlagValues, arguments: list[str], changeable: 
     _parse(only_workdir, arguments, known_only=True)
     for argument in arguments:
         key = argument.lstrip("-").partition("=")[0]
+        if key == "config.decisions.quantile" and "quantile" in values:
+            raise UserError("--config.decisions.quantile is fixed by training; use --quantile to decide anew.")
         if key.startswith("config.") and key.split(".")[1] not in changeable:
             allowed = " and ".join(f"--config.{group}.KEY" for group in changeable)
             raise UserError(f"--{key} is fixed by training; only {allowed} can be changed here.")

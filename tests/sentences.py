@@ -334,6 +334,10 @@ CAMERA_FLAG_WRONG = "--camera is {}; use fx,fy,cx,cy in pixels, fx and fy above 
 OUTPUT_WITHIN_INPUT = "--output={} lies within"
 OUTPUT_NOT_EMPTY = "--output={} is not empty; empty it or choose a new folder."
 OUTPUT_IS_A_RUN = "--output={} is the workdir of a run, whose results would be overwritten; choose another folder."
+THRESHOLD_UNREADABLE = "--threshold is {}; use a number, or OBJECT=NUMBER"
+THRESHOLD_OUT_OF_RANGE = "the threshold of {object} is {value}; use a number above 0"
+QUANTILE_OUT_OF_RANGE = "the quantile is {}; use a number from 0.5 to 1"
+QUANTILE_FIXED = "--config.decisions.quantile is fixed by training; use --quantile"
 NO_OBJECT_OF_MODEL = '"{}" is not an object of this model'
 NO_OBJECT_LEARNED = (
     "config.dataset.objects selects {objects}, which this model has not learned; include one of {learned}."

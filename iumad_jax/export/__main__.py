@@ -24,27 +24,33 @@ def main(arguments: list[str]) -> int:
 
 def _define(values: flags.FlagValues) -> None:
     cli.define_trained(values)
+    cli.define_thresholds(values)
     names = ["stablehlo", "onnx"]
     flags.DEFINE_enum("format", names[0], names, "Format of the file.", flag_values=values)
     flags.DEFINE_string("output", None, "File to write. Default: WORKDIR/detector.FORMAT.", flag_values=values)
-    flags.DEFINE_integer("batch", 1, "Number of images per call.", lower_bound=1, flag_values=values)
+    help_ = "Number of images per call. Default: any number in ONNX, 1 in StableHLO."
+    flags.DEFINE_integer("batch", None, help_, lower_bound=1, flag_values=values)
 
 
 def _export(values: flags.FlagValues) -> str:
     workdir, format_ = cli.path(values, "workdir"), values.format
+    batch = 1 if values.batch is None and format_ == "stablehlo" else values.batch
     workdirs.read(workdir)
     output = Path(values.output or workdir / f"detector.{format_}")
     if output.suffix != f".{format_}" or not output.parent.is_dir():
         raise UserError(f"--output={output}: choose a file ending in .{format_} in an existing folder.")
     from iumad_jax.export import formats  # loads JAX, so wrong flags are reported first
+    from iumad_jax.inference import thresholds
     from iumad_jax.inference.detector import Detector
 
+    cli.tell_slow("tracing and compiling the model, about a minute.")
     changes = {"model.scan": formats.SCANS[format_], "model.dtype": "float32"}  # ONNX runtimes lack bfloat16
-    detector = Detector.load(workdir, values.step, **changes)
-    content = formats.export(detector, format_, values.batch)
-    difference = formats.check(detector, content, format_, values.batch)
+    threshold = thresholds.parse(values.threshold)
+    detector = Detector.load(workdir, values.step, quantile=values.quantile, threshold=threshold, **changes)
+    content = formats.export(detector, format_, batch)
+    difference = formats.check(detector, content, format_, batch)
     write_whole(output, content)
-    description = {"format": format_, **formats.describe(detector, values.batch)}
+    description = {"format": format_, **formats.describe(detector, batch)}
     write_whole(output.with_name(f"{output.name}.json"), (json.dumps(description) + "\n").encode())
     size = f"{len(content) / 1e6:.1f} MB"
     return f"{output}: {size}; anomaly maps differ from JAX's by at most {difference:.1e} of the maximum."

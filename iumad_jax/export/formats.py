@@ -2,7 +2,7 @@
 
 The exported function takes one batch of images per modality as `Detector.prepare` returns them: float32 values from 0
 to 255, shape (batch, size, size, 3). It returns the fields of `detector.Outputs` by name. Weights and thresholds are
-part of the file; the batch size is fixed.
+part of the file. ONNX takes batches of any size, unless it is fixed; StableHLO those of one size.
 """
 
 import json
@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from iumad_jax.errors import UserError
@@ -22,13 +23,13 @@ _TOLERANCE = 1e-4  # largest accepted difference of anomaly maps, relative to th
 _PLATFORMS = ("cpu", "cuda")
 
 
-def export(detector: Detector, format_: str, batch: int) -> bytes:
+def export(detector: Detector, format_: str, batch: int | None) -> bytes:
     """Serialize a detector.
 
     Args:
         detector: Detector that was loaded with `SCANS[format_]` as the config key model.scan.
         format_: "stablehlo" (for `jax.export.deserialize`) or "onnx".
-        batch: Number of images per call.
+        batch: Number of images per call; None for any number, which only "onnx" offers.
 
     Returns:
         Content of the file.
@@ -36,9 +37,11 @@ def export(detector: Detector, format_: str, batch: int) -> bytes:
     Raises:
         UserError: If a package is missing (`pip install iumad-jax[export]`).
     """
-    function, inputs = positional_function(detector, batch), input_specs(detector, batch)
+    function = positional_function(detector)
     try:
         if format_ == "stablehlo":
+            assert batch is not None
+            inputs = input_specs(detector, batch)
             by_name = jax.jit(lambda *images: function(*images)._asdict())
             return bytes(jax.export.export(by_name, platforms=_PLATFORMS)(*inputs.values()).serialize())
         from iumad_jax.export import onnx_converter
@@ -46,6 +49,7 @@ def export(detector: Detector, format_: str, batch: int) -> bytes:
         raise UserError(
             f"--format={format_} needs the package {error.name}; run pip install 'iumad-jax[export]'."
         ) from error
+    inputs = input_specs(detector, onnx_converter.ANY if batch is None else batch)
     model = onnx_converter.convert(function, inputs, Outputs._fields)
     for key, value in describe(detector, batch).items():
         entry = model.metadata_props.add()
@@ -53,24 +57,26 @@ def export(detector: Detector, format_: str, batch: int) -> bytes:
     return model.SerializeToString()
 
 
-def describe(detector: Detector, batch: int) -> dict[str, Any]:
+def describe(detector: Detector, batch: int | None) -> dict[str, Any]:
     """Describe an exported file, in JSON types, for the programs that use it."""
+    size = detector.processing.size
     return {
         "version": version("iumad-jax"),
         "step": detector.step,
-        "inputs": {name: list(spec.shape) for name, spec in input_specs(detector, batch).items()},
+        "inputs": {name: [batch or "batch", size, size, 3] for name in detector.processing.modalities},
         "depth_encoding": detector.processing.depth_encoding if "depth" in detector.processing.modalities else None,
         "outputs": list(Outputs._fields),
         "objects": list(detector.objects),
     }
 
 
-def positional_function(detector: Detector, batch: int) -> Callable[..., Outputs]:
+def positional_function(detector: Detector) -> Callable[..., Outputs]:
     """Return the detector's function with one positional argument per modality. Objects are recognised."""
-    modalities, objects = detector.processing.modalities, np.full(batch, RECOGNISE, np.int32)
 
     def function(*images: Any) -> Outputs:
-        return detector.function(detector.state, dict(zip(modalities, images, strict=True)), objects)
+        objects = jnp.full(images[0].shape[:1], RECOGNISE, jnp.int32)
+        by_modality = dict(zip(detector.processing.modalities, images, strict=True))
+        return detector.function(detector.state, by_modality, objects)
 
     return function
 
@@ -97,8 +103,10 @@ def load_function(content: bytes, format_: str) -> Callable[..., Outputs]:
     return lambda *images: Outputs(*session.run(None, dict(zip(names, images, strict=True))))
 
 
-def check(detector: Detector, content: bytes, format_: str, batch: int) -> float:
+def check(detector: Detector, content: bytes, format_: str, batch: int | None) -> float:
     """Compare the anomaly maps of an exported file and of its detector on images of random noise.
+
+    Without a batch size, three images are used.
 
     Returns:
         Largest difference, relative to the largest value of the detector's maps.
@@ -107,10 +115,10 @@ def check(detector: Detector, content: bytes, format_: str, batch: int) -> float
         UserError: If the difference exceeds the tolerance.
     """
     rng = np.random.default_rng(0)
-    specs = input_specs(detector, batch).values()
+    specs = input_specs(detector, batch or 3).values()
     images = [rng.integers(0, 256, spec.shape).astype(np.float32) for spec in specs]
     exported_map = load_function(content, format_)(*images).map
-    expected_map = np.asarray(positional_function(detector, batch)(*images).map)
+    expected_map = np.asarray(positional_function(detector)(*images).map)
     difference = float(np.abs(exported_map - expected_map).max() / np.abs(expected_map).max())
     if not difference <= _TOLERANCE:
         raise UserError(

@@ -1,4 +1,7 @@
-"""Conversion of a JAX function of fixed shapes to an ONNX model, by one rule in `RULES` per primitive of its jaxpr.
+"""Conversion of a JAX function to an ONNX model, by one rule in `RULES` per primitive of its jaxpr.
+
+Shapes are fixed, except that the batch size ANY, a large prime number, stands for any number of images: sizes that it
+divides vary with the batch. (With the symbolic sizes of `jax.export`, JAX would turn slices into gathers.)
 
 A rule takes (graph, equation, *inputs), adds nodes to the graph and returns the equation's outputs. Equations that do
 not depend on the model's inputs are evaluated at once. Broadcasting is left to ONNX's elementwise operators: a value
@@ -18,6 +21,7 @@ from jax.extend import core
 from onnx import helper, numpy_helper
 
 OPSET, IR_VERSION = 18, 10
+ANY = 1_000_003
 
 
 class Tensor(NamedTuple):
@@ -46,7 +50,7 @@ def convert(
         NotImplementedError: If no rule translates an operation of the function.
     """
     closed_jaxpr = jax.make_jaxpr(function)(*inputs.values())
-    graph = _Graph(itertools.count(), [], {})
+    graph = _Graph(itertools.count(), [], {}, next(iter(inputs)))
     results = _translate(graph, closed_jaxpr, [Tensor(name, spec.shape) for name, spec in inputs.items()])
     for name, value, variable in zip(outputs, results, closed_jaxpr.jaxpr.outvars, strict=True):
         graph.nodes.append(helper.make_node("Identity", [graph.name(graph.expand(value, variable))], [name]))
@@ -72,6 +76,7 @@ class _Graph(NamedTuple):
     numbers: Any  # counter for unique names
     nodes: list[onnx.NodeProto]
     constants: dict[str, np.ndarray]
+    input: str  # name of an input, whose first axis has the batch size
 
     def add(self, operator: str, *operands: Operand, **attributes: Any) -> str:
         """Add a node with one output and return the name of the output."""
@@ -96,7 +101,25 @@ class _Graph(NamedTuple):
     def expand(self, value: Value, variable: Any) -> Value:
         """Expand a value to the full shape of its variable."""
         shape = variable.aval.shape
-        return value if value.shape == shape else Tensor(self.add("Expand", value, shape), shape)
+        return value if value.shape == shape else Tensor(self.add("Expand", value, self.sizes(shape)), shape)
+
+    def sizes(self, shape: Sequence[int]) -> Operand:
+        """Return a shape as an operand, computed in the graph if it varies with the batch size."""
+        if None not in (fixed := _fix(shape, None)):
+            return shape
+        batch = self.add("Shape", self.input, start=0, end=1)
+        sizes = ([size] if size in fixed else self.add("Mul", batch, [size // ANY]) for size in shape)
+        return self.add("Concat", *sizes, axis=0)
+
+
+def _fix(shape: Iterable[int], varying: Any) -> list[Any]:
+    """Replace the sizes of a shape that vary with the batch size."""
+    return [varying if size and size % ANY == 0 else size for size in shape]
+
+
+def _reshape(graph: _Graph, x: Operand, shape: Sequence[int]) -> str:
+    """Reshape to a shape of which at most one size is -1 or varies with the batch size."""
+    return graph.add("Reshape", x, _fix(shape, -1))
 
 
 def _translate(graph: _Graph, closed_jaxpr: Any, arguments: Sequence[Value]) -> list[Value]:
@@ -177,7 +200,7 @@ def _depthwise_conv(graph: _Graph, equation: Any, x: Value, kernel: Value) -> st
     image_slices = [e for e in body.eqns if e.primitive.name == "slice" and e.invars[0] is body.invars[0]]
     slice_strides = image_slices[0].params["strides"]
     strides = slice_strides[-3:-1] if slice_strides else (1, 1)
-    channels_first = _transpose(graph, graph.add("Reshape", x, (-1, *x.shape[-3:])), (0, 3, 1, 2))
+    channels_first = _transpose(graph, _reshape(graph, x, (-1, *x.shape[-3:])), (0, 3, 1, 2))
     weights = graph.add("Reshape", _transpose(graph, kernel, (2, 0, 1)), (channels, 1, size, size))
     y = graph.add("Conv", channels_first, weights, strides=strides, group=channels)
     return _reshape_to_result(graph, equation, _transpose(graph, y, (0, 2, 3, 1)))
@@ -187,8 +210,8 @@ def _broadcast_in_dim(graph: _Graph, equation: Any, value: Value) -> list[Value]
     sizes = dict(zip(equation.params["broadcast_dimensions"], value.shape, strict=True))
     shape = tuple(sizes.get(axis, 1) for axis in range(len(equation.params["shape"])))
     if isinstance(value, Tensor):
-        return [Tensor(graph.add("Reshape", value, shape), shape)]
-    return [np.broadcast_to(value.reshape(shape), equation.params["shape"])]
+        return [Tensor(_reshape(graph, value, shape), shape)]
+    return [np.broadcast_to(value.reshape(shape), _fix(equation.params["shape"], 1))]
 
 
 @_with_full_inputs
@@ -249,9 +272,10 @@ def _dot_general(graph: _Graph, equation: Any, left: Value, right: Value) -> str
         for side, x in enumerate((left, right))
     ]
     outer, inner = [left.shape[i] for i in batch[0]], math.prod(left.shape[i] for i in contracted[0])
+    rows_, columns_ = (math.prod(x.shape[i] for i in axes) for x, axes in zip((left, right), free, strict=True))
     rows = _transpose(graph, left, [*batch[0], *free[0], *contracted[0]])
     columns = _transpose(graph, right, [*batch[1], *contracted[1], *free[1]])
-    factors = graph.add("Reshape", rows, [*outer, -1, inner]), graph.add("Reshape", columns, [*outer, inner, -1])
+    factors = _reshape(graph, rows, [*outer, rows_, inner]), _reshape(graph, columns, [*outer, inner, columns_])
     return _reshape_to_result(graph, equation, graph.add("MatMul", *factors))
 
 
@@ -337,12 +361,12 @@ def _transpose(graph: _Graph, x: Operand, order: Sequence[int]) -> Operand:
 
 
 def _reshape_to_result(graph: _Graph, equation: Any, x: Operand) -> str:
-    return graph.add("Reshape", x, equation.outvars[0].aval.shape)
+    return _reshape(graph, x, equation.outvars[0].aval.shape)
 
 
 def _value_infos(names: Iterable[str], variables: Sequence[Any]) -> list[onnx.ValueInfoProto]:
     return [
-        helper.make_tensor_value_info(name, _onnx_type(variable.aval.dtype), variable.aval.shape)
+        helper.make_tensor_value_info(name, _onnx_type(variable.aval.dtype), _fix(variable.aval.shape, "batch"))
         for name, variable in zip(names, variables, strict=True)
     ]
 

@@ -16,7 +16,15 @@ from iumad_jax.errors import UserError
 from iumad_jax.inference import decisions, evaluation, recognition
 from iumad_jax.inference.anomaly_map import Rule, combine, measure_scales
 from iumad_jax.inference.evaluation import Judgement, Model, TestSets
-from iumad_jax.inference.thresholds import Record, describe, make_calibration, nearest_distances, thresholds
+from iumad_jax.inference.thresholds import (
+    NONE,
+    Chosen,
+    Record,
+    describe,
+    make_calibration,
+    nearest_distances,
+    thresholds,
+)
 from iumad_jax.methods.method import Method
 from iumad_jax.protocol import Step
 from iumad_jax.report import html, result_files, samples
@@ -173,16 +181,19 @@ def _save_samples(folder: Path, step: int, judgements: Sequence[Judgement], heig
     samples.save(folder, step, first.object, summary._replace(pictures=pictures))
 
 
-def evaluate_snapshot(config: ConfigDict, workdir: Path, progress: Progress, output: Path) -> dict[str, Any]:
+def evaluate_snapshot(
+    config: ConfigDict, workdir: Path, progress: Progress, output: Path, chosen: Chosen = NONE
+) -> dict[str, Any]:
     """Evaluate a snapshot on the test images of `config.dataset`.
 
     Ledger, samples, tables and report are written to the output folder.
 
     Args:
-        config: Config of the run, possibly with another dataset.
+        config: Config of the run, possibly with another dataset or `decisions.quantile`.
         workdir: Workdir of the run.
         progress: The snapshot.
         output: Folder for the results, created if missing.
+        chosen: Thresholds that a user chose, see `thresholds.choose`.
 
     Returns:
         Content of results.json. It covers the learned objects of the dataset as if they had been learned in one step;
@@ -210,7 +221,7 @@ def evaluate_snapshot(config: ConfigDict, workdir: Path, progress: Progress, out
     before = history(ledgers.read(workdir / "ledger.jsonl"), step)
     ledger = _new_ledger(output)
     ledger.append("step", step=0, act="learn", objects=learned)
-    unknown = _assess_with_unknown(config, progress, test_sets, learned, ledger, store.processing.height_scale)
+    unknown = _assess_with_unknown(config, progress, chosen, test_sets, learned, ledger, store.processing.height_scale)
     ledger.append("snapshot", step=0, bytes=before.bytes, strategy_bytes=before.strategy_bytes)
 
     as_one_step = config.to_dict() | {"protocol": f"{len(learned)}-0"}
@@ -223,13 +234,19 @@ def evaluate_snapshot(config: ConfigDict, workdir: Path, progress: Progress, out
 
 
 def _assess_with_unknown(
-    config: ConfigDict, progress: Progress, test_sets: TestSets, learned: list[str], ledger: Ledger, height_scale: float
+    config: ConfigDict,
+    progress: Progress,
+    chosen: Chosen,
+    test_sets: TestSets,
+    learned: list[str],
+    ledger: Ledger,
+    height_scale: float,
 ) -> Record:
     """Assess a model, write its decisions to the ledger, and return the rates of `decisions.unknown_rates`."""
-    record = describe(progress.calibration, config.decisions.quantile)
+    record = describe(progress.calibration, config.decisions.quantile, chosen)
     record["objects"] = {name: record["objects"][name] for name in learned}
     numbers = {name: number for number, name in enumerate(progress.calibration) if name in learned}
-    model, decision_by_object, confidence_by_object = evaluation.load(config, progress), {}, {}
+    model, decision_by_object, confidence_by_object = evaluation.load(config, progress, chosen), {}, {}
     for judgement in assess(model, test_sets, numbers, record, 0, ledger, ledger.path.parent, height_scale):
         if judgement.decision is not None:
             decision_by_object[judgement.object] = judgement.decision

@@ -26,7 +26,13 @@ _STRENGTHS = {
     "brightness, times": (0.5, 0.7, 0.9, 1.1, 1.3),
 }
 _DEPTH_NOISE = "depth noise, mm"
-_RATES = ("I-AUROC", "false alarms", "misses", "recognised", "unknown")
+_RATES = {
+    "i_auroc": "I-AUROC",
+    "false_alarms": "false alarms",
+    "misses": "misses",
+    "recognised": "recognised",
+    "taken_as_unknown": "unknown",
+}
 
 
 def measure(config: ConfigDict, workdir: Path, progress: Progress) -> str:
@@ -54,10 +60,12 @@ def measure(config: ConfigDict, workdir: Path, progress: Progress) -> str:
             for judgement in evaluation.judge(model, evaluation.test_sets(reader, tested, read))
         }
         rates_of_learned = [rates for name, rates in rates_by_object.items() if name in learned]
-        unknown_of_unlearned = [rates["unknown"] for name, rates in rates_by_object.items() if name not in learned]
+        unknown_of_unlearned = [
+            rates["taken_as_unknown"] for name, rates in rates_by_object.items() if name not in learned
+        ]
         cells = [_percent([rates[rate] for rates in rates_of_learned]) for rate in _RATES]
         rows.append([corruption, f"{strength:.2g}" if strength else "", *cells, _percent(unknown_of_unlearned)])
-    headers = ["corruption", "strength", *_RATES, "unknown (never learned)"]
+    headers = ["corruption", "strength", *_RATES.values(), "unknown (never learned)"]
     return tabulate(rows, headers, "github", disable_numparse=True, colalign=["left", *["right"] * (len(headers) - 1)])
 
 
@@ -84,7 +92,7 @@ def _rates(judgement: Judgement, learned: tuple[str, ...]) -> dict[str, float]:
     number = learned.index(judgement.object) if judgement.object in learned else recognition.RECOGNISE
     rates = decisions.rates(judgement.decision, judgement.truth, number)
     i_auroc = image_auroc(judgement.truth.anomalous, judgement.prediction.score)
-    return dict(zip(_RATES, (i_auroc, *rates.values()), strict=True))
+    return {"i_auroc": i_auroc, **rates}
 
 
 def corrupt(sample: Sample, corruption: str, strength: float) -> Sample:

@@ -101,13 +101,19 @@ def rates(decision: Decision, truth: GroundTruth, number: int) -> dict[str, floa
 
     Returns:
         `false_alarms`, the share of good images above the threshold; `misses`, the share of anomalous images not above
-        it; `recognised`, the share of images recognised as this object; `taken_as_unknown`, the share of images decided
-        to be unknown. NaN where undefined.
+        it; `precision`, the share of images above it that are anomalous; `recall`, the share of anomalous images above
+        it; `f1`, the harmonic mean of both; `recognised`, the share of images recognised as this object;
+        `taken_as_unknown`, the share of images decided to be unknown. NaN where undefined.
     """
     alarm, anomalous = np.asarray(decision.anomalous), np.asarray(truth.anomalous)
+    found, wrong = np.count_nonzero(alarm & anomalous), np.count_nonzero(alarm != anomalous)
+    any_anomalous = bool(anomalous.any())  # otherwise precision would be 0 however good the decisions are
     return {
         "false_alarms": _share(alarm[~anomalous]),
         "misses": _share(~alarm[anomalous]),
+        "precision": _share(anomalous[alarm]) if any_anomalous else math.nan,
+        "recall": _share(alarm[anomalous]),
+        "f1": 2 * found / (2 * found + wrong) if any_anomalous else math.nan,
         "recognised": _share(np.asarray(decision.object_id) == number),
         "taken_as_unknown": _share(np.asarray(decision.unknown)),
     }

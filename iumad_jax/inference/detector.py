@@ -1,7 +1,7 @@
 """A trained model as a function from NumPy images to NumPy results."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -21,7 +21,7 @@ from iumad_jax.inference import recognition
 from iumad_jax.inference.anomaly_map import Rule, combine, make_rule
 from iumad_jax.inference.decisions import decide
 from iumad_jax.inference.recognition import RECOGNISE, Recogniser
-from iumad_jax.inference.thresholds import Thresholds, thresholds
+from iumad_jax.inference.thresholds import Thresholds, choose, thresholds
 from iumad_jax.methods.method import Method, with_frozen
 from iumad_jax.models import pretrained
 from iumad_jax.models.backbone import FeatureExtractor
@@ -68,6 +68,11 @@ class Detection(NamedTuple):
     def decision(self) -> Any:
         """The decision about the image: "unknown", "anomalous" or "good"."""
         return np.where(self.unknown, "unknown", np.where(self.anomalous, "anomalous", "good"))[()]
+
+    @property
+    def relative_score(self) -> Float[np.ndarray, "*b"]:
+        """The score from 0 to 1, score / (score + image_threshold): above 1/2 where the image is anomalous."""
+        return self.score / np.maximum(self.score + self.image_threshold, np.finfo(np.float32).tiny)
 
 
 class State(NamedTuple):
@@ -138,6 +143,7 @@ class Detector:
     Attributes:
         workdir: Absolute path of the workdir of the run.
         changes: Replaced values of the run's config, see `load`.
+        threshold: Thresholds that replace those of the run, see `load`.
         objects: Names of the learned objects, in the order of learning.
         retired: Names of those that are no longer recognised.
         step: Number of the run's step after which the model was saved.
@@ -152,6 +158,7 @@ class Detector:
 
     workdir: Path
     changes: dict[str, Any]
+    threshold: float | Mapping[str, float] | None
     objects: tuple[str, ...]
     retired: tuple[str, ...]
     step: int
@@ -163,19 +170,31 @@ class Detector:
     state: State = field(repr=False)
 
     @classmethod
-    def load(cls, workdir: str | Path, step: int | None = None, **changes: Any) -> "Detector":
+    def load(
+        cls,
+        workdir: str | Path,
+        step: int | None = None,
+        *,
+        quantile: float | None = None,
+        threshold: float | Mapping[str, float] | None = None,
+        **changes: Any,
+    ) -> "Detector":
         """Load the model that a run had after a step. The dataset of the run is not needed.
 
         Args:
             workdir: Workdir of the run.
             step: Number of a finished step; the last one by default.
+            quantile: Share of good images that should be decided good, from 0.5 to 1; that of the run by default. All
+                thresholds are computed anew from the scores of the calibration images.
+            threshold: Threshold of anomaly scores for all objects, or thresholds by name. The threshold of the map
+                changes by the same factor. By default, thresholds follow from the quantile.
             changes: Replaced values of the run's config, for three keys only: `**{"backbone.weights": PATH}` if
                 the backbone's weights were moved, and `model.scan` and `model.dtype`, which change how the same numbers
                 are computed.
 
         Raises:
-            UserError: If the snapshot is missing or damaged, if the backbone's weights cannot be found, or if `changes`
-                has another key.
+            UserError: If the snapshot is missing or damaged, if the backbone's weights cannot be found, if a threshold
+                or the quantile is out of range or of an unknown object, or if `changes` has another key.
         """
         if not isinstance(workdir, str | Path) or not isinstance(step, Integral | None):
             raise UserError(f"workdir is {_kind(workdir)} and step is {_kind(step)}; pass a path and an integer.")
@@ -183,14 +202,23 @@ class Detector:
             raise UserError(
                 f"{', '.join(sorted(fixed))} cannot be changed; only backbone.weights, model.scan and model.dtype can."
             )
-        config = _read_config(Path(workdir), changes)
         progress = snapshots.read(Path(workdir), step)
+        choose(threshold, quantile, progress.calibration)
+        if quantile is not None:
+            changes = changes | {"decisions.quantile": float(quantile)}
+        config = _read_config(Path(workdir), changes)
         backbone = jax.device_put(pretrained.load(config.backbone.name, config.backbone.weights))
-        return cls._build(Path(workdir).absolute(), changes, config, progress, backbone)
+        return cls._build(Path(workdir).absolute(), changes, threshold, config, progress, backbone)
 
     @classmethod
     def _build(
-        cls, workdir: Path, changes: dict[str, Any], config: ConfigDict, progress: Progress, backbone: Variables
+        cls,
+        workdir: Path,
+        changes: dict[str, Any],
+        threshold: float | Mapping[str, float] | None,
+        config: ConfigDict,
+        progress: Progress,
+        backbone: Variables,
     ) -> "Detector":
         inputs = progress.inputs
         name, method = config.method, methods.build(config.method, config)
@@ -203,11 +231,12 @@ class Detector:
             jax.device_put(method.arrange(variables)),
             progress.scales[name],
             recognition.fit(progress.recognition, progress.retired),
-            thresholds(progress.calibration, config.decisions.quantile),
+            thresholds(progress.calibration, config.decisions.quantile, choose(threshold, None, progress.calibration)),
         )
         return cls(
             workdir,
             changes,
+            threshold,
             progress.objects,
             tuple(progress.objects[number] for number in progress.retired),
             progress.position.step,
@@ -231,7 +260,7 @@ class Detector:
         try:
             progress = snapshots.read(self.workdir, after=self.step)
             config = _read_config(self.workdir, self.changes)
-            return self._build(self.workdir, self.changes, config, progress, self.state.backbone)
+            return self._build(self.workdir, self.changes, self.threshold, config, progress, self.state.backbone)
         except UserError as error:
             print(f"iumad_jax: {error} The detector of step {self.step} is kept.", file=sys.stderr)
             return self
@@ -261,12 +290,7 @@ class Detector:
             UserError: If an argument has a wrong type or shape, if the object was not learned or is retired, or if the
                 depth cannot be used.
         """
-        specified_id, images = self.object_number(object), self.prepare(rgb, depth, camera)
-        count = len(images[self.processing.modalities[0]])
-        outputs = self.function(self.state, images, np.full(count, specified_id, np.int32))
-        fields = jax.tree.map(np.asarray, outputs)._asdict()
-        names = np.array(self.objects)[fields.pop("object_id")]
-        detection = Detection(**fields, object=names)
+        detection = self.judge(self.prepare(rgb, depth, camera), object)
         single = depth.ndim == 2 if rgb is None and depth is not None else rgb is not None and rgb.ndim == 3
         return Detection(*(field[0] for field in detection)) if single else detection
 
@@ -318,6 +342,23 @@ class Detector:
             modality: np.stack([arrays[f"images_{modality}"] for arrays in processed]).astype(np.float32)
             for modality in self.processing.modalities
         }
+
+    def judge(self, images: dict[Modality, Float32[np.ndarray, "b s s 3"]], object: str | None = None) -> Detection:
+        """Detect anomalies in a batch of prepared images, see `prepare`.
+
+        Raises:
+            UserError: If the object was not learned or is retired.
+        """
+        count = len(images[self.processing.modalities[0]])
+        outputs = self.function(self.state, images, np.full(count, self.object_number(object), np.int32))
+        fields = jax.tree.map(np.asarray, outputs)._asdict()
+        names = np.array(self.objects)[fields.pop("object_id")]
+        return Detection(**fields, object=names)
+
+    def compile(self) -> None:
+        """Compile the function for single images, which the first call would do otherwise."""
+        size = self.processing.size
+        self.judge({modality: np.zeros((1, size, size, 3), np.float32) for modality in self.processing.modalities})
 
     def _is_of(self, depth: tuple[int, ...], rgb: tuple[int, ...]) -> bool:
         """Whether an array of depth may belong to photographs, which may have another resolution if the run's had."""

@@ -20,7 +20,7 @@ from iumad_jax.inference import recognition
 from iumad_jax.inference.anomaly_map import Rule, combine, make_rule
 from iumad_jax.inference.decisions import Decision, decide
 from iumad_jax.inference.recognition import Recogniser
-from iumad_jax.inference.thresholds import Thresholds, thresholds
+from iumad_jax.inference.thresholds import NONE, Chosen, Thresholds, thresholds
 from iumad_jax.methods.method import Method, with_frozen
 from iumad_jax.metrics import image_auroc, image_replicates, pixel_metrics, pixel_replicates, resample, spread
 from iumad_jax.runtime.in_batches import predict_in_batches
@@ -39,13 +39,14 @@ class Model(NamedTuple):
     thresholds: Thresholds | None  # of the config's method; None before the first calibration
 
 
-def load(config: ConfigDict, progress: Progress) -> Model:
-    """Build the model of a run's config from a snapshot."""
+def load(config: ConfigDict, progress: Progress, chosen: Chosen = NONE) -> Model:
+    """Build the model of a run's config from a snapshot, with the thresholds that a user chose."""
     built = methods.with_baselines(config)
     variables = {
         name: with_frozen(name, built[name], progress.variables[name], progress.frozen.get(name)) for name in built
     }
-    return make_model(config, built, progress._replace(variables=variables))
+    model = make_model(config, built, progress._replace(variables=variables))
+    return model._replace(thresholds=thresholds(progress.calibration, config.decisions.quantile, chosen))
 
 
 def make_model(config: ConfigDict, methods: dict[str, Method], progress: Progress) -> Model:

@@ -4,10 +4,14 @@ The threshold is the k-th smallest of n calibration scores, k = ceil(quantile (n
 good image exceeds it is at most 1 - k / (n + 1), averaged over calibration sets and for any distribution (split
 conformal prediction; Vovk et al., 2005). With fewer than quantile / (1 - quantile) images (199 for 0.995), k would be
 larger than n: the threshold is then the maximum, which guarantees only 1 / (n + 1).
+
+Users may choose another quantile, or thresholds of their own, for a trained model.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from numbers import Real
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -15,12 +19,15 @@ import numpy as np
 from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
+from iumad_jax.errors import UserError
 from iumad_jax.inference.recognition import RETIRED
 from iumad_jax.shapes import Calibration
 
 _RESAMPLES, _COVERAGE, _SEED = 1000, 0.95, 0
 
 Record = dict[str, Any]  # JSON
+Chosen = Mapping[str, float]  # thresholds of anomaly scores that a user chose, by object
+NONE: Chosen = MappingProxyType({})
 
 
 class Thresholds(NamedTuple):
@@ -69,7 +76,56 @@ def nearest_distances(distance: Float[np.ndarray, "i k"], number: int) -> Float[
     return np.concatenate([distance[:, number, None], nearest], axis=1)
 
 
-def thresholds(calibrations: Mapping[str, Calibration], quantile: float) -> Thresholds:
+def choose(
+    threshold: float | Mapping[str, float] | None, quantile: float | None, objects: Collection[str]
+) -> dict[str, float]:
+    """Check what a user chose and return the chosen thresholds of anomaly scores, by object.
+
+    Args:
+        threshold: One threshold for all objects, or thresholds by name; None to choose none.
+        quantile: Share of good images that should be decided good; None for that of the run.
+        objects: Names of the learned objects.
+
+    Raises:
+        UserError: If an object was not learned or a number is out of range.
+    """
+    if quantile is not None and not (isinstance(quantile, Real) and 0.5 <= quantile <= 1):  # includes NaN
+        raise UserError(f"the quantile is {quantile}; use a number from 0.5 to 1.")
+    chosen: dict[str, float]
+    if isinstance(threshold, Mapping):
+        chosen = dict(threshold)
+    else:
+        chosen = {} if threshold is None else dict.fromkeys(objects, threshold)
+    for name, value in chosen.items():
+        if name not in objects:
+            raise UserError(f'"{name}" is not an object of this model; choose one of {", ".join(objects)}.')
+        if not (isinstance(value, Real) and 0 < value < math.inf):
+            raise UserError(f"the threshold of {name} is {value}; use a number above 0.")
+    return chosen
+
+
+def parse(values: Sequence[str] | None) -> float | dict[str, float] | None:
+    """Parse the values of --threshold: one number, or pairs OBJECT=NUMBER; None without the flag.
+
+    Raises:
+        UserError: If they are neither.
+    """
+    if values is None:
+        return None
+    pairs = [value.rpartition("=")[::2] for value in values]
+    names = [name for name, _ in pairs]
+    try:
+        numbers = {name: float(number) for name, number in pairs}
+        if len(numbers) < len(pairs) or ("" in numbers and len(pairs) > 1):
+            raise ValueError("an object is missing or named twice")
+    except ValueError as error:
+        raise UserError(
+            f"--threshold is {','.join(values)}; use a number, or OBJECT=NUMBER for some objects, separated by commas."
+        ) from error
+    return numbers[""] if names == [""] else numbers
+
+
+def thresholds(calibrations: Mapping[str, Calibration], quantile: float, chosen: Chosen = NONE) -> Thresholds:
     """Compute the thresholds of all objects.
 
     The pixel threshold is a quantile of each image's largest pixel, not of all pixels. Neighbouring pixels are not
@@ -79,40 +135,48 @@ def thresholds(calibrations: Mapping[str, Calibration], quantile: float) -> Thre
     Args:
         calibrations: Calibration by object, in the order of learning.
         quantile: Share of good images that should be decided good.
+        chosen: Result of `choose`.
     """
     objects = calibrations.values()
     shared = _UnknownThreshold.fit(_with_enough_images(calibrations), quantile)
     unknown = [_UnknownThreshold.fit([calibration], quantile) if calibration.few else shared for calibration in objects]
+    limits = [_limits(calibration, quantile, chosen.get(name)) for name, calibration in calibrations.items()]
     return Thresholds(
-        jnp.array([_conformal(calibration.score, quantile)[0] for calibration in objects], jnp.float32),
-        jnp.array([_conformal(calibration.peak, quantile)[0] for calibration in objects], jnp.float32),
+        jnp.array([image for image, _ in limits], jnp.float32),
+        jnp.array([pixel for _, pixel in limits], jnp.float32),
         jnp.array([limit.threshold for limit in unknown], jnp.float32),
         jnp.float32(_rms_distance(calibrations)),
     )
 
 
-def describe(calibrations: Mapping[str, Calibration], quantile: float) -> Record:
+def describe(calibrations: Mapping[str, Calibration], quantile: float, chosen: Chosen = NONE) -> Record:
     """Describe the thresholds of all objects and their guarantees, for the ledger and the report.
 
     Args:
         calibrations: Calibration by object, in the order of learning.
         quantile: Share of good images that should be decided good.
+        chosen: Result of `choose`.
 
     Returns:
         `quantile`; `rms_distance`, the root mean square distance of an image to its object; `unknown`, the distance
         `threshold` shared by all objects, computed from `good` (the threshold of good images) and `others` (the
         distance to other objects); `objects`, by name the `image` and `pixel` thresholds (see `describe_threshold`)
         and, if the object has few images, an `unknown` threshold of its own. `false_alarm_bound` is None for
-        thresholds from training images, which guarantee nothing.
+        thresholds from training images, which guarantee nothing, and for thresholds that a user chose, which are marked
+        `chosen`.
     """
     single = sum(not calibration.retired for calibration in calibrations.values()) == 1
 
-    def describe_object(calibration: Calibration) -> Record:
+    def describe_object(name: str, calibration: Calibration) -> Record:
         no_bound = {"false_alarm_bound": None} if calibration.from_training_images else {}
         record = {
             "image": describe_threshold(calibration.score, quantile) | no_bound,
             "pixel": describe_threshold(calibration.peak, quantile) | no_bound,
         }
+        if name in chosen:
+            for kind, value in zip(record, _limits(calibration, quantile, chosen[name]), strict=True):
+                own = {"threshold": value, "interval": [value, value], "false_alarm_bound": None, "chosen": True}
+                record[kind] |= own
         if calibration.few:
             record["unknown"] = _UnknownThreshold.fit([calibration], quantile).describe(quantile, single)
         return record
@@ -121,7 +185,7 @@ def describe(calibrations: Mapping[str, Calibration], quantile: float) -> Record
         "quantile": quantile,
         "rms_distance": _rms_distance(calibrations),
         "unknown": _UnknownThreshold.fit(_with_enough_images(calibrations), quantile).describe(quantile, single),
-        "objects": {name: describe_object(calibration) for name, calibration in calibrations.items()},
+        "objects": {name: describe_object(name, calibration) for name, calibration in calibrations.items()},
     }
 
 
@@ -140,6 +204,14 @@ def describe_threshold(scores: ArrayLike, quantile: float) -> Record:
     ends = [(1 - _COVERAGE) / 2, (1 + _COVERAGE) / 2]
     interval = np.quantile(np.partition(resamples, rank - 1, axis=1)[:, rank - 1], ends)
     return {"threshold": value, "interval": interval.tolist(), "images": n, "false_alarm_bound": 1 - rank / (n + 1)}
+
+
+def _limits(calibration: Calibration, quantile: float, chosen: float | None) -> tuple[float, float]:
+    """Compute an object's thresholds of scores and of maps; a chosen one of scores scales both by the same factor."""
+    image, pixel = (_conformal(values, quantile)[0] for values in (calibration.score, calibration.peak))
+    if chosen is None:
+        return image, pixel
+    return chosen, pixel * chosen / image if image > 0 else chosen
 
 
 def _conformal(scores: ArrayLike, quantile: float) -> tuple[float, int]:

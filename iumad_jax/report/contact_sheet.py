@@ -1,6 +1,5 @@
 """Draws contact sheets: several images of an object in one picture."""
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,8 +11,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from scipy.ndimage import binary_dilation
 
+from iumad_jax.report import figures
 from iumad_jax.report.figures import HOLE, TRUTH
-from iumad_jax.runtime.storage import write_whole
 
 _SIDE = 160  # side of a panel, pixels
 _COLUMNS = 12  # panels per row
@@ -81,9 +80,7 @@ def save(path: Path, title: str, images: Sequence[Panels]) -> None:
         axes.imshow(image.pixels, aspect="auto")
         axes.set_axis_off()
         axes.set_title(image.label, fontsize=9, loc="left", pad=3)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="jpg", pil_kwargs={"quality": 85, "subsampling": 0})
-    write_whole(path, picture.getvalue())
+    figures.save(path, figure, quality=85, subsampling=0)
 
 
 def _colour(name: str) -> UInt8[np.ndarray, "3"]:

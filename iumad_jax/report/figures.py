@@ -1,11 +1,15 @@
 """Draws pictures of a run: heatmaps with ground truth, and the matrix of a metric."""
 
+import functools
 import io
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, font_manager, rcParams
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
@@ -19,6 +23,12 @@ from iumad_jax.runtime.storage import write_whole
 TRUTH = "#00ffff"  # outline of a defect
 HOLE = "#ff00c8"  # missing depth
 RELIEF = (-0.3, 1.15)  # values drawn black and white
+_FONTS = (  # of which those that are installed draw the characters that the first one lacks
+    *("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "Microsoft YaHei"),
+    *("SimHei", "PingFang SC", "Hiragino Sans GB", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Droid Sans Fallback"),
+    *("Malgun Gothic", "Noto Sans CJK KR", "Arial Unicode MS", "Noto Sans Devanagari", "Noto Sans Thai", "Noto Sans"),
+)
+rcParams["font.family"] = [name for name in _FONTS if name in set(font_manager.get_font_names())]
 _HEAT = "inferno"
 _DPI = 120
 _STEEPNESS = 0.05  # weight of slopes in the relief, height scales per image width
@@ -199,9 +209,29 @@ def _outline(axes: Axes, mask: NDArray) -> None:
         axes.contour(x, y, sharp, [0.5], colors=TRUTH, linewidths=1, path_effects=[halo])
 
 
-def _save(path: Path, figure: Figure) -> None:
+def save(path: Path, figure: Figure, **options: Any) -> None:
+    """Save a figure as PNG or JPEG, by the suffix of the path; options are those of Pillow.
+
+    Characters that no installed font has are drawn as boxes, which is told once.
+
+    Raises:
+        UserError: If the disk is full or the folder is not writable.
+    """
     picture = io.BytesIO()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", "Glyph .* missing from font")
+        figure.savefig(picture, format=path.suffix[1:], pil_kwargs=options)
+    if caught:
+        _tell_missing_font()
+    write_whole(path, picture.getvalue())
+
+
+@functools.cache
+def _tell_missing_font() -> None:
+    print("iumad_jax: no installed font has all characters of the names; pictures show boxes.", file=sys.stderr)
+
+
+def _save(path: Path, figure: Figure) -> None:
     # Chroma subsampling would blur thin outlines.
     options = {"quality": 75, "subsampling": 0} if path.suffix == ".jpg" else {}
-    figure.savefig(picture, format=path.suffix[1:], pil_kwargs={"optimize": True, **options})
-    write_whole(path, picture.getvalue())
+    save(path, figure, optimize=True, **options)

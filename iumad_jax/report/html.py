@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ def write(workdir: Path, results: dict[str, Any]) -> None:
         "samples": shown,
         "left_out": left_out,
     }
-    storage.write_whole(workdir / "report.html", _fill(page, tables.title(results)).encode())
+    content = fill("report.html", ("chart.js", "tables.js", "samples.js", "report.js"), page, tables.title(results))
+    storage.write_whole(workdir / "report.html", content.encode())
 
 
 def _tested_steps(workdir: Path, results: dict[str, Any], name: str, column: int) -> list[int]:
@@ -167,10 +169,10 @@ def _webp(content: bytes) -> str:
     return f"data:image/webp;base64,{base64.b64encode(content).decode()}"
 
 
-def _fill(page: dict[str, Any], title: str) -> str:
-    """Fill the template; its content security policy allows this script alone and no network access."""
-    script = '"use strict";\n' + "\n".join(map(_part, ("chart.js", "tables.js", "samples.js", "report.js")))
-    return _TEMPLATES.get_template("report.html").render(
+def fill(template: str, scripts: Sequence[str], page: dict[str, Any], title: str) -> str:
+    """Fill a template with data; its content security policy allows these scripts alone and no network access."""
+    script = '"use strict";\n' + "\n".join(map(_part, scripts))
+    return _TEMPLATES.get_template(template).render(
         title=title,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         style=_part("report.css"),

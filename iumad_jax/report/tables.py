@@ -40,6 +40,9 @@ FIGURES = {
 RATES = {
     "false_alarms": "false alarms",
     "misses": "misses",
+    "precision": "precision",
+    "recall": "recall",
+    "f1": "F1",
     "recognised": "recognised",
     "taken_as_unknown": "taken as unknown",
 }
@@ -202,15 +205,16 @@ def _decisions_on_test_images(results: dict[str, Any], style: str) -> Iterator[s
         yield (
             "Decisions on test images, at thresholds set by good calibration images. False alarm: a good image whose\n"
             "score exceeds the threshold, expected at a rate of at most the bound, which more calibration images\n"
-            "lower. Miss: an anomalous image whose score does not. Recognised: taken for the right object. Taken as\n"
-            "unknown: too far from every learned object."
+            "lower. Miss: an anomalous image whose score does not. Precision: share of alarms that are right; recall:\n"
+            "share of anomalous images found; F1: their harmonic mean. Recognised: taken for the right object. Taken\n"
+            "as unknown: too far from every learned object."
         )
     else:
         yield (
             "Thresholds are set by good calibration images. False alarms, good images whose scores exceed the\n"
             "threshold, are expected at a rate of at most the bound, which more calibration images lower."
         )
-    if any(decided[name]["image"]["false_alarm_bound"] is None for _, name, _ in learned_objects(results)):
+    if any(_bound(decided[name]["image"]) == "none" for _, name, _ in learned_objects(results)):
         yield (
             'Bound "none": the thresholds come from training images, which guarantee nothing; add good images for'
             " calibration."
@@ -377,6 +381,8 @@ def _defined_rates(decisions: list[dict[str, Any]]) -> list[str]:
 
 
 def _bound(image: dict[str, Any]) -> str:
+    if image.get("chosen"):
+        return "chosen"
     return "none" if image["false_alarm_bound"] is None else f"{image['false_alarm_bound']:.1%}"
 
 

@@ -58,6 +58,28 @@ def handle_signals() -> Iterator[None]:
         os.close(writer)
 
 
+@contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """Yield an event that SIGTERM and the first SIGINT set. Use this in the main thread only."""
+    stopped = threading.Event()
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def stop(*_: object) -> None:
+        stopped.set()
+        restore()  # the next signal ends the process at once
+
+    for number in previous:
+        signal.signal(number, stop)
+    try:
+        yield stopped
+    finally:
+        restore()
+
+
 def _watch(reader: int) -> None:
     """Handle the signals whose numbers arrive at the pipe, until it is closed.
 

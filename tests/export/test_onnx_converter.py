@@ -7,7 +7,7 @@ import onnxruntime
 import pytest
 from jax import lax
 
-from iumad_jax.export.onnx_converter import convert
+from iumad_jax.export.onnx_converter import ANY, convert
 from iumad_jax.models.layers import depthwise_conv
 from tests import sentences
 
@@ -95,6 +95,38 @@ def test_translation(function):
     expected = np.asarray(function(jnp.asarray(X)))
     assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+OF_EACH_IMAGE = {  # functions whose result for an image does not depend on the other images of its batch
+    "constant": lambda x: jnp.zeros(x.shape[:1]) + x[:, 0, 0, 0] * jnp.linspace(1, 2, 3).sum(),
+    "expanded": lambda x: jnp.concatenate([x, jnp.broadcast_to(MATRIX[:, 1:], (len(x), 6, 4, 4))], 2),
+    "tokens": lambda x: jnp.tanh(x.reshape(-1, 4) @ MATRIX).reshape(len(x), 36, 5).max(1),
+    "attention": lambda x: jnp.einsum("bijc,bkjc->bjik", x, x),
+    "affinity": lambda x: jnp.einsum("bic,kc->bik", x[:, 2], MATRIX.T),
+    "every second": lambda x: x[:, 1::2, ::3],
+    "largest": lambda x: lax.top_k(x.reshape(len(x), -1), 3)[0],
+    "choice": lambda x: jnp.take(MATRIX, x.mean((1, 2)).argmax(-1), axis=0, mode="clip"),
+    "depthwise convolution": FUNCTIONS["depthwise with stride"],
+    "windows": FUNCTIONS["windows"],
+    "scan": lambda x: (
+        lax.scan(
+            lambda state, row: (jnp.tanh(state + row), state.sum((1, 2))), jnp.ones((len(x), 6, 4)), x.swapaxes(0, 1)
+        )[1].T
+    ),
+}
+
+
+@pytest.mark.parametrize("function", OF_EACH_IMAGE.values(), ids=OF_EACH_IMAGE)
+def test_batches_of_any_size(function):
+    """The expected results are computed image by image."""
+    specs = {"x": jax.ShapeDtypeStruct((ANY, *X.shape[1:]), X.dtype)}
+    session = onnxruntime.InferenceSession(convert(lambda x: (function(x),), specs, ["y"]).SerializeToString())
+    assert session.get_inputs()[0].shape == ["batch", 6, 6, 4]
+    for count in (1, 3, 16):
+        images = RNG.normal(size=(count, *X.shape[1:])).astype(np.float32)
+        (actual,) = session.run(None, {"x": images})
+        expected = np.concatenate([function(images[i : i + 1]) for i in range(count)])
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_untranslated_operations_are_named():

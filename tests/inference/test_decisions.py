@@ -142,6 +142,9 @@ def test_rates_are_shares_of_test_images(calibration):
     assert decisions.rates(decision, truth, 0) == {
         "false_alarms": 2 / 4,  # the third image would be one by the threshold of A
         "misses": 1 / 2,
+        "precision": 1 / 3,
+        "recall": 1 / 2,
+        "f1": pytest.approx(2 / 5),
         "recognised": pytest.approx(5 / 6),
         "taken_as_unknown": pytest.approx(1 / 6),
     }

@@ -1,5 +1,8 @@
 """Shared parts of the tests of whole runs: the smallest model and quick compilation."""
 
+import importlib
+import sys
+
 import pytest
 
 SMALL = {  # changes to `config.small` that make the model as small as possible
@@ -55,3 +58,18 @@ def reader(home):
     from tests.integration.trained import open_reader
 
     return open_reader(home)
+
+
+@pytest.fixture
+def command(home, capsys, monkeypatch):
+    """Run a command in this process, which is faster, and return its exit code, standard output and standard error."""
+    monkeypatch.chdir(home)
+
+    def run(name, *flags):
+        monkeypatch.setattr(sys, "argv", arguments := ["command", *flags])  # ml_collections reads the keys from here
+        module = importlib.import_module(f"iumad_jax.{'export.__main__' if name == 'export' else name}")
+        code = module.main(arguments)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

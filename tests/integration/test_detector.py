@@ -31,6 +31,9 @@ def test_a_detector_decides_like_the_run(home, detector, reader):
         assert decisions["objects"][name]["test"] == {
             "false_alarms": alarms[~anomalous].mean(),
             "misses": 1 - alarms[anomalous].mean(),
+            "precision": anomalous[alarms].mean() if alarms.any() else None,
+            "recall": alarms[anomalous].mean(),
+            "f1": pytest.approx(2 * (alarms & anomalous).sum() / (alarms.sum() + anomalous.sum())),
             "recognised": np.mean([detection.object == name for detection in detections]),
             "taken_as_unknown": np.mean([detection.unknown for detection in detections]),
         }

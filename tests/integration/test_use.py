@@ -1,109 +1,28 @@
 """Commands that use a trained model: predict, evaluate, export, robustness, choose. All tests share one run."""
 
-import csv
-import dataclasses
 import itertools
 import json
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from iumad_jax import choose, evaluate, predict, robustness
+from iumad_jax import Detector
 from iumad_jax.data import readers
 from iumad_jax.data.degradation import FAULTS
 from iumad_jax.data.prepared.store import open_store
-from iumad_jax.data.readers import unlabelled
 from iumad_jax.data.readers.eyecandies import Eyecandies
-from iumad_jax.data.readers.folder import Folder
 from iumad_jax.errors import UserError
-from iumad_jax.export import __main__ as export
-from iumad_jax.inference import choosing, predictions, unknown_images
+from iumad_jax.export import formats
+from iumad_jax.inference import choosing
 from iumad_jax.runtime import snapshots, workdir
 from tests import sentences
-from tests.integration.trained import LEARNED, NEVER_LEARNED, in_process, results_of, samples, stacked
+from tests.integration.trained import LEARNED, NEVER_LEARNED, results_of, samples, stacked
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
-
-
-@pytest.fixture
-def command(home, capsys, monkeypatch):
-    """Run a command in this process, which is faster, and return its exit code, standard output and standard error."""
-    monkeypatch.chdir(home)
-
-    def run(name, *flags):
-        monkeypatch.setattr(sys, "argv", arguments := ["command", *flags])  # ml_collections reads the keys from here
-        commands = {"predict": predict, "evaluate": evaluate, "robustness": robustness, "choose": choose}
-        code = (commands | {"export": export})[name].main(arguments)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
-def test_predict_writes_the_results_of_the_detector(home, command, detector, reader):
-    for folder in ("rgb/sub", "depth/sub"):
-        (home / "in" / folder).mkdir(parents=True)
-    inputs = {"cane": samples(reader, "CandyCane")[1], "sub/pop": samples(reader, NEVER_LEARNED)[0]}
-    for name, sample in inputs.items():
-        Image.fromarray(sample.rgb).save(home / "in" / "rgb" / f"{name}.png")
-        millimetres = np.nan_to_num(sample.depth * 1000)
-        np.save(home / "in" / "depth" / f"{name}.npy", millimetres)
-    (home / "in" / "rgb" / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    flags = ["--input=in/rgb", "--depth=in/depth", "--depth_unit=0.001", "--output=out"]
-    code, out, err = in_process(home, "predict", "--workdir=run", *flags)
-    assert code == 2
-    assert out.splitlines()[1:] == [sentences.GROUP_OF_ONE.format(name="new_object_1", root="out/unknown")]
-    bad, summary = err.splitlines()
-    assert bad == f"iumad_jax: {sentences.FILE_DAMAGED.format('in/rgb/bad.png')}."
-    assert summary == f"iumad_jax: {sentences.IMAGES_NOT_USED.format(bad=1, all=3, output='out')}"
-    written = json.loads((home / "out" / "predictions.json").read_text())
-    assert [image["image"] for image in written["damaged"]] == ["bad"]
-    assert written["step"] == 1
-    with (home / "out" / "predictions.csv").open() as file:
-        table = list(csv.DictReader(file))
-    for name, row, line in zip(inputs, written["images"], table, strict=True):
-        sample = inputs[name]
-        detection = detector(sample.rgb, sample.depth)
-        assert {key: str(value) for key, value in row.items()} == line
-        assert (row["image"], row["decision"], row["object"]) == (name, detection.decision, detection.object)
-        assert row["score"] == pytest.approx(float(detection.score), rel=1e-3)  # millimetres are rounded
-        assert (row["distance"] > row["unknown_threshold"]) == (row["decision"] == "unknown")
-        assert row["defective_share"] == pytest.approx(detection.mask.mean(), abs=1e-3)
-        mask = np.asarray(Image.open(home / "out" / row["mask"]))
-        assert mask.shape == sample.rgb.shape[:2]
-        assert set(np.unique(mask)) <= {0, 255}
-        assert mask.mean() / 255 == pytest.approx(detection.mask.mean(), abs=0.02)
-        heatmap = np.asarray(Image.open(home / "out" / row["heatmap"])).astype(int)
-        strong = np.asarray(Image.fromarray(detection.map).resize((64, 64))) > 0.7 * detection.pixel_threshold
-        changed = np.abs(heatmap - sample.rgb).sum(-1) > 10
-        assert changed[strong].mean() > 0.9
-    assert not list((home / "out").rglob("*.unfinished"))
-    before = {path: path.stat().st_mtime_ns for path in (home / "out").rglob("*")}
-    code, _, err = command("predict", "--workdir=run", *flags)
-    assert (code, err) == (2, f"iumad_jax: {sentences.OUTPUT_NOT_EMPTY.format('out')}\n")
-    assert {path: path.stat().st_mtime_ns for path in (home / "out").rglob("*")} == before
-
-
-def test_a_missing_unit_is_reported_once_and_nothing_is_written(home, command, reader):
-    for folder in ("counts/rgb", "counts/depth"):
-        (home / folder).mkdir(parents=True)
-    for number, sample in enumerate(samples(reader, "CandyCane")[:2]):
-        Image.fromarray(sample.rgb).save(home / "counts" / "rgb" / f"{number}.png")
-        Image.fromarray((sample.depth * 1000).astype(np.uint16)).save(home / "counts" / "depth" / f"{number}.png")
-    flags = ["--workdir=run", "--input=counts/rgb", "--depth=counts/depth", "--output=counted"]
-    code, out, err = command("predict", *flags)
-    assert (code, out) == (2, "")
-    assert err == (
-        f"iumad_jax: counts/depth/0.png {sentences.UNIT_UNKNOWN.format(remedy=sentences.SET_UNIT_BY_FLAG)}\n"
-    )
-    assert command("predict", *flags, "--depth_unit=0.001")[0] == 0
-    assert len(json.loads((home / "counted" / "predictions.json").read_text())["images"]) == 2
 
 
 def test_a_failed_evaluation_keeps_earlier_results(home, command):
@@ -114,98 +33,6 @@ def test_a_failed_evaluation_keeps_earlier_results(home, command):
     (home / "damaged" / "GummyBear" / "test_public" / "data" / "03_image_4.png").write_bytes(b"")
     assert command("evaluate", *flags)[0] == 2
     assert {path: path.read_bytes() for path in (home / "before").rglob("*") if path.is_file()} == before
-
-
-def test_predictions_before_the_disk_was_full_are_listed(home, command, files_no_larger_than, monkeypatch):
-    flags = ["--workdir=run", "--output=cut", f"--config.dataset.objects={NEVER_LEARNED}"]
-    written, write = [], predictions._write_image
-
-    def write_three(path, pixels):
-        if len(written) < 3:
-            written.append(path)
-            return write(path, pixels)
-        with files_no_larger_than(10):
-            return write(path, pixels)
-
-    monkeypatch.setattr(predictions, "_write_image", write_three)
-    code, out, err = command("predict", *flags)
-    assert (code, out) == (2, "")
-    assert err.startswith(f"iumad_jax: {sentences.CANNOT_WRITE.format('cut/heatmaps/Lollipop/')}")
-    assert len(json.loads((home / "cut" / "predictions.json").read_text())["images"]) == 1
-
-
-def test_predict_reads_a_dataset(home, command, detector, reader):
-    code, out, err = command("predict", "--workdir=run", "--output=all", f"--config.dataset.objects={NEVER_LEARNED}")
-    assert code == 0, err
-    assert out.endswith(
-        "\n" + sentences.IMAGES_JUDGED.format(images=4, good=0, anomalous=0, unknown=4, output="all") + "\n"
-    )
-    assert len(list((home / "all" / "masks" / NEVER_LEARNED).glob("*.png"))) == 4
-    group = Folder(home / "all" / "unknown", "new_object_1", needs_depth=True)
-    ids, processing = group.ids("new_object_1", "train"), detector.processing
-    for id_, original in zip(ids, samples(reader, NEVER_LEARNED), strict=True):
-        sample = group.read("new_object_1", "train", id_)
-        np.testing.assert_array_equal(sample.rgb, original.rgb)
-        np.testing.assert_array_equal(sample.depth, original.depth)
-        fitted, camera = dataclasses.astuple(sample.camera), dataclasses.astuple(original.camera)
-        assert fitted == pytest.approx(camera, abs=1e-3)
-    settings = processing.object_height, processing.height_range, processing.normals_window
-    assert (group.object_height, group.height_range, group.normals_window) == settings
-
-
-def test_unknown_images_become_one_object_per_kind(home, command, reader):
-    """After the first step, two kinds are unknown; predict mixes them and a known one, in several folders."""
-    inputs = {}
-    for number, name in itertools.product(range(3), ["CandyCane", "GummyBear", NEVER_LEARNED]):
-        sample = samples(reader, name, "train")[number]
-        key = f"{number}/{name[::-1]}"
-        rgb, depth = home / "mix" / f"{key}.png", home / "mixed depth" / f"{key}.png"
-        for file in (rgb, depth):
-            file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(sample.rgb).save(rgb)
-        Image.fromarray((sample.depth * 1000).astype(np.uint16)).save(depth)
-        inputs[key] = name, sample, rgb, depth
-    flags = ["--step=0", "--input=mix", "--depth=mixed depth", "--depth_unit=0.001", "--camera=88,89,31,32"]
-    code, out, err = command("predict", "--workdir=run", *flags, "--output=new ones")
-    assert code == 0, err
-    rows = json.loads((home / "new ones" / "predictions.json").read_text())["images"]
-    objects_by_group = {}
-    for row in rows:
-        objects_by_group.setdefault(row["group"], []).append(inputs[row["image"]][0])
-    kinds = sorted(sorted(names) for names in objects_by_group.values())
-    assert kinds == [["CandyCane"] * 3, ["GummyBear"] * 3, [NEVER_LEARNED] * 3]
-    assert objects_by_group[""] == ["CandyCane"] * 3
-    lines = out.splitlines()
-    root = home / "new ones" / "unknown"
-    for group in ("new_object_1", "new_object_2"):
-        at = lines.index(sentences.GROUP.format(name=group, images=3, root="new ones/unknown"))
-        program, *arguments = shlex.split(lines[at + 1])[2:]
-        assert program == "iumad_jax.learn"
-        dataset = ["--config.dataset.name=folder", "--config.dataset.root=new ones/unknown"]
-        assert arguments == ["--workdir=run", f"--objects={group}", *dataset]
-        members = [inputs[row["image"]] for row in rows if row["group"] == group]
-        folder = Folder(root, group, needs_depth=True)
-        for (_, sample, *files), id_ in zip(members, folder.ids(group, "train"), strict=True):
-            copies = folder.files(group, "train", id_)[:2]
-            assert [copy.read_bytes() for copy in copies] == [file.read_bytes() for file in files]
-            read = folder.read(group, "train", id_)
-            np.testing.assert_allclose(read.depth, sample.depth, atol=1.1e-3)
-            assert dataclasses.astuple(read.camera) == (88, 89, 31, 32, False)
-        assert len([path for path in (root / group).rglob("*") if path.is_file()]) == 6
-        picture = np.asarray(Image.open(root / f"{group}.jpg"), float)
-        for number, (_, sample, *_) in enumerate(members):
-            panel = picture[85:225, number * 160 + 10 : number * 160 + 150]
-            shown = np.asarray(Image.fromarray(sample.rgb).resize((160, 160)), float)[10:150, 10:150]
-            assert np.abs(panel - shown).mean() < 6
-
-
-def test_an_object_is_named_after_those_learned(home, detector, reader):
-    learned_before = dataclasses.replace(detector, objects=("new_object_1", "GummyBear"))
-    images = list(unlabelled.split_images(reader, "test"))[:1]
-    embeddings = np.zeros((1, len(detector.state.recogniser.centre)), np.float32)
-    (group,) = unknown_images.write(learned_before, images, embeddings, home / "next")
-    assert group.name == "new_object_2"
-    assert Folder(home / "next").objects == ("new_object_2",)
 
 
 def test_evaluate_repeats_the_results_of_training(home, command):
@@ -349,15 +176,15 @@ def test_an_exported_file_runs_without_this_package(home, command, detector, eye
     expected = detector(*stacked(real))
     for name, array in detector.prepare(*stacked(real)).items():
         np.save(home / f"{name}.npy", array)
-    code, out, err = command(
-        "export", "--workdir=run", f"--format={format_}", f"--output=detector.{format_}", "--batch=2"
-    )
+    batch = ["--batch=2"] if format_ == "stablehlo" else []
+    code, out, err = command("export", "--workdir=run", f"--format={format_}", f"--output=detector.{format_}", *batch)
     assert code == 0, err
     assert out.startswith(f"detector.{format_}: ")
     description = json.loads((home / f"detector.{format_}.json").read_text())
     assert (description["format"], description["step"]) == (format_, 1)
     assert description["objects"] == list(LEARNED)
-    assert description["inputs"] == {"rgb": [2, 64, 64, 3], "depth": [2, 64, 64, 3]}
+    images = 2 if batch else "batch"
+    assert description["inputs"] == {"rgb": [images, 64, 64, 3], "depth": [images, 64, 64, 3]}
     subprocess.run([sys.executable, "-c", SCRIPT, format_], cwd=home, check=True)
     with np.load(home / "outputs.npz") as outputs:
         assert set(outputs) == set(description["outputs"])
@@ -370,6 +197,39 @@ def test_an_exported_file_runs_without_this_package(home, command, detector, eye
         for field in ("anomalous", "unknown", "image_threshold", "pixel_threshold", "unknown_threshold"):
             np.testing.assert_allclose(outputs[field], getattr(expected, field))
         assert (outputs["mask"] != expected.mask).mean() < 1e-3
+
+
+@pytest.fixture(scope="module")
+def onnx_model(home):
+    """Return the content of an exported file."""
+    detector = Detector.load(home / "run", **{"model.scan": formats.SCANS["onnx"]})
+    return formats.export(detector, "onnx", None)
+
+
+def assert_as_detected(run, detector, reader):
+    """Compare a function from batches of images to outputs with detections of single images."""
+    images = samples(reader, "CandyCane") + samples(reader, NEVER_LEARNED)
+    singles = [detector(image.rgb, image.depth) for image in images]
+    for count in (1, 3, 16):
+        rows = np.arange(count) % len(images)
+        outputs = run(*detector.prepare(*stacked([images[row] for row in rows])).values())
+        expected = {field: np.stack([getattr(singles[row], field) for row in rows]) for field in ("score", "map")}
+        np.testing.assert_allclose(outputs["score"], expected["score"], rtol=1e-4)
+        np.testing.assert_allclose(outputs["map"], expected["map"], atol=1e-4 * expected["map"].max())
+        assert outputs["unknown"].tolist() == [bool(singles[row].unknown) for row in rows]
+
+
+def test_an_exported_model_takes_batches_of_any_size(onnx_model, detector, reader):
+    run = formats.load_function(onnx_model, "onnx")
+    assert_as_detected(lambda *images: run(*images)._asdict(), detector, reader)
+
+
+def test_openvino_reads_an_exported_model(onnx_model, detector, reader, tmp_path):
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
+    (tmp_path / "detector.onnx").write_bytes(onnx_model)
+    model = openvino.Core().compile_model(tmp_path / "detector.onnx", "CPU")
+    names = [output.any_name for output in model.outputs]
+    assert_as_detected(lambda *images: dict(zip(names, model(images).values(), strict=True)), detector, reader)
 
 
 BAD_COMMANDS = {

@@ -24,12 +24,12 @@ KEYS = SMALL | {
 }
 
 
-def train(home):
-    """Render candies into a folder and learn two of the three objects in its workdir `run`."""
+def train(home, **changes):
+    """Render candies into a folder and learn two of the three objects in its workdir `run`, with changed keys."""
     render(
         home / "candies", train=8, val=3, test=4, size=64, objects=",".join([*LEARNED, NEVER_LEARNED]), progress=False
     )
-    code, _, err = in_process(home, "main", f"--config={QUICKSTART}:1-1", "--workdir=run", *as_flags(KEYS))
+    code, _, err = in_process(home, "main", f"--config={QUICKSTART}:1-1", "--workdir=run", *as_flags(KEYS | changes))
     assert code == 0, err
     return home
 

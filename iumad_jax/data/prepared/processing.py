@@ -91,7 +91,8 @@ class Processing:
             "workpiece": np.zeros((MAP_SIZE, MAP_SIZE), bool),
         }
         if "rgb" in self.modalities:
-            arrays["images_rgb"] = transforms.resize_image(sample.rgb, self.size)
+            same = self.size == MAP_SIZE  # resizing a large photograph once more would take most of the time
+            arrays["images_rgb"] = arrays["thumbnail"] if same else transforms.resize_image(sample.rgb, self.size)
         if sample.depth is None or sample.camera is None:
             if "depth" in self.modalities:
                 raise UserError(f"{sample.object} {sample.id} has no depth; use --config.modality=rgb.")

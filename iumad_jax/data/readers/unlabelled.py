@@ -35,6 +35,8 @@ def photographs(
     format_: DepthFormat,
     camera: Camera | None,
     bits: int | None = None,
+    *,
+    may_be_empty: bool = False,
 ) -> Iterator[InputImage]:
     """Yield the images of --input with their depth from --depth.
 
@@ -45,6 +47,7 @@ def photographs(
         format_: What the numbers in the depth files mean.
         camera: Camera of the depth files; by default it is estimated from clouds.
         bits: Bits that photographs of 16 bits per channel use; None refuses such photographs.
+        may_be_empty: Whether a folder without images is accepted.
 
     Raises:
         UserError: If the input or depth is missing or unusable. Errors of a single file are raised when it is read.
@@ -52,7 +55,7 @@ def photographs(
     if not root.exists():
         raise UserError(f"--input is {root}, which does not exist; choose an image or a folder of images.")
     images = [root] if root.is_file() else _list_photographs(root)
-    if not images or images[0].suffix.lower() not in PHOTOGRAPHS:
+    if (images and images[0].suffix.lower() not in PHOTOGRAPHS) or (not images and not may_be_empty):
         raise UserError(f"--input is {root}, which contains no image; use files ending in {' '.join(PHOTOGRAPHS)}.")
     if needs_depth:
         _check_depth(depth_path, format_.unit, root)
@@ -75,13 +78,18 @@ def photographs(
 
 
 def depth_files(
-    root: Path, format_: DepthFormat, camera: Camera | None, default_camera: Callable[[int], Camera]
+    root: Path,
+    format_: DepthFormat,
+    camera: Camera | None,
+    default_camera: Callable[[int], Camera],
+    *,
+    may_be_empty: bool = False,
 ) -> Iterator[InputImage]:
     """Yield the images of --input for a model of depth alone; for the arguments and errors see `photographs`."""
     if not root.exists():
         raise UserError(f"--input is {root}, which does not exist; choose a depth file or a folder of depth files.")
     files = [root] if root.is_file() else _list(root, DEPTH_IMAGES)
-    if not files or files[0].suffix.lower() not in DEPTH_IMAGES:
+    if (files and files[0].suffix.lower() not in DEPTH_IMAGES) or (not files and not may_be_empty):
         raise UserError(f"--input is {root}, which contains no depth; use files ending in {' '.join(DEPTH_IMAGES)}.")
     for name, file in _by_name(root, files).items():
 

@@ -222,6 +222,9 @@ function decisions() {
   const rateNames = {
     false_alarms: "false alarms",
     misses: "misses",
+    precision: "precision",
+    recall: "recall",
+    f1: "F1",
     taken_as_unknown: "unknown",
     recognised: "recognised",
   };
@@ -246,7 +249,7 @@ function decisions() {
           {},
           h("th", { scope: "row" }, name),
           ...shares.map((value) => h("td", {}, share(value))),
-          h("td", {}, isDefined(image.false_alarm_bound) ? share(image.false_alarm_bound) : "none"),
+          h("td", {}, isDefined(image.false_alarm_bound) ? share(image.false_alarm_bound) : image.chosen ? "chosen" : "none"),
           limit(image),
           limit(pixel),
           h("td", {}, String(image.images)),
@@ -259,7 +262,8 @@ function decisions() {
     "After the last step, at thresholds set by good calibration images for a false-alarm rate of" +
     ` ${share(1 - last.quantile)}. False alarm: a good image whose score exceeds the threshold; expected at a rate of at most the bound,` +
     " which more calibration images lower; none where thresholds come from training images." +
-    " Miss: an anomalous image whose score does not. Recognised: taken for the right object." +
+    " Miss: an anomalous image whose score does not. Precision: share of alarms that are right; recall: share of" +
+    " anomalous images found; F1: their harmonic mean. Recognised: taken for the right object." +
     neverLearned(share);
   sortable($("decision-table"), ["object", ...rateHeaders, ...thresholdHeaders], rows);
   $("decisions").hidden = false;
