@@ -143,7 +143,7 @@ def test_missing_heights(tmp_path: Path) -> None:
 
 def detector(processing: Processing, format_: DepthFormat, camera: Camera, width: int) -> Detector:
     """Return a detector that only prepares images."""
-    return Detector(Path(), {}, (), 0, processing, format_, camera, width, None, None)
+    return Detector(Path(), {}, None, (), (), 0, processing, format_, camera, width, None, None)
 
 
 def test_depth_needs_no_photograph_in_use(tmp_path: Path) -> None:
