@@ -15,7 +15,8 @@ from tests.integration.trained import QUICKSTART, in_process
 
 ROOT = QUICKSTART.parents[1]
 NAMES = [name.removesuffix(".__main__") for name in commands.COMMANDS]
-ON_A_RUN = ("learn", "history", "evaluate", "predict", "latency", "export", "robustness", "choose")
+ON_OBJECTS = ("learn", "calibrate", "retire")  # their examples name objects that the quickstart lacks
+ON_A_RUN = (*ON_OBJECTS, "history", "evaluate", "predict", "latency", "export", "robustness", "choose")
 
 
 def example(name):
@@ -81,7 +82,7 @@ def test_help_of_tools_begins_with_an_example(module):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
-@pytest.mark.parametrize("name", [name for name in ON_A_RUN if name not in ("robustness", "learn")])
+@pytest.mark.parametrize("name", [name for name in ON_A_RUN if name not in ("robustness", *ON_OBJECTS)])
 def test_the_example_runs_after_the_quickstart(home, tmp_path, name):
     """Its workdir is the default workdir of the quickstart, here a link to another run."""
     (workdir,) = [flag.removeprefix("--workdir=") for flag in example(name) if flag.startswith("--workdir=")]
