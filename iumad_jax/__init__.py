@@ -1,6 +1,8 @@
 """Incremental unified RGB-D anomaly detection in JAX.
 
-    main learn history prepare evaluate predict robustness choose benchmark latency   commands; `cli` is shared
+    main learn calibrate retire history prepare evaluate predict robustness choose benchmark latency   commands
+    api          a run opened in Python
+    cli          shared parts of the commands
     experiment   a run from its first step to its results
     config protocol shapes errors   shared definitions
 
@@ -18,17 +20,19 @@
 A package imports only from packages below it (pyproject.toml, checked in CI). `python -m iumad_jax` lists the commands.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from iumad_jax.api import open_run as open_run
     from iumad_jax.data.sample import Camera as Camera
     from iumad_jax.inference.detector import Detector as Detector
 
+_PUBLIC = {"Camera": "data.sample", "Detector": "inference.detector", "open_run": "api"}
+
 
 def __getattr__(name: str) -> Any:
-    """Import the public classes Camera and Detector, and with them JAX, on first use."""
-    if name not in ("Camera", "Detector"):
+    """Import a public name, and with Detector or open_run also JAX, on first use."""
+    if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from iumad_jax.inference import detector
-
-    return getattr(detector, name)
+    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)

@@ -80,9 +80,7 @@ def go_on(config: ConfigDict, workdir: Path, steps: tuple[Step, ...], finished: 
     """
 
     def describe(results: dict[str, Any]) -> str:
-        matrix, acts, limits = results["matrix"]["i_auroc"], results["acts"], results["decisions"]
-        effects = [tables.effect_line(matrix, acts, limits, step) for step in range(finished, len(acts))]
-        return "\n".join([*effects, "", tables.console(results, workdir)]).lstrip("\n")
+        return f"{effects(results, finished)}\n\n{tables.console(results, workdir)}".lstrip("\n")
 
     try:
         results = run(config, workdir, steps)
@@ -91,6 +89,12 @@ def go_on(config: ConfigDict, workdir: Path, steps: tuple[Step, ...], finished: 
         raise
     assert results is not None  # one process
     return describe(results)
+
+
+def effects(results: dict[str, Any], finished: int) -> str:
+    """Describe in one line each what the steps after the finished ones did."""
+    matrix, acts, limits = results["matrix"]["i_auroc"], results["acts"], results["decisions"]
+    return "\n".join(tables.effect_line(matrix, acts, limits, step) for step in range(finished, len(acts)))
 
 
 def finished_seconds(workdir: Path, steps: tuple[Step, ...]) -> float | None:
@@ -134,8 +138,8 @@ def prepare(run: Run, step: Step, progress: Progress) -> None:
             for message in odd_images(run.images.get(name, split), name, inventory.SPLIT_NAMES[split]):
                 live.log(message)
     for name in step.learned:
-        if message := several_kinds(run.images.get(name, "train"), name):
-            live.log(message)
+        if warning := several_kinds(run.images.get(name, "train"), name):
+            live.log(warning)
     if progress.calibration and progress.position.step < step.index:
         report_resemblance(run, step, progress)
     inventory.record_images(run.workdir, run.store, step.learned, splits)

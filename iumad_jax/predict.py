@@ -39,7 +39,7 @@ def _define(values: flags.FlagValues) -> None:
     cli.define_trained(values)
     cli.define_thresholds(values)
     for name, help_ in {
-        "input": "Image (PNG, JPEG, TIFF, BMP) or folder of images; of a model of depth alone, depth without --depth.",
+        "input": "Image (PNG, JPEG, TIFF, BMP, WebP) or folder of images; depth, of a model of depth alone.",
         "depth": "Depth of the image (16-bit PNG, TIFF, NPY, PLY, PCD), or folder of depth files named like images.",
         "output": "Folder of the results, new or empty.",
         "object": "Object that all images show. Default: recognised in each image.",
@@ -77,12 +77,12 @@ def _predict(values: flags.FlagValues) -> str:
         depth = Path(values.depth) if values.depth else None
         camera = unlabelled.parse_camera(values.camera) if values.camera else None
         needs_depth = "depth" in detector.processing.modalities
-        format_ = detector.depth_format
+        format_, bits = detector.depth_format, detector.processing.bits
         if values.depth_unit is not None:
             format_ = replace(format_, unit=values.depth_unit)
         if depth or "rgb" in detector.processing.modalities:
             return unlabelled.photographs(
-                Path(values.input), needs_depth, depth, format_, camera, may_be_empty=values.watch
+                Path(values.input), needs_depth, depth, format_, camera, bits, may_be_empty=values.watch
             )
         return unlabelled.depth_files(
             Path(values.input), format_, camera, detector.default_camera, may_be_empty=values.watch
@@ -97,7 +97,7 @@ def _predict(values: flags.FlagValues) -> str:
     if values.input:
         images = list(photographs())
     else:
-        dataset = plan.open_for_use(values.config, Path(values.workdir), detector.objects)
+        dataset = plan.open_for_use(values.config, Path(values.workdir), detector.step)
         images = list(unlabelled.split_images(dataset, values.split))
     rows, damaged, groups = predictions.predict(detector, images, *settings)
     if groups:

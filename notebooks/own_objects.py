@@ -61,11 +61,15 @@ def draw(shape, seed, anomalous):
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:pixels, :pixels] / pixels - 0.5 + rng.uniform(-0.05, 0.05, (2, 1, 1))
     radius, angle = np.hypot(x, y), np.arctan2(y, x) + rng.uniform(0, 6)
-    body = (radius < 0.3) & (radius > 0.12) if shape == "washer" else radius < 0.26 + 0.03 * np.cos(8 * angle)
+    body = {
+        "washer": (radius < 0.3) & (radius > 0.12),
+        "gear": radius < 0.26 + 0.03 * np.cos(8 * angle),
+        "star": radius < 0.24 + 0.08 * np.cos(5 * angle),
+    }[shape]
     mask = np.zeros_like(body)
     if anomalous:
         mask = body & (np.hypot(x - 0.2 * np.cos(seed), y - 0.2 * np.sin(seed)) < 0.06)
-    colour = np.array([180, 180, 190] if shape == "washer" else [190, 140, 60])
+    colour = np.array({"washer": [180, 180, 190], "gear": [190, 140, 60], "star": [150, 60, 60]}[shape])
     rgb = np.where((body & ~mask)[..., None], colour, (60, 70, 60)) + rng.normal(0, 4, (pixels, pixels, 3))
     depth = 0.5 - 0.02 * (body & ~mask) + rng.normal(0, 2e-4, body.shape)
     return rgb.clip(0, 255).astype(np.uint8), depth.astype(np.float32), mask
@@ -122,3 +126,31 @@ for name in results["objects"]:
 # %% [markdown]
 # `report.html` in the workdir shows the best, the median and the worst images of every kind, with an adjustable
 # threshold. `python -m iumad_jax.predict` predicts new images; the README explains it.
+#
+# ## The next object
+#
+# A run goes on learning, from arrays as well: `learn` writes them into the run's folder and adds a step. Here, stars
+# arrive. They have no test images, so the line that `learn` returns tells only what became of the others.
+
+# %%
+import iumad_jax
+
+run = iumad_jax.open_run(workdir)
+new = [draw("star", number, False) for number in range(images)]
+print(run.learn("star", [rgb for rgb, _, _ in new], [depth for _, depth, _ in new]))
+
+# %% [markdown]
+# The detector of the run now recognises stars, and judges the others as before.
+
+# %%
+for shape in ("washer", "gear", "star"):
+    for anomalous in (False, True):
+        rgb, depth, _ = draw(shape, 4000, anomalous)
+        result = run.detector(rgb, depth)
+        kind, share = "anomalous" if anomalous else "good", result.score / result.image_threshold
+        print(f"{kind} {shape}: taken for {result.object}, score {share:.2f} of the threshold")
+display(Markdown(run.history()))
+
+# %% [markdown]
+# `run.learn(..., update=True)` learns further images of an object, such as false alarms; `run.calibrate` sets its
+# thresholds anew, and after `run.retire` an object is no longer recognised.

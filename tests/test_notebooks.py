@@ -99,9 +99,12 @@ def test_read_a_run_makes_a_missing_run(execute):
 
 def test_own_objects(execute):
     home, outputs = execute("own_objects", epochs=1, images=8, pixels=64, size=64)
-    (table,) = displayed(outputs, "text/markdown")
+    table, history = displayed(outputs, "text/markdown")
     assert "washer" in table
     assert "gear" in table
+    assert "learned star" in history.splitlines()[-1]
+    for name in ("washer", "gear", "star"):
+        assert f"good {name}: taken for {name}" in printed(outputs)
     assert len(displayed(outputs, "image/jpeg")) == 2
     assert (home / "runs" / "own_objects" / "report.html").exists()
 

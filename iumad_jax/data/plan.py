@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from iumad_jax import config as configs
 from iumad_jax import protocol
 from iumad_jax.data import readers
+from iumad_jax.data.formats.files import select
 from iumad_jax.data.readers.joined import Absent, Joined, reader_of
 from iumad_jax.data.sample import Reader
 from iumad_jax.errors import UserError
@@ -107,7 +108,7 @@ def current(config: ConfigDict, workdir: Path) -> tuple[Step, ...]:
         return protocol.steps(config.protocol, readers.objects(config))
     if config.protocol != protocol.OPEN or not Path(config.dataset.root).is_dir():
         return steps
-    return with_objects(steps, [name for name in readers.objects(config) if name not in steps[-1].seen], {})
+    return with_objects(steps, _unlearned(config, steps[-1].seen), {})
 
 
 def with_objects(steps: tuple[Step, ...], names: Sequence[str], changes: Mapping[str, Any]) -> tuple[Step, ...]:
@@ -133,6 +134,17 @@ def _dataset_changes(step: Step) -> dict[str, Any]:
     return {key: value for key, value in step.changes.items() if key.startswith("dataset.")}
 
 
+def dataset_flags(config: ConfigDict, dataset: ConfigDict) -> list[str]:
+    """List the flags with which a command uses another dataset than that of the run's config."""
+    own, other = (configs.flat({"dataset": values.dataset.to_dict()}) for values in (config, dataset))
+    return [f"--config.{key}={value}" for key, value in other.items() if value != own[key]]
+
+
+def retired(steps: Sequence[Step]) -> set[str]:
+    """Return the objects that the steps retire."""
+    return {name for step in steps if step.act == "retire" for name in step.objects}
+
+
 def is_same_dataset(step: Step, other: Step) -> bool:
     """Return whether two steps learn from the same dataset."""
     return _dataset_changes(step) == _dataset_changes(other)
@@ -153,7 +165,7 @@ def rendered(config: ConfigDict, steps: Sequence[Step]) -> list[ConfigDict]:
 def open_reader(config: ConfigDict, steps: Sequence[Step], spared: Collection[str] = ()) -> Reader:
     """Open the reader of all objects of a run, in the order of learning.
 
-    An object that was updated is read from the dataset of the update, if that has test images of it.
+    An object that was updated with images of another dataset is tested on the test images there, if there are any.
 
     Args:
         config: Config of the run.
@@ -167,10 +179,11 @@ def open_reader(config: ConfigDict, steps: Sequence[Step], spared: Collection[st
     if len(opened) == 1 and not any(map(_is_elsewhere, steps)):
         return opened[0]
     by_object = {name: reader for reader in opened for name in reader.objects}
+    tests: dict[str, Reader] = {}
     for step in filter(_is_elsewhere, steps):
         for reader in _open(dataset_of(config, step), step.objects, spared):
-            by_object |= {name: reader for name in reader.objects if reader.ids(name, "test")}
-    return Joined(by_object)
+            tests |= {name: reader for name in reader.objects if reader.ids(name, "test")}
+    return Joined(by_object, tests)
 
 
 def _is_elsewhere(step: Step) -> bool:
@@ -192,41 +205,51 @@ def _open(dataset: ConfigDict, names: Sequence[str], spared: Collection[str]) ->
         return [Absent(names[0])]
 
 
-def open_learned(config: ConfigDict, workdir: Path, objects: Sequence[str]) -> Reader:
-    """Open the reader of the objects that a run has learned so far, in the order of learning.
+def open_learned(config: ConfigDict, workdir: Path, step: int) -> Reader:
+    """Open the reader of the objects that a run had learned by a step, in the order of learning.
 
     Raises:
         UserError: As `read` and `readers.open_reader`.
     """
-    return open_reader(config, _until_learned(workdir, objects))
+    return open_reader(config, _until(workdir, step))
 
 
-def open_for_use(config: ConfigDict, workdir: Path, objects: Sequence[str]) -> Reader:
+def open_for_use(config: ConfigDict, workdir: Path, step: int) -> Reader:
     """Open the reader of the dataset that a trained model is used on.
 
     Args:
         config: Config of the run, possibly with another dataset. With the run's own, all objects that the run has
             learned are included, from whatever dataset, if they are still there.
         workdir: Workdir of the run.
-        objects: Objects that the model has learned.
+        step: Step of the run after which the model was saved.
 
     Raises:
         UserError: As `read` and `readers.open_reader`.
     """
     if config.dataset != workdirs.read(workdir).dataset:
         return readers.open_reader(config)
-    steps = _until_learned(workdir, objects)
-    present = set(readers.objects(config)) if Path(config.dataset.root).is_dir() else set()
-    if others := tuple(name for name in readers.objects(config) if name not in objects) if present else ():
+    steps = _until(workdir, step)
+    seen = steps[-1].seen
+    if others := _unlearned(config, seen) if Path(config.dataset.root).is_dir() else ():
         steps.append(protocol.next_step(steps, others, {}))
-    reader = open_reader(config, steps, objects)
-    by_object = {name: reader_of(reader, name) for name in reader.objects}
-    return Joined({name: reader for name, reader in by_object.items() if not isinstance(reader, Absent)})
+    reader = open_reader(config, steps, seen)
+    names = [name for name in reader.objects if not isinstance(reader_of(reader, name, "train"), Absent)]
+    tested = [name for name in reader.objects if reader.ids(name, "test")]
+    by_object = {name: reader_of(reader, name, "train") for name in reader.objects if name in {*names, *tested}}
+    return Joined(by_object, {name: reader_of(reader, name, "test") for name in tested})
 
 
-def _until_learned(workdir: Path, objects: Sequence[str]) -> list[Step]:
-    """Return the steps of a run's plan until it had learned the objects."""
-    steps = [step for step in read(workdir) if set(step.seen) <= set(objects)]
+def _unlearned(config: ConfigDict, seen: Sequence[str]) -> tuple[str, ...]:
+    """Return the objects that the config selects and that are not among those seen, whose files may be gone."""
+    if config.dataset.objects == "all":
+        return tuple(name for name in readers.available(config) if name not in seen)
+    names = [name.strip() for name in config.dataset.objects.split(",")]
+    return select([name for name in names if name not in seen], readers.available(config))
+
+
+def _until(workdir: Path, step: int) -> list[Step]:
+    """Return the steps of a run's plan until a step."""
+    steps = read(workdir)[: step + 1]
     if not steps:
         raise UserError(f"{workdir / _NAME} is missing; restore it from a backup.")
-    return steps
+    return list(steps)

@@ -104,6 +104,7 @@ class Sample:
     anomalous: bool  # the dataset's label; False where unknown
     camera: Camera | None  # camera of the depth image; None without depth
     normals: Float32[np.ndarray, "hd wd 3"] | None = None  # the dataset's unit normals towards the camera, in its axes
+    bits: int | None = None  # that the photograph's file uses of 16, scaled to 8; None if it has 8
 
 
 class Reader(Protocol):

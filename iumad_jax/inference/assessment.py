@@ -176,9 +176,9 @@ def _save_samples(folder: Path, step: int, judgements: Sequence[Judgement], heig
         first.decision.anomalous,
         first.decision.pixel_threshold,
     )
-    samples.save(folder, step, first.object, summary)
     truth: Any = first.truth
-    samples.save_pictures(folder, first.object, truth.thumbnail, truth.height, truth.mask, height_scale)
+    pictures = samples.save_pictures(folder, first.object, truth.thumbnail, truth.height, truth.mask, height_scale)
+    samples.save(folder, step, first.object, summary._replace(pictures=pictures))
 
 
 def evaluate_snapshot(
@@ -203,7 +203,7 @@ def evaluate_snapshot(
         UserError: If the dataset cannot be used or a file cannot be written.
     """
     began, step = time.monotonic(), progress.position.step
-    reader = plan.open_for_use(config, workdir, tuple(progress.calibration))
+    reader = plan.open_for_use(config, workdir, step)
     store = open_store(config, reader, workdir, progress.inputs)
     in_use = [name for name, calibration in progress.calibration.items() if not calibration.retired]
     learned = [name for name in reader.objects if name in in_use]
@@ -212,7 +212,8 @@ def evaluate_snapshot(
             f"config.dataset.objects selects {', '.join(reader.objects)}, which this model has not learned; include one"
             f" of {', '.join(in_use)}."
         )
-    test_sets = evaluation.test_sets(reader, reader.objects, lambda name: store.get(name, "test"))
+    tested = tuple(name for name in reader.objects if name in learned or name not in progress.calibration)
+    test_sets = evaluation.test_sets(reader, tested, lambda name: store.get(name, "test"))
     if not test_sets:
         raise UserError(f"{config.dataset.root} has no test images of {', '.join(reader.objects)}; add some.")
     for name in test_sets:  # before anything is written, so that unusable images leave earlier results intact

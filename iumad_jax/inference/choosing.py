@@ -56,10 +56,11 @@ def compare(folders: Sequence[Path], images: int, defects: int, seed: int) -> st
     rows = []
     for folder, config, progress in zip(folders, configs, progresses, strict=True):
         model = evaluation.load(config, progress)
-        store = open_store(config, plan.open_learned(config, folder, progress.objects), folder, progress.inputs)
-        _check_calibration(store, progress.calibration)
+        store = open_store(config, plan.open_learned(config, folder, progress.position.step), folder, progress.inputs)
+        in_use = [name for name, calibration in progress.calibration.items() if not calibration.retired]
+        _check_calibration(store, in_use)
         values: dict[Any, list[list[float]]] = {}
-        for object_ in tqdm(progress.calibration, str(folder), unit="object", disable=None, leave=False):
+        for object_ in tqdm(in_use, str(folder), unit="object", disable=None, leave=False):
             for setting, metrics in _measure(model, make_images(store, object_, images, defects, seed)):
                 values.setdefault(setting, []).append(metrics)
         rows += [[str(folder), *setting, *np.mean(metrics, axis=0)] for setting, metrics in values.items()]

@@ -41,10 +41,11 @@ def measure(config: ConfigDict, workdir: Path, progress: Progress) -> str:
     Raises:
         UserError: If the dataset cannot be used or has no test images of a learned object.
     """
-    reader = plan.open_for_use(config, workdir, tuple(progress.calibration))
+    reader = plan.open_for_use(config, workdir, progress.position.step)
     store = open_store(config, reader, workdir, progress.inputs)
     learned = tuple(progress.calibration)
-    tested = tuple(name for name in reader.objects if reader.ids(name, "test"))
+    retired = [name for name, calibration in progress.calibration.items() if calibration.retired]
+    tested = tuple(name for name in reader.objects if reader.ids(name, "test") and name not in retired)
     if not set(tested) & set(learned):
         raise UserError(
             f"{config.dataset.root} has no test images of the learned objects {', '.join(learned)}; add some."

@@ -96,8 +96,10 @@ def write(
         shown = np.linspace(0, len(members) - 1, min(len(members), _SHOWN), dtype=int)
         panels = [_panel(f"{number:03}", members[number]) for number in shown]
         contact_sheet.save(picture, f"{name}: {len(panels)} of {len(members)} unknown images", panels)
+    settings = {"bits": detector.processing.bits} if detector.processing.bits else {}
     if has_depth:
-        settings = _settings(detector, images[0])
+        settings |= _settings(detector, images[0])
+    if settings:
         write_whole(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False).encode())
     return groups
 

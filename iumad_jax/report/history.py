@@ -16,6 +16,7 @@ from iumad_jax.report import tables
 from iumad_jax.report.tables import METRICS, summarise
 from iumad_jax.runtime.ledger import read
 
+HEADERS = ("step", "finished (UTC)", "images", "what it did", "largest other change", "mean of all", "changed keys")
 _KINDS = ("step", "before", "evaluation", "decisions", "snapshot")
 
 Matrices = dict[str, Float[np.ndarray, "steps objects"]]  # by metric; NaN where not yet learned or undefined
@@ -146,25 +147,28 @@ def table_of_steps(method: str, workdir: Path) -> str:
     Raises:
         UserError: If the ledger cannot be read, or no step is finished.
     """
-    events = read(workdir / "ledger.jsonl")
-    measured = history(events)
+    measured = history(read(workdir / "ledger.jsonl"))
     if not measured.steps:
         raise UserError(f"{workdir}: no step is finished yet; let the run finish its first step.")
-    begun = [event for event in events if event["event"] == "step"]
-    ends = {event["step"]: event["time"] for event in read(workdir / "live.jsonl") if event["event"] == "snapshot"}
+    rows = rows_of_steps(workdir, measured.matrices[method]["i_auroc"], measured.acts, measured.decisions)
+    return tabulate(rows, HEADERS, "github", disable_numparse=True)
+
+
+def rows_of_steps(
+    workdir: Path, matrix: Any, acts: Sequence[dict[str, Any]], decisions: Sequence[dict[str, Any]]
+) -> list[list[str]]:
+    """Describe each finished step of a run under `HEADERS`; for the other arguments see `tables.effect`.
+
+    Raises:
+        UserError: If the ledger cannot be read.
+    """
+    begun = [event for event in read(workdir / "ledger.jsonl") if event["event"] == "step"]
+    live = read(workdir / "live.jsonl") if (workdir / "live.jsonl").exists() else []
+    ends = {event["step"]: event["time"] for event in live if event["event"] == "snapshot"}
     rows = []
-    for step in range(len(measured.steps)):
-        effect = tables.effect(measured.matrices[method]["i_auroc"], measured.acts, measured.decisions, step)
+    for step in range(len(acts)):
         changes = " ".join(f"{key}={value}" for key, value in begun[step]["changes"].items())
         time = ends.get(step, "")[:16].replace("T", " ")
-        rows.append([step, time, begun[step]["images"], *effect, changes or "-"])
-    headers = [
-        "step",
-        "finished (UTC)",
-        "images",
-        "what it did",
-        "largest other change",
-        "mean of all",
-        "changed keys",
-    ]
-    return tabulate(rows, headers, "github", disable_numparse=True)
+        effect = tables.effect(matrix, acts, decisions, step)
+        rows.append([str(step), time, str(begun[step]["images"]), *effect, changes or "-"])
+    return rows

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 from tqdm import tqdm
 
-from iumad_jax.report import samples, tables
+from iumad_jax.report import history, samples, tables
 from iumad_jax.report.samples import Samples
 from iumad_jax.runtime import ledger, storage
 
@@ -49,9 +49,13 @@ def write(workdir: Path, results: dict[str, Any]) -> None:
         if as_learned[name].ids != last[name].ids:
             as_learned[name] = last[name]
     shown, left_out = _pictures(workdir, last, as_learned)
+    matrix = [[row[column] for _, _, column in columns] for row in results["matrix"]["i_auroc"]]
+    rows = history.rows_of_steps(workdir, matrix, results["acts"], results["decisions"]) if len(matrix) > 1 else []
     page = {
         "results": results,
         "columns": columns,
+        "learned": {name: tables.step_with_remarks(results, step, name) for step, name, _ in columns},
+        "history": [history.HEADERS, *rows],
         "metrics": {metric: tables.METRICS[metric] for metric in tables.measured(results)},
         "figures": tables.FIGURES,
         "methods": {
@@ -108,7 +112,7 @@ def _pictures(
     """Return the picked samples as the page shows them, and how many of them did not fit."""
     shown: list[dict[str, Any]] = []
     for name, object_samples in tqdm(last.items(), "report.html", unit="object", disable=None, leave=False):
-        pictures = samples.load_pictures(workdir, name)
+        pictures = samples.load_pictures(workdir, object_samples.pictures)
         for row, rank_name, rank, count in pick(object_samples):
             picture = pictures[row]
             shown.append(

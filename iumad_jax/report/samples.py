@@ -1,9 +1,10 @@
 """Stores the report's data on every test image in `samples/`, a few kB per image.
 
 `step<number>_<object>.npz` holds exact scores and curves, and maps at a quarter of their size in 8 bits for display;
-`pictures_<object>.npz` holds small pictures of the test images last evaluated.
+`pictures_<object>_<hash>.npz` holds small pictures of the test images, which an update may replace by others.
 """
 
+import hashlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ class Samples(NamedTuple):
     maps: NDArray  # (n, s, s) uint8: maps of the run's method from `low` (0) to `high` (255)
     low: float
     high: float
+    pictures: str = ""  # name of the file of pictures
 
 
 class Picture(NamedTuple):
@@ -125,13 +127,14 @@ def load(workdir: Path, step: int, object_: str) -> Samples:
             arrays[field] = dict(zip(names, arrays[field], strict=True))
         for field in ("ids", "defects"):
             arrays[field] = tuple(arrays[field].tolist())
-        return Samples(**arrays | {"low": float(arrays["low"]), "high": float(arrays["high"])})
+        numbers = {"low": float(arrays["low"]), "high": float(arrays["high"])}
+        return Samples(**arrays | numbers | {"pictures": str(arrays["pictures"])})
 
 
 def save_pictures(
     workdir: Path, object_: str, rgb: NDArray, heights: NDArray, masks: NDArray, height_scale: float
-) -> None:
-    """Write small pictures of an object's test images atomically.
+) -> str:
+    """Write small pictures of an object's test images atomically, and return the name of their file.
 
     Args:
         workdir: Folder that holds `samples/`.
@@ -154,16 +157,18 @@ def save_pictures(
     ]
     parts = [part for picture in pictures for part in picture]
     content = np.frombuffer(b"".join(parts), np.uint8)
-    _write(_pictures_path(workdir, object_), content=content, lengths=list(map(len, parts)), size=rgb.shape[1:3])
+    name = f"pictures_{object_}_{hashlib.sha256(content.tobytes()).hexdigest()[:8]}.npz"
+    _write(workdir / "samples" / name, content=content, lengths=list(map(len, parts)), size=rgb.shape[1:3])
+    return name
 
 
-def load_pictures(workdir: Path, object_: str) -> list[Picture]:
-    """Read the pictures of an object's test images.
+def load_pictures(workdir: Path, name: str) -> list[Picture]:
+    """Read the pictures in a file with the name that `save_pictures` returned.
 
     Raises:
         UserError: If the file is missing or damaged.
     """
-    with _reading(_pictures_path(workdir, object_)) as arrays:
+    with _reading(workdir / "samples" / name) as arrays:
         content, ends = arrays["content"].tobytes(), np.cumsum(arrays["lengths"]).tolist()
         if len(content) != ends[-1]:
             raise ValueError("pictures are missing")
@@ -175,10 +180,6 @@ def load_pictures(workdir: Path, object_: str) -> list[Picture]:
 
 def _path(workdir: Path, step: int, object_: str) -> Path:
     return workdir / "samples" / f"step{step}_{object_}.npz"
-
-
-def _pictures_path(workdir: Path, object_: str) -> Path:
-    return workdir / "samples" / f"pictures_{object_}.npz"
 
 
 def _write(path: Path, **arrays: Any) -> None:

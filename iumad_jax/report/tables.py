@@ -190,7 +190,7 @@ def _decisions_on_test_images(results: dict[str, Any], style: str) -> Iterator[s
         rows.append(
             [
                 name,
-                _step(results, step, name),
+                step_with_remarks(results, step, name),
                 image["images"],
                 _bound(image),
                 *(_percent(test.get(rate)) for rate in rates),
@@ -249,7 +249,7 @@ def _metrics_of_objects(results: dict[str, Any], style: str) -> Iterator[str]:
     rows: list[list[Any]] = [
         [
             name,
-            _step(results, step, name),
+            step_with_remarks(results, step, name),
             *cells([values[column] for values in last], [intervals[column] for intervals in ends]),
         ]
         for step, name, column in learned_objects(results)
@@ -418,7 +418,7 @@ def learned_objects(results: dict[str, Any]) -> list[tuple[int, str, int]]:
     return [(step, name, results["objects"].index(name)) for step, names in steps for name in names]
 
 
-def _step(results: dict[str, Any], step: int, name: str) -> str:
+def step_with_remarks(results: dict[str, Any], step: int, name: str) -> str:
     """Return the step that learned an object, and the one after which it was tested if that is not the last."""
     tested = results.get("tested", {}).get(name)
     retired = any(act["act"] == "retire" and name in act["objects"] for act in results.get("acts", []))

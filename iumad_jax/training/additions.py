@@ -10,11 +10,10 @@ from ml_collections import ConfigDict
 from iumad_jax import config as configs
 from iumad_jax import protocol
 from iumad_jax.data import plan, readers
-from iumad_jax.data.prepared import inventory
-from iumad_jax.data.sample import Reader
 from iumad_jax.errors import UserError
 from iumad_jax.protocol import Act, Step
-from iumad_jax.runtime import snapshots
+from iumad_jax.report import result_files
+from iumad_jax.training.dataset_changes import new_images
 
 _FIXED = {
     "dataset.objects": "use --objects",
@@ -24,13 +23,14 @@ _FIXED = {
 
 
 def begun(workdir: Path) -> tuple[tuple[Step, ...], int]:
-    """Return the steps of a run, and how many of them are finished.
+    """Return the steps of a run, and how many of them are finished, with results.
 
     Raises:
         UserError: If no step has begun.
     """
+    results = result_files.read(workdir)
     if steps := plan.read(workdir):
-        return steps, snapshots.last_step(workdir) + 1
+        return steps, len(results["steps"]) if results else 0
     raise UserError(f"{workdir} has no plan.json, so no step has begun; start the run again with its first command.")
 
 
@@ -61,9 +61,8 @@ def with_new(
             f" images of a new object to {changed.dataset.root}, or name their folder with --config.dataset.root."
         )
     for step in steps[finished:]:
-        if set(step.learned) & set(selected) and step.changes != changes:
-            keys = " ".join(f"--config.{key}={value}" for key, value in step.changes.items()) or "without changed keys"
-            raise UserError(f"the run has begun to learn {', '.join(step.learned)} {keys}; finish it so first.")
+        if set(step.learned) & set(selected):
+            _check_same_changes(step, changes)
     return plan.with_objects(steps, [name for name in selected if name not in steps[-1].seen], changes)
 
 
@@ -92,13 +91,14 @@ def with_further(
         UserError: If a key cannot be changed, an object is not learned or is retired, or there are no new images.
     """
     dataset = _checked(config, changes)
-    if _is_planned(steps[finished:], act, names):
-        return steps
-    objects, available = in_use(steps, names), readers.available(dataset)
+    planned = _planned(steps[finished:], act, names, changes)
+    objects, available = in_use(steps[: finished + len(planned)], names), readers.available(dataset)
     images: dict[str, dict[str, dict[str, str]]] = {name: {} for name in objects}
     if present := [name for name in objects if name in available]:
         reader = readers.open_reader(dataset, present)
-        images |= {name: _new_images(workdir, steps, act, reader, name) for name in present}
+        images |= {name: _chosen(act, new_images(workdir, steps, reader, name)) for name in present}
+    if planned and not any(images.values()):
+        return steps
     missing = [name for name, splits in images.items() if not splits]
     if (missing and names != "all") or len(missing) == len(images):
         kind = "training" if act == "update" else "good"
@@ -110,23 +110,32 @@ def with_further(
     return (*steps, protocol.next_step(steps, tuple(images), changes, act, images))
 
 
-def _new_images(workdir: Path, steps: Sequence[Step], act: Act, reader: Reader, name: str) -> dict[str, dict[str, str]]:
-    """Return the digests of an object's images, by split, that an update or calibration would use; may be empty."""
-    new = {}
-    for split in ("train", "calibration"):
-        used = [inventory.read(workdir)[name], *(step.images.get(name, {}) for step in steps)]
-        known = set(itertools.chain.from_iterable(images.get(split, {}).values() for images in used))
-        digests = inventory.digests(reader, name, split)
-        new[split] = {id_: digest for id_, digest in digests.items() if digest not in known}
+def _chosen(act: Act, new: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    """Return those of an object's new images that an update or calibration would use; may be empty."""
     if act == "update":
         return {split: images for split, images in new.items() if images} if new["train"] else {}
     split = "calibration" if new["calibration"] else "train"
     return {split: new[split]} if new[split] else {}
 
 
-def _is_planned(steps: Sequence[Step], act: Act, names: str) -> bool:
-    """Return whether one of the steps does something to the named objects."""
-    return any(step.act == act and (names == "all" or set(step.objects) == set(_split(names))) for step in steps)
+def _planned(steps: Sequence[Step], act: Act, names: str, changes: Mapping[str, Any]) -> list[Step]:
+    """Return those of the unfinished steps that do something to the named objects.
+
+    Raises:
+        UserError: If they have other changes.
+    """
+    chosen = set(_split(names))
+    found = [step for step in steps if step.act == act and (names == "all" or chosen & set(step.objects))]
+    for step in found:
+        _check_same_changes(step, changes)
+    return found
+
+
+def _check_same_changes(step: Step, changes: Mapping[str, Any]) -> None:
+    """Raise UserError if a step that has begun has other changes."""
+    if step.changes != changes:
+        keys = " ".join(f"--config.{key}={value}" for key, value in step.changes.items()) or "without changed keys"
+        raise UserError(f"the run has begun to {step.act} {', '.join(step.objects)} {keys}; finish it so first.")
 
 
 def _split(names: str) -> tuple[str, ...]:
@@ -139,10 +148,10 @@ def with_retired(steps: tuple[Step, ...], finished: int, names: str) -> tuple[St
     Raises:
         UserError: If an object is not learned or is retired already, or if none would remain.
     """
-    if _is_planned(steps[finished:], "retire", names):
+    if _planned(steps[finished:], "retire", names, {}):
         return steps
-    objects = in_use(steps, names)
-    if set(objects) == set(in_use(steps, "all")):
+    objects = in_use(steps[:finished], names)
+    if set(objects) == set(in_use(steps[:finished], "all")):
         raise UserError(f"--objects={names} would retire every object of the run; leave at least one.")
     return (*steps, protocol.next_step(steps, objects, {}, "retire"))
 
@@ -153,7 +162,9 @@ def in_use(steps: Sequence[Step], names: str = "all") -> tuple[str, ...]:
     Raises:
         UserError: If a named object is not among them.
     """
-    retired = {name for step in steps if step.act == "retire" for name in step.objects}
+    if not steps:
+        raise UserError("the run is not finished yet; finish it with its first command, and then run this one again.")
+    retired = plan.retired(steps)
     remaining = tuple(name for name in steps[-1].seen if name not in retired)
     chosen = remaining if names == "all" else _split(names)
     for name in chosen:

@@ -14,10 +14,13 @@ from iumad_jax.data.prepared import inventory
 from iumad_jax.data.prepared.inventory import Inventory, NameChanges
 from iumad_jax.data.prepared.store import Store, open_store
 from iumad_jax.data.readers.joined import Absent, reader_of
+from iumad_jax.data.sample import Reader, Split
 from iumad_jax.errors import UserError
 from iumad_jax.protocol import Step
 from iumad_jax.runtime import live
 from iumad_jax.runtime.progress import Progress
+
+GOOD: tuple[Split, ...] = ("train", "calibration")
 
 
 class DatasetChanged(UserError):
@@ -50,7 +53,7 @@ def compare_names(config: ConfigDict, noted: Inventory, steps: Sequence[Step]) -
 def used_images(workdir: Path, steps: Sequence[Step]) -> Inventory:
     """Return the inventory of a run, including the new images of its updates and calibrations.
 
-    Objects that were updated or calibrated with images of another dataset are left out.
+    Without test images of objects that may be tested on those of another dataset.
     """
     used = inventory.read(workdir)
     learned = {name: step for step in steps for name in step.learned}
@@ -60,8 +63,36 @@ def used_images(workdir: Path, steps: Sequence[Step]) -> Inventory:
                 for split, images in step.images[name].items():
                     used[name].setdefault(split, {}).update(images)
             else:
-                del used[name]
+                used[name].pop("test", None)
     return used
+
+
+def new_images(workdir: Path, steps: Sequence[Step], reader: Reader, name: str) -> dict[str, dict[str, str]]:
+    """Return the digests of a learned object's training and calibration images that the run has not used."""
+    new: dict[str, dict[str, str]] = {}
+    for split in GOOD:
+        used = [inventory.read(workdir).get(name, {}), *(step.images.get(name, {}) for step in steps)]
+        known = set(itertools.chain.from_iterable(images.get(split, {}).values() for images in used))
+        found = inventory.digests(reader, name, split)
+        new[split] = {id_: digest for id_, digest in found.items() if digest not in known}
+    return new
+
+
+def check_new_images(reader: Reader, step: Step) -> None:
+    """Check that the new images of an update or calibration are there, unchanged.
+
+    Raises:
+        UserError: If they are not.
+    """
+    for name, splits in step.images.items():
+        for split in GOOD:
+            found = inventory.digests(reader, name, split)
+            lost = [id_ for id_, digest in splits.get(split, {}).items() if found.get(id_) != digest]
+            if lost:
+                raise UserError(
+                    f"step {step.index} has begun to {step.act} {name}, but {len(lost)} of its new images are missing"
+                    f" or changed ({', '.join(lost[:5])}); restore them, or go on from before with learn --after."
+                )
 
 
 def check_images(
@@ -85,10 +116,12 @@ def check_images(
         )
     if messages := inventory.exchange_messages(noted, store):
         raise UserError(" ".join(messages))
-    present = [name for name in noted if not isinstance(reader_of(store.reader, name), Absent)]
     position = progress.position
-    in_training = strategy.objects(steps[position.step]) if position.step >= 0 and not position.finished else ()
-    for name, split in itertools.product(present, inventory.SPLIT_NAMES):
+    within = steps[position.step] if position.step >= 0 and not position.finished else None
+    in_training = strategy.objects(within) if within and not within.images else ()
+    for name, split in ((name, split) for name in noted for split in inventory.SPLIT_NAMES if split in noted[name]):
+        if isinstance(reader_of(store.reader, name, split), Absent):
+            continue
         change = inventory.changed_images(noted, store, name, split)
         if change is None:
             continue
@@ -129,17 +162,24 @@ def describe_changes(config: ConfigDict, workdir: Path, new_objects: bool = True
                 live.log(f"{name} is no longer in {dataset.dataset.root}; it is judged on images that the run kept.")
             messages += found._replace(gone=()).missing_messages()
             messages += found.new_object_messages(workdir) if new_objects else []
-            if present := [name for name in names if name in noted and name not in (*found.gone, *found.renamed)]:
+            in_use = [name for name in names if name not in plan.retired(steps)]
+            if present := [name for name in in_use if name in noted and name not in (*found.gone, *found.renamed)]:
                 store = open_store(dataset, readers.open_reader(dataset, present), workdir)
                 messages += inventory.exchange_messages({name: noted[name] for name in names if name in noted}, store)
-                pairs = itertools.product(present, inventory.SPLIT_NAMES)
-                changes = (inventory.changed_images(noted, store, name, split) for name, split in pairs)
-                messages += [f"{change} since the run used them." for change in changes if change]
-                pairs = itertools.product(present, ("train", "calibration"))
-                more = {name for name, split in pairs if set(store.reader.ids(name, split)) - set(noted[name][split])}
-                if more:
-                    flags = f"--update --workdir={workdir} --objects={','.join(sorted(more))}"
-                    messages.append(f"Learn the added images with python -m iumad_jax.learn {flags}.")
+                more: dict[str, list[str]] = {"learn --update": [], "calibrate": []}
+                for name in present:
+                    splits = [split for split in inventory.SPLIT_NAMES if split in noted[name]]
+                    changes = [inventory.changed_images(noted, store, name, split) for split in splits]
+                    messages += [f"{change} since the run used them." for change in changes if change]
+                    new = new_images(workdir, steps, store.reader, name) if any(changes) else {}
+                    if any(new.values()):
+                        more["learn --update" if new["train"] else "calibrate"].append(name)
+                messages += [
+                    f"For the new images, run python -m iumad_jax.{command} --workdir={workdir}"
+                    f" {' '.join((f'--objects={chr(44).join(objects)}', *plan.dataset_flags(config, dataset)))}."
+                    for command, objects in more.items()
+                    if objects
+                ]
     except UserError as error:
         messages.append(str(error))
     return " ".join(messages)

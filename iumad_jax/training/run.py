@@ -29,7 +29,7 @@ from iumad_jax.runtime.ledger import Ledger
 from iumad_jax.runtime.live import Live
 from iumad_jax.runtime.progress import BEGINNING, LedgerMark, Progress
 from iumad_jax.runtime.snapshots import Snapshots, last_step
-from iumad_jax.training.dataset_changes import check_images, compare_names, used_images
+from iumad_jax.training.dataset_changes import check_images, check_new_images, compare_names, used_images
 from iumad_jax.training.optimization import learning_rates, make_optimizer, optimizer_name, step_config, step_optimizer
 from iumad_jax.training.update import make_update
 
@@ -174,6 +174,7 @@ def for_step(run: Run, step: Step) -> Run:
     """Return the run with the config and the images of a step."""
     if step.images:
         reader = readers.open_reader(plan.dataset_of(run.config, step), step.objects)
+        check_new_images(reader, step)
         selected = Selected(reader, run.store.reader.objects, step.images)
         images = dataclasses.replace(run.store, reader=selected, folder=run.store.folder / f"step{step.index}")
         run = dataclasses.replace(run, images=images)

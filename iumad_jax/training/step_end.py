@@ -1,6 +1,6 @@
 """The end of a step: calibration, evaluation and its snapshot."""
 
-from iumad_jax.data.prepared import inventory, kept
+from iumad_jax.data.prepared import copies, inventory, kept
 from iumad_jax.data.prepared.good_images import CalibrationImages, calibration_images, good_images
 from iumad_jax.data.sample import Split
 from iumad_jax.inference import assessment, decisions, evaluation
@@ -54,7 +54,8 @@ def new_calibration_images(run: Run, step: Step, name: str) -> CalibrationImages
     if step.act == "learn":
         return good_images(run.images, name).calibrating
     split: Split = "calibration" if run.images.reader.ids(name, "calibration") else "train"
-    return calibration_images(run.images.get(name, split).batch, trained=split == "train" and step.act == "update")
+    images, trained = run.images.get(name, split).batch, split == "train" and step.act == "update"
+    return calibration_images(images, trained, few=trained and len(images.object_id) < copies.FEW)
 
 
 def changed_objects(step: Step, progress: Progress) -> tuple[str, ...]:

@@ -18,7 +18,8 @@ def copy_until(workdir: Path, step: int, output: Path) -> None:
     Raises:
         UserError: If the step has no intact snapshot, the folder exists, or it cannot be written.
     """
-    progress, steps = snapshots.read(workdir, step), plan.read(workdir)[: step + 1]
+    progress, all_steps = snapshots.read(workdir, step), plan.read(workdir)
+    steps, undone = all_steps[: step + 1], all_steps[step + 1 :]
     if output.exists():
         raise UserError(f"--output={output} exists; choose a new folder for the run without its later steps.")
     unfinished = output.with_name(f"{output.name}.unfinished")
@@ -38,6 +39,8 @@ def copy_until(workdir: Path, step: int, output: Path) -> None:
             lines = (workdir / name).read_bytes().splitlines(keepends=True)
             write_whole(unfinished / name, b"".join(lines[:count]))
         recorded = {name: images for name, images in inventory.read(workdir).items() if name in steps[-1].seen}
+        for name in {name for undone_step in undone for name in undone_step.images} & set(recorded):
+            recorded[name].pop("test", None)  # it may be that of another dataset
         inventory.write(unfinished, recorded)
         plan.write(unfinished, steps)
         unfinished.rename(output)

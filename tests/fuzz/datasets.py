@@ -23,7 +23,7 @@ from iumad_jax.data.readers.folder import Folder
 from iumad_jax.data.readers.mvtec3d import MVTec3D
 from iumad_jax.data.sample import Camera, DepthFormat, Reader, Split
 from iumad_jax.shapes import Modality
-from tests.data.formats import test_archives, test_depth_files
+from tests.data.formats import test_archives, test_depth_files, test_images
 
 HEIGHT, WIDTH = 24, 32
 CONFIG = Path(__file__).parents[2] / "configs" / "folder.py"
@@ -58,9 +58,9 @@ def _scene() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return rng.integers(0, 256, (HEIGHT, WIDTH, 3)).astype(np.uint8), cloud, mask
 
 
-def _encode(pixels: np.ndarray, kind: str, **options: object) -> bytes:
+def _encode(pixels: np.ndarray | Image.Image, kind: str, **options: object) -> bytes:
     stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, kind, **options)
+    (Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels).save(stream, kind, **options)
     return stream.getvalue()
 
 
@@ -70,7 +70,9 @@ LEVELS = np.round(CLOUD[..., 2] * 10_000).astype(np.uint16)
 
 def images(folder: Path) -> Target:
     """Return a target that reads photographs and masks in every format."""
-    grey = RGB[..., 0]
+    grey, image = RGB[..., 0], Image.fromarray(RGB)
+    turned = Image.Exif()
+    turned[0x0112] = 6
     seeds = {
         "rgb.png": _encode(RGB, "PNG"),
         "levels.png": _encode(LEVELS, "PNG"),
@@ -81,13 +83,24 @@ def images(folder: Path) -> Target:
         "lzw.tiff": _encode(RGB, "TIFF", compression="tiff_lzw"),
         "deflate.tiff": _encode(RGB, "TIFF", compression="tiff_deflate"),
         "jpeg.tiff": _encode(RGB, "TIFF", compression="jpeg"),
+        "lossy.webp": _encode(RGB, "WEBP"),
+        "lossless.webp": _encode(RGB, "WEBP", lossless=True, exif=turned),
+        "turned.jpg": _encode(RGB, "JPEG", exif=turned),
+        "turned.png": _encode(RGB, "PNG", exif=turned),
+        "palette.png": _encode(image.quantize(16), "PNG"),
+        "alpha.png": _encode(Image.fromarray(grey).convert("LA"), "PNG"),
+        "cmyk.jpg": _encode(image.convert("CMYK"), "JPEG"),
+        "deep.png": test_images.png_of_16_bits(RGB.astype(np.uint16) * 257),
+        "deep.tiff": test_depth_files.tiff(RGB.astype(np.uint16) * 257),
         "mask.png": _encode(MASK, "PNG"),
+        "mask.jpg": _encode(MASK, "JPEG"),
+        "mask_alpha.png": _encode(np.dstack([MASK] * 4), "PNG"),
     }
 
     def read(name: str, content: bytes) -> None:
         file = folder / name
         file.write_bytes(content)
-        (read_mask if name.startswith("mask") else read_photograph)(file)
+        read_mask(file) if name.startswith("mask") else read_photograph(file, 16)
 
     return Target(seeds, read)
 
@@ -241,6 +254,12 @@ _NAMES = (
     "b.PNG",
     "x" * 300,
     "",
+    "OK",
+    "normal",
+    "ground_truth",
+    "mask",
+    "00_x_mask.png",
+    "__MACOSX",
 )
 
 
@@ -264,11 +283,44 @@ def _disarrange(paths: list[Path], draw: Iterator[int]) -> None:
                 new.mkdir()
 
 
+def _mvtec_files() -> dict[str, bytes]:
+    photograph = _encode(RGB, "PNG")
+    files = {f"bolt/{path}.png": photograph for path in ("train/good/0", "test/good/0", "test/cut/0", "test/dent/a/0")}
+    masks = {f"bolt/ground_truth/{path}_mask.png": _encode(MASK, "PNG") for path in ("cut/0", "dent/a/0")}
+    return files | masks
+
+
+def _visa_files() -> dict[str, bytes]:
+    images = {f"bolt/Data/Images/{path}.JPG": _encode(RGB, "JPEG") for path in ("Normal/0", "Normal/1", "Anomaly/0")}
+    rows = [f"bolt,{split},normal,bolt/Data/Images/Normal/{i}.JPG," for i, split in enumerate(("train", "test"))]
+    table = "\r\n".join(["object,split,label,image,mask", *rows]).encode()
+    return images | {"bolt/Data/Masks/Anomaly/0.png": _encode(MASK, "PNG"), "split_csv/1cls.csv": table}
+
+
+def visa(folder: Path) -> Target:
+    """Return a target that reads VisA with a mutated table, or with settings in place of one."""
+    root, files = folder / "dataset", _visa_files()
+    table = "split_csv/1cls.csv"
+    settings = "normal: Data/Images/Normal\nabnormal: [Data/Images/Anomaly]\nmasks: Data/Masks/Anomaly\nbits: 12\n"
+    seeds = {table: files[table], "dataset.yaml": settings.encode()}
+
+    def read(name: str, content: bytes) -> None:
+        shutil.rmtree(root, ignore_errors=True)
+        write(root, files | {name: content})
+        reader = Folder(root)
+        for key in _sample_keys(reader):
+            reader.read(*key)
+
+    return Target(seeds, read)
+
+
 def layout(folder: Path) -> Target:
     """Return a target that reads datasets whose files and folders are renamed, removed, linked or moved."""
     templates: dict[str, tuple[dict[str, bytes], Callable[[Path], Reader]]] = {
         "eyecandies": (_eyecandies_files(), lambda root: Eyecandies(root, "Confetto")),
         "folder": (folder_files(), lambda root: Folder(root)),
+        "mvtec": (_mvtec_files(), lambda root: Folder(root)),
+        "visa": (_visa_files(), lambda root: Folder(root)),
     }
 
     def read(name: str, content: bytes) -> None:

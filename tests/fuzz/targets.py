@@ -42,6 +42,7 @@ from tests.fuzz.datasets import (
     layout,
     mvtec3d,
     store,
+    visa,
     write,
 )
 from tests.models import pth
@@ -139,7 +140,7 @@ def ledger_(folder: Path) -> Target:
     """Return a target that reads a ledger and then continues it."""
     file = folder / "ledger.jsonl"
     written = ledger.Ledger(file)
-    written.append("step", step=0, learned=["bolt"], images=3)
+    written.append("step", step=0, act="learn", objects=["bolt"], images=3)
     for epoch in range(4):
         written.append("epoch", step=0, epoch=epoch, loss=0.1 * epoch, gradient_norm=1.0)
     written.append("evaluation", step=0, object="bolt", method="ib_iumad", i_auroc=0.9, aupro=None)
@@ -242,6 +243,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "eyecandies": eyecandies,
     "mvtec3d": mvtec3d,
     "folder": folder,
+    "visa": visa,
     "height_maps": height_maps,
     "aligned": aligned,
     "layout": layout,

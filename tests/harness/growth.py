@@ -102,6 +102,7 @@ def _sizes(config: Any, objects: int, train: int, test: int) -> dict[str, float]
 
     sizes = {
         "prepared images": objects * (train * size(image) + test * (size(image) + truth)),
+        "kept calibration images": objects * min(config.decisions.kept_images, train) * size(image),
         f"weights of {config.method}": size(variables),
         "state of the optimiser": size(optimizer),
         "state of iuf": sum(4.0 * leaf.shape[-1] ** 2 for leaf in activations),

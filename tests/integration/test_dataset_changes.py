@@ -119,7 +119,9 @@ def test_a_finished_run_reports_changed_images(home):
         sentences.IMAGES_CHANGED.format(object="nut", split="test", count=1, which="hole/200"),
     ]
     messages = [sentences.DATASET_CHANGED.format("run"), *map(sentences.CHANGED_SINCE_USE.format, changed)]
-    assert str(error.value) == " ".join([*messages, sentences.LEARN_ADDED_IMAGES.format("bolt,nut")])
+    messages.append(sentences.NEW_IMAGES.format(command="learn --update", objects="bolt"))
+    messages.append(sentences.NEW_IMAGES.format(command="calibrate", objects="nut"))  # it has no new training images
+    assert str(error.value) == " ".join(messages)
     assert files(home / "run") == before
 
 
@@ -199,7 +201,7 @@ def test_changed_images_of_a_learned_object_are_reported(home, capsys):
     added = sentences.IMAGES_ADDED.format(object="bolt", split="training", count=1, which="050")
     with pytest.raises(experiment.DatasetChanged, match=re.escape(sentences.CHANGED_SINCE_USE.format(added))) as error:
         run()
-    assert str(error.value).endswith(sentences.LEARN_ADDED_IMAGES.format("bolt"))
+    assert str(error.value).endswith(sentences.NEW_IMAGES.format(command="learn --update", objects="bolt"))
     messages = capsys.readouterr().err.splitlines()
     assert messages[:2] == [
         sentences.EARLIER_IMAGES_LEARNED.format(

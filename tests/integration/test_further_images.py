@@ -109,6 +109,26 @@ def test_an_interrupted_update_resumes_to_the_same_result(tmp_path, monkeypatch,
 
 
 @pytest.mark.usefixtures("home")
+def test_an_unfinished_update_is_finished_as_it_began(command):
+    """Its results are missing first, then also its snapshot, and last one of its images."""
+    before = Path("run/results.json").read_bytes()
+    further()
+    assert command(learn, "--update")[0] == 0
+    after = files(Path("run"))
+    Path("run/results.json").write_bytes(before)
+    assert command(learn, "--update")[0] == 0
+    assert files(Path("run")) == after
+
+    Path("run/results.json").write_bytes(before)
+    shutil.rmtree("run/snapshots/2")
+    code, _, err = command(learn, "--update", "--config.train.epochs=7")
+    assert (code, "has begun to update bolt without changed keys; finish it so first" in err) == (USER_ERROR, True)
+    Path("objects/bolt/train/good/rgb/051.png").unlink()
+    code, _, err = command(learn, "--update")
+    assert (code, "1 of its new images are missing or changed (051)" in err) == (USER_ERROR, True)
+
+
+@pytest.mark.usefixtures("home")
 def test_objects_whose_files_are_gone_are_still_judged(command):
     """The thresholds of bolt are those of a run that still has its files, and its results those of its last test."""
     add("washer")
@@ -182,6 +202,12 @@ def test_an_object_updated_from_another_folder_is_tested_there(command):
     assert (before["object"], set(images)) == ("bolt", {"bolt", "nut"})
     samples = np.load("run/samples/step2_bolt.npz", allow_pickle=False)
     assert len(samples["ids"]) == 5
+    run(**BANK)  # its own dataset has no new images
+    further(seed=3)
+    with pytest.raises(
+        UserError, match=re.escape(sentences.NEW_IMAGES.format(command="learn --update", objects="bolt"))
+    ):
+        run(**BANK)
 
 
 @pytest.mark.usefixtures("home")

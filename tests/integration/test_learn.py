@@ -117,10 +117,10 @@ def test_a_closed_run_learns_objects_from_another_folder(command):
     for name, root in (("bolt", "objects"), ("washer", "later"), ("anchor", "objects")):
         assert recognised(detector, Path(root) / name) == name
     config = workdirs.read(Path("run"))
-    reader = plan.open_for_use(config, Path("run"), detector.objects)  # as `evaluate` does
+    reader = plan.open_for_use(config, Path("run"), detector.step)  # as `evaluate` does
     assert (sorted(reader.objects), reader.ids("washer", "test")) == (sorted(detector.objects), ids_of("later/washer"))
     config.dataset.root = "later"
-    assert plan.open_for_use(config, Path("run"), detector.objects).objects == ("washer",)
+    assert plan.open_for_use(config, Path("run"), detector.step).objects == ("washer",)
 
 
 def ids_of(folder):

@@ -120,8 +120,9 @@ def test_pictures_are_read_back(tmp_path, masks):
     rgb = np.repeat(np.stack([y, x, y + x], axis=-1)[None].astype(np.uint8), COUNT, axis=0)
     heights = np.full((COUNT, SIZE, SIZE), np.nan, np.float32)
     heights[1] = np.where(x < 32, 0, 0.02)
-    samples.save_pictures(tmp_path, "ant", rgb, heights, masks, height_scale=0.02)
-    pictures = samples.load_pictures(tmp_path, "ant")
+    name = samples.save_pictures(tmp_path, "ant", rgb, heights, masks, height_scale=0.02)
+    assert samples.save_pictures(tmp_path, "ant", 255 - rgb, heights, masks, height_scale=0.02) != name
+    pictures = samples.load_pictures(tmp_path, name)
     assert len(pictures) == COUNT
     for picture in pictures:
         pixels = np.asarray(Image.open(io.BytesIO(picture.rgb))).astype(int)
@@ -135,13 +136,14 @@ def test_pictures_are_read_back(tmp_path, masks):
 
 def test_missing_and_damaged_pictures_are_reported(tmp_path, masks):
     rgb, heights = np.zeros((COUNT, SIZE, SIZE, 3), np.uint8), np.zeros((COUNT, SIZE, SIZE), np.float32)
-    with pytest.raises(UserError, match=re.escape(sentences.FILE_UNREADABLE.format("pictures_ant.npz"))):
-        samples.load_pictures(tmp_path, "ant")
-    samples.save_pictures(tmp_path, "ant", rgb, heights, masks, height_scale=1)
-    path = tmp_path / "samples" / "pictures_ant.npz"
-    path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(UserError, match=re.escape(sentences.FILE_UNREADABLE.format("pictures_ant.npz"))):
-        samples.load_pictures(tmp_path, "ant")
+    name = samples.save_pictures(tmp_path, "ant", rgb, heights, masks, height_scale=1)
+    path = tmp_path / "samples" / name
+    content = path.read_bytes()
+    path.unlink()
+    for damage in (lambda: None, lambda: path.write_bytes(content[:-200])):
+        damage()
+        with pytest.raises(UserError, match=re.escape(sentences.FILE_UNREADABLE.format(name))):
+            samples.load_pictures(tmp_path, name)
     np.savez(path, content=np.zeros(3, np.uint8), lengths=[1, 1, 5], size=[SIZE, SIZE])
     with pytest.raises(UserError, match=sentences.PICTURES_MISSING):
-        samples.load_pictures(tmp_path, "ant")
+        samples.load_pictures(tmp_path, name)

@@ -20,7 +20,7 @@ from PIL import TiffImagePlugin
 from iumad_jax.data.depth import project
 from iumad_jax.data.formats.clouds import read_pcd, read_ply
 from iumad_jax.data.formats.files import read_error
-from iumad_jax.data.formats.images import check_size, read_image
+from iumad_jax.data.formats.images import check_size, read_image, upright
 from iumad_jax.data.sample import Camera, DepthFormat
 from iumad_jax.errors import UserError, tell_once
 
@@ -29,10 +29,12 @@ DEPTH_IMAGES = (".png", ".tiff", ".tif", ".npy", ".ply", ".pcd", ".pgm", ".exr")
 _MIN_MEDIAN = 0.005  # metres; a smaller median depth means a wrong unit
 _MIN_DEPTH, _MAX_DEPTH = 1e-4, 20.0  # metres; depths outside count as missing; a larger median means a wrong unit
 _MAX_ERROR = 0.01  # largest distance of points from the rays of their pixels over the image's longer side
-_MAX_NEGATIVE = 0.05  # a larger share of negative depths does not mean missing pixels but another axis
+_MAX_NEGATIVE = 0.05  # a larger share of negative depths does not mean missing pixels but another axis, as do
+_NEAR_ZERO = 0.1  # positive ones below this share of their median
 _SATURATED = {"999", "9999", "99999", "999999", "1023", "2047", "4095", "8191", "16383", "32767", "65534", "65535"}
 _ROUNDS, _MAX_POINTS = 4, 20_000  # for the robust fit of the camera
 logging.getLogger("tifffile").disabled = True  # damaged files raise a UserError instead of its log lines
+_ORIENTATION_TAG = 0x0112
 _TIFF_PLAIN, _TIFF_DEFLATE, _TIFF_PILLOW = (1,), (8, 32946), (5, 32773)  # compression codes; the last LZW, PackBits
 _FLOATING_POINT, _PILLOW_MODES = 3, ("I;16", "I;16B", "I", "F")  # predictor, modes of a single exact channel
 _PGM = re.compile(rb"P5(?:\s+#[^\n]*\n|\s)+(\d+)(?:\s+#[^\n]*\n|\s)+(\d+)(?:\s+#[^\n]*\n|\s)+(\d+)\s")
@@ -140,7 +142,9 @@ def _measured(levels: np.ndarray, file: Path, format_: DepthFormat) -> Bool[np.n
     negative = levels[valid & (levels < 0)]
     if len(negative) and not format_.heights:
         lowest = f"{negative.min():g}"
-        if len(negative) > _MAX_NEGATIVE * valid.sum() and (np.ptp(negative) or len(negative) == valid.sum()):
+        positive = levels[valid & (levels > 0)]
+        crosses_zero = len(positive) == 0 or positive.min() < _NEAR_ZERO * np.median(positive)
+        if crosses_zero or (len(negative) > _MAX_NEGATIVE * valid.sum() and np.ptp(negative)):
             raise UserError(
                 f"{file} has a depth of {lowest}; depth must be the distance from the sensor, above 0 (if larger is"
                 " higher, write kind: height into dataset.yaml)."
@@ -155,11 +159,11 @@ def _measured(levels: np.ndarray, file: Path, format_: DepthFormat) -> Bool[np.n
 def _constants_apart(levels: Float64[np.ndarray, " n"], heights: bool) -> Iterator[float]:
     """Find repeated values, at most three at either end, that are too far from all other levels to be measured.
 
-    They differ from their neighbour by a factor above 10; or above 2, if they also differ from it by ten times the
-    range of the others, or are known as the largest number of some sensor, in any decimal unit. Heights have no scale
-    but their range: theirs differ by ten times it, or twice if known.
+    Such depths are more than twice their neighbour, and differ from it by ten times the range of the others, or are
+    known as the largest number of some sensor, in any decimal unit. Heights have no scale but their range: theirs
+    differ by ten times it, or twice if known, at the lower end, too.
     """
-    for end in (np.max, np.min):
+    for end in (np.max, np.min) if heights else (np.max,):
         for _ in range(3):
             value = end(levels) if len(levels) else 0
             others = levels[levels != value]
@@ -172,8 +176,7 @@ def _constants_apart(levels: Float64[np.ndarray, " n"], heights: bool) -> Iterat
             if heights:
                 apart = span > 0 and gap > (2 if known else 10) * span
             else:
-                ratio = max(value, neighbour) / min(value, neighbour)
-                apart = ratio > 10 or (ratio > 2 and (known or gap > 10 * span))
+                apart = value > 2 * neighbour and (known or gap > 10 * span)
             if not apart:
                 break
             yield value
@@ -277,7 +280,7 @@ def _read_tiff(file: Path) -> np.ndarray:
             raise UserError(f"{file} is compressed by {name}; save it without compression.")
         if page.compression in _TIFF_DEFLATE:
             _check_inflated(file, page)
-        return page.asarray()
+        return upright(page.asarray(), page.tags.valueof(_ORIENTATION_TAG, default=1))
 
 
 def _read_pgm(file: Path) -> np.ndarray:

@@ -9,10 +9,11 @@ from typing import Any
 
 import yaml
 
-from iumad_jax.errors import UserError
+from iumad_jax.errors import UserError, tell_once
 
 _MAX_YAML_BYTES = 1 << 16
 _MAX_YAML_DEPTH = 20
+_CLUTTER, _ANNOTATIONS = ("thumbs.db", "desktop.ini", "__macosx"), (".json", ".xml")  # names and endings, in lower case
 
 
 def select(objects: str | Sequence[str], available: Sequence[str]) -> tuple[str, ...]:
@@ -53,8 +54,13 @@ def opening(root: Path) -> Iterator[None]:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}); make it readable.") from error
 
 
+def is_clutter(name: str) -> bool:
+    """Return whether a name is that of a hidden file, of what systems leave in folders, or of a tool's annotation."""
+    return name.startswith(".") or name.casefold() in _CLUTTER or name.casefold().endswith(_ANNOTATIONS)
+
+
 def list_entries(folder: Path, root: Path) -> dict[str, os.DirEntry[str]]:
-    """List the entries of a folder by name, sorted, without hidden files.
+    """List the entries of a folder by name, sorted, without what `is_clutter` leaves out.
 
     Raises:
         UserError: If the folder or a link in it leads out of the root, or a name cannot be printed.
@@ -62,7 +68,7 @@ def list_entries(folder: Path, root: Path) -> dict[str, os.DirEntry[str]]:
     """
     _check_inside(folder, root)
     with os.scandir(folder) as entries:
-        visible = [entry for entry in entries if entry.name[0] != "."]
+        visible = [entry for entry in entries if not is_clutter(entry.name)]
     by_name = {entry.name: entry for entry in sorted(visible, key=lambda entry: entry.name)}
     for name, entry in by_name.items():
         if not name.isprintable():
@@ -137,6 +143,11 @@ def abbreviate(value: Any) -> str:
         return f"{reprlib.repr(value):.40}"
     except ValueError:  # Python refuses to convert integers of thousands of digits to text
         return "a huge number"
+
+
+def tell(message: str, example: Path) -> None:
+    """Tell once what is done with files such as the example."""
+    tell_once(message, f"{message} (as in {example}).")
 
 
 def read_error(file: Path, error: Exception) -> UserError:

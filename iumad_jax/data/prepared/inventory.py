@@ -88,10 +88,11 @@ class NameChanges(NamedTuple):
             open_reader: Function that opens a reader for the named objects.
         """
         new = [name for name in present if name not in inventory]
+        absent = {name: _inventory_digests(inventory, name) for name in inventory if name not in present}
+        digests_of_new = {name: _read_digests(open_reader, name) for name in new if any(absent.values())}
         renamed: dict[str, str] = {}
-        for name in inventory:
-            digests = set() if name in present else _inventory_digests(inventory, name)
-            candidates = [other for other in new if digests & _read_digests(open_reader, other)] if digests else []
+        for name, digests in absent.items():
+            candidates = [other for other, found in digests_of_new.items() if digests & found]
             renamed |= {name: candidates[0]} if candidates else {}
         gone = tuple(name for name in inventory if name not in present and name not in renamed)
         return cls(gone, renamed, tuple(name for name in new if name not in renamed.values()))

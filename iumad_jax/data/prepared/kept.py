@@ -16,21 +16,31 @@ Record = dict[str, Any]  # JSON: `arrays`, the SHA-256 of each array by path; `f
 
 
 def keep(shared: SharedArrays, new: CalibrationImages, count: int, earlier: CalibrationImages | None = None) -> Record:
-    """Keep at most `count` images: the new ones, and evenly spaced ones of those kept earlier.
+    """Keep at most `count` images: new ones, and of those kept earlier first the ones on which nothing is trained.
+
+    New images on which the method is trained take at most half of the places that earlier ones need.
 
     Raises:
         UserError: If they cannot be written.
     """
-    parts = [_evenly_spaced(new, count)]
+    places = count
+    if earlier and new.trained.all():
+        places = max(count - len(earlier.trained), count // 2)
+    parts = [_rows(new, _evenly_spaced(np.arange(len(new.trained)), places))]
     if earlier and (rest := count - len(parts[0].trained)):
-        parts.append(_evenly_spaced(earlier, rest))
-    images, trained = jax.tree.map(lambda *arrays: np.concatenate(arrays), *((x.images, x.trained) for x in parts))
-    arrays = {"features": images.features, "images": images.images, "trained": trained}
+        untrained = _evenly_spaced(np.flatnonzero(~earlier.trained), rest)
+        trained = _evenly_spaced(np.flatnonzero(earlier.trained), rest - len(untrained))
+        parts.append(_rows(earlier, np.concatenate([untrained, trained])))
+    images, flags = jax.tree.map(lambda *arrays: np.concatenate(arrays), *((x.images, x.trained) for x in parts))
+    arrays = {"features": images.features, "images": images.images, "trained": flags}
     return {"arrays": shared.write_object(arrays), "few": new.few and (earlier is None or earlier.few)}
 
 
-def _evenly_spaced(good: CalibrationImages, count: int) -> CalibrationImages:
-    rows = np.linspace(0, len(good.trained) - 1, min(count, len(good.trained))).round().astype(int)
+def _evenly_spaced(rows: np.ndarray, count: int) -> np.ndarray:
+    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)]
+
+
+def _rows(good: CalibrationImages, rows: np.ndarray) -> CalibrationImages:
     images, trained = jax.tree.map(lambda array: np.asarray(array[rows]), (good.images, good.trained))
     return CalibrationImages(images, trained, good.few)
 

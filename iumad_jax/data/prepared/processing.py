@@ -25,6 +25,7 @@ class Processing:
         height_range: Height above the background plane that the `height` encoding spans, in metres.
         object_height: Height above the background plane from which a pixel belongs to the object, in metres.
         normals_window: Side of the window in which normals are fitted, in pixels.
+        bits: Bits that photographs of 16 bits per channel use; None if the first one has 8 bits per channel.
     """
 
     modalities: tuple[Modality, ...]
@@ -33,6 +34,7 @@ class Processing:
     height_range: float
     object_height: float
     normals_window: int = 3
+    bits: int | None = None
 
     def __post_init__(self) -> None:
         depth.check_encoding(self.depth_encoding)
@@ -40,6 +42,7 @@ class Processing:
     @classmethod
     def of(cls, config: ConfigDict, reader: Reader) -> "Processing":
         """Return the processing of a run with this config, for the images of this reader."""
+        first = reader.objects[0]
         return cls(
             configs.modalities(config),
             config.input.size,
@@ -47,6 +50,7 @@ class Processing:
             reader.height_range,
             reader.object_height,
             reader.normals_window,
+            reader.read(first, "train", reader.ids(first, "train")[0]).bits,
         )
 
     @classmethod
@@ -67,8 +71,14 @@ class Processing:
             Arrays by name: `images_<modality>` (h w 3) for the backbone, and the fields of `GroundTruth`.
 
         Raises:
-            UserError: If the sample has unusable depth, or lacks depth or official normals that the encoding needs.
+            UserError: If the sample has unusable depth, lacks depth or official normals that the encoding needs, or has
+                other bits.
         """
+        if self.bits and sample.bits not in (None, self.bits):
+            raise UserError(
+                f"{sample.object}'s photographs are scaled from {sample.bits} bits, but the run began with {self.bits};"
+                f" write bits: {self.bits} to dataset.yaml."
+            )
         shape = sample.rgb.shape[:2]
         masked = sample.mask is not None or sample.defect == "good"
         arrays = {

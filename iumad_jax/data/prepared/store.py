@@ -36,7 +36,7 @@ from iumad_jax.data.prepared.copies import PreparedSplit
 from iumad_jax.data.prepared.processing import Processing
 from iumad_jax.data.prepared.records import Image, Manifest, Values
 from iumad_jax.data.readers.joined import reader_of
-from iumad_jax.data.sample import Reader, Sample
+from iumad_jax.data.sample import Reader, Sample, Split
 from iumad_jax.errors import UserError
 from iumad_jax.models import pretrained
 from iumad_jax.models.backbone import FeatureExtractor
@@ -191,11 +191,12 @@ class Store:
         return PreparedSet(Batch(features, images, object_id), truth, defects, ids)
 
     def _folder_of(self, object_: str, split: PreparedSplit) -> Path:
-        content = [FORMAT, self._settings(object_)]
+        content = [FORMAT, self._settings(object_, split)]
         return self.folder / f"{object_}-{split}-{records.digest(content)[:16]}"
 
-    def _settings(self, object_: str) -> Any:
-        return [self.settings, dataclasses.asdict(self.processing), str(reader_of(self.reader, object_))]
+    def _settings(self, object_: str, split: PreparedSplit) -> Any:
+        source: Split = "train" if split == "degraded" or split == "varied" else split
+        return [self.settings, dataclasses.asdict(self.processing), str(reader_of(self.reader, object_, source))]
 
     def _array_names(self, split: PreparedSplit) -> tuple[str, ...]:
         """Return the names of the stored arrays; training images have no ground truth."""
@@ -261,7 +262,7 @@ class Store:
                     bar.update(len(chunk))
             manifest = Manifest(
                 format=FORMAT,
-                settings=self._settings(object_),
+                settings=self._settings(object_, split),
                 rows=target.name,
                 images=[finished[index] for index in range(len(images))],
             )

@@ -7,9 +7,10 @@ from ml_collections import ConfigDict
 
 from iumad_jax.data import candies
 from iumad_jax.data.formats.files import select
-from iumad_jax.data.readers import eyecandies, mvtec3d
+from iumad_jax.data.readers import eyecandies
+from iumad_jax.data.readers.arrangements import object_folders
 from iumad_jax.data.readers.eyecandies import Eyecandies
-from iumad_jax.data.readers.folder import Folder, object_names
+from iumad_jax.data.readers.folder import Folder
 from iumad_jax.data.readers.mvtec3d import MVTec3D
 from iumad_jax.data.sample import Reader
 from iumad_jax.errors import UserError
@@ -37,9 +38,8 @@ def available(config: ConfigDict) -> tuple[str, ...]:
         "eyecandies": eyecandies.OBJECTS,
         "candies": eyecandies.OBJECTS,
         "sweets": candies.names(dataset.render.objects),
-        "mvtec3d": mvtec3d.OBJECTS,
     }
-    return fixed.get(dataset.name) or object_names(Path(dataset.root))
+    return fixed.get(dataset.name) or tuple(object_folders(Path(dataset.root)))
 
 
 def render(config: ConfigDict) -> None:

@@ -10,18 +10,15 @@ from typing import Any, Literal
 import numpy as np
 
 from iumad_jax.data import depth
-from iumad_jax.data.formats.depth_files import DEPTH_IMAGES
-from iumad_jax.data.formats.files import abbreviate, folders, opening, read_yaml, select
-from iumad_jax.data.formats.images import PHOTOGRAPHS
-from iumad_jax.data.readers.layout import Item, list_good_items, list_items, list_labelled_items, read_item
+from iumad_jax.data.formats.files import abbreviate, opening, read_yaml, select
+from iumad_jax.data.formats.images import used_bits
+from iumad_jax.data.readers.arrangements import Named, list_object, object_folders
+from iumad_jax.data.readers.layout import Item, read_item
 from iumad_jax.data.sample import Alignment, Camera, DepthFormat, Sample, Split
 from iumad_jax.errors import UserError, tell_once
 
 SETTINGS = "dataset.yaml"
 
-_KINDS = {"rgb": PHOTOGRAPHS, "depth": DEPTH_IMAGES, "mask": PHOTOGRAPHS}
-_UNLABELLED = {"rgb": PHOTOGRAPHS, "depth": DEPTH_IMAGES}
-_SPLITS = ("train", "val", "test", "unlabelled")
 _UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001, "um": 1e-6}
 _CAMERA = ("fx", "fy", "cx", "cy")
 _LENGTHS = ("object_height", "height_range")
@@ -30,10 +27,10 @@ _STEEPEST = 10  # largest range of heights per longer side of a height map; a la
 
 
 class Folder:
-    """Reader of `<root>/<object>/{train,val,test}/{good,<defect>}/{rgb,depth,mask}/<id>.*`.
+    """Reader of `<root>/<object>/{train,val,test}/{good,<defect>}/{rgb,depth,mask}/<id>.*` and other `arrangements`.
 
     `val`, `test` and whole `depth` and `mask` folders are optional, and `rgb` beside `depth`; images without labels
-    belong in `<object>/unlabelled/{rgb,depth}`. RGB: 8-bit PNG, JPEG, TIFF or BMP. Depth: see `depth_files.read_depth`.
+    belong in `<object>/unlabelled/{rgb,depth}`. RGB: see `images.read_photograph`. Depth: see `depth_files.read_depth`.
     Masks: 0 where good. All images of one id must have one size, but for depth with `align`.
 
     `<root>/dataset.yaml` may have these keys:
@@ -46,9 +43,13 @@ class Folder:
             (fx, fy, cx, cy of photographs) and `matrix` (4 x 4, from the depth camera's coordinates, metres).
         camera: fx, fy, cx, cy of depth images in pixels; unorganised clouds are projected into it. By default the focal
             length is the image's width, which keeps planes flat but changes lengths along them.
+        bits: Bits that photographs of 16 bits per channel use; by default the fewest of 8, 10, 12, 14 and 16 that hold
+            the first object's training images.
         object_height: Height above the background plane, in metres, from which a pixel belongs to the object (0.005;
             for height maps 1/100 of their longer side).
         height_range: Height in metres that the `height` encoding spans (0.1; for height maps 1/5 of their longer side).
+        normal, abnormal, masks: Folders within each object that hold its good images, its anomalous images (one folder
+            per defect) and their masks; by default the names of folders tell.
         normals_window: Window of the normals in pixels; by default the result of `depth.choose_window` for the first
             object, so that objects that come later do not change it.
 
@@ -68,8 +69,9 @@ class Folder:
     ) -> None:
         self.root = Path(root)
         self._items: dict[tuple[str, Split], dict[str, Item]] = {}
+        by_name = object_folders(self.root)
+        self.objects = select(objects, tuple(by_name))
         with opening(self.root):
-            self.objects = select(objects, object_names(self.root))
             file = self.root / SETTINGS
             if not file.exists() and (other := file.with_suffix(".yml")).exists():
                 file = other
@@ -80,7 +82,11 @@ class Folder:
                 self._settings.get("unit"), self._settings.get("missing"), heights, self._settings.get("align")
             )
             for name in self.objects:
-                self._index(name, ("rgb",) * needs_rgb + ("depth",) * needs_depth)
+                needed = ("rgb",) * needs_rgb + ("depth",) * needs_depth
+                found = list_object(by_name[name], self.root, needed, self._settings.get("named"))
+                self._items |= {(name, split): items for split, items in found.items()}
+        first_items = self._items[self.objects[0], "train"].values()
+        self._bits: int | None = self._settings.get("bits") or used_bits([x.rgb for x in first_items if x.rgb])
         # The first training images reveal mistakes common to all images.
         first, *_ = [self.read(name, "train", self.ids(name, "train")[0]) for name in self.objects]
         defaults = self._defaults(first)
@@ -112,21 +118,8 @@ class Folder:
             self.depth_format,
             remedy=f"set the unit in {self.root / SETTINGS}, for example unit: mm (kind: height if larger is higher)",
             camera=self._settings.get("camera"),
+            bits=self._bits,
         )
-
-    def _index(self, name: str, needed: tuple[str, ...]) -> None:
-        folder = self.root / name
-        for split in folders(folder, self.root):
-            if split not in _SPLITS:
-                raise UserError(f"{folder / split} is not one of {', '.join(_SPLITS)}; rename or remove it.")
-        self._items[name, "train"] = list_good_items(folder / "train", self.root, _KINDS, needed)
-        if (folder / "val").exists():
-            self._items[name, "calibration"] = list_good_items(folder / "val", self.root, _KINDS, needed)
-        if (folder / "test").exists():
-            self._items[name, "test"] = list_labelled_items(folder / "test", self.root, _KINDS, needed)
-        if (folder / "unlabelled").exists():
-            items = list_items("unknown", folder / "unlabelled", self.root, _UNLABELLED, needed)
-            self._items[name, "unlabelled"] = items
 
     def _defaults(self, sample: Sample) -> dict[str, Any]:
         """Derive settings from a training image, and ask about depth that looks like heights."""
@@ -151,22 +144,9 @@ class Folder:
         return settings
 
 
-def object_names(root: Path) -> tuple[str, ...]:
-    """List the objects in a folder, one per subfolder.
-
-    Raises:
-        UserError: If the folder cannot be read or has no subfolders.
-    """
-    with opening(root):
-        names = folders(root, root)
-    if not names:
-        raise UserError(f"config.dataset.root is {root}, which holds no folder; add one for every object.")
-    return names
-
-
 def _check_settings(file: Path, content: dict[Any, Any]) -> dict[str, Any]:
     """Check the content of dataset.yaml and convert it: unit in metres, a `Camera`."""
-    keys = ("unit", "missing", "kind", "pitch", "align", "camera", *_LENGTHS, "normals_window")
+    keys = ("unit", "missing", "kind", "pitch", "align", "camera", "bits", *_LENGTHS, "normals_window", *Named._fields)
     for key in content:
         if key not in keys:
             raise UserError(f"{file} has the unknown key {abbreviate(key)}; use {', '.join(keys)}.")
@@ -196,12 +176,29 @@ def _check_settings(file: Path, content: dict[Any, Any]) -> dict[str, Any]:
         settings["camera"] = _check_camera(file, content["camera"])
     if "align" in content:
         settings["align"] = _check_alignment(file, content["align"], settings.get("camera"))
+    if "bits" in content:
+        bits = content["bits"]
+        if bits not in range(8, 17) or isinstance(bits, bool):
+            raise UserError(f"{file} has {abbreviate(bits)} as bits; use 8 to 16, the bits of the camera.")
+        settings["bits"] = bits
+    if named := {key: _check_paths(file, key, content[key]) for key in Named._fields if key in content}:
+        if "normal" not in named or len(named.get("masks", " ")) != 1:
+            raise UserError(f"{file} names folders but not one of normal images and at most one of masks; correct it.")
+        settings["named"] = Named(named["normal"], named.get("abnormal", ()), *named.get("masks", ()))
     if "normals_window" in content:
         window = content["normals_window"]
         if window not in range(3, 100, 2) or isinstance(window, bool):
             raise UserError(f"{file} has {abbreviate(window)} as normals_window; use an odd number from 3 to 99.")
         settings["normals_window"] = window
     return settings
+
+
+def _check_paths(file: Path, key: str, value: Any) -> tuple[str, ...]:
+    """Check the paths of folders within an object, one or a list."""
+    paths = value if isinstance(value, list) else [value]
+    if not paths or not all(isinstance(path, str) and path.strip() and path.isprintable() for path in paths):
+        raise UserError(f"{file} has {abbreviate(value)} as {key}; use the name of a folder in each object, or a list.")
+    return tuple(paths)
 
 
 def _check_camera(file: Path, camera: Any) -> Camera:

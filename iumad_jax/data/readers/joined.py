@@ -9,10 +9,13 @@ from iumad_jax.protocol import Images
 
 
 class Joined:
-    """Reader that passes each object to its own reader. Settings of depth are those of the first that has images."""
+    """Reader that passes each object to its own reader, or for test images to another one.
 
-    def __init__(self, by_object: Mapping[str, Reader]) -> None:
-        self.by_object = dict(by_object)
+    Settings of depth are those of the first that has images.
+    """
+
+    def __init__(self, by_object: Mapping[str, Reader], tests: Mapping[str, Reader] | None = None) -> None:
+        self.by_object, self.tests = dict(by_object), dict(tests or {})
         self.objects = tuple(by_object)
         first, *_ = sorted(by_object.values(), key=lambda reader: isinstance(reader, Absent))
         self.object_height, self.height_range = first.object_height, first.height_range
@@ -20,15 +23,19 @@ class Joined:
 
     def ids(self, object: str, split: Split) -> tuple[str, ...]:
         """List the sample ids of one object and split."""
-        return self.by_object[object].ids(object, split)
+        return self.of(object, split).ids(object, split)
 
     def files(self, object: str, split: Split, id: str) -> tuple[Path, ...]:
         """List the files that a sample is read from."""
-        return self.by_object[object].files(object, split, id)
+        return self.of(object, split).files(object, split, id)
 
     def read(self, object: str, split: Split, id: str) -> Sample:
         """Read one sample."""
-        return self.by_object[object].read(object, split, id)
+        return self.of(object, split).read(object, split, id)
+
+    def of(self, object: str, split: Split) -> Reader:
+        """Return the reader of the images of one object and split."""
+        return self.tests.get(object, self.by_object[object]) if split == "test" else self.by_object[object]
 
 
 class Absent:
@@ -74,8 +81,8 @@ class Selected:
         return self.reader.read(object, split, id)
 
 
-def reader_of(reader: Reader, object: str) -> Reader:
-    """Return the reader of an object's own dataset."""
+def reader_of(reader: Reader, object: str, split: Split) -> Reader:
+    """Return the reader of the dataset that the images of an object and split come from."""
     while isinstance(reader, Joined | Selected):
-        reader = reader.by_object[object] if isinstance(reader, Joined) else reader.reader
+        reader = reader.of(object, split) if isinstance(reader, Joined) else reader.reader
     return reader

@@ -1,4 +1,4 @@
-"""Lists and reads files of the layout `<object>/<split>/<good or defect>/<kind>/<name>.<suffix>`."""
+"""Lists and reads files of the layout `<object>/<split>/<good or defect>/[<kind>/]<name>.<suffix>`."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -9,12 +9,16 @@ import numpy as np
 from iumad_jax.data.depth import picture
 from iumad_jax.data.formats.alignment import align
 from iumad_jax.data.formats.depth_files import read_depth
-from iumad_jax.data.formats.files import check_file, folders, list_entries
-from iumad_jax.data.formats.images import check_same_size, read_mask, read_photograph
+from iumad_jax.data.formats.files import check_file, folders, list_entries, tell
+from iumad_jax.data.formats.images import check_mask_size, read_mask, read_photograph
 from iumad_jax.data.sample import Camera, DepthFormat, Sample
 from iumad_jax.errors import UserError
 
 Kinds = Mapping[str, Sequence[str]]  # folders of RGB, depth and masks, in this order, with their file suffixes
+DEPTHS, MASKS = ("depth", "xyz"), ("mask", "masks", "gt", "ground_truth")  # names of folders, in lower case
+
+_GOOD = ("good", "ok", "normal")
+_IMAGES = ("rgb", "images")
 
 
 class Item(NamedTuple):
@@ -31,68 +35,148 @@ class Item(NamedTuple):
         return tuple(file for file in self[1:] if isinstance(file, Path))
 
 
+def means_good(folder: Path) -> bool:
+    """Return whether a folder's name says that its images are good; it is told if this is another name than "good"."""
+    good = folder.name.casefold() in _GOOD
+    if good and folder.name != "good":
+        tell(f'folders named "{folder.name}" hold good images', folder)
+    return good
+
+
+def find_kind(name: str, kinds: Kinds) -> str | None:
+    """Return the kind of file that a folder of this name holds; None if its name does not say."""
+    for kind, names in zip(kinds, (_IMAGES, DEPTHS, MASKS), strict=False):
+        if name.casefold() in (kind, *names):
+            return kind
+    return None
+
+
+def holds_images(folder: Path, root: Path, kinds: Kinds) -> bool:
+    """Return whether a folder has photographs in itself, or a folder of them or of depth."""
+    image_kind, depth_kind, *_ = kinds
+    return any(
+        find_kind(name, kinds) in (image_kind, depth_kind)
+        if entry.is_dir()
+        else Path(name).suffix.lower() in kinds[image_kind]
+        for name, entry in list_entries(folder, root).items()
+    )
+
+
 def list_good_items(split: Path, root: Path, kinds: Kinds, needed: Collection[str] = ()) -> dict[str, Item]:
     """List the samples of a split of good images by name; for the arguments and errors see `list_items`."""
     _check_exists(split)
-    for name in folders(split, root):
-        if name != "good":
+    names = folders(split, root)
+    good = [name for name in names if means_good(split / name)]
+    for name in names:
+        if name not in good and find_kind(name, kinds) is None:
             raise UserError(f"{split / name} is not good; move images with defects to test.")
-    if not (split / "good").is_dir():
+    if not good and holds_images(split, root, kinds):
+        return list_items("good", split, root, kinds, needed)
+    if not good:
         raise UserError(f"{split / 'good'} is missing; add the good images there, in folders {', '.join(kinds)}.")
-    return list_items("good", split / "good", root, kinds, needed)
+    if len(good) > 1:
+        raise UserError(f"{split} holds {' and '.join(good)}, which all mean good; keep one folder.")
+    return list_items("good", split / good[0], root, kinds, needed)
 
 
 def list_labelled_items(split: Path, root: Path, kinds: Kinds, needed: Collection[str] = ()) -> dict[str, Item]:
-    """List the samples of a labelled split as "defect/name"; good images need no mask. See `list_items`."""
+    """List the samples of a labelled split as "defect/name"; good images need no mask. See `list_items`.
+
+    Masks may also be in a folder beside the split, in folders named after the defects.
+    """
     _check_exists(split)
-    items = {}
-    for defect in folders(split, root):
-        needed_here = [kind for kind in needed if defect != "good" or kind != list(kinds)[2]]
-        for name, item in list_items(defect, split / defect, root, kinds, needed_here).items():
-            items[f"{defect}/{name}"] = item
+    items: dict[str, Item] = {}
+    masks = find_masks(split.parent, root)
+    for name in folders(split, root):
+        if find_kind(name, kinds) is not None:
+            raise UserError(
+                f"{split / name} holds images without labels; move it to a folder good or named after a defect."
+            )
+        good = means_good(split / name)
+        needed_here = [kind for kind in needed if not good or kind != list(kinds)[2]]
+        own_masks = masks / name if masks and not good else None
+        listed = list_items("good" if good else name, split / name, root, kinds, needed_here, own_masks)
+        items |= {f"{name}/{id_}": item for id_, item in listed.items()}
     if not items:
         raise UserError(f"{split} holds no folder good or named after a defect; add one or remove {split.name}.")
     return items
 
 
-def list_items(defect: str, folder: Path, root: Path, kinds: Kinds, needed: Collection[str] = ()) -> dict[str, Item]:
+def find_masks(folder: Path, root: Path) -> Path | None:
+    """Return the subfolder for masks; None without one."""
+    return next((folder / name for name in folders(folder, root) if name.casefold() in MASKS), None)
+
+
+def list_items(
+    defect: str,
+    folder: Path,
+    root: Path,
+    kinds: Kinds,
+    needed: Collection[str] = (),
+    masks: Path | None = None,
+) -> dict[str, Item]:
     """List the samples in `<folder>/<kind>/<name>.<suffix>` by name, sorted.
+
+    Photographs may be in the folder itself, and files of all kinds in further subfolders, which belong to their names.
+    `<name>_mask.<suffix>` is the mask of the photograph, in a folder of masks or beside it.
 
     Args:
         defect: Defect of the images in the folder; "good" for none, "unknown" for images without labels.
-        folder: Folder with one subfolder per kind of file.
+        folder: Folder of the files.
         root: Root folder of the dataset.
-        kinds: Subfolders and their file suffixes; the first subfolder holds the RGB images, one per sample, or if it
-            is missing and not needed, the second.
+        kinds: Subfolders and their file suffixes; the first subfolder holds the RGB images, one per sample, or if there
+            are none and they are not needed, the second.
         needed: Kinds that must exist; the folders of other kinds may be missing.
+        masks: Another folder of masks, for which a folder within `folder` is preferred.
 
     Raises:
         UserError: If a file is missing, is empty, has an unknown suffix, belongs to no image, or differs
             from another only in suffix.
         OSError: If a folder or file cannot be read.
     """
-    entries = list_entries(folder, root)
-    for name in entries:
-        if name not in kinds:
+    image_kind, *other_kinds = kinds
+    mask_kind = "".join(other_kinds[1:])  # "" where masks have no place
+    by_kind: dict[str, Path] = {}
+    others = []
+    for name, entry in list_entries(folder, root).items():
+        kind = find_kind(name, kinds) if entry.is_dir() else None
+        if kind is None:
+            others.append(name)
+        elif kind in by_kind:
+            raise UserError(f"{folder / name} and {by_kind[kind].name} both hold {kind}; keep one.")
+        else:
+            by_kind[kind] = folder / name
+    for name in others:
+        if image_kind in by_kind or name.casefold() in MASKS:
             raise UserError(f"{folder / name} is not one of {', '.join(kinds)}; rename or remove it.")
-    files = {kind: _files_by_name(folder / kind, root, kinds[kind]) if kind in entries else {} for kind in kinds}
-    image_kind, depth_kind, *_ = kinds
-    if image_kind not in entries and image_kind not in needed and depth_kind in entries:
-        image_kind = depth_kind
-    images = files[image_kind]
+    if masks is not None and masks.is_dir():
+        by_kind.setdefault(mask_kind, masks)
+    if image_kind not in by_kind and not others and image_kind not in needed and other_kinds[0] in by_kind:
+        image_kind = other_kinds[0]
+    image_folder = by_kind.pop(image_kind, folder)
+    images = _files_by_name(image_folder, root, kinds[image_kind], [path.name for path in by_kind.values()])
+    beside = [name for name in images if _masked(name, images) != name]
+    masks_beside = {_masked(name, images): images.pop(name) for name in beside}
     if not images:
         raise UserError(f"{folder / image_kind} holds no images; add files such as 000{kinds[image_kind][0]}.")
-    for kind, by_name in files.items():
-        if kind == image_kind or (not by_name and kind not in needed):
+    files = {image_kind: images}
+    for kind in kinds:
+        if kind == image_kind:
+            continue
+        by_name = _files_by_name(by_kind[kind], root, kinds[kind]) if kind in by_kind else {}
+        if kind == mask_kind:
+            by_name = {_masked(name, images): file for name, file in by_name.items()} or masks_beside
+        files[kind] = by_name
+        if not by_name and kind not in needed:
             continue
         for name, file in by_name.items():
             if name not in images:
-                raise UserError(f"{file} has no image of its name in {folder / image_kind}; add it or remove the file.")
+                raise UserError(f"{file} has no image of its name in {image_folder}; add it or remove the file.")
         for name in images:
             if name not in by_name:
-                missing = folder / kind / (name + kinds[kind][0])
-                raise UserError(f"{missing} is missing; add it, as every image in {folder / image_kind} needs one.")
-    rgb, depth, mask, *_ = *files.values(), {}
+                missing = by_kind.get(kind, folder / kind) / (name + kinds[kind][0])
+                raise UserError(f"{missing} is missing; add it, as every image in {image_folder} needs one.")
+    rgb, depth, mask, *_ = *(files[kind] for kind in kinds), {}
     return {name: Item(defect, rgb.get(name), depth.get(name), mask.get(name)) for name in images}
 
 
@@ -104,7 +188,7 @@ def read_item(
     *,
     remedy: str,
     camera: Camera | None = None,
-    two_values: bool = True,
+    bits: int | None = None,
     needs_cloud: bool = False,
 ) -> Sample:
     """Read one sample.
@@ -117,13 +201,13 @@ def read_item(
         remedy: Advice on a missing or wrong unit, the end of the error message.
         camera: Camera of depth images; by default a pinhole camera whose focal length is the image's width. The camera
             of a cloud is estimated from the cloud instead.
-        two_values: Whether all values of a mask other than 0 must be equal.
+        bits: Bits that photographs of 16 bits per channel use.
         needs_cloud: Whether to refuse depth without x and y.
 
     Raises:
         UserError: If one of its files is unusable or they contradict each other.
     """
-    rgb = None if item.rgb is None else read_photograph(item.rgb)
+    rgb = None if item.rgb is None else read_photograph(item.rgb, bits)
     depth, depth_camera = None, None
     if item.depth is not None:
         size = None if rgb is None else rgb.shape[:2]
@@ -139,13 +223,13 @@ def read_item(
     anomalous = item.defect not in ("good", "unknown")
     mask = np.zeros(rgb.shape[:2], bool) if item.defect == "good" else None
     if item.mask is not None:
-        mask = read_mask(item.mask, two_values=two_values)
-        check_same_size(item.mask, mask, item.files[0], rgb)
+        mask = read_mask(item.mask)
+        check_mask_size(item.mask, mask, item.files[0], rgb)
         if mask.any() and not anomalous:
             raise UserError(f"{item.mask} marks a defect but its image is good; clear the mask or move the image.")
         if anomalous and not mask.any():
             raise UserError(f"{item.mask} marks nothing but its image has the defect {item.defect}; mark the defect.")
-    return Sample(object_, id_, item.defect, rgb, depth, mask, anomalous, depth_camera)
+    return Sample(object_, id_, item.defect, rgb, depth, mask, anomalous, depth_camera, bits=bits)
 
 
 def _check_exists(split: Path) -> None:
@@ -153,15 +237,35 @@ def _check_exists(split: Path) -> None:
         raise UserError(f"{split} is missing; add it or remove {split.parent.name} from config.dataset.objects.")
 
 
-def _files_by_name(folder: Path, root: Path, suffixes: Sequence[str]) -> dict[str, Path]:
-    """List the files of a folder by their names without suffix."""
+def _files_by_name(folder: Path, root: Path, suffixes: Sequence[str], besides: Collection[str] = ()) -> dict[str, Path]:
+    """List the files of a folder and its subfolders by their names without suffix, sorted.
+
+    Args:
+        folder: Folder of the files.
+        root: Root folder of the dataset.
+        suffixes: Allowed suffixes.
+        besides: Entries of the folder that are left out.
+    """
     files: dict[str, Path] = {}
     for name, entry in list_entries(folder, root).items():
         file = folder / name
-        if file.suffix.lower() not in suffixes:
+        if name in besides:
+            continue
+        if file.suffix.lower() in suffixes:
+            check_file(entry)
+            inner = {file.stem: file}
+        elif entry.is_dir() and not entry.is_symlink():
+            inner = {f"{name}/{id_}": path for id_, path in _files_by_name(file, root, suffixes).items()}
+        else:
             raise UserError(f"{file} does not end in one of {' '.join(suffixes)}; convert or remove it.")
-        check_file(entry)
-        if file.stem in files:
-            raise UserError(f"{file} and {files[file.stem].name} differ only in suffix; rename or remove either.")
-        files[file.stem] = file
+        for id_, path in inner.items():
+            if id_ in files:
+                raise UserError(f"{path} and {files[id_].name} differ only in suffix; rename or remove either.")
+            files[id_] = path
     return files
+
+
+def _masked(name: str, images: Collection[str]) -> str:
+    """Return the name of the photograph that a mask's name stands for; the name itself if there is none."""
+    photograph = name.removesuffix("_mask")
+    return photograph if photograph in images else name

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from iumad_jax.data.formats.files import opening, select
+from iumad_jax.data.readers.arrangements import object_folders
 from iumad_jax.data.readers.layout import Item, list_good_items, list_labelled_items, read_item
 from iumad_jax.data.sample import DepthFormat, Sample, Split
 from iumad_jax.errors import UserError
-
-OBJECTS = ("bagel", "cable_gland", "carrot", "cookie", "dowel", "foam", "peach", "potato", "rope", "tire")
 
 _KINDS = {"rgb": (".png",), "xyz": (".tiff",), "gt": (".png",)}
 
@@ -17,7 +16,8 @@ class MVTec3D:
     """Reader of `<root>/<object>/{train,validation,test}/<good or defect>/{rgb/000.png,xyz/000.tiff,gt/000.png}`.
 
     xyz are organised clouds in metres, zero where missing: depth is z, and the camera is estimated from x/z and y/z.
-    Without xyz folders, samples have no depth. Only images with defects need gt, which is positive on the defect.
+    Without xyz folders, samples have no depth. Objects may have any names. Only images with defects need gt, which is
+    positive on the defect.
 
     Args:
         root: Folder with one subfolder per object.
@@ -45,13 +45,19 @@ class MVTec3D:
         if validation not in ("train", "calibration"):
             raise UserError(f'config.dataset.validation is "{validation}"; use train or calibration.')
         self.root = Path(root)
-        self.objects = select(objects, OBJECTS)
+        by_name = object_folders(self.root)
+        self.objects = select(objects, tuple(by_name))
         needed_good = ("rgb", "xyz") if needs_depth else ("rgb",)
         needed_test = (*needed_good, "gt")
         self._items: dict[tuple[str, Split], dict[str, Item]] = {}
         with opening(self.root):
             for name in self.objects:
-                folder = self.root / name
+                folder = by_name[name]
+                if (folder / "ground_truth").is_dir():
+                    raise UserError(
+                        f"{folder} is of MVTec AD, not of MVTec 3D-AD; use --config=configs/folder.py and"
+                        " --config.modality=rgb."
+                    )
                 train = list_good_items(folder / "train", self.root, _KINDS, needed_good)
                 calibration = list_good_items(folder / "validation", self.root, _KINDS, needed_good)
                 if validation == "train":
@@ -78,6 +84,4 @@ class MVTec3D:
             UserError: If one of its files is unusable or they contradict each other.
         """
         item = self._items[object, split][id]
-        return read_item(
-            object, id, item, self.depth_format, remedy="save xyz in metres", two_values=False, needs_cloud=True
-        )
+        return read_item(object, id, item, self.depth_format, remedy="save xyz in metres", needs_cloud=True)

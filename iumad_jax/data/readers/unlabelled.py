@@ -10,7 +10,9 @@ import numpy as np
 from iumad_jax.data.depth import picture
 from iumad_jax.data.formats.alignment import align
 from iumad_jax.data.formats.depth_files import DEPTH_IMAGES, read_depth
+from iumad_jax.data.formats.files import is_clutter, tell
 from iumad_jax.data.formats.images import PHOTOGRAPHS, read_photograph
+from iumad_jax.data.readers.layout import DEPTHS, MASKS
 from iumad_jax.data.sample import Camera, DepthFormat, Reader, Split
 from iumad_jax.errors import UserError
 
@@ -32,6 +34,7 @@ def photographs(
     depth_path: Path | None,
     format_: DepthFormat,
     camera: Camera | None,
+    bits: int | None = None,
     *,
     may_be_empty: bool = False,
 ) -> Iterator[InputImage]:
@@ -43,6 +46,7 @@ def photographs(
         depth_path: Depth file of the image, or a folder with depth files of the images' names.
         format_: What the numbers in the depth files mean.
         camera: Camera of the depth files; by default it is estimated from clouds.
+        bits: Bits that photographs of 16 bits per channel use; None refuses such photographs.
         may_be_empty: Whether a folder without images is accepted.
 
     Raises:
@@ -50,7 +54,7 @@ def photographs(
     """
     if not root.exists():
         raise UserError(f"--input is {root}, which does not exist; choose an image or a folder of images.")
-    images = [root] if root.is_file() else _list(root, PHOTOGRAPHS)
+    images = [root] if root.is_file() else _list_photographs(root)
     if (images and images[0].suffix.lower() not in PHOTOGRAPHS) or (not images and not may_be_empty):
         raise UserError(f"--input is {root}, which contains no image; use files ending in {' '.join(PHOTOGRAPHS)}.")
     if needs_depth:
@@ -63,7 +67,7 @@ def photographs(
         def read(
             file: Path = file, files: Callable[[], tuple[Path, Path | None]] = files
         ) -> tuple[np.ndarray, np.ndarray | None, Camera | None]:
-            rgb, (_, depth_file) = read_photograph(file), files()
+            rgb, (_, depth_file) = read_photograph(file, bits), files()
             if depth_file is None:
                 return rgb, None, None
             depth, cloud_camera = read_depth(depth_file, format_, rgb.shape[:2], _REMEDY, camera)
@@ -112,8 +116,27 @@ def _check_depth(path: Path | None, unit: float | None, root: Path) -> None:
         raise UserError(f"--depth_unit is {unit:g}; use metres per unit, such as 0.001 for millimetres.")
 
 
+def _list_photographs(root: Path) -> list[Path]:
+    """List the photographs in a folder and its subfolders, without masks and depth images, which are told."""
+    files = {file.relative_to(root): file for file in _list(root, PHOTOGRAPHS)}
+    stems = {path.with_suffix("") for path in files}
+    others = [
+        path
+        for path in files
+        if {part.casefold() for part in path.parent.parts} & {*MASKS, *DEPTHS}
+        or (path.stem.endswith("_mask") and path.with_name(path.stem.removesuffix("_mask")) in stems)
+    ]
+    if others:
+        tell("masks and depth images beside photographs are not predicted", root / others[0])
+    return [file for path, file in files.items() if path not in others]
+
+
 def _list(root: Path, suffixes: Collection[str]) -> list[Path]:
-    files = sorted(file for file in root.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
+    files = [
+        file
+        for file in sorted(root.rglob("*"))
+        if file.suffix.lower() in suffixes and file.is_file() and not any(map(is_clutter, file.relative_to(root).parts))
+    ]
     for file in files:
         if not str(file).isprintable():
             raise UserError(f"{file} has a name that cannot be printed; rename it.")

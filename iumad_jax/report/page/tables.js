@@ -100,6 +100,22 @@ function forgetting(metric) {
   });
 }
 
+// ---- what each step did ----
+
+function historyTable() {
+  const [headers, ...rows] = page.history;
+  $("history-table").append(
+    h("thead", {}, h("tr", {}, ...headers.map((name) => h("th", { scope: "col" }, name)))),
+    h(
+      "tbody",
+      {},
+      ...rows.map(([step, ...cells]) =>
+        h("tr", {}, h("th", { scope: "row" }, step), ...cells.map((cell) => h("td", {}, cell))),
+      ),
+    ),
+  );
+}
+
 // ---- tables that sort ----
 
 function sortable(table, headers, rows) {
@@ -156,7 +172,7 @@ function objectTable() {
     );
     return {
       keys: [name, step, ...values.map(([ours]) => ours)],
-      element: h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, String(step)), ...cells),
+      element: h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, page.learned[name]), ...cells),
     };
   });
   sortable($("object-table"), ["object", "step", ...shown.map((metric) => metrics[metric])], rows);

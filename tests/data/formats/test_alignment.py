@@ -129,9 +129,8 @@ def test_one_view_in_two_resolutions(tmp_path: Path, scan) -> None:
     assert (moved.camera.cx - sample.camera.cx) == pytest.approx(0.03 * 64, abs=0.03 * 128)
     recorded = json.loads(json.dumps(Store(tmp_path, reader, processing, lambda x: x, {}).describe()))
     format_ = DepthFormat.recorded(recorded["depth"])
-    detector = Detector(
-        Path(), {}, (), 0, processing, format_, Camera(**recorded["camera"]), recorded["camera_width"], None, None
-    )
+    camera, width = Camera(**recorded["camera"]), recorded["camera_width"]
+    detector = Detector(Path(), {}, None, (), (), 0, processing, format_, camera, width, None, None)
     prepared = detector.prepare(sample.rgb, half)
     np.testing.assert_array_equal(prepared["depth"][0], arrays["images_depth"].astype(np.float32))
     folders = (tmp_path / "bolt/train/good" / kind for kind in ("rgb", "depth"))

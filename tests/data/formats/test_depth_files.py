@@ -284,7 +284,6 @@ SENTINELS = {
     "-1": (-1, np.float32, 1e-3),
     "-9999": (-9999, np.float64, 1.0),
     "9999 mm": (9999, np.float32, 1e-3),
-    "0.001 m": (0.001, np.float32, 1.0),
     "the largest float": (np.finfo(np.float32).max, np.float32, 1.0),
     "minus infinity": (-np.inf, np.float16, 1.0),
 }
@@ -401,6 +400,11 @@ BAD = {
         sentences.UNIT_WRONG.format(true="metres", called="millimetres") + "; give the unit",
     ),
     "behind the sensor": ("npy", npy(np.full((48, 64), -0.4)), sentences.DEPTH_NEGATIVE),
+    "heights above a table": (
+        "npy",
+        npy(np.where(np.arange(64) > 40, 20.0, np.arange(48)[:, None] % 3 - 1) / 1000),
+        sentences.DEPTH_NEGATIVE,
+    ),
     "heights": ("npy", npy(np.linspace(-0.05, 0.4, 48 * 64).reshape(48, 64)), sentences.DEPTH_NEGATIVE),
     "millimetres": (
         "npy",

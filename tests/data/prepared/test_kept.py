@@ -55,3 +55,12 @@ def test_damaged_images_are_refused(tmp_path):
     file.write_bytes(content)
     with pytest.raises(UserError, match=f"{file.name} is missing or was changed"):
         load(SharedArrays(tmp_path), record, 0)
+
+
+def test_images_that_are_trained_on_leave_half_of_the_places_to_held_out_ones(tmp_path):
+    shared = SharedArrays(tmp_path)
+    trained = good(0, 8)._replace(trained=np.ones(8, bool))
+    earlier = good(100, 6)  # the even ones were not trained on
+    kept = load(shared, keep(shared, trained, 4, earlier), 0)
+    numbers = kept.images.features["rgb"][:, 0, 0].astype(int).tolist()
+    assert (numbers, kept.trained.tolist()) == ([0, 7, 100, 104], [True, True, False, False])

@@ -37,6 +37,15 @@ def test_official_normals_replace_those_from_depth(sample: Sample) -> None:
         processing("normals_official")(dataclasses.replace(sample, normals=None))
 
 
+def test_bits_other_than_those_of_the_run_are_refused(sample: Sample) -> None:
+    """Otherwise images of one brightness would be prepared differently."""
+    prepare = dataclasses.replace(processing("normals"), bits=12)
+    for bits in (12, None):
+        prepare(dataclasses.replace(sample, bits=bits))
+    with pytest.raises(UserError, match=sentences.OTHER_BITS.format(found=10, expected=12)):
+        prepare(dataclasses.replace(sample, bits=10))
+
+
 def test_a_larger_window_gives_smoother_normals(sample: Sample) -> None:
     smooth, noisy = (processing("normals", window)(sample)["images_depth"].astype(float) for window in (11, 3))
     assert smooth[:6, :6].std(axis=(0, 1)).max() < 0.3 * noisy[:6, :6].std(axis=(0, 1)).max()

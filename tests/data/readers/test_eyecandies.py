@@ -224,7 +224,6 @@ AT_OPENING = {
     "a link out of the root": case("depth.png", "move_out", sentences.LEADS_OUT_OF_ROOT),
 }  # fmt: skip
 GREY = np.zeros((HEIGHT, WIDTH), np.uint8)
-THREE_VALUES = np.tile(np.uint8([0, 7, 255]), (HEIGHT, WIDTH // 3))
 NOT_YAML = {  # file, content
     "Python tag": ("info_depth.yaml", "!!python/object/apply:os.system ['touch hacked']"),
     "Python tag within": ("metadata.yaml", "anomalous: !!python/name:os.getcwd"),
@@ -257,12 +256,8 @@ AT_READING = {
     "only a header": case("image_4.png", write(png_header(WIDTH, HEIGHT)), sentences.FILE_UNREADABLE),
     "no rows": case("image_4.png", write(png_without_pixels(WIDTH, HEIGHT)), sentences.FILE_UNREADABLE),
     "no pixels": case("image_4.png", write(png_header(0, 0)), sentences.FILE_UNREADABLE),
-    "a TIFF called PNG": case("depth.png", save(GREY.astype(np.uint16), format="TIFF"),
-        sentences.NOT_AN_IMAGE_OF_ITS_FORMAT, format="PNG"),
-    "a JPEG called PNG": case("image_4.png", save(np.stack([GREY] * 3, -1), format="JPEG"),
-        sentences.NOT_AN_IMAGE_OF_ITS_FORMAT, format="PNG"),
     "a text called PNG": case("mask.png", write("no image, but long enough to be one"),
-        sentences.NOT_AN_IMAGE_OF_ITS_FORMAT, format="PNG"),
+        sentences.NOT_AN_IMAGE, "00_mask.png"),
     "too wide": case("image_4.png", write(png_without_pixels(8193, 4)),
         sentences.TOO_MANY_PIXELS, size="8193x4", most="8192x8192"),
     "a decompression bomb": case("image_4.png", write(png_without_pixels(2**31 - 1, 2**31 - 1)),
@@ -271,13 +266,10 @@ AT_READING = {
     "grey RGB": case("image_4.png", save(GREY), sentences.WRONG_PIXELS, found="8-bit grey", needed="8-bit RGB"),
     "RGB with alpha": case("image_4.png", save(np.zeros((HEIGHT, WIDTH, 4), np.uint8)),
         sentences.WRONG_PIXELS, found="8-bit RGB with alpha", needed="8-bit RGB"),
-    "colour mask": case("mask.png", save(np.stack([GREY] * 3, -1)),
-        sentences.WRONG_PIXELS, found="8-bit RGB", needed="8-bit grey or 1-bit grey"),
     "small RGB": case("image_4.png", save(np.zeros((HEIGHT, 9, 3), np.uint8)),
         sentences.SIZES_DIFFER.format(file="depth.png", size="24x16")),
     "small depth": case("depth.png", save(np.full((8, WIDTH), 9, np.uint16)), sentences.SIZES_DIFFER, size="24x8"),
     "small mask": case("mask.png", save(GREY[:, :5]), sentences.SIZES_DIFFER, size="5x16"),
-    "mask of three values": case("mask.png", save(THREE_VALUES), sentences.MASK_WITH_SEVERAL_VALUES, [7, 255]),
     "no valid depth": case("info_depth.yaml", write("normalization: {min: 0, max: 0}"),
         sentences.DEPTH_ALL_MISSING, "00_depth.png"),
     "deep YAML": case("metadata.yaml", write("[" * 30_000), sentences.YAML_NESTED_TOO_DEEPLY),

@@ -109,6 +109,11 @@ def test_a_scan_of_a_real_profiler_stands_upright(tmp_path: Path) -> None:
 
 def test_heights_that_are_called_depth_are_asked_about(tmp_path: Path, capsys, monkeypatch) -> None:
     heights = np.where(Scene().ball, 30.0, 10.0).astype(np.float32) + np.linspace(0, 0.1, 140, dtype=np.float32)
+    low = np.where(Scene().ball, 20, np.arange(140) % 2).astype(np.uint16)  # on a table at 0 and 1
+    write(tmp_path, low, "unit: mm\n")
+    with pytest.raises(UserError, match=r"kind: height if larger is higher"):
+        Folder(tmp_path)
+    capsys.readouterr()
     for settings, asked in (("", True), ("", False), ("kind: depth\n", False)):
         if asked or settings:
             monkeypatch.setattr(errors, "_told", set())
@@ -138,7 +143,7 @@ def test_missing_heights(tmp_path: Path) -> None:
 
 def detector(processing: Processing, format_: DepthFormat, camera: Camera, width: int) -> Detector:
     """Return a detector that only prepares images."""
-    return Detector(Path(), {}, (), 0, processing, format_, camera, width, None, None)
+    return Detector(Path(), {}, None, (), (), 0, processing, format_, camera, width, None, None)
 
 
 def test_depth_needs_no_photograph_in_use(tmp_path: Path) -> None:

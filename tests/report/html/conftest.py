@@ -233,6 +233,7 @@ def run(**others):
         "protocol": "2-1",
         "objects": OBJECTS,
         "steps": STEPS,
+        "acts": [{"act": "learn", "objects": names, "before": {}} for names in STEPS],
         **matrix(trained),
         "baselines": {method: matrix(method) for method in baselines},
         "decisions": decisions(),
@@ -270,10 +271,12 @@ def decisions():
 def write(workdir, **others):
     results = run(**others)
     for step, name in ((0, "cat"), (0, "ant"), (1, "cat"), (1, "ant"), (1, "bee")):
-        samples.save(workdir, step, name, summary(name, step))
-        samples.save_pictures(workdir, name, *truth(name), height_scale=0.02)
-    ledger = Ledger(workdir / "ledger.jsonl")
+        pictures = samples.save_pictures(workdir, name, *truth(name), height_scale=0.02)
+        samples.save(workdir, step, name, summary(name, step)._replace(pictures=pictures))
+    ledger, live = Ledger(workdir / "ledger.jsonl"), Ledger(workdir / "live.jsonl")
     for step in (0, 1):
+        ledger.append("step", step=step, images=8 + step, changes={"dataset.root": EVIL} if step else {})
+        live.append("snapshot", time=f"2026-11-28T12:0{step}:59.000+00:00", step=step)
         for epoch in range(5):
             ledger.append(
                 "epoch", step=step, epoch=epoch, loss=10.0 / (1 + epoch), fusion=5.0 / (1 + epoch), kl=0.01, idle=0.0

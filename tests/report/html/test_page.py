@@ -30,6 +30,47 @@ def test_other_scripts_are_blocked(page):
     assert "Content Security Policy" in page.errors.pop()
 
 
+def test_what_was_learned_when(page, zoo):
+    (ant, _, cat), (ant_after, bee, cat_after) = zoo.run()["matrix"]["i_auroc"]
+    changes = {"ant": ant_after - ant, "cat": cat_after - cat}
+    largest = max(changes, key=lambda name: abs(changes[name]))
+    assert page.rows("#history-table")[1:] == [
+        ["0", "2026-11-28 12:00", "8", f"learned cat {cat:.3f}, ant {ant:.3f}", "", f"{(cat + ant) / 2:.3f}", "-"],
+        [
+            "1",
+            "2026-11-28 12:01",
+            "9",
+            f"learned bee {bee:.3f}",
+            f"{largest} {changes[largest]:+.3f}",
+            f"{(ant_after + bee + cat_after) / 3:.3f}",
+            f"dataset.root={zoo.EVIL}",
+        ],
+    ]
+
+
+def test_a_retired_object_is_shown_as_it_was_tested_last(browser, tmp_path, zoo):
+    zoo.write(tmp_path)
+    (tmp_path / "samples" / "step1_cat.npz").unlink()
+    acts = [zoo.run()["acts"][0], {"act": "retire", "objects": ["cat"], "before": {}}]
+    html.write(tmp_path, zoo.run(acts=acts, tested={"cat": 0}))
+    browser.open(tmp_path / "report.html")
+    assert browser.errors == []
+    assert browser.rows("#history-table")[2][3] == "retired cat"
+    assert [row[:2] for row in browser.rows("#object-table tbody")] == [
+        ["cat", "0 (retired, tested after 0)"],
+        ["ant", "0"],
+        ["bee", "1"],
+    ]
+    browser.choose("#by-object", "cat")
+    browser.choose("#by-kind", "bump")
+    browser.choose("#by-pick", "best")
+    scores, _ = zoo.predictions("cat", 0)
+    best = max(scores[zoo.VARIANTS[0]][np.array(zoo.KINDS) == "bump"])
+    cards = browser.run("[...document.querySelectorAll('.card')].filter(e => !e.hidden).map(e => e.innerText)")
+    assert len(cards) == 1
+    assert f"{best:.4g}" in cards[0]
+
+
 @pytest.mark.parametrize("metric", ["i_auroc", "aupro", "p_auroc_object"])
 def test_the_matrix_of_a_metric_with_its_baselines(page, metric, zoo):
     page.choose("#metric", metric)
@@ -178,13 +219,14 @@ def test_a_single_step_without_depth_masks_decisions_training_or_test_images(bro
     matrices = {
         metric: np.append(rows, [[math.nan]], axis=1) for metric, rows in matrices.items()
     }  # all metrics of the dog are undefined
-    samples.save(tmp_path, 0, "cat", zoo.summary("cat", 0, with_masks=False))
     Ledger(tmp_path / "ledger.jsonl")
     intervals = {metric: zoo.intervals(rows[-1]) for metric, rows in matrices.items()}
     method = {"matrix": matrices, "summary": tables.summarise(matrices), "intervals": intervals}
     results = zoo.run(objects=["cat", "dog"], steps=[["cat", "dog"]], baselines={}, decisions=[], **method)
     rgb, heights, masks = zoo.truth("cat")
-    samples.save_pictures(tmp_path, "cat", rgb, np.full_like(heights, np.nan), np.zeros_like(masks), height_scale=1)
+    unmasked = rgb, np.full_like(heights, np.nan), np.zeros_like(masks)
+    pictures = samples.save_pictures(tmp_path, "cat", *unmasked, height_scale=1)
+    samples.save(tmp_path, 0, "cat", zoo.summary("cat", 0, with_masks=False)._replace(pictures=pictures))
     html.write(tmp_path, results)
     browser.open(tmp_path / "report.html")
     assert browser.errors == []
