@@ -261,7 +261,7 @@ def test_unknown_images_become_one_object_per_kind(home, command, reader):
             assert [copy.read_bytes() for copy in copies] == [file.read_bytes() for file in files]
             read = folder.read(group, "train", id_)
             np.testing.assert_allclose(read.depth, sample.depth, atol=1.1e-3)
-            assert dataclasses.astuple(read.camera) == (88, 89, 31, 32, False)
+            assert dataclasses.astuple(read.camera) == (88, 89, 31, 32, False, False)
         assert len([path for path in (root / group).rglob("*") if path.is_file()]) == 6
         picture = np.asarray(Image.open(root / f"{group}.jpg"), float)
         for number, (_, sample, *_) in enumerate(members):
