@@ -50,7 +50,8 @@ def _measure() -> str:
     config["continual"] = {"strategy": "none"}
     unknown = {"objects": np.full((len(objects), 2), np.nan), "mean": (np.nan, np.nan)}
     intervals = {"random": dict.fromkeys(tables.METRICS, unknown)}
-    history = History((tuple(objects),), {"random": matrix}, intervals, [], {"random": 0}, 0)
+    acts = [{"act": "learn", "objects": objects, "before": {}}]
+    history = History((tuple(objects),), acts, {}, {"random": matrix}, intervals, [], {"random": 0}, 0)
     tables.markdown(results(config, history, seconds))
     seconds += time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kB on Linux
