@@ -16,6 +16,7 @@ from iumad_jax import continual, methods
 from iumad_jax.continual.strategy import Strategy
 from iumad_jax.data import plan, readers
 from iumad_jax.data.prepared import inventory
+from iumad_jax.data.prepared.processing import Processing
 from iumad_jax.data.prepared.store import Store, open_store
 from iumad_jax.data.readers.joined import Selected
 from iumad_jax.errors import UserError
@@ -135,13 +136,13 @@ def start(config: ConfigDict, workdir: Path, steps: tuple[Step, ...], stack: Exi
     """
     run_methods, strategy = _build_methods(config)
     live.check(config.report.tensorboard)
-    reader = plan.open_reader(config, steps, spared(config, workdir, steps, strategy))
+    store = open_store(config, plan.open_reader(config, steps, spared(config, workdir, steps, strategy)), workdir)
     if processes.is_process_zero():
         stack.enter_context(workdirs.claimed(workdir, config))
     snapshots = stack.enter_context(closing(Snapshots(workdir)))
-    progress = snapshots.latest()
-    store = open_store(config, reader, workdir, progress and progress.inputs)
-    if progress is None:
+    if progress := snapshots.latest():
+        store = dataclasses.replace(store, processing=Processing.recorded(progress.inputs))
+    else:
         progress = _new_progress(config, run_methods, store)
     progress = progress._replace(
         variables={

@@ -108,15 +108,15 @@ def test_a_learned_object_is_updated_and_calibrated():
     counts = [snapshots.read(Path("run"), step).recognition["count"] for step in (0, 1)]
     assert (counts[1] - counts[0]).tolist() == [4, 0]
 
-    noise = rng.integers(0, 255, (64, 64, 3)).astype(np.uint8)
-    before = opened.detector
-    assert before(noise, depths(1, 0)[0], object="bolt").anomalous
-    assert opened.calibrate("bolt", noise, depths(1, 0)[0]).startswith("step 2: calibrated bolt ")
-    assert not opened.detector(noise, depths(1, 0)[0], object="bolt").anomalous
+    odd = 255 - bolt[0], depths(1, 3)[0]
+    assert opened.calibrate("bolt", *odd).startswith("step 2: calibrated bolt ")
+    scores = [snapshots.read(Path("run"), step).calibration["bolt"].score for step in (1, 2)]
+    score = opened.detector(*odd, object="bolt").score
+    assert [np.isclose(values, score, rtol=1e-3).any() for values in scores] == [False, True]
     bank = [snapshots.read(Path("run"), step).variables for step in (1, 2)]
     jax.tree.map(np.testing.assert_array_equal, *bank)
     with pytest.raises(UserError, match=sentences.NO_NEW_IMAGES.format(kind="good", objects="bolt")):
-        opened.calibrate("bolt", noise, depths(1, 0)[0])
+        opened.calibrate("bolt", *odd)
     assert [step.act for step in plan.read(Path("run"))] == ["learn", "update", "calibrate"]
 
 
