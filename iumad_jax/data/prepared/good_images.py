@@ -107,7 +107,7 @@ def several_kinds(images: PreparedSet, name: str) -> str | None:
     to 0.3 for images of one of the rendered candies, and 0.4 to 0.5 for images of two.
     """
     tokens = np.concatenate([mean_tokens(array) for _, array in sorted(images.batch.features.items())], axis=-1)
-    if len(tokens) < 2 * _SMALLEST_KIND or not np.ptp(tokens, axis=0).any():
+    if len(tokens) < 2 * _SMALLEST_KIND or not np.ptp(tokens, axis=0).any() or not np.isfinite(tokens).all():
         return None
     standardised = (tokens - tokens.mean(0)) / np.maximum(tokens.std(0), 1e-6)
     kinds = KMeans(2, n_init=3, random_state=0).fit_predict(standardised)
