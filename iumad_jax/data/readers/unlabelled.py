@@ -54,11 +54,11 @@ def photographs(
     """
     if not root.exists():
         raise UserError(f"--input is {root}, which does not exist; choose an image or a folder of images.")
+    if needs_depth:
+        _check_depth(depth_path, format_.unit, root)
     images = [root] if root.is_file() else _list_photographs(root)
     if (images and images[0].suffix.lower() not in PHOTOGRAPHS) or (not images and not may_be_empty):
         raise UserError(f"--input is {root}, which contains no image; use files ending in {' '.join(PHOTOGRAPHS)}.")
-    if needs_depth:
-        _check_depth(depth_path, format_.unit, root)
     for name, file in _by_name(root, images).items():
 
         def files(file: Path = file, name: str = name) -> tuple[Path, Path | None]:
