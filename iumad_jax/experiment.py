@@ -130,7 +130,8 @@ def prepare(run: Run, step: Step, progress: Progress) -> None:
         UserError: If most further images of an object are taken for another one.
     """
     splits: tuple[Split, ...] = ("train", "calibration")
-    for name, image_set in itertools.product(step.objects, (*splits, *copies.ALTERED)):
+    altered = {"learn": copies.ALTERED, "update": ("degraded",)}.get(step.act, ())
+    for name, image_set in itertools.product(step.objects, (*splits, *altered)):
         if copies.ids(run.images.reader, name, image_set):
             run.images.prepare(name, image_set)
     for name, split in itertools.product(step.objects, splits):
@@ -213,9 +214,9 @@ def observe(run: Run, training: Training, progress: Progress) -> Progress:
         key = jax.random.key(run.config.seed + 1)
         variables[method_name] = method.grow(variables[method_name], len(step.seen), key)
     for name in step.trained:
-        good = good_images(run.images, name)
-        statistics = recognition.add_object(statistics, good.learned, quality_shifts(run.images, name))
         batch = run.images.get(name, "train").batch
+        learned = good_images(run.images, name).learned if step.act == "learn" else batch
+        statistics = recognition.add_object(statistics, learned, quality_shifts(run.images, name))
         for method_name, method in run.methods.items():
             variables[method_name] = method.observe(variables[method_name], batch, step.index)
     strategy_state = progress.strategy_state

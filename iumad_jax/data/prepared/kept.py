@@ -16,9 +16,9 @@ Record = dict[str, Any]  # JSON: `arrays`, the SHA-256 of each array by path; `f
 
 
 def keep(shared: SharedArrays, new: CalibrationImages, count: int, earlier: CalibrationImages | None = None) -> Record:
-    """Keep at most `count` images: new ones, and of those kept earlier first the ones on which nothing is trained.
+    """Keep at most `count` images: new ones first, then those kept earlier, first the ones that were not trained on.
 
-    New images on which the method is trained take at most half of the places that earlier ones need.
+    If the method is trained on all new images, they take at most half of the places, or those that are free.
 
     Raises:
         UserError: If they cannot be written.
