@@ -151,6 +151,10 @@ def test_objects_whose_files_are_gone_are_still_judged(command):
     assert command(learn)[0] == 0
     jax.tree.map(np.testing.assert_array_equal, without, limits())
 
+    shutil.rmtree("objects")
+    assert command(retire, "--objects=bolt")[0] == 0
+    assert Detector.load("run").retired == ("bolt",)
+
 
 @pytest.mark.usefixtures("home")
 def test_a_false_alarm_that_a_person_calls_good_raises_the_threshold(command):

@@ -42,7 +42,7 @@ class Processing:
     @classmethod
     def of(cls, config: ConfigDict, reader: Reader) -> "Processing":
         """Return the processing of a run with this config, for the images of this reader."""
-        first = reader.objects[0]
+        first = next((name for name in reader.objects if reader.ids(name, "train")), None)
         return cls(
             configs.modalities(config),
             config.input.size,
@@ -50,7 +50,7 @@ class Processing:
             reader.height_range,
             reader.object_height,
             reader.normals_window,
-            reader.read(first, "train", reader.ids(first, "train")[0]).bits,
+            reader.read(first, "train", reader.ids(first, "train")[0]).bits if first else None,
         )
 
     @classmethod
