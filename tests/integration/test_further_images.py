@@ -196,6 +196,7 @@ def test_a_retired_object_is_no_longer_recognised_and_its_results_stay(command):
 
 @pytest.mark.usefixtures("home")
 def test_an_object_updated_from_another_folder_is_tested_there(command):
+    results = Path("run/results.md").read_bytes()
     further(root="new_lamp", seed=0)
     further(root="new_lamp", seed=0, count=2, split="test/good/rgb")
     further(root="new_lamp", seed=9, count=3, split="test/hole/rgb")
@@ -207,6 +208,8 @@ def test_an_object_updated_from_another_folder_is_tested_there(command):
     samples = np.load("run/samples/step2_bolt.npz", allow_pickle=False)
     assert len(samples["ids"]) == 5
     run(**BANK)  # its own dataset has no new images
+    assert command(learn, "--after=1", "--output=undone")[0] == 0  # nor any change of its test images
+    assert (Path("undone/results.md").read_bytes(), Path("undone/report.html").exists()) == (results, True)
     further(seed=3)
     with pytest.raises(
         UserError, match=re.escape(sentences.NEW_IMAGES.format(command="learn --update", objects="bolt"))

@@ -44,7 +44,9 @@ def test_kept_images_are_evenly_spaced_and_few_only_if_all_are(tmp_path):
     record = keep(shared, good(0, 9, few=True), 3)
     kept = load(shared, record, 5)
     assert (numbers_of(kept), kept.few, kept.images.object_id.tolist()) == ([0, 4, 8], True, [5, 5, 5])
-    assert not load(shared, keep(shared, good(0, 2), 3, kept), 5).few
+    many = load(shared, keep(shared, good(0, 2), 3, kept), 5)
+    assert not many.few
+    assert not load(shared, keep(shared, good(4, 1, few=True), 3, many), 5).few
 
 
 def test_damaged_images_are_refused(tmp_path):
