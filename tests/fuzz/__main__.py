@@ -3,7 +3,7 @@
     python -m tests.fuzz --inputs=100
 
 Every input must lead to a result or to the documented UserError, in one printable sentence, within 5 seconds and 512 MB
-(peak of the additional resident memory; the address space may grow by 8 GB). `mutations.mutate` makes an input from
+(peak of the additional resident memory; the address space may grow by 8 GB). `mutations.mutated` makes an input from
 valid ones and its number alone, so --first=N --inputs=1 repeats it. With --coverage, atheris chooses the inputs to
 mutate further by the code that they reach (`pip install atheris`). Linux only.
 
@@ -19,7 +19,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-import zlib
 from importlib import import_module
 from pathlib import Path
 
@@ -97,7 +96,7 @@ def work(name: str, first: int, inputs: int, log: Path, coverage: bool) -> int:
 
         with atheris.instrument_imports(include=["iumad_jax", "PIL", "tifffile", "yaml", "zipfile", "tarfile"]):
             import_module("tests.fuzz.targets")
-    from tests.fuzz.mutations import mutate
+    from tests.fuzz.mutations import mutate, mutated
     from tests.fuzz.targets import TARGETS
     from tests.fuzz.watch import watch
 
@@ -115,9 +114,7 @@ def work(name: str, first: int, inputs: int, log: Path, coverage: bool) -> int:
 
         if not coverage:
             for number in range(first, first + inputs):
-                draw = random.Random(zlib.crc32(f"{name} {number}".encode())).randrange
-                seed = names[draw(len(names))]
-                feed(number, seed, mutate(target.seeds[seed], target.seeds[names[draw(len(names))]], draw))
+                feed(number, *mutated(name, target.seeds, number))
             return 0
 
         for i, content in enumerate(target.seeds.values()):  # one byte for the index of the seed, then its content

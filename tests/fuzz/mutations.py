@@ -1,5 +1,6 @@
 """Mutate valid files as a faulty disk, a faulty program or an attacker would."""
 
+import random
 import re
 import struct
 import zlib
@@ -14,6 +15,13 @@ _WORDS = (
     *b"\0 \n \r\n : - & * % @ # \xff\xfe \xc3\x28 \xce\xa9 =1+1 </script> $(ls) \x1b[2J".split(b" "),
     *(b"&a [*a]", b"<<: *a", b"!!python/object/apply:os.system [ls]", b"[" * 2000, b"{a: " * 500, b"9" * 5000),
 )
+
+
+def mutated(target: str, seeds: dict[str, bytes], number: int) -> tuple[str, bytes]:
+    """Return the name of one of a target's seeds and its mutated content, which depend on the arguments alone."""
+    draw, names = random.Random(zlib.crc32(f"{target} {number}".encode())).randrange, list(seeds)
+    seed, other = names[draw(len(names))], names[draw(len(names))]
+    return seed, mutate(seeds[seed], seeds[other], draw)
 
 
 def mutate(content: bytes, other: bytes, draw: Draw) -> bytes:
