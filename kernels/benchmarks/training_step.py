@@ -90,8 +90,8 @@ def on_devices(batch: Batch) -> DeviceBatches:
     return jax.device_put(single_update(batch), layout)
 
 
-def compile_update(config: ConfigDict) -> Update:
-    """Compile the update of a config, with a learning rate of zero."""
+def compile_update(config: ConfigDict, compiler_options: dict[str, Any] | None = None) -> Update:
+    """Compile the update of a config, with a learning rate of zero. The options are those of XLA's compiler."""
     method, batch = methods.build(config.method, config), random_batch(config)
     optimizer = make_optimizer(config.train)
     rng = np.random.default_rng(1)  # noise, because compiling the initialisation takes as long as compiling the update
@@ -104,7 +104,7 @@ def compile_update(config: ConfigDict) -> Update:
     device_batches = on_devices(batch)
     lowered = make_update(method, optimizer).lower(state, device_batches, key, rates)
     start = time.perf_counter()
-    update = lowered.compile()
+    update = lowered.compile(compiler_options)
     seconds = time.perf_counter() - start
 
     def run() -> jax.Array:

@@ -28,7 +28,7 @@ from kernels.benchmarks.gpu import scheduler
 from kernels.benchmarks.gpu.scheduler import Part
 from kernels.benchmarks.gpu.worker import Options
 
-_SHARES = {"correctness": 120, "scan": 120, "update": 120, "profile": 50, "training": 130, "prediction": 40}
+_SHARES = {"correctness": 100, "scan": 100, "update": 150, "profile": 60, "training": 130, "prediction": 40}
 PARTS = {name: Part(f"kernels.benchmarks.gpu.{name}", share) for name, share in _SHARES.items()}
 _LETTERS = dict(zip("abcdef", PARTS, strict=True))
 

@@ -1,7 +1,7 @@
 """Times of the selective scan, of two scans of JAX and of installed peers, and of the scan in segments."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from kernels.benchmarks.gpu.results import Row
 from kernels.benchmarks.gpu.worker import Cases, Options
 
 Shape = tuple[int, ...]
+Contestants = Callable[[Shape], dict[str, Any]]  # functions that make the programs, by name
 # Each sequence takes 16 blocks of threads. The first two shapes are cut into 4 segments by default.
 CUT_SHAPES = ["1x256x2048x16x1", "2x1024x2048x16x1", "4x256x2048x16x1", "4x1024x2048x16x1", "4x4096x2048x16x1"]
 SEGMENTS = (1, 4)
@@ -24,29 +25,31 @@ MEMORY = 8  # largest temporary memory of a contestant, in GiB
 
 def cases(options: Options) -> Cases:
     """Yield the rates of the device, then one row per shape and contestant, the most important shapes first."""
-    lists = ["1x5x4x2x1"] if options.rehearse else ["target", "es2d", "wide"]
+    lists = ["1x5x4x2x1"] if options.rehearse else ["target", "es2d"]
     cut_shapes = ["1x8x4x1x1"] if options.rehearse else CUT_SHAPES
     seconds = 0.0 if options.rehearse else 1.0
+    own_and_jax = functools.partial(selective_scan.jax_contestants, dtype=jnp.float32)
     peers, left_out = selective_scan.peers()
     yield "rates", machine.rates
     for name, reason in left_out.items():
         yield name, functools.partial(dict, left_out=reason)
 
-    def cases_of(names: list[str]) -> Cases:
+    def cases_of(names: list[str], contestants: Contestants) -> Cases:
         for shape in selective_scan.parse_shapes(",".join(names)):
-            for name, make_program in (selective_scan.jax_contestants(shape, jnp.float32) | peers).items():
+            for name, make_program in contestants(shape).items():
                 yield f"{_key(shape)} {name}", functools.partial(measure, shape, {name: make_program}, seconds)
 
-    yield from cases_of(lists)
+    yield from cases_of(lists, own_and_jax)
     for shape in map(selective_scan.parse_shape, cut_shapes):
-        if "mosaic" not in selective_scan.jax_contestants(shape, jnp.float32):
+        if "mosaic" not in own_and_jax(shape):
             continue
         for number in SEGMENTS[:1] if options.rehearse else SEGMENTS:
             name = f"mosaic, {number} segments" if number > 1 else "mosaic, uncut"
             make_program = baselines.jax_program(functools.partial(scan_in_segments, number))
             yield f"{_key(shape)} {name}", functools.partial(measure, shape, {name: make_program}, seconds)
     if not options.rehearse:
-        yield from cases_of(["long"])
+        yield from cases_of(["target"], lambda _: peers)  # which take half a minute each to compile
+        yield from cases_of(["wide", "long"], own_and_jax)
 
 
 def measure(shape: Shape, contestant: dict[str, Any], seconds: float) -> Row:

@@ -3,6 +3,7 @@
 import functools
 import statistics
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,20 +16,24 @@ from kernels.benchmarks.gpu.results import Row
 from kernels.benchmarks.gpu.worker import Cases, Options
 
 PRECISIONS = {"TF32": "default", "float32": "highest"}  # JAX's names of the precisions on a GPU with TF32
+AUTOTUNED = {"xla_gpu_experimental_enable_fusion_autotuner": True}  # XLA's default, which `scheduler` changes
 MVTEC3D_IMAGES, EPOCHS = 2_950, 800  # training images of MVTec 3D-AD, and epochs of a step
 SECONDS, MIN_UPDATES = 5.0, 5  # time of a measurement, and smallest number of updates
 
 
 def cases(options: Options) -> Cases:
-    """Yield one row per implementation of the scan and precision of matrix products."""
+    """Yield one row per implementation of the scan and precision of matrix products, and one with tuned fusions."""
     config = settings(options)
+    seconds = 0.0 if options.rehearse else SECONDS
     obstacle = pallas_mosaic.obstacle(np.float32, config.model.states)
     if obstacle:
         yield "mosaic", functools.partial(dict, left_out=obstacle)
-    for precision in ["TF32"] if options.rehearse else PRECISIONS:
-        for scan in ["xla"] if obstacle else ["mosaic", "xla"]:
-            seconds = 0.0 if options.rehearse else SECONDS
-            yield f"{scan}, {precision}", functools.partial(measure, config, scan, precision, seconds)
+    for scan in ["xla"] if obstacle else ["mosaic", "xla"]:
+        yield f"{scan}, TF32", functools.partial(measure, config, scan, "TF32", seconds)
+    if not options.rehearse:
+        scan = "xla" if obstacle else "mosaic"
+        yield f"{scan}, float32", functools.partial(measure, config, scan, "float32", seconds)
+        yield f"{scan}, autotuned fusions", functools.partial(measure, config, scan, "TF32", seconds, AUTOTUNED)
 
 
 def settings(options: Options) -> ConfigDict:
@@ -39,17 +44,21 @@ def settings(options: Options) -> ConfigDict:
     return config
 
 
-def compile_update(config: ConfigDict, scan: str, precision: str) -> training_step.Update:
-    """Compile the update with an implementation of the scan and a precision of matrix products."""
+def compile_update(
+    config: ConfigDict, scan: str, precision: str, compiler_options: dict[str, Any] | None = None
+) -> training_step.Update:
+    """Compile the update with an implementation of the scan, a precision of matrix products and options of XLA."""
     config = config.copy_and_resolve_references()
     config.model.scan = scan
     with jax.default_matmul_precision(PRECISIONS[precision]):
-        return training_step.compile_update(config)
+        return training_step.compile_update(config, compiler_options)
 
 
-def measure(config: ConfigDict, scan: str, precision: str, seconds: float) -> Row:
+def measure(
+    config: ConfigDict, scan: str, precision: str, seconds: float, compiler_options: dict[str, Any] | None = None
+) -> Row:
     """Measure an update. GFLOP is as counted by XLA: the body of a loop once, and kernels as nothing."""
-    update = compile_update(config, scan, precision)
+    update = compile_update(config, scan, precision, compiler_options)
     update.run().block_until_ready()
     times: list[float] = []
     end = time.monotonic() + seconds
