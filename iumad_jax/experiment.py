@@ -14,8 +14,9 @@ from iumad_jax.data import plan, readers
 from iumad_jax.data.batches import training_input
 from iumad_jax.data.prepared import copies, inventory
 from iumad_jax.data.prepared.good_images import good_images, odd_images, quality_shifts, several_kinds
+from iumad_jax.data.prepared.squash import describe_squash
 from iumad_jax.data.sample import Split
-from iumad_jax.errors import UserError
+from iumad_jax.errors import UserError, tell_once
 from iumad_jax.inference import decisions, recognition
 from iumad_jax.inference.thresholds import thresholds
 from iumad_jax.methods.method import without_objects
@@ -141,6 +142,8 @@ def prepare(run: Run, step: Step, progress: Progress) -> None:
     for name in step.learned:
         if warning := several_kinds(run.images.get(name, "train"), name):
             live.log(warning)
+    if warning := describe_squash(run.store, step.learned):
+        tell_once(("squash", run.workdir), warning)
     if progress.calibration and progress.position.step < step.index:
         report_resemblance(run, step, progress)
     inventory.record_images(run.workdir, run.store, step.learned, splits)

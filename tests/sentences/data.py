@@ -136,6 +136,14 @@ MASK_MARKS_NOTHING = "{file} marks nothing but its image has the defect {defect}
 # data: prepared sets and candies
 UNKNOWN_ENCODING = 'config.input.depth_encoding is "{found}"; use one of {known}'
 NO_RELIEF_IN_ENCODING = 'config.input.depth_encoding is "{}", whose grey levels'
+SMALLEST_DEFECT = (
+    "images of {sizes} are resized to {size}x{size}, {grid}x{grid} tokens, where the smallest labelled defect,"
+    " {share} % of its image, becomes {tokens} tokens;"
+)
+NO_DEFECT_LABELLED = (
+    "images of {sizes} are resized to {size}x{size}, {grid}x{grid} tokens, where a defect of {share} % of its image"
+    " becomes {tokens} tokens;"
+)
 UNKNOWN_RESIDENT = 'config.input.resident is "{found}"; use {known}.'
 BATCH_LARGER_THAN_STEP = (
     r"train\.batch_size is {size} but a step has only {count} training images; use {count} or less\."
