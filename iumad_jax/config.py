@@ -84,6 +84,7 @@ def paper(protocol: str) -> ConfigDict:
 
     config.input = ConfigDict()
     config.input.size = 224  # pixels
+    config.input.region = ""  # part seen: left,top,right,bottom in shares of the sides or in pixels; or workpiece
     config.input.depth_encoding = "normals"  # normals, height, height+normals, xyz_uint8, normals_official
     config.input.resident = "auto"  # training images in device memory: auto (up to a quarter of it), always, never
 
@@ -233,6 +234,11 @@ def check(config: ConfigDict) -> None:
         value = functools.reduce(lambda group, name: group[name], key.split("."), config)
         if not low <= value <= high:  # includes NaN
             raise UserError(f"config.{key} is {value}; use {low} to {high}.")
+    if region_numbers(config.input.region) is None and config.input.region and "depth" not in modalities(config):
+        raise UserError(
+            f"config.input.region is {config.input.region}, which depth tells, but config.modality is"
+            f" {config.modality}; use left,top,right,bottom."
+        )
     if config.input.resident not in ("auto", "always", "never"):
         raise UserError(f'config.input.resident is "{config.input.resident}"; use auto, always or never.')
     model = config.model
@@ -252,6 +258,31 @@ def check(config: ConfigDict) -> None:
             f"config.model.patch_size is {model.patch_size}; use at most config.input.size, which is"
             f" {config.input.size}."
         )
+
+
+def region_numbers(region: str) -> tuple[float, float, float, float] | None:
+    """Return left, top, right and bottom of a region, see `config.input.region`; None if it is "" or "workpiece".
+
+    They are shares of the image's sides if none exceeds 1, else pixels. The right column and the bottom row are not
+    part of the region.
+
+    Raises:
+        UserError: If they are not four such numbers, in order.
+    """
+    if region in ("", "workpiece"):
+        return None
+    try:
+        left, top, right, bottom = map(float, region.split(","))
+        pixels = max(right, bottom) > 1
+        valid = 0 <= left < right < math.inf and 0 <= top < bottom < math.inf
+        if valid and all(not pixels or number.is_integer() for number in (left, top, right, bottom)):
+            return left, top, right, bottom
+    except ValueError:
+        pass
+    raise UserError(
+        f'config.input.region is "{region}"; use left,top,right,bottom, such as 0.25,0,0.75,1 (shares of the sides) or'
+        " 400,0,1200,800 (pixels), or workpiece."
+    )
 
 
 def modalities(config: ConfigDict) -> tuple[str, ...]:

@@ -64,6 +64,7 @@ def describe(detector: Detector, batch: int | None) -> dict[str, Any]:
         "version": version("iumad-jax"),
         "step": detector.step,
         "inputs": {name: [batch or "batch", size, size, 3] for name in detector.processing.modalities},
+        "region": detector.processing.region,
         "depth_encoding": detector.processing.depth_encoding if "depth" in detector.processing.modalities else None,
         "outputs": list(Outputs._fields),
         "objects": list(detector.objects),

@@ -74,7 +74,7 @@ def _check_same_images(folders: Sequence[Path], configs: Sequence[ConfigDict], p
 
     def described(config: ConfigDict, progress: Progress) -> dict[str, Any]:
         keys = {"dataset.name": config.dataset.name, "dataset.root": config.dataset.root, "modality": config.modality}
-        keys |= {f"input.{key}": config.input[key] for key in ("size", "depth_encoding")}
+        keys |= {f"input.{key}": config.input[key] for key in ("size", "region", "depth_encoding")}
         return keys | {"learned objects": ",".join(progress.calibration)}
 
     first, *others = [described(*run) for run in zip(configs, progresses, strict=True)]

@@ -12,9 +12,12 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 from ml_collections import ConfigDict
+from PIL import Image
 
 from iumad_jax import methods
+from iumad_jax.data import region
 from iumad_jax.data.prepared.processing import Processing
+from iumad_jax.data.region import Box
 from iumad_jax.data.sample import Camera, DepthFormat, Sample
 from iumad_jax.errors import UserError
 from iumad_jax.inference import recognition
@@ -36,8 +39,9 @@ class Detection(NamedTuple):
 
     Attributes:
         score: Anomaly score.
-        map: Anomaly map of 224 x 224 pixels.
-        mask: Anomalous pixels, where `map` exceeds `pixel_threshold`.
+        map: Anomaly map of 224 x 224 pixels. If the run sees a part of each image (`config.input.region`), the map has
+            the image's own size and is zero outside of this part.
+        mask: Anomalous pixels, where `map` exceeds `pixel_threshold`, in the size of `map`.
         anomalous: Whether `score` exceeds `image_threshold`.
         object: Name of the recognised or specified object, a str; an array of names for a batch.
         probability: Probability that the image shows this object, assuming that it shows a learned one.
@@ -52,8 +56,8 @@ class Detection(NamedTuple):
     """
 
     score: Float32[np.ndarray, "*b"]
-    map: Float32[np.ndarray, "*b m m"]
-    mask: Bool[np.ndarray, "*b m m"]
+    map: Float32[np.ndarray, "*b h w"]
+    mask: Bool[np.ndarray, "*b h w"]
     anomalous: Bool[np.ndarray, "*b"]
     object: Any
     probability: Float32[np.ndarray, "*b"]
@@ -73,6 +77,20 @@ class Detection(NamedTuple):
     def relative_score(self) -> Float[np.ndarray, "*b"]:
         """The score from 0 to 1, score / (score + image_threshold): above 1/2 where the image is anomalous."""
         return self.score / np.maximum(self.score + self.image_threshold, np.finfo(np.float32).tiny)
+
+
+class Processed(NamedTuple):
+    """Images as `Detector.judge` takes them, and what they show.
+
+    Attributes:
+        images: Images by modality, with values 0 to 255.
+        boxes: Part of each original image that they show.
+        size: Rows and columns of the original images.
+    """
+
+    images: dict[Modality, Float32[np.ndarray, "b s s 3"]]
+    boxes: tuple[Box, ...]
+    size: tuple[int, int]
 
 
 class State(NamedTuple):
@@ -290,7 +308,8 @@ class Detector:
             UserError: If an argument has a wrong type or shape, if the object was not learned or is retired, or if the
                 depth cannot be used.
         """
-        detection = self.judge(self.prepare(rgb, depth, camera), object)
+        processed = self.process(rgb, depth, camera)
+        detection = self.place(self.judge(processed.images, object), processed)
         single = depth.ndim == 2 if rgb is None and depth is not None else rgb is not None and rgb.ndim == 3
         return Detection(*(field[0] for field in detection)) if single else detection
 
@@ -305,6 +324,15 @@ class Detector:
         Returns:
             Images by modality, shape (b, s, s, 3) with values 0 to 255; b is 1 for a single image.
         """
+        return self.process(rgb, depth, camera).images
+
+    def process(
+        self,
+        rgb: UInt8[np.ndarray, "*b h w 3"] | None = None,
+        depth: Float[np.ndarray, "*b h w"] | None = None,
+        camera: Camera | None = None,
+    ) -> Processed:
+        """Preprocess images as `prepare` does, and tell which part of them is seen."""
         if depth is None and "depth" in self.processing.modalities:
             raise UserError("depth is missing; pass it, since this model was trained with depth.")
         if rgb is None and depth is not None and _is_array(depth) and "rgb" not in self.processing.modalities:
@@ -338,13 +366,14 @@ class Detector:
         else:
             with ThreadPoolExecutor() as pool:
                 processed = list(pool.map(process, range(len(photographs))))
-        return {
+        images = {
             modality: np.stack([arrays[f"images_{modality}"] for arrays in processed]).astype(np.float32)
             for modality in self.processing.modalities
         }
+        return Processed(images, tuple(Box(*arrays["box"]) for arrays in processed), photographs.shape[1:3])
 
     def judge(self, images: dict[Modality, Float32[np.ndarray, "b s s 3"]], object: str | None = None) -> Detection:
-        """Detect anomalies in a batch of prepared images, see `prepare`.
+        """Detect anomalies in a batch of prepared images, see `prepare`; maps are of 224 x 224 pixels.
 
         Raises:
             UserError: If the object was not learned or is retired.
@@ -354,6 +383,18 @@ class Detector:
         fields = jax.tree.map(np.asarray, outputs)._asdict()
         names = np.array(self.objects)[fields.pop("object_id")]
         return Detection(**fields, object=names)
+
+    def place(self, detection: Detection, processed: Processed) -> Detection:
+        """Return detections with maps and masks in the images' own size if the run sees a part of each image."""
+        if not self.processing.region:
+            return detection
+
+        def spread(pictures: np.ndarray, resampling: Image.Resampling) -> np.ndarray:
+            pairs = zip(pictures, processed.boxes, strict=True)
+            return np.stack([region.spread(picture, box, processed.size, resampling) for picture, box in pairs])
+
+        masks = spread(detection.mask.astype(np.uint8), Image.Resampling.NEAREST) > 0
+        return detection._replace(map=spread(detection.map, Image.Resampling.BILINEAR), mask=masks)
 
     def compile(self) -> None:
         """Compile the function for single images, which the first call would do otherwise."""

@@ -144,6 +144,10 @@ NO_DEFECT_LABELLED = (
     "images of {sizes} are resized to {size}x{size}, {grid}x{grid} tokens, where a defect of {share} % of its image"
     " becomes {tokens} tokens;"
 )
+REGION_TOO_LARGE = "{image} has {size} pixels, but config.input.region is {region}; name a box within all images"
+REGION_WRONG = 'config.input.region is "{}"; use left,top,right,bottom, such as'
+REGION_NEEDS_DEPTH = "config.input.region is workpiece, which depth tells, but config.modality is {}; use"
+NO_WORKPIECE = "{image} shows no workpiece that stands {height} mm above its background"
 UNKNOWN_RESIDENT = 'config.input.resident is "{found}"; use {known}.'
 BATCH_LARGER_THAN_STEP = (
     r"train\.batch_size is {size} but a step has only {count} training images; use {count} or less\."

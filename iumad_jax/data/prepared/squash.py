@@ -20,7 +20,7 @@ def describe_squash(store: Store, objects: Sequence[str]) -> str | None:
         UserError: As in `Store.get`.
     """
     side, grid = store.processing.size, store.settings["grid"]
-    sizes = {tuple(image["size"]) for name in objects for image in store.prepare(name, "train")["images"]}
+    sizes = {tuple(image["seen"]) for name in objects for image in store.prepare(name, "train")["images"]}
     squashed = [f"{w}x{h}" for h, w in sorted(sizes) if max(h, w) > min(_ELONGATED * min(h, w), _LARGE * side)]
     if not squashed:
         return None
@@ -32,6 +32,6 @@ def describe_squash(store: Store, objects: Sequence[str]) -> str | None:
     more = f" and {len(squashed) - _SHOWN} more sizes" if len(squashed) > _SHOWN else ""
     return (
         f"images of {', '.join(squashed[:_SHOWN])} pixels{more} are resized to {side}x{side}, {grid}x{grid} tokens,"
-        f" where {defect} {of_image} becomes {share * grid**2:.2g} tokens; a larger config.input.size and"
-        " config.backbone.grid show more."
+        f" where {defect} {of_image} becomes {share * grid**2:.2g} tokens; config.input.region cuts"
+        " out the part that matters, and a larger config.input.size and config.backbone.grid show more of it."
     )

@@ -36,6 +36,7 @@ from iumad_jax.data.prepared.copies import PreparedSplit
 from iumad_jax.data.prepared.processing import Processing
 from iumad_jax.data.prepared.records import Image, Manifest, Values
 from iumad_jax.data.readers.joined import reader_of
+from iumad_jax.data.region import Box, cut
 from iumad_jax.data.sample import Reader, Sample, Split
 from iumad_jax.errors import UserError
 from iumad_jax.models import pretrained
@@ -327,8 +328,9 @@ class Store:
 
     def _process(self, object_: str, split: PreparedSplit, image: Image) -> tuple[Image, Values]:
         """Read and process an image, and complete its description."""
-        sample = copies.read(self.reader, object_, split, image["id"])
-        return Image(**(image | _describe(sample))), self.processing(sample)
+        sample = copies.read(self.reader, object_, split, image["id"], self.processing.extent)
+        values = self.processing(sample)
+        return Image(**(image | _describe(sample, Box(*values["box"])))), values
 
     def _add_features(self, chunk: list[Values]) -> None:
         """Add the features of a few images."""
@@ -365,13 +367,15 @@ def _has_truth(split: PreparedSplit) -> bool:
     return split not in ("train", "varied")
 
 
-def _describe(sample: Sample) -> Image:
-    valid = None if sample.depth is None or sample.camera is None else measured(sample.depth, sample.camera)
+def _describe(sample: Sample, box: Box) -> Image:
+    seen = cut(sample, box)
+    valid = None if seen.depth is None or seen.camera is None else measured(seen.depth, seen.camera)
     return Image(
         defect=sample.defect,
         size=list(sample.rgb.shape[:2]),
+        seen=list(seen.rgb.shape[:2]),
         invalid_depth=None if valid is None else float(1 - valid.mean()),
-        mask_area=None if sample.mask is None else float(sample.mask.mean()),
+        mask_area=None if seen.mask is None else float(seen.mask.mean()),
     )
 
 

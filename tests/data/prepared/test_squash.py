@@ -30,7 +30,7 @@ def store(tmp_path, sizes, defect=None):
     return Store(tmp_path / "prepared", Folder(tmp_path / "objects"), processing, quarters, {"grid": 10})
 
 
-@pytest.mark.parametrize("sizes", [[(100, 200)], [(200, 200)], [(16, 16), (200, 150)]])
+@pytest.mark.parametrize("sizes", [[(60, 120)], [(200, 200)], [(16, 16), (200, 150)]])
 def test_nothing_is_told_and_no_test_image_prepared_for_images_near_the_input(tmp_path, sizes):
     opened = store(tmp_path, sizes)
     assert describe_squash(opened, ("bolt",)) is None
@@ -40,7 +40,7 @@ def test_nothing_is_told_and_no_test_image_prepared_for_images_near_the_input(tm
 @pytest.mark.parametrize(
     ("sizes", "named"),
     [
-        ([(100, 201), (60, 60)], "100x201 pixels"),  # longer than twice its width
+        ([(60, 121), (60, 60)], "60x121 pixels"),  # longer than twice its width
         ([(201, 150), (60, 60)], "201x150 pixels"),  # more than four times the input
         ([(500, 500 + n) for n in range(5)], "500x500, 500x501, 500x502 pixels and 2 more sizes"),
     ],
