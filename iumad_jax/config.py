@@ -15,6 +15,7 @@ _LIMITS = {
     "dataset.render.objects": (1, 999),
     "dataset.render.lamp": (0, 1),
     "input.size": (32, 4096),
+    "input.overlap": (0, 0.5),
     "backbone.grid": (1, 256),
     "model.width": (2, 8192),
     "model.heads": (1, 8192),
@@ -45,6 +46,7 @@ _LIMITS = {
     "continual.replay.image_size": (1, 4096),
     "report.pictures_per_object": (0, 1000),
 }
+_MOST_TILES = 256  # of an image
 _BENCHMARK = {"variants", "modalities", "protocols", "seeds", "seeds_of_one_modality"}
 
 VARIANTS: dict[str, dict[str, Any]] = {  # method variants of benchmarks: the keys that each one changes
@@ -85,6 +87,8 @@ def paper(protocol: str) -> ConfigDict:
     config.input = ConfigDict()
     config.input.size = 224  # pixels
     config.input.region = ""  # part seen: left,top,right,bottom in shares of the sides or in pixels; or workpiece
+    config.input.tiles = "1x1"  # ROWSxCOLUMNS of tiles, each of which the network sees in its whole input
+    config.input.overlap = 0.2  # of neighbouring tiles, in their sides
     config.input.depth_encoding = "normals"  # normals, height, height+normals, xyz_uint8, normals_official
     config.input.resident = "auto"  # training images in device memory: auto (up to a quarter of it), always, never
 
@@ -239,6 +243,7 @@ def check(config: ConfigDict) -> None:
             f"config.input.region is {config.input.region}, which depth tells, but config.modality is"
             f" {config.modality}; use left,top,right,bottom."
         )
+    tile_numbers(config.input.tiles)
     if config.input.resident not in ("auto", "always", "never"):
         raise UserError(f'config.input.resident is "{config.input.resident}"; use auto, always or never.')
     model = config.model
@@ -283,6 +288,34 @@ def region_numbers(region: str) -> tuple[float, float, float, float] | None:
         f'config.input.region is "{region}"; use left,top,right,bottom, such as 0.25,0,0.75,1 (shares of the sides) or'
         " 400,0,1200,800 (pixels), or workpiece."
     )
+
+
+def tile_numbers(tiles: str) -> tuple[int, int]:
+    """Return the numbers of rows and columns of `config.input.tiles`.
+
+    Raises:
+        UserError: If they are not two numbers of which at least one tile and at most 256 follow.
+    """
+    rows, _, columns = tiles.partition("x")
+    if rows.isdecimal() and columns.isdecimal() and 0 < int(rows) * int(columns) <= _MOST_TILES:
+        return int(rows), int(columns)
+    raise UserError(
+        f'config.input.tiles is "{tiles}"; use ROWSxCOLUMNS, such as 2x3, with at most {_MOST_TILES} tiles.'
+    )
+
+
+def refuse_tiles(config: ConfigDict, what: str) -> None:
+    """Raise a UserError if the run of a config divides its images into tiles.
+
+    Args:
+        config: Config of the run.
+        what: What needs whole images, such as "export makes a file".
+    """
+    if tile_numbers(config.input.tiles) != (1, 1):
+        raise UserError(
+            f"config.input.tiles is {config.input.tiles}, but {what} for images that are seen whole; use"
+            " predict, evaluate or Detector, which join tiles."
+        )
 
 
 def modalities(config: ConfigDict) -> tuple[str, ...]:

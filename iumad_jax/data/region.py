@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
-from PIL import Image
 from scipy import ndimage
 
 from iumad_jax import config as configs
@@ -97,12 +96,3 @@ def _around(centre: float, side: float, length: int) -> tuple[float, float]:
     side = min(side, length)
     start = min(max(centre - side / 2, 0), length - side)
     return start / length, (start + side) / length
-
-
-def spread(picture: np.ndarray, box: Box, size: tuple[int, int], resampling: Image.Resampling) -> np.ndarray:
-    """Return an image of `size` (rows, columns) whose part in the box shows the picture (h w), and the rest zero."""
-    rows, columns = box.slices(size)
-    shown = Image.fromarray(picture).resize((columns.stop - columns.start, rows.stop - rows.start), resampling)
-    whole = np.zeros(size, picture.dtype)
-    whole[rows, columns] = np.asarray(shown)
-    return whole

@@ -35,8 +35,13 @@ def export(detector: Detector, format_: str, batch: int | None) -> bytes:
         Content of the file.
 
     Raises:
-        UserError: If a package is missing (`pip install iumad-jax[export]`).
+        UserError: If the run divides images into tiles, or a package is missing (`pip install iumad-jax[export]`).
     """
+    if detector.processing.tiling.count > 1:
+        raise UserError(
+            f"config.input.tiles of this run is {detector.processing.tiles}, but export writes a file that judges whole"
+            " images; use predict or Detector, which join tiles."
+        )
     function = positional_function(detector)
     try:
         if format_ == "stablehlo":

@@ -25,7 +25,8 @@ from iumad_jax.data.readers import watching
 from iumad_jax.data.readers.unlabelled import InputImage
 from iumad_jax.errors import UserError
 from iumad_jax.inference import unknown_images
-from iumad_jax.inference.detector import Detection, Detector, Processed
+from iumad_jax.inference.detection import Detection, Processed
+from iumad_jax.inference.detector import Detector
 from iumad_jax.inference.unknown_images import Group
 from iumad_jax.report import figures, predictions_page, result_files
 from iumad_jax.runtime import preemption
@@ -110,7 +111,7 @@ def predict(
             image, future = reading
             try:
                 ready = future.result()
-                detection = detector.place(detector.judge(ready.processed.images, object_), ready.processed)
+                detection = ready.processed.place(detector.judge(ready.processed.images, object_))
             except UserError as error:
                 if isinstance(error, WrongUnit) and not units_fit:  # all images share one unit
                     raise

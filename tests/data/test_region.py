@@ -5,15 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from iumad_jax.config import check, small
 from iumad_jax.data.degradation import vary
 from iumad_jax.data.prepared.processing import Processing
-from iumad_jax.data.region import WHOLE, Box, fixed_box, spread, workpiece_box
+from iumad_jax.data.region import WHOLE, Box, fixed_box, workpiece_box
 from iumad_jax.data.sample import Camera, DepthFormat, Sample
 from iumad_jax.errors import UserError
-from iumad_jax.inference.detector import Detection, Detector
+from iumad_jax.inference.detection import Detection
+from iumad_jax.inference.detector import Detector
 from tests import sentences
 
 PROCESSING = Processing(("rgb", "depth"), 32, "height+normals", height_range=0.1, object_height=0.005)
@@ -173,14 +173,6 @@ def test_the_workpiece_needs_depth():
         check(config)
 
 
-def test_a_picture_is_spread_over_its_box():
-    picture = np.array([[1, 2], [3, 4]], np.float32)
-    spread_out = spread(picture, Box(0.25, 0.5, 0.75, 1), (8, 8), Image.Resampling.NEAREST)
-    expected = np.zeros((8, 8))
-    expected[4:, 2:6] = np.repeat(np.repeat(picture, 2, 0), 2, 1)
-    np.testing.assert_array_equal(spread_out, expected)
-
-
 def test_maps_return_in_the_images_own_size():
     """The map's only defect is in its upper left quarter; of 300 x 200 pixels, the seen part begins at (75, 50)."""
     processing = Processing(("rgb",), 32, "height", 0.1, 0.005, region="0.25,0.25,0.75,0.75")
@@ -189,11 +181,25 @@ def test_maps_return_in_the_images_own_size():
     assert (len(processed.boxes), processed.size) == (2, (200, 300))
     maps = np.zeros((2, 224, 224), np.float32)
     maps[1, :112, :112] = 5
-    found = Detection(*[None] * 12)._replace(map=maps, mask=maps > 1)
-    placed = detector.place(found, processed)
+    found = Detection(*[None] * 12)._replace(map=maps, pixel_threshold=np.float32([1, 2.5]))
+    placed = processed.place(found)
     expected = np.zeros((2, 200, 300), bool)
     expected[1, 50:100, 75:150] = True
     np.testing.assert_array_equal(placed.mask, expected)
     assert (placed.map.shape, placed.map[1, 60, 80], placed.map[1, :, :75].max()) == ((2, 200, 300), 5, 0)
+    assert processed._replace(whole=True).place(found) is found
     whole = dataclasses.replace(detector, processing=dataclasses.replace(processing, region=""))
-    assert whole.place(found, processed) is found
+    assert whole.process(np.zeros((200, 300, 3), np.uint8)).whole
+
+
+def test_maps_of_tiles_are_joined_within_the_region():
+    """The lower of two tiles is anomalous: rows 100 to 150, below the region's middle."""
+    processing = Processing(("rgb",), 32, "height", 0.1, 0.005, region="0.25,0.25,0.75,0.75", tiles="2x1")
+    detector = Detector(Path(), {}, None, (), (), 0, processing, DepthFormat(), None, None, None, None)
+    processed = detector.process(np.zeros((1, 200, 300, 3), np.uint8))
+    assert processed.images["rgb"].shape == (2, 32, 32, 3)
+    maps = np.stack([np.zeros((224, 224), np.float32), np.full((224, 224), 5, np.float32)])[None]
+    placed = processed.place(Detection(*[None] * 12)._replace(map=maps, pixel_threshold=np.float32([1])))
+    expected = np.zeros((1, 200, 300), bool)
+    expected[0, 100:150, 75:225] = True
+    np.testing.assert_array_equal(placed.mask, expected)

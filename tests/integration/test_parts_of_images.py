@@ -1,5 +1,6 @@
-"""Runs that see parts of photographs: the region that matters."""
+"""Runs that see parts of photographs: the region that matters, or tiles."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from iumad_jax import Detector, main, predict
+from iumad_jax import Detector, choose, latency, main, predict
+from iumad_jax.export import __main__ as export_command
+from tests import sentences
 from tests.integration.conftest import as_flags
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections reads a config
@@ -82,3 +85,42 @@ def test_a_region_is_cut_in_training_and_prediction(home, monkeypatch):
     good = detector(np.asarray(strip(7)))
     assert batch.score[1] == pytest.approx(float(good.score), rel=0.2)  # other noise
     assert batch.score[1] < batch.score[0] / 2
+
+
+def test_tiles_are_judged_together(home, monkeypatch, capsys):
+    """A defect is found where it is, within a tile or in the overlap of two; run, `predict` and detector agree.
+
+    Tiles have 512 / 6.25 = 82 rows: the fourth begins at 184, the fifth at 246.
+    """
+    keys = KEYS | {"method": "memory_bank", "memory_bank.megabytes": 0.3, "input.tiles": "8x1", "input.overlap": 0.25}
+    assert run(home, monkeypatch, main, f"--config={CONFIG}:1-0", "--workdir=tiles", *as_flags(keys)) == 0
+    results = json.loads((home / "tiles/results.json").read_text())
+    assert results["matrix"]["i_auroc"] == [[1.0]]
+    assert results["matrix"]["aupro"][0][0] > 0.9
+    (home / "tall").mkdir()
+    places = {"within": 225, "overlap": 256}
+    for name, row in places.items():
+        strip(7, (row,)).save(home / f"tall/{name}.png")
+    assert run(home, monkeypatch, predict, "--workdir=tiles", "--input=tall", "--output=tiles_out") == 0
+    predictions = json.loads((home / "tiles_out/predictions.json").read_text())["images"]
+    detector = Detector.load(home / "tiles")
+    detections = detector(np.stack([np.asarray(strip(7, (row,))) for row in places.values()]))
+    for number, (name, row) in enumerate(places.items()):
+        mask = np.asarray(Image.open(home / f"tiles_out/masks/{name}.png")) > 0
+        assert (mask.shape, mask[row, 32]) == ((512, 64), True)
+        assert not mask[: row - 40].any()
+        assert not mask[row + 40 :].any()
+        assert (detections.mask[number] != mask).mean() < 1e-3
+        (predicted,) = [values for values in predictions if values["image"] == name]
+        assert (predicted["decision"], detections.decision[number]) == ("anomalous", "anomalous")
+        assert predicted["score"] == pytest.approx(float(detections.score[number]), rel=1e-4)
+    assert not detector(np.asarray(strip(7))).anomalous
+    capsys.readouterr()
+    for command, flags, sentence in (
+        (export_command, ("--format=onnx",), sentences.NO_EXPORT_OF_TILES.format("8x1")),
+        (latency, (), sentences.NO_TILES.format(tiles="8x1", what="latency measures predictions")),
+        (choose, (), sentences.NO_TILES.format(tiles="8x1", what="choose pastes defects")),
+    ):
+        assert run(home, monkeypatch, command, "--workdir=tiles", *flags) == 2
+        assert sentence in capsys.readouterr().err
+    assert not (home / "tiles/detector.onnx").exists()

@@ -12,6 +12,7 @@ from sklearn.metrics import silhouette_score
 
 from iumad_jax.data.prepared import copies
 from iumad_jax.data.prepared.store import PreparedSet, Store, mean_tokens
+from iumad_jax.data.tiles import rows_of
 from iumad_jax.shapes import Batch, Modality
 
 _SILHOUETTE, _SMALLEST_KIND = 0.35, 4  # of two kinds of images, and the number of images of the smaller one
@@ -48,12 +49,14 @@ def good_images(store: Store, name: str) -> GoodImages:
     training = store.get(name, "train").batch
     if store.reader.ids(name, "calibration"):
         return GoodImages(training, calibration_images(store.get(name, "calibration").batch, trained=False))
-    count = len(training.object_id)
+    tiles = store.processing.tiling.count
+    count = len(training.object_id) // tiles
     if count < copies.FEW:
         varied = store.get(name, "varied").batch
         with_copies = jax.tree.map(lambda *arrays: np.concatenate(arrays), training, varied)
         return GoodImages(training, calibration_images(with_copies, trained=True, few=True))
     fifth = (np.arange(count) + 1) % 5 == 0
+    fifth = np.repeat(fifth, tiles)
     learned, calibrating = (jax.tree.map(lambda array, rows=rows: array[rows], training) for rows in (~fifth, fifth))
     return GoodImages(learned, calibration_images(calibrating, trained=True))
 
@@ -66,7 +69,8 @@ def quality_shifts(store: Store, name: str) -> dict[Modality, np.ndarray]:
     """
     features = store.get(name, "train").batch.features
     degraded, ids = store.mean_tokens(name), store.reader.ids(name, "train")
-    rows = [ids.index(copies.original_id(copy)) for copy in copies.ids(store.reader, name, "degraded")]
+    originals = [ids.index(copies.original_id(copy)) for copy in copies.ids(store.reader, name, "degraded")]
+    rows = rows_of(np.array(originals), store.processing.tiling.count)
     return {m: tokens - mean_tokens(features[m][rows]) for m, tokens in degraded.items()}
 
 
@@ -82,7 +86,7 @@ def odd_images(images: PreparedSet, name: str, kind: str) -> Iterator[str]:
     ids_by_oddity: dict[str, list[str]] = {oddity: [] for oddity in oddities}
     seen = set()
     arrays: dict[Modality, Any] = images.batch.images
-    for row, id_ in enumerate(images.ids):
+    for row, id_ in enumerate(images.tile_ids):
         image = {modality: np.asarray(array[row], np.float32) for modality, array in arrays.items()}
         content = hashlib.sha256(b"".join(pixels.tobytes() for pixels in image.values())).digest()
         if "rgb" in image and np.ptp(image["rgb"]) <= _GREY_LEVELS:
@@ -97,7 +101,7 @@ def odd_images(images: PreparedSet, name: str, kind: str) -> Iterator[str]:
     for oddity, ids in ids_by_oddity.items():
         if ids:
             shown = ", ".join(ids[:5]) + (" and others" if len(ids) > 5 else "")
-            yield f"{len(ids)} of {name}'s {len(images.ids)} {kind} images are {oddity} ({shown}); check them."
+            yield f"{len(ids)} of {name}'s {len(images.tile_ids)} {kind} images are {oddity} ({shown}); check them."
 
 
 def several_kinds(images: PreparedSet, name: str) -> str | None:
@@ -114,7 +118,7 @@ def several_kinds(images: PreparedSet, name: str) -> str | None:
     counts = np.bincount(kinds, minlength=2)
     if counts.min() < _SMALLEST_KIND or silhouette_score(standardised, kinds) < _SILHOUETTE:
         return None
-    described = (f"{count} like {images.ids[int(np.argmax(kinds == kind))]}" for kind, count in enumerate(counts))
+    described = (f"{count} like {images.tile_ids[int(np.argmax(kinds == kind))]}" for kind, count in enumerate(counts))
     return (
         f"{name}'s training images are of two kinds ({', '.join(described)}); if they show two objects, put them into"
         " two folders."

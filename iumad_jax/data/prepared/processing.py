@@ -11,6 +11,7 @@ from iumad_jax import config as configs
 from iumad_jax.data import depth, transforms
 from iumad_jax.data.region import WHOLE, WORKPIECE, cut, fixed_box, workpiece_box
 from iumad_jax.data.sample import Reader, Sample
+from iumad_jax.data.tiles import Tiling
 from iumad_jax.errors import UserError, tell_once
 from iumad_jax.shapes import MAP_SIZE, Modality
 
@@ -28,6 +29,8 @@ class Processing:
         normals_window: Side of the window in which normals are fitted, in pixels.
         bits: Bits that photographs of 16 bits per channel use; None if the first one has 8 bits per channel.
         region: Part of an image that is seen, as in `config.input.region`.
+        tiles: Tiles of this part, as in `config.input.tiles`.
+        overlap: Their overlap, as in `config.input.overlap`.
     """
 
     modalities: tuple[Modality, ...]
@@ -38,6 +41,8 @@ class Processing:
     normals_window: int = 3
     bits: int | None = None
     region: str = ""
+    tiles: str = "1x1"
+    overlap: float = 0.0
 
     def __post_init__(self) -> None:
         depth.check_encoding(self.depth_encoding)
@@ -62,6 +67,8 @@ class Processing:
             reader.normals_window,
             sample.bits if sample else None,
             config.input.region,
+            config.input.tiles,
+            config.input.overlap,
         )
 
     @classmethod
@@ -69,6 +76,11 @@ class Processing:
         """Return the processing that `Store.describe` recorded."""
         processing = inputs["processing"]
         return cls(**processing | {"modalities": tuple(processing["modalities"])})
+
+    @property
+    def tiling(self) -> Tiling:
+        """Tiles of an image."""
+        return Tiling.of(self.tiles, self.overlap)
 
     @property
     def height_scale(self) -> float:
@@ -89,8 +101,8 @@ class Processing:
         by its height above the background plane, which the whole image shows best, and cut out afterwards.
 
         Returns:
-            Arrays by name: `images_<modality>` (h w 3) for the backbone, the fields of `GroundTruth`, and `box`, the
-            numbers of the `Box` that is seen.
+            Arrays by name: `images_<modality>` (h w 3) for the backbone, or (t h w 3) of several tiles, the fields of
+            `GroundTruth`, and `box`, the numbers of the `Box` that is seen.
 
         Raises:
             UserError: If the sample has unusable depth, lacks depth or official normals that the encoding needs, has
@@ -128,14 +140,21 @@ class Processing:
             "box": np.array(box),
         }
         if "rgb" in self.modalities:
-            same = self.size == MAP_SIZE  # resizing a large photograph once more would take most of the time
-            arrays["images_rgb"] = arrays["thumbnail"] if same else transforms.resize_image(sample.rgb, self.size)
+            same = self.size == MAP_SIZE and self.tiling.count == 1  # resizing again would take most of the time
+            arrays["images_rgb"] = arrays["thumbnail"] if same else self._resized(sample.rgb)
         if geometry:
             arrays["height"] = transforms.resize_nearest(geometry["height"], MAP_SIZE)
             arrays |= {name: transforms.region(geometry[name], MAP_SIZE) for name in ("object", "workpiece")}
         if "depth" in self.modalities:
-            arrays["images_depth"] = transforms.resize_image(geometry["encoded"], self.size).astype(np.float16)
+            arrays["images_depth"] = self._resized(geometry["encoded"]).astype(np.float16)
         return arrays
+
+    def _resized(self, image: np.ndarray) -> np.ndarray:
+        """Resize an image, or each of its tiles if there are several."""
+        if self.tiling.count == 1:
+            return transforms.resize_image(image, self.size)
+        parts = [image[box.slices(image.shape)] for box in self.tiling.boxes]
+        return np.stack([transforms.resize_image(part, self.size) for part in parts])
 
     def _measure(self, sample: Sample) -> dict[str, np.ndarray]:
         """Measure a sample's depth: `height`, NaN where missing, masks `object` and `workpiece`, and `encoded` depth.

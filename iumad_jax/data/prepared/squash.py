@@ -19,9 +19,11 @@ def describe_squash(store: Store, objects: Sequence[str]) -> str | None:
     Raises:
         UserError: As in `Store.get`.
     """
-    side, grid = store.processing.size, store.settings["grid"]
+    side, grid, tiling = store.processing.size, store.settings["grid"], store.processing.tiling
+    tall, wide = tiling.share
     sizes = {tuple(image["seen"]) for name in objects for image in store.prepare(name, "train")["images"]}
-    squashed = [f"{w}x{h}" for h, w in sorted(sizes) if max(h, w) > min(_ELONGATED * min(h, w), _LARGE * side)]
+    tiles = sorted({(round(tall * height), round(wide * width)) for height, width in sizes})
+    squashed = [f"{w}x{h}" for h, w in tiles if max(h, w) > min(_ELONGATED * min(h, w), _LARGE * side)]
     if not squashed:
         return None
     tested = [name for name in objects if store.reader.ids(name, "test")]
@@ -29,9 +31,10 @@ def describe_squash(store: Store, objects: Sequence[str]) -> str | None:
     labelled = [area for area in areas if area]
     share, defect = (min(labelled), "the smallest labelled defect,") if labelled else (_SHARE, "a defect of")
     of_image = f"{100 * share:.2g} % of its image{',' if labelled else ''}"
+    kind, tokens = "images" if tiling.count == 1 else "tiles", share / (tall * wide) * grid**2
     more = f" and {len(squashed) - _SHOWN} more sizes" if len(squashed) > _SHOWN else ""
     return (
-        f"images of {', '.join(squashed[:_SHOWN])} pixels{more} are resized to {side}x{side}, {grid}x{grid} tokens,"
-        f" where {defect} {of_image} becomes {share * grid**2:.2g} tokens; config.input.region cuts"
-        " out the part that matters, and a larger config.input.size and config.backbone.grid show more of it."
+        f"{kind} of {', '.join(squashed[:_SHOWN])} pixels{more} are resized to {side}x{side}, {grid}x{grid} tokens,"
+        f" where {defect} {of_image} becomes {tokens:.2g} tokens; config.input.region cuts out the part that matters,"
+        " config.input.tiles divides it, and a larger config.input.size and config.backbone.grid show more of it."
     )
