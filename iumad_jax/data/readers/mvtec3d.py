@@ -55,8 +55,7 @@ class MVTec3D:
                 folder = by_name[name]
                 if (folder / "ground_truth").is_dir():
                     raise UserError(
-                        f"{folder} is of MVTec AD, not of MVTec 3D-AD; use --config=configs/folder.py and"
-                        " --config.modality=rgb."
+                        f"{folder} is of MVTec AD, not of MVTec 3D-AD; use --config=folder and --config.modality=rgb."
                     )
                 train = list_good_items(folder / "train", self.root, _KINDS, needed_good)
                 calibration = list_good_items(folder / "validation", self.root, _KINDS, needed_good)
