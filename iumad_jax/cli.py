@@ -187,11 +187,15 @@ def path(values: flags.FlagValues, name: str) -> Path:
     return Path(value)
 
 
-def changed_keys(values: flags.FlagValues) -> dict[str, Any]:
-    """Return the keys that --config.KEY=VALUE gives another value than the run in --workdir has."""
+def run_and_changes(values: flags.FlagValues) -> tuple[ConfigDict, dict[str, Any]]:
+    """Return the config of the run in --workdir, and the keys to which --config.KEY=VALUE gives another value.
+
+    What --config.dataset.trust names holds for the run itself, whose datasets are read together.
+    """
     run = workdirs.read(path(values, "workdir"))
+    run.dataset.trust = values.config.dataset.trust
     before, now = (configs.flat(json.loads(config.to_json())) for config in (run, values.config))
-    return {key: value for key, value in now.items() if value != before[key]}
+    return run, {key: value for key, value in now.items() if value != before[key]}
 
 
 def _define_compilation_cache(values: flags.FlagValues) -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from iumad_jax import cli
+from iumad_jax.config import paper
+from iumad_jax.runtime import workdir as workdirs
 from tests import sentences
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -69,6 +71,24 @@ def test_a_config_that_does_not_exist_is_named(tmp_path, monkeypatch, capsys, va
     monkeypatch.chdir(tmp_path)
     assert run(monkeypatch, f"--config={value}") == (2,)
     assert capsys.readouterr().err.startswith(f"iumad_jax: {sentence}")
+
+
+def test_what_is_trusted_holds_for_the_run_and_is_no_change_of_a_step(tmp_path, monkeypatch):
+    with workdirs.claimed(tmp_path, paper("6-1")):
+        pass
+    found = []
+    arguments = ["command", f"--workdir={tmp_path}", "--config.dataset.trust=/nas", "--config.dataset.root=later"]
+    monkeypatch.setattr("sys.argv", arguments)
+
+    def act(values):
+        found.extend(cli.run_and_changes(values))
+        return ""
+
+    arguments.append("--compilation_cache=off")
+    assert cli.execute("", arguments, cli.define_trained, act, changeable=("dataset",)) == 0
+    config, changes = found
+    assert (config.dataset.trust, config.dataset.root) == ("/nas", "data/eyecandies")
+    assert changes == {"dataset.root": "later"}
 
 
 def test_the_package_has_the_configs_of_the_repository():

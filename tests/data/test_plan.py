@@ -98,4 +98,5 @@ def test_objects_learned_by_name_are_among_those_that_a_model_is_used_on(tmp_pat
         plan.write(tmp_path / "run", protocol.steps("open", ("bolt", "nut")))
     for names in (("bolt", "nut"), ("bolt",)):
         assert plan.open_for_use(config, tmp_path / "run", 1).objects == names
+        config.dataset.trust = str(tmp_path)  # no other dataset
         shutil.rmtree(tmp_path / "objects/nut", ignore_errors=True)
