@@ -8,7 +8,13 @@ import pytest
 from PIL import Image
 
 from iumad_jax.config import check, small
-from iumad_jax.data.prepared.good_images import CalibrationImages, good_images, odd_images, quality_shifts
+from iumad_jax.data.prepared.good_images import (
+    CalibrationImages,
+    good_images,
+    odd_images,
+    quality_shifts,
+    several_kinds,
+)
 from iumad_jax.data.prepared.kept import keep, load
 from iumad_jax.data.prepared.squash import describe_squash
 from iumad_jax.data.prepared.store import Store
@@ -149,14 +155,25 @@ def test_altered_tiles_are_compared_with_their_own(root):
     assert len(shifts) == 20 * 6
 
 
-def test_a_strange_tile_is_named(root):
-    opened = store(root, processing=TILED)
-    images = opened.get("Confetto", "train")
+def test_an_image_is_strange_only_if_all_of_its_tiles_are(root):
+    images = store(root, processing=TILED).get("Confetto", "train")
     pixels = np.array(images.batch.images["rgb"])
-    pixels[8] = 0
+    pixels[[0, 3, 6, 7, 8, 9, 10]] = 0
     dark = images._replace(batch=images.batch._replace(images={"rgb": pixels}))
+    assert list(odd_images(dark, "Confetto", "training")) == []
+    pixels[11] = 0  # the last tile of the second image
     (told,) = odd_images(dark, "Confetto", "training")
-    assert sentences.BLACK_TILE.format(id=f"{images.ids[1]} tile 3") in told
+    assert sentences.BLACK_IMAGE.format(id=images.ids[1]) in told
+
+
+def test_tiles_of_one_image_are_no_two_kinds(root):
+    images, rng = store(root, processing=TILED).get("Confetto", "train"), np.random.default_rng(0)
+    features = np.tile([0, 9, 0, 9, 0, 9], 10)[:, None, None] + rng.normal(size=(60, 4, 3))
+    batch = Batch({"rgb": features.astype(np.float16)}, {}, np.zeros(60, np.int32))
+    assert several_kinds(images._replace(batch=batch, ids=tuple("abcdefghij")), "bolt") is None
+    features[30:] += 20
+    two = images._replace(batch=batch._replace(features={"rgb": features}), ids=tuple("abcdefghij"))
+    assert all(kind in several_kinds(two, "bolt") for kind in ("5 like a", "5 like f"))
 
 
 def test_all_tiles_of_an_image_are_kept(tmp_path):

@@ -149,7 +149,7 @@ SMALLEST_DEFECT_OF_TILES = (
     "tiles of {size} pixels are resized to 20x20, 10x10 tokens, where the smallest labelled defect, {share} % of its"
     " image, becomes {tokens} tokens;"
 )
-BLACK_TILE = "1 of Confetto's 18 training images are black ({id})"
+BLACK_IMAGE = "1 of Confetto's 3 training images are black ({id})"
 TILES_WRONG = 'config.input.tiles is "{}"; use ROWSxCOLUMNS, such as 2x3'
 NO_TILES = "config.input.tiles is {tiles}, but {what} for images that are seen whole"
 NO_EXPORT_OF_TILES = "config.input.tiles of this run is {}, but export writes a file that judges whole images"

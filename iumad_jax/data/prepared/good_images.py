@@ -85,8 +85,9 @@ def odd_images(images: PreparedSet, name: str, kind: str) -> Iterator[str]:
     oddities = ("black", "saturated", "of a single colour", "constant in depth", "duplicates")
     ids_by_oddity: dict[str, list[str]] = {oddity: [] for oddity in oddities}
     seen = set()
-    arrays: dict[Modality, Any] = images.batch.images
-    for row, id_ in enumerate(images.tile_ids):
+    count = len(images.ids)  # the tiles of an image are looked at together, since one may well show nothing
+    arrays: dict[Modality, Any] = {m: x.reshape(count, -1, *x.shape[2:]) for m, x in images.batch.images.items()}
+    for row, id_ in enumerate(images.ids):
         image = {modality: np.asarray(array[row], np.float32) for modality, array in arrays.items()}
         content = hashlib.sha256(b"".join(pixels.tobytes() for pixels in image.values())).digest()
         if "rgb" in image and np.ptp(image["rgb"]) <= _GREY_LEVELS:
@@ -101,7 +102,7 @@ def odd_images(images: PreparedSet, name: str, kind: str) -> Iterator[str]:
     for oddity, ids in ids_by_oddity.items():
         if ids:
             shown = ", ".join(ids[:5]) + (" and others" if len(ids) > 5 else "")
-            yield f"{len(ids)} of {name}'s {len(images.tile_ids)} {kind} images are {oddity} ({shown}); check them."
+            yield f"{len(ids)} of {name}'s {len(images.ids)} {kind} images are {oddity} ({shown}); check them."
 
 
 def several_kinds(images: PreparedSet, name: str) -> str | None:
@@ -110,7 +111,8 @@ def several_kinds(images: PreparedSet, name: str) -> str | None:
     They are if two clusters of their mean tokens are far apart by their mean silhouette (Rousseeuw, 1987), which is 0.2
     to 0.3 for images of one of the rendered candies, and 0.4 to 0.5 for images of two.
     """
-    tokens = np.concatenate([mean_tokens(array) for _, array in sorted(images.batch.features.items())], axis=-1)
+    rows = np.concatenate([mean_tokens(array) for _, array in sorted(images.batch.features.items())], axis=-1)
+    tokens = rows.reshape(len(images.ids), -1, rows.shape[-1]).mean(1)  # over tiles, which may differ
     if len(tokens) < 2 * _SMALLEST_KIND or not np.ptp(tokens, axis=0).any() or not np.isfinite(tokens).all():
         return None
     standardised = (tokens - tokens.mean(0)) / np.maximum(tokens.std(0), 1e-6)
@@ -118,7 +120,7 @@ def several_kinds(images: PreparedSet, name: str) -> str | None:
     counts = np.bincount(kinds, minlength=2)
     if counts.min() < _SMALLEST_KIND or silhouette_score(standardised, kinds) < _SILHOUETTE:
         return None
-    described = (f"{count} like {images.tile_ids[int(np.argmax(kinds == kind))]}" for kind, count in enumerate(counts))
+    described = (f"{count} like {images.ids[int(np.argmax(kinds == kind))]}" for kind, count in enumerate(counts))
     return (
         f"{name}'s training images are of two kinds ({', '.join(described)}); if they show two objects, put them into"
         " two folders."
