@@ -38,9 +38,14 @@ class Tiling:
     def boxes(self) -> list[Box]:
         """The tiles, row by row."""
         height, width = self.share
-        step_down, step_right = height * (1 - self.overlap), width * (1 - self.overlap)
-        corners = [(step_down * row, step_right * column) for row in range(self.rows) for column in range(self.columns)]
-        return [Box(left, top, left + width, top + height) for top, left in corners]
+        down, across = (_intervals(*along, self.overlap) for along in ((self.rows, height), (self.columns, width)))
+        return [Box(left, top, right, bottom) for top, bottom in down for left, right in across]
+
+
+def _intervals(number: int, length: float, overlap: float) -> list[tuple[float, float]]:
+    """Return the ends of intervals; without overlap, each begins with the very number at which another ends."""
+    step = length * (1 - overlap)
+    return [(step * i, step * (i + 1) + length * overlap) for i in range(number)]
 
 
 def rows_of(images: Int[np.ndarray, " n"], tiles: int) -> Int[np.ndarray, " r"]:

@@ -1,6 +1,7 @@
 """Tiles of images: what the network sees of them, and how their maps become one."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -91,6 +92,13 @@ def test_stitched_maps_have_no_seams_and_no_larger_values(overlap, size):
     stitched = stitch(maps, tiling, size)
     assert stitched.shape == size
     assert (stitched.min() >= maps.min(), stitched.max() <= maps.max() + 1e-6) == (True, True)
+
+
+def test_no_pixel_lies_between_tiles():
+    """Not even where the edge of a tile falls on the middle of a pixel."""
+    for rows, length in itertools.product(range(1, 30), range(1, 100)):
+        tiles = [box.slices((length, 1))[0] for box in Tiling(rows, 1, 0.0).boxes]
+        assert {row for tile in tiles for row in range(tile.start, tile.stop)} == set(range(length))
 
 
 def test_a_plane_seen_in_tiles_is_a_plane_again():
