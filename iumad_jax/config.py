@@ -27,6 +27,14 @@ _LIMITS = {
     "model.bottleneck_ratio": (0.01, 1),
     "model.jitter.scale": (0, math.inf),
     "model.jitter.probability": (0, 1),
+    "simplenet.noise": (0, math.inf),
+    "simplenet.margin": (0, math.inf),
+    "simplenet.hidden": (1, 65536),
+    "simplenet.adaptor_rate": (0, math.inf),
+    "simplenet.adaptor_decay": (0, math.inf),
+    "simplenet.discriminator_rate": (0, math.inf),
+    "simplenet.discriminator_decay": (0, math.inf),
+    "simplenet.smoothing": (0, 1000),
     "memory_bank.megabytes": (0.01, 100_000),
     "memory_bank.neighbourhood": (1, 256),
     "memory_bank.place": (0, 1000),
@@ -63,7 +71,7 @@ def paper(protocol: str) -> ConfigDict:
     """Return the config of IB-IUMAD as published, under a protocol such as "6-1" (see `iumad_jax.protocol`)."""
     config = ConfigDict()
     config.protocol = protocol
-    config.method = "ib_iumad"  # ib_iumad, uniad, iuf; without training: memory_bank, gaussian, feature_norm
+    config.method = "ib_iumad"  # ib_iumad, uniad, iuf, simplenet; without training: memory_bank, gaussian, feature_norm
     config.baselines = "feature_norm,gaussian,memory_bank"  # methods without training, evaluated on the same inputs
     config.combine = "published"  # of modalities: maximum or sum (of calibrated errors), rgb, depth, published
     config.score = "window16"  # of images: common (one rule for all methods), window16 (paper), own (of each method)
@@ -118,6 +126,18 @@ def paper(protocol: str) -> ConfigDict:
     config.model.ib_weight = 1.0  # weight of the bottleneck loss
     config.model.ib_head_weight = 1.0  # weight of the classification heads within the bottleneck loss
     config.model.aux_reconstruction_weight = 0.0  # weight of the reconstruction loss of each modality alone
+
+    config.simplenet = ConfigDict()
+    config.simplenet.levels = "8,16"  # of the backbone's levels (backbone.levels), those that are used
+    config.simplenet.standardise = True  # z-score features; False as published, for WideResNet50-2 with noise 0.015
+    config.simplenet.noise = 0.1  # standard deviation of the noise that makes features anomalous
+    config.simplenet.margin = 0.5  # of the hinge loss
+    config.simplenet.hidden = 1024  # width of the discriminator
+    config.simplenet.adaptor_rate = 1e-4  # learning rates, where train.learning_rate is that of the schedule's factor
+    config.simplenet.adaptor_decay = 0.01  # weight decay of AdamW
+    config.simplenet.discriminator_rate = 2e-4
+    config.simplenet.discriminator_decay = 1e-5  # L2 penalty in Adam's gradient
+    config.simplenet.smoothing = 4.0  # combine published: standard deviation of the Gaussian filter of maps, pixels
 
     config.memory_bank = ConfigDict()
     config.memory_bank.megabytes = 4.0  # size of an object's patches, of all modalities together
