@@ -58,6 +58,9 @@ _BENCHMARK = {"variants", "modalities", "protocols", "seeds", "seeds_of_one_moda
 VARIANTS: dict[str, dict[str, Any]] = {  # method variants of benchmarks: the keys that each one changes
     "uniad": {"method": "uniad", "continual.strategy": "finetune"},
     "iuf": {"method": "iuf", "continual.strategy": "iuf"},
+    "simplenet": {"method": "simplenet", "continual.strategy": "finetune"},
+    "simplenet-iuf": {"method": "simplenet", "continual.strategy": "iuf"},
+    "simplenet-replay": {"method": "simplenet", "continual.strategy": "replay", "continual.replay.residual": True},
     "ib_iumad": {"method": "ib_iumad", "continual.strategy": "iuf"},
     "ib_iumad-finetune": {"method": "ib_iumad", "continual.strategy": "finetune"},
     "ib_iumad-replay": {"method": "ib_iumad", "continual.strategy": "replay"},
@@ -164,6 +167,7 @@ def paper(protocol: str) -> ConfigDict:
     config.continual.replay = ConfigDict()
     config.continual.replay.rank = 8  # principal directions stored per object
     config.continual.replay.image_size = 56  # side of the stored coarse images, pixels
+    config.continual.replay.residual = False  # add noise of what the directions leave out to drawn samples
     config.decisions = ConfigDict({"quantile": 0.995})  # share of good images below the threshold
     config.decisions.kept_images = 32  # calibration images of an object that a run keeps for later steps, at most
     config.snapshots = ConfigDict({"every_minutes": 5.0})  # between snapshots within a step
