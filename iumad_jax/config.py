@@ -133,7 +133,7 @@ def paper(protocol: str) -> ConfigDict:
     config.simplenet = ConfigDict()
     config.simplenet.levels = "8,16"  # of the backbone's levels (backbone.levels), those that are used
     config.simplenet.standardise = True  # z-score features; False as published, for WideResNet50-2 with noise 0.015
-    config.simplenet.noise = 0.1  # standard deviation of the noise that makes features anomalous
+    config.simplenet.noise = 0.5  # standard deviation of the noise that makes features anomalous; by `choose`
     config.simplenet.margin = 0.5  # of the hinge loss
     config.simplenet.hidden = 1024  # width of the discriminator
     config.simplenet.adaptor_rate = 1e-4  # learning rates, where train.learning_rate is that of the schedule's factor
@@ -191,6 +191,9 @@ def small(protocol: str) -> ConfigDict:
     config.model.jitter.scale = 5.0
     config.model.standardise = True  # or few updates learn only the strongest channels
     config.model.ib_weight = 0.001  # 1 would dominate the loss `fusion`, a mean over elements
+    config.simplenet.hidden = 256
+    config.simplenet.adaptor_rate = 1e-3
+    config.simplenet.discriminator_rate = 2e-3
     config.train.epochs = 20
     config.train.batch_size = 8
     config.train.learning_rate = 2e-3
