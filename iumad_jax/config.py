@@ -171,7 +171,7 @@ def small(protocol: str) -> ConfigDict:
     config.train.batch_size = 8
     config.train.learning_rate = 2e-3
     config.train.schedule = "cosine"
-    config.continual.strategy = "replay"  # forgets least (README, "Learning without forgetting")
+    config.continual.strategy = "replay"  # forgets least (configs/RESULTS.md, "Who forgets what")
     config.continual.anchor = 0.01  # 0.05 prevents learning new objects at this learning rate
     return config
 
