@@ -18,6 +18,7 @@ from tests.harness import growth, input_pipeline, metrics, saving, scaling
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("compile_quickly"),
     pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),  # ml_collections reads a config
 ]
 KEYS = {
@@ -37,7 +38,7 @@ KEYS = {
 
 
 @pytest.fixture(scope="module")
-def flags(tmp_path_factory):
+def flags(tmp_path_factory, compile_quickly):
     """Return the flags of the smallest config: --config=FILE and its keys."""
     folder = tmp_path_factory.mktemp("harness")
     root = candies.render(folder / "candies", objects="CandyCane", train=5, val=1, test=2, size=64)

@@ -1,9 +1,9 @@
 """Mistakes in a command: one sentence, exit code 2, no traceback, no incomplete files."""
 
+import io
 import os
 import pickle
-import subprocess
-import sys
+from contextlib import redirect_stderr, redirect_stdout
 from itertools import product
 from pathlib import Path
 
@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from iumad_jax.main import main
 from tests import sentences
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),  # of ml_collections
+]
 
 CONFIG = Path(__file__).parents[2] / "configs" / "eyecandies.py"
 HEIGHT, WIDTH = 24, 32
@@ -41,14 +45,14 @@ def root(tmp_path_factory):
 
 def refused(folder, *flags, config=f"{CONFIG}:1-1", workdir="run"):
     """Run the command in a folder and return its error sentence; it must print nothing else and exit with code 2."""
-    process = subprocess.run(
-        [sys.executable, "-m", "iumad_jax.main", f"--config={config}", f"--workdir={workdir}", *flags],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
-    assert (process.returncode, process.stdout) == (2, ""), process.stderr
-    name, _, sentence = process.stderr.partition(": ")
+    arguments = ["main", f"--config={config}", f"--workdir={workdir}", *flags]
+    out, error = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(error):
+        patch.chdir(folder)
+        patch.setattr("sys.argv", arguments)  # ml_collections reads it
+        code = main(arguments)
+    assert (code, out.getvalue()) == (2, ""), error.getvalue()
+    name, _, sentence = error.getvalue().partition(": ")
     assert name == "iumad_jax"
     assert sentence.count("\n") == 1
     return sentence.rstrip("\n")
