@@ -1,6 +1,6 @@
 """IB-IUMAD on Eyecandies, as published: target, combination of modalities, image score, losses and schedule.
 
-python -m iumad_jax.main --config=configs/eyecandies.py:6-1 --config.dataset.root=FOLDER
+python -m iumad_jax.main --config=eyecandies:6-1 --config.dataset.root=FOLDER
 
 Where it differs from the paper: the backbone is EfficientNet-Lite0, whose weights install as a package (the paper's:
 --config.backbone.name=efficientnet_b4 --config.backbone.weights=FILE); the loss `ib_heads` is added, because the paper

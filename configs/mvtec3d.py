@@ -1,6 +1,6 @@
 """IB-IUMAD on MVTec 3D-AD, as published: target, combination of modalities, image score, losses and schedule.
 
-python -m iumad_jax.main --config=configs/mvtec3d.py:6-1 --config.dataset.root=FOLDER
+python -m iumad_jax.main --config=mvtec3d:6-1 --config.dataset.root=FOLDER
 
 FOLDER contains bagel, cable_gland, ... as in the official archive.
 

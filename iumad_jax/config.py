@@ -80,6 +80,7 @@ def paper(protocol: str) -> ConfigDict:
     config.dataset.render.version = 1  # of the renderer: 1, or 2, where RGB hardly shows bumps and dents
     config.dataset.render.objects = 100  # sweets: number of objects; each is the same whatever their number
     config.dataset.render.lamp = 0.0  # change of the lamps: 0, or up to 1: warmer, dimmer, from another side
+    config.dataset.trust = ""  # comma-separated folders that links in the dataset may lead into, besides its root
     config.dataset.prepared = ""  # folder of prepared images; "" is the workdir
 
     config.input = ConfigDict()
