@@ -1,8 +1,8 @@
 """Compares method variants and two training-free baselines under the paper's protocols, on ten rendered sweets.
 
-python -m iumad_jax.benchmark --config=configs/benchmark.py
+python -m iumad_jax.benchmark --config=benchmark
 
-Every cell is one run; the same command resumes an interrupted benchmark. README.md lists time and scores.
+Every cell is one run; the same command resumes an interrupted benchmark. RESULTS.md lists time and scores.
 """
 
 from ml_collections import ConfigDict

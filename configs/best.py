@@ -1,6 +1,6 @@
 """What we would give a factory: memory banks of frozen features at 448 pixels. Nothing is trained, nothing forgotten.
 
-python -m iumad_jax.main --config=configs/best.py --config.dataset.root=FOLDER
+python -m iumad_jax.main --config=best --config.dataset.root=FOLDER
 
 FOLDER has the layout of configs/folder.py, with one new object per step. Without depth, add --config.modality=rgb.
 

@@ -1,6 +1,6 @@
 """The smallest run, with a snapshot after every update, for the survival test.
 
-python -m tests.harness.survival --config=configs/survival.py
+python -m tests.harness.survival --config=survival
 """
 
 from ml_collections import ConfigDict

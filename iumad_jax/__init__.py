@@ -5,6 +5,7 @@
     cli          shared parts of the commands
     experiment   a run from its first step to its results
     config protocol shapes errors   shared definitions
+    configs/     one file per experiment, the folder of this name in the repository
 
     training/    opens a run and trains its steps
     continual/   strategies against forgetting, one file each
@@ -17,7 +18,7 @@
     metrics/     metrics of NumPy arrays
     runtime/     files, snapshots, compiled programs, devices, processes
 
-A package imports only from packages below it (pyproject.toml, checked in CI). `python -m iumad_jax` lists the commands.
+A package imports only from packages below it (pyproject.toml, checked in CI). `iumad` lists the commands.
 """
 
 from importlib import import_module

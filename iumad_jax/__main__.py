@@ -1,40 +1,51 @@
-"""Lists the commands: python -m iumad_jax."""
+"""The command iumad, which runs the commands by name; python -m iumad_jax does the same."""
 
+import difflib
 import sys
 from importlib import import_module
+from types import ModuleType
 
 from iumad_jax.cli import summary_and_example
-from iumad_jax.errors import USER_ERROR
+from iumad_jax.errors import USER_ERROR, UserError
 
-COMMANDS = (
-    "prepare",
-    "main",
-    "learn",
-    "calibrate",
-    "retire",
-    "history",
-    "evaluate",
-    "predict",
-    "robustness",
-    "latency",
-    "export.__main__",
-    "choose",
-    "benchmark",
-    "data.synthetic.__main__",
-)
+COMMANDS = {  # modules of the commands by name
+    "prepare": "prepare",
+    "main": "main",
+    "learn": "learn",
+    "calibrate": "calibrate",
+    "retire": "retire",
+    "history": "history",
+    "evaluate": "evaluate",
+    "predict": "predict",
+    "robustness": "robustness",
+    "latency": "latency",
+    "export": "export.__main__",
+    "choose": "choose",
+    "benchmark": "benchmark",
+    "synthetic": "data.synthetic.__main__",
+}
 
 
-def main(arguments: list[str]) -> int:
-    """Print an example and a summary of each command; refuse arguments."""
-    if arguments[1:] and arguments[1] not in ("-h", "--help"):
-        print(f"iumad_jax: {arguments[1]} is not a flag; write python -m iumad_jax.COMMAND.", file=sys.stderr)
+def main() -> int:
+    """Run the command that the first argument names, or list all commands; return the exit code."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in COMMANDS:
+        return _module(name).main([name, *arguments])
+    if name not in ("-h", "--help"):
+        near = difflib.get_close_matches(name, COMMANDS, cutoff=0.5)
+        remedy = f"did you mean {' or '.join(near)}?" if near else f"use one of {', '.join(COMMANDS)}."
+        print(f"iumad_jax: {UserError(f'{name} is not a command; {remedy}')}", file=sys.stderr)
         return USER_ERROR
-    print("Commands, with an example each; --help explains their flags:\n")
-    for command in COMMANDS:
-        summary, example = summary_and_example(str(import_module(f"iumad_jax.{command}").__doc__))
+    print("Commands, with an example each; iumad COMMAND is short for it, and --help explains the flags:\n")
+    for name in COMMANDS:
+        summary, example = summary_and_example(str(_module(name).__doc__))
         print(f"{example}\n    {summary}")
     return 0
 
 
+def _module(name: str) -> ModuleType:
+    return import_module(f"iumad_jax.{COMMANDS[name]}")
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(main())

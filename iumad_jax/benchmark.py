@@ -1,6 +1,6 @@
 """Train and compare a grid of runs: method variants, modalities, protocols and seeds.
 
-    python -m iumad_jax.benchmark --config=configs/benchmark.py
+    python -m iumad_jax.benchmark --config=benchmark
 
 Tables and pictures are written to the workdir. The same command resumes an interrupted benchmark.
 """
@@ -67,7 +67,7 @@ def _define(values: flags.FlagValues) -> None:
 def _benchmark(values: flags.FlagValues) -> str:
     config, _ = cli.config_and_workdir(values)
     if "benchmark" not in config:
-        raise UserError("--config has no key benchmark; start from configs/benchmark.py.")
+        raise UserError("--config has no key benchmark; use --config=benchmark, or a copy of it.")
     return benchmark(config, Path(values.workdir))
 
 

@@ -28,10 +28,9 @@ def _define(values: flags.FlagValues) -> None:
 def _calibrate(values: flags.FlagValues) -> str:
     workdir = cli.path(values, "workdir")
     from iumad_jax import experiment  # loads JAX, so wrong flags are reported first
-    from iumad_jax.runtime import workdir as workdirs
     from iumad_jax.training import additions
 
-    config, changes = workdirs.read(workdir), cli.changed_keys(values)
+    config, changes = cli.run_and_changes(values)
     steps, finished = additions.begun(workdir)
     steps = additions.with_further(config, workdir, steps, finished, "calibrate", values.objects or "all", changes)
     return experiment.go_on(config, workdir, steps, finished)

@@ -46,6 +46,8 @@ def execute(
     try:
         if changeable:
             _define_changes(values, arguments, changeable)
+        elif "config" in values:
+            arguments = _with_config_file(arguments)
         _parse(values, arguments)
         memory.keep_buffers()
         compilation_cache.enable(values.compilation_cache)
@@ -96,9 +98,47 @@ def _default(flag: flags.Flag) -> str:
 
 
 def define_config(values: flags.FlagValues) -> None:
-    """Define --config=FILE[:X-Y] and --config.KEY=VALUE."""
-    help_ = "Config file, such as configs/quickstart.py; append :X-Y to choose the protocol."
+    """Define --config=NAME_OR_FILE[:X-Y] and --config.KEY=VALUE."""
+    help_ = f"Config: {', '.join(_configs())}, or a file of yours; append :X-Y to choose the protocol."
     config_flags.DEFINE_config_file("config", None, help_, flag_values=values)
+
+
+def _configs() -> dict[str, Path]:
+    """List the files of the configs that come with the package by name."""
+    return {file.stem: file for file in sorted(Path(__file__).with_name("configs").glob("*.py"))}
+
+
+def _with_config_file(arguments: list[str]) -> list[str]:
+    """Replace the name of a config, in --config=NAME or --config NAME, by its file."""
+    found = [*arguments]
+    for i, argument in enumerate(arguments):
+        flag, separator, value = argument.partition("=")
+        if flag in ("--config", "-config"):
+            if separator:
+                found[i] = f"{flag}={_config_file(value)}"
+            elif i + 1 < len(arguments):
+                found[i + 1] = _config_file(arguments[i + 1])
+    return found
+
+
+def _config_file(value: str) -> str:
+    """Return the value of --config with the file of the config that it names.
+
+    Raises:
+        UserError: If it is neither a file nor the name of a config.
+    """
+    path, colon, protocol = value.partition(":")
+    with _config_errors():
+        if Path(path).is_file():
+            return value
+    name, files = Path(path).name.removesuffix(".py"), _configs()
+    if name not in files:
+        raise UserError(f"--config={value} is neither a file nor a config; use a file, or one of {', '.join(files)}.")
+    if path not in (name, f"{name}.py"):
+        raise UserError(
+            f"--config={value} is no file; use --config={name}{colon}{protocol}, which is found from any folder."
+        )
+    return f"{files[name]}{colon}{protocol}"
 
 
 def define_workdir(values: flags.FlagValues) -> None:
@@ -115,7 +155,7 @@ def config_and_workdir(values: flags.FlagValues) -> tuple[ConfigDict, Path]:
     """
     config = values.config
     if config is None:
-        raise UserError("--config is missing; for example --config=configs/quickstart.py.")
+        raise UserError("--config is missing; for example --config=quickstart.")
     name = Path(config_flags.get_config_filename(values["config"])).stem
     keys = (config.protocol, config.method, config.modality, config.continual.strategy, f"seed{config.seed}")
     return config, Path(values.workdir or f"runs/{'_'.join((name, *keys))}")
@@ -147,11 +187,15 @@ def path(values: flags.FlagValues, name: str) -> Path:
     return Path(value)
 
 
-def changed_keys(values: flags.FlagValues) -> dict[str, Any]:
-    """Return the keys that --config.KEY=VALUE gives another value than the run in --workdir has."""
+def run_and_changes(values: flags.FlagValues) -> tuple[ConfigDict, dict[str, Any]]:
+    """Return the config of the run in --workdir, and the keys to which --config.KEY=VALUE gives another value.
+
+    What --config.dataset.trust names holds for the run itself, whose datasets are read together.
+    """
     run = workdirs.read(path(values, "workdir"))
+    run.dataset.trust = values.config.dataset.trust
     before, now = (configs.flat(json.loads(config.to_json())) for config in (run, values.config))
-    return {key: value for key, value in now.items() if value != before[key]}
+    return run, {key: value for key, value in now.items() if value != before[key]}
 
 
 def _define_compilation_cache(values: flags.FlagValues) -> None:

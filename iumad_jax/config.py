@@ -91,6 +91,7 @@ def paper(protocol: str) -> ConfigDict:
     config.dataset.render.version = 1  # of the renderer: 1, or 2, where RGB hardly shows bumps and dents
     config.dataset.render.objects = 100  # sweets: number of objects; each is the same whatever their number
     config.dataset.render.lamp = 0.0  # change of the lamps: 0, or up to 1: warmer, dimmer, from another side
+    config.dataset.trust = ""  # comma-separated folders that links in the dataset may lead into, besides its root
     config.dataset.prepared = ""  # folder of prepared images; "" is the workdir
 
     config.input = ConfigDict()
@@ -198,7 +199,7 @@ def small(protocol: str) -> ConfigDict:
     config.train.batch_size = 8
     config.train.learning_rate = 2e-3
     config.train.schedule = "cosine"
-    config.continual.strategy = "replay"  # forgets least (README, "Learning without forgetting")
+    config.continual.strategy = "replay"  # forgets least (configs/RESULTS.md, "Who forgets what")
     config.continual.anchor = 0.01  # 0.05 prevents learning new objects at this learning rate
     return config
 

@@ -46,10 +46,9 @@ def _learn(values: flags.FlagValues) -> str:
     if values.output and values.after is None:
         raise UserError("--output is the folder of the copy that --after=STEP makes; add --after, or omit --output.")
     from iumad_jax import experiment  # loads JAX, so wrong flags are reported first
-    from iumad_jax.runtime import workdir as workdirs
     from iumad_jax.training import additions, undo
 
-    config, changes = workdirs.read(workdir), cli.changed_keys(values)
+    config, changes = cli.run_and_changes(values)
     (steps, finished), objects = additions.begun(workdir), values.objects or "all"
     if values.after is not None:
         steps, finished, objects = steps[: values.after + 1], values.after + 1, values.objects

@@ -1,6 +1,6 @@
 """Train and evaluate a method: it learns the objects of a dataset step by step.
 
-    python -m iumad_jax.main --config=configs/quickstart.py
+    python -m iumad_jax.main --config=quickstart
 
 Results, tables, pictures and a report are written to the workdir. The same command resumes an interrupted run.
 

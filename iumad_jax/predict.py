@@ -62,6 +62,7 @@ def _define(values: flags.FlagValues) -> None:
 def _predict(values: flags.FlagValues) -> str:
     output = cli.path(values, "output")
     from iumad_jax.data import plan  # loads JAX, so wrong flags are reported first
+    from iumad_jax.data.formats import files
     from iumad_jax.data.readers import unlabelled
     from iumad_jax.inference import predictions, thresholds, unknown_images
     from iumad_jax.inference.detector import Detector
@@ -78,14 +79,15 @@ def _predict(values: flags.FlagValues) -> str:
         camera = unlabelled.parse_camera(values.camera) if values.camera else None
         needs_depth = "depth" in detector.processing.modalities
         format_, bits = detector.depth_format, detector.processing.bits
+        trusted = files.trusted(values.config.dataset.trust)
         if values.depth_unit is not None:
             format_ = replace(format_, unit=values.depth_unit)
         if depth or "rgb" in detector.processing.modalities:
             return unlabelled.photographs(
-                Path(values.input), needs_depth, depth, format_, camera, bits, may_be_empty=values.watch
+                Path(values.input), needs_depth, depth, format_, camera, bits, trusted, may_be_empty=values.watch
             )
         return unlabelled.depth_files(
-            Path(values.input), format_, camera, detector.default_camera, may_be_empty=values.watch
+            Path(values.input), format_, camera, detector.default_camera, trusted, may_be_empty=values.watch
         )
 
     settings = str(values.workdir), values.object, output, values.heatmaps

@@ -1,6 +1,6 @@
 """Prepare a dataset: read, process and encode all images, print a summary and draw contact sheets.
 
-    python -m iumad_jax.prepare --config=configs/quickstart.py
+    python -m iumad_jax.prepare --config=quickstart
 
 Optional: a run prepares the images it needs and reuses those already prepared.
 """

@@ -226,7 +226,9 @@ def open_for_use(config: ConfigDict, workdir: Path, step: int) -> Reader:
     Raises:
         UserError: As `read` and `readers.open_reader`.
     """
-    if config.dataset != workdirs.read(workdir).dataset:
+    own = workdirs.read(workdir).dataset
+    own.trust = config.dataset.trust  # which makes it no other dataset
+    if config.dataset != own:
         return readers.open_reader(config)
     steps = _until(workdir, step)
     seen = steps[-1].seen

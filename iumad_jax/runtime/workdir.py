@@ -14,6 +14,7 @@ from iumad_jax.runtime.storage import locked, write_whole
 
 FORMAT = 9  # version of all files in a workdir; a change must convert or refuse older versions
 _NAME = "config.json"
+_FREE = ("debug.", "dataset.trust")  # keys that may change when a run is continued
 
 
 def check(workdir: Path, config: ConfigDict) -> None:
@@ -25,7 +26,7 @@ def check(workdir: Path, config: ConfigDict) -> None:
     if not (workdir / _NAME).exists():
         return
     before, now = configs.flat(read(workdir).to_dict()), configs.flat(json.loads(config.to_json()))
-    differing = [key for key in before | now if before.get(key) != now.get(key) and not key.startswith("debug.")]
+    differing = [key for key in before | now if before.get(key) != now.get(key) and not key.startswith(_FREE)]
     if differing:
         changes = ", ".join(f"config.{key} was {before.get(key)} and is now {now.get(key)}" for key in differing)
         raise UserError(f"{workdir} holds a run of another config: {changes}; choose another --workdir.")

@@ -96,6 +96,7 @@ def test_objects_learned_by_name_are_among_those_that_a_model_is_used_on(tmp_pat
     config.dataset.update(name="folder", root=str(tmp_path / "objects"), objects="bolt")
     with workdirs.claimed(tmp_path / "run", config):
         plan.write(tmp_path / "run", protocol.steps("open", ("bolt", "nut")))
+    config.dataset.trust = str(tmp_path)  # which makes it no other dataset
     for names in (("bolt", "nut"), ("bolt",)):
         assert plan.open_for_use(config, tmp_path / "run", 1).objects == names
         shutil.rmtree(tmp_path / "objects/nut", ignore_errors=True)

@@ -1,6 +1,6 @@
 """Compute how storage and memory grow with the number of objects.
 
-    python -m tests.harness.growth --config=configs/quickstart.py --objects=10,1000,100000
+    python -m tests.harness.growth --config=quickstart --objects=10,1000,100000
 
 Nothing is trained: the sizes follow from the shapes of all arrays, for a protocol that learns one object per step.
 """

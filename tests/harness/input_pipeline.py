@@ -1,6 +1,6 @@
 """Measure how fast images are prepared, read and transferred to the device.
 
-    python -m tests.harness.input_pipeline --config=configs/quickstart.py
+    python -m tests.harness.input_pipeline --config=quickstart
 
 The training images of the config's first object are prepared in a temporary folder. Measured are: preparation, stage by
 stage in a single-threaded loop and by the store; reading prepared images, compared with ArrayRecord; transfer to the

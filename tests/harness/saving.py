@@ -1,6 +1,6 @@
 """Measure the cost of snapshots within a step.
 
-    python -m tests.harness.saving --config=configs/quickstart.py
+    python -m tests.harness.saving --config=quickstart
 
 The config's method trains on random images, in rounds of --updates updates. At the start of every second round a
 snapshot is saved as in a run: training waits while it is copied; then another thread hashes and writes it. A round

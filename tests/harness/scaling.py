@@ -1,6 +1,6 @@
 """Measure how training scales with the number of devices.
 
-    python -m tests.harness.scaling --config=configs/quickstart.py --devices=1,2,4
+    python -m tests.harness.scaling --config=quickstart --devices=1,2,4
 
 Every number of devices is measured in a separate process, which repeats the update of one batch of random images.
 Without GPUs, the devices are emulated on the CPU cores, which shows the overhead only.

@@ -1,6 +1,6 @@
 """Interrupt runs at random moments and check that they end like an uninterrupted run.
 
-    python -m tests.harness.survival --config=configs/survival.py --kills=5
+    python -m tests.harness.survival --config=survival --kills=5
 
 A reference run of the config is not interrupted. Then other runs, each in a separate folder, meet faults at random
 moments and are resumed until they finish. The faults are: SIGKILL; SIGTERM or SIGINT; SIGKILL and a damaged file in the

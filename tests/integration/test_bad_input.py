@@ -87,7 +87,7 @@ WRONG_FLAGS = {
     "an argument that is not a flag": (["more"], sentences.NOT_A_FLAG.format("more")),
     "a missing config file": (
         ["--config=configs/nowhere.py"],
-        sentences.CONFIG_UNREADABLE.format("[Errno 2] No such file or directory"),
+        sentences.CONFIG_UNKNOWN.format("configs/nowhere.py"),
     ),
     "a config file that is not Python": (
         [f"--config={CONFIG.parents[1] / 'LICENSE'}"],

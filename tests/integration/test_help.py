@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
 
 import pytest
@@ -14,14 +15,15 @@ from tests import sentences
 from tests.integration.trained import QUICKSTART, in_process
 
 ROOT = QUICKSTART.parents[1]
-NAMES = [name.removesuffix(".__main__") for name in commands.COMMANDS]
+ENTRY_POINT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["iumad"]
+NAMES = [module.removesuffix(".__main__") for module in commands.COMMANDS.values()]
 ON_OBJECTS = ("learn", "calibrate", "retire")  # their examples name objects that the quickstart lacks
 ON_A_RUN = (*ON_OBJECTS, "history", "evaluate", "predict", "latency", "export", "robustness", "choose")
 
 
 def example(name):
     """Return the flags of a command's example, checking that it starts the command."""
-    module = import_module(f"iumad_jax.{dict(zip(NAMES, commands.COMMANDS, strict=True))[name]}")
+    module = import_module(f"iumad_jax.{dict(zip(NAMES, commands.COMMANDS.values(), strict=True))[name]}")
     python, option, called, *flags = shlex.split(cli.summary_and_example(module.__doc__)[1])
     assert (python, option, called) == ("python", "-m", f"iumad_jax.{name}")
     return flags
@@ -36,16 +38,28 @@ def test_every_command_is_listed_in_two_lines():
     assert set(NAMES) == modules - {"cli"} | {"export", "data.synthetic"}
 
 
-def test_a_command_after_a_space_is_refused():
-    command = [sys.executable, "-m", "iumad_jax", "evaluate", "--workdir=run"]
-    refused = subprocess.run(command, capture_output=True, text=True)
-    assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr == sentences.COMMAND_AFTER_SPACE.format("evaluate")
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["evaluate", "--workdir=run"], sentences.NO_RUN_IN_WORKDIR.format("run")),
+        (["synthetic"], sentences.CONFIG_MISSING),
+        (["predic"], sentences.UNKNOWN_COMMAND.format("predic", "predict or retire")),
+        (["data.synthetic"], sentences.UNKNOWN_COMMAND.format("data.synthetic", "synthetic")),
+        (["--config=folder"], sentences.NO_COMMAND.format("--config=folder")),
+    ],
+)
+def test_a_command_is_run_by_its_name(tmp_path, arguments, sentence):
+    """As by the console command, whose entry point is the same function."""
+    code = f"import sys; from {ENTRY_POINT.replace(':', ' import ')} as main; sys.exit(main())"
+    for python in (["-m", "iumad_jax"], ["-c", code]):
+        process = subprocess.run([sys.executable, *python, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert (process.returncode, process.stdout) == (2, "")
+        assert process.stderr.startswith(f"iumad_jax: {sentence}")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_help_begins_with_the_example(capsys, name):
-    module = import_module(f"iumad_jax.{dict(zip(NAMES, commands.COMMANDS, strict=True))[name]}")
+    module = import_module(f"iumad_jax.{dict(zip(NAMES, commands.COMMANDS.values(), strict=True))[name]}")
     assert module.main([name, "--help"]) == 0
     first, second, *_ = capsys.readouterr().out.splitlines()
     assert (first, shlex.split(second)[3:]) == ("Example:", example(name))

@@ -50,7 +50,6 @@ def home(tmp_path_factory):
         write(home / "objects/nut/test/dent", name, mask=True)
     (home / "bolts/rgb").rename(home / "photographs")
     (home / "bolts/depth").rename(home / "measurements")
-    (home / "configs").symlink_to(Path(__file__).parents[2] / "configs")
     return home
 
 

@@ -37,6 +37,14 @@ def test_a_new_workdir_accepts_any_config_until_it_is_claimed(tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "lock", "pictures"]
 
 
+def test_a_run_may_trust_other_folders_when_it_is_continued(tmp_path):
+    claim(tmp_path, paper("6-1"))
+    claim(tmp_path, changed_config(**{"dataset.trust": "/nas"}))
+    assert workdirs.read(tmp_path).dataset.trust == "/nas"
+    with pytest.raises(UserError, match=sentences.KEY_DIFFERS.format(key="dataset.root", stored=".*", now="x")):
+        workdirs.check(tmp_path, changed_config(**{"dataset.trust": "/nas", "dataset.root": "x"}))
+
+
 HOLDER = """
 import sys
 from pathlib import Path

@@ -9,7 +9,11 @@ from tests.sentences.data import *  # noqa: F403
 # config, protocol and command line
 PROTOCOL_DOES_NOT_FIT = "protocol {protocol} does not fit {objects} objects"
 PROTOCOL_MALFORMED = "use the form X-Y"
-COMMAND_AFTER_SPACE = "iumad_jax: {} is not a flag; write python -m iumad_jax.COMMAND.\n"
+UNKNOWN_COMMAND = "{} is not a command; did you mean {}?\n"
+NO_COMMAND = "{} is not a command; use one of prepare, main, "
+CONFIG_MISSING = "--config is missing; for example --config=quickstart."
+CONFIG_UNKNOWN = "--config={} is neither a file nor a config; use a file, or one of benchmark, best, "
+CONFIG_NOT_THERE = "--config={} is no file; use --config={}, which is found from any folder."
 NOT_A_KEY = "config.{} is not a key of this version"
 KEY_MISSING = "config.{} is missing"
 WRONG_BENCHMARK_KEYS = r"config\.benchmark has the keys {found}; use {known}"

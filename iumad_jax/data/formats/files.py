@@ -3,7 +3,7 @@
 import os
 import reprlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,11 @@ from iumad_jax.errors import UserError, tell_once
 
 _MAX_YAML_BYTES = 1 << 16
 _MAX_YAML_DEPTH = 20
+
+Within = Sequence[Path]  # folders that links may lead into, first the one that is read
+
 _CLUTTER, _ANNOTATIONS = ("thumbs.db", "desktop.ini", "__macosx"), (".json", ".xml")  # names and endings, in lower case
+_RESULTS = ("lock", "ledger.jsonl", "predictions.json")  # files that commands write into a folder of results
 
 
 def select(objects: str | Sequence[str], available: Sequence[str]) -> tuple[str, ...]:
@@ -59,14 +63,35 @@ def is_clutter(name: str) -> bool:
     return name.startswith(".") or name.casefold() in _CLUTTER or name.casefold().endswith(_ANNOTATIONS)
 
 
-def list_entries(folder: Path, root: Path) -> dict[str, os.DirEntry[str]]:
-    """List the entries of a folder by name, sorted, without what `is_clutter` leaves out.
+def is_output(folder: Path) -> bool:
+    """Return whether a folder holds a run or other results of commands, or is one of such folders; it is told if so."""
+
+    def holds_results(path: Path) -> bool:
+        prepared = path / "prepared"
+        return any((path / name).is_file() for name in _RESULTS) or (prepared.is_dir() and any(prepared.glob("*/lock")))
+
+    found = False
+    with suppress(OSError), os.scandir(folder) as entries:  # an unreadable folder is reported when it is read
+        inner = (entry.is_dir() and holds_results(Path(entry)) for entry in entries if not is_clutter(entry.name))
+        found = holds_results(folder) or (any(inner) if folder.name == "runs" else next(inner, False) and all(inner))
+    if found:
+        tell("what commands wrote is no part of a dataset", folder)
+    return found
+
+
+def trusted(folders: str) -> tuple[Path, ...]:
+    """Return the folders that `config.dataset.trust` names, separated by commas."""
+    return tuple(Path(name.strip()) for name in folders.split(",") if name.strip())
+
+
+def list_entries(folder: Path, within: Within) -> dict[str, os.DirEntry[str]]:
+    """List the entries of a folder by name, sorted, without what `is_clutter` and `is_output` leave out.
 
     Raises:
-        UserError: If the folder or a link in it leads out of the root, or a name cannot be printed.
+        UserError: If the folder or a link in it leads elsewhere than it may, or a name cannot be printed.
         OSError: If the folder cannot be read, or a link in it is broken or leads to itself.
     """
-    _check_inside(folder, root)
+    check_inside(folder, within)
     with os.scandir(folder) as entries:
         visible = [entry for entry in entries if not is_clutter(entry.name)]
     by_name = {entry.name: entry for entry in sorted(visible, key=lambda entry: entry.name)}
@@ -75,13 +100,13 @@ def list_entries(folder: Path, root: Path) -> dict[str, os.DirEntry[str]]:
             raise UserError(f"{folder / name} has a name that cannot be printed; rename it.")
         if entry.is_symlink():
             (folder / name).stat()  # raises OSError for a broken or circular link
-            _check_inside(folder / name, root)
-    return by_name
+            check_inside(folder / name, within)
+    return {name: entry for name, entry in by_name.items() if not (entry.is_dir() and is_output(folder / name))}
 
 
-def folders(folder: Path, root: Path) -> tuple[str, ...]:
+def folders(folder: Path, within: Within) -> tuple[str, ...]:
     """List the names of the subfolders of a folder, sorted; for the errors see `list_entries`."""
-    return tuple(name for name, entry in list_entries(folder, root).items() if entry.is_dir())
+    return tuple(name for name, entry in list_entries(folder, within).items() if entry.is_dir())
 
 
 def check_file(entry: os.DirEntry[str]) -> None:
@@ -92,10 +117,14 @@ def check_file(entry: os.DirEntry[str]) -> None:
         raise UserError(f"{entry.path} is empty; replace it.")
 
 
-def _check_inside(path: Path, root: Path) -> None:
-    """Raise UserError if a path, with its links resolved, lies outside of the root."""
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise UserError(f"{path} leads out of config.dataset.root to {path.resolve()}; replace it by a copy.")
+def check_inside(path: Path, within: Within) -> None:
+    """Raise UserError if a path, with its links resolved, lies in none of the folders that links may lead into."""
+    target = path.resolve()
+    if not any(target.is_relative_to(folder.resolve()) for folder in within):
+        raise UserError(
+            f"{path} leads out of {within[0]} to {target}; replace it by a copy, or trust what is there with"
+            f" --config.dataset.trust={target if target.is_dir() else target.parent}."
+        )
 
 
 def read_yaml(file: Path) -> dict[Any, Any]:

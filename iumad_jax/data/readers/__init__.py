@@ -6,7 +6,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from iumad_jax.data import candies
-from iumad_jax.data.formats.files import select
+from iumad_jax.data.formats.files import select, trusted
 from iumad_jax.data.readers import eyecandies
 from iumad_jax.data.readers.arrangements import object_folders
 from iumad_jax.data.readers.eyecandies import Eyecandies
@@ -39,7 +39,7 @@ def available(config: ConfigDict) -> tuple[str, ...]:
         "candies": eyecandies.OBJECTS,
         "sweets": candies.names(dataset.render.objects),
     }
-    return fixed.get(dataset.name) or tuple(object_folders(Path(dataset.root)))
+    return fixed.get(dataset.name) or tuple(object_folders(Path(dataset.root), trusted(dataset.trust)))
 
 
 def render(config: ConfigDict) -> None:
@@ -74,13 +74,15 @@ def open_reader(config: ConfigDict, chosen: Sequence[str] | None = None) -> Read
 
 
 def _readers(config: ConfigDict, chosen: str | Sequence[str]) -> dict[str, Callable[[], Reader]]:
-    root, light = Path(config.dataset.root), config.dataset.light
+    root, light, trust = Path(config.dataset.root), config.dataset.light, trusted(config.dataset.trust)
     depth = "depth" in config.modality
     normals = depth and config.input.depth_encoding == "normals_official"
     return {
-        "eyecandies": lambda: Eyecandies(root, chosen, light, normals),
-        "candies": lambda: Eyecandies(root, chosen, light, normals),
-        "sweets": lambda: Eyecandies(root, chosen, light, normals, candies.names(config.dataset.render.objects)),
-        "mvtec3d": lambda: MVTec3D(root, chosen, config.dataset.validation, depth),
-        "folder": lambda: Folder(root, chosen, depth, "rgb" in config.modality),
+        "eyecandies": lambda: Eyecandies(root, chosen, light, normals, trusted=trust),
+        "candies": lambda: Eyecandies(root, chosen, light, normals, trusted=trust),
+        "sweets": lambda: Eyecandies(
+            root, chosen, light, normals, candies.names(config.dataset.render.objects), trusted=trust
+        ),
+        "mvtec3d": lambda: MVTec3D(root, chosen, config.dataset.validation, depth, trust),
+        "folder": lambda: Folder(root, chosen, depth, "rgb" in config.modality, trust),
     }

@@ -10,12 +10,12 @@
 
 import csv
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from iumad_jax.data.formats.depth_files import DEPTH_IMAGES
-from iumad_jax.data.formats.files import folders, opening, read_error, tell
+from iumad_jax.data.formats.files import Within, check_inside, folders, opening, read_error, tell
 from iumad_jax.data.formats.images import PHOTOGRAPHS
 from iumad_jax.data.readers import layout
 from iumad_jax.data.readers.layout import Item, list_good_items, list_items, list_labelled_items
@@ -48,8 +48,12 @@ class Named(NamedTuple):
 _VISA = Named(("Data/Images/Normal",), ("Data/Images/Anomaly",), "Data/Masks/Anomaly")
 
 
-def object_folders(root: Path) -> dict[str, Path]:
+def object_folders(root: Path, trusted: Sequence[Path] = ()) -> dict[str, Path]:
     """Find the objects in a folder, one per subfolder; a folder that has one for training or good images is an object.
+
+    Args:
+        root: Folder of the dataset.
+        trusted: Folders that links may lead into, besides the root.
 
     Returns:
         The folder of each object by its name, sorted.
@@ -58,7 +62,7 @@ def object_folders(root: Path) -> dict[str, Path]:
         UserError: If the folder cannot be read or has no subfolders.
     """
     with opening(root):
-        names = folders(root, root)
+        names = folders(root, (root, *trusted))
         if (root / _VISA.normal[0]).is_dir() or any(
             name.casefold() == "train" or layout.means_good(root / name) for name in names
         ):
@@ -70,13 +74,13 @@ def object_folders(root: Path) -> dict[str, Path]:
 
 
 def list_object(
-    folder: Path, root: Path, needed: Collection[str] = (), named: Named | None = None
+    folder: Path, within: Within, needed: Collection[str] = (), named: Named | None = None
 ) -> dict[Split, dict[str, Item]]:
     """List the samples of an object by split and name.
 
     Args:
         folder: Folder of the object.
-        root: Root folder of the dataset.
+        within: Folders that links may lead into, first the root of the dataset.
         needed: Kinds of files that must exist; see `layout.list_items`.
         named: Folders that the settings name, if any.
 
@@ -84,11 +88,11 @@ def list_object(
         UserError: If the folders are of no known arrangement, or a file is missing or has no place.
         OSError: If a folder or file cannot be read.
     """
-    names = folders(folder, root)
+    names = folders(folder, within)
     if named is None and (folder / _VISA.normal[0]).is_dir():
         named = _VISA
     if named is not None:
-        return _divide(folder, root, needed, named)
+        return _divide(folder, within, needed, named)
     splits: dict[Split, Path] = {}
     for name in names:
         if split := _SPLITS.get(name.casefold()):
@@ -98,11 +102,11 @@ def list_object(
     if not splits:
         good = tuple(name for name in names if layout.means_good(folder / name))
         others = tuple(name for name in names if name not in good and layout.find_kind(name, _KINDS) is None)
-        masks = layout.find_masks(folder, root)
+        masks = layout.find_masks(folder, within)
         if good:
-            return _divide(folder, root, needed, Named(good, others, masks.name if masks else None))
-        if layout.holds_images(folder, root, _KINDS):
-            listed = list_items("good", folder, root, _KINDS, needed)
+            return _divide(folder, within, needed, Named(good, others, masks.name if masks else None))
+        if layout.holds_images(folder, within, _KINDS):
+            listed = list_items("good", folder, within, _KINDS, needed)
             if nested := next((item.files[0].parent for name, item in listed.items() if "/" in name), None):
                 raise UserError(
                     f"{nested} may hold good images or defects; name it as normal or abnormal in dataset.yaml."
@@ -113,21 +117,21 @@ def list_object(
         if name.casefold() not in (*_SPLITS, *layout.MASKS):
             raise UserError(f"{folder / name} is not one of train, val, test, unlabelled; rename or remove it.")
     found: dict[Split, dict[str, Item]] = {}
-    found["train"] = list_good_items(splits.get("train", folder / "train"), root, _KINDS, needed)
+    found["train"] = list_good_items(splits.get("train", folder / "train"), within, _KINDS, needed)
     if "calibration" in splits:
-        found["calibration"] = list_good_items(splits["calibration"], root, _KINDS, needed)
+        found["calibration"] = list_good_items(splits["calibration"], within, _KINDS, needed)
     if "test" in splits:
-        found["test"] = list_labelled_items(splits["test"], root, _KINDS, needed)
+        found["test"] = list_labelled_items(splits["test"], within, _KINDS, needed)
     if "unlabelled" in splits:
-        found["unlabelled"] = list_items("unknown", splits["unlabelled"], root, _UNLABELLED, needed)
+        found["unlabelled"] = list_items("unknown", splits["unlabelled"], within, _UNLABELLED, needed)
     return found
 
 
-def _divide(folder: Path, root: Path, needed: Collection[str], named: Named) -> dict[Split, dict[str, Item]]:
+def _divide(folder: Path, within: Within, needed: Collection[str], named: Named) -> dict[Split, dict[str, Item]]:
     """List images that are in folders of good and anomalous ones; test with the anomalous and some of the good ones."""
     good: dict[str, Item] = {}
     for path in named.normal:
-        listed = _list_named("good", folder / path, root, needed)
+        listed = _list_named("good", folder / path, within, needed)
         good |= {name if len(named.normal) == 1 else f"{path}/{name}": item for name, item in listed.items()}
     test: dict[str, Item] = {}
     for path in named.abnormal:
@@ -135,11 +139,11 @@ def _divide(folder: Path, root: Path, needed: Collection[str], named: Named) -> 
         masks = folder / named.masks if named.masks else None
         if masks and ((masks / defect).is_dir() or len(named.abnormal) > 1):
             masks /= defect
-        listed = _list_named(defect, folder / path, root, needed, masks)
+        listed = _list_named(defect, folder / path, within, needed, masks)
         test |= {f"{defect}/{name}": item for name, item in listed.items()}
     if not test:
         return {"train": good}
-    testing = _testing(folder, root, good)
+    testing = _testing(folder, within, good)
     if len(testing) == len(good):
         raise UserError(f"{folder} leaves no good image to learn from; add some to {folder / named.normal[0]}.")
     test |= {f"good/{name}": good[name] for name in good if name in testing}
@@ -147,16 +151,18 @@ def _divide(folder: Path, root: Path, needed: Collection[str], named: Named) -> 
 
 
 def _list_named(
-    defect: str, folder: Path, root: Path, needed: Collection[str], masks: Path | None = None
+    defect: str, folder: Path, within: Within, needed: Collection[str], masks: Path | None = None
 ) -> dict[str, Item]:
     if not folder.is_dir():
         raise UserError(f"{folder} is missing; add it, or correct normal and abnormal in dataset.yaml.")
-    return list_items(defect, folder, root, _KINDS, needed, masks)
+    return list_items(defect, folder, within, _KINDS, needed, masks)
 
 
-def _testing(folder: Path, root: Path, good: dict[str, Item]) -> set[str]:
+def _testing(folder: Path, within: Within, good: dict[str, Item]) -> set[str]:
     """Choose the good images that test, by the table of VisA if there is one; more images do not change the choice."""
+    root = within[0]
     file = root / _TABLES / "1cls.csv"
+    check_inside(file, within)
     splits = _read_splits(file) if file.is_file() else {}
     by_name = {name: splits.get(item.files[0].relative_to(root).as_posix()) for name, item in good.items()}
     if any(by_name.values()):

@@ -52,9 +52,10 @@ class Eyecandies:
             `<id>_<light>`, and light 4 in the other splits.
         normals: Whether to read the official normals, too; most releases lack them.
         available: All objects of the dataset.
+        trusted: Folders that links may lead into, besides the root.
 
     Raises:
-        UserError: If a folder or file is missing or empty or leads out of the root, or an object is unknown.
+        UserError: If a folder or file is missing or empty or leads elsewhere, or an object is unknown.
     """
 
     object_height = 0.008
@@ -69,10 +70,12 @@ class Eyecandies:
         light: str = _LIGHT,
         normals: bool = False,
         available: Sequence[str] = OBJECTS,
+        trusted: Sequence[Path] = (),
     ) -> None:
         if light not in (*LIGHTS, "all"):
             raise UserError(f"config.dataset.light is {light}; use one of 0 to {LIGHTS[-1]}, or all.")
         self.root = Path(root)
+        self._within = (self.root, *trusted)
         self.light, self.normals = light, normals
         self.objects = select(objects, available)
         with opening(self.root):
@@ -139,7 +142,7 @@ class Eyecandies:
             if split == "unlabelled":
                 return ()
             raise UserError(f"{folder} is missing; add {object} there or remove it from config.dataset.objects.")
-        entries = list_entries(folder, self.root)
+        entries = list_entries(folder, self._within)
         numbered = {match[1] for match in map(_SAMPLE_FILE.fullmatch, entries) if match}
         ids = tuple(sorted(numbered, key=lambda id_: (int(id_), id_)))
         light = self._light(split)

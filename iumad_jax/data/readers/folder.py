@@ -58,18 +58,25 @@ class Folder:
         objects: "all", names separated by commas, or a sequence of names, in the order of learning.
         needs_depth: Whether to refuse images without depth.
         needs_rgb: Whether to refuse depth without photographs.
+        trusted: Folders that links may lead into, besides the root.
 
     Raises:
-        UserError: If a folder or file is missing or empty or leads out of the root, if the settings or an object's
+        UserError: If a folder or file is missing or empty or leads elsewhere, if the settings or an object's
             first training image are unusable, or if an object is unknown.
     """
 
     def __init__(
-        self, root: str | Path, objects: str | Sequence[str] = "all", needs_depth: bool = False, needs_rgb: bool = False
+        self,
+        root: str | Path,
+        objects: str | Sequence[str] = "all",
+        needs_depth: bool = False,
+        needs_rgb: bool = False,
+        trusted: Sequence[Path] = (),
     ) -> None:
         self.root = Path(root)
         self._items: dict[tuple[str, Split], dict[str, Item]] = {}
-        by_name = object_folders(self.root)
+        within = (self.root, *trusted)
+        by_name = object_folders(self.root, trusted)
         self.objects = select(objects, tuple(by_name))
         with opening(self.root):
             file = self.root / SETTINGS
@@ -83,7 +90,7 @@ class Folder:
             )
             for name in self.objects:
                 needed = ("rgb",) * needs_rgb + ("depth",) * needs_depth
-                found = list_object(by_name[name], self.root, needed, self._settings.get("named"))
+                found = list_object(by_name[name], within, needed, self._settings.get("named"))
                 self._items |= {(name, split): items for split, items in found.items()}
         first_items = self._items[self.objects[0], "train"].values()
         self._bits: int | None = self._settings.get("bits") or used_bits([x.rgb for x in first_items if x.rgb])

@@ -9,7 +9,7 @@ import numpy as np
 from iumad_jax.data.depth import picture
 from iumad_jax.data.formats.alignment import align
 from iumad_jax.data.formats.depth_files import read_depth
-from iumad_jax.data.formats.files import check_file, folders, list_entries, tell
+from iumad_jax.data.formats.files import Within, check_file, folders, list_entries, tell
 from iumad_jax.data.formats.images import check_mask_size, read_mask, read_photograph
 from iumad_jax.data.sample import Camera, DepthFormat, Sample
 from iumad_jax.errors import UserError
@@ -51,43 +51,43 @@ def find_kind(name: str, kinds: Kinds) -> str | None:
     return None
 
 
-def holds_images(folder: Path, root: Path, kinds: Kinds) -> bool:
+def holds_images(folder: Path, within: Within, kinds: Kinds) -> bool:
     """Return whether a folder has photographs in itself, or a folder of them or of depth."""
     image_kind, depth_kind, *_ = kinds
     return any(
         find_kind(name, kinds) in (image_kind, depth_kind)
         if entry.is_dir()
         else Path(name).suffix.lower() in kinds[image_kind]
-        for name, entry in list_entries(folder, root).items()
+        for name, entry in list_entries(folder, within).items()
     )
 
 
-def list_good_items(split: Path, root: Path, kinds: Kinds, needed: Collection[str] = ()) -> dict[str, Item]:
+def list_good_items(split: Path, within: Within, kinds: Kinds, needed: Collection[str] = ()) -> dict[str, Item]:
     """List the samples of a split of good images by name; for the arguments and errors see `list_items`."""
     _check_exists(split)
-    names = folders(split, root)
+    names = folders(split, within)
     good = [name for name in names if means_good(split / name)]
     for name in names:
         if name not in good and find_kind(name, kinds) is None:
             raise UserError(f"{split / name} is not good; move images with defects to test.")
-    if not good and holds_images(split, root, kinds):
-        return list_items("good", split, root, kinds, needed)
+    if not good and holds_images(split, within, kinds):
+        return list_items("good", split, within, kinds, needed)
     if not good:
         raise UserError(f"{split / 'good'} is missing; add the good images there, in folders {', '.join(kinds)}.")
     if len(good) > 1:
         raise UserError(f"{split} holds {' and '.join(good)}, which all mean good; keep one folder.")
-    return list_items("good", split / good[0], root, kinds, needed)
+    return list_items("good", split / good[0], within, kinds, needed)
 
 
-def list_labelled_items(split: Path, root: Path, kinds: Kinds, needed: Collection[str] = ()) -> dict[str, Item]:
+def list_labelled_items(split: Path, within: Within, kinds: Kinds, needed: Collection[str] = ()) -> dict[str, Item]:
     """List the samples of a labelled split as "defect/name"; good images need no mask. See `list_items`.
 
     Masks may also be in a folder beside the split, in folders named after the defects.
     """
     _check_exists(split)
     items: dict[str, Item] = {}
-    masks = find_masks(split.parent, root)
-    for name in folders(split, root):
+    masks = find_masks(split.parent, within)
+    for name in folders(split, within):
         if find_kind(name, kinds) is not None:
             raise UserError(
                 f"{split / name} holds images without labels; move it to a folder good or named after a defect."
@@ -95,22 +95,22 @@ def list_labelled_items(split: Path, root: Path, kinds: Kinds, needed: Collectio
         good = means_good(split / name)
         needed_here = [kind for kind in needed if not good or kind != list(kinds)[2]]
         own_masks = masks / name if masks and not good else None
-        listed = list_items("good" if good else name, split / name, root, kinds, needed_here, own_masks)
+        listed = list_items("good" if good else name, split / name, within, kinds, needed_here, own_masks)
         items |= {f"{name}/{id_}": item for id_, item in listed.items()}
     if not items:
         raise UserError(f"{split} holds no folder good or named after a defect; add one or remove {split.name}.")
     return items
 
 
-def find_masks(folder: Path, root: Path) -> Path | None:
+def find_masks(folder: Path, within: Within) -> Path | None:
     """Return the subfolder for masks; None without one."""
-    return next((folder / name for name in folders(folder, root) if name.casefold() in MASKS), None)
+    return next((folder / name for name in folders(folder, within) if name.casefold() in MASKS), None)
 
 
 def list_items(
     defect: str,
     folder: Path,
-    root: Path,
+    within: Within,
     kinds: Kinds,
     needed: Collection[str] = (),
     masks: Path | None = None,
@@ -123,7 +123,7 @@ def list_items(
     Args:
         defect: Defect of the images in the folder; "good" for none, "unknown" for images without labels.
         folder: Folder of the files.
-        root: Root folder of the dataset.
+        within: Folders that links may lead into.
         kinds: Subfolders and their file suffixes; the first subfolder holds the RGB images, one per sample, or if there
             are none and they are not needed, the second.
         needed: Kinds that must exist; the folders of other kinds may be missing.
@@ -138,7 +138,7 @@ def list_items(
     mask_kind = "".join(other_kinds[1:])  # "" where masks have no place
     by_kind: dict[str, Path] = {}
     others = []
-    for name, entry in list_entries(folder, root).items():
+    for name, entry in list_entries(folder, within).items():
         kind = find_kind(name, kinds) if entry.is_dir() else None
         if kind is None:
             others.append(name)
@@ -154,7 +154,7 @@ def list_items(
     if image_kind not in by_kind and not others and image_kind not in needed and other_kinds[0] in by_kind:
         image_kind = other_kinds[0]
     image_folder = by_kind.pop(image_kind, folder)
-    images = _files_by_name(image_folder, root, kinds[image_kind], [path.name for path in by_kind.values()])
+    images = _files_by_name(image_folder, within, kinds[image_kind], [path.name for path in by_kind.values()])
     beside = [name for name in images if _masked(name, images) != name]
     masks_beside = {_masked(name, images): images.pop(name) for name in beside}
     if not images:
@@ -163,7 +163,7 @@ def list_items(
     for kind in kinds:
         if kind == image_kind:
             continue
-        by_name = _files_by_name(by_kind[kind], root, kinds[kind]) if kind in by_kind else {}
+        by_name = _files_by_name(by_kind[kind], within, kinds[kind]) if kind in by_kind else {}
         if kind == mask_kind:
             by_name = {_masked(name, images): file for name, file in by_name.items()} or masks_beside
         files[kind] = by_name
@@ -237,17 +237,19 @@ def _check_exists(split: Path) -> None:
         raise UserError(f"{split} is missing; add it or remove {split.parent.name} from config.dataset.objects.")
 
 
-def _files_by_name(folder: Path, root: Path, suffixes: Sequence[str], besides: Collection[str] = ()) -> dict[str, Path]:
+def _files_by_name(
+    folder: Path, within: Within, suffixes: Sequence[str], besides: Collection[str] = ()
+) -> dict[str, Path]:
     """List the files of a folder and its subfolders by their names without suffix, sorted.
 
     Args:
         folder: Folder of the files.
-        root: Root folder of the dataset.
+        within: Folders that links may lead into.
         suffixes: Allowed suffixes.
         besides: Entries of the folder that are left out.
     """
     files: dict[str, Path] = {}
-    for name, entry in list_entries(folder, root).items():
+    for name, entry in list_entries(folder, within).items():
         file = folder / name
         if name in besides:
             continue
@@ -255,7 +257,7 @@ def _files_by_name(folder: Path, root: Path, suffixes: Sequence[str], besides: C
             check_file(entry)
             inner = {file.stem: file}
         elif entry.is_dir() and not entry.is_symlink():
-            inner = {f"{name}/{id_}": path for id_, path in _files_by_name(file, root, suffixes).items()}
+            inner = {f"{name}/{id_}": path for id_, path in _files_by_name(file, within, suffixes).items()}
         else:
             raise UserError(f"{file} does not end in one of {' '.join(suffixes)}; convert or remove it.")
         for id_, path in inner.items():

@@ -25,9 +25,10 @@ class MVTec3D:
         validation: Split to which the validation images are added: "train", as in the benchmark's protocol (with ids
             such as "validation/000"), or "calibration".
         needs_depth: Whether to refuse images without xyz.
+        trusted: Folders that links may lead into, besides the root.
 
     Raises:
-        UserError: If a folder or file is missing or empty or leads out of the root, or an object is unknown.
+        UserError: If a folder or file is missing or empty or leads elsewhere, or an object is unknown.
     """
 
     object_height = 0.005
@@ -41,11 +42,13 @@ class MVTec3D:
         objects: str | Sequence[str] = "all",
         validation: str = "train",
         needs_depth: bool = False,
+        trusted: Sequence[Path] = (),
     ) -> None:
         if validation not in ("train", "calibration"):
             raise UserError(f'config.dataset.validation is "{validation}"; use train or calibration.')
         self.root = Path(root)
-        by_name = object_folders(self.root)
+        within = (self.root, *trusted)
+        by_name = object_folders(self.root, trusted)
         self.objects = select(objects, tuple(by_name))
         needed_good = ("rgb", "xyz") if needs_depth else ("rgb",)
         needed_test = (*needed_good, "gt")
@@ -55,16 +58,15 @@ class MVTec3D:
                 folder = by_name[name]
                 if (folder / "ground_truth").is_dir():
                     raise UserError(
-                        f"{folder} is of MVTec AD, not of MVTec 3D-AD; use --config=configs/folder.py and"
-                        " --config.modality=rgb."
+                        f"{folder} is of MVTec AD, not of MVTec 3D-AD; use --config=folder and --config.modality=rgb."
                     )
-                train = list_good_items(folder / "train", self.root, _KINDS, needed_good)
-                calibration = list_good_items(folder / "validation", self.root, _KINDS, needed_good)
+                train = list_good_items(folder / "train", within, _KINDS, needed_good)
+                calibration = list_good_items(folder / "validation", within, _KINDS, needed_good)
                 if validation == "train":
                     train |= {f"validation/{id_}": item for id_, item in calibration.items()}
                     calibration = {}
                 self._items[name, "train"], self._items[name, "calibration"] = train, calibration
-                self._items[name, "test"] = list_labelled_items(folder / "test", self.root, _KINDS, needed_test)
+                self._items[name, "test"] = list_labelled_items(folder / "test", within, _KINDS, needed_test)
 
     def __repr__(self) -> str:
         return f"MVTec3D({str(self.root)!r})"

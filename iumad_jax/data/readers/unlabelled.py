@@ -10,7 +10,7 @@ import numpy as np
 from iumad_jax.data.depth import picture
 from iumad_jax.data.formats.alignment import align
 from iumad_jax.data.formats.depth_files import DEPTH_IMAGES, read_depth
-from iumad_jax.data.formats.files import is_clutter, tell
+from iumad_jax.data.formats.files import Within, check_inside, is_clutter, is_output, tell
 from iumad_jax.data.formats.images import PHOTOGRAPHS, read_photograph
 from iumad_jax.data.readers.layout import DEPTHS, MASKS
 from iumad_jax.data.sample import Camera, DepthFormat, Reader, Split
@@ -35,6 +35,7 @@ def photographs(
     format_: DepthFormat,
     camera: Camera | None,
     bits: int | None = None,
+    trusted: Sequence[Path] = (),
     *,
     may_be_empty: bool = False,
 ) -> Iterator[InputImage]:
@@ -47,6 +48,7 @@ def photographs(
         format_: What the numbers in the depth files mean.
         camera: Camera of the depth files; by default it is estimated from clouds.
         bits: Bits that photographs of 16 bits per channel use; None refuses such photographs.
+        trusted: Folders that links in the input, or in the folder of depth, may lead into.
         may_be_empty: Whether a folder without images is accepted.
 
     Raises:
@@ -56,7 +58,8 @@ def photographs(
         raise UserError(f"--input is {root}, which does not exist; choose an image or a folder of images.")
     if needs_depth:
         _check_depth(depth_path, format_.unit, root)
-    images = [root] if root.is_file() else _list_photographs(root)
+    within = (root, *trusted)
+    images = [root] if root.is_file() else _list_photographs(within)
     if (images and images[0].suffix.lower() not in PHOTOGRAPHS) or (not images and not may_be_empty):
         raise UserError(f"--input is {root}, which contains no image; use files ending in {' '.join(PHOTOGRAPHS)}.")
     for name, file in _by_name(root, images).items():
@@ -67,9 +70,11 @@ def photographs(
         def read(
             file: Path = file, files: Callable[[], tuple[Path, Path | None]] = files
         ) -> tuple[np.ndarray, np.ndarray | None, Camera | None]:
+            check_inside(file, within)
             rgb, (_, depth_file) = read_photograph(file, bits), files()
-            if depth_file is None:
+            if depth_file is None or depth_path is None:
                 return rgb, None, None
+            check_inside(depth_file, (depth_path, *trusted))
             depth, cloud_camera = read_depth(depth_file, format_, rgb.shape[:2], _REMEDY, camera)
             depth, cloud_camera = align(depth, cloud_camera, format_.align, rgb.shape[:2], depth_file, file)
             return rgb, depth, camera or cloud_camera
@@ -82,18 +87,21 @@ def depth_files(
     format_: DepthFormat,
     camera: Camera | None,
     default_camera: Callable[[int], Camera],
+    trusted: Sequence[Path] = (),
     *,
     may_be_empty: bool = False,
 ) -> Iterator[InputImage]:
     """Yield the images of --input for a model of depth alone; for the arguments and errors see `photographs`."""
     if not root.exists():
         raise UserError(f"--input is {root}, which does not exist; choose a depth file or a folder of depth files.")
-    files = [root] if root.is_file() else _list(root, DEPTH_IMAGES)
+    within = (root, *trusted)
+    files = [root] if root.is_file() else _list(root, DEPTH_IMAGES, within)
     if (files and files[0].suffix.lower() not in DEPTH_IMAGES) or (not files and not may_be_empty):
         raise UserError(f"--input is {root}, which contains no depth; use files ending in {' '.join(DEPTH_IMAGES)}.")
     for name, file in _by_name(root, files).items():
 
         def read(file: Path = file) -> tuple[np.ndarray, np.ndarray, Camera | None]:
+            check_inside(file, within)
             depth, cloud_camera = read_depth(file, format_, None, _REMEDY, camera)
             camera_ = camera or cloud_camera or default_camera(depth.shape[1])
             return picture(depth, camera_), depth, camera_
@@ -116,9 +124,10 @@ def _check_depth(path: Path | None, unit: float | None, root: Path) -> None:
         raise UserError(f"--depth_unit is {unit:g}; use metres per unit, such as 0.001 for millimetres.")
 
 
-def _list_photographs(root: Path) -> list[Path]:
+def _list_photographs(within: Within) -> list[Path]:
     """List the photographs in a folder and its subfolders, without masks and depth images, which are told."""
-    files = {file.relative_to(root): file for file in _list(root, PHOTOGRAPHS)}
+    root = within[0]
+    files = {file.relative_to(root): file for file in _list(root, PHOTOGRAPHS, within)}
     stems = {path.with_suffix("") for path in files}
     others = [
         path
@@ -131,15 +140,31 @@ def _list_photographs(root: Path) -> list[Path]:
     return [file for path, file in files.items() if path not in others]
 
 
-def _list(root: Path, suffixes: Collection[str]) -> list[Path]:
-    files = [
-        file
-        for file in sorted(root.rglob("*"))
-        if file.suffix.lower() in suffixes and file.is_file() and not any(map(is_clutter, file.relative_to(root).parts))
-    ]
-    for file in files:
-        if not str(file).isprintable():
-            raise UserError(f"{file} has a name that cannot be printed; rename it.")
+def _list(folder: Path, suffixes: Collection[str], within: Within, linked: bool = False) -> list[Path]:
+    """List the files in a folder and its subfolders, sorted, without clutter and results of commands.
+
+    A link to a folder is followed if it leads out of the input, where the files are not listed yet, but none behind it.
+    Broken links to files are listed, so that reading them tells.
+    """
+    check_inside(folder, within)
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror}); make it readable.") from error
+    files: list[Path] = []
+    for path in entries:
+        if is_clutter(path.name):
+            continue
+        if path.is_dir() and path.is_symlink():
+            if not linked and not path.resolve().is_relative_to(within[0].resolve()):
+                files += _list(path, suffixes, within, linked=True)
+        elif path.is_dir():
+            if not is_output(path):
+                files += _list(path, suffixes, within, linked)
+        elif path.suffix.lower() in suffixes and (path.is_file() or not path.exists()):
+            if not str(path).isprintable():
+                raise UserError(f"{path} has a name that cannot be printed; rename it.")
+            files.append(path)
     return files
 
 

@@ -1,6 +1,6 @@
 """Draw contact sheets of synthetic defects that are pasted into the good images of a config's dataset.
 
-    python -m iumad_jax.data.synthetic --config=configs/quickstart.py
+    python -m iumad_jax.data.synthetic --config=quickstart
 
 Good images are the calibration images, or training images if there are none. The panels of an image are: RGB, RGB with
 the defect, encoded depth, encoded depth with the defect, mask.

@@ -16,6 +16,7 @@ from iumad_jax.data.readers.mvtec3d import MVTec3D
 from iumad_jax.data.readers.unlabelled import photographs
 from iumad_jax.data.sample import DepthFormat
 from iumad_jax.errors import UserError
+from iumad_jax.runtime import workdir as workdirs
 from tests import sentences
 
 TRAIN, TEST = "bolt/train/good", "bolt/test/scratch"
@@ -207,6 +208,52 @@ def test_clutter_is_skipped_everywhere(tmp_path: Path) -> None:
     assert contents(tmp_path) == expected
     names = {image.name for image in photographs(tmp_path, False, None, DepthFormat(), None)}
     assert names == {"bolt/train/good/000", "bolt/test/good/000", "bolt/test/scratch/000"}
+
+
+def claim(workdir: Path) -> None:
+    """Make a folder the workdir of a run that has drawn a picture."""
+    with workdirs.claimed(workdir, paper("6-1")):
+        write(workdir, "pictures/0.png")
+
+
+RESULTS = {  # what commands write, given a path and the folder that it belongs to
+    "a run": lambda root: claim(root / "run"),
+    "default runs": lambda root: (claim(root / "runs/folder_open"), write(root, "runs/candies/a/train/0.png")),
+    "runs of several seeds": lambda root: (claim(root / "seeds/0"), claim(root / "seeds/1")),
+    "predictions": lambda root: (write(root, "out/masks/0.png"), (root / "out/predictions.json").touch()),
+    "an evaluation": lambda root: (write(root, "out/pictures/0.png"), (root / "out/ledger.jsonl").touch()),
+    "prepared images": lambda root: (write(root, "runs/x/prepared/a/0.png"), (root / "runs/x/prepared/a/lock").touch()),
+}
+
+
+@pytest.mark.parametrize("standing", ["bolt", "."])
+@pytest.mark.parametrize("name", RESULTS)
+def test_what_commands_wrote_into_a_dataset_is_no_part_of_it(
+    tmp_path: Path, monkeypatch, capsys, name: str, standing: str
+) -> None:
+    """The commands ran in the folder of all objects, or in that of an object."""
+    monkeypatch.setattr(errors, "_told", set())
+    write(tmp_path, f"{TRAIN}/0.png", f"{TEST}/0.png", "nut/0.png")
+    before = {image.name for image in photographs(tmp_path, False, None, DepthFormat(), None)}
+    RESULTS[name](tmp_path / standing)
+    monkeypatch.chdir(tmp_path)
+    assert Folder(Path()).objects == ("bolt", "nut")
+    assert sentences.RESULTS_NO_PART in capsys.readouterr().err
+    assert {image.name for image in photographs(Path(), False, None, DepthFormat(), None)} == before
+    monkeypatch.chdir("bolt")  # an object itself
+    assert contents(Path()) == {
+        ("train", "0"): ("train/good/0.png",),
+        ("test", "scratch/0"): ("test/scratch/0.png",),
+    }
+    assert Folder(Path()).objects == ("bolt",)
+
+
+def test_an_object_is_not_taken_for_results(tmp_path: Path) -> None:
+    """Whatever it is called, and if a run lies beside its images."""
+    write(tmp_path, "lock/0.png", "runs/train/good/0.png", "prepared/train/good/lock/0.png", "ledger.jsonl/good/0.png")
+    write(tmp_path, "bolt/train/good/0.png")
+    claim(tmp_path / "bolt/run")
+    assert Folder(tmp_path).objects == ("bolt", "ledger.jsonl", "lock", "prepared", "runs")
 
 
 def test_masks_and_depth_beside_photographs_are_not_predicted(tmp_path: Path, monkeypatch, capsys) -> None:

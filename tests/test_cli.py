@@ -1,0 +1,99 @@
+"""Configs by name, from any folder."""
+
+from pathlib import Path
+
+import pytest
+
+from iumad_jax import cli
+from iumad_jax.config import paper
+from iumad_jax.runtime import workdir as workdirs
+from tests import sentences
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+OWN = "from iumad_jax import config\ndef get_config(protocol='3-0'): return config.small(protocol)"
+
+
+def run(monkeypatch, *arguments):
+    """Run a command with --config; return its exit code, protocol, dataset and workdir."""
+    found = []
+
+    def define(values):
+        cli.define_config(values)
+        cli.define_workdir(values)
+
+    def act(values):
+        config, workdir = cli.config_and_workdir(values)
+        found.extend([config.protocol, config.dataset.name, str(workdir)])
+        return ""
+
+    monkeypatch.setattr("sys.argv", ["command", *arguments])  # ml_collections reads the keys from here
+    return cli.execute("", ["command", *arguments, "--compilation_cache=off"], define, act), *found
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+@pytest.mark.parametrize(
+    ("arguments", "protocol", "dataset"),
+    [
+        (["--config=folder"], "open", "folder"),
+        (["--config=folder.py"], "open", "folder"),
+        (["--config=folder:1-0"], "1-0", "folder"),
+        (["--config", "quickstart:2-1"], "2-1", "candies"),
+        ([f"--config={CONFIGS}/folder.py:1-0"], "1-0", "folder"),
+        (["--config=mine.py"], "3-0", "eyecandies"),
+        (["--config=best.py"], "3-0", "eyecandies"),  # a file here, though the package has a config of this name
+        (["--config=best"], "1-1", "folder"),
+    ],
+)
+def test_a_config_is_found_by_name(tmp_path, monkeypatch, arguments, protocol, dataset):
+    """Its name is in that of the run, however it was found."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine.py", "best.py"):
+        (tmp_path / name).write_text(OWN)
+    (tmp_path / "folder").mkdir()  # no file
+    name = Path(arguments[-1].removeprefix("--config=")).name.split(":")[0].removesuffix(".py")
+    code, *found = run(monkeypatch, *arguments, "--config.seed=7")
+    assert (code, found[:2]) == (0, [protocol, dataset])
+    assert found[2].startswith(f"runs/{name}_{protocol}_")
+    assert found[2].endswith("_seed7")
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        ("fodler:1-0", sentences.CONFIG_UNKNOWN.format("fodler:1-0")),
+        (".", sentences.CONFIG_UNKNOWN.format(".")),
+        ("configs/nowhere.py", sentences.CONFIG_UNKNOWN.format("configs/nowhere.py")),
+        ("configs/folder.py:1-0", sentences.CONFIG_NOT_THERE.format("configs/folder.py:1-0", "folder:1-0")),
+        ("x" * 300, sentences.CONFIG_UNREADABLE.format("[Errno 36] File name too long")),
+    ],
+)
+def test_a_config_that_does_not_exist_is_named(tmp_path, monkeypatch, capsys, value, sentence):
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, f"--config={value}") == (2,)
+    assert capsys.readouterr().err.startswith(f"iumad_jax: {sentence}")
+
+
+def test_what_is_trusted_holds_for_the_run_and_is_no_change_of_a_step(tmp_path, monkeypatch):
+    with workdirs.claimed(tmp_path, paper("6-1")):
+        pass
+    found = []
+    arguments = ["command", f"--workdir={tmp_path}", "--config.dataset.trust=/nas", "--config.dataset.root=later"]
+    monkeypatch.setattr("sys.argv", arguments)
+
+    def act(values):
+        found.extend(cli.run_and_changes(values))
+        return ""
+
+    arguments.append("--compilation_cache=off")
+    assert cli.execute("", arguments, cli.define_trained, act, changeable=("dataset",)) == 0
+    config, changes = found
+    assert (config.dataset.trust, config.dataset.root) == ("/nas", "data/eyecandies")
+    assert changes == {"dataset.root": "later"}
+
+
+def test_the_package_has_the_configs_of_the_repository():
+    """One copy of each, which wheels take along as a part of the package."""
+    shipped = Path(cli.__file__).with_name("configs")
+    assert shipped.is_symlink()
+    assert shipped.resolve() == CONFIGS
+    assert {file.stem for file in CONFIGS.glob("*.py")} == set(cli._configs())
