@@ -15,6 +15,7 @@ _LIMITS = {
     "dataset.render.objects": (1, 999),
     "dataset.render.lamp": (0, 1),
     "input.size": (32, 4096),
+    "input.overlap": (0, 0.5),
     "backbone.grid": (1, 256),
     "model.width": (2, 8192),
     "model.heads": (1, 8192),
@@ -53,6 +54,7 @@ _LIMITS = {
     "continual.replay.image_size": (1, 4096),
     "report.pictures_per_object": (0, 1000),
 }
+_MOST_TILES = 256  # of an image
 _BENCHMARK = {"variants", "modalities", "protocols", "seeds", "seeds_of_one_modality"}
 
 VARIANTS: dict[str, dict[str, Any]] = {  # method variants of benchmarks: the keys that each one changes
@@ -96,6 +98,9 @@ def paper(protocol: str) -> ConfigDict:
 
     config.input = ConfigDict()
     config.input.size = 224  # pixels
+    config.input.region = ""  # part seen: left,top,right,bottom in shares of the sides or in pixels; or workpiece
+    config.input.tiles = "1x1"  # ROWSxCOLUMNS of tiles, each of which the network sees in its whole input
+    config.input.overlap = 0.2  # of neighbouring tiles, in their sides
     config.input.depth_encoding = "normals"  # normals, height, height+normals, xyz_uint8, normals_official
     config.input.resident = "auto"  # training images in device memory: auto (up to a quarter of it), always, never
 
@@ -261,6 +266,12 @@ def check(config: ConfigDict) -> None:
         value = functools.reduce(lambda group, name: group[name], key.split("."), config)
         if not low <= value <= high:  # includes NaN
             raise UserError(f"config.{key} is {value}; use {low} to {high}.")
+    if region_numbers(config.input.region) is None and config.input.region and "depth" not in modalities(config):
+        raise UserError(
+            f"config.input.region is {config.input.region}, which depth tells, but config.modality is"
+            f" {config.modality}; use left,top,right,bottom."
+        )
+    tile_numbers(config.input.tiles)
     if config.input.resident not in ("auto", "always", "never"):
         raise UserError(f'config.input.resident is "{config.input.resident}"; use auto, always or never.')
     model = config.model
@@ -279,6 +290,59 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"config.model.patch_size is {model.patch_size}; use at most config.input.size, which is"
             f" {config.input.size}."
+        )
+
+
+def region_numbers(region: str) -> tuple[float, float, float, float] | None:
+    """Return left, top, right and bottom of a region, see `config.input.region`; None if it is "" or "workpiece".
+
+    They are shares of the image's sides if none exceeds 1, else pixels. The right column and the bottom row are not
+    part of the region.
+
+    Raises:
+        UserError: If they are not four such numbers, in order.
+    """
+    if region in ("", "workpiece"):
+        return None
+    try:
+        left, top, right, bottom = map(float, region.split(","))
+        pixels = max(right, bottom) > 1
+        valid = 0 <= left < right < math.inf and 0 <= top < bottom < math.inf
+        if valid and all(not pixels or number.is_integer() for number in (left, top, right, bottom)):
+            return left, top, right, bottom
+    except ValueError:
+        pass
+    raise UserError(
+        f'config.input.region is "{region}"; use left,top,right,bottom, such as 0.25,0,0.75,1 (shares of the sides) or'
+        " 400,0,1200,800 (pixels), or workpiece."
+    )
+
+
+def tile_numbers(tiles: str) -> tuple[int, int]:
+    """Return the numbers of rows and columns of `config.input.tiles`.
+
+    Raises:
+        UserError: If they are not two numbers of which at least one tile and at most 256 follow.
+    """
+    rows, _, columns = tiles.partition("x")
+    if rows.isdecimal() and columns.isdecimal() and 0 < int(rows) * int(columns) <= _MOST_TILES:
+        return int(rows), int(columns)
+    raise UserError(
+        f'config.input.tiles is "{tiles}"; use ROWSxCOLUMNS, such as 2x3, with at most {_MOST_TILES} tiles.'
+    )
+
+
+def refuse_tiles(config: ConfigDict, what: str) -> None:
+    """Raise a UserError if the run of a config divides its images into tiles.
+
+    Args:
+        config: Config of the run.
+        what: What needs whole images, such as "export makes a file".
+    """
+    if tile_numbers(config.input.tiles) != (1, 1):
+        raise UserError(
+            f"config.input.tiles is {config.input.tiles}, but {what} for images that are seen whole; use"
+            " predict, evaluate or Detector, which join tiles."
         )
 
 

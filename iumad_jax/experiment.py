@@ -14,8 +14,9 @@ from iumad_jax.data import plan, readers
 from iumad_jax.data.batches import training_input
 from iumad_jax.data.prepared import copies, inventory
 from iumad_jax.data.prepared.good_images import good_images, odd_images, quality_shifts, several_kinds
+from iumad_jax.data.prepared.squash import describe_squash
 from iumad_jax.data.sample import Split
-from iumad_jax.errors import UserError
+from iumad_jax.errors import UserError, tell_once
 from iumad_jax.inference import decisions, recognition
 from iumad_jax.inference.thresholds import thresholds
 from iumad_jax.methods.method import without_objects
@@ -141,6 +142,8 @@ def prepare(run: Run, step: Step, progress: Progress) -> None:
     for name in step.learned:
         if warning := several_kinds(run.images.get(name, "train"), name):
             live.log(warning)
+    if warning := describe_squash(run.store, step.learned):
+        tell_once(("squash", run.workdir), warning)
     if progress.calibration and progress.position.step < step.index:
         report_resemblance(run, step, progress)
     inventory.record_images(run.workdir, run.store, step.learned, splits)
@@ -150,10 +153,13 @@ def prepare(run: Run, step: Step, progress: Progress) -> None:
 def report_resemblance(run: Run, step: Step, progress: Progress) -> None:
     """Report or refuse images most of which are taken for another learned object."""
     limits = thresholds(progress.calibration, run.config.decisions.quantile)
-    recogniser = recognition.fit(progress.recognition, progress.retired)
+    recogniser, tiles = recognition.fit(progress.recognition, progress.retired), run.store.processing.tiling.count
     for name in step.trained:
-        first_images = jax.tree.map(lambda array: array[:_COMPARED], run.images.get(name, "train").batch.features)
-        number, share = decisions.resembled(limits, recognition.distances(recogniser, first_images))
+        first_images = jax.tree.map(
+            lambda array: array[: _COMPARED * tiles], run.images.get(name, "train").batch.features
+        )
+        distance = recognition.of_images(recognition.distances(recogniser, first_images), tiles)
+        number, share = decisions.resembled(limits, distance)
         taken = progress.objects[number]
         if share > 0.5 and step.act == "learn":
             live.log(
@@ -172,7 +178,7 @@ def learn(run: Run, step: Step, progress: Progress) -> Progress:
     processes.check_same(lambda: {"images": run.images.sources(objects), "weights": run.store.settings})
     sets = [run.images.get(name, "train") for name in objects]
     images = sum(len(prepared.ids) for prepared in sets)
-    batch_size = min(run.config.train.batch_size, images)
+    batch_size = min(run.config.train.batch_size, sum(len(prepared.tile_ids) for prepared in sets))
     training = Training(step, objects, sets, images, batch_size, run.config.seed * 1000 + step.index)
     if progress.position.step < step.index:
         progress = observe(run, training, progress)

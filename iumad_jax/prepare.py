@@ -11,6 +11,7 @@ from pathlib import Path
 from absl import flags
 
 from iumad_jax import cli
+from iumad_jax.errors import tell_once
 
 
 def main(arguments: list[str]) -> int:
@@ -41,6 +42,7 @@ def _prepare(values: flags.FlagValues) -> str:
     from iumad_jax import config as configs
     from iumad_jax.data import readers  # loads JAX, so wrong flags are reported first
     from iumad_jax.data.formats import archives
+    from iumad_jax.data.prepared.squash import describe_squash
     from iumad_jax.data.prepared.store import open_store
     from iumad_jax.data.prepared.survey import survey
 
@@ -51,7 +53,10 @@ def _prepare(values: flags.FlagValues) -> str:
     readers.render(config)
     store = open_store(config, readers.open_reader(config), workdir)
     sheets = store.folder / "contact_sheets"
-    return f"{survey(store, sheets)}\nContact sheets are in {sheets}."
+    table = survey(store, sheets)
+    if warning := describe_squash(store, store.reader.objects):
+        tell_once(("squash", store.folder), warning)
+    return f"{table}\nContact sheets are in {sheets}."
 
 
 if __name__ == "__main__":

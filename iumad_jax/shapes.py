@@ -1,6 +1,7 @@
 """Letters for array dimensions in annotations, and data structures that several packages share.
 
     b  images in a batch              n  images in a set
+    r  tiles of all these images      t  tiles of an image
     h, w  pixels of an input image    g  tokens per side, p = g * g tokens
     f  feature channels               d  model width
     c  feature channels of all modalities together
@@ -91,7 +92,7 @@ Scales = dict[str, Scale]  # by modality or group, as in `ErrorMaps.maps`
 class Prediction(NamedTuple):
     """Anomaly map and score of each image of a batch."""
 
-    map: Float[Array, "b m m"]
+    map: Float[Array, "b *t m m"]
     score: Float[Array, " b"]
     object_logits: Float[Array, "b k"] | None
 
@@ -109,11 +110,12 @@ class GroundTruth(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """Scores of the good calibration images of an object."""
+    """Scores of the good calibration images of an object, or of their tiles."""
 
-    score: Float[np.ndarray, " n"]  # image score
-    peak: Float[np.ndarray, " n"]  # largest value of the anomaly map
+    score: Float[np.ndarray, " n"]  # image score of an image or tile
+    peak: Float[np.ndarray, " n"]  # largest value of its anomaly map
     distance: Float[np.ndarray, "i 3"]  # `recognition.distances` to the true, nearest and second nearest object
     from_training_images: bool = False  # True without calibration images: scores too low to guarantee anything
     few: bool = False  # True if there are too few images to estimate the distances of further ones
     retired: bool = False  # True if the object is no longer recognised
+    tiles: int = 1  # of an image

@@ -11,7 +11,7 @@ from typing import Any, Union, get_args, get_origin
 
 from jaxtyping import AbstractArray, Shaped
 
-UNCHECKED = {"Detector.__call__", "Detector.prepare"}  # they report wrong shapes themselves
+UNCHECKED = {"Detector.__call__", "Detector.prepare", "Detector.process"}  # they report wrong shapes themselves
 
 
 def checked(function):

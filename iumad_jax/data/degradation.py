@@ -69,10 +69,17 @@ def degrade(sample: Sample, number: int, object_height: float) -> Sample:
     return with_depth_noise(degraded, rng.uniform(0, MILD_DEPTH_NOISE) * object_height, rng)
 
 
-def vary(sample: Sample, number: int, object_height: float) -> Sample:
-    """Degrade a sample as `degrade` does, and shift it by up to 3 % of its size with edge pixels repeated."""
+def vary(sample: Sample, number: int, object_height: float, extent: tuple[float, float] = (1.0, 1.0)) -> Sample:
+    """Degrade a sample as `degrade` does, and shift it by up to 3 % of its size with edge pixels repeated.
+
+    Args:
+        sample: Unaltered sample.
+        number: Number of the copy, as in `degrade`.
+        object_height: As in `degrade`.
+        extent: Shares of the height and width in place of which 3 % are meant.
+    """
     degraded, rng = degrade(sample, number, object_height), np.random.default_rng([number, 1])
-    shifts = rng.uniform(-0.03, 0.03, 2)
+    shifts = rng.uniform(-0.03, 0.03, 2) * extent
 
     def shifted(array: np.ndarray | None) -> np.ndarray | None:
         if array is None:

@@ -35,8 +35,13 @@ def export(detector: Detector, format_: str, batch: int | None) -> bytes:
         Content of the file.
 
     Raises:
-        UserError: If a package is missing (`pip install iumad-jax[export]`).
+        UserError: If the run divides images into tiles, or a package is missing (`pip install iumad-jax[export]`).
     """
+    if detector.processing.tiling.count > 1:
+        raise UserError(
+            f"config.input.tiles of this run is {detector.processing.tiles}, but export writes a file that judges whole"
+            " images; use predict or Detector, which join tiles."
+        )
     function = positional_function(detector)
     try:
         if format_ == "stablehlo":
@@ -64,6 +69,7 @@ def describe(detector: Detector, batch: int | None) -> dict[str, Any]:
         "version": version("iumad-jax"),
         "step": detector.step,
         "inputs": {name: [batch or "batch", size, size, 3] for name in detector.processing.modalities},
+        "region": detector.processing.region,
         "depth_encoding": detector.processing.depth_encoding if "depth" in detector.processing.modalities else None,
         "outputs": list(Outputs._fields),
         "objects": list(detector.objects),

@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tabulate import tabulate
 
+from iumad_jax import config as configs
 from iumad_jax.export import formats
 from iumad_jax.inference.anomaly_map import combine, make_rule
 from iumad_jax.inference.detector import Detector
@@ -35,8 +36,9 @@ def measure(config: ConfigDict, workdir: Path, step: int | None, repetitions: in
         Two Markdown tables: median time of each part of a prediction, and median time per image of each engine.
 
     Raises:
-        UserError: If the workdir cannot be used.
+        UserError: If the workdir cannot be used, or its run divides images into tiles.
     """
+    configs.refuse_tiles(config, "latency measures predictions")
     rng = np.random.default_rng(0)
     rgb = rng.integers(0, 256, (1, *_SIZE, 3), np.uint8)
     depth = 0.5 + np.linspace(0, 0.05, _SIZE[0])[:, None] + rng.normal(scale=1e-4, size=(1, *_SIZE))

@@ -63,13 +63,15 @@ def calibrate(
         calibration |= {name: calibration[name]._replace(retired=True) for name in step.objects}
     progress = progress._replace(calibration=calibration)
     model, main = evaluation.make_model(config, methods, progress), next(iter(methods))
+    tiles = model.tiling.count
     scales: dict[str, list[Scales]] = {name: [] for name in methods}
     for number, object_ in enumerate(progress.objects):
         preemption.check()
         earlier = calibration.get(object_)
         good = None if earlier and earlier.retired else calibrating(object_)
         if good is not None:
-            distance = np.asarray(recognition.distances(model.recogniser, good.images.features))
+            of_tiles = recognition.distances(model.recogniser, good.images.features)
+            distance = np.asarray(recognition.of_images(of_tiles, tiles))
         if good is not None and earlier is not None:
             calibration[object_] = earlier._replace(distance=nearest_distances(distance, number))
         for name, method in methods.items():
@@ -81,7 +83,7 @@ def calibrate(
             if name == main:
                 predictions = [_predict(part, scales[name][-1], model.rule) for part in judged]
                 score, peak = map(np.concatenate, zip(*predictions, strict=True))
-                flags = {"from_training_images": bool(good.trained.any()), "few": good.few}
+                flags = {"from_training_images": bool(good.trained.any()), "few": good.few, "tiles": tiles}
                 calibration[object_] = make_calibration(score, peak, distance, number, **flags)
     stacked = {name: jax.tree.map(lambda *values: np.stack(values), *by_object) for name, by_object in scales.items()}
     limits = thresholds(calibration, config.decisions.quantile)

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from tabulate import tabulate
 from tqdm import tqdm
 
+from iumad_jax import config as configs
 from iumad_jax.data import plan
 from iumad_jax.data.prepared.store import PreparedSet, Store, open_store
 from iumad_jax.data.synthetic.defects import foreground_of, paste
@@ -48,13 +49,16 @@ def compare(folders: Sequence[Path], images: int, defects: int, seed: int) -> st
         seed: Seed of the defects.
 
     Raises:
-        UserError: If a run has no finished step, an object no calibration images, or the runs' images differ.
+        UserError: If a run has no finished step or divides images into tiles, an object has no calibration images, or
+            the runs' images differ.
     """
-    configs = [workdirs.read(folder) for folder in folders]
+    run_configs = [workdirs.read(folder) for folder in folders]
+    for config in run_configs:
+        configs.refuse_tiles(config, "choose pastes defects")
     progresses = [snapshots.read(folder) for folder in folders]
-    _check_same_images(folders, configs, progresses)
+    _check_same_images(folders, run_configs, progresses)
     rows = []
-    for folder, config, progress in zip(folders, configs, progresses, strict=True):
+    for folder, config, progress in zip(folders, run_configs, progresses, strict=True):
         model = evaluation.load(config, progress)
         store = open_store(config, plan.open_learned(config, folder, progress.position.step), folder, progress.inputs)
         in_use = [name for name, calibration in progress.calibration.items() if not calibration.retired]
@@ -74,7 +78,7 @@ def _check_same_images(folders: Sequence[Path], configs: Sequence[ConfigDict], p
 
     def described(config: ConfigDict, progress: Progress) -> dict[str, Any]:
         keys = {"dataset.name": config.dataset.name, "dataset.root": config.dataset.root, "modality": config.modality}
-        keys |= {f"input.{key}": config.input[key] for key in ("size", "depth_encoding")}
+        keys |= {f"input.{key}": config.input[key] for key in ("size", "region", "depth_encoding")}
         return keys | {"learned objects": ",".join(progress.calibration)}
 
     first, *others = [described(*run) for run in zip(configs, progresses, strict=True)]

@@ -23,7 +23,7 @@ class Decision(NamedTuple):
         distance: Distance of the image to this object, see `recognition.distances`.
         unknown: Whether `distance` exceeds `unknown_threshold`: the image probably shows no learned object.
         anomalous: Whether the anomaly score exceeds `image_threshold`.
-        mask: Pixels whose anomaly map value exceeds `pixel_threshold`, shape (b, 224, 224).
+        mask: Pixels whose anomaly map value exceeds `pixel_threshold`, in the shape of the maps.
         image_threshold: Threshold of the object for anomaly scores.
         pixel_threshold: Threshold of the object for anomaly map values.
         unknown_threshold: Threshold of the object for distances.
@@ -34,7 +34,7 @@ class Decision(NamedTuple):
     distance: Float[Array, " b"]
     unknown: Bool[Array, " b"]
     anomalous: Bool[Array, " b"]
-    mask: Bool[Array, "b m m"]
+    mask: Bool[Array, "b *t m m"]
     image_threshold: Float[Array, " b"]
     pixel_threshold: Float[Array, " b"]
     unknown_threshold: Float[Array, " b"]
@@ -71,7 +71,7 @@ def decide(
         object_distance,
         object_distance > unknown,
         prediction.score > image,
-        prediction.map > pixel[:, None, None],
+        prediction.map > jnp.expand_dims(pixel, range(1, prediction.map.ndim)),
         image,
         pixel,
         unknown,

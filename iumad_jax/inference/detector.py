@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 from ml_collections import ConfigDict
 
 from iumad_jax import methods
 from iumad_jax.data.prepared.processing import Processing
+from iumad_jax.data.region import Box
 from iumad_jax.data.sample import Camera, DepthFormat, Sample
 from iumad_jax.errors import UserError
 from iumad_jax.inference import recognition
 from iumad_jax.inference.anomaly_map import Rule, combine, make_rule
 from iumad_jax.inference.decisions import decide
+from iumad_jax.inference.detection import Detection, Processed
 from iumad_jax.inference.recognition import RECOGNISE, Recogniser
 from iumad_jax.inference.thresholds import Thresholds, choose, thresholds
 from iumad_jax.methods.method import Method, with_frozen
@@ -29,50 +32,6 @@ from iumad_jax.runtime import snapshots
 from iumad_jax.runtime import workdir as workdirs
 from iumad_jax.runtime.progress import Progress
 from iumad_jax.shapes import Batch, Modality, Scales, Variables
-
-
-class Detection(NamedTuple):
-    """Result of a detector for one image. For a batch, every field has a leading axis b.
-
-    Attributes:
-        score: Anomaly score.
-        map: Anomaly map of 224 x 224 pixels.
-        mask: Anomalous pixels, where `map` exceeds `pixel_threshold`.
-        anomalous: Whether `score` exceeds `image_threshold`.
-        object: Name of the recognised or specified object, a str; an array of names for a batch.
-        probability: Probability that the image shows this object, assuming that it shows a learned one.
-        distance: Distance of the image to this object, see `recognition.distances`.
-        embedding: What the object is recognised by, c numbers that are close to those of like images, see
-            `recognition.embed`.
-        unknown: Whether `distance` exceeds `unknown_threshold`. If so, the image probably shows no learned object, and
-            its score, map and object are meaningless.
-        image_threshold: Threshold of the object for `score`.
-        pixel_threshold: Threshold of the object for `map`.
-        unknown_threshold: Threshold of the object for `distance`.
-    """
-
-    score: Float32[np.ndarray, "*b"]
-    map: Float32[np.ndarray, "*b m m"]
-    mask: Bool[np.ndarray, "*b m m"]
-    anomalous: Bool[np.ndarray, "*b"]
-    object: Any
-    probability: Float32[np.ndarray, "*b"]
-    distance: Float32[np.ndarray, "*b"]
-    embedding: Float32[np.ndarray, "*b c"]
-    unknown: Bool[np.ndarray, "*b"]
-    image_threshold: Float32[np.ndarray, "*b"]
-    pixel_threshold: Float32[np.ndarray, "*b"]
-    unknown_threshold: Float32[np.ndarray, "*b"]
-
-    @property
-    def decision(self) -> Any:
-        """The decision about the image: "unknown", "anomalous" or "good"."""
-        return np.where(self.unknown, "unknown", np.where(self.anomalous, "anomalous", "good"))[()]
-
-    @property
-    def relative_score(self) -> Float[np.ndarray, "*b"]:
-        """The score from 0 to 1, score / (score + image_threshold): above 1/2 where the image is anomalous."""
-        return self.score / np.maximum(self.score + self.image_threshold, np.finfo(np.float32).tiny)
 
 
 class State(NamedTuple):
@@ -89,8 +48,8 @@ class Outputs(NamedTuple):
     """Fields of `Detection` as device arrays, with object numbers (in the order of learning) in place of names."""
 
     score: Float[Array, " b"]
-    map: Float[Array, "b m m"]
-    mask: Bool[Array, "b m m"]
+    map: Float[Array, "b *t m m"]
+    mask: Bool[Array, "b *t m m"]
     anomalous: Bool[Array, " b"]
     object_id: Int[Array, " b"]
     probability: Float[Array, " b"]
@@ -107,10 +66,11 @@ def detect(
     rule: Rule,
     extractor: FeatureExtractor,
     state: State,
-    images: dict[Modality, Float[Array, "b h w 3"]],
+    images: dict[Modality, Float[Array, "r h w 3"]],
     specified_id: Int[Array, " b"],
+    tiles: int = 1,
 ) -> Outputs:
-    """Compute a detector's outputs for a batch, on the device.
+    """Compute a detector's outputs for a batch, on the device; of images of several tiles, maps (b, t, m, m).
 
     Args:
         method: Method of the run.
@@ -119,15 +79,22 @@ def detect(
         state: Arrays of the trained model.
         images: Images from `Detector.prepare`, with values 0 to 255.
         specified_id: Number of each image's object; RECOGNISE where the model is to recognise it.
+        tiles: Number of tiles of an image.
     """
     grids: dict[Modality, Any] = {m: extractor.apply(state.backbone, x) for m, x in images.items()}
     features = {m: grid.reshape(len(grid), -1, grid.shape[-1]) for m, grid in grids.items()}
-    distance = recognition.distances(state.recogniser, features)
-    object_id = recognition.recognise(distance, specified_id)
-    errors = method.predict(state.variables, Batch(features, images, object_id))
-    prediction = combine(errors, state.scales, object_id, rule)
-    decision = decide(state.thresholds, prediction, distance, object_id, len(state.recogniser.centre))
+    distance = recognition.of_images(recognition.distances(state.recogniser, features), tiles)
     embedding = recognition.embed(state.recogniser, features)
+    object_id = recognition.recognise(distance, specified_id)
+    of_tiles = object_id if tiles == 1 else jnp.repeat(object_id, tiles)
+    errors = method.predict(state.variables, Batch(features, images, of_tiles))
+    prediction = combine(errors, state.scales, of_tiles, rule)
+    if tiles > 1:
+        maps, score, embedding = (
+            x.reshape(-1, tiles, *x.shape[1:]) for x in (prediction.map, prediction.score, embedding)
+        )
+        prediction, embedding = prediction._replace(map=maps, score=score.max(1)), embedding.mean(1)
+    decision = decide(state.thresholds, prediction, distance, object_id, len(state.recogniser.centre))
     return Outputs(score=prediction.score, map=prediction.map, embedding=embedding, **decision._asdict())
 
 
@@ -244,7 +211,11 @@ class Detector:
             DepthFormat.recorded(inputs["depth"]),
             Camera(**inputs["camera"]) if inputs["camera"] else None,
             inputs["camera_width"],
-            jax.jit(lambda state, images, specified_id: detect(method, rule, extractor, state, images, specified_id)),
+            jax.jit(
+                lambda state, images, specified_id: detect(
+                    method, rule, extractor, state, images, specified_id, Processing.recorded(inputs).tiling.count
+                )
+            ),
             state,
         )
 
@@ -290,7 +261,8 @@ class Detector:
             UserError: If an argument has a wrong type or shape, if the object was not learned or is retired, or if the
                 depth cannot be used.
         """
-        detection = self.judge(self.prepare(rgb, depth, camera), object)
+        processed = self.process(rgb, depth, camera)
+        detection = processed.place(self.judge(processed.images, object))
         single = depth.ndim == 2 if rgb is None and depth is not None else rgb is not None and rgb.ndim == 3
         return Detection(*(field[0] for field in detection)) if single else detection
 
@@ -303,8 +275,18 @@ class Detector:
         """Preprocess images for the backbone. Takes the same arguments and raises the same errors as a call.
 
         Returns:
-            Images by modality, shape (b, s, s, 3) with values 0 to 255; b is 1 for a single image.
+            Images by modality, shape (b, s, s, 3) with values 0 to 255; b is 1 for a single image, times the number of
+            tiles.
         """
+        return self.process(rgb, depth, camera).images
+
+    def process(
+        self,
+        rgb: UInt8[np.ndarray, "*b h w 3"] | None = None,
+        depth: Float[np.ndarray, "*b h w"] | None = None,
+        camera: Camera | None = None,
+    ) -> Processed:
+        """Preprocess images as `prepare` does, and tell which part of them is seen."""
         if depth is None and "depth" in self.processing.modalities:
             raise UserError("depth is missing; pass it, since this model was trained with depth.")
         if rgb is None and depth is not None and _is_array(depth) and "rgb" not in self.processing.modalities:
@@ -338,18 +320,24 @@ class Detector:
         else:
             with ThreadPoolExecutor() as pool:
                 processed = list(pool.map(process, range(len(photographs))))
-        return {
-            modality: np.stack([arrays[f"images_{modality}"] for arrays in processed]).astype(np.float32)
+        images = {
+            modality: np.concatenate([self._by_tile(arrays[f"images_{modality}"]) for arrays in processed])
             for modality in self.processing.modalities
         }
+        boxes = tuple(Box(*arrays["box"]) for arrays in processed)
+        whole = not self.processing.region and self.processing.tiling.count == 1
+        return Processed(images, boxes, photographs.shape[1:3], self.processing.tiling, whole)
 
-    def judge(self, images: dict[Modality, Float32[np.ndarray, "b s s 3"]], object: str | None = None) -> Detection:
-        """Detect anomalies in a batch of prepared images, see `prepare`.
+    def _by_tile(self, image: np.ndarray) -> Float32[np.ndarray, "t s s 3"]:
+        return image.reshape(self.processing.tiling.count, *image.shape[-3:]).astype(np.float32)
+
+    def judge(self, images: dict[Modality, Float32[np.ndarray, "r s s 3"]], object: str | None = None) -> Detection:
+        """Detect anomalies in a batch of prepared images, see `prepare`; maps are of 224 x 224 pixels per tile.
 
         Raises:
             UserError: If the object was not learned or is retired.
         """
-        count = len(images[self.processing.modalities[0]])
+        count = len(images[self.processing.modalities[0]]) // self.processing.tiling.count
         outputs = self.function(self.state, images, np.full(count, self.object_number(object), np.int32))
         fields = jax.tree.map(np.asarray, outputs)._asdict()
         names = np.array(self.objects)[fields.pop("object_id")]
@@ -357,8 +345,8 @@ class Detector:
 
     def compile(self) -> None:
         """Compile the function for single images, which the first call would do otherwise."""
-        size = self.processing.size
-        self.judge({modality: np.zeros((1, size, size, 3), np.float32) for modality in self.processing.modalities})
+        shape = self.processing.tiling.count, self.processing.size, self.processing.size, 3
+        self.judge({modality: np.zeros(shape, np.float32) for modality in self.processing.modalities})
 
     def _is_of(self, depth: tuple[int, ...], rgb: tuple[int, ...]) -> bool:
         """Whether an array of depth may belong to photographs, which may have another resolution if the run's had."""

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from iumad_jax import methods
 from iumad_jax.data.prepared.store import PreparedSet
 from iumad_jax.data.sample import Reader
+from iumad_jax.data.tiles import Tiling, stitch_for_metrics
 from iumad_jax.inference import recognition
 from iumad_jax.inference.anomaly_map import Rule, combine, make_rule
 from iumad_jax.inference.decisions import Decision, decide
@@ -27,6 +28,8 @@ from iumad_jax.runtime.in_batches import predict_in_batches
 from iumad_jax.runtime.progress import Progress
 from iumad_jax.shapes import Batch, ErrorMaps, GroundTruth, Prediction, Scales, Variables
 
+_AT_ONCE = 8  # images whose tiles' maps are in memory
+
 
 class Model(NamedTuple):
     """Methods after a step, and what turns their error maps into decisions."""
@@ -37,6 +40,7 @@ class Model(NamedTuple):
     rule: Rule
     recogniser: Recogniser
     thresholds: Thresholds | None  # of the config's method; None before the first calibration
+    tiling: Tiling = Tiling(1, 1, 0)
 
 
 def load(config: ConfigDict, progress: Progress, chosen: Chosen = NONE) -> Model:
@@ -58,6 +62,7 @@ def make_model(config: ConfigDict, methods: dict[str, Method], progress: Progres
         make_rule(config),
         recognition.fit(progress.recognition, progress.retired),
         thresholds(progress.calibration, config.decisions.quantile) if progress.calibration else None,
+        Tiling.of(config.input.tiles, config.input.overlap),
     )
 
 
@@ -114,11 +119,18 @@ def error_maps(model: Model, method: str, images: Batch) -> ErrorMaps:
 def infer(model: Model, method: str, images: Batch) -> tuple[Prediction, Float[np.ndarray, "n k"]]:
     """Predict images without knowing their objects: as in a detector, the method receives the recognised ones.
 
+    Args:
+        model: Model that predicts.
+        method: Name of one of its methods.
+        images: Images, or their tiles, one row each.
+
     Returns:
-        The predictions, and the distance of each image to each learned object.
+        The predictions, and the distance of each image to each learned object. The tiles of an image become one: their
+        maps are stitched, its score is the largest of theirs, and its logits are their means.
     """
-    distance = recognition.distances(model.recogniser, images.features)
-    recognised: Any = np.asarray(recognition.recognise(distance))
+    tiles = model.tiling.count
+    distance = recognition.of_images(recognition.distances(model.recogniser, images.features), tiles)
+    recognised: Any = np.repeat(np.asarray(recognition.recognise(distance)), tiles)
     predict = jax.jit(model.methods[method].predict)  # by itself, so that calibration and evaluation share the program
 
     def predict_batch(state: tuple[Variables, Scales], batch: Batch) -> Prediction:
@@ -126,7 +138,22 @@ def infer(model: Model, method: str, images: Batch) -> tuple[Prediction, Float[n
         return combine(predict(variables, batch), scales, batch.object_id, model.rule)
 
     state = model.variables[method], model.scales[method]
-    return predict_in_batches(predict_batch, state, images._replace(object_id=recognised)), np.asarray(distance)
+    images, chunk = images._replace(object_id=recognised), len(recognised) if tiles == 1 else _AT_ONCE * tiles
+    parts = (
+        jax.tree.map(lambda array, start=start: array[start : start + chunk], images)
+        for start in range(0, len(recognised), chunk)
+    )
+    predictions = [_of_images(predict_in_batches(predict_batch, state, part), model.tiling) for part in parts]
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *predictions), np.asarray(distance)
+
+
+def _of_images(prediction: Prediction, tiling: Tiling) -> Prediction:
+    """Join the predictions of tiles to those of images, with maps of 224 x 224 pixels."""
+    if tiling.count == 1:
+        return prediction
+    maps, score, logits = jax.tree.map(lambda array: array.reshape(-1, tiling.count, *array.shape[1:]), prediction)
+    whole: Any = np.stack([stitch_for_metrics(tiles, tiling) for tiles in maps])
+    return Prediction(whole, score.max(1), None if logits is None else logits.mean(1))
 
 
 def decide_all(model: Model, prediction: Prediction, distance: Float[np.ndarray, "n k"]) -> Decision:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
@@ -25,12 +25,12 @@ from iumad_jax.data.readers import watching
 from iumad_jax.data.readers.unlabelled import InputImage
 from iumad_jax.errors import UserError
 from iumad_jax.inference import unknown_images
-from iumad_jax.inference.detector import Detection, Detector
+from iumad_jax.inference.detection import Detection, Processed
+from iumad_jax.inference.detector import Detector
 from iumad_jax.inference.unknown_images import Group
 from iumad_jax.report import figures, predictions_page, result_files
 from iumad_jax.runtime import preemption
 from iumad_jax.runtime.storage import as_json, make_folder, write_whole
-from iumad_jax.shapes import Modality
 
 HEATMAPS = {"none": 0, "small": 640, "full": None}  # pixels of the longer side at most
 _THREADS = min(4, os.cpu_count() or 1)  # more would hold more large photographs in memory
@@ -51,7 +51,7 @@ class Predictions(NamedTuple):
 class _Ready(NamedTuple):
     """An image that was read."""
 
-    prepared: dict[Modality, Float32[np.ndarray, "1 s s 3"]]
+    processed: Processed
     size: tuple[int, int]  # width and height of the photograph
     picture: UInt8[np.ndarray, "h w 3"]  # the photograph in the size of its heatmap, or of its thumbnail
 
@@ -100,7 +100,7 @@ def predict(
     def read(image: InputImage) -> _Ready:
         rgb, depth, camera = image.read()
         height, width = rgb.shape[:2]
-        return _Ready(detector.prepare(rgb, depth, camera), (width, height), _reduced(rgb, side))
+        return _Ready(detector.process(rgb, depth, camera), (width, height), _reduced(rgb, side))
 
     def judge(readings: Iterable[tuple[InputImage, Future[_Ready]] | None]) -> Iterator[_Judged | None]:
         nonlocal units_fit
@@ -111,7 +111,7 @@ def predict(
             image, future = reading
             try:
                 ready = future.result()
-                detection = detector.judge(ready.prepared, object_)
+                detection = ready.processed.place(detector.judge(ready.processed.images, object_))
             except UserError as error:
                 if isinstance(error, WrongUnit) and not units_fit:  # all images share one unit
                     raise

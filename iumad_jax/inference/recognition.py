@@ -107,6 +107,11 @@ def distances(recogniser: Recogniser, features: dict[Modality, Float[Array, "b p
     return jnp.sqrt(jnp.square(embed(recogniser, features)[:, None] - recogniser.means[None]).mean(-1))
 
 
+def of_images(distance: Float[Array, "r k"], tiles: int) -> Float[Array, "b k"]:
+    """Compute the distances of images from those of their tiles: the root mean square."""
+    return jnp.sqrt(jnp.square(distance).reshape(-1, tiles, distance.shape[-1]).mean(1)) if tiles > 1 else distance
+
+
 def recognise(distance: Float[Array, "b k"], specified_id: Int[Array, " b"] | None = None) -> Int[Array, " b"]:
     """Return the number of each image's object: the specified one, or the nearest one instead of RECOGNISE."""
     nearest = jnp.argmin(distance, axis=-1).astype(jnp.int32)

@@ -5,6 +5,10 @@ good image exceeds it is at most 1 - k / (n + 1), averaged over calibration sets
 conformal prediction; Vovk et al., 2005). With fewer than quantile / (1 - quantile) images (199 for 0.995), k would be
 larger than n: the threshold is then the maximum, which guarantees only 1 / (n + 1).
 
+An image of t tiles exceeds a threshold if one of them does. Its thresholds are therefore those that a tile exceeds with
+a probability of at most (1 - quantile) / t, so that the image does so with at most 1 - quantile, however its tiles
+depend on each other (Bonferroni).
+
 Users may choose another quantile, or thresholds of their own, for a trained model.
 """
 
@@ -52,7 +56,7 @@ def make_calibration(
     peak: Float[np.ndarray, " n"],
     distance: Float[np.ndarray, "i k"],
     number: int,
-    **flags: bool,
+    **flags: Any,
 ) -> Calibration:
     """Build an object's calibration.
 
@@ -61,7 +65,7 @@ def make_calibration(
         peak: Largest values of their anomaly maps.
         distance: Distance of each image to each learned object.
         number: Number of the object.
-        flags: Values for `from_training_images` and `few` of `Calibration`.
+        flags: Values for `from_training_images`, `few` and `tiles` of `Calibration`.
     """
     return Calibration(score, peak, nearest_distances(distance, number), **flags)
 
@@ -170,8 +174,8 @@ def describe(calibrations: Mapping[str, Calibration], quantile: float, chosen: C
     def describe_object(name: str, calibration: Calibration) -> Record:
         no_bound = {"false_alarm_bound": None} if calibration.from_training_images else {}
         record = {
-            "image": describe_threshold(calibration.score, quantile) | no_bound,
-            "pixel": describe_threshold(calibration.peak, quantile) | no_bound,
+            "image": describe_threshold(calibration.score, quantile, calibration.tiles) | no_bound,
+            "pixel": describe_threshold(calibration.peak, quantile, calibration.tiles) | no_bound,
         }
         if name in chosen:
             for kind, value in zip(record, _limits(calibration, quantile, chosen[name]), strict=True):
@@ -189,26 +193,33 @@ def describe(calibrations: Mapping[str, Calibration], quantile: float, chosen: C
     }
 
 
-def describe_threshold(scores: ArrayLike, quantile: float) -> Record:
-    """Describe the conformal threshold of the scores (n,) of good images.
+def describe_threshold(scores: ArrayLike, quantile: float, tiles: int = 1) -> Record:
+    """Describe the conformal threshold of the scores (n,) of good images, or of their tiles.
 
     Returns:
         `threshold`; `interval`, its bootstrapped 95 % interval (percentiles, fixed seed), whose upper end is too low
         if the threshold is the maximum, since no resample exceeds that; `images`, the number of images;
         `false_alarm_bound`, the largest expected share of further good images above the threshold.
     """
-    value, rank = _conformal(scores, quantile)
+    value, rank = _conformal(scores, _of_tile(quantile, tiles))
     values = np.sort(np.asarray(scores, np.float64))
     n = len(values)
     resamples = np.random.default_rng(_SEED).choice(values, (_RESAMPLES, n))
     ends = [(1 - _COVERAGE) / 2, (1 + _COVERAGE) / 2]
     interval = np.quantile(np.partition(resamples, rank - 1, axis=1)[:, rank - 1], ends)
-    return {"threshold": value, "interval": interval.tolist(), "images": n, "false_alarm_bound": 1 - rank / (n + 1)}
+    bound = min(tiles * (1 - rank / (n + 1)), 1.0)
+    return {"threshold": value, "interval": interval.tolist(), "images": n // tiles, "false_alarm_bound": bound}
+
+
+def _of_tile(quantile: float, tiles: int) -> float:
+    """Return the share of good tiles below a threshold that this share of images, of several tiles, is below."""
+    return 1 - (1 - quantile) / tiles if tiles > 1 else quantile
 
 
 def _limits(calibration: Calibration, quantile: float, chosen: float | None) -> tuple[float, float]:
     """Compute an object's thresholds of scores and of maps; a chosen one of scores scales both by the same factor."""
-    image, pixel = (_conformal(values, quantile)[0] for values in (calibration.score, calibration.peak))
+    share = _of_tile(quantile, calibration.tiles)
+    image, pixel = (_conformal(values, share)[0] for values in (calibration.score, calibration.peak))
     if chosen is None:
         return image, pixel
     return chosen, pixel * chosen / image if image > 0 else chosen

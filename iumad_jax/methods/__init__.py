@@ -1,5 +1,7 @@
 """Methods, one file per published system; `build` creates the one that a config selects."""
 
+import math
+
 from ml_collections import ConfigDict
 
 from iumad_jax import config as configs
@@ -41,7 +43,7 @@ def build(name: str, config: ConfigDict) -> Method:
         "simplenet": lambda: simplenet(config.simplenet, config.backbone, configs.modalities(config)),
         "feature_norm": feature_norm,
         "gaussian": gaussian,
-        "memory_bank": lambda: memory_bank(config.memory_bank),
+        "memory_bank": lambda: memory_bank(config.memory_bank, math.prod(configs.tile_numbers(config.input.tiles))),
     }
     if name not in methods:
         raise UserError(f'config.method is "{name}"; use one of {", ".join(methods)}.')

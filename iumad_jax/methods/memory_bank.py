@@ -27,8 +27,13 @@ _HELD_OUT = 200  # largest number of training images whose held-out errors are s
 _ROUND, _FARTHEST = 64, 512  # of `k_centres`: centres that a round adds, patches from which it chooses them
 
 
-def memory_bank(config: ConfigDict) -> Method:
-    """Build the method for `config.memory_bank`, whose keys `iumad_jax.config` explains."""
+def memory_bank(config: ConfigDict, tiles: int = 1) -> Method:
+    """Build the method for `config.memory_bank`, whose keys `iumad_jax.config` explains.
+
+    Args:
+        config: The keys.
+        tiles: Number of tiles of an image, each of which is a row. All of an image are held out together.
+    """
 
     def describe(tokens: Float[Array, "p f"], moments: Moments) -> Float[Array, "p f+2"]:
         """Return what is compared: z-scored means of neighbouring tokens, and their places."""
@@ -64,10 +69,10 @@ def memory_bank(config: ConfigDict) -> Method:
             rows = np.sort(np.random.default_rng(0).permutation(rows)[:most])
         candidates = np.concatenate([patches[rows], earlier["patches"]])
         chosen = np.asarray(k_centres(candidates, count))
-        alone = images == 1 and not len(earlier["patches"])  # then no other image's patches are in the bank
+        alone = images == tiles and not len(earlier["patches"])  # then no other image's patches are in the bank
         held_out = _evenly_spaced(images, 0 if alone else _HELD_OUT)
-        image_of = np.append(rows // tokens, np.full(len(earlier["patches"]), images))
-        others = image_of[chosen][None] != held_out[:, None]
+        image_of = np.append(rows // tokens // tiles, np.full(len(earlier["patches"]), images))
+        others = image_of[chosen][None] != (held_out // tiles)[:, None]
         others |= ~others.any(1, keepdims=True)  # an image that is the whole bank cannot be left out
         errors = np.asarray(_distances_of_images(described[held_out], candidates[chosen], others), np.float16)
         kept = _evenly_spaced(len(earlier["held_out"]), _HELD_OUT - len(errors))

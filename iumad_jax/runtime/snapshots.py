@@ -318,7 +318,7 @@ def _calibration(record: dict[str, Any]) -> Calibration:
     arrays = {
         key: np.nan_to_num(np.array(value, np.float32), nan=np.inf)
         for key, value in record.items()
-        if not isinstance(value, bool)
+        if isinstance(value, list)
     }
     return Calibration(**record | arrays)
 

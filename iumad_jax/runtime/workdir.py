@@ -12,7 +12,7 @@ from iumad_jax import config as configs
 from iumad_jax.errors import UserError
 from iumad_jax.runtime.storage import locked, write_whole
 
-FORMAT = 9  # version of all files in a workdir; a change must convert or refuse older versions
+FORMAT = 10  # version of all files in a workdir; a change must convert or refuse older versions
 _NAME = "config.json"
 _FREE = ("debug.", "dataset.trust")  # keys that may change when a run is continued
 

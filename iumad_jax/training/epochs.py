@@ -31,12 +31,17 @@ class Training(NamedTuple):
     @property
     def per_epoch(self) -> int:
         """Number of updates per epoch."""
-        return updates_per_epoch(self.images, self.batch_size)
+        return updates_per_epoch(len(self._ids), self.batch_size)
 
     def names(self, update: int) -> list[str]:
         """Return the names of an update's images."""
-        ids = [f"{name}/train/{i}" for name, images in zip(self.objects, self.sets, strict=True) for i in images.ids]
-        return [ids[row] for row in batch_indices(update, self.images, self.batch_size, self.seed)]
+        return [self._ids[row] for row in batch_indices(update, len(self._ids), self.batch_size, self.seed)]
+
+    @property
+    def _ids(self) -> list[str]:
+        """Names of the images, or of their tiles, which are trained on one by one."""
+        pairs = zip(self.objects, self.sets, strict=True)
+        return [f"{name}/train/{id_}" for name, images in pairs for id_ in images.tile_ids]
 
 
 class Epoch(NamedTuple):

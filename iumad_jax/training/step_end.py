@@ -28,7 +28,8 @@ def assess(run: Run, step: Step, progress: Progress) -> Progress:
 
     for name in step.objects if step.act != "retire" else ():
         new, earlier = new_calibration_images(run, step, name), kept_images(name) if name in progress.kept else None
-        record = kept.keep(shared, new, run.config.decisions.kept_images, earlier)
+        count, tiles = run.config.decisions.kept_images, run.store.processing.tiling.count
+        record = kept.keep(shared, new, count, earlier, tiles)
         progress = progress._replace(kept=progress.kept | {name: record})
     progress, model = assessment.calibrate(run.config, run.methods, progress, step, calibrating)
     described, scale = describe(progress.calibration, run.config.decisions.quantile), run.store.processing.height_scale
@@ -55,7 +56,7 @@ def new_calibration_images(run: Run, step: Step, name: str) -> CalibrationImages
         return good_images(run.images, name).calibrating
     split: Split = "calibration" if run.images.reader.ids(name, "calibration") else "train"
     images, trained = run.images.get(name, split).batch, split == "train" and step.act == "update"
-    return calibration_images(images, trained, few=trained and len(images.object_id) < copies.FEW)
+    return calibration_images(images, trained, few=trained and len(run.images.reader.ids(name, split)) < copies.FEW)
 
 
 def changed_objects(step: Step, progress: Progress) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from iumad_jax.inference import decisions, thresholds
 from iumad_jax.inference.thresholds import make_calibration
-from iumad_jax.shapes import GroundTruth, Prediction
+from iumad_jax.shapes import Calibration, GroundTruth, Prediction
 
 
 @given(st.integers(1, 400), st.sampled_from([0.5, 0.9, 0.95, 0.99, 0.995, 1.0]))
@@ -31,6 +31,16 @@ def test_the_false_alarm_bound_holds_on_average():
         bound = record["false_alarm_bound"]
     assert bound == pytest.approx(3 / 31)
     assert np.mean(rates) == pytest.approx(bound, rel=0.05)
+
+
+def test_the_false_alarm_bound_holds_for_images_of_several_tiles():
+    """One in 100 images may exceed it in one of 5 tiles, so one in 500 tiles: rank ceil(0.998 * 1001) of 1000."""
+    scores = np.random.default_rng(0).permutation(1000)
+    described = thresholds.describe_threshold(scores, 0.99, tiles=5)
+    assert (described["threshold"], described["images"]) == (998, 200)
+    assert described["false_alarm_bound"] == pytest.approx(5 * 2 / 1001)
+    limits = thresholds.thresholds({"bolt": Calibration(scores, 2 * scores, np.ones((200, 3)), tiles=5)}, 0.99)
+    assert (limits.image.tolist(), limits.pixel.tolist()) == ([998], [1996])
 
 
 def test_few_images_have_a_weaker_false_alarm_bound():

@@ -8,6 +8,7 @@ from iumad_jax import config as configs
 from iumad_jax import protocol
 from iumad_jax.data.prepared.good_images import CalibrationImages, calibration_images
 from iumad_jax.data.prepared.store import PreparedSet
+from iumad_jax.data.tiles import Tiling
 from iumad_jax.inference import assessment, decisions, evaluation, thresholds
 from iumad_jax.inference.anomaly_map import Rule
 from iumad_jax.inference.evaluation import Model
@@ -74,6 +75,47 @@ def test_no_method_receives_the_true_object(model):
     assert primary.decision.object_id.tolist() == [0, 0, 1, 1]
     assert primary.decision.anomalous.tolist() == [False, False, False, False]  # a score of 1 is below B's threshold 2
     assert decisions.rates(primary.decision, primary.truth, 0)["recognised"] == 0.5
+
+
+def test_the_tiles_of_an_image_are_judged_as_one(model):
+    """A tile of the first image lies nearer to B, but the image to A; the largest score of its tiles is the image's."""
+
+    def positions(variables, batch):
+        """Predict where the tile lies, and the object that it is told to show."""
+        values = batch.features["rgb"][:, 0, 0] + 100 * batch.object_id
+        return ErrorMaps({"rgb": jnp.ones((len(values), 224, 224)) * values[:, None, None]}, values[:, None])
+
+    tiling = Tiling.of("1x2", 0.0)
+    tiled = model._replace(methods={"primary": Method(init=dict, predict=positions)}, tiling=tiling)
+    rows = images([(0, 0), (6, 0), (9, 0), (10, 0), (1, 0), (3, 0)], true_object=0).batch
+    whole = images([(0, 0)] * 3, true_object=0)
+    (judgement,) = evaluation.judge(tiled, {"A": lambda: whole._replace(batch=rows)})
+    assert judgement.decision.object_id.tolist() == [0, 1, 0]
+    assert judgement.prediction.score.tolist() == [6, 110, 3]
+    assert judgement.prediction.object_logits.ravel().tolist() == [3, 109.5, 2]
+    lengths = [np.sqrt((0 + 36) / 2 / 2), np.sqrt((1 + 0) / 2 / 2), np.sqrt((1 + 9) / 2 / 2)]  # over tiles and channels
+    np.testing.assert_allclose(judgement.decision.distance, lengths, rtol=1e-6)
+    expected = np.repeat(np.float32([[0, 6], [109, 110], [1, 3]]), 112, axis=1)[:, None] * np.ones((1, 224, 1))
+    np.testing.assert_allclose(judgement.prediction.map, expected)
+    assert judgement.decision.anomalous.tolist() == [True, True, True]
+    assert judgement.decision.mask[0, 0, [0, 223]].tolist() == [False, True]
+
+
+def test_tiles_calibrate_the_thresholds_of_images():
+    """Each of an image's two tiles has a score; the image has one distance."""
+    config, good = configs.small("1-1"), {"A": [(1, 0), (2, 0), (3, 0), (1, 0)], "B": [(8, 0), (12, 0)]}
+    config.input.tiles = "2x1"
+    progress = BEGINNING._replace(objects=("A", "B"), variables={"method": {}}, recognition=RECOGNITION)
+
+    def calibrating(name):
+        return calibration_images(images(good[name], "AB".index(name)).batch, trained=False)
+
+    after, _ = assessment.calibrate(
+        config, {"method": Method(init=dict, predict=position)}, progress, BOTH, calibrating
+    )
+    assert [len(calibration.score) for calibration in after.calibration.values()] == [4, 2]
+    assert [len(calibration.distance) for calibration in after.calibration.values()] == [2, 1]
+    assert [calibration.tiles for calibration in after.calibration.values()] == [2, 2]
 
 
 @pytest.mark.parametrize("trained_on", [False, True])

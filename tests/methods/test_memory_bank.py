@@ -16,8 +16,11 @@ from tests.methods.reference import map_from
 SIDE = 4
 
 
+CONFIG = ConfigDict({"megabytes": 1.0, "neighbourhood": 1, "place": 0.0})
+
+
 def build(**changes):
-    return memory_bank(ConfigDict({"megabytes": 1.0, "neighbourhood": 1, "place": 0.0} | changes))
+    return memory_bank(ConfigDict(CONFIG.to_dict() | changes))
 
 
 def random_batch(seed, object_id=0, images=4, modalities=("rgb",)):
@@ -73,6 +76,18 @@ def test_error_is_the_distance_to_the_nearest_patch_of_the_recognised_object():
         np.testing.assert_allclose(actual.maps[m], map_from(errors.astype(np.float32)), rtol=5e-3)
     largest = sum(np.max(error_map, axis=(1, 2)) for error_map in actual.maps.values())
     np.testing.assert_allclose(actual.score, largest, rtol=1e-2)  # of tokens, of which most maps show some exactly
+
+
+def test_all_tiles_of_an_image_are_held_out_together():
+    """Tiles of an image resemble each other, and would hide how far a new image is from the bank."""
+    batch = random_batch(0, images=6)
+    held_out = memory_bank(CONFIG, tiles=2).held_out(learned(memory_bank(CONFIG, tiles=2), batch), 0)
+    features = batch.features["rgb"]
+    mean, std = (f(features.astype(np.float64), axis=(0, 1)) for f in (np.mean, np.std))
+    z_scores = (features - mean) / std
+    others = [np.delete(z_scores, [row // 2 * 2, row // 2 * 2 + 1], axis=0).reshape(-1, 3) for row in range(6)]
+    errors = np.concatenate([nearest(z_scores[[row]], others[row]) for row in range(6)])
+    np.testing.assert_allclose(held_out.maps["rgb"], map_from(errors.astype(np.float32)), rtol=1e-2)
 
 
 def test_learning_an_object_changes_no_other():

@@ -43,7 +43,7 @@ def variables(seed=0, size=3):
 
 def snapshot(step, updates, finished=False, seed=0, size=3):
     scores = np.array([0.1, 2 / 3], np.float32)
-    calibration = Calibration(scores, 2 * scores, np.array([[1, 2, np.inf], [0, 0.3, np.inf]], np.float32), few=True)
+    calibration = Calibration(scores, 2 * scores, np.float32([[1, 2, np.inf], [0, 0.3, np.inf]]), few=True, tiles=6)
     return Progress(
         position=Position(step, updates, finished),
         objects=("bolt", "größe 2", "a/b"),

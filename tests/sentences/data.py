@@ -137,6 +137,26 @@ MASK_MARKS_NOTHING = "{file} marks nothing but its image has the defect {defect}
 # data: prepared sets and candies
 UNKNOWN_ENCODING = 'config.input.depth_encoding is "{found}"; use one of {known}'
 NO_RELIEF_IN_ENCODING = 'config.input.depth_encoding is "{}", whose grey levels'
+SMALLEST_DEFECT = (
+    "images of {sizes} are resized to {size}x{size}, {grid}x{grid} tokens, where the smallest labelled defect,"
+    " {share} % of its image, becomes {tokens} tokens;"
+)
+NO_DEFECT_LABELLED = (
+    "images of {sizes} are resized to {size}x{size}, {grid}x{grid} tokens, where a defect of {share} % of its image"
+    " becomes {tokens} tokens;"
+)
+SMALLEST_DEFECT_OF_TILES = (
+    "tiles of {size} pixels are resized to 20x20, 10x10 tokens, where the smallest labelled defect, {share} % of its"
+    " image, becomes {tokens} tokens;"
+)
+BLACK_IMAGE = "1 of Confetto's 3 training images are black ({id})"
+TILES_WRONG = 'config.input.tiles is "{}"; use ROWSxCOLUMNS, such as 2x3'
+NO_TILES = "config.input.tiles is {tiles}, but {what} for images that are seen whole"
+NO_EXPORT_OF_TILES = "config.input.tiles of this run is {}, but export writes a file that judges whole images"
+REGION_TOO_LARGE = "{image} has {size} pixels, but config.input.region is {region}; name a box within all images"
+REGION_WRONG = 'config.input.region is "{}"; use left,top,right,bottom, such as'
+REGION_NEEDS_DEPTH = "config.input.region is workpiece, which depth tells, but config.modality is {}; use"
+NO_WORKPIECE = "{image} shows no workpiece that stands {height} mm above its background"
 UNKNOWN_RESIDENT = 'config.input.resident is "{found}"; use {known}.'
 BATCH_LARGER_THAN_STEP = (
     r"train\.batch_size is {size} but a step has only {count} training images; use {count} or less\."

@@ -6,6 +6,7 @@ and no calibration images.
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +21,6 @@ ALTERED: tuple[PreparedSplit, ...] = ("degraded", "varied")
 FEW = 20  # with fewer training images, no image is held out to set thresholds
 _COPIES = 20  # number of copies when originals are repeated
 _DEGRADED = 50  # largest number of degraded training images per object
-_ALTER = {"degraded": degrade, "varied": vary}
 
 
 def ids(reader: Reader, object: str, split: PreparedSplit) -> tuple[str, ...]:
@@ -45,8 +45,17 @@ def files(reader: Reader, object: str, split: PreparedSplit, id: str) -> tuple[P
     return reader.files(object, "train", original_id(id))
 
 
-def read(reader: Reader, object: str, split: PreparedSplit, id: str) -> Sample:
+def read(
+    reader: Reader, object: str, split: PreparedSplit, id: str, extent: Callable[[Sample], tuple[float, float]]
+) -> Sample:
     """Read an image, or read a copy's original and alter it.
+
+    Args:
+        reader: Reader of the images.
+        object: Name of the object.
+        split: Split of the image.
+        id: Id of the image or copy.
+        extent: Returns the shares of an image's height and width that are seen, of which shifts are a part.
 
     Raises:
         UserError: If a source file is missing or unusable.
@@ -54,7 +63,12 @@ def read(reader: Reader, object: str, split: PreparedSplit, id: str) -> Sample:
     if split != "degraded" and split != "varied":
         return reader.read(object, split, id)
     sample = reader.read(object, "train", original_id(id))
-    return dataclasses.replace(_ALTER[split](sample, int(id.partition(" ")[0]), reader.object_height), id=id)
+    number = int(id.partition(" ")[0])
+    if split == "degraded":
+        altered = degrade(sample, number, reader.object_height)
+    else:
+        altered = vary(sample, number, reader.object_height, extent(sample))
+    return dataclasses.replace(altered, id=id)
 
 
 def original_id(id: str) -> str:

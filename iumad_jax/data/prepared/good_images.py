@@ -12,6 +12,7 @@ from sklearn.metrics import silhouette_score
 
 from iumad_jax.data.prepared import copies
 from iumad_jax.data.prepared.store import PreparedSet, Store, mean_tokens
+from iumad_jax.data.tiles import rows_of
 from iumad_jax.shapes import Batch, Modality
 
 _SILHOUETTE, _SMALLEST_KIND = 0.35, 4  # of two kinds of images, and the number of images of the smaller one
@@ -48,12 +49,14 @@ def good_images(store: Store, name: str) -> GoodImages:
     training = store.get(name, "train").batch
     if store.reader.ids(name, "calibration"):
         return GoodImages(training, calibration_images(store.get(name, "calibration").batch, trained=False))
-    count = len(training.object_id)
+    tiles = store.processing.tiling.count
+    count = len(training.object_id) // tiles
     if count < copies.FEW:
         varied = store.get(name, "varied").batch
         with_copies = jax.tree.map(lambda *arrays: np.concatenate(arrays), training, varied)
         return GoodImages(training, calibration_images(with_copies, trained=True, few=True))
     fifth = (np.arange(count) + 1) % 5 == 0
+    fifth = np.repeat(fifth, tiles)
     learned, calibrating = (jax.tree.map(lambda array, rows=rows: array[rows], training) for rows in (~fifth, fifth))
     return GoodImages(learned, calibration_images(calibrating, trained=True))
 
@@ -66,7 +69,8 @@ def quality_shifts(store: Store, name: str) -> dict[Modality, np.ndarray]:
     """
     features = store.get(name, "train").batch.features
     degraded, ids = store.mean_tokens(name), store.reader.ids(name, "train")
-    rows = [ids.index(copies.original_id(copy)) for copy in copies.ids(store.reader, name, "degraded")]
+    originals = [ids.index(copies.original_id(copy)) for copy in copies.ids(store.reader, name, "degraded")]
+    rows = rows_of(np.array(originals), store.processing.tiling.count)
     return {m: tokens - mean_tokens(features[m][rows]) for m, tokens in degraded.items()}
 
 
@@ -81,7 +85,8 @@ def odd_images(images: PreparedSet, name: str, kind: str) -> Iterator[str]:
     oddities = ("black", "saturated", "of a single colour", "constant in depth", "duplicates")
     ids_by_oddity: dict[str, list[str]] = {oddity: [] for oddity in oddities}
     seen = set()
-    arrays: dict[Modality, Any] = images.batch.images
+    count = len(images.ids)  # the tiles of an image are looked at together, since one may well show nothing
+    arrays: dict[Modality, Any] = {m: x.reshape(count, -1, *x.shape[2:]) for m, x in images.batch.images.items()}
     for row, id_ in enumerate(images.ids):
         image = {modality: np.asarray(array[row], np.float32) for modality, array in arrays.items()}
         content = hashlib.sha256(b"".join(pixels.tobytes() for pixels in image.values())).digest()
@@ -106,7 +111,8 @@ def several_kinds(images: PreparedSet, name: str) -> str | None:
     They are if two clusters of their mean tokens are far apart by their mean silhouette (Rousseeuw, 1987), which is 0.2
     to 0.3 for images of one of the rendered candies, and 0.4 to 0.5 for images of two.
     """
-    tokens = np.concatenate([mean_tokens(array) for _, array in sorted(images.batch.features.items())], axis=-1)
+    rows = np.concatenate([mean_tokens(array) for _, array in sorted(images.batch.features.items())], axis=-1)
+    tokens = rows.reshape(len(images.ids), -1, rows.shape[-1]).mean(1)  # over tiles, which may differ
     if len(tokens) < 2 * _SMALLEST_KIND or not np.ptp(tokens, axis=0).any() or not np.isfinite(tokens).all():
         return None
     standardised = (tokens - tokens.mean(0)) / np.maximum(tokens.std(0), 1e-6)

@@ -36,8 +36,9 @@ class Image(TypedDict, total=False):
     sources: dict[str, Source]  # state of each source file by path
     defect: str
     size: list[int]  # rows and columns of the source image
-    invalid_depth: float | None  # fraction of pixels without valid depth; None without depth
-    mask_area: float | None  # fraction of pixels in the mask; None without a mask
+    seen: list[int]  # rows and columns of the part of it that is seen, see `region`
+    invalid_depth: float | None  # fraction of the pixels seen without valid depth; None without depth
+    mask_area: float | None  # fraction of the pixels seen that are in the mask; None without a mask
     crc32: int  # see `checksum`
 
 

@@ -36,6 +36,7 @@ from iumad_jax.data.prepared.copies import PreparedSplit
 from iumad_jax.data.prepared.processing import Processing
 from iumad_jax.data.prepared.records import Image, Manifest, Values
 from iumad_jax.data.readers.joined import reader_of
+from iumad_jax.data.region import Box, cut
 from iumad_jax.data.sample import Reader, Sample, Split
 from iumad_jax.errors import UserError
 from iumad_jax.models import pretrained
@@ -51,12 +52,18 @@ _LOOKAHEAD = 16  # largest number of images processed ahead of encoding
 
 
 class PreparedSet(NamedTuple):
-    """All images of one object and split."""
+    """All images of one object and split. Of several tiles of an image, the batch has one row each."""
 
     batch: Batch  # features in float16; images in the data type in which they were prepared
     truth: GroundTruth | None  # None for training images; without labels, only the fields for figures are meaningful
     defects: tuple[str, ...]
     ids: tuple[str, ...]
+
+    @property
+    def tile_ids(self) -> tuple[str, ...]:
+        """Names of the batch's rows: the ids, with the number of the tile if an image has several."""
+        tiles = len(self.batch.object_id) // len(self.ids)
+        return tuple(f"{id_} tile {tile + 1}" for id_ in self.ids for tile in range(tiles)) if tiles > 1 else self.ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +100,8 @@ class Store:
         arrays: dict[str, Any] = records.load(
             self._folder_of(object_, split) / manifest["rows"], self._array_names(split), len(images)
         )
-        object_id = np.full(len(images), self.reader.objects.index(object_), np.int32)
+        number = self.reader.objects.index(object_)
+        object_id = np.full(len(images) * self.processing.tiling.count, number, np.int32)
         defects, ids = (tuple(image[key] for image in images) for key in ("defect", "id"))
         return self._prepared_set(arrays, object_id, split, defects, ids)
 
@@ -136,7 +144,7 @@ class Store:
         manifest = self.prepare(object_, "degraded")
         folder = self._folder_of(object_, "degraded") / manifest["rows"]
         arrays = records.load(folder, self._array_names("degraded"), len(manifest["images"]))
-        return {m: np.asarray(arrays[f"mean_{m}"]) for m in self.processing.modalities}
+        return {m: _by_row(np.asarray(arrays[f"mean_{m}"]), 1) for m in self.processing.modalities}
 
     def sources(self, objects: Sequence[str]) -> list[str]:
         """Return one hash per training image of the objects, over its id and its source files' paths and content."""
@@ -179,13 +187,15 @@ class Store:
             descriptions += [(sample.defect, sample.id, self.reader.objects.index(sample.object)) for sample in chunk]
         arrays = {name: np.stack([row[name] for row in rows]) for name in self._array_names("test")}
         defects, ids, object_ids = zip(*descriptions, strict=True)
-        return self._prepared_set(arrays, np.array(object_ids, np.int32), "test", defects, ids)
+        object_id = np.repeat(np.array(object_ids, np.int32), self.processing.tiling.count)
+        return self._prepared_set(arrays, object_id, "test", defects, ids)
 
     def _prepared_set(
         self, arrays: Any, object_id: Any, split: PreparedSplit, defects: tuple[str, ...], ids: tuple[str, ...]
     ) -> PreparedSet:
         features, images = (
-            {m: arrays[f"{kind}_{m}"] for m in self.processing.modalities} for kind in ("features", "images")
+            {m: _by_row(arrays[f"{kind}_{m}"], axes) for m in self.processing.modalities}
+            for kind, axes in (("features", 2), ("images", 3))
         )
         truth = GroundTruth(**{name: arrays[name] for name in GroundTruth._fields}) if _has_truth(split) else None
         return PreparedSet(Batch(features, images, object_id), truth, defects, ids)
@@ -327,15 +337,17 @@ class Store:
 
     def _process(self, object_: str, split: PreparedSplit, image: Image) -> tuple[Image, Values]:
         """Read and process an image, and complete its description."""
-        sample = copies.read(self.reader, object_, split, image["id"])
-        return Image(**(image | _describe(sample))), self.processing(sample)
+        sample = copies.read(self.reader, object_, split, image["id"], self.processing.extent)
+        values = self.processing(sample)
+        return Image(**(image | _describe(sample, Box(*values["box"])))), values
 
     def _add_features(self, chunk: list[Values]) -> None:
         """Add the features of a few images."""
-        images = {m: np.stack([values[f"images_{m}"] for values in chunk]) for m in self.processing.modalities}
-        for modality, tokens in self.encode_images(images).items():
-            for values, image_tokens in zip(chunk, tokens, strict=True):
-                values[f"features_{modality}"] = image_tokens
+        for modality in self.processing.modalities:
+            images = np.stack([values[f"images_{modality}"] for values in chunk])
+            features = self.encode_images({modality: _by_row(images, 3)})[modality]
+            for values, tokens in zip(chunk, features.reshape(*images.shape[:-3], *features.shape[1:]), strict=True):
+                values[f"features_{modality}"] = tokens
 
     def encode_images(
         self, images: dict[Modality, Float[np.ndarray, "n h w 3"]]
@@ -361,17 +373,24 @@ class Store:
             yield features.reshape(len(batch), -1, features.shape[-1]).astype(np.float16)
 
 
+def _by_row(array: Any, axes: int) -> Any:
+    """Return an array of images, each of whose tiles becomes a row; rows have this number of axes."""
+    return array.reshape(-1, *array.shape[array.ndim - axes :])
+
+
 def _has_truth(split: PreparedSplit) -> bool:
     return split not in ("train", "varied")
 
 
-def _describe(sample: Sample) -> Image:
-    valid = None if sample.depth is None or sample.camera is None else measured(sample.depth, sample.camera)
+def _describe(sample: Sample, box: Box) -> Image:
+    seen = cut(sample, box)
+    valid = None if seen.depth is None or seen.camera is None else measured(seen.depth, seen.camera)
     return Image(
         defect=sample.defect,
         size=list(sample.rgb.shape[:2]),
+        seen=list(seen.rgb.shape[:2]),
         invalid_depth=None if valid is None else float(1 - valid.mean()),
-        mask_area=None if sample.mask is None else float(sample.mask.mean()),
+        mask_area=None if seen.mask is None else float(seen.mask.mean()),
     )
 
 

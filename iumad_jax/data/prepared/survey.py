@@ -1,5 +1,6 @@
 """Survey of a dataset: a table of its images, and a contact sheet per object."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -75,11 +76,11 @@ def _summary(manifest: Manifest) -> list[str]:
 
 def _panels(store: Store, object_: str, manifests: Mapping[PreparedSplit, Manifest]) -> list[contact_sheet.Panels]:
     """Process a few images of each defect and split for the contact sheet."""
-    panels = []
+    panels, processing = [], dataclasses.replace(store.processing, tiles="1x1")
     for split, count in _ON_SHEET.items():
         images = manifests[split]["images"] if split in manifests else []
         for row in figures.choose([image["defect"] for image in images], count):
             sample = store.reader.read(object_, split, images[row]["id"])
             label = f"{split} {sample.id}: {sample.defect}"
-            panels.append(contact_sheet.describe(label, store.processing(sample), sample.mask is not None))
+            panels.append(contact_sheet.describe(label, processing(sample), sample.mask is not None))
     return panels

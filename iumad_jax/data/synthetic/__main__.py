@@ -38,6 +38,7 @@ def _draw(values: flags.FlagValues) -> str:
     from iumad_jax.data.synthetic import sheets
 
     configs.check(config)
+    configs.refuse_tiles(config, "data.synthetic pastes defects")
     readers.render(config)
     reader = readers.open_reader(config)
     output = Path(values.output or workdir / "synthetic")

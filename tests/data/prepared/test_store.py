@@ -204,7 +204,14 @@ def test_images_are_added_and_removed(root):
 
 @pytest.mark.parametrize(
     "change",
-    [{"size": 10}, {"depth_encoding": "normals"}, {"modalities": ("rgb",)}, {"object_height": 0.1}, {}],
+    [
+        {"size": 10},
+        {"depth_encoding": "normals"},
+        {"modalities": ("rgb",)},
+        {"object_height": 0.1},
+        {"region": "0,0,0.5,1"},
+        {},
+    ],
     ids=lambda change: next(iter(change), "backbone"),
 )
 def test_a_changed_setting_is_detected(root, change):
