@@ -2,7 +2,7 @@
 
 python -m iumad_jax.benchmark --config=benchmark
 
-Every cell is one run; the same command resumes an interrupted benchmark. README.md lists time and scores.
+Every cell is one run; the same command resumes an interrupted benchmark. RESULTS.md lists time and scores.
 """
 
 from ml_collections import ConfigDict

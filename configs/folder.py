@@ -3,8 +3,8 @@
 python -m iumad_jax.main --config=folder --config.dataset.root=FOLDER
 
 FOLDER/OBJECT/train/good/{rgb,depth} contains good images, FOLDER/OBJECT/test/{good,DEFECT}/{rgb,depth,mask} test
-images; README.md describes this and other layouts, such as those of MVTec AD and VisA. Without depth, add
---config.modality=rgb. Time and scores: not measured.
+images; iumad_jax/data/README.md describes this and other layouts, such as those of MVTec AD and VisA. Without depth,
+add --config.modality=rgb. Time and scores: not measured.
 """
 
 from ml_collections import ConfigDict

@@ -5,9 +5,9 @@ python -m iumad_jax.main --config=mvtec3d:6-1 --config.dataset.root=FOLDER
 FOLDER contains bagel, cable_gland, ... as in the official archive.
 
 Where it differs from the paper: the backbone is EfficientNet-Lite0, whose weights install as a package (the paper's:
---config.backbone.name=efficientnet_b4 --config.backbone.weights=FILE); the loss that README.md calls `ib_heads` is
-added, because the paper does not say how the heads of the bottleneck are trained; depth is encoded as surface normals,
-with which frozen features find more than with heights.
+--config.backbone.name=efficientnet_b4 --config.backbone.weights=FILE); the loss `ib_heads` is added, because the paper
+does not say how the heads of the bottleneck are trained; depth is encoded as surface normals, with which frozen
+features find more than with heights.
 
 Time and scores: not measured.
 """

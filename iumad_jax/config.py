@@ -28,6 +28,14 @@ _LIMITS = {
     "model.bottleneck_ratio": (0.01, 1),
     "model.jitter.scale": (0, math.inf),
     "model.jitter.probability": (0, 1),
+    "simplenet.noise": (0, math.inf),
+    "simplenet.margin": (0, math.inf),
+    "simplenet.hidden": (1, 65536),
+    "simplenet.adaptor_rate": (0, math.inf),
+    "simplenet.adaptor_decay": (0, math.inf),
+    "simplenet.discriminator_rate": (0, math.inf),
+    "simplenet.discriminator_decay": (0, math.inf),
+    "simplenet.smoothing": (0, 1000),
     "memory_bank.megabytes": (0.01, 100_000),
     "memory_bank.neighbourhood": (1, 256),
     "memory_bank.place": (0, 1000),
@@ -52,6 +60,9 @@ _BENCHMARK = {"variants", "modalities", "protocols", "seeds", "seeds_of_one_moda
 VARIANTS: dict[str, dict[str, Any]] = {  # method variants of benchmarks: the keys that each one changes
     "uniad": {"method": "uniad", "continual.strategy": "finetune"},
     "iuf": {"method": "iuf", "continual.strategy": "iuf"},
+    "simplenet": {"method": "simplenet", "continual.strategy": "finetune"},
+    "simplenet-iuf": {"method": "simplenet", "continual.strategy": "iuf"},
+    "simplenet-replay": {"method": "simplenet", "continual.strategy": "replay", "continual.replay.residual": True},
     "ib_iumad": {"method": "ib_iumad", "continual.strategy": "iuf"},
     "ib_iumad-finetune": {"method": "ib_iumad", "continual.strategy": "finetune"},
     "ib_iumad-replay": {"method": "ib_iumad", "continual.strategy": "replay"},
@@ -65,7 +76,7 @@ def paper(protocol: str) -> ConfigDict:
     """Return the config of IB-IUMAD as published, under a protocol such as "6-1" (see `iumad_jax.protocol`)."""
     config = ConfigDict()
     config.protocol = protocol
-    config.method = "ib_iumad"  # ib_iumad, uniad, iuf; without training: memory_bank, gaussian, feature_norm
+    config.method = "ib_iumad"  # ib_iumad, uniad, iuf, simplenet; without training: memory_bank, gaussian, feature_norm
     config.baselines = "feature_norm,gaussian,memory_bank"  # methods without training, evaluated on the same inputs
     config.combine = "published"  # of modalities: maximum or sum (of calibrated errors), rgb, depth, published
     config.score = "window16"  # of images: common (one rule for all methods), window16 (paper), own (of each method)
@@ -125,6 +136,18 @@ def paper(protocol: str) -> ConfigDict:
     config.model.ib_head_weight = 1.0  # weight of the classification heads within the bottleneck loss
     config.model.aux_reconstruction_weight = 0.0  # weight of the reconstruction loss of each modality alone
 
+    config.simplenet = ConfigDict()
+    config.simplenet.levels = "8,16"  # of the backbone's levels (backbone.levels), those that are used
+    config.simplenet.standardise = True  # z-score features; False as published, for WideResNet50-2 with noise 0.015
+    config.simplenet.noise = 0.5  # standard deviation of the noise that makes features anomalous; by `choose`
+    config.simplenet.margin = 0.5  # of the hinge loss
+    config.simplenet.hidden = 1024  # width of the discriminator
+    config.simplenet.adaptor_rate = 1e-4  # learning rates, where train.learning_rate is that of the schedule's factor
+    config.simplenet.adaptor_decay = 0.01  # weight decay of AdamW
+    config.simplenet.discriminator_rate = 2e-4
+    config.simplenet.discriminator_decay = 1e-5  # L2 penalty in Adam's gradient
+    config.simplenet.smoothing = 4.0  # combine published: standard deviation of the Gaussian filter of maps, pixels
+
     config.memory_bank = ConfigDict()
     config.memory_bank.megabytes = 4.0  # size of an object's patches, of all modalities together
     config.memory_bank.neighbourhood = 1  # side of the square over which tokens are averaged
@@ -150,6 +173,7 @@ def paper(protocol: str) -> ConfigDict:
     config.continual.replay = ConfigDict()
     config.continual.replay.rank = 8  # principal directions stored per object
     config.continual.replay.image_size = 56  # side of the stored coarse images, pixels
+    config.continual.replay.residual = False  # add noise of what the directions leave out to drawn samples
     config.decisions = ConfigDict({"quantile": 0.995})  # share of good images below the threshold
     config.decisions.kept_images = 32  # calibration images of an object that a run keeps for later steps, at most
     config.snapshots = ConfigDict({"every_minutes": 5.0})  # between snapshots within a step
@@ -173,11 +197,14 @@ def small(protocol: str) -> ConfigDict:
     config.model.jitter.scale = 5.0
     config.model.standardise = True  # or few updates learn only the strongest channels
     config.model.ib_weight = 0.001  # 1 would dominate the loss `fusion`, a mean over elements
+    config.simplenet.hidden = 256
+    config.simplenet.adaptor_rate = 1e-3
+    config.simplenet.discriminator_rate = 2e-3
     config.train.epochs = 20
     config.train.batch_size = 8
     config.train.learning_rate = 2e-3
     config.train.schedule = "cosine"
-    config.continual.strategy = "replay"  # forgets least (README, "Learning without forgetting")
+    config.continual.strategy = "replay"  # forgets least (configs/RESULTS.md, "Who forgets what")
     config.continual.anchor = 0.01  # 0.05 prevents learning new objects at this learning rate
     return config
 

@@ -125,7 +125,7 @@ for name in results["objects"]:
 
 # %% [markdown]
 # `report.html` in the workdir shows the best, the median and the worst images of every kind, with an adjustable
-# threshold. `python -m iumad_jax.predict` predicts new images; the README explains it.
+# threshold. `python -m iumad_jax.predict` predicts new images; iumad_jax/inference/README.md explains it.
 #
 # ## The next object
 #

@@ -18,7 +18,7 @@ from iumad_jax.continual.strategy import Strategy, StrategyState
 from iumad_jax.methods.method import Loss, Method, stack_objects
 from iumad_jax.shapes import BY_OBJECT, Batch, Keys, Variables
 
-Gaussian = dict[str, Any]  # of one object: count () of images; mean and directions, each by part
+Gaussian = dict[str, Any]  # of one object: count () of images; mean, directions and residual, each by part
 
 _resize = jax.jit(jax.image.resize, static_argnums=(1, 2))
 
@@ -36,7 +36,8 @@ def principal_components(
     Returns:
         `count`, the number of images; `mean` (...) and `directions` (rank, ...) of each part, the strongest direction
         first, each one standard deviation long. mean + z @ directions with z ~ N(0, I) has the mean of the images and,
-        up to the rank, their covariance, also across parts.
+        up to the rank, their covariance, also across parts. `residual` (channels), of each part: standard deviation of
+        what the directions leave out of a channel.
     """
     weights = np.ones(len(next(iter(parts.values()))))
     if earlier:
@@ -53,29 +54,40 @@ def principal_components(
     joint_gram = sum(gram / max(np.trace(gram), 1e-12) for gram in grams)
     scores = np.sqrt(count) * np.linalg.eigh(joint_gram)[1][:, ::-1][:, :rank]
     directions = {name: np.zeros((rank, rows.shape[1])) for name, rows in centred.items()}
+    residual = {}
     for name, rows in centred.items():
         directions[name][: scores.shape[1]] = scores.T @ rows / count
+        variance = np.square(rows).sum(0) / count - np.square(directions[name]).sum(0)
+        residual[name] = variance.reshape(-1, parts[name].shape[-1]).mean(0)
+        if earlier:
+            residual[name] += earlier["count"] / count * np.square(earlier["residual"][name], dtype=np.float64)
     return {
         "count": np.float32(count),
         "mean": {name: means[name].reshape(part.shape[1:]).astype(np.float16) for name, part in parts.items()},
         "directions": {
             name: directions[name].reshape(rank, *part.shape[1:]).astype(np.float16) for name, part in parts.items()
         },
+        "residual": {name: np.sqrt(np.maximum(r, 0)).astype(np.float16) for name, r in residual.items()},
     }
 
 
 def _points(mean: Float[np.ndarray, "..."], directions: Float[np.ndarray, "r ..."]) -> Float[np.ndarray, "n ..."]:
-    """Return two points per direction, which have the mean and the covariance of a low-rank Gaussian."""
+    """Return points that have the mean and the covariance of a low-rank Gaussian: two per direction, or the mean."""
+    if not len(directions):
+        return np.asarray(mean, np.float32)[None]
     offsets = np.sqrt(len(directions)) * np.asarray(directions, np.float32)
     return np.asarray(mean, np.float32) + np.concatenate([offsets, -offsets])
 
 
-def draw_sample(strategy_state: StrategyState, key: Array) -> tuple[dict[str, Array], Array]:
+def draw_sample(
+    strategy_state: StrategyState, key: Array, with_residual: bool = False
+) -> tuple[dict[str, Array], Array]:
     """Draw an old object, all being equally likely, and a sample of it.
 
     Args:
-        strategy_state: Stacked `mean` and `directions` with room for further objects; the first `objects` are filled.
+        strategy_state: Stacked Gaussians with room for further objects; the first `objects` are filled.
         key: Random key.
+        with_residual: Whether to add noise of the standard deviation that the directions leave out.
 
     Returns:
         The parts of the sample (float32) and the number of its object.
@@ -86,10 +98,17 @@ def draw_sample(strategy_state: StrategyState, key: Array) -> tuple[dict[str, Ar
     object_id = jax.random.categorical(object_key, logits)
     z = jax.random.normal(sample_key, rank)
 
-    def sample(mean: Array, directions: Array) -> Array:
-        return mean[object_id].astype(jnp.float32) + jnp.tensordot(z, directions[object_id].astype(jnp.float32), 1)
+    def sample(name: str, noise_key: Array) -> Array:
+        mean, directions, residual = (
+            strategy_state[key][name][object_id].astype(jnp.float32) for key in ("mean", "directions", "residual")
+        )
+        drawn = mean + jnp.tensordot(z, directions, 1)
+        noise = jax.random.normal(noise_key, drawn.shape) * jnp.broadcast_to(residual, drawn.shape)
+        return drawn + noise if with_residual else drawn
 
-    return jax.tree.map(sample, strategy_state["mean"], strategy_state["directions"]), object_id
+    names = strategy_state["mean"]
+    noise_keys = jax.random.split(jax.random.fold_in(sample_key, 1), len(names))
+    return dict(zip(names, map(sample, names, noise_keys), strict=True)), object_id
 
 
 def replay(config: ConfigDict, method: Method) -> Strategy:
@@ -107,7 +126,7 @@ def replay(config: ConfigDict, method: Method) -> Strategy:
         if not strategy_state:
             return without_replay.loss(strategy_state, variables, batch, keys)
         keys, old_keys, draw_keys = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0)
-        parts, object_id = jax.vmap(lambda key: draw_sample(strategy_state, key))(draw_keys)
+        parts, object_id = jax.vmap(lambda key: draw_sample(strategy_state, key, config.residual))(draw_keys)
         old = Batch(
             {m: parts[f"features_{m}"] for m in batch.features},
             {
@@ -142,7 +161,7 @@ def _gaussians(strategy_state: StrategyState) -> tuple[Gaussian, ...]:
     """Return the Gaussian of each old object, from a state between steps or within a step."""
     if BY_OBJECT in strategy_state or not strategy_state:
         return strategy_state.get(BY_OBJECT, ())
-    stacked = {name: strategy_state[name] for name in ("count", "mean", "directions")}
+    stacked = {name: strategy_state[name] for name in ("count", "mean", "directions", "residual")}
     return tuple(jax.tree.map(lambda array, i=i: array[i], stacked) for i in range(int(strategy_state["objects"])))
 
 

@@ -12,6 +12,7 @@ from iumad_jax.methods.ib_iumad import ib_iumad
 from iumad_jax.methods.iuf import iuf
 from iumad_jax.methods.memory_bank import memory_bank
 from iumad_jax.methods.method import Method
+from iumad_jax.methods.simplenet import simplenet
 from iumad_jax.methods.uniad import uniad
 
 BASELINES = ("feature_norm", "gaussian", "memory_bank")  # training-free; a useful method must beat them
@@ -39,6 +40,7 @@ def build(name: str, config: ConfigDict) -> Method:
         "ib_iumad": lambda: ib_iumad(config.model, configs.modalities(config)),
         "uniad": lambda: uniad(config.model, configs.modalities(config)),
         "iuf": lambda: iuf(config.model, configs.modalities(config)),
+        "simplenet": lambda: simplenet(config.simplenet, config.backbone, configs.modalities(config)),
         "feature_norm": feature_norm,
         "gaussian": gaussian,
         "memory_bank": lambda: memory_bank(config.memory_bank, math.prod(configs.tile_numbers(config.input.tiles))),

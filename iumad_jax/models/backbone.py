@@ -4,8 +4,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
 
 from iumad_jax.errors import UserError
 from iumad_jax.models import efficientnet, resnet, vit
@@ -74,6 +76,25 @@ def chosen_levels(backbone: str, levels: str) -> tuple[int, ...]:
             f' for {backbone}, or "" for {",".join(map(str, architecture.default_levels))}.'
         )
     return chosen
+
+
+def channels_of(backbone: ConfigDict, levels: str, key: str) -> Int[np.ndarray, " c"]:
+    """Return which channels of the features of `config.backbone` belong to some of its levels.
+
+    Raises:
+        UserError: If `levels`, the value of config.`key`, is not a rising selection of the config's levels.
+    """
+    architecture = named(backbone.name).architecture
+    channels = dict(zip(architecture.levels, architecture.channels_of_levels, strict=True))
+    stored = chosen_levels(backbone.name, backbone.levels)
+    chosen = [level for level in stored if str(level) in levels.split(",")]
+    if list(map(str, chosen)) != levels.split(","):
+        raise UserError(
+            f'config.{key} is "{levels}"; use some of {",".join(map(str, stored))} in this order, the levels of'
+            f" config.backbone.levels for {backbone.name}."
+        )
+    is_chosen = [np.full(channels[level], level in chosen) for level in stored]
+    return np.flatnonzero(np.concatenate(is_chosen)).astype(np.int32)
 
 
 class FeatureExtractor(nn.Module):

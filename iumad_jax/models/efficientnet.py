@@ -62,6 +62,11 @@ class Architecture:
         return {stride: i for i, stride in enumerate(itertools.islice(strides, 1, None))}
 
     @property
+    def channels_of_levels(self) -> tuple[int, ...]:
+        """Number of feature channels of each level."""
+        return tuple(self.blocks[self.endpoints[level]].channels for level in self.levels)
+
+    @property
     def blocks(self) -> tuple[Block, ...]:
         """All blocks in order."""
         blocks = []

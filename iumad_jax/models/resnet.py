@@ -36,6 +36,11 @@ class Architecture:
     default_levels: ClassVar = (8, 16)  # as in PatchCore (Roth et al., CVPR 2022)
 
     @property
+    def channels_of_levels(self) -> tuple[int, ...]:
+        """Number of feature channels of each level."""
+        return self.channels
+
+    @property
     def blocks(self) -> tuple[Block, ...]:
         """All blocks in order."""
         layers = zip(self.repeats, self.hidden, self.channels, strict=True)

@@ -31,6 +31,11 @@ class Architecture:
     levels: ClassVar = tuple(range(DEPTH))  # numbers of blocks, as in the names of the file's tensors
     default_levels: ClassVar = (2, 5, 8, 11)  # as DINOv2's own heads for depth, whose `layers` is 4
 
+    @property
+    def channels_of_levels(self) -> tuple[int, ...]:
+        """Number of feature channels of each level."""
+        return (self.width,) * len(self.levels)
+
 
 def cubic_weights(size: int, scale: float, resized: int) -> Float[np.ndarray, "i n"]:
     """Compute the matrix that resizes `size` numbers as PyTorch's bicubic interpolation with a scale factor does.

@@ -127,6 +127,26 @@ def test_samples_have_the_statistics_of_learned_objects(strategy_state, images):
             assert 0.3 < (np.asarray(samples).std(0) / spread).mean() <= 1.05  # three of many directions
 
 
+def test_residual_noise_gives_samples_the_variance_of_every_channel(strategy_state, images):
+    keys = jax.random.split(jax.random.key(0), 2000)
+    for with_residual, low, high in ((True, 0.9, 1.1), (False, 0, 0.85)):
+        parts, objects = jax.vmap(lambda key: draw_sample(strategy_state, key, with_residual))(keys)  # noqa: B023
+        for object_ in (0, 1):
+            samples = np.asarray(parts["features_rgb"])[np.asarray(objects) == object_]
+            real = images(25, object_).features["rgb"]
+            share = samples.var(0).mean(0) / real.var(0).mean(0)
+            assert low < share.min() <= share.max() < high
+
+
+def test_residuals_of_further_images_are_merged():
+    """With no directions all variance is residual, that of both sets of images and between their means."""
+    first, further = (np.random.default_rng(seed).normal(mean, 2, (40, 6, 3)) for seed, mean in ((0, 0), (1, 0)))
+    further = further - further.mean(0) + first.mean(0)
+    merged = principal_components({"a": further}, 0, principal_components({"a": first}, 0))
+    both = np.concatenate([first, further])
+    np.testing.assert_allclose(merged["residual"]["a"], np.sqrt(both.var(0).mean(0)), rtol=2e-3)
+
+
 def test_learned_objects_alone_are_drawn_and_a_program_serves_a_block_of_them(method, variables, images):
     strategy, between, programs = replay(settings(), method), {}, []
     draw, loss = jax.jit(jax.vmap(draw_sample, (None, 0))), jax.jit(strategy.loss)
@@ -145,7 +165,8 @@ def test_the_state_does_not_grow_with_images(method, variables, images):
     strategy = replay(settings(), method)
     few, many = (strategy.finish({}, variables, images(count), 0) for count in (5, 50))
     assert jax.tree.map(np.shape, few) == jax.tree.map(np.shape, many)
-    per_object = 4 + 2 * (1 + 3) * (3 * 5 + 2 * 2 * 3)  # count, bytes x (mean and directions) x (features and image)
+    arrays = (1 + 3) * (3 * 5 + 2 * 2 * 3) + 5 + 3  # (mean and directions) x (features and image), residuals
+    per_object = 4 + 2 * arrays  # count, bytes x arrays
     assert sum(a.nbytes for a in jax.tree.leaves(many)) == per_object
 
 

@@ -1,4 +1,4 @@
-"""The method, dataset and strategy of the README, added to a copy of the package as it describes, make a run."""
+"""The method, dataset and strategy of iumad_jax/README.md, added to a copy of the package as described, make a run."""
 
 import os
 import re
@@ -85,7 +85,7 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     shutil.copytree(ROOT / "iumad_jax", home / "iumad_jax", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "configs", home / "configs")
-    blocks = BLOCK.findall((ROOT / "README.md").read_text())
+    blocks = BLOCK.findall((ROOT / "iumad_jax" / "README.md").read_text())
     assert [kind for kind, _, _ in blocks] == ["file", "line"] * 3
     for (_, file, content), (_, registry, line) in zip(blocks[::2], blocks[1::2], strict=True):
         assert len(content.splitlines()) < 30

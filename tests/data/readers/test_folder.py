@@ -1,4 +1,4 @@
-"""The folder reader: the layout of the README, photographs, settings, cameras and bad input."""
+"""The folder reader: the layout of iumad_jax/data/README.md, photographs, settings, cameras and bad input."""
 
 import re
 import struct
