@@ -325,7 +325,7 @@ def tile_numbers(tiles: str) -> tuple[int, int]:
         UserError: If they are not two numbers of which at least one tile and at most 256 follow.
     """
     rows, _, columns = tiles.partition("x")
-    if rows.isdecimal() and columns.isdecimal() and 0 < int(rows) * int(columns) <= _MOST_TILES:
+    if len(tiles) < 10 and rows.isdecimal() and columns.isdecimal() and 0 < int(rows) * int(columns) <= _MOST_TILES:
         return int(rows), int(columns)
     raise UserError(
         f'config.input.tiles is "{tiles}"; use ROWSxCOLUMNS, such as 2x3, with at most {_MOST_TILES} tiles.'

@@ -53,7 +53,7 @@ def _name(config: ConfigDict, workdir: Path, step: int, chosen: dict[str, float]
     from iumad_jax.runtime import workdir as workdirs
 
     before, now = (
-        json.dumps([values.dataset.to_dict(), values.decisions.to_dict(), thresholds], sort_keys=True)
+        json.dumps([values.dataset.to_dict() | {"trust": ""}, values.decisions.to_dict(), thresholds], sort_keys=True)
         for values, thresholds in ((workdirs.read(workdir), {}), (config, chosen))
     )
     digest = "" if now == before else f"_{hashlib.sha256(now.encode()).hexdigest()[:8]}"

@@ -1,5 +1,6 @@
 """Prediction time by part and by engine."""
 
+import math
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -40,8 +41,10 @@ def measure(config: ConfigDict, workdir: Path, step: int | None, repetitions: in
     """
     configs.refuse_tiles(config, "latency measures predictions")
     rng = np.random.default_rng(0)
-    rgb = rng.integers(0, 256, (1, *_SIZE, 3), np.uint8)
-    depth = 0.5 + np.linspace(0, 0.05, _SIZE[0])[:, None] + rng.normal(scale=1e-4, size=(1, *_SIZE))
+    _, _, right, bottom = configs.region_numbers(config.input.region) or (0, 0, 0, 0)  # may be shares
+    height, width = max(_SIZE[0], math.ceil(bottom)), max(_SIZE[1], math.ceil(right))
+    rgb = rng.integers(0, 256, (1, height, width, 3), np.uint8)
+    depth = 0.5 + np.linspace(0, 0.05, height)[:, None] + rng.normal(scale=1e-4, size=(1, height, width))
     as_exported: dict[str, Any] = {"model.dtype": "float32"}
     detector = Detector.load(workdir, step, **as_exported)
     prepared = detector.prepare(rgb, depth)

@@ -70,12 +70,12 @@ def memory_bank(config: ConfigDict, tiles: int = 1) -> Method:
         candidates = np.concatenate([patches[rows], earlier["patches"]])
         chosen = np.asarray(k_centres(candidates, count))
         alone = images == tiles and not len(earlier["patches"])  # then no other image's patches are in the bank
-        held_out = _evenly_spaced(images, 0 if alone else _HELD_OUT)
+        held_out = _evenly_spaced(images, 0 if alone else _HELD_OUT, tiles)
         image_of = np.append(rows // tokens // tiles, np.full(len(earlier["patches"]), images))
         others = image_of[chosen][None] != (held_out // tiles)[:, None]
         others |= ~others.any(1, keepdims=True)  # an image that is the whole bank cannot be left out
         errors = np.asarray(_distances_of_images(described[held_out], candidates[chosen], others), np.float16)
-        kept = _evenly_spaced(len(earlier["held_out"]), _HELD_OUT - len(errors))
+        kept = _evenly_spaced(len(earlier["held_out"]), max(_HELD_OUT - len(errors), 0), tiles)
         errors = np.concatenate([errors, earlier["held_out"][kept]])
         return {"moments": moments, "patches": candidates[chosen], "held_out": errors}
 
@@ -117,9 +117,10 @@ def memory_bank(config: ConfigDict, tiles: int = 1) -> Method:
     return Method(init, predict, observe=observe, arrange=arrange, held_out=held_out, independent=True)
 
 
-def _evenly_spaced(count: int, most: int) -> Int[np.ndarray, " n"]:
-    """Return `most` of the numbers below `count`, or all if there are fewer."""
-    return np.linspace(0, count - 1, min(count, most)).astype(np.int32)
+def _evenly_spaced(rows: int, most: int, tiles: int) -> Int[np.ndarray, " n"]:
+    """Choose among images, each of which has rows for its tiles, and return about `most` rows, or all if fewer."""
+    images = np.linspace(0, rows // tiles - 1, min(rows // tiles, -(-most // tiles))).astype(np.int32)
+    return (images[:, None] * tiles + np.arange(tiles, dtype=np.int32)).ravel()
 
 
 def with_score(errors: dict[Modality, Float[Array, "b p"]]) -> ErrorMaps:

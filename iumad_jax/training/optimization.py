@@ -23,8 +23,8 @@ def step_config(config: ConfigDict, step: int) -> ConfigDict:
 
 
 def optimizer_name(method: Method, config: ConfigDict) -> str:
-    """Return the name of the optimiser for a step's `config.train`: "own" if the method has its own."""
-    return "own" if method.optimizer else config.optimizer
+    """Return a name of the optimiser for a step's `config.train`; a method's own depends on the learning rate."""
+    return f"own, relative to {config.learning_rate:g}" if method.optimizer else config.optimizer
 
 
 def step_optimizer(method: Method, config: ConfigDict) -> optax.GradientTransformation:

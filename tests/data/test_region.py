@@ -140,6 +140,23 @@ def test_an_image_without_workpiece_is_seen_whole_and_told_once(capsys):
     assert capsys.readouterr().err.count(sentences.NO_WORKPIECE.format(image="plate 7", height=5)) == 1
 
 
+def test_a_workpiece_that_fills_the_image_is_none_that_is_missing(capsys):
+    depth = np.full((HEIGHT, WIDTH), 0.5, np.float32)
+    depth[12:-12, 12:-12] = 0.48
+    filling = dataclasses.replace(scene(), object="sheet", depth=depth)
+    assert tuple(dataclasses.replace(PROCESSING, region="workpiece")(filling)["box"])[1::2] == (0, 1)
+    assert sentences.NO_WORKPIECE.format(image="sheet 7", height=5) not in capsys.readouterr().err
+
+
+def test_a_defect_outside_of_the_region_is_told_once(capsys):
+    sample = dataclasses.replace(scene(), object="spot", mask=np.zeros((HEIGHT, WIDTH), bool), anomalous=True)
+    sample.mask[-4:, -4:] = True
+    for region, told in (("0.5,0.5,1,1", 0), ("0,0,0.5,0.5", 1)):
+        for _ in range(2):
+            dataclasses.replace(PROCESSING, region=region)(sample)
+        assert capsys.readouterr().err.count(sentences.DEFECT_OUTSIDE.format(image="spot 7")) == told
+
+
 def test_copies_move_by_a_share_of_what_is_seen():
     """A box of half the image would otherwise see twice the shift, and the workpiece's box follows every shift."""
     sample = scene()

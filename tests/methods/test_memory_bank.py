@@ -1,5 +1,6 @@
 """Memory banks against brute force in NumPy."""
 
+import importlib
 import itertools
 
 import jax
@@ -76,6 +77,16 @@ def test_error_is_the_distance_to_the_nearest_patch_of_the_recognised_object():
         np.testing.assert_allclose(actual.maps[m], map_from(errors.astype(np.float32)), rtol=5e-3)
     largest = sum(np.max(error_map, axis=(1, 2)) for error_map in actual.maps.values())
     np.testing.assert_allclose(actual.score, largest, rtol=1e-2)  # of tokens, of which most maps show some exactly
+
+
+def test_held_out_images_are_evenly_spaced_with_all_their_tiles():
+    """Of 199 images with 16 tiles each, every 199th row would always be the same tile."""
+    evenly_spaced = importlib.import_module("iumad_jax.methods.memory_bank")._evenly_spaced
+    rows = evenly_spaced(199 * 16, 200, 16)
+    assert np.bincount(rows % 16).tolist() == [13] * 16
+    assert np.unique(rows // 16).tolist() == np.linspace(0, 198, 13).astype(int).tolist()
+    assert evenly_spaced(5, 200, 1).tolist() == [0, 1, 2, 3, 4]
+    assert evenly_spaced(32, 0, 16).tolist() == []
 
 
 def test_all_tiles_of_an_image_are_held_out_together():

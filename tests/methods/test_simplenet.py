@@ -15,7 +15,7 @@ from iumad_jax.methods.moments import merge_covariance, no_covariance
 from iumad_jax.methods.simplenet import average_neighbours, hidden_variance, make_optimizer, smoothing_matrix
 from iumad_jax.models.backbone import channels_of
 from iumad_jax.shapes import Batch
-from iumad_jax.training.optimization import step_config
+from iumad_jax.training.optimization import optimizer_name, step_config
 from tests.methods.reference import grown_variables
 
 GRID, TOKENS, CHANNELS, SIZE = 7, 49, 192, 4
@@ -24,7 +24,7 @@ GRID, TOKENS, CHANNELS, SIZE = 7, 49, 192, 4
 def make(modality="rgb", **keys):
     config = small("1-0")
     config.modality = modality
-    config.simplenet.update({"hidden": 12, **keys})
+    config.simplenet.update({"hidden": 12, "noise": 0.1, **keys})
     return build("simplenet", config)
 
 
@@ -201,7 +201,7 @@ def test_noise_has_the_standard_deviation_of_the_config():
 
 @pytest.mark.parametrize("step", [0, 1])
 def test_the_optimiser_is_that_of_the_release(step):
-    config = small("1-1")
+    config = paper("1-1")
     config.continual.optimizer = "sgd"
     train = step_config(config, step)
     optimizer = make_optimizer(config.simplenet, train)
@@ -214,12 +214,22 @@ def test_the_optimiser_is_that_of_the_release(step):
         np.testing.assert_allclose(3 - moves[name]["kernel"], 2e-4, rtol=1e-3)
 
 
+def test_steps_of_different_learning_rates_have_different_optimisers():
+    """A run makes one optimiser per name; updates are relative to the learning rate of the step."""
+    config = small("1-1")
+    names = [optimizer_name(make(), step_config(config, step)) for step in (0, 1)]
+    assert names[0] == names[1]
+    config.continual.optimizer = "sgd"
+    names = [optimizer_name(make(), step_config(config, step)) for step in (0, 1)]
+    assert names[0] != names[1]
+
+
 def test_decay_of_the_discriminator_is_part_of_the_gradient():
-    optimizer = make_optimizer(ConfigDict(small("1-0").simplenet), small("1-0").train)
+    optimizer = make_optimizer(ConfigDict(paper("1-0").simplenet), paper("1-0").train)
     params = {"output_rgb": {"kernel": jnp.array([[2.0], [-2.0]])}}
     directions, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     np.testing.assert_allclose(
-        directions["output_rgb"]["kernel"] * small("1-0").train.learning_rate, [[2e-4], [-2e-4]], rtol=1e-3
+        directions["output_rgb"]["kernel"] * paper("1-0").train.learning_rate, [[2e-4], [-2e-4]], rtol=1e-3
     )
 
 

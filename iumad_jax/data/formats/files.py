@@ -17,7 +17,12 @@ _MAX_YAML_DEPTH = 20
 Within = Sequence[Path]  # folders that links may lead into, first the one that is read
 
 _CLUTTER, _ANNOTATIONS = ("thumbs.db", "desktop.ini", "__macosx"), (".json", ".xml")  # names and endings, in lower case
-_RESULTS = ("lock", "ledger.jsonl", "predictions.json")  # files that commands write into a folder of results
+_RESULTS = (  # files, together, that tell a folder of results: of a run, evaluation, prediction or prepared set
+    ("config.json", "lock"),
+    ("ledger.jsonl",),
+    ("predictions.csv", "predictions.json"),
+    ("lock", "manifest.json"),
+)
 
 
 def select(objects: str | Sequence[str], available: Sequence[str]) -> tuple[str, ...]:
@@ -64,18 +69,21 @@ def is_clutter(name: str) -> bool:
 
 
 def is_output(folder: Path) -> bool:
-    """Return whether a folder holds a run or other results of commands, or is one of such folders; it is told if so."""
+    """Return whether a folder holds a run or other results of commands, or folders with results; if so, it is told."""
+
+    def is_result(path: Path) -> bool:
+        return any(all((path / name).is_file() for name in names) for names in _RESULTS)
 
     def holds_results(path: Path) -> bool:
-        prepared = path / "prepared"
-        return any((path / name).is_file() for name in _RESULTS) or (prepared.is_dir() and any(prepared.glob("*/lock")))
+        prepared_sets = (lock.parent for pattern in ("*/lock", "prepared/*/lock") for lock in path.glob(pattern))
+        return is_result(path) or any((folder / "manifest.json").is_file() for folder in prepared_sets)
 
     found = False
     with suppress(OSError), os.scandir(folder) as entries:  # an unreadable folder is reported when it is read
         inner = (entry.is_dir() and holds_results(Path(entry)) for entry in entries if not is_clutter(entry.name))
         found = holds_results(folder) or (any(inner) if folder.name == "runs" else next(inner, False) and all(inner))
     if found:
-        tell("what commands wrote is no part of a dataset", folder)
+        tell_once(("output", folder), f"{folder} holds what commands wrote, which is no part of a dataset.")
     return found
 
 
@@ -85,7 +93,7 @@ def trusted(folders: str) -> tuple[Path, ...]:
 
 
 def list_entries(folder: Path, within: Within) -> dict[str, os.DirEntry[str]]:
-    """List the entries of a folder by name, sorted, without what `is_clutter` and `is_output` leave out.
+    """List the entries of a folder by name, sorted, without clutter; of a dataset or object without results, too.
 
     Raises:
         UserError: If the folder or a link in it leads elsewhere than it may, or a name cannot be printed.
@@ -101,6 +109,8 @@ def list_entries(folder: Path, within: Within) -> dict[str, os.DirEntry[str]]:
         if entry.is_symlink():
             (folder / name).stat()  # raises OSError for a broken or circular link
             check_inside(folder / name, within)
+    if within[0] not in (folder, folder.parent):
+        return by_name
     return {name: entry for name, entry in by_name.items() if not (entry.is_dir() and is_output(folder / name))}
 
 
@@ -119,7 +129,10 @@ def check_file(entry: os.DirEntry[str]) -> None:
 
 def check_inside(path: Path, within: Within) -> None:
     """Raise UserError if a path, with its links resolved, lies in none of the folders that links may lead into."""
-    target = path.resolve()
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path} cannot be followed, since its link leads to itself; remove it.") from error
     if not any(target.is_relative_to(folder.resolve()) for folder in within):
         raise UserError(
             f"{path} leads out of {within[0]} to {target}; replace it by a copy, or trust what is there with"

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from iumad_jax import config as configs
 from iumad_jax.data import depth, transforms
-from iumad_jax.data.region import WHOLE, WORKPIECE, cut, fixed_box, workpiece_box
+from iumad_jax.data.region import WORKPIECE, cut, fixed_box, workpiece_box
 from iumad_jax.data.sample import Reader, Sample
 from iumad_jax.data.tiles import Tiling
 from iumad_jax.errors import UserError, tell_once
@@ -118,7 +118,7 @@ class Processing:
         geometry = self._measure(sample)
         if self.region == WORKPIECE:
             box = workpiece_box(geometry["workpiece"])
-            if box == WHOLE:
+            if not geometry["workpiece"].any():
                 tell_once(
                     (WORKPIECE, sample.object),
                     f"{sample.object} {sample.id} shows no workpiece that stands {1000 * self.object_height:g} mm above"
@@ -127,6 +127,12 @@ class Processing:
                 )
             sample = cut(sample, box)
             geometry = {name: array[box.slices(array.shape)] for name, array in geometry.items()}
+        if sample.anomalous and sample.mask is not None and not sample.mask.any():
+            tell_once(
+                ("outside", sample.object),
+                f"{sample.object} {sample.id} is anomalous, but its defect lies outside of config.input.region; it"
+                " counts as one that is not found. Name a larger region.",
+            )
         shape = sample.rgb.shape[:2]
         masked = sample.mask is not None or sample.defect == "good"
         arrays = {

@@ -148,17 +148,19 @@ def _list(folder: Path, suffixes: Collection[str], within: Within, linked: bool 
     """
     check_inside(folder, within)
     try:
-        entries = sorted(folder.iterdir())
+        entries = [(path, path.is_dir()) for path in sorted(folder.iterdir()) if not is_clutter(path.name)]
     except OSError as error:
-        raise UserError(f"{folder} cannot be read ({error.strerror}); make it readable.") from error
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}); make it readable.") from error
     files: list[Path] = []
-    for path in entries:
-        if is_clutter(path.name):
-            continue
-        if path.is_dir() and path.is_symlink():
-            if not linked and not path.resolve().is_relative_to(within[0].resolve()):
+    for path, is_folder in entries:
+        if is_folder and path.is_symlink():
+            if path.resolve().is_relative_to(within[0].resolve()):
+                continue
+            if linked:
+                tell("links to folders are not followed behind another one", path)
+            elif not is_output(path):
                 files += _list(path, suffixes, within, linked=True)
-        elif path.is_dir():
+        elif is_folder:
             if not is_output(path):
                 files += _list(path, suffixes, within, linked)
         elif path.suffix.lower() in suffixes and (path.is_file() or not path.exists()):

@@ -220,10 +220,23 @@ RESULTS = {  # what commands write, given a path and the folder that it belongs 
     "a run": lambda root: claim(root / "run"),
     "default runs": lambda root: (claim(root / "runs/folder_open"), write(root, "runs/candies/a/train/0.png")),
     "runs of several seeds": lambda root: (claim(root / "seeds/0"), claim(root / "seeds/1")),
-    "predictions": lambda root: (write(root, "out/masks/0.png"), (root / "out/predictions.json").touch()),
+    "predictions": lambda root: (
+        write(root, "out/masks/0.png"),
+        touch(root / "out", "predictions.json", "predictions.csv"),
+    ),
     "an evaluation": lambda root: (write(root, "out/pictures/0.png"), (root / "out/ledger.jsonl").touch()),
-    "prepared images": lambda root: (write(root, "runs/x/prepared/a/0.png"), (root / "runs/x/prepared/a/lock").touch()),
+    "prepared images": lambda root: touch(root / "runs/x/prepared/a", "0.png", "lock", "manifest.json"),
+    "shared prepared images": lambda root: (
+        touch(root / "prep/a", "lock", "manifest.json"),
+        write(root, "prep/contact_sheets/0.png"),
+    ),
 }
+
+
+def touch(folder: Path, *names: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).touch()
 
 
 @pytest.mark.parametrize("standing", ["bolt", "."])
@@ -254,6 +267,24 @@ def test_an_object_is_not_taken_for_results(tmp_path: Path) -> None:
     write(tmp_path, "bolt/train/good/0.png")
     claim(tmp_path / "bolt/run")
     assert Folder(tmp_path).objects == ("bolt", "ledger.jsonl", "lock", "prepared", "runs")
+
+
+def test_files_of_a_user_do_not_make_results(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(errors, "_told", set())
+    for name in ("bolt", "nut", "zip"):
+        write(tmp_path, f"{name}/train/good/0.png", f"{name}/test/good/0.png", f"{name}/test/cut/0.png")
+    touch(tmp_path / "nut", "lock")
+    touch(tmp_path / "zip", "predictions.json", "manifest.json")
+    touch(tmp_path / "bolt/test/cut", "predictions.json", "lock.json")
+    touch(tmp_path / "bolt/train", "manifest.json")
+    reader = Folder(tmp_path)
+    assert reader.objects == ("bolt", "nut", "zip")
+    assert reader.ids("bolt", "test") == ("cut/0", "good/0")
+    claim(tmp_path / "first")
+    claim(tmp_path / "second")
+    capsys.readouterr()
+    assert Folder(tmp_path).objects == ("bolt", "nut", "zip")
+    assert capsys.readouterr().err.count(sentences.RESULTS_NO_PART) == 2
 
 
 def test_masks_and_depth_beside_photographs_are_not_predicted(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from iumad_jax import errors
 from iumad_jax.config import paper
 from iumad_jax.data import readers
 from iumad_jax.data.readers.unlabelled import depth_files, photographs
@@ -136,7 +137,10 @@ def test_images_to_predict_may_be_links_into_trusted_folders(tmp_path: Path) -> 
     link(root / "b.png", elsewhere / "b.png")
     (root / "c.png").symlink_to(root / "a.png")
     (root / "d.png").symlink_to("gone.png")
+    (root / "e.png").symlink_to("e.png")
     found = listed(root)
+    assert found.pop("e").startswith(str(root / "e.png"))
+    (root / "e.png").unlink()
     assert found.pop("b").startswith(f"{root / 'b.png'} leads out of {root} to {elsewhere / 'b.png'}; ")
     assert re.match(sentences.FILE_UNREADABLE_WITH_REASON.format(file=root / "d.png", reason=".*"), found.pop("d"))
     assert found == {"a": expected["a"], "c": expected["a"]}
@@ -144,8 +148,9 @@ def test_images_to_predict_may_be_links_into_trusted_folders(tmp_path: Path) -> 
     assert listed(root / "b.png") == {"b": expected["b"]}  # named by the user
 
 
-def test_folders_to_predict_may_be_links_into_trusted_folders(tmp_path: Path) -> None:
+def test_folders_to_predict_may_be_links_into_trusted_folders(tmp_path: Path, monkeypatch, capsys) -> None:
     """Folders within the input are listed once, and links that lead round do no harm."""
+    monkeypatch.setattr(errors, "_told", set())
     root, elsewhere = tmp_path / "input", tmp_path / "nas"
     write(root, "here/a.png")
     write(elsewhere, "deep/b.png")
@@ -158,6 +163,7 @@ def test_folders_to_predict_may_be_links_into_trusted_folders(tmp_path: Path) ->
     with pytest.raises(UserError, match=re.escape(sentences.LEADS_OUT_OF_ROOT.format("there"))):
         listed(root)
     assert set(listed(root, elsewhere)) == {"here/a", "there/deep/b"}
+    assert sentences.LINK_BEHIND_LINK in capsys.readouterr().err
 
 
 def test_depth_to_predict_may_be_links_into_trusted_folders(tmp_path: Path) -> None:
