@@ -190,10 +190,11 @@ def path(values: flags.FlagValues, name: str) -> Path:
 def run_and_changes(values: flags.FlagValues) -> tuple[ConfigDict, dict[str, Any]]:
     """Return the config of the run in --workdir, and the keys to which --config.KEY=VALUE gives another value.
 
-    What --config.dataset.trust names holds for the run itself, whose datasets are read together.
+    What --config.dataset.trust names is trusted in addition, by the run itself, whose datasets are read together.
     """
     run = workdirs.read(path(values, "workdir"))
-    run.dataset.trust = values.config.dataset.trust
+    named = *run.dataset.trust.split(","), *values.config.dataset.trust.split(",")
+    run.dataset.trust = values.config.dataset.trust = ",".join(filter(None, dict.fromkeys(named)))
     before, now = (configs.flat(json.loads(config.to_json())) for config in (run, values.config))
     return run, {key: value for key, value in now.items() if value != before[key]}
 

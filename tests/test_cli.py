@@ -74,7 +74,9 @@ def test_a_config_that_does_not_exist_is_named(tmp_path, monkeypatch, capsys, va
 
 
 def test_what_is_trusted_holds_for_the_run_and_is_no_change_of_a_step(tmp_path, monkeypatch):
-    with workdirs.claimed(tmp_path, paper("6-1")):
+    began = paper("6-1")
+    began.dataset.trust = "/first"
+    with workdirs.claimed(tmp_path, began):
         pass
     found = []
     arguments = ["command", f"--workdir={tmp_path}", "--config.dataset.trust=/nas", "--config.dataset.root=later"]
@@ -84,10 +86,9 @@ def test_what_is_trusted_holds_for_the_run_and_is_no_change_of_a_step(tmp_path, 
         found.extend(cli.run_and_changes(values))
         return ""
 
-    arguments.append("--compilation_cache=off")
     assert cli.execute("", arguments, cli.define_trained, act, changeable=("dataset",)) == 0
     config, changes = found
-    assert (config.dataset.trust, config.dataset.root) == ("/nas", "data/eyecandies")
+    assert (config.dataset.trust, config.dataset.root) == ("/first,/nas", "data/eyecandies")
     assert changes == {"dataset.root": "later"}
 
 
