@@ -27,7 +27,7 @@ def run(monkeypatch, *arguments):
         return ""
 
     monkeypatch.setattr("sys.argv", ["command", *arguments])  # ml_collections reads the keys from here
-    return cli.execute("", ["command", *arguments, "--compilation_cache=off"], define, act), *found
+    return cli.execute("", ["command", *arguments], define, act), *found
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
