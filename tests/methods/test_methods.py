@@ -25,7 +25,8 @@ def test_unknown_modality_is_refused(modality):
 
 def test_unknown_method_is_refused():
     with pytest.raises(
-        UserError, match=sentences.UNKNOWN_METHOD.format(found="patchcore", known="ib_iumad, uniad, iuf, simplenet, feature")
+        UserError,
+        match=sentences.UNKNOWN_METHOD.format(found="patchcore", known="ib_iumad, uniad, iuf, simplenet, feature"),
     ):
         build("patchcore", paper("10-0"))
 
