@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from iumad_jax.methods.method import Method
-from iumad_jax.methods.moments import Moments
+from iumad_jax.methods.moments import Covariance, merge_covariance
 from iumad_jax.methods.network import Residuals, from_network, reconstruct
 from iumad_jax.methods.uniad import project_to_features, reconstruction_losses, residuals
 from iumad_jax.models.class_network import ClassNetwork, pooled_pixels
@@ -48,22 +48,11 @@ class Network(nn.Module):
         return (rebuilt, logits), decoder
 
 
-def merge_colours(colours: Moments, images: Float[Array | np.ndarray, "n h w 3"], side: int) -> Moments:
+def merge_colours(colours: Covariance, images: Float[Array | np.ndarray, "n h w 3"], side: int) -> Covariance:
     """Update the mean and covariance of pixel colours with further images, pooled to side * side pixels."""
     pool = jax.jit(pooled_pixels, static_argnums=1)
-    count = np.float64(colours["count"])
-    mean = np.asarray(colours["mean"], np.float64)
-    total = count * mean
-    square = count * (np.asarray(colours["covariance"], np.float64) + np.outer(mean, mean))
-    for image in images:
-        pixels = np.asarray(pool(np.asarray(image, np.float32), side), np.float64)
-        count, total, square = count + len(pixels), total + pixels.sum(0), square + pixels.T @ pixels
-    mean = total / count
-    return {
-        "count": np.float32(count),
-        "mean": mean.astype(np.float32),
-        "covariance": (square / count - np.outer(mean, mean)).astype(np.float32),
-    }
+    pixels = [np.asarray(pool(np.asarray(image, np.float32), side), np.float64) for image in images]
+    return merge_covariance(colours, np.concatenate(pixels))
 
 
 def iuf(config: ConfigDict, modalities: tuple[Modality, ...]) -> Method:

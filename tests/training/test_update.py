@@ -336,6 +336,7 @@ def test_the_update_is_compiled_once(caplog):
     optimizer = make_optimizer(config)
     update = make_update(method, optimizer)
     epochs = trained(method, config, data, update=update)
+    initial_state(jax.tree.map(np.asarray, method.init(jax.random.key(1), data)), optimizer, 0, [])  # compiles zeros
     with jax.log_compiles(), caplog.at_level(logging.WARNING, logger="jax"):
         next(epochs)
         assert "Compiling" in caplog.text
@@ -344,5 +345,4 @@ def test_the_update_is_compiled_once(caplog):
         for updates, leaves in [(0, []), (2, jax.tree.leaves(last.state.optimizer))]:
             state = initial_state(last.state.variables, optimizer, updates, leaves)
             list(trained(method, config, images(1), updates, state, update))
-    compiled = [line for line in caplog.text.splitlines() if "Compiling" in line]
-    assert [line for line in compiled if "convert_element_type" not in line] == []  # of the test's own arrays
+    assert "Compiling" not in caplog.text

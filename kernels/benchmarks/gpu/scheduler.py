@@ -95,7 +95,7 @@ def _run_process(name: str, module: str, options: Options) -> int | None:
     command = [sys.executable, "-m", "kernels.benchmarks.gpu.worker", module, name, json.dumps(options._asdict())]
     compiled = f"{options.scratch}/compiled"  # shared by all parts
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": compiled}
-    # XLA tries several programs for each of an update's 1,900 fusions, which takes longer than a part may.
+    # XLA tries several programs for each of an update's fusions, which takes longer than a part may.
     environment["XLA_FLAGS"] = f"--xla_gpu_experimental_enable_fusion_autotuner=false {os.environ.get('XLA_FLAGS', '')}"
     if options.rehearse:
         environment["JAX_PLATFORMS"] = "cpu"
