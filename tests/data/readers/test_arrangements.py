@@ -280,6 +280,10 @@ def test_files_of_a_user_do_not_make_results(tmp_path: Path, monkeypatch, capsys
     reader = Folder(tmp_path)
     assert reader.objects == ("bolt", "nut", "zip")
     assert reader.ids("bolt", "test") == ("cut/0", "good/0")
+    touch(tmp_path / "nut/test/cut", "ledger.jsonl")
+    with pytest.raises(UserError, match=r"nut/test/cut/ledger\.jsonl does not end in"):  # its images are not left out
+        Folder(tmp_path)
+    (tmp_path / "nut/test/cut/ledger.jsonl").unlink()
     claim(tmp_path / "first")
     claim(tmp_path / "second")
     capsys.readouterr()
