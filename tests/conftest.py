@@ -10,6 +10,8 @@ from pathlib import Path
 # With 2 cores and jax <= 0.11, updates on emulated devices deadlock unless this is set before jax is imported.
 os.environ.setdefault("NPROC", "8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# XLA's new fusion emitters take most of the time to compile for CPUs; versions without this option ignore it.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters")
 # Every worker uses a single core: small models train no faster on two cores, and much slower on shared ones.
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
