@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 import pytest
 
-from iumad_jax.data.candies import render
 from iumad_jax.runtime.ledger import read
 from tests import sentences
 from tests.integration.conftest import SMALL, as_flags
@@ -37,10 +36,10 @@ KEYS = SMALL | {
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def start(tmp_path_factory, candies):
     """Return a function that starts the command with a number of devices, alone or as one of several processes."""
     home = tmp_path_factory.mktemp("home")
-    render(home / "candies", train=7, val=1, test=4, size=64, objects=KEYS["dataset.objects"], progress=False)
+    candies(home / "candies", KEYS["dataset.objects"], train=7, val=1, test=4)
 
     def start(workdir, devices, *flags, home=home):
         flags = [f"--config={QUICKSTART}:1-1", f"--workdir={workdir}", *as_flags(KEYS), *flags]
@@ -171,11 +170,11 @@ def test_processes_with_different_settings_are_refused(start_two, tmp_path, diff
     assert [path.name for path in run.iterdir()] == ["results.json"]
 
 
-def test_processes_with_different_images_are_refused(start_two, tmp_path):
+def test_processes_with_different_images_are_refused(start_two, tmp_path, candies):
     """The images have the same names, as they may on hosts with separate disks."""
-    render(
-        tmp_path / "candies", train=7, val=1, test=4, size=64, objects=KEYS["dataset.objects"], progress=False, seed=1
-    )
+    candies(tmp_path / "candies", KEYS["dataset.objects"], train=7, val=1, test=4)
+    data = tmp_path / "candies/CandyCane/train/data"
+    shutil.copy(data / "000_image_4.png", data / "001_image_4.png")
     for process in start_two(tmp_path / "run", home=tmp_path):
         code, _, err = wait(process)
         assert code == 2, err

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iumad_jax.data.candies import render
 from iumad_jax.runtime import workdir as workdirs
 from iumad_jax.runtime.ledger import read
 from tests import sentences
@@ -45,10 +44,10 @@ KEYS = SMALL | {
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(tmp_path_factory, candies):
     """Create a folder with candies."""
     home = tmp_path_factory.mktemp("home")
-    render(home / "candies", train=5, val=1, test=4, size=64, objects=",".join(OBJECTS), progress=False)
+    candies(home / "candies", ",".join(OBJECTS), train=5, val=1, test=4)
     return home
 
 
