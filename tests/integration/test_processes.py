@@ -35,16 +35,25 @@ KEYS = SMALL | {
 }
 
 
+def arguments(workdir, *flags):
+    return [f"--config={QUICKSTART}:1-1", f"--workdir={workdir}", *as_flags(KEYS), *flags]
+
+
 @pytest.fixture(scope="module")
-def start(tmp_path_factory, candies):
-    """Return a function that starts the command with a number of devices, alone or as one of several processes."""
+def home(tmp_path_factory, candies):
+    """Create a folder with candies."""
     home = tmp_path_factory.mktemp("home")
     candies(home / "candies", KEYS["dataset.objects"], train=7, val=1, test=4)
+    return home
+
+
+@pytest.fixture(scope="module")
+def start(home):
+    """Return a function that starts the command with a number of devices, alone or as one of several processes."""
 
     def start(workdir, devices, *flags, home=home):
-        flags = [f"--config={QUICKSTART}:1-1", f"--workdir={workdir}", *as_flags(KEYS), *flags]
         return subprocess.Popen(
-            [sys.executable, "-m", "iumad_jax.main", *flags],
+            [sys.executable, "-m", "iumad_jax.main", *arguments(workdir, *flags)],
             cwd=home,
             env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
             stdout=subprocess.PIPE,
@@ -224,8 +233,9 @@ def test_a_port_in_use_is_reported(start, tmp_path):
         ),
     ],
 )
-def test_flags_that_do_not_identify_a_process_are_refused(start, tmp_path, flags, sentence):
-    code, out, err = wait(start(tmp_path / "run", 1, *flags))
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+def test_flags_that_do_not_identify_a_process_are_refused(command, tmp_path, flags, sentence):
+    code, out, err = command("main", *arguments(tmp_path / "run", *flags))
     assert (code, out) == (2, "")
     assert err.startswith(f"iumad_jax: {sentence}")
     assert not (tmp_path / "run").exists()
