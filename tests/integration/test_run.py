@@ -370,10 +370,10 @@ def test_a_full_disk_stops_the_run(start, finished_run, tmp_path):
 
 
 @pytest.mark.parametrize(("modality", "method"), [("rgb+depth", "ib_iumad"), ("depth", "feature_norm")])
-def test_other_modalities_and_methods(run_here, finished_run, tmp_path, modality, method):
+def test_other_modalities_and_methods(run, finished_run, tmp_path, modality, method):
     workdir = tmp_path / "run"
     changes = {"dataset.objects": "CandyCane", "train.epochs": 1, "modality": modality, "method": method}
-    code, _, err = run_here(workdir, "1-0", **changes)
+    code, _, err = run(workdir, "1-0", **changes)
     assert code == 0, err
     results, trained = results_of(workdir), method == "ib_iumad"
     epochs = [set(event) for event in read(workdir / "ledger.jsonl") if event["event"] == "epoch"]
@@ -391,9 +391,9 @@ def test_other_modalities_and_methods(run_here, finished_run, tmp_path, modality
     assert depth_aupro != results_of(finished_run[0])["baselines"]["feature_norm"]["matrix"]["aupro"][0][0]
 
 
-def test_joint_trains_on_all_objects_learned_so_far_and_is_reported_as_not_incremental(run_here, command, tmp_path):
+def test_joint_trains_on_all_objects_learned_so_far_and_is_reported_as_not_incremental(run, command, tmp_path):
     workdir, changes = tmp_path / "run", {"method": "iuf", "model.class_grid": 8, "train.epochs": 1}
-    code, out, err = run_here(workdir, **changes, **{"continual.strategy": "joint"})
+    code, out, err = run(workdir, **changes, **{"continual.strategy": "joint"})
     assert code == 0, err
     events = read(workdir / "ledger.jsonl")
     assert [event["images"] for event in events if event["event"] == "step"] == [5, 10]
@@ -410,8 +410,8 @@ def test_joint_trains_on_all_objects_learned_so_far_and_is_reported_as_not_incre
     assert stored == [results_of(workdir)["strategy_bytes"] // 2, results_of(workdir)["strategy_bytes"]]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(run_here, finished_run, tmp_path):
-    code, out, err = run_here(tmp_path / "run", **{"train.learning_rate": 1e30, "train.schedule": "step"})
+def test_a_loss_that_is_not_finite_stops_the_run(run, finished_run, tmp_path):
+    code, out, err = run(tmp_path / "run", **{"train.learning_rate": 1e30, "train.schedule": "step"})
     assert (code, out) == (2, "")
     *_, last = err.splitlines()
     cause = sentences.UPDATE_NOT_FINITE.format(value="inf")
