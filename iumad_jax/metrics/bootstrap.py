@@ -154,7 +154,7 @@ def _above(maps: NDArray, pixels: NDArray, thresholds: NDArray, weights: NDArray
 
 
 def _area(counts: NDArray, higher: NDArray, lower: NDArray) -> NDArray:
-    """Return the area under the curve of detected defects against negatives, in every resample (r,); NaN without either.
+    """Return the area under the curve of defects against negatives, in every resample (r,); NaN without either.
 
     It is the sum of the areas of all pairs of an image's defects and another one's negatives.
     """
