@@ -21,8 +21,8 @@
 # The files in a workdir are made for other programs: `results.json`, `ledger.jsonl`, `results.csv`, and `samples/` with
 # the score of every test image. This notebook reads and plots them.
 #
-# On Colab, upload or clone the repository, open this notebook in it, and choose a runtime. CPU and GPU need no more: the
-# next cell installs JAX for a GPU that it finds. For a TPU, `pip install "jax[tpu]"` first, which was not tried.
+# On Colab, upload or clone the repository, open this notebook in it, and choose a runtime. The next cell installs JAX
+# for a GPU if there is one. For a TPU, run `pip install "jax[tpu]"` first, which was not tried.
 
 # %% tags=["install"]
 # Installs the package if it is missing: from this notebook's repository, else by its name.
