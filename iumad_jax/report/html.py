@@ -157,7 +157,7 @@ def _curves(object_samples: Samples) -> dict[str, Any]:
     curves = {}
     for method, scores in object_samples.scores.items():
         defined = 0 < np.count_nonzero(object_samples.anomalous) < len(object_samples.anomalous)
-        roc = roc_corners(object_samples.anomalous, scores) if defined else ([], [])
+        roc = roc_corners(object_samples.anomalous, scores) if defined else np.zeros((2, 0))
         curves[method] = {
             "roc": np.round(roc, _DIGITS),
             "overlap": np.round(object_samples.overlap[method], _DIGITS),
