@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
-from sklearn.metrics import roc_curve
 from tqdm import tqdm
 
+from iumad_jax.metrics import roc_corners
 from iumad_jax.report import history, samples, tables
 from iumad_jax.report.samples import Samples
 from iumad_jax.runtime import ledger, storage
@@ -157,7 +157,7 @@ def _curves(object_samples: Samples) -> dict[str, Any]:
     curves = {}
     for method, scores in object_samples.scores.items():
         defined = 0 < np.count_nonzero(object_samples.anomalous) < len(object_samples.anomalous)
-        roc = roc_curve(object_samples.anomalous, scores)[:2] if defined else ([], [])
+        roc = roc_corners(object_samples.anomalous, scores) if defined else ([], [])
         curves[method] = {
             "roc": np.round(roc, _DIGITS),
             "overlap": np.round(object_samples.overlap[method], _DIGITS),

@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jaxtyping import Bool
-from sklearn.cluster import KMeans
-from sklearn.metrics import silhouette_score
 
 from iumad_jax.data.prepared import copies
 from iumad_jax.data.prepared.inventory import SPLIT_NAMES
@@ -132,6 +130,9 @@ def several_kinds(images: PreparedSet, name: str) -> str | None:
     tokens = rows.reshape(len(images.ids), -1, rows.shape[-1]).mean(1)  # over tiles, which may differ
     if len(tokens) < 2 * _SMALLEST_KIND or not np.ptp(tokens, axis=0).any() or not np.isfinite(tokens).all():
         return None
+    from sklearn.cluster import KMeans  # loads slowly, and few commands need it
+    from sklearn.metrics import silhouette_score
+
     standardised = (tokens - tokens.mean(0)) / np.maximum(tokens.std(0), 1e-6)
     kinds = KMeans(2, n_init=3, random_state=0).fit_predict(standardised)
     counts = np.bincount(kinds, minlength=2)
