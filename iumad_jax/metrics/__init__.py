@@ -1,7 +1,7 @@
 """Metrics of detection, localisation and forgetting, from NumPy arrays to Python floats; NaN where undefined."""
 
 from iumad_jax.metrics.aupro import aupro, aupro_exact, pixel_metrics, pro_curve
-from iumad_jax.metrics.auroc import image_auroc, pixel_auroc, roc_corners
+from iumad_jax.metrics.auroc import image_auroc, pixel_auroc
 from iumad_jax.metrics.bootstrap import (
     Spread,
     image_replicates,
@@ -30,6 +30,5 @@ __all__ = [
     "plasticity",
     "pro_curve",
     "resample",
-    "roc_corners",
     "spread",
 ]

@@ -25,25 +25,6 @@ def image_auroc(labels: ArrayLike, scores: ArrayLike) -> float:
     return sorted_auroc(np.sort(scores[anomalous]), np.sort(scores[~anomalous]))
 
 
-def roc_corners(labels: ArrayLike, scores: ArrayLike) -> NDArray[np.float64]:
-    """Compute the corners of the ROC curve of image scores; sklearn's roc_curve would take a second to load.
-
-    Args:
-        labels: Labels, shape (n,), above 0 for anomalous images; both kinds must occur.
-        scores: Anomaly scores, shape (n,), finite.
-
-    Returns:
-        Shares of false and of true alarms, shape (2, corners), from (0, 0) to (1, 1), without points on straight lines.
-    """
-    scores, order = np.asarray(scores), np.argsort(scores)[::-1]
-    alarms = np.stack([np.asarray(labels)[order] <= 0, np.asarray(labels)[order] > 0]).cumsum(1)
-    last = np.append(np.diff(scores[order]) != 0, True)  # of equal scores
-    points = np.pad(alarms[:, last], ((0, 0), (1, 0)))
-    (false, true), ends = np.diff(points), (True,)
-    corner = false[:-1] * true[1:] != true[:-1] * false[1:]  # the direction changes
-    return points[:, np.concatenate([ends, corner, ends])] / points[:, -1:]
-
-
 def pixel_auroc(masks: ArrayLike, maps: ArrayLike, region: ArrayLike | None = None) -> float:
     """Compute the AUROC over the pixels of all images together.
 

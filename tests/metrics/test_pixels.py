@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from sklearn.metrics import auc, roc_auc_score, roc_curve
 
-from iumad_jax.metrics import aupro, aupro_exact, image_auroc, pixel_auroc, pixel_metrics, pro_curve, roc_corners
+from iumad_jax.metrics import aupro, aupro_exact, image_auroc, pixel_auroc, pixel_metrics, pro_curve
 from tests import sentences
 
 PIXEL_FUNCTIONS = (pixel_auroc, aupro, aupro_exact)
@@ -96,21 +96,6 @@ def test_auroc_equals_sklearn(levels, dtype):
     assert pixel_auroc(masks, maps) == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-12)
     labels, scores = masks[:, :, 20].ravel(), maps[:, :, 20].ravel()
     assert image_auroc(labels, scores) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
-
-
-@pytest.mark.parametrize("levels", [2, 4, 1000])
-def test_roc_corners_are_the_points_of_sklearns_curve_that_are_not_on_a_line(levels):
-    rng = np.random.default_rng(levels)
-    for count in (2, 3, 10, 50):
-        labels = rng.permutation(np.arange(count) % 3 == 0)
-        scores = rng.integers(0, levels, count) + labels
-        points = np.stack(roc_curve(labels, scores, drop_intermediate=False)[:2], axis=1)
-        corners = [points[0]]
-        for point, after in pairwise(points[1:]):
-            (x, y), (u, v) = point - corners[-1], after - corners[-1]
-            if abs(x * v - y * u) > 1e-9:
-                corners.append(point)
-        np.testing.assert_allclose(roc_corners(labels, scores), np.transpose([*corners, points[-1]]), atol=1e-12)
 
 
 def test_auroc_is_not_flipped_below_one_half():
