@@ -6,7 +6,7 @@ import pytest
 
 from iumad_jax.data import depth
 from iumad_jax.data.sample import Camera
-from iumad_jax.data.synthetic import relief
+from iumad_jax.synthetic import relief
 from iumad_jax.errors import UserError
 from tests import sentences
 
