@@ -38,7 +38,6 @@ from iumad_jax.models.destseg import (
     products,
     resize,
 )
-from iumad_jax.models.hashed_bits import hashed_keys
 from iumad_jax.runtime import devices
 from iumad_jax.shapes import MAP_SIZE, Batch, ErrorMaps, Keys, Modality, Scalars, Variables
 from iumad_jax.synthetic import Defective, make_defects, photographs, relief
@@ -154,7 +153,7 @@ def destseg(config: ConfigDict) -> Method:
     def loss(variables: Variables, batch: Batch, keys: Keys) -> Loss:
         everything = all_images(batch)
         _check_batch(settings, batch)
-        defective = spoil(variables, batch, hashed_keys(keys))
+        defective = spoil(variables, batch, keys)
         learns = in_first_phase(settings, batch.progress)
         taught = {
             m: teach(variables, m, jnp.where(learns, batch.images[m], defective.images[m])) for m in modalities

@@ -21,6 +21,7 @@ from iumad_jax.models.destseg import (
     Norm,
     Residual,
     Student,
+    conv,
     dilated_conv,
     distances,
     focal_loss,
@@ -209,6 +210,26 @@ def test_group_norm_is_that_of_one_image_and_group_in_float64():
         part = x[image, ..., channels]
         expected = (part - part.mean()) / np.sqrt(part.var() + 1e-5) * scale[channels] + bias[channels]
         np.testing.assert_allclose(result[image, ..., channels], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kernel_size", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2)])
+@pytest.mark.parametrize("size", [(9, 12), (8, 7)])
+def test_a_convolution_and_its_gradients_are_those_of_xla(kernel_size, stride, size):
+    rng, half = np.random.default_rng(0), kernel_size // 2
+    x = rng.normal(size=(2, *size, 3)).astype(np.float32)
+    kernel = rng.normal(size=(kernel_size, kernel_size, 3, 4)).astype(np.float32)
+    weights = rng.normal(size=conv(x, kernel, stride).shape).astype(np.float32)
+
+    def xla(x, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (stride, stride), [(half, half)] * 2, dimension_numbers=numbers)
+
+    def value_and_gradients(convolve):
+        return jax.value_and_grad(lambda x, kernel: (convolve(x, kernel) * weights).sum(), argnums=(0, 1))(x, kernel)
+
+    actual = value_and_gradients(lambda x, kernel: conv(x, kernel, stride))
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(value_and_gradients(xla)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dilation", [1, 6, 12, 18])
