@@ -52,5 +52,5 @@ def region(mask: Bool[np.ndarray, "h w"], size: int) -> Bool[np.ndarray, "s s"]:
 
 
 def foreground(workpiece: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
-    """Return where synthetic defects may lie: on `GroundTruth.workpiece` without its rim, or anywhere if it is empty."""
+    """Return where synthetic defects may lie: on `GroundTruth.workpiece` without its rim; if it is empty, anywhere."""
     return erode(workpiece) if workpiece.any() else ~workpiece

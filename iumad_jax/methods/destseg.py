@@ -108,7 +108,7 @@ def destseg(config: ConfigDict) -> Method:
 
     @jax.jit
     def extract(frozen: Any, images: Float[Array, "b h w 3"]) -> Levels:
-        outputs: Levels = extractor.apply(frozen, images, method="outputs")
+        outputs: Any = extractor.apply(frozen, images, method="outputs")
         return outputs
 
     def fit(variables: Variables, batch: Batch, object_id: int, further: bool) -> Variables:
@@ -155,14 +155,12 @@ def destseg(config: ConfigDict) -> Method:
         _check_batch(settings, batch)
         defective = spoil(variables, batch, keys)
         learns = in_first_phase(settings, batch.progress)
-        taught = {
-            m: teach(variables, m, jnp.where(learns, batch.images[m], defective.images[m])) for m in modalities
-        }
+        taught = {m: teach(variables, m, jnp.where(learns, batch.images[m], defective.images[m])) for m in modalities}
         norms = variables["statistics"]["norms"]
         idle: Scalars = {name: jnp.zeros(()) for name in (*(f"distance_{m}" for m in modalities), "focal", "l1")}
 
         def train_student() -> Any:
-            terms, means, changed = dict(idle), {}, {}
+            terms, means, changed = dict(idle), dict[str, Any](), dict[str, Any]()
             for m in modalities:
                 student, changed[f"student_{m}"] = imitate(
                     variables, m, defective.images[m], taught[m], training=everything
@@ -335,9 +333,8 @@ def make_optimizer(settings: ConfigDict, train: ConfigDict) -> optax.GradientTra
 
     def sgd(part: str) -> optax.GradientTransformation:
         rate = settings[f"{part}_rate"] / train.learning_rate if train.learning_rate else 0.0
-        inner = optax.chain(
-            optax.add_decayed_weights(settings.decay), optax.trace(settings.momentum), optax.scale(rate)
-        )
+        steps = optax.add_decayed_weights(settings.decay), optax.trace(settings.momentum), optax.scale(rate)
+        inner = optax.flatten(optax.chain(*steps))  # XLA compiles it much faster for one vector
 
         def trains(step: Any, progress: Any = None, **_: Any) -> Bool[Array, ""]:
             return in_first_phase(settings, progress) == (part == "student")

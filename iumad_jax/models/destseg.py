@@ -237,7 +237,9 @@ class Student(nn.Module):
         levels = outputs[:0:-1]
         if self.projected is None:
             return levels
-        return [nn.Dense(c, name=f"project{i}")(y) for i, (c, y) in enumerate(zip(self.projected, levels, strict=True), 1)]
+        return [
+            nn.Dense(c, name=f"project{i}")(y) for i, (c, y) in enumerate(zip(self.projected, levels, strict=True), 1)
+        ]
 
 
 class Residual(nn.Module):
@@ -302,8 +304,8 @@ def products(
 
     Their sum over the channels of a level is minus the cosine of teacher and student.
     """
-    size = teacher[0].shape[1:3]
-    levels = [resize(-unit(t) * unit(b), size) for t, b in zip(teacher, student, strict=True)]
+    rows, columns = teacher[0].shape[1:3]
+    levels = [resize(-unit(t) * unit(b), (rows, columns)) for t, b in zip(teacher, student, strict=True)]
     return jnp.concatenate(levels, axis=-1)
 
 

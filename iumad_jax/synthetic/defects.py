@@ -71,7 +71,7 @@ def make_defects(
                 stain = texture(texture_key, size, other)
             else:
                 number = draws.below(jax.random.uniform(texture_key), len(photographs))
-                stain = photographs[number].astype(jnp.float32)
+                stain = jnp.asarray(photographs)[number].astype(jnp.float32)
             defective["rgb"] = _stain(weight_key, images["rgb"], mask & shown["rgb"], stain)
         if "depth" in images:
             defective["depth"] = _deform(depth_key, images["depth"], mask & shown["depth"], noise, depth_encoding)
