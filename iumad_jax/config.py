@@ -36,6 +36,16 @@ _LIMITS = {
     "simplenet.discriminator_rate": (0, math.inf),
     "simplenet.discriminator_decay": (0, math.inf),
     "simplenet.smoothing": (0, 1000),
+    "destseg.student_width": (1, 4096),
+    "destseg.segmentation_width": (2, 4096),
+    "destseg.first_phase": (0, 1),
+    "destseg.student_rate": (0, math.inf),
+    "destseg.residual_rate": (0, math.inf),
+    "destseg.head_rate": (0, math.inf),
+    "destseg.momentum": (0, 0.9999),
+    "destseg.decay": (0, math.inf),
+    "destseg.gamma": (0, math.inf),
+    "destseg.top": (1, 65536),
     "memory_bank.megabytes": (0.01, 100_000),
     "memory_bank.neighbourhood": (1, 256),
     "memory_bank.place": (0, 1000),
@@ -67,6 +77,10 @@ VARIANTS: dict[str, dict[str, Any]] = {  # method variants of benchmarks: the ke
     "simplenet": {"method": "simplenet", "continual.strategy": "finetune"},
     "simplenet-iuf": {"method": "simplenet", "continual.strategy": "iuf"},
     "simplenet-replay": {"method": "simplenet", "continual.strategy": "replay", "continual.replay.residual": True},
+    "destseg": {"method": "destseg", "continual.strategy": "finetune"},
+    "destseg-group": {"method": "destseg", "continual.strategy": "finetune", "destseg.norm": "group"},
+    "destseg-iuf": {"method": "destseg", "continual.strategy": "iuf"},
+    "destseg-replay": {"method": "destseg", "continual.strategy": "replay", "continual.replay.image_size": 112},
     "ib_iumad": {"method": "ib_iumad", "continual.strategy": "iuf"},
     "ib_iumad-finetune": {"method": "ib_iumad", "continual.strategy": "finetune"},
     "ib_iumad-isvd": {"method": "ib_iumad", "continual.strategy": "isvd"},
@@ -81,7 +95,7 @@ def paper(protocol: str) -> ConfigDict:
     """Return the config of IB-IUMAD as published, under a protocol such as "6-1" (see `iumad_jax.protocol`)."""
     config = ConfigDict()
     config.protocol = protocol
-    config.method = "ib_iumad"  # ib_iumad, uniad, iuf, simplenet; without training: memory_bank, gaussian, feature_norm
+    config.method = "ib_iumad"  # or uniad, iuf, simplenet, destseg; untrained: memory_bank, gaussian, feature_norm
     config.baselines = "feature_norm,gaussian,memory_bank"  # methods without training, evaluated on the same inputs
     config.combine = "published"  # of modalities: maximum or sum (of calibrated errors), rgb, depth, published
     config.score = "window16"  # of images: common (one rule for all methods), window16 (paper), own (of each method)
@@ -153,6 +167,22 @@ def paper(protocol: str) -> ConfigDict:
     config.simplenet.discriminator_decay = 1e-5  # L2 penalty in Adam's gradient
     config.simplenet.smoothing = 4.0  # combine published: standard deviation of the Gaussian filter of maps, pixels
 
+    config.destseg = ConfigDict()
+    config.destseg.student_width = 64  # channels of the student's stem
+    config.destseg.segmentation_width = 256  # channels of the segmentation network
+    config.destseg.norm = "batch"  # batch, or group, which has no statistics that later steps overwrite
+    config.destseg.standardise = True  # z-score the teacher's features; False as published, for ResNet18
+    config.destseg.first_phase = 0.2  # share of a step's updates that train the student, before the segmentation
+    config.destseg.student_rate = 0.4  # learning rates, where train.learning_rate is that of the schedule's factor
+    config.destseg.residual_rate = 0.1  # of the segmentation network's residual blocks
+    config.destseg.head_rate = 0.01  # of what follows them
+    config.destseg.momentum = 0.9
+    config.destseg.decay = 1e-4  # L2 penalty in the gradient
+    config.destseg.gamma = 4.0  # exponent of the focal loss
+    config.destseg.textures = ""  # folder of photographs of textures, such as DTD; "" draws textures
+    config.destseg.map = "segmentation"  # or distance, between teacher and student (ablation)
+    config.destseg.top = 100  # score own: number of pixels that it averages, of 256 x 256
+
     config.memory_bank = ConfigDict()
     config.memory_bank.megabytes = 4.0  # size of an object's patches, of all modalities together
     config.memory_bank.neighbourhood = 1  # side of the square over which tokens are averaged
@@ -211,6 +241,8 @@ def small(protocol: str) -> ConfigDict:
     config.simplenet.hidden = 256
     config.simplenet.adaptor_rate = 1e-3
     config.simplenet.discriminator_rate = 2e-3
+    config.destseg.student_width = 16
+    config.destseg.segmentation_width = 64
     config.train.epochs = 20
     config.train.batch_size = 8
     config.train.learning_rate = 2e-3
@@ -285,6 +317,11 @@ def check(config: ConfigDict) -> None:
     tile_numbers(config.input.tiles)
     if config.input.resident not in ("auto", "always", "never"):
         raise UserError(f'config.input.resident is "{config.input.resident}"; use auto, always or never.')
+    if config.method == "destseg" and config.destseg.norm == "batch" and config.train.batch_size == 1:
+        raise UserError(
+            "config.train.batch_size is 1, which destseg's batch norm cannot normalise; use 2 or more, or"
+            " --config.destseg.norm=group."
+        )
     model = config.model
     if model.width % 2 or model.width % model.heads:
         raise UserError(
@@ -366,3 +403,8 @@ def modalities(config: ConfigDict) -> tuple[str, ...]:
     if config.modality not in ("rgb", "depth", "rgb+depth"):
         raise UserError(f'config.modality is "{config.modality}"; use rgb, depth or rgb+depth.')
     return tuple(config.modality.split("+"))
+
+
+def keeps_foreground(config: ConfigDict) -> bool:
+    """Return whether the config's method trains on synthetic defects that lie on objects, which depth tells."""
+    return config.method == "destseg" and "depth" in modalities(config)

@@ -49,6 +49,7 @@ class Batch(NamedTuple):
         object_id: Number of the object in each image: the true one in training, the recognised one in `predict`.
         sample_weight: Weight of each image in a mean, on average 1 over all devices. None weights all images equally.
         progress: In training, the share of the step's updates that are done.
+        foreground: In training, pixels where synthetic defects may lie; None allows all.
     """
 
     features: dict[Modality, Float[Array, "b p f"]]
@@ -56,6 +57,7 @@ class Batch(NamedTuple):
     object_id: Int[Array, " b"]
     sample_weight: Float[Array, " b"] | None = None
     progress: Float[Array, ""] | None = None
+    foreground: Bool[Array, "b m m"] | None = None
 
     def mean(self, values: Float[Array, " b"]) -> Float[Array, ""]:
         """Average one value per image, weighted by `sample_weight`."""

@@ -94,9 +94,11 @@ def iuf(config: ConfigDict, method: Method) -> Strategy:
             projections = jax.tree.map(projection_matrix, strategy_state.get("moments", {}))
             return strategy_state | old | ({"projections": projections} if projections else {})
         assert method.loss is not None
-        keys = jax.random.split(jax.random.key(0), len(batch.object_id))
-        outputs = jax.eval_shape(method.loss, variables, batch, keys).outputs if config.compression else {}
-        return {"queues": {name: np.zeros((QUEUE_ROWS, rows.shape[1]), np.float32) for name, rows in outputs.items()}}
+        batch = jax.tree.map(lambda array: np.concatenate([array, array])[None], batch)  # batch norm needs two images
+        keys = jax.random.split(jax.random.key(0), batch.object_id.size)
+        on_one_device = devices.on_one_device(method.loss)
+        outputs = jax.eval_shape(on_one_device, variables, batch, keys).outputs if config.compression else {}
+        return {"queues": {name: np.zeros((QUEUE_ROWS, rows.shape[-1]), np.float32) for name, rows in outputs.items()}}
 
     def loss(
         strategy_state: StrategyState, variables: Variables, batch: Batch, keys: Keys

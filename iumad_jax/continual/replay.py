@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 from ml_collections import ConfigDict
 
 from iumad_jax.continual.finetune import finetune
@@ -135,6 +135,7 @@ def replay(config: ConfigDict, method: Method) -> Strategy:
             },
             object_id,
             batch.sample_weight,
+            foreground=None if batch.foreground is None else _enlarge(parts["foreground"], batch.foreground),
         )
         new = batch._replace(progress=None)
         combined = jax.tree.map(lambda a, b: jnp.concatenate([a, b.astype(a.dtype)]), new, old)
@@ -151,6 +152,8 @@ def replay(config: ConfigDict, method: Method) -> Strategy:
         earlier = gaussians[object_id] if object_id < len(gaussians) else None
         parts = {f"features_{m}": np.asarray(features, np.float32) for m, features in batch.features.items()}
         parts |= {f"image_{m}": downsample(images, config.image_size) for m, images in batch.images.items()}
+        if batch.foreground is not None:
+            parts["foreground"] = downsample(batch.foreground[..., None], config.image_size)
         merged = principal_components(parts, config.rank, earlier)
         return {BY_OBJECT: (*gaussians[:object_id], merged, *gaussians[object_id + 1 :])}
 
@@ -165,6 +168,12 @@ def _gaussians(strategy_state: StrategyState) -> tuple[Gaussian, ...]:
     return tuple(jax.tree.map(lambda array, i=i: array[i], stacked) for i in range(int(strategy_state["objects"])))
 
 
-def downsample(images: Float[Array | np.ndarray, "n h w 3"], size: int) -> Float[np.ndarray, "n s s 3"]:
+def downsample(images: Shaped[Array | np.ndarray, "n h w c"], size: int) -> Float[np.ndarray, "n s s c"]:
     """Resize images to `size` x `size` pixels."""
-    return np.stack([_resize(np.asarray(image, np.float32), (size, size, 3), "bilinear") for image in images])
+    shape = size, size, images.shape[-1]
+    return np.stack([_resize(np.asarray(image, np.float32), shape, "bilinear") for image in images])
+
+
+def _enlarge(drawn: Float[Array, "b s s 1"], masks: Shaped[Array, "b m m"]) -> Float[Array, "b m m"]:
+    """Turn drawn shares of foreground into masks of the size of others; 1 where the share is more than half."""
+    return (jax.image.resize(drawn[..., 0], masks.shape, "bilinear") > 0.5).astype(jnp.float32)

@@ -49,3 +49,8 @@ def erode(mask: Bool[np.ndarray, "h w"], pixels: int = 3) -> Bool[np.ndarray, "h
 def region(mask: Bool[np.ndarray, "h w"], size: int) -> Bool[np.ndarray, "s s"]:
     """Resize an object mask to `size` x `size` pixels and dilate it by 3: the region of the object-only metrics."""
     return dilate(resize_mask(mask, size))
+
+
+def foreground(workpiece: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
+    """Return where synthetic defects may lie: on `GroundTruth.workpiece` without its rim; if it is empty, anywhere."""
+    return erode(workpiece) if workpiece.any() else ~workpiece

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from iumad_jax import config as configs
 from iumad_jax.data import plan
 from iumad_jax.data.prepared.store import PreparedSet, Store, open_store
-from iumad_jax.data.synthetic.defects import foreground_of, paste
+from iumad_jax.data.synthetic import paste
+from iumad_jax.data.transforms import foreground
 from iumad_jax.errors import UserError
 from iumad_jax.inference import evaluation, recognition
 from iumad_jax.inference.anomaly_map import COMBINATIONS, SCORES, Rule, combine
@@ -119,10 +120,10 @@ def _paste(store: Store, good: PreparedSet, rows: np.ndarray, seed: int, first: 
     """Return two or fewer images with defects by modality, and their masks; `first` is the number of the first one."""
     assert good.truth is not None
     pair = np.resize(rows, _PAIR)  # a constant number, so that pasting is compiled once
-    foreground = foreground_of(np.asarray(good.truth.workpiece)[pair])
+    allowed = np.stack([foreground(workpiece) for workpiece in np.asarray(good.truth.workpiece)[pair]])
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), first), _PAIR)
     images = {m: np.asarray(array[pair], np.float32) for m, array in good.batch.images.items()}
-    pasted = _paste_pair(keys, images, foreground, store.processing.depth_encoding)
+    pasted = _paste_pair(keys, images, allowed, store.processing.depth_encoding)
     stored = {m: _as_stored(np.asarray(x)[: len(rows)], good.batch.images[m].dtype) for m, x in pasted.images.items()}
     return stored, np.asarray(pasted.mask)[: len(rows)]
 

@@ -61,6 +61,8 @@ class Method:
             step; gradients are not clipped. It receives the share of the step's updates that are done as the extra
             argument `progress`, and its updates are multiplied by the learning rate. None selects the config's
             optimisers.
+        hold: (changes, progress) -> changes. Sets the changes of those weights to zero that a step does not train at
+            this progress, after the strategy has changed them.
         frozen: () -> arrays. Loads arrays that are neither trained nor stored; snapshots keep only their SHA-256. All
             functions but `init` receive them as `variables["frozen"]`.
         arrange: (variables) -> variables. Rearranges the variables for `predict`, which receives the result; snapshots
@@ -84,6 +86,7 @@ class Method:
     observe: Callable[[Variables, Batch, int], Variables] = lambda variables, batch, step: variables
     fit: Callable[[Variables, Batch, int, bool], Variables] = lambda variables, batch, object_id, further: variables
     optimizer: Callable[[ConfigDict], optax.GradientTransformation] | None = None
+    hold: Callable[[Any, Float[Array, ""] | None], Any] = lambda changes, progress: changes
     frozen: Callable[[], Any] = dict
     arrange: Callable[[Variables], Variables] = lambda variables: variables
     held_out: Callable[[Variables, int], ErrorMaps | None] = lambda variables, object_id: None

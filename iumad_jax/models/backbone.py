@@ -116,11 +116,20 @@ class FeatureExtractor(nn.Module):
         chosen_levels(self.backbone, self.levels)
         super().__post_init__()
 
-    @nn.compact
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b g g f"]:
         """Extract features."""
-        network, architecture, mean, std = BACKBONES[self.backbone]
-        normalised = (images - jnp.array(mean).reshape(1, 1, 1, 3)) / jnp.array(std).reshape(1, 1, 1, 3)
+        return jnp.concatenate([resize_aligned(x, self.grid) for x in self.outputs(images)], axis=-1)
+
+    @nn.compact
+    def outputs(self, images: Float[Array, "b h w 3"]) -> list[Float[Array, "b i j c"]]:
+        """Return the outputs at the chosen levels, each in its own size."""
+        network, architecture, *_ = BACKBONES[self.backbone]
         with jax.default_matmul_precision("float32"):  # GPUs would otherwise use TF32, with three digits
-            outputs = network(architecture, chosen_levels(self.backbone, self.levels), name="backbone")(normalised)
-        return jnp.concatenate([resize_aligned(x, self.grid) for x in outputs], axis=-1)
+            levels = chosen_levels(self.backbone, self.levels)
+            return network(architecture, levels, name="backbone")(normalise(images, self.backbone))
+
+
+def normalise(images: Float[Array, "b h w 3"], backbone: str) -> Float[Array, "b h w 3"]:
+    """Normalise images (0..255) as in the training of a backbone, a key of BACKBONES."""
+    _, _, mean, std = BACKBONES[backbone]
+    return (images - jnp.array(mean).reshape(1, 1, 1, 3)) / jnp.array(std).reshape(1, 1, 1, 3)

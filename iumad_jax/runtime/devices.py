@@ -127,5 +127,16 @@ def gather(rows: jax.Array, sample_weight: jax.Array | None) -> tuple[jax.Array,
     """
     if sample_weight is not None:
         rows = rows * (sample_weight > 0)[:, None]
-    gathered = jax.lax.all_gather(rows, AXIS, tiled=True)
-    return gathered, len(gathered) if sample_weight is None else jax.lax.psum(jnp.sum(sample_weight > 0), AXIS)
+    return jax.lax.all_gather(rows, AXIS, tiled=True), image_count(len(rows), sample_weight)
+
+
+def image_count(places: int, sample_weight: jax.Array | None) -> int | jax.Array:
+    """Count the images of a batch on all devices, without repeated ones. Must be called within `data_parallel`.
+
+    Args:
+        places: Number of images on each device.
+        sample_weight: Their weights, see `sample_weight`.
+    """
+    if sample_weight is None:
+        return places * jax.lax.axis_size(AXIS)
+    return jax.lax.psum(jnp.sum(sample_weight > 0), AXIS)

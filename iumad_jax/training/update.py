@@ -76,6 +76,7 @@ def make_update(
         changes = jax.tree.map(lambda direction: -rate * direction, directions)
         constrain = active_strategy.constrain
         changes, _ = constrain.update(changes, constrain.init(params), params, strategy_state=strategy_state)
+        changes = method.hold(changes, batch.progress)
         scalars |= nonfinite.measure(gradients, changes)
         variables = state.variables | {"params": optax.apply_updates(params, changes)}
         if result.statistics is not None:

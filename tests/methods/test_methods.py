@@ -26,7 +26,9 @@ def test_unknown_modality_is_refused(modality):
 def test_unknown_method_is_refused():
     with pytest.raises(
         UserError,
-        match=sentences.UNKNOWN_METHOD.format(found="patchcore", known="ib_iumad, uniad, iuf, simplenet, feature"),
+        match=sentences.UNKNOWN_METHOD.format(
+            found="patchcore", known="ib_iumad, uniad, iuf, simplenet, destseg, feature"
+        ),
     ):
         build("patchcore", paper("10-0"))
 

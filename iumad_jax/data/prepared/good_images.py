@@ -46,7 +46,7 @@ def good_images(store: Store, name: str) -> GoodImages:
     training images, all of them and their `varied` copies are used, because most other good images would exceed a
     threshold set by a handful of images.
     """
-    training = store.get(name, "train").batch
+    training = store.get(name, "train").batch._replace(foreground=None)
     if store.reader.ids(name, "calibration"):
         return GoodImages(training, calibration_images(store.get(name, "calibration").batch, trained=False))
     tiles = store.processing.tiling.count

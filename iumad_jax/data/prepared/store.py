@@ -26,10 +26,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Float16, Float64
+from jaxtyping import Array, Bool, Float, Float16, Float64
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from iumad_jax import config as configs
 from iumad_jax.data.depth import measured
 from iumad_jax.data.prepared import copies, records
 from iumad_jax.data.prepared.copies import PreparedSplit
@@ -38,12 +39,13 @@ from iumad_jax.data.prepared.records import Image, Manifest, Values
 from iumad_jax.data.readers.joined import reader_of
 from iumad_jax.data.region import Box, cut
 from iumad_jax.data.sample import Reader, Sample, Split
+from iumad_jax.data.transforms import foreground, resize_nearest
 from iumad_jax.errors import UserError
 from iumad_jax.models import pretrained
 from iumad_jax.models.backbone import FeatureExtractor
 from iumad_jax.runtime import preemption
 from iumad_jax.runtime.storage import locked
-from iumad_jax.shapes import Batch, GroundTruth, Modality, Variables
+from iumad_jax.shapes import MAP_SIZE, Batch, GroundTruth, Modality, Variables
 
 Encoder = Callable[[Any], jax.Array]  # images (b h w 3), 0..255 -> features (b g g f)
 FORMAT = 1  # version of prepared sets; tests/data/test_golden.py fails when their content has changed
@@ -80,6 +82,7 @@ class Store:
         processing: Conversion of samples to arrays.
         encoder: Frozen backbone.
         settings: Further settings that the features depend on.
+        keeps_foreground: Whether training images come with `Batch.foreground`.
     """
 
     folder: Path
@@ -87,6 +90,7 @@ class Store:
     processing: Processing
     encoder: Encoder
     settings: dict[str, Any]
+    keeps_foreground: bool = False
     _checked: set[Path] = dataclasses.field(default_factory=set, init=False, repr=False, compare=False)
 
     def get(self, object_: str, split: PreparedSplit) -> PreparedSet:
@@ -198,7 +202,8 @@ class Store:
             for kind, axes in (("features", 2), ("images", 3))
         )
         truth = GroundTruth(**{name: arrays[name] for name in GroundTruth._fields}) if _has_truth(split) else None
-        return PreparedSet(Batch(features, images, object_id), truth, defects, ids)
+        allowed = _by_row(arrays["foreground"], 2) if "foreground" in arrays else None
+        return PreparedSet(Batch(features, images, object_id, foreground=allowed), truth, defects, ids)
 
     def _folder_of(self, object_: str, split: PreparedSplit) -> Path:
         content = [FORMAT, self._settings(object_, split)]
@@ -206,14 +211,26 @@ class Store:
 
     def _settings(self, object_: str, split: PreparedSplit) -> Any:
         source: Split = "train" if split == "degraded" or split == "varied" else split
-        return [self.settings, dataclasses.asdict(self.processing), str(reader_of(self.reader, object_, source))]
+        settings = [self.settings, dataclasses.asdict(self.processing), str(reader_of(self.reader, object_, source))]
+        return [*settings, *self._foreground(split)]
+
+    def _allowed(self, values: Values) -> Bool[np.ndarray, "*t m m"]:
+        """Return where defects may lie in an image, or in each of its tiles."""
+        tiling, allowed = self.processing.tiling, foreground(values["workpiece"])
+        if tiling.count == 1:
+            return allowed
+        return np.stack([resize_nearest(allowed[box.slices(allowed.shape)], MAP_SIZE) for box in tiling.boxes])
+
+    def _foreground(self, split: PreparedSplit) -> tuple[str, ...]:
+        """Return the name of the array of the foreground, if the images of a split have it."""
+        return ("foreground",) if self.keeps_foreground and split == "train" else ()
 
     def _array_names(self, split: PreparedSplit) -> tuple[str, ...]:
         """Return the names of the stored arrays; training images have no ground truth."""
         if split == "degraded":
             return tuple(f"mean_{m}" for m in self.processing.modalities)
         inputs = [f"{kind}_{m}" for kind in ("features", "images") for m in self.processing.modalities]
-        return (*inputs, *(GroundTruth._fields if _has_truth(split) else ()))
+        return (*inputs, *(GroundTruth._fields if _has_truth(split) else ()), *self._foreground(split))
 
     def _hash_sources(self, object_: str, split: PreparedSplit, manifest: Manifest | None) -> list[Image]:
         """List the images that the set should hold, with the hashes of their source files."""
@@ -264,7 +281,8 @@ class Store:
                     written = {}
                     for index, image, values in chunk:
                         means = {f"mean_{m}": mean_tokens(values[f"features_{m}"]) for m in self.processing.modalities}
-                        stored = {name: (values | means)[name] for name in self._array_names(split)}
+                        masks = {name: self._allowed(values) for name in self._foreground(split)}
+                        stored = {name: (values | means | masks)[name] for name in self._array_names(split)}
                         writer.write(index, stored)
                         written[index] = Image(**image, crc32=records.checksum(stored))
                     writer.record(written)
@@ -435,4 +453,5 @@ def open_store(config: ConfigDict, reader: Reader, workdir: Path, inputs: Mappin
         processing=Processing.recorded(inputs) if inputs else Processing.of(config, reader),
         encoder=partial(_features, extractor, jax.device_put(weights)),
         settings={**config.backbone, "weights": digest.hexdigest()},
+        keeps_foreground=configs.keeps_foreground(config),
     )

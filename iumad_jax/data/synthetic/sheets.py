@@ -8,7 +8,7 @@ import numpy as np
 from iumad_jax.data import transforms
 from iumad_jax.data.prepared.processing import Processing
 from iumad_jax.data.sample import Reader, Split
-from iumad_jax.data.synthetic.defects import foreground_of, paste
+from iumad_jax.data.synthetic import paste
 from iumad_jax.report import contact_sheet
 from iumad_jax.shapes import MAP_SIZE
 
@@ -35,7 +35,7 @@ def save(
     arrays = {id_: processing(reader.read(name, split, id_)) for id_ in ids[:count]}
     rows = [arrays[ids[i % len(ids)]] for i in range(count)]
     images = {m: np.stack([row[f"images_{m}"] for row in rows]).astype(np.float32) for m in processing.modalities}
-    foreground = foreground_of(np.stack([row["workpiece"] for row in rows]))
+    foreground = np.stack([transforms.foreground(row["workpiece"]) for row in rows])
     keys = jax.random.split(jax.random.key(seed), count)
     pasted = jax.jit(paste, static_argnums=(3, 4))(keys, images, foreground, processing.depth_encoding, confined)
     panels = []

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from iumad_jax.data.synthetic import draws
+from iumad_jax.synthetic import draws
 
 NODES = 33  # lattice nodes per side: 2^5 cells and one more node
 EXPONENTS = 6  # the number of cells per side is 2 to the power of 0, ..., 5

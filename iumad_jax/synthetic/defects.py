@@ -1,4 +1,4 @@
-"""Pastes synthetic defects into good images: textures into photographs, bumps and dents into depth.
+"""Puts synthetic defects into good images: textures into photographs, bumps and dents into depth.
 
 Masks and the opacity of textures are those of DeSTSeg (Zhang et al., CVPR 2023), the reliefs are this project's own.
 """
@@ -7,13 +7,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Key, UInt8
 
-from iumad_jax.data import transforms
-from iumad_jax.data.synthetic import draws, perlin, relief
-from iumad_jax.data.synthetic.textures import texture
-from iumad_jax.shapes import MAP_SIZE, Image, Keys, Modality
+from iumad_jax.shapes import Image, Keys, Modality
+from iumad_jax.synthetic import draws, perlin, relief
+from iumad_jax.synthetic.textures import texture
 
 _THRESHOLD = 0.5  # noise above it is a defect
 _FULL = 0.4  # excess over the threshold at which a relief has its full height
@@ -25,69 +23,67 @@ _HEIGHT = (0.01, 0.1)  # height of a relief as a fraction of the range that the 
 _FAINTEST = 0.2  # least weight of a texture
 
 
-class Pasted(NamedTuple):
+class Defective(NamedTuple):
     """Images with synthetic defects."""
 
     images: dict[Modality, Float[Array, "b h w 3"]]
-    mask: Bool[Array, "b m m"]  # pixels of the defect, empty where the image stayed good
+    mask: Bool[Array, "b h w"]  # pixels of the defect, empty where the image stayed good
     shown: dict[Modality, Bool[Array, " b"]]  # whether the modality shows the defect
 
 
-def paste(
+def make_defects(
     keys: Keys,
     images: dict[Modality, Float[Array, "b h w 3"]],
-    foreground: Bool[Array, "b m m"] | None,
+    allowed: Bool[Array, "b h w"] | None,
     depth_encoding: str,
-    confined: bool = True,
-) -> Pasted:
-    """Paste a synthetic defect into each good image.
+    confined: bool,
+    others: Float[Array, "b h w 3"] | None = None,
+    photographs: UInt8[Array, "n h w 3"] | None = None,
+) -> Defective:
+    """Make a synthetic defect in each good image.
 
     With two modalities, rgb alone, depth alone or both show the defect, with equal probability. An image stays good if
-    none of four random masks covers 0.1 % of it. Textures may be cut from the next image of the batch.
+    none of four random masks covers 0.1 % of it.
 
     Args:
         keys: One random key per image.
         images: Good images by modality, square, 0..255.
-        foreground: Pixels where defects may lie, see `foreground_of`; None allows all.
-        depth_encoding: Encoding of the depth images.
+        allowed: Pixels where defects may lie; None allows all.
+        depth_encoding: Encoding of the depth images, see `relief.check_encoding`.
         confined: Whether a defect is a disc with an uneven outline and a radius of 2 to 15 % of the image's side (this
             project's choice), or its parts may be spread over the whole image (as published).
-
-    Raises:
-        UserError: If the depth encoding cannot show bumps and dents.
+        others: Another photograph for each image, from which a fifth of the textures are made; None leaves them out.
+        photographs: Textures; None draws them.
     """
-    if "depth" in images:
-        relief.check_encoding(depth_encoding)
-    others = jnp.roll(images["rgb"], 1, axis=0) if "rgb" in images and len(keys) > 1 else None
 
-    def paste_one(
-        key: Key[Array, ""], images: dict[Modality, Image], other: Image | None, foreground: Bool[Array, "m m"] | None
-    ) -> Pasted:
+    def make_one(
+        key: Key[Array, ""], images: dict[Modality, Image], allowed: Bool[Array, "h w"] | None, other: Image | None
+    ) -> Defective:
         size = next(iter(images.values())).shape[0]
         mask_key, modality_key, rgb_key, depth_key = jax.random.split(key, 4)
-        allowed = jnp.ones((size, size), bool) if foreground is None else transforms.resize_nearest(foreground, size)
-        noise, mask = draw_mask(mask_key, allowed, confined)
+        noise, mask = draw_mask(mask_key, jnp.ones((size, size), bool) if allowed is None else allowed, confined)
         left_out = draws.below(jax.random.uniform(modality_key), 3)  # the modality with this number; 2: none
         shown = {m: mask.any() & ((left_out != i) | (len(images) == 1)) for i, m in enumerate(images)}
         defective = dict(images)
         if "rgb" in images:
-            defective["rgb"] = _stain(rgb_key, images["rgb"], mask & shown["rgb"], other)
+            texture_key, weight_key = jax.random.split(rgb_key)
+            if photographs is None:
+                stain = texture(texture_key, size, other)
+            else:
+                number = draws.below(jax.random.uniform(texture_key), len(photographs))
+                stain = jnp.asarray(photographs)[number].astype(jnp.float32)
+            defective["rgb"] = _stain(weight_key, images["rgb"], mask & shown["rgb"], stain)
         if "depth" in images:
             defective["depth"] = _deform(depth_key, images["depth"], mask & shown["depth"], noise, depth_encoding)
-        return Pasted(defective, transforms.resize_nearest(mask, MAP_SIZE), shown)
+        return Defective(defective, mask, shown)
 
-    return jax.vmap(paste_one)(keys, images, others, foreground)
-
-
-def foreground_of(workpiece: Bool[np.ndarray, "b m m"]) -> Bool[np.ndarray, "b m m"]:
-    """Return where defects may lie: on `GroundTruth.workpiece` without its rim, or anywhere if it is empty."""
-    return np.stack([transforms.erode(mask) if mask.any() else ~mask for mask in workpiece])
+    return jax.vmap(make_one)(keys, images, allowed, others)
 
 
 def draw_mask(
     key: Key[Array, ""], allowed: Bool[Array, "s s"], confined: bool
 ) -> tuple[Float[Array, "s s"], Bool[Array, "s s"]]:
-    """Draw noise and the mask of its values above 0.5 on allowed pixels; see `paste`."""
+    """Draw noise and the mask of its values above 0.5 on allowed pixels; see `make_defects`."""
 
     def draw(key: Key[Array, ""]) -> Float[Array, "s s"]:
         noise_key, window_key = jax.random.split(key)
@@ -113,11 +109,9 @@ def _confine(key: Key[Array, ""], noise: Float[Array, "s s"], allowed: Bool[Arra
     return 1 - 0.5 * jnp.hypot(y - row, x - column) / radius + 0.5 * noise
 
 
-def _stain(key: Key[Array, ""], image: Image, mask: Bool[Array, "h w"], other: Image | None) -> Image:
+def _stain(key: Key[Array, ""], image: Image, mask: Bool[Array, "h w"], stain: Image) -> Image:
     """Blend a texture into the image within the mask."""
-    texture_key, weight_key = jax.random.split(key)
-    weight = draws.between(jax.random.uniform(weight_key), 1, _FAINTEST)
-    stain = texture(texture_key, len(image), other)
+    weight = draws.between(jax.random.uniform(key), 1, _FAINTEST)
     return jnp.where(mask[..., None], image + weight * (stain - image), image)
 
 

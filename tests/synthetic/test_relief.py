@@ -6,8 +6,8 @@ import pytest
 
 from iumad_jax.data import depth
 from iumad_jax.data.sample import Camera
-from iumad_jax.data.synthetic import relief
 from iumad_jax.errors import UserError
+from iumad_jax.synthetic import relief
 from tests import sentences
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")

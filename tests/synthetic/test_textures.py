@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from iumad_jax.data.synthetic import textures
+from iumad_jax.synthetic import textures
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 SIZE = 32

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from iumad_jax.data.synthetic import draws, perlin
 from iumad_jax.shapes import Image
+from iumad_jax.synthetic import draws, perlin
 
 _CONTRAST = 64  # least difference between the first and the last colour of a pattern, in every channel
 _GRATINGS = 3  # largest number of sinusoids

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from scipy import stats
 
-from iumad_jax.data.synthetic import perlin
+from iumad_jax.synthetic import perlin
 
 SIZE = 64
 DRAWS = 2000
