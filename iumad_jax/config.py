@@ -208,7 +208,7 @@ def paper(protocol: str) -> ConfigDict:
     config.continual.isvd = ConfigDict()
     config.continual.isvd.rank = 512  # directions of a layer's inputs that are protected, at most
     config.continual.isvd.gamma = 0.99  # share of the energy of an object's inputs that is protected
-    config.continual.isvd.every = 10  # every n-th training image is looked at,
+    config.continual.isvd.every = 10  # one in so many training images is looked at,
     config.continual.isvd.images = 32  # and at most so many of an object
     config.continual.isvd.freeze_rest = True  # later steps train protected layers alone
     config.continual.replay = ConfigDict()

@@ -22,7 +22,7 @@ def build(config: ConfigDict, method: Method) -> Strategy:
         "finetune": lambda: finetune(method),
         "iuf": lambda: iuf(config.continual, method),
         "replay": lambda: replay(config.continual.replay, method),
-        "isvd": lambda: isvd(config.continual.isvd, method),
+        "isvd": lambda: isvd(config, method),
         "joint": lambda: joint(method),
     }
     name = config.continual.strategy

@@ -5,6 +5,7 @@ directions that span these inputs (GPM, Saha et al., ICLR 2021). Hence what the 
 changes.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -113,7 +114,7 @@ def project(freeze_rest: bool) -> optax.GradientTransformationExtraArgs:
 
 
 def isvd(config: ConfigDict, method: Method) -> Strategy:
-    """Build the strategy for `config.continual.isvd`.
+    """Build the strategy for the keys `continual.isvd` of a run's config.
 
     Between steps the state holds, for each layer in the method's `inputs`, `basis` (d, at most `rank`) and `left_out`,
     the largest share of an object's energy that found no room in it, whatever the number of images and objects.
@@ -123,12 +124,14 @@ def isvd(config: ConfigDict, method: Method) -> Strategy:
     """
     if method.loss and method.inputs is Method.inputs:
         raise UserError(
-            "config.continual.strategy=isvd needs to know what the layers of a method receive, and this one does not"
-            " tell; use finetune, iuf, replay or joint."
+            f"config.continual.strategy is isvd, which needs the inputs of layers; {config.method} does not tell them."
+            " Use finetune, iuf, replay or joint."
         )
+    keys = config.continual.isvd
 
     def finish(strategy_state: StrategyState, variables: Variables, batch: Batch, _: int) -> StrategyState:
-        chosen = np.arange(0, len(batch.object_id), config.every)[: config.images]
+        count = len(batch.object_id)  # tiles of images count as images; any of them may be chosen
+        chosen = np.random.default_rng(0).permutation(count)[: min(math.ceil(count / keys.every), keys.images)]
         directions: dict[tuple[str, ...], Any] = {}
         for start in range(0, len(chosen), _IMAGES):
             part = jax.tree.map(lambda array, rows=chosen[start : start + _IMAGES]: array[rows], batch)
@@ -137,13 +140,13 @@ def isvd(config: ConfigDict, method: Method) -> Strategy:
                 directions[path[:-1]] = add_rows(directions.get(path[:-1], np.zeros((flat.shape[1], 0))), flat)
         earlier, layers = flatten_dict(strategy_state.get("layers", {})), {}
         for layer, new in directions.items():
-            empty = np.zeros((len(new), min(len(new), config.rank)), np.float32)
-            basis, left_out = add_directions(earlier.get((*layer, "basis"), empty), new, config.gamma)
+            empty = np.zeros((len(new), min(len(new), keys.rank)), np.float32)
+            basis, left_out = add_directions(earlier.get((*layer, "basis"), empty), new, keys.gamma)
             layers[*layer, "basis"] = basis
             layers[*layer, "left_out"] = np.maximum(earlier.get((*layer, "left_out"), np.float32(0)), left_out)
         return {"layers": unflatten_dict(layers)}
 
-    return Strategy(finetune(method).loss, project(config.freeze_rest), finish=finish, describe=filled)
+    return Strategy(finetune(method).loss, project(keys.freeze_rest), finish=finish, describe=filled)
 
 
 def filled(strategy_state: StrategyState) -> dict[str, Any]:

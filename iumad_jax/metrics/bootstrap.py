@@ -107,7 +107,7 @@ def pixel_replicates(
         for name, rates in _RATES.items():
             if region is None or name == "aupro":
                 replicates[f"{name}{suffix}"] = _mean_overlap(rate, overlap, rates)
-    return {metric: values[resample_of] for metric, values in replicates.items()}
+    return {metric: values[resample_of.ravel()] for metric, values in replicates.items()}
 
 
 def spread(replicates: NDArray) -> Spread:

@@ -23,8 +23,8 @@ from tests.continual.conftest import CHANNELS, WIDTH
 
 
 def settings_with(**changes):
-    config = paper("1-1").continual.isvd
-    config.update(every=1, **changes)
+    config = paper("1-1")
+    config.continual.isvd.update(every=1, **changes)
     return config
 
 
@@ -56,7 +56,7 @@ def test_directions_have_the_moments_of_all_rows(seed, width, count, large):
 
 
 def test_the_basis_contains_every_object():
-    """Without a limit, at most 1 % of the energy of each object is outside, whatever came later."""
+    """Without a limit, at most 1.1 % of the energy of each object is outside: 1 - gamma and what `add_rows` drops."""
     rng = np.random.default_rng(0)
     basis, objects = np.zeros((200, 200), np.float32), []
     for rank, size in ((10, 30.0), (20, 0.01), (15, 1.0)):
@@ -68,7 +68,7 @@ def test_the_basis_contains_every_object():
     np.testing.assert_allclose(basis.T @ basis, np.diag(np.arange(200) < used), atol=1e-5)
     for rows in objects:
         outside = rows - rows @ basis @ basis.T
-        assert np.square(outside).sum() <= 0.015 * np.square(rows).sum()
+        assert np.square(outside).sum() <= 0.011 * np.square(rows).sum()
 
 
 def test_what_finds_no_room_is_told():
@@ -159,19 +159,30 @@ def test_memory_is_bounded_by_the_rank(method, variables, images):
     assert 0 < described["left_out"] < 1
 
 
-def test_every_nth_image_is_looked_at_up_to_a_number(method, variables, images):
-    """The state is that of these images alone."""
-    batch = images(40)
-    chosen = jax.tree.map(lambda array: array[:30:10], batch)
-    config = settings_with(images=3)
-    all_, some = isvd(config, method), isvd(config.copy_and_resolve_references(), method)
-    config.every = 10
-    expected = some.finish({}, variables, chosen, 0)
-    found = all_.finish({}, variables, batch, 0)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
+def test_a_share_of_the_images_is_looked_at_up_to_a_number(method, variables, images):
+    """Every image has another direction, so the basis has as many as images were looked at."""
+    batch = images(CHANNELS)
+    batch = batch._replace(features={"rgb": np.repeat(np.eye(CHANNELS, dtype=np.float32)[:, None], 3, axis=1)})
+    for every, most, expected in ((1, 32, 5), (1, 2, 2), (2, 32, 3), (10, 32, 1)):
+        config = settings_with(gamma=1.0, images=most)
+        config.continual.isvd.every = every
+        strategy = isvd(config, method)
+        state = strategy.finish({}, variables, batch, 0)
+        assert int(np.any(state["layers"]["down"]["basis"], 0).sum()) == expected
+
+
+@pytest.mark.parametrize("tiles", [2, 4, 5])
+def test_all_places_of_tiles_are_looked_at(method, variables, images, tiles):
+    """The tiles of an image follow each other, and each place has a direction of its own."""
+    batch, places = images(40 * tiles), np.arange(40 * tiles) % tiles
+    tokens = np.repeat(np.eye(CHANNELS, dtype=np.float32)[places][:, None], 3, axis=1)
+    config = settings_with(gamma=1.0)
+    config.continual.isvd.every = 10
+    state = isvd(config, method).finish({}, variables, batch._replace(features={"rgb": tokens}), 0)
+    assert int(np.any(state["layers"]["down"]["basis"], 0).sum()) == tiles
 
 
 def test_a_method_that_tells_no_inputs_is_refused():
     method = Method(init=None, predict=None, loss=lambda *_: None)
-    with pytest.raises(UserError, match=re.escape(sentences.ISVD_NEEDS_INPUTS)):
+    with pytest.raises(UserError, match=re.escape(sentences.ISVD_NEEDS_INPUTS.format("ib_iumad"))):
         isvd(settings_with(), method)

@@ -49,8 +49,8 @@ def _measure(values: flags.FlagValues) -> str:
     for number in map(int, values.steps):
         if not 0 < number <= len(measured.steps):
             raise UserError(f"--steps has {number}, but {workdir} has {len(measured.steps)} finished steps.")
-        nearby = range(max(number - 1 - values.around, 1), min(number + values.around, len(measured.steps)))
-        cost = np.median([[*seconds[step], added[step] / 1e6] for step in nearby or [0]], axis=0)
+        nearby = range(max(number - 1 - values.around, 0), min(number + values.around, len(measured.steps)))
+        cost = np.median([[*seconds[step], added[step] / 1e6] for step in nearby], axis=0)
         objects = measured.decisions[number - 1]["objects"].values()
         recognised = np.mean([record["test"]["recognised"] for record in objects])
         rows.append([number, *cost, np.nanmean(quality[number - 1]), recognised])
