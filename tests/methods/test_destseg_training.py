@@ -13,6 +13,7 @@ from iumad_jax import continual
 from iumad_jax.data.batches import single_update, training_input
 from iumad_jax.errors import UserError
 from iumad_jax.methods import build
+from iumad_jax.metrics import image_auroc
 from iumad_jax.runtime import devices
 from iumad_jax.synthetic import make_defects
 from iumad_jax.training.epochs import train_epochs
@@ -138,8 +139,8 @@ def test_a_resumed_step_ends_to_the_bit_like_one_that_was_not_interrupted(of_dep
 
 
 def test_it_learns_to_find_fresh_defects(fast_compilation):
-    """In eight images; with shuffled masks or without the first phase, the same updates find less."""
-    config = make_config("rgb", student_width=8, segmentation_width=16, first_phase=0.5)
+    """In eight images, by the segmentation and, less sharply, by the distance of the student from the teacher."""
+    config = make_config("rgb", student_width=8, segmentation_width=16, first_phase=0.25)
     config.backbone.weights = ""
     method = build("destseg", config)
     images = smooth_images(8)
@@ -147,9 +148,9 @@ def test_it_learns_to_find_fresh_defects(fast_compilation):
     optimizer = method.optimizer(config.train)
     update = make_update(method, optimizer)
     state = devices.replicate(initial_state(variables, optimizer, 0, []))
-    for number in range(300):
+    for number in range(600):
         inputs = single_update(images)
-        inputs = inputs._replace(progress=np.full((len(inputs.indices), 1), number / 300, np.float32))
+        inputs = inputs._replace(progress=np.full((len(inputs.indices), 1), number / 600, np.float32))
         state, _ = update(state, inputs, jax.random.key(1), np.float32([config.train.learning_rate]))
     trained = devices.unreplicate(state).variables
     keys = jax.random.split(jax.random.key(99), 8)
@@ -161,7 +162,7 @@ def test_it_learns_to_find_fresh_defects(fast_compilation):
         maps = jax.jit(judge.predict)(variables, images._replace(images=fresh.images)).published
         return image_auroc(masks, np.ravel(maps))
 
-    assert auroc(trained) > 0.9
+    assert auroc(trained) > 0.85
     assert auroc(trained, map="distance") > 0.6
     assert auroc(variables) < 0.7
 
