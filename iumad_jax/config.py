@@ -60,6 +60,10 @@ _LIMITS = {
     "continual.sgd_learning_rate": (0, math.inf),
     "continual.anchor": (0, 1),
     "continual.compression": (0, math.inf),
+    "continual.isvd.rank": (1, 65536),
+    "continual.isvd.gamma": (0, 1),
+    "continual.isvd.every": (1, 10**6),
+    "continual.isvd.images": (1, 10**6),
     "continual.replay.rank": (0, 10_000),
     "continual.replay.image_size": (1, 4096),
     "report.pictures_per_object": (0, 1000),
@@ -79,6 +83,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # method variants of benchmarks: the ke
     "destseg-replay": {"method": "destseg", "continual.strategy": "replay", "continual.replay.image_size": 112},
     "ib_iumad": {"method": "ib_iumad", "continual.strategy": "iuf"},
     "ib_iumad-finetune": {"method": "ib_iumad", "continual.strategy": "finetune"},
+    "ib_iumad-isvd": {"method": "ib_iumad", "continual.strategy": "isvd"},
     "ib_iumad-replay": {"method": "ib_iumad", "continual.strategy": "replay"},
     "ib_iumad-joint": {"method": "ib_iumad", "continual.strategy": "joint"},
     "ib_iumad-no_mamba": {"method": "ib_iumad", "continual.strategy": "iuf", "model.mamba": False},
@@ -194,12 +199,18 @@ def paper(protocol: str) -> ConfigDict:
     config.train.drop_epoch = 800  # schedule step: epoch after which the learning rate is divided by 10
 
     config.continual = ConfigDict()
-    config.continual.strategy = "iuf"  # iuf, finetune, replay; joint is not incremental (upper bound)
+    config.continual.strategy = "iuf"  # iuf, finetune, replay, isvd; joint is not incremental (upper bound)
     config.continual.optimizer = "adamw"  # optimiser after the base step: adamw, or sgd as in IUF's release
     config.continual.sgd_learning_rate = 1.0  # learning rate of this sgd; adamw uses train.learning_rate
     config.continual.anchor = 0.05  # iuf: share by which every update pulls weights back to those before the step
     config.continual.projection = True  # iuf: project updates away from directions that old objects use
     config.continual.compression = 10.0  # iuf: weight of the base step's loss that frees directions for new objects
+    config.continual.isvd = ConfigDict()
+    config.continual.isvd.rank = 512  # directions of a layer's inputs that are protected, at most
+    config.continual.isvd.gamma = 0.99  # share of the energy of an object's inputs that is protected
+    config.continual.isvd.every = 10  # every n-th training image is looked at,
+    config.continual.isvd.images = 32  # and at most so many of an object
+    config.continual.isvd.freeze_rest = True  # later steps train protected layers alone
     config.continual.replay = ConfigDict()
     config.continual.replay.rank = 8  # principal directions stored per object
     config.continual.replay.image_size = 56  # side of the stored coarse images, pixels

@@ -16,20 +16,27 @@
 # %% [markdown]
 # # Speed of the selective scan on this machine
 #
+# ![time over length of three scans](pictures/kernels.jpg)
+#
 # `iumad_kernels.selective_scan` is the recurrence of Mamba, h(t) = exp(delta A) h(t-1) + delta B x, y = C h + D x, with
 # a hand-written gradient. It runs on any device, on Hopper and newer GPUs with special kernels. This notebook compares
 # its speed with JAX's own functions for recurrences.
+#
+# On Colab, upload or clone the repository, open this notebook in it, and choose a runtime. The next cell installs JAX
+# for a GPU if there is one. For a TPU, run `pip install "jax[tpu]"` first, which was not tried.
 
 # %% tags=["install"]
 # Installs the package if it is missing: from this notebook's repository, else by its name.
 import importlib.util
 import pathlib
+import shutil
 import subprocess
 import sys
 
 if importlib.util.find_spec("iumad_kernels") is None:
     source = ".." if pathlib.Path("../pyproject.toml").exists() else "iumad-jax"
-    subprocess.check_call([sys.executable, "-m", "pip", "install", "--quiet", source])
+    extra = "[cuda12]" if shutil.which("nvidia-smi") else ""
+    subprocess.check_call([sys.executable, "-m", "pip", "install", "--quiet", source + extra])
 
 # %% tags=["parameters"]
 batch, channels, states = 2, 256, 16

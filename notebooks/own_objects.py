@@ -17,25 +17,32 @@
 # %% [markdown]
 # # Your own objects
 #
+# ![anomaly maps of drawn washers](pictures/own_objects.jpg)
+#
 # Train a model on images of your own objects, with or without depth: put good images into folders, train, and look at
 # the anomaly maps. This notebook draws its images, so that it runs without any data; put yours into the same folders.
+#
+# On Colab, upload or clone the repository, open this notebook in it, and choose a runtime. The next cell installs JAX
+# for a GPU if there is one. For a TPU, run `pip install "jax[tpu]"` first, which was not tried.
 
 # %% tags=["install"]
 # Installs the package if it is missing: from this notebook's repository, else by its name.
 import importlib.util
 import pathlib
+import shutil
 import subprocess
 import sys
 
 if importlib.util.find_spec("iumad_jax") is None:
     source = ".." if pathlib.Path("../pyproject.toml").exists() else "iumad-jax"
-    subprocess.check_call([sys.executable, "-m", "pip", "install", "--quiet", source])
+    extra = "[cuda12]" if shutil.which("nvidia-smi") else ""
+    subprocess.check_call([sys.executable, "-m", "pip", "install", "--quiet", source + extra])
 
 # %% tags=["parameters"]
 root = "data/objects"  # one folder per object
 workdir = "runs/own_objects"
-epochs, images, pixels = 20, 24, 256
-size = 224  # input size of the network in pixels; a token covers 16 x 16
+epochs, images, pixels = 10, 16, 256
+size = 160  # input size of the network in pixels; a token covers 16 x 16
 
 # %% [markdown]
 # ## The folders

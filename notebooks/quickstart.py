@@ -17,25 +17,32 @@
 # %% [markdown]
 # # Quickstart
 #
+# ![six columns: photograph, relief, true defect, anomaly map, and the map over both](pictures/quickstart.jpg)
+#
 # Render a few sweets on a conveyor belt, train one model on two of them and then on a third, and look at the defects
-# that it detects. This takes about three minutes on 2 CPU cores; a GPU is used if available.
+# that it detects.
+#
+# On Colab, upload or clone the repository, open this notebook in it, and choose a runtime. The next cell installs JAX
+# for a GPU if there is one. For a TPU, run `pip install "jax[tpu]"` first, which was not tried.
 
 # %% tags=["install"]
 # Installs the package if it is missing: from this notebook's repository, else by its name.
 import importlib.util
 import pathlib
+import shutil
 import subprocess
 import sys
 
 if importlib.util.find_spec("iumad_jax") is None:
     source = ".." if pathlib.Path("../pyproject.toml").exists() else "iumad-jax"
-    subprocess.check_call([sys.executable, "-m", "pip", "install", "--quiet", source])
+    extra = "[cuda12]" if shutil.which("nvidia-smi") else ""
+    subprocess.check_call([sys.executable, "-m", "pip", "install", "--quiet", source + extra])
 
 # %% tags=["parameters"]
 workdir = "runs/notebook"
 objects = "CandyCane,GummyBear,Marshmallow"
-epochs, images, pixels = 20, 24, 256
-size = 224  # input size of the network in pixels; a token covers 16 x 16
+epochs, images, pixels = 10, 16, 256
+size = 160  # input size of the network in pixels; a token covers 16 x 16
 
 # %% [markdown]
 # ## The experiment

@@ -16,19 +16,26 @@
 # %% [markdown]
 # # Reading a finished run
 #
+# ![I-AUROC of every object over the steps](pictures/read_a_run.jpg)
+#
 # The files in a workdir are made for other programs: `results.json`, `ledger.jsonl`, `results.csv`, and `samples/` with
 # the score of every test image. This notebook reads and plots them.
+#
+# On Colab, upload or clone the repository, open this notebook in it, and choose a runtime. The next cell installs JAX
+# for a GPU if there is one. For a TPU, run `pip install "jax[tpu]"` first, which was not tried.
 
 # %% tags=["install"]
 # Installs the package if it is missing: from this notebook's repository, else by its name.
 import importlib.util
 import pathlib
+import shutil
 import subprocess
 import sys
 
 if importlib.util.find_spec("iumad_jax") is None:
     source = ".." if pathlib.Path("../pyproject.toml").exists() else "iumad-jax"
-    subprocess.check_call([sys.executable, "-m", "pip", "install", "--quiet", source])
+    extra = "[cuda12]" if shutil.which("nvidia-smi") else ""
+    subprocess.check_call([sys.executable, "-m", "pip", "install", "--quiet", source + extra])
 
 # %% tags=["parameters"]
 workdir = "runs/notebook"  # workdir of a finished run, such as the quickstart's

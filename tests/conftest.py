@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -10,6 +11,8 @@ from pathlib import Path
 # With 2 cores and jax <= 0.11, updates on emulated devices deadlock unless this is set before jax is imported.
 os.environ.setdefault("NPROC", "8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# XLA's new fusion emitters take most of the time to compile for CPUs; versions without this option ignore it.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters")
 # Every worker uses a single core: small models train no faster on two cores, and much slower on shared ones.
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
@@ -17,6 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
 
 import jax
 import pytest
+from filelock import FileLock
 from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
@@ -61,10 +65,37 @@ def files_no_larger_than() -> Callable[[int], AbstractContextManager[None]]:
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory, worker_id):
-    """Return the folder of the shared compilation cache. Most tests compile the same small model."""
+def shared(tmp_path_factory, worker_id) -> Path:
+    """Return a folder that all workers share."""
     folder = tmp_path_factory.getbasetemp()
-    return (folder if worker_id == "master" else folder.parent) / "compiled"
+    return folder if worker_id == "master" else folder.parent
+
+
+@pytest.fixture(scope="session")
+def compiled(shared) -> Path:
+    """Return the folder of the shared compilation cache. Most tests compile the same small model."""
+    return shared / "compiled"
+
+
+@pytest.fixture(scope="session")
+def candies(shared) -> Callable[..., Path]:
+    """Return a function that fills a folder with the first small candies of objects, which are rendered only once."""
+    from iumad_jax.data.candies import render  # after the hook is installed
+
+    def fill(root: Path, objects: str, *, train: int, val: int, test: int) -> Path:
+        for name in objects.split(","):
+            rendered = shared / "candies" / name
+            rendered.parent.mkdir(exist_ok=True)
+            with FileLock(f"{rendered}.lock"):
+                render(rendered, train=8, val=3, test=4, size=64, objects=name, progress=False)
+            for split, count in {"train": train, "val": val, "test_public": test}.items():
+                (root / name / split / "data").mkdir(parents=True)
+                for file in (rendered / name / split / "data").iterdir():
+                    if int(file.name.partition("_")[0]) < count:
+                        shutil.copy2(file, root / file.relative_to(rendered))
+        return root
+
+    return fill
 
 
 @pytest.fixture(scope="module")

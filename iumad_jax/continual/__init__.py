@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from iumad_jax.continual.finetune import finetune
+from iumad_jax.continual.isvd import isvd
 from iumad_jax.continual.iuf import iuf
 from iumad_jax.continual.joint import joint
 from iumad_jax.continual.replay import replay
@@ -21,6 +22,7 @@ def build(config: ConfigDict, method: Method) -> Strategy:
         "finetune": lambda: finetune(method),
         "iuf": lambda: iuf(config.continual, method),
         "replay": lambda: replay(config.continual.replay, method),
+        "isvd": lambda: isvd(config.continual.isvd, method),
         "joint": lambda: joint(method),
     }
     name = config.continual.strategy

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import optax
 
@@ -32,6 +33,7 @@ class Strategy:
             with further images of an object learned before; the result then covers its earlier images too. It is
             stored between steps. What belongs to one object goes under the key BY_OBJECT, as a tuple with one item per
             object; snapshots store equal items once.
+        describe: (state) -> JSON. What the ledger records of the state after each step.
         incremental: False if the strategy trains on the images of all objects learned so far.
     """
 
@@ -39,6 +41,7 @@ class Strategy:
     constrain: optax.GradientTransformationExtraArgs = _UNCHANGED
     begin: Callable[[StrategyState, Variables, Batch, int], StrategyState] = lambda state, *_: state
     finish: Callable[[StrategyState, Variables, Batch, int], StrategyState] = lambda state, *_: state
+    describe: Callable[[StrategyState], dict[str, Any]] = lambda state: {}
     incremental: bool = True
 
     def objects(self, step: Step) -> tuple[str, ...]:

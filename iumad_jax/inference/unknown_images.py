@@ -22,7 +22,6 @@ import numpy as np
 import yaml
 from jaxtyping import Float
 from PIL import Image, ImageOps
-from sklearn.cluster import AgglomerativeClustering
 
 from iumad_jax.data.depth import backproject
 from iumad_jax.data.formats.files import read_error
@@ -60,6 +59,8 @@ def group(embeddings: Float[np.ndarray, "n c"], threshold: float) -> list[list[i
     """
     if len(embeddings) < 2:  # scikit-learn refuses to cluster a single image
         return [[row] for row in range(len(embeddings))]
+    from sklearn.cluster import AgglomerativeClustering  # loads slowly, and few commands need it
+
     root_mean_square = embeddings.astype(np.float64) / math.sqrt(embeddings.shape[1])
     limit = math.sqrt(2) * threshold
     clustering = AgglomerativeClustering(n_clusters=None, linkage="average", distance_threshold=limit)

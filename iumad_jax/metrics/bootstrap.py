@@ -94,19 +94,20 @@ def pixel_replicates(
     numbers, _ = number_defects(masks)
     shares = np.zeros(masks.shape, np.float32)
     shares[masks] = 1 / np.bincount(numbers)[numbers]  # of the defect
+    counts, resample_of = np.unique(counts, axis=0, return_inverse=True)  # few images have few different resamples
     replicates = {}
     for suffix, region in {"": None, **{f"_{name}": region for name, region in (regions or {}).items()}}.items():
         _, _, inside = as_pixels(masks, maps, region)
         negatives = ~masks if inside is None else inside & ~masks
         thresholds = _thresholds(maps[negatives])
-        rate = _curve(counts, _above(maps, negatives, thresholds))
-        detected = _curve(counts, _above(maps, masks, thresholds))
+        higher, lower = _above(maps, masks, thresholds), _above(maps, negatives, thresholds)
+        rate = _curve(counts, lower)
         overlap = _curve(counts, _above(maps, masks, thresholds, shares))
-        replicates[f"p_auroc{suffix}"] = np.trapezoid(detected, rate, axis=1)
+        replicates[f"p_auroc{suffix}"] = _area(counts, higher, lower)
         for name, rates in _RATES.items():
             if region is None or name == "aupro":
                 replicates[f"{name}{suffix}"] = _mean_overlap(rate, overlap, rates)
-    return replicates
+    return {metric: values[resample_of] for metric, values in replicates.items()}
 
 
 def spread(replicates: NDArray) -> Spread:
@@ -152,11 +153,22 @@ def _above(maps: NDArray, pixels: NDArray, thresholds: NDArray, weights: NDArray
     return above
 
 
+def _area(counts: NDArray, higher: NDArray, lower: NDArray) -> NDArray:
+    """Return the area under the curve of defects against negatives, in every resample (r,); NaN without either.
+
+    It is the sum of the areas of all pairs of an image's defects and another one's negatives.
+    """
+    pairs = (higher[:, 1:] + higher[:, :-1]) / 2 @ np.diff(lower, axis=1).T
+    with np.errstate(invalid="ignore"):
+        return (counts @ pairs * counts).sum(axis=1) / ((counts @ higher[:, -1]) * (counts @ lower[:, -1]))
+
+
 def _curve(counts: NDArray, above: NDArray) -> NDArray:
     """Return which fraction of a resample's pixels lies above each threshold (r, t); NaN if it has none."""
-    total = counts @ above
+    curve = counts @ above
     with np.errstate(invalid="ignore"):
-        return total / total[:, -1:]
+        curve /= curve[:, -1:].copy()
+    return curve
 
 
 def _mean_overlap(rate: NDArray, overlap: NDArray, rates: NDArray) -> NDArray:

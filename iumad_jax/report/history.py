@@ -1,6 +1,7 @@
 """Derives a run's history from its ledger: objects and metrics of every step, decisions and sizes."""
 
 import itertools
+import platform
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -133,7 +134,10 @@ def results(config: Mapping[str, Any], history: History, seconds: float) -> dict
         "strategy_bytes": history.strategy_bytes,
         "decisions": history.decisions,
         "seconds": seconds,
-        "versions": {package: version(package) for package in ("iumad-jax", "jax", "flax", "optax", "numpy")},
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("iumad-jax", "jax", "flax", "optax", "numpy")},
+        },
     }
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
-from sklearn.metrics import roc_curve
 from tqdm import tqdm
 
 from iumad_jax.report import history, samples, tables
@@ -154,6 +153,8 @@ def _quantised(object_samples: Samples, row: int) -> dict[str, Any]:
 
 def _curves(object_samples: Samples) -> dict[str, Any]:
     """Return, by method, the corners of the ROC curve of images and the overlaps of the PRO curve."""
+    from sklearn.metrics import roc_curve  # loads slowly, and few commands need it
+
     curves = {}
     for method, scores in object_samples.scores.items():
         defined = 0 < np.count_nonzero(object_samples.anomalous) < len(object_samples.anomalous)

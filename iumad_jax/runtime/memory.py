@@ -14,7 +14,7 @@ def keep_buffers() -> None:
     system each time, which clears all pages: a tenth to a sixth of the time of a training update on CPU. Only the arena
     of the main thread can keep large buffers, so all threads must use it, and none may have another one yet.
     """
-    with suppress(AttributeError):
+    with suppress(AttributeError, TypeError):  # TypeError on Windows
         if "jax" not in sys.modules:
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(_ARENA_MAX, 1)
@@ -27,5 +27,5 @@ def return_freed() -> None:
 
     Otherwise 0.8 GB remain after the compilation of a training update, in pieces that are only partly used again.
     """
-    with suppress(AttributeError):
+    with suppress(AttributeError, TypeError):  # TypeError on Windows
         ctypes.CDLL(None).malloc_trim(0)

@@ -52,7 +52,7 @@ class Epoch(NamedTuple):
     complete: bool
     history: dict[str, np.ndarray]  # scalars of each update of the epoch so far; "loss" is the total
     learning_rate: float  # value in the last update
-    seconds: float  # duration of the complete epoch, extrapolated if it is incomplete
+    seconds: float  # duration of the complete epoch without compilation, extrapolated if it is incomplete
     state: TrainState
 
     @property
@@ -95,7 +95,8 @@ def train_epochs(
     first, total = int(state.update), epochs * per_epoch
     state = devices.replicate(state)
     parts = [jax.tree.map(lambda losses: losses[None], history)] if history else []  # with a leading axis for devices
-    bar = tqdm(desc="training", total=total, initial=first, unit="update", disable=None, leave=False)
+    compiled = False
+    bar = tqdm(desc="compiling", total=total, initial=first, unit="update", disable=None, leave=False)
     with closing(stream), bar:
         for epoch in range(first // per_epoch, epochs):
             numbers = np.arange(epoch * per_epoch, (epoch + 1) * per_epoch)
@@ -116,6 +117,12 @@ def train_epochs(
                 parts.append(scalars)
                 completed += batch_rates.size
                 bar.update(batch_rates.size)
+                if not compiled:
+                    jax.block_until_ready(scalars)
+                    bar.set_description("training")
+                    compiled = True
+                    if completed < per_epoch:  # so that the duration of the epoch does not include the compilation
+                        start, completed_before = time.monotonic(), completed
                 if completed == per_epoch or pause():
                     losses = {name: np.concatenate([np.asarray(part[name])[0] for part in parts]) for name in parts[0]}
                     nonfinite.check(losses, devices.shapes_on_a_device(state.variables["params"]), epoch * per_epoch)
@@ -126,7 +133,7 @@ def train_epochs(
                         complete=completed == per_epoch,
                         history=losses,
                         learning_rate=float(batch_rates[-1]),
-                        seconds=(time.monotonic() - start) * per_epoch / (completed - completed_before),
+                        seconds=(time.monotonic() - start) * per_epoch / max(completed - completed_before, 1),
                         state=devices.unreplicate(state),
                     )
             parts = []

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from iumad_jax import continual, methods
 from iumad_jax.continual.strategy import Strategy
@@ -33,6 +33,8 @@ from iumad_jax.runtime.snapshots import Snapshots, last_step
 from iumad_jax.training.dataset_changes import check_images, check_new_images, compare_names, used_images
 from iumad_jax.training.optimization import learning_rates, make_optimizer, optimizer_name, step_config, step_optimizer
 from iumad_jax.training.update import make_update
+
+_OF_ONE_RUN = ("protocol", "seed", "dataset", "decisions", "snapshots", "report")  # what no compiled program depends on
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,6 +189,13 @@ def for_step(run: Run, step: Step) -> Run:
 
 def _optimization(config: ConfigDict, method: Method, strategy: Strategy) -> dict[str, Any]:
     """Build the optimisers and updates of `Run`."""
+    return _optimization_of(_shared(config), method, strategy)
+
+
+@functools.lru_cache(maxsize=4)
+def _optimization_of(frozen: FrozenConfigDict, method: Method, strategy: Strategy) -> dict[str, Any]:
+    """Do the work of `_optimization`, so that runs of the same settings share compiled updates."""
+    config = ConfigDict(frozen)
     step_configs = [step_config(config, index) for index in (0, 1)]
     optimizers = {optimizer_name(method, train): step_optimizer(method, train) for train in step_configs}
     make = functools.partial(make_update, method, strategy=strategy, debug_nans=config.debug.nans)
@@ -200,13 +209,25 @@ def _build_methods(config: ConfigDict) -> tuple[dict[str, Method], Strategy]:
         UserError: If the config names an unknown combination, score, method, baseline, strategy, optimiser or schedule.
     """
     make_rule(config)
-    run_methods = methods.with_baselines(config)
-    strategy = continual.build(config, run_methods[config.method])
+    run_methods, strategy = _methods_and_strategy(_shared(config))
     for index in (0, 1):  # later steps may use another optimiser than the base step
         make_optimizer(step_config(config, index))
     if is_trained(config, run_methods[config.method]):
         learning_rates(config.train, updates_per_epoch=1)
     return run_methods, strategy
+
+
+@functools.lru_cache(maxsize=4)
+def _methods_and_strategy(frozen: FrozenConfigDict) -> tuple[dict[str, Method], Strategy]:
+    """Build methods and strategy, which are the same for runs of the same settings, so that these share programs."""
+    config = ConfigDict(frozen)
+    run_methods = methods.with_baselines(config)
+    return run_methods, continual.build(config, run_methods[config.method])
+
+
+def _shared(config: ConfigDict) -> FrozenConfigDict:
+    """Return the settings that compiled programs may depend on."""
+    return FrozenConfigDict({key: value for key, value in config.items() if key not in _OF_ONE_RUN})
 
 
 def _new_progress(config: ConfigDict, run_methods: dict[str, Method], store: Store) -> Progress:

@@ -38,6 +38,8 @@ def assess(run: Run, step: Step, progress: Progress) -> Progress:
     for judgement in assessment.assess(model, tests, numbers, described, step.index, run.ledger, run.workdir, scale):
         preemption.check()
         show(run, step, judgement)
+    if described_state := run.strategy.describe(progress.strategy_state):
+        run.ledger.append("strategy", step=step.index, **described_state)
     stored = {"bytes": sizes(run, progress), "strategy_bytes": strategy_bytes(run, step, progress)}
     for append in (run.ledger.append, run.live.log_event):
         append("decisions", step=step.index, **described)

@@ -44,7 +44,11 @@ def linear():
     def activations(variables, batch):
         return {"down": {"mean": narrow(variables, batch.features["rgb"]).mean(1)}}
 
-    return Method(init, predict=None, loss=loss, activations=activations)
+    def inputs(variables, batch):
+        tokens = batch.features["rgb"]
+        return {"down": {"rows": tokens}, "up": {"rows": narrow(variables, tokens)}}
+
+    return Method(init, predict=None, loss=loss, activations=activations, inputs=inputs)
 
 
 def random_images(count, object_=0, seed=0):

@@ -21,7 +21,7 @@ from iumad_jax.training.update import initial_state, make_update
 from tests import sentences
 
 ROOT = Path(__file__).parents[2]
-STRATEGIES = ("finetune", "iuf", "replay", "joint")
+STRATEGIES = ("finetune", "iuf", "isvd", "replay", "joint")
 
 
 def config_for(strategy):
@@ -64,7 +64,7 @@ def test_four_devices_train_like_one(tmp_path, method, skewed_images):
     assert jax.local_device_count() == 4
     file = tmp_path / "one_device"
     with subprocess.Popen([sys.executable, "-m", "tests.continual.test_strategies", file], cwd=ROOT) as process:
-        four_devices = {name: two_steps(name, method, skewed_images) for name in ("iuf", "replay")}
+        four_devices = {name: two_steps(name, method, skewed_images) for name in ("iuf", "isvd", "replay")}
     assert process.returncode == 0
     one_device = pickle.loads(file.read_bytes())
     for name in four_devices:
@@ -92,7 +92,8 @@ def test_only_joint_trains_on_images_of_earlier_steps(method):
 
 def test_unknown_strategy_is_refused(method):
     with pytest.raises(
-        UserError, match=re.escape(sentences.UNKNOWN_STRATEGY.format(found="ewc", known="finetune, iuf, replay, joint"))
+        UserError,
+        match=re.escape(sentences.UNKNOWN_STRATEGY.format(found="ewc", known="finetune, iuf, replay, isvd, joint")),
     ):
         continual.build(config_for("ewc"), method)
 
@@ -122,6 +123,7 @@ if __name__ == "__main__":  # the same training on one device, which needs a sep
     from tests.continual.conftest import linear, random_images, skewed
 
     results = {
-        name: two_steps(name, linear(), lambda *args: skewed(random_images(*args))) for name in ("iuf", "replay")
+        name: two_steps(name, linear(), lambda *args: skewed(random_images(*args)))
+        for name in ("iuf", "isvd", "replay")
     }
     Path(sys.argv[1]).write_bytes(pickle.dumps(results))

@@ -9,7 +9,6 @@ import pytest
 
 from iumad_jax import experiment, latency, methods
 from iumad_jax.config import small
-from iumad_jax.data import candies
 from iumad_jax.export import timing
 from iumad_jax.models.backbone import FeatureExtractor
 from iumad_jax.shapes import Batch
@@ -38,10 +37,10 @@ KEYS = {
 
 
 @pytest.fixture(scope="module")
-def flags(tmp_path_factory, compile_quickly):
+def flags(tmp_path_factory, compile_quickly, candies):
     """Return the flags of the smallest config: --config=FILE and its keys."""
     folder = tmp_path_factory.mktemp("harness")
-    root = candies.render(folder / "candies", objects="CandyCane", train=5, val=1, test=2, size=64)
+    root = candies(folder / "candies", "CandyCane", train=5, val=1, test=2)
     config = folder / "config.py"
     config.write_text(
         "from iumad_jax.config import small\n\n\ndef get_config(protocol='1-0'):\n    return small(protocol)\n"

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from iumad_jax.data.candies import render
-
 pytestmark = pytest.mark.slow
 
 CONFIG = Path(__file__).parents[2] / "configs" / "survival.py"
@@ -26,8 +24,8 @@ QUICK = {  # a method and a baseline that are traced quickly
 FAULTS = {"kills": 4, "preemptions": 1, "damages": 1, "full_disks": 1}
 
 
-def test_interrupted_runs_end_like_an_uninterrupted_run(tmp_path):
-    render(tmp_path / "candies", train=6, val=1, test=4, size=64, objects="CandyCane,GummyBear", progress=False)
+def test_interrupted_runs_end_like_an_uninterrupted_run(tmp_path, candies):
+    candies(tmp_path / "candies", "CandyCane,GummyBear", train=6, val=1, test=4)
     flags = [f"--{name}={count}" for name, count in FAULTS.items()]
     flags += [f"--config.{key}={value}" for key, value in QUICK.items()]
     command = [sys.executable, "-m", "tests.harness.survival", f"--config={CONFIG}", *flags]

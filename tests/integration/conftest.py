@@ -1,9 +1,11 @@
 """Shared parts of the tests of whole runs: the smallest model and quick compilation."""
 
 import importlib
+import shutil
 import sys
 
 import pytest
+from filelock import FileLock
 
 SMALL = {  # changes to `config.small` that make the model as small as possible
     "input.size": 64,
@@ -41,11 +43,18 @@ def processes_compile_quickly(compiled):
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """Create a folder with candies and a workdir `run` that learned two of three objects; some modules override it."""
+def home(tmp_path_factory, shared, candies):
+    """Create a folder with candies and a workdir `run` that learned two of three objects; some modules override it.
+
+    The run is trained once, and every module has a copy.
+    """
     from tests.integration.trained import train
 
-    return train(tmp_path_factory.mktemp("home"))
+    trained = shared / "trained"
+    with FileLock(f"{trained}.lock"):
+        if not trained.exists():
+            train(tmp_path_factory.mktemp("trained"), candies).rename(trained)
+    return shutil.copytree(trained, tmp_path_factory.mktemp("home"), dirs_exist_ok=True)
 
 
 @pytest.fixture(scope="module")

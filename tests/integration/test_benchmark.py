@@ -11,7 +11,6 @@ import pytest
 from ml_collections import ConfigDict
 
 from iumad_jax.config import cells, small
-from iumad_jax.data.candies import render
 from iumad_jax.errors import UserError
 from iumad_jax.report import comparison
 from tests import sentences
@@ -79,8 +78,8 @@ def test_failed_cells_are_reported_after_all_cells_were_tried(tmp_path):
     )
 
 
-def test_an_interrupted_benchmark_is_resumed(tmp_path):
-    render(tmp_path / "candies", train=2, val=1, test=2, size=64, objects=OBJECTS, progress=False)
+def test_an_interrupted_benchmark_is_resumed(tmp_path, candies):
+    candies(tmp_path / "candies", OBJECTS, train=2, val=1, test=2)
     flags = [f"--config={CONFIG}", "--workdir=runs", *as_flags(KEYS)]
 
     def start():

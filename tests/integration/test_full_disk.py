@@ -4,7 +4,6 @@ import pytest
 
 from iumad_jax import config as configs
 from iumad_jax import experiment
-from iumad_jax.data.candies import render
 from iumad_jax.errors import UserError
 from tests import sentences
 
@@ -12,10 +11,10 @@ OBJECTS = "CandyCane,GummyBear"
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(tmp_path_factory, candies):
     """Create a dataset of two objects and an uninterrupted run."""
     home = tmp_path_factory.mktemp("home")
-    render(home / "candies", train=2, val=1, test=2, size=64, objects=OBJECTS, progress=False)
+    candies(home / "candies", OBJECTS, train=2, val=1, test=2)
     experiment.run(config(home), home / "run")
     return home
 

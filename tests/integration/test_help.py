@@ -1,6 +1,7 @@
 """The list of commands and their --help: every example works as it stands."""
 
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -87,17 +88,22 @@ OTHERS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module", OTHERS)
-def test_help_of_tools_begins_with_an_example(module):
-    command = [sys.executable, "-m", module, "--help"]
-    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    first, second, *_ = out.splitlines()
+@pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")
+def test_help_of_tools_begins_with_an_example(module, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert not ended.value.code
+    first, second, *_ = capsys.readouterr().out.splitlines()
     assert f"python -m {module}" in (second if first == "Example:" else first.removeprefix("usage: "))
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
 @pytest.mark.parametrize("name", [name for name in ON_A_RUN if name not in ("robustness", *ON_OBJECTS)])
-def test_the_example_runs_after_the_quickstart(home, tmp_path, name):
+def test_the_example_runs_after_the_quickstart(home, command, name):
     """Its workdir is the default workdir of the quickstart, here a link to another run."""
     (workdir,) = [flag.removeprefix("--workdir=") for flag in example(name) if flag.startswith("--workdir=")]
     values = cli.flags.FlagValues()
@@ -109,6 +115,6 @@ def test_the_example_runs_after_the_quickstart(home, tmp_path, name):
     run.parent.mkdir(exist_ok=True)
     if not run.exists():
         run.symlink_to(home / "run")
-    code, out, err = in_process(home, name, *example(name))
+    code, out, err = command(name, *example(name))
     assert code == 0, err
     assert out

@@ -1,6 +1,7 @@
 """Objects that come after a run is finished."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -75,6 +76,18 @@ def test_an_object_that_comes_later_is_learned_as_if_it_had_been_there(tmp_path,
     assert later["steps"] == at_once["steps"] == [["bolt"], ["nut"], ["washer"]]
     for step in range(3):
         same_snapshots("run", "at_once", step)
+
+
+def test_runs_of_the_same_settings_share_programs(tmp_path, monkeypatch, caplog):
+    """A change of the seed keeps the programs of the first run, another width does not."""
+    monkeypatch.chdir(tmp_path)
+    add("bolt")
+    names = {"init", "predict", "_fun"}  # the last is an update over all devices
+    for workdir, changes, expected in (("a", {}, names), ("b", {"seed": 1}, set()), ("c", {"model.width": 12}, names)):
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level("WARNING", logger="jax"):
+            run(workdir, method="uniad", baselines="", **changes)
+        assert names & set(re.findall(r"Compiling jit\((\w+)\)", caplog.text)) == expected
 
 
 @pytest.fixture(scope="module")

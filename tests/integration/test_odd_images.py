@@ -110,6 +110,23 @@ def test_odd_images_are_reported_and_learned(tmp_path, monkeypatch, capsys, imag
     assert message in capsys.readouterr().err.splitlines()
 
 
+def test_training_images_that_set_or_test_thresholds_are_reported(tmp_path, monkeypatch, capsys):
+    """A photograph with another name, but the same content, is the same; an image of another object is another."""
+    monkeypatch.chdir(tmp_path)
+    training = [draw(0, number) for number in range(8)]
+    add_object(tmp_path / "objects", "bolt", 0, training)
+    save(tmp_path / "objects/bolt/val/good/rgb", [draw(0, 20), training[5], training[0]])
+    save(tmp_path / "objects/bolt/test/good/rgb", [draw(0, 100), training[3]])
+    add_object(tmp_path / "objects", "nut", 1, [draw(1, number) for number in range(8)])
+    save(tmp_path / "objects/nut/val/good/rgb", [training[1]])
+    experiment.run(config(protocol="2-0", method="feature_norm"), tmp_path / "run")
+    told = [line for line in capsys.readouterr().err.splitlines() if "training images too" in line]
+    assert told == [
+        sentences.VALIDATION_REUSES.format(count=2, object="bolt", which="001, 002"),
+        sentences.TEST_REUSES.format(count=1, object="bolt", which="good/001"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("image", "method"), [(BLACK, "ib_iumad"), (draw(0, 0), "feature_norm")], ids=["black", "stripes"]
 )

@@ -26,8 +26,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("home"), method="feature_norm", baselines="")
+def home(tmp_path_factory, candies):
+    return train(tmp_path_factory.mktemp("home"), candies, method="feature_norm", baselines="")
 
 
 def test_predict_writes_the_results_of_the_detector(home, command, detector, reader):

@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from iumad_jax import prepare
-from iumad_jax.data.candies import render
 from tests import sentences
 from tests.integration.conftest import SMALL, as_flags
 
@@ -33,10 +32,10 @@ def _compiled_without_optimisation():
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(tmp_path_factory, candies):
     """Create a folder with rendered sweets and an archive of them."""
     home = tmp_path_factory.mktemp("home")
-    render(home / "sweets", train=2, val=1, test=4, size=64, objects=KEYS["dataset.objects"], progress=False)
+    candies(home / "sweets", KEYS["dataset.objects"], train=2, val=1, test=4)
     with tarfile.open(home / "sweets.tar.gz", "w:gz") as archive:
         for folder in (home / "sweets").iterdir():
             if folder.is_dir():

@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 import pytest
 
-from iumad_jax.data.candies import render
 from iumad_jax.runtime.ledger import read
 from tests import sentences
 from tests.integration.conftest import SMALL, as_flags
@@ -36,16 +35,25 @@ KEYS = SMALL | {
 }
 
 
+def arguments(workdir, *flags):
+    return [f"--config={QUICKSTART}:1-1", f"--workdir={workdir}", *as_flags(KEYS), *flags]
+
+
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """Return a function that starts the command with a number of devices, alone or as one of several processes."""
+def home(tmp_path_factory, candies):
+    """Create a folder with candies."""
     home = tmp_path_factory.mktemp("home")
-    render(home / "candies", train=7, val=1, test=4, size=64, objects=KEYS["dataset.objects"], progress=False)
+    candies(home / "candies", KEYS["dataset.objects"], train=7, val=1, test=4)
+    return home
+
+
+@pytest.fixture(scope="module")
+def start(home):
+    """Return a function that starts the command with a number of devices, alone or as one of several processes."""
 
     def start(workdir, devices, *flags, home=home):
-        flags = [f"--config={QUICKSTART}:1-1", f"--workdir={workdir}", *as_flags(KEYS), *flags]
         return subprocess.Popen(
-            [sys.executable, "-m", "iumad_jax.main", *flags],
+            [sys.executable, "-m", "iumad_jax.main", *arguments(workdir, *flags)],
             cwd=home,
             env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
             stdout=subprocess.PIPE,
@@ -171,11 +179,11 @@ def test_processes_with_different_settings_are_refused(start_two, tmp_path, diff
     assert [path.name for path in run.iterdir()] == ["results.json"]
 
 
-def test_processes_with_different_images_are_refused(start_two, tmp_path):
+def test_processes_with_different_images_are_refused(start_two, tmp_path, candies):
     """The images have the same names, as they may on hosts with separate disks."""
-    render(
-        tmp_path / "candies", train=7, val=1, test=4, size=64, objects=KEYS["dataset.objects"], progress=False, seed=1
-    )
+    candies(tmp_path / "candies", KEYS["dataset.objects"], train=7, val=1, test=4)
+    data = tmp_path / "candies/CandyCane/train/data"
+    shutil.copy(data / "000_image_4.png", data / "001_image_4.png")
     for process in start_two(tmp_path / "run", home=tmp_path):
         code, _, err = wait(process)
         assert code == 2, err
@@ -225,8 +233,9 @@ def test_a_port_in_use_is_reported(start, tmp_path):
         ),
     ],
 )
-def test_flags_that_do_not_identify_a_process_are_refused(start, tmp_path, flags, sentence):
-    code, out, err = wait(start(tmp_path / "run", 1, *flags))
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+def test_flags_that_do_not_identify_a_process_are_refused(command, tmp_path, flags, sentence):
+    code, out, err = command("main", *arguments(tmp_path / "run", *flags))
     assert (code, out) == (2, "")
     assert err.startswith(f"iumad_jax: {sentence}")
     assert not (tmp_path / "run").exists()

@@ -18,13 +18,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iumad_jax.data.candies import render
 from iumad_jax.runtime import workdir as workdirs
 from iumad_jax.runtime.ledger import read
 from tests import sentences
-from tests.integration.conftest import SMALL
+from tests.integration.conftest import SMALL, as_flags
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("compile_quickly"),
+    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),  # ml_collections reads a config
+]
 
 OBJECTS = ("CandyCane", "GummyBear")
 METRICS = ("i_auroc", "p_auroc", "aupro", "p_auroc_object", "aupro_object")
@@ -45,11 +48,15 @@ KEYS = SMALL | {
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(tmp_path_factory, candies):
     """Create a folder with candies."""
     home = tmp_path_factory.mktemp("home")
-    render(home / "candies", train=5, val=1, test=4, size=64, objects=",".join(OBJECTS), progress=False)
+    candies(home / "candies", ",".join(OBJECTS), train=5, val=1, test=4)
     return home
+
+
+def flags(workdir, protocol="1-1", **changes):
+    return [f"--config={QUICKSTART}:{protocol}", f"--workdir={workdir}", *as_flags(KEYS | changes)]
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +64,8 @@ def start(home):
     """Return a function that starts the command with the small config and changes to it."""
 
     def start(workdir, protocol="1-1", stderr=subprocess.PIPE, **changes):
-        keys = KEYS | changes
-        flags = [f"--config={QUICKSTART}:{protocol}", f"--workdir={workdir}"]
         return subprocess.Popen(
-            [sys.executable, "-m", "iumad_jax.main", *flags, *(f"--config.{key}={keys[key]}" for key in keys)],
+            [sys.executable, "-m", "iumad_jax.main", *flags(workdir, protocol, **changes)],
             cwd=home,
             stdout=subprocess.PIPE,
             stderr=stderr,
@@ -72,7 +77,7 @@ def start(home):
 
 @pytest.fixture(scope="module")
 def run(start):
-    """Return a function that runs the command and returns its exit code, standard output and standard error."""
+    """Return a function that runs the command as a process, and returns exit code, standard output and error."""
 
     def run(*args, **changes):
         with start(*args, **changes) as process:
@@ -80,6 +85,12 @@ def run(start):
         return process.returncode, out, err
 
     return run
+
+
+@pytest.fixture
+def run_here(command):
+    """Return a function that runs the command in this process, which is faster, and returns the same as `run`."""
+    return lambda *args, **changes: command("main", *flags(*args, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -300,17 +311,17 @@ def test_a_second_sigint_ends_a_run_at_once(start, tmp_path):
         assert time.monotonic() - start_time < 2
 
 
-def test_a_finished_run_is_reported_and_its_results_are_printed_again(run, finished_run):
+def test_a_finished_run_is_reported_and_its_results_are_printed_again(run_here, finished_run):
     workdir, out = finished_run
     before = times_of_files(workdir)
-    code, repeated, err = run(workdir)
+    code, repeated, err = run_here(workdir)
     assert code == 0, err
     assert repeated == f"{sentences.RUN_FINISHED.format(workdir)}\n{out}"
     assert times_of_files(workdir) == before
 
 
 @pytest.mark.parametrize("with_dataset", [True, False], ids=["with the dataset", "without the dataset"])
-def test_removed_results_are_rewritten_from_the_workdir(run, home, finished_run, tmp_path, with_dataset):
+def test_removed_results_are_rewritten_from_the_workdir(run_here, home, finished_run, tmp_path, with_dataset):
     workdir = tmp_path / "run"
     shutil.copytree(finished_run[0], workdir)
     contents = {
@@ -320,7 +331,7 @@ def test_removed_results_are_rewritten_from_the_workdir(run, home, finished_run,
         (workdir / name).unlink()
     for folder in () if with_dataset else ("candies", "prepared"):
         (home / folder).rename(home / f"{folder} elsewhere")
-    code, out, err = run(workdir)
+    code, out, err = run_here(workdir)
     for folder in () if with_dataset else ("candies", "prepared"):
         (home / f"{folder} elsewhere").rename(home / folder)
     assert code == 0, err
@@ -332,10 +343,10 @@ def test_removed_results_are_rewritten_from_the_workdir(run, home, finished_run,
     )
 
 
-def test_another_config_in_the_same_workdir_is_refused(run, finished_run):
+def test_another_config_in_the_same_workdir_is_refused(run_here, finished_run):
     workdir, _ = finished_run
     before = times_of_files(workdir)
-    code, out, err = run(workdir, seed=1, **{"train.epochs": 7})
+    code, out, err = run_here(workdir, seed=1, **{"train.epochs": 7})
     assert (code, out) == (2, "")
     assert err.startswith(f"iumad_jax: {sentences.WORKDIR_OF_ANOTHER_CONFIG.format(workdir)}")
     assert sentences.KEY_DIFFERS.format(key="config.seed", stored=0, now=1) in err
@@ -380,7 +391,7 @@ def test_other_modalities_and_methods(run, finished_run, tmp_path, modality, met
     assert depth_aupro != results_of(finished_run[0])["baselines"]["feature_norm"]["matrix"]["aupro"][0][0]
 
 
-def test_joint_trains_on_all_objects_learned_so_far_and_is_reported_as_not_incremental(run, home, tmp_path):
+def test_joint_trains_on_all_objects_learned_so_far_and_is_reported_as_not_incremental(run, command, tmp_path):
     workdir, changes = tmp_path / "run", {"method": "iuf", "model.class_grid": 8, "train.epochs": 1}
     code, out, err = run(workdir, **changes, **{"continual.strategy": "joint"})
     assert code == 0, err
@@ -391,11 +402,10 @@ def test_joint_trains_on_all_objects_learned_so_far_and_is_reported_as_not_incre
         assert sentences.STRATEGY_JOINT in text
     image_bytes = 64 * 64 * 3 * 4 + 4 * 4 * 192 * 4 + 4  # prepared pixels, features and the object's number
     assert 0 < results_of(workdir)["strategy_bytes"] <= 10 * image_bytes
-    command = [sys.executable, "-m", "iumad_jax.evaluate", f"--workdir={workdir}"]
     folder = workdir / "evaluations"
     for step in (0, 1):
         output = folder / str(step)
-        subprocess.run([*command, f"--step={step}", f"--output={output}"], cwd=home, check=True)
+        assert command("evaluate", f"--workdir={workdir}", f"--step={step}", f"--output={output}")[0] == 0
     stored = [results_of(folder / str(step))["strategy_bytes"] for step in (0, 1)]
     assert stored == [results_of(workdir)["strategy_bytes"] // 2, results_of(workdir)["strategy_bytes"]]
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from iumad_jax.data.candies import render
 from iumad_jax.data.readers.eyecandies import Eyecandies
 from tests.integration.conftest import SMALL, as_flags
 
@@ -24,11 +23,9 @@ KEYS = SMALL | {
 }
 
 
-def train(home, **changes):
-    """Render candies into a folder and learn two of the three objects in its workdir `run`, with changed keys."""
-    render(
-        home / "candies", train=8, val=3, test=4, size=64, objects=",".join([*LEARNED, NEVER_LEARNED]), progress=False
-    )
+def train(home, candies, **changes):
+    """Fill a folder with candies and learn two of the three objects in its workdir `run`, with changed keys."""
+    candies(home / "candies", ",".join([*LEARNED, NEVER_LEARNED]), train=8, val=3, test=4)
     code, _, err = in_process(home, "main", f"--config={QUICKSTART}:1-1", "--workdir=run", *as_flags(KEYS | changes))
     assert code == 0, err
     return home

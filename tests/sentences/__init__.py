@@ -38,6 +38,7 @@ GRID_ALL_MASKED = "config.backbone.grid is {}, where uniad's"
 # methods, models and continual
 UNKNOWN_METHOD = r'config\.method is "{found}"; use one of {known}'
 UNKNOWN_FUSION = r'config\.model\.fusion is "{found}"; use {known}'
+ISVD_NEEDS_INPUTS = "config.continual.strategy=isvd needs to know what the layers of a method receive"
 UNKNOWN_STRATEGY = 'config.continual.strategy is "{found}"; use one of {known}'
 UNKNOWN_OPTIMIZER = 'config.train.optimizer or config.continual.optimizer is "{found}"; use one of {known}'
 FROZEN_DIFFERS = "the frozen arrays of {} are not those that this run was trained with"

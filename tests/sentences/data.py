@@ -217,4 +217,11 @@ INVENTORY_DAMAGED = "{} is not a dataset inventory"
 IMAGES_BLACK = "{count} of {object}'s {all} training images are black ({which}); check them."
 IMAGES_SATURATED = "{count} of {object}'s {all} training images are saturated ({which}); check them."
 IMAGES_OF_ONE_COLOUR = "{count} of {object}'s {all} training images are of a single colour ({which}); check them."
+VALIDATION_REUSES = (
+    "{count} of {object}'s validation images are training images too ({which}): its thresholds will be too low;"
+    " remove them."
+)
+TEST_REUSES = (
+    "{count} of {object}'s test images are training images too ({which}): its results will be too good; remove them."
+)
 IMAGES_IDENTICAL = "{count} of {object}'s {all} training images are duplicates ({which}); check them."

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import time
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +100,21 @@ def test_updates_are_those_of_adamw_with_a_clipped_norm():
                 np.testing.assert_allclose(epoch.state.variables["params"][k], p, rtol=1e-4, atol=1e-5, err_msg=k)
     assert 2 < sum(clipped) < len(clipped) - 2  # both clipped and unclipped updates occurred
     assert len(epochs) == 4
+
+
+def test_the_duration_of_an_epoch_does_not_include_the_compilation():
+    config, method, data = settings(epochs=2), pull(), images()
+    update, waits = make_update(method, make_optimizer(config)), [2.0]  # seconds, of the first update alone
+
+    def slow_at_first(*arguments):
+        time.sleep(waits.pop() if waits else 0.0)
+        return update(*arguments)
+
+    stream = training_input([data], BATCH, 7, 0, "never")
+    first, second = trained(method, config, data, update=slow_at_first, stream=stream)
+    assert not waits
+    assert 0 < first.seconds < 2
+    assert 0 < second.seconds < 2
 
 
 def test_the_losses_of_an_epoch_are_means_over_its_updates():

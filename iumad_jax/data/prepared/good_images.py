@@ -1,17 +1,17 @@
 """Good images of an object: images to learn from, calibration images, and warnings about suspicious ones."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Bool
-from sklearn.cluster import KMeans
-from sklearn.metrics import silhouette_score
 
 from iumad_jax.data.prepared import copies
+from iumad_jax.data.prepared.inventory import SPLIT_NAMES
 from iumad_jax.data.prepared.store import PreparedSet, Store, mean_tokens
+from iumad_jax.data.sample import Split
 from iumad_jax.data.tiles import rows_of
 from iumad_jax.shapes import Batch, Modality
 
@@ -101,8 +101,23 @@ def odd_images(images: PreparedSet, name: str, kind: str) -> Iterator[str]:
         seen.add(content)
     for oddity, ids in ids_by_oddity.items():
         if ids:
-            shown = ", ".join(ids[:5]) + (" and others" if len(ids) > 5 else "")
-            yield f"{len(ids)} of {name}'s {len(images.ids)} {kind} images are {oddity} ({shown}); check them."
+            yield f"{len(ids)} of {name}'s {len(images.ids)} {kind} images are {oddity} ({_first(ids)}); check them."
+
+
+def reused_images(store: Store, name: str) -> Iterator[str]:
+    """Yield a warning for validation images, and one for test images, that are training images as well."""
+    training = set(store.digests(name, "train").values())
+    splits: dict[Split, str] = {"calibration": "its thresholds will be too low", "test": "its results will be too good"}
+    for split, effect in splits.items():
+        ids = [id_ for id_, digest in store.digests(name, split).items() if digest in training]
+        if ids:
+            images = f"{name}'s {SPLIT_NAMES[split]} images are training images too ({_first(ids)})"
+            yield f"{len(ids)} of {images}: {effect}; remove them."
+
+
+def _first(ids: Sequence[str]) -> str:
+    """Join the first five ids."""
+    return ", ".join(ids[:5]) + (" and others" if len(ids) > 5 else "")
 
 
 def several_kinds(images: PreparedSet, name: str) -> str | None:
@@ -115,6 +130,9 @@ def several_kinds(images: PreparedSet, name: str) -> str | None:
     tokens = rows.reshape(len(images.ids), -1, rows.shape[-1]).mean(1)  # over tiles, which may differ
     if len(tokens) < 2 * _SMALLEST_KIND or not np.ptp(tokens, axis=0).any() or not np.isfinite(tokens).all():
         return None
+    from sklearn.cluster import KMeans  # loads slowly, and few commands need it
+    from sklearn.metrics import silhouette_score
+
     standardised = (tokens - tokens.mean(0)) / np.maximum(tokens.std(0), 1e-6)
     kinds = KMeans(2, n_init=3, random_state=0).fit_predict(standardised)
     counts = np.bincount(kinds, minlength=2)

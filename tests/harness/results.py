@@ -1,0 +1,120 @@
+"""Record results of finished runs in configs/results, and write the tables of configs/RESULTS.md from them.
+
+    python -m tests.harness.results --table=modalities --row='1 | `uniad` | rgb = runs/a,runs/b'
+
+A row has labels, one for each heading of the table, and the workdirs of runs that differ in their seeds only; of
+several, the table has means and standard deviations. `runs/a:gaussian` takes a baseline of the run. Without --row, the
+tables are written as they are recorded. Each table of RESULTS.md follows a line <!-- results NAME -->.
+"""
+
+import json
+import os
+import re
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from tabulate import tabulate
+
+from iumad_jax import cli
+from iumad_jax.errors import UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+_COLUMNS = {  # heading of a column: metric and figure of results.json
+    "I-AUROC": ("i_auroc", "final"),
+    "P-AUROC": ("p_auroc", "final"),
+    "AUPRO": ("aupro", "final"),
+    "object P-AUROC": ("p_auroc_object", "final"),
+    "object AUPRO": ("aupro_object", "final"),
+    "`fm` I-AUROC": ("i_auroc", "fm"),
+    "`fm` AUPRO": ("aupro", "fm"),
+    "`new` I-AUROC": ("i_auroc", "new"),
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command and return its exit code."""
+    return cli.execute(str(__doc__), arguments, _define, _write)
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("table", None, "Name of the table that gets the rows.", flag_values=values)
+    flags.DEFINE_multi_string(
+        "row", [], "'LABEL | LABEL = RUN,RUN': a row, new or in place of one.", flag_values=values
+    )
+
+
+def _write(values: flags.FlagValues) -> str:
+    if values.row:
+        file = CONFIGS / "results" / f"{values.table}.json"
+        if not file.is_file():
+            raise UserError(f"--table={values.table}: {file} does not exist; write its headings and columns first.")
+        record = json.loads(file.read_text())
+        rows = {tuple(row["labels"]): row for row in record["rows"]}
+        rows |= {tuple(row["labels"]): row for row in map(_measured, values.row)}
+        lines = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in rows.values())
+        head = json.dumps({key: record[key] for key in ("headings", "columns")})
+        file.write_text(f'{head[:-1]}, "rows": [\n{lines}\n]}}\n')
+    page = CONFIGS / "RESULTS.md"
+    page.write_text(filled(page.read_text()))
+    return f"{page} is written."
+
+
+def _measured(text: str) -> dict[str, Any]:
+    """Return the row that a value of --row describes."""
+    labels, _, runs = text.rpartition("=")
+    finished = []
+    for run in runs.strip().split(","):
+        workdir, _, baseline = run.partition(":")
+        try:
+            results = json.loads((Path(workdir) / "results.json").read_text())
+            summary = (results["baselines"][baseline] if baseline else results)["summary"]
+        except (OSError, KeyError) as error:
+            raise UserError(f"--row={text}: {run} has no results ({error}); name a finished run.") from error
+        finished.append((Path(workdir) / "results.json", results["versions"], summary))
+    files, versions, summaries = zip(*finished, strict=True)
+    day = max(datetime.fromtimestamp(file.stat().st_mtime, UTC).date() for file in files)
+    return {
+        "labels": [label.strip() for label in labels.split("|")],
+        "measured": f"{day}, {os.cpu_count()} CPU cores, Python {versions[0]['python']}, jax {versions[0]['jax']}",
+        "values": {
+            heading: [round(summary[metric][figure], 4) for summary in summaries]
+            for heading, (metric, figure) in _COLUMNS.items()
+            if summaries[0][metric][figure] is not None
+        },
+    }
+
+
+def filled(page: str) -> str:
+    """Return the page with every table that follows a line <!-- results NAME --> as it is recorded."""
+
+    def table(match: re.Match[str]) -> str:
+        record = json.loads((CONFIGS / "results" / f"{match[1]}.json").read_text())
+        origins = dict.fromkeys(row["measured"] for row in record["rows"])
+        return f"<!-- results {match[1]} -->\n{_table(record)}\n\n*Measured {'; '.join(sorted(origins))}.*\n"
+
+    return re.sub(r"<!-- results (\w+) -->\n(?:\|.*\n)*(?:\n\*Measured [^*]*\*\n)?", table, page)
+
+
+def _table(record: dict[str, Any]) -> str:
+    rows = [
+        [*row["labels"], *(_cell(row["values"].get(column, [])) for column in record["columns"])]
+        for row in record["rows"]
+    ]
+    lines = tabulate(rows, [*record["headings"], *record["columns"]], "github", disable_numparse=True).splitlines()
+    return "\n".join(re.sub(r" +\|", " |", re.sub("-{3,}", "---", line)) for line in lines)
+
+
+def _cell(values: list[float] | str) -> str:
+    """Format a row's values, or what was recorded as text."""
+    if isinstance(values, str) or not values:
+        return values or "not measured"
+    spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,75 @@
+"""Tables of configs/RESULTS.md are those that are recorded, and rows are recorded from finished runs."""
+
+import json
+import os
+
+import pytest
+
+from tests.harness import results
+
+
+def test_the_page_has_the_recorded_tables():
+    page = (results.CONFIGS / "RESULTS.md").read_text()
+    assert page.count("<!-- results ") == len(list((results.CONFIGS / "results").glob("*.json")))
+    assert results.filled(page) == page
+
+
+@pytest.fixture
+def configs(tmp_path, monkeypatch):
+    """Make a page with one table, of one row, and replace the project's."""
+    monkeypatch.setattr(results, "CONFIGS", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    row = {"labels": ["old", "rgb"], "measured": "2025-12-31, a machine", "values": {"AUPRO": [0.5]}}
+    record = {"headings": ["method", "modality"], "columns": ["AUPRO", "`fm` AUPRO"], "rows": [row]}
+    (tmp_path / "results" / "some.json").write_text(json.dumps(record))
+    (tmp_path / "RESULTS.md").write_text("Before.\n\n<!-- results some -->\n| a |\n|---|\n\nAfter.\n")
+    return tmp_path
+
+
+def finish_run(folder, aupro, baseline):
+    """Write the results of a run in which nothing but AUPRO is defined."""
+
+    def summary(value):
+        undefined = dict.fromkeys(("final", "fm", "new"))
+        metrics = dict.fromkeys(("i_auroc", "p_auroc", "p_auroc_object", "aupro_object"), undefined)
+        return metrics | {"aupro": {"final": value, "fm": -0.01, "new": None}}
+
+    folder.mkdir()
+    versions = {"python": "3.11.0", "jax": "0.10.2"}
+    content = {"summary": summary(aupro), "baselines": {"bank": {"summary": summary(baseline)}}, "versions": versions}
+    (folder / "results.json").write_text(json.dumps(content))
+    os.utime(folder / "results.json", (1767225600, 1767225600))  # 2026-01-01
+
+
+def test_rows_are_recorded_from_runs(configs, monkeypatch):
+    """The mean of 0.6 and 0.8 is 0.7, and their standard deviation 0.1 times the root of 2."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    finish_run(configs / "a", 0.6, 0.4)
+    finish_run(configs / "b", 0.8, 0.4)
+    rows = ["--row=old | rgb = a:bank", "--row=new=ish | depth = a,b"]
+    assert results.main(["results", "--table=some", *rows]) == 0
+    assert (configs / "RESULTS.md").read_text().splitlines() == [
+        "Before.",
+        "",
+        "<!-- results some -->",
+        "| method | modality | AUPRO | `fm` AUPRO |",
+        "|---|---|---|---|",
+        "| old | rgb | 0.400 | -0.010 |",
+        "| new=ish | depth | 0.700 ± 0.141 | -0.010 ± 0.000 |",
+        "",
+        "*Measured 2026-01-01, 3 CPU cores, Python 3.11.0, jax 0.10.2.*",
+        "",
+        "After.",
+    ]
+    assert results.main(["results"]) == 0  # again, from what is recorded
+    assert (configs / "RESULTS.md").read_text().count("0.700 ± 0.141") == 1
+
+
+def test_missing_runs_and_tables_are_reported(configs, capsys):
+    finish_run(configs / "a", 0.6, 0.4)
+    before = (configs / "RESULTS.md").read_text()
+    for flags in (["--table=some", "--row=x | y = b"], ["--table=some", "--row=x | y = a:c"], ["--row=x | y = a"]):
+        assert results.main(["results", *flags]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert (configs / "RESULTS.md").read_text() == before
