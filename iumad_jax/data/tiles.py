@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Bool, Float32, Int
 from PIL import Image
 
 from iumad_jax import config as configs
 from iumad_jax.data.region import Box
+from iumad_jax.data.transforms import resize_nearest
 from iumad_jax.shapes import MAP_SIZE
 
 
@@ -40,6 +41,12 @@ class Tiling:
         height, width = self.share
         down, across = (_intervals(*along, self.overlap) for along in ((self.rows, height), (self.columns, width)))
         return [Box(left, top, right, bottom) for top, bottom in down for left, right in across]
+
+    def cut(self, mask: Bool[np.ndarray, "m m"]) -> Bool[np.ndarray, "*t m m"]:
+        """Return a mask of an image if it has one tile, and else those of its tiles, each in the mask's size."""
+        if self.count == 1:
+            return mask
+        return np.stack([resize_nearest(mask[box.slices(mask.shape)], len(mask)) for box in self.boxes])
 
 
 def _intervals(number: int, length: float, overlap: float) -> list[tuple[float, float]]:

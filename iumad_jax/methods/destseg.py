@@ -331,9 +331,9 @@ def make_optimizer(settings: ConfigDict, train: ConfigDict) -> optax.GradientTra
     the caller multiplies them.
     """
 
-    def sgd(part: str) -> optax.GradientTransformation:
-        rate = settings[f"{part}_rate"] / train.learning_rate if train.learning_rate else 0.0
-        steps = optax.add_decayed_weights(settings.decay), optax.trace(settings.momentum), optax.scale(rate)
+    def sgd(part: str, rate: float) -> optax.GradientTransformation:
+        scale = optax.scale(rate / train.learning_rate if train.learning_rate else 0.0)
+        steps = optax.add_decayed_weights(settings.decay), optax.trace(settings.momentum), scale
         inner = optax.flatten(optax.chain(*steps))  # XLA compiles it much faster for one vector
 
         def trains(step: Any, progress: Any = None, **_: Any) -> Bool[Array, ""]:
@@ -341,8 +341,9 @@ def make_optimizer(settings: ConfigDict, train: ConfigDict) -> optax.GradientTra
 
         return optax.conditionally_mask(inner, trains, forward_extra_args=True)
 
-    parts = ("student", "residual", "head")
-    return optax.partition({part: sgd(part) for part in parts}, lambda params: {name: part_of(name) for name in params})
+    rates = {"student": settings.student_rate, "residual": settings.residual_rate, "head": settings.head_rate}
+    optimizers = {part: sgd(part, rate) for part, rate in rates.items()}
+    return optax.partition(optimizers, lambda params: {name: part_of(name) for name in params})
 
 
 def hold(settings: ConfigDict, changes: Any, progress: Float[Array, ""] | None) -> Any:

@@ -189,6 +189,28 @@ def test_a_sample_is_added_for_every_image(method, variables, images, strategy_s
     assert abs(float(total) - float(base_total)) > 0.01
 
 
+def test_drawn_images_tell_where_defects_may_lie(method, variables, images):
+    """Two objects whose foreground is always the upper or the lower half."""
+    rows = np.arange(224)[:, None] < 112
+    halves = [np.broadcast_to(half, (6, 224, 224)) for half in (rows, ~rows)]
+    seen, between = [], {}
+
+    def recording(variables, batch, keys):
+        seen.append(batch)
+        return method.loss(variables, batch, keys)
+
+    strategy = replay(settings(), method.__class__(method.init, None, recording))
+    for object_, half in enumerate(halves):
+        between = strategy.finish(between, variables, images(6, object_)._replace(foreground=half), object_)
+    new = images(6, 2)._replace(foreground=np.zeros((6, 224, 224), bool))
+    strategy_state = jax.tree.map(jax.numpy.asarray, strategy.begin(between, variables, new, 2))
+    strategy.loss(strategy_state, variables, new, jax.random.split(jax.random.key(0), 6))
+    (batch,) = seen
+    assert not batch.foreground[:6].any()
+    for mask, object_ in zip(batch.foreground[6:], batch.object_id[6:], strict=True):
+        np.testing.assert_array_equal(mask > 0.5, halves[int(object_)][0])
+
+
 @pytest.mark.slow
 def test_replay_prevents_the_forgetting_of_finetuning(method, variables, images):
     """A linear model with too few dimensions for both objects learns the second one, with and without replay."""

@@ -14,6 +14,8 @@ SMALL = {  # changes to `config.small` that make the model as small as possible
     "model.hidden": 8,
     "model.heads": 2,
     "model.states": 2,
+    "destseg.student_width": 2,
+    "destseg.segmentation_width": 4,
     "train.epochs": 2,
     "train.batch_size": 2,
     "report.pictures_per_object": 1,

@@ -60,7 +60,9 @@ def same_snapshots(first, second, step):
     assert (one.objects, one.inputs) == (other.objects, other.inputs)
 
 
-@pytest.mark.parametrize(("method", "strategy"), [("ib_iumad", "replay"), ("uniad", "finetune"), ("iuf", "iuf")])
+@pytest.mark.parametrize(
+    ("method", "strategy"), [("ib_iumad", "replay"), ("uniad", "finetune"), ("iuf", "iuf"), ("destseg", "iuf")]
+)
 def test_an_object_that_comes_later_is_learned_as_if_it_had_been_there(tmp_path, monkeypatch, method, strategy):
     """The baselines are compared with it."""
     monkeypatch.chdir(tmp_path)

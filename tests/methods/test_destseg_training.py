@@ -10,11 +10,14 @@ import pytest
 from PIL import Image
 
 from iumad_jax import continual
-from iumad_jax.data.batches import single_update
+from iumad_jax.data.batches import single_update, training_input
 from iumad_jax.errors import UserError
 from iumad_jax.methods import build
+from iumad_jax.metrics import image_auroc
 from iumad_jax.runtime import devices
 from iumad_jax.synthetic import make_defects
+from iumad_jax.training.epochs import train_epochs
+from iumad_jax.training.optimization import learning_rates
 from iumad_jax.training.update import initial_state, make_update
 from tests.methods.test_destseg import IMAGES, KEYS, batch, make_config, shared, variables_of
 
@@ -112,6 +115,64 @@ def test_the_loss_does_not_depend_on_how_devices_share_the_batch(of_depth, image
         largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(one_gradient))
         for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(one_gradient), strict=True):
             np.testing.assert_allclose(a, b, rtol=2e-2, atol=2e-3 * largest)
+
+
+def test_a_resumed_step_ends_to_the_bit_like_one_that_was_not_interrupted(of_depth):
+    """It is interrupted in the second phase, after five of eight updates."""
+    method, variables = of_depth
+    config = make_config("depth").train
+    config.epochs = 4
+    optimizer = method.optimizer(config)
+    update, data = make_update(method, optimizer), batch(8, modalities=("depth",))
+
+    def train(variables, first, leaves):
+        state = initial_state(variables, optimizer, first, leaves)
+        stream = training_input([data], 4, 7, first)
+        rates = learning_rates(config, updates_per_epoch=2)
+        return list(train_epochs(update, state, stream, rates, jax.random.key(2), 2, config.epochs))
+
+    whole = train(variables, 0, [])
+    half = whole[1].state
+    resumed = train(half.variables, 4, jax.tree.leaves(half.optimizer))
+    jax.tree.map(np.testing.assert_array_equal, resumed[-1].state, whole[-1].state)
+    assert not same(half.variables["params"], whole[-1].state.variables["params"])
+
+
+def test_it_learns_to_find_fresh_defects(fast_compilation):
+    """In eight images, by the segmentation and, less sharply, by the distance of the student from the teacher."""
+    config = make_config("rgb", student_width=8, segmentation_width=16, first_phase=0.25)
+    config.backbone.weights = ""
+    method = build("destseg", config)
+    images = smooth_images(8)
+    variables = variables_of(method, images)
+    optimizer = method.optimizer(config.train)
+    update = make_update(method, optimizer)
+    state = devices.replicate(initial_state(variables, optimizer, 0, []))
+    for number in range(600):
+        inputs = single_update(images)
+        inputs = inputs._replace(progress=np.full((len(inputs.indices), 1), number / 600, np.float32))
+        state, _ = update(state, inputs, jax.random.key(1), np.float32([config.train.learning_rate]))
+    trained = devices.unreplicate(state).variables
+    keys = jax.random.split(jax.random.key(99), 8)
+    fresh = make_defects(keys, images.images, None, "normals", False)
+    masks = np.asarray(jax.image.resize(fresh.mask.astype(np.float32), (8, 224, 224), "nearest") > 0.5).ravel()
+
+    def auroc(variables, **keys):
+        judge = build("destseg", make_config("rgb", student_width=8, segmentation_width=16, **keys))
+        maps = jax.jit(judge.predict)(variables, images._replace(images=fresh.images)).published
+        return image_auroc(masks, np.ravel(maps))
+
+    assert auroc(trained) > 0.85
+    assert auroc(trained, map="distance") > 0.6
+    assert auroc(variables) < 0.7
+
+
+def smooth_images(count):
+    """Return blurred noise of 64 pixels."""
+    noise = np.random.default_rng(0).normal(size=(count, 8, 8, 3)).astype(np.float32)
+    smooth = jax.image.resize(noise, (count, 64, 64, 3), "cubic")
+    images = batch(count, modalities=("rgb",))
+    return images._replace(images={"rgb": np.asarray(jnp.clip(128 + 50 * smooth, 0, 255))}, foreground=None)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float16, Float64
+from jaxtyping import Array, Float, Float16, Float64
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -39,13 +39,13 @@ from iumad_jax.data.prepared.records import Image, Manifest, Values
 from iumad_jax.data.readers.joined import reader_of
 from iumad_jax.data.region import Box, cut
 from iumad_jax.data.sample import Reader, Sample, Split
-from iumad_jax.data.transforms import foreground, resize_nearest
+from iumad_jax.data.transforms import foreground
 from iumad_jax.errors import UserError
 from iumad_jax.models import pretrained
 from iumad_jax.models.backbone import FeatureExtractor
 from iumad_jax.runtime import preemption
 from iumad_jax.runtime.storage import locked
-from iumad_jax.shapes import MAP_SIZE, Batch, GroundTruth, Modality, Variables
+from iumad_jax.shapes import Batch, GroundTruth, Modality, Variables
 
 Encoder = Callable[[Any], jax.Array]  # images (b h w 3), 0..255 -> features (b g g f)
 FORMAT = 1  # version of prepared sets; tests/data/test_golden.py fails when their content has changed
@@ -214,13 +214,6 @@ class Store:
         settings = [self.settings, dataclasses.asdict(self.processing), str(reader_of(self.reader, object_, source))]
         return [*settings, *self._foreground(split)]
 
-    def _allowed(self, values: Values) -> Bool[np.ndarray, "*t m m"]:
-        """Return where defects may lie in an image, or in each of its tiles."""
-        tiling, allowed = self.processing.tiling, foreground(values["workpiece"])
-        if tiling.count == 1:
-            return allowed
-        return np.stack([resize_nearest(allowed[box.slices(allowed.shape)], MAP_SIZE) for box in tiling.boxes])
-
     def _foreground(self, split: PreparedSplit) -> tuple[str, ...]:
         """Return the name of the array of the foreground, if the images of a split have it."""
         return ("foreground",) if self.keeps_foreground and split == "train" else ()
@@ -281,7 +274,7 @@ class Store:
                     written = {}
                     for index, image, values in chunk:
                         means = {f"mean_{m}": mean_tokens(values[f"features_{m}"]) for m in self.processing.modalities}
-                        masks = {name: self._allowed(values) for name in self._foreground(split)}
+                        masks = {"foreground": self.processing.tiling.cut(foreground(values["workpiece"]))}
                         stored = {name: (values | means | masks)[name] for name in self._array_names(split)}
                         writer.write(index, stored)
                         written[index] = Image(**image, crc32=records.checksum(stored))

@@ -8,6 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from iumad_jax.data.readers.eyecandies import Eyecandies
 from iumad_jax.errors import UserError
@@ -243,3 +244,24 @@ def test_an_unwritable_folder_is_refused(root, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=sentences.PREPARED_FOLDER_UNUSABLE.format("Not a directory")):
         store(root, folder=tmp_path / "file" / "prepared").get("Confetto", "train")
+
+
+def test_training_images_tell_on_request_where_defects_may_lie(root):
+    """On the box that stands on the belt, without the wall that the image's edge cuts off."""
+    plain, keeping = store(root), store(root, keeps_foreground=True)
+    kept = keeping.get("Confetto", "train").batch
+    for i in range(SPLITS["train"]):
+        raised = nearest(scene(i)[1] < BELT - 0.008)
+        raised[:, :20] = False
+        np.testing.assert_array_equal(kept.foreground[i], ndimage.binary_erosion(with_rim(raised), disc(3)))
+    assert plain.get("Confetto", "train").batch.foreground is None
+    assert keeping.get("Confetto", "test").batch.foreground is None
+    tiled = store(root, keeps_foreground=True, processing=dataclasses.replace(PROCESSING, tiles="1x2"))
+    halves = tiled.get("Confetto", "train").batch.foreground
+    assert halves.shape == (2 * SPLITS["train"], 224, 224)
+    left = kept.foreground[0][:, :112]
+    assert halves[0].mean() == pytest.approx(left.mean(), abs=0.01)
+
+
+def disc(radius):
+    return np.hypot(*np.ogrid[-radius : radius + 1, -radius : radius + 1]) <= radius
