@@ -80,7 +80,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # method variants of benchmarks: the ke
     "destseg": {"method": "destseg", "continual.strategy": "finetune"},
     "destseg-group": {"method": "destseg", "continual.strategy": "finetune", "destseg.norm": "group"},
     "destseg-iuf": {"method": "destseg", "continual.strategy": "iuf"},
-    "destseg-replay": {"method": "destseg", "continual.strategy": "replay", "continual.replay.image_size": 112},
+    "destseg-replay": {"method": "destseg", "continual.strategy": "replay", "continual.replay.image_size": 128},
     "ib_iumad": {"method": "ib_iumad", "continual.strategy": "iuf"},
     "ib_iumad-finetune": {"method": "ib_iumad", "continual.strategy": "finetune"},
     "ib_iumad-isvd": {"method": "ib_iumad", "continual.strategy": "isvd"},
@@ -161,7 +161,7 @@ def paper(protocol: str) -> ConfigDict:
     config.simplenet.noise = 0.5  # standard deviation of the noise that makes features anomalous; by `choose`
     config.simplenet.margin = 0.5  # of the hinge loss
     config.simplenet.hidden = 1024  # width of the discriminator
-    config.simplenet.adaptor_rate = 1e-4  # learning rates, where train.learning_rate is that of the schedule's factor
+    config.simplenet.adaptor_rate = 1e-4  # learning rates, times the schedule's factor
     config.simplenet.adaptor_decay = 0.01  # weight decay of AdamW
     config.simplenet.discriminator_rate = 2e-4
     config.simplenet.discriminator_decay = 1e-5  # L2 penalty in Adam's gradient
@@ -173,7 +173,7 @@ def paper(protocol: str) -> ConfigDict:
     config.destseg.norm = "batch"  # batch, or group, which has no statistics that later steps overwrite
     config.destseg.standardise = True  # z-score the teacher's features; False as published, for ResNet18
     config.destseg.first_phase = 0.2  # share of a step's updates that train the student, before the segmentation
-    config.destseg.student_rate = 0.4  # learning rates, where train.learning_rate is that of the schedule's factor
+    config.destseg.student_rate = 0.4  # learning rates, times the schedule's factor
     config.destseg.residual_rate = 0.1  # of the segmentation network's residual blocks
     config.destseg.head_rate = 0.01  # of what follows them
     config.destseg.momentum = 0.9
@@ -321,6 +321,11 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             "config.train.batch_size is 1, which destseg's batch norm cannot normalise; use 2 or more, or"
             " --config.destseg.norm=group."
+        )
+    if config.method == "destseg" and config.destseg.textures and config.modality == "depth":
+        raise UserError(
+            "config.destseg.textures is a folder of photographs, but config.modality is depth, whose defects have none;"
+            " remove one of the two."
         )
     model = config.model
     if model.width % 2 or model.width % model.heads:

@@ -13,13 +13,7 @@ from iumad_jax import config as configs
 from iumad_jax.data import plan, readers
 from iumad_jax.data.batches import training_input
 from iumad_jax.data.prepared import copies, inventory
-from iumad_jax.data.prepared.good_images import (
-    good_images,
-    odd_images,
-    quality_shifts,
-    reused_images,
-    several_kinds,
-)
+from iumad_jax.data.prepared.good_images import good_images, quality_shifts, several_kinds, suspicious_images
 from iumad_jax.data.prepared.squash import describe_squash
 from iumad_jax.data.sample import Split
 from iumad_jax.errors import UserError, tell_once
@@ -141,11 +135,7 @@ def prepare(run: Run, step: Step, progress: Progress) -> None:
     for name, image_set in itertools.product(step.objects, (*splits, *altered)):
         if copies.ids(run.images.reader, name, image_set):
             run.images.prepare(name, image_set)
-    for name, split in itertools.product(step.objects, splits):
-        if run.images.reader.ids(name, split):
-            for message in odd_images(run.images.get(name, split), name, inventory.SPLIT_NAMES[split]):
-                live.log(message)
-    for message in itertools.chain.from_iterable(reused_images(run.images, name) for name in step.objects):
+    for message in itertools.chain.from_iterable(suspicious_images(run.images, name) for name in step.objects):
         live.log(message)
     for name in step.learned:
         if warning := several_kinds(run.images.get(name, "train"), name):

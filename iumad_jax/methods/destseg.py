@@ -50,13 +50,13 @@ Levels = list[Float[Array, "b i j c"]]  # features at the levels
 
 
 def destseg(config: ConfigDict) -> Method:
-    """Build the method for a run's config, of which it uses `destseg`, `backbone`, `input`, `modality` and `seed`.
+    """Build the method for a run's config, of which it uses `destseg`, `backbone`, `input` and `modality`.
 
     Raises:
         UserError: If a value of these is unknown, the backbone lacks the levels, or the depth encoding hides reliefs.
     """
     settings, modalities, encoding = config.destseg, configs.modalities(config), config.input.depth_encoding
-    backbone, seed = config.backbone, config.seed
+    backbone = config.backbone
     _check(settings, backbone.name)
     if "depth" in modalities:
         relief.check_encoding(encoding)
@@ -92,7 +92,7 @@ def destseg(config: ConfigDict) -> Method:
         statistics = dict(variables["statistics"])
         if settings.textures and "rgb" in modalities and "photographs" not in statistics:
             folder, size = Path(settings.textures), batch.images["rgb"].shape[1]
-            statistics["photographs"] = photographs.load(folder, PHOTOGRAPHS, size, (seed, step))
+            statistics["photographs"] = photographs.load(folder, PHOTOGRAPHS, size, step)
         if step == 0 and settings.standardise:
             statistics["teacher"] = {m: merge(variables, m, batch, statistics["teacher"][m]) for m in modalities}
         return variables | {"statistics": statistics}

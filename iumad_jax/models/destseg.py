@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 EPSILON = 1e-5  # added to variances
 MOMENTUM = 0.1  # weight of a batch in the running mean and variance
 DILATIONS = 6, 12, 18
-_GROUPS = 32
+_GROUPS, _IN_GROUP = 32, 8  # of group norm: most groups, and fewest channels of a group if there are more groups
 
 _kaiming = nn.initializers.variance_scaling(2, "fan_out", "normal")
 _torch_default = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # within 1 / sqrt(fan-in)
@@ -49,7 +49,7 @@ class Norm(nn.Module):
         scale = self.param("scale", nn.initializers.constant(self.scale), (c,))
         bias = self.param("bias", nn.initializers.zeros, (c,))
         if self.kind == "group":
-            groups = math.gcd(_GROUPS, c)
+            groups = math.gcd(_GROUPS, max(c // _IN_GROUP, 1))
             grouped = x.reshape(b, h, w, groups, c // groups)
             centred = grouped - grouped.mean((1, 2, 4), keepdims=True)
             variance = jnp.square(centred).mean((1, 2, 4), keepdims=True)

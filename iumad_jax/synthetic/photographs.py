@@ -11,7 +11,7 @@ from iumad_jax.errors import UserError
 _SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 
-def load(folder: Path, count: int, size: int, seed: tuple[int, ...]) -> UInt8[np.ndarray, "n s s 3"]:
+def load(folder: Path, count: int, size: int, seed: int) -> UInt8[np.ndarray, "n s s 3"]:
     """Load at most `count` photographs of a folder and its subfolders, chosen by the seed, as squares of `size` pixels.
 
     Raises:
@@ -19,7 +19,9 @@ def load(folder: Path, count: int, size: int, seed: tuple[int, ...]) -> UInt8[np
     """
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES)
     if not files:
-        raise UserError(f'config.destseg.textures is "{folder}", where no .jpg or .png is; name a folder of textures.')
+        raise UserError(
+            f'config.destseg.textures is "{folder}", where no .jpg, .jpeg or .png is; name a folder of textures.'
+        )
     chosen = np.random.default_rng(seed).permutation(len(files))[:count]
     return np.stack([_read(files[number], size) for number in sorted(chosen)])
 

@@ -117,6 +117,7 @@ def test_training_images_that_set_or_test_thresholds_are_reported(tmp_path, monk
     add_object(tmp_path / "objects", "bolt", 0, training)
     save(tmp_path / "objects/bolt/val/good/rgb", [draw(0, 20), training[5], training[0]])
     save(tmp_path / "objects/bolt/test/good/rgb", [draw(0, 100), training[3]])
+    save(tmp_path / "objects/bolt/test/good/mask", [np.zeros((64, 64), np.uint8)] * 4)
     add_object(tmp_path / "objects", "nut", 1, [draw(1, number) for number in range(8)])
     save(tmp_path / "objects/nut/val/good/rgb", [training[1]])
     experiment.run(config(protocol="2-0", method="feature_norm"), tmp_path / "run")

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 from jaxtyping import Bool
 
-from iumad_jax.data.prepared import copies
+from iumad_jax.data.prepared import copies, records
 from iumad_jax.data.prepared.inventory import SPLIT_NAMES
 from iumad_jax.data.prepared.store import PreparedSet, Store, mean_tokens
-from iumad_jax.data.sample import Split
+from iumad_jax.data.sample import Reader, Split
 from iumad_jax.data.tiles import rows_of
 from iumad_jax.shapes import Batch, Modality
 
@@ -74,6 +74,15 @@ def quality_shifts(store: Store, name: str) -> dict[Modality, np.ndarray]:
     return {m: tokens - mean_tokens(features[m][rows]) for m, tokens in degraded.items()}
 
 
+def suspicious_images(store: Store, name: str) -> Iterator[str]:
+    """Yield warnings about an object's good images, and about test images that are among them."""
+    splits: tuple[Split, ...] = ("train", "calibration")
+    for split in splits:
+        if store.reader.ids(name, split):
+            yield from odd_images(store.get(name, split), name, SPLIT_NAMES[split])
+    yield from reused_images(store.reader, name)
+
+
 def odd_images(images: PreparedSet, name: str, kind: str) -> Iterator[str]:
     """Yield one warning per kind of suspicious image: black, saturated, constant or duplicate.
 
@@ -104,12 +113,20 @@ def odd_images(images: PreparedSet, name: str, kind: str) -> Iterator[str]:
             yield f"{len(ids)} of {name}'s {len(images.ids)} {kind} images are {oddity} ({_first(ids)}); check them."
 
 
-def reused_images(store: Store, name: str) -> Iterator[str]:
-    """Yield a warning for validation images, and one for test images, that are training images as well."""
-    training = set(store.digests(name, "train").values())
+def reused_images(reader: Reader, name: str) -> Iterator[str]:
+    """Yield a warning for validation images, and one for test images, that are training images as well.
+
+    Images are the same if their first files are, which are photographs if there are any; a mask makes no difference.
+    """
+
+    def digests(split: Split) -> dict[str, str]:
+        first = {id_: reader.files(name, split, id_)[0] for id_ in reader.ids(name, split)}
+        return {id_: records.hash_file(file, None)["sha256"] for id_, file in first.items()}
+
+    training = set(digests("train").values())
     splits: dict[Split, str] = {"calibration": "its thresholds will be too low", "test": "its results will be too good"}
     for split, effect in splits.items():
-        ids = [id_ for id_, digest in store.digests(name, split).items() if digest in training]
+        ids = [id_ for id_, digest in digests(split).items() if digest in training]
         if ids:
             images = f"{name}'s {SPLIT_NAMES[split]} images are training images too ({_first(ids)})"
             yield f"{len(ids)} of {images}: {effect}; remove them."
