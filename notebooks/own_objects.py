@@ -41,8 +41,8 @@ if importlib.util.find_spec("iumad_jax") is None:
 # %% tags=["parameters"]
 root = "data/objects"  # one folder per object
 workdir = "runs/own_objects"
-epochs, images, pixels = 10, 16, 256
-size = 160  # input size of the network in pixels; a token covers 16 x 16
+epochs, images, pixels = 10, 12, 192
+size = 128  # input size of the network in pixels; a token covers 16 x 16
 
 # %% [markdown]
 # ## The folders
@@ -114,6 +114,7 @@ config.dataset.objects = "washer,gear"  # in the order of learning
 config.input.size = size
 config.backbone.grid = size // 16
 config.train.epochs = epochs
+config.baselines = "memory_bank"  # evaluated on the same images
 
 results = experiment.run(config, Path(workdir))
 

@@ -16,7 +16,7 @@
 # %% [markdown]
 # # Reading a finished run
 #
-# ![I-AUROC of every object over the steps](pictures/read_a_run.jpg)
+# ![curves of the test images of an object](pictures/read_a_run.jpg)
 #
 # The files in a workdir are made for other programs: `results.json`, `ledger.jsonl`, `results.csv`, and `samples/` with
 # the score of every test image. This notebook reads and plots them.
