@@ -33,6 +33,7 @@ _HEAT = "inferno"
 _DPI = 120
 _STEEPNESS = 0.05  # weight of slopes in the relief, height scales per image width
 _PANEL, _LABEL, _BAR, _HEAD, _RIM = 1.93, 1.15, 0.75, 0.62, 0.06  # inches
+_GAP = 0.03  # between panels, in their sides
 
 
 def choose(defects: Sequence[str], rows: int) -> list[int]:
@@ -86,31 +87,36 @@ def save_heatmaps(
 
     width, height = _LABEL + len(names) * _PANEL + _BAR, _HEAD + len(labels) * _PANEL + _RIM
     figure = Figure((width, height), dpi=_DPI)
-    box = {"left": _LABEL / width, "right": 1 - _BAR / width, "bottom": _RIM / height, "top": 1 - _HEAD / height}
-    grid = figure.subplots(len(labels), len(names), squeeze=False, gridspec_kw=box | {"wspace": 0.03, "hspace": 0.03})
     figure.suptitle(title, x=_RIM / width, y=1 - _RIM / height, ha="left", va="top", fontsize=12, fontweight="bold")
+    left, bottom, right, top = _LABEL / width, _RIM / height, 1 - _BAR / width, 1 - _HEAD / height
+    axes = figure.add_axes((left, bottom, right - left, top - bottom))  # of all panels, since axes are slow to draw
+    axes.set_autoscale_on(False)
+    columns, rows = (count + _GAP * (count - 1) for count in (len(names), len(labels)))
+    axes.set(xlim=(0, columns), ylim=(rows, 0), aspect="auto")
+    axes.set_axis_off()
     low, high = heats.min(), heats.max()
     norm = Normalize(low, high if high > low else low + 1)
-    extent = (0, images.shape[2], images.shape[1], 0)  # every panel in pixels of the RGB image
-    for row, axes in enumerate(grid):
-        panels = dict(zip(names, axes, strict=True))
-        text = f"{labels[row]}\nscore {values[row]:.4g}"
-        axes[0].set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9)
-        for name, panel in panels.items():
-            panel.set(xticks=[], yticks=[], facecolor=HOLE)  # NaN is transparent
-            panel.spines[:].set_visible(False)
+    for row, lines in enumerate(labels):
+        y = row * (1 + _GAP)
+        boxes = {name: (x, x + 1, y + 1, y) for name, x in zip(names, np.arange(len(names)) * (1 + _GAP), strict=True)}
+        text = f"{lines}\nscore {values[row]:.4g}"
+        axes.annotate(text, (0, y + 0.5), (-4, 0), textcoords="offset points", ha="right", va="center", fontsize=9)
+        for name, box in boxes.items():
             if row == 0:
-                panel.set_title(name, fontsize=10, pad=4)
+                place = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 10}
+                axes.annotate(name, (box[0] + 0.5, 0), (0, 4), **place)
             if name in ("RGB", "truth", "map over RGB"):
-                panel.imshow(images[row], extent=extent)
+                axes.imshow(images[row], extent=box, aspect="auto")
         if heights is not None:
             shaded, (dark, bright) = relief(np.asarray(heights)[row], height_scale), RELIEF
-            panels["relief"].imshow(shaded, "gray", extent=extent, vmin=dark, vmax=bright, interpolation="nearest")
-        heat = panels["map"].imshow(heats[row], _HEAT, norm, extent=extent)
+            shades = colormaps["gray"].with_extremes(bad=HOLE)
+            options = {"vmin": dark, "vmax": bright, "interpolation": "nearest", "aspect": "auto"}
+            axes.imshow(shaded, shades, extent=boxes["relief"], **options)
+        heat = axes.imshow(heats[row], _HEAT, norm, extent=boxes["map"], aspect="auto")
         strength = np.clip(1.6 * norm(heats[row]), 0, 0.85)  # normal areas stay transparent
-        panels["map over RGB"].imshow(heats[row], _HEAT, norm, extent=extent, alpha=strength)
-        _outline(panels["truth"], truth[row])
-    bar = figure.add_axes((1 - (_BAR - 0.1) / width, box["bottom"], 0.13 / width, box["top"] - box["bottom"]))
+        axes.imshow(heats[row], _HEAT, norm, extent=boxes["map over RGB"], aspect="auto", alpha=strength)
+        _outline(axes, truth[row], boxes["truth"])
+    bar = figure.add_axes((1 - (_BAR - 0.1) / width, bottom, 0.13 / width, top - bottom))
     figure.colorbar(heat, cax=bar).ax.tick_params(labelsize=8)
     _save(path, figure)
 
@@ -199,12 +205,13 @@ def relief(height: NDArray, scale: float) -> NDArray:
     return bounded + np.where(bounded > 0.1, 0.25 * np.tanh(-_STEEPNESS * slope), 0)
 
 
-def _outline(axes: Axes, mask: NDArray) -> None:
-    """Draw a line along the pixel edges around the mask, including the border of the image."""
+def _outline(axes: Axes, mask: NDArray, box: tuple[float, float, float, float]) -> None:
+    """Draw a line along the pixel edges around the mask in a box (left, right, bottom, top), and along its border."""
     if mask.any():
+        left, right, bottom, top = box
         sharp = np.pad(mask, 1).repeat(4, axis=0).repeat(4, axis=1)
-        y, x = ((np.arange(size) + 0.5) / 4 - 1 for size in sharp.shape)
-        axes.set_autoscale_on(False)
+        y, x = (((np.arange(size) + 0.5) / 4 - 1) / (size / 4 - 2) for size in sharp.shape)
+        x, y = left + x * (right - left), top + y * (bottom - top)
         halo = withStroke(linewidth=2.4, foreground="black")
         axes.contour(x, y, sharp, [0.5], colors=TRUTH, linewidths=1, path_effects=[halo])
 
