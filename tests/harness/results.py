@@ -3,7 +3,7 @@
     python -m tests.harness.results --table=modalities --row='1 | `uniad` | rgb = runs/a,runs/b'
 
 A row has labels, one for each heading of the table, and the workdirs of runs that differ in their seeds only; of
-several, the table has means and standard deviations. `runs/a:gaussian` takes a baseline of the run. Without --row, the
+several, the table has means and standard deviations. Rows are sorted by their labels. `runs/a:gaussian` takes a baseline of the run. Without --row, the
 tables are written as they are recorded. Each table of RESULTS.md follows a line <!-- results NAME -->.
 """
 
@@ -55,7 +55,8 @@ def _write(values: flags.FlagValues) -> str:
         record = json.loads(file.read_text())
         rows = {tuple(row["labels"]): row for row in record["rows"]}
         rows |= {tuple(row["labels"]): row for row in map(_measured, values.row)}
-        lines = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in rows.values())
+        ordered = sorted(rows.values(), key=lambda row: row["labels"])
+        lines = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in ordered)
         head = json.dumps({key: record[key] for key in ("headings", "columns")})
         file.write_text(f'{head[:-1]}, "rows": [\n{lines}\n]}}\n')
     page = CONFIGS / "RESULTS.md"
