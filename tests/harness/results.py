@@ -3,8 +3,9 @@
     python -m tests.harness.results --table=modalities --row='1 | `uniad` | rgb = runs/a,runs/b'
 
 A row has labels, one for each heading of the table, and the workdirs of runs that differ in their seeds only; of
-several, the table has means and standard deviations. Rows are sorted by their labels. `runs/a:gaussian` takes a baseline of the run. Without --row, the
-tables are written as they are recorded. Each table of RESULTS.md follows a line <!-- results NAME -->.
+several, the table has means and standard deviations. `runs/a:gaussian` takes a baseline of the run. Rows are sorted by
+their labels. Without --row, the tables are written as they are recorded. Each table of RESULTS.md follows a line
+<!-- results NAME -->.
 """
 
 import json
