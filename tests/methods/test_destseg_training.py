@@ -204,7 +204,7 @@ def test_photographs_of_textures_are_chosen_by_step_and_dropped_after_it(texture
 def test_a_folder_without_textures_and_damaged_ones_are_told(tmp_path):
     method = build("destseg", make_config("rgb", textures=str(tmp_path), standardise=False))
     images, variables = batch(modalities=("rgb",)), {"statistics": {"norms": {}, "teacher": {}}}
-    with pytest.raises(UserError, match=r"config\.destseg\.textures is .*, which has no \.jpg, \.jpeg or \.png"):
+    with pytest.raises(UserError, match=r"config\.destseg\.textures is .*, where no \.jpg, \.jpeg or \.png is"):
         method.observe(variables, images, 0)
     (tmp_path / "damaged.jpg").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"the texture .*damaged\.jpg cannot be read"):
