@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from iumad_jax import config as configs
 
 
-def get_config(protocol: str = "1-1") -> ConfigDict:
+def get_config(protocol: str = "open") -> ConfigDict:
     """Return the config of memory banks for your own objects."""
     config = configs.small(protocol)
     config.dataset.name = "folder"

@@ -41,7 +41,7 @@ def run(monkeypatch, *arguments):
         ([f"--config={CONFIGS}/folder.py:1-0"], "1-0", "folder"),
         (["--config=mine.py"], "3-0", "eyecandies"),
         (["--config=best.py"], "3-0", "eyecandies"),  # a file here, though the package has a config of this name
-        (["--config=best"], "1-1", "folder"),
+        (["--config=best"], "open", "folder"),
     ],
 )
 def test_a_config_is_found_by_name(tmp_path, monkeypatch, arguments, protocol, dataset):

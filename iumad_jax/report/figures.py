@@ -103,14 +103,14 @@ def save_heatmaps(
         axes.annotate(text, (0, y + 0.5), (-4, 0), textcoords="offset points", ha="right", va="center", fontsize=9)
         for name, box in boxes.items():
             if row == 0:
-                place = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 10}
+                place: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 10}
                 axes.annotate(name, (box[0] + 0.5, 0), (0, 4), **place)
             if name in ("RGB", "truth", "map over RGB"):
                 axes.imshow(images[row], extent=box, aspect="auto")
         if heights is not None:
             shaded, (dark, bright) = relief(np.asarray(heights)[row], height_scale), RELIEF
             shades = colormaps["gray"].with_extremes(bad=HOLE)
-            options = {"vmin": dark, "vmax": bright, "interpolation": "nearest", "aspect": "auto"}
+            options: dict[str, Any] = {"vmin": dark, "vmax": bright, "interpolation": "nearest", "aspect": "auto"}
             axes.imshow(shaded, shades, extent=boxes["relief"], **options)
         heat = axes.imshow(heats[row], _HEAT, norm, extent=boxes["map"], aspect="auto")
         strength = np.clip(1.6 * norm(heats[row]), 0, 0.85)  # normal areas stay transparent

@@ -1,7 +1,6 @@
 """Compares a dataset with the objects and images that a run has used."""
 
 import functools
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,10 +68,10 @@ def used_images(workdir: Path, steps: Sequence[Step]) -> Inventory:
 
 def new_images(workdir: Path, steps: Sequence[Step], reader: Reader, name: str) -> dict[str, dict[str, str]]:
     """Return the digests of a learned object's training and calibration images that the run has not used."""
+    used = [inventory.read(workdir).get(name, {}), *(step.images.get(name, {}) for step in steps)]
+    known = {digest for images in used for split in GOOD for digest in images.get(split, {}).values()}
     new: dict[str, dict[str, str]] = {}
     for split in GOOD:
-        used = [inventory.read(workdir).get(name, {}), *(step.images.get(name, {}) for step in steps)]
-        known = set(itertools.chain.from_iterable(images.get(split, {}).values() for images in used))
         found = inventory.digests(reader, name, split)
         new[split] = {id_: digest for id_, digest in found.items() if digest not in known}
     return new

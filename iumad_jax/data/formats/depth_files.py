@@ -6,6 +6,7 @@ checked before anything is decoded.
 """
 
 import logging
+import math
 import re
 import zlib
 from collections.abc import Iterator
@@ -189,9 +190,9 @@ def check_distance(depth: Float[np.ndarray, "h w"], file: Path, remedy: str) -> 
     if nearest < 0:
         raise UserError(f"{file} has a depth of {nearest:.3g} m; depth must be the distance from the sensor, above 0.")
     if median > _MAX_DEPTH:
-        raise WrongUnit(
-            f"{file} has a median depth of {median:.4g} m, as if millimetres were read as metres; {remedy}."
-        )
+        times = 10 ** round(math.log10(median))  # to be about a metre
+        wrong = "millimetres were read as metres" if median > 100 else f"the unit were {times} times too large"
+        raise WrongUnit(f"{file} has a median depth of {median:.4g} m, as if {wrong}; {remedy}.")
     if median < _MIN_MEDIAN:
         raise WrongUnit(
             f"{file} has a median depth of {median:.2g} m, as if metres were read as millimetres; {remedy}."
