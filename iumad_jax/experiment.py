@@ -76,18 +76,20 @@ def run(config: ConfigDict, workdir: Path, steps: tuple[Step, ...] = ()) -> dict
 def go_on(config: ConfigDict, workdir: Path, steps: tuple[Step, ...], finished: int) -> str:
     """Run the steps after the finished ones; describe what they did, and then all results.
 
-    Other changes of the dataset are told.
-
     Raises:
         UserError: As `run`.
     """
+
+    def describe(results: dict[str, Any]) -> str:
+        return f"{effects(results, finished)}\n\n{tables.console(results, workdir)}".lstrip("\n")
+
     try:
         results = run(config, workdir, steps)
-    except DatasetChanged as changed:  # what was asked for is done
-        live.log(str(changed))
-        results = changed.results
+    except DatasetChanged as changed:
+        print(describe(changed.results))
+        raise
     assert results is not None  # one process
-    return f"{effects(results, finished)}\n\n{tables.console(results, workdir)}".lstrip("\n")
+    return describe(results)
 
 
 def effects(results: dict[str, Any], finished: int) -> str:
