@@ -218,6 +218,22 @@ def test_an_object_updated_from_another_folder_is_tested_there(command):
 
 
 @pytest.mark.usefixtures("home")
+def test_copies_of_training_images_set_no_thresholds(command):
+    """Whatever their names; thresholds would be too low."""
+    validation = Path("objects/bolt/val/good/rgb")
+    validation.mkdir(parents=True, exist_ok=True)
+    for image in sorted(Path("objects/bolt/train/good/rgb").iterdir())[:2]:
+        shutil.copy(image, validation / f"copy_{image.name}")
+    code, _, err = command(calibrate, "--objects=bolt")
+    assert (code, sentences.NO_NEW_IMAGES.format(kind="good", objects="bolt") in err) == (USER_ERROR, True)
+    further(split="val/good/rgb", count=3)
+    code, out, _ = command(calibrate, "--objects=bolt")
+    assert snapshots.read(Path("run")).position.step == 2
+    (step,) = (event for event in read(Path("run/ledger.jsonl")) if event["event"] == "step" and event["step"] == 2)
+    assert step["images"] == 3
+
+
+@pytest.mark.usefixtures("home")
 def test_an_undone_update_can_be_learned_again(command):
     further()
     assert command(learn, "--update")[0] == 0

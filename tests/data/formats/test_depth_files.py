@@ -364,6 +364,11 @@ BAD = {
         npy(np.full((48, 64), 412.0)),
         sentences.UNIT_WRONG_BY_MEDIAN.format(median=412, true="millimetres", called="metres"),
     ),
+    "tenths of a millimetre called millimetres": (
+        "npy",
+        npy(np.full((48, 64), 41.2)),
+        sentences.UNIT_TOO_LARGE.format(median=41.2, times=100),
+    ),
     "no unit": ("npy", npy(np.full((48, 64), 412)), sentences.UNIT_UNKNOWN.format(remedy="give the unit")),
 }
 
