@@ -364,7 +364,7 @@ BAD = {
         npy(np.full((48, 64), 412.0)),
         sentences.UNIT_WRONG_BY_MEDIAN.format(median=412, true="millimetres", called="metres"),
     ),
-    "tenths of a millimetre called millimetres": (
+    "far too large": (
         "npy",
         npy(np.full((48, 64), 41.2)),
         sentences.UNIT_TOO_LARGE.format(median=41.2, times=100),
