@@ -227,7 +227,7 @@ def test_copies_of_training_images_set_no_thresholds(command):
     code, _, err = command(calibrate, "--objects=bolt")
     assert (code, sentences.NO_NEW_IMAGES.format(kind="good", objects="bolt") in err) == (USER_ERROR, True)
     further(split="val/good/rgb", count=3)
-    assert command(calibrate, "--objects=bolt")[0] == 0
+    assert command(calibrate, "--objects=bolt")[0] == USER_ERROR  # the copies are still ignored
     assert snapshots.read(Path("run")).position.step == 2
     (step,) = (event for event in read(Path("run/ledger.jsonl")) if event["event"] == "step" and event["step"] == 2)
     assert step["images"] == 3
