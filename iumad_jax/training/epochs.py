@@ -52,7 +52,7 @@ class Epoch(NamedTuple):
     complete: bool
     history: dict[str, np.ndarray]  # scalars of each update of the epoch so far; "loss" is the total
     learning_rate: float  # value in the last update
-    seconds: float  # duration of the complete epoch, extrapolated if it is incomplete; without a first update
+    seconds: float  # duration of the complete epoch, extrapolated if it is incomplete or its first update compiled
     state: TrainState
 
     @property

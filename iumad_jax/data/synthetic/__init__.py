@@ -1,5 +1,5 @@
 """Synthetic defects in prepared images, for choosing settings without test images; `iumad_jax.synthetic` makes them."""
 
-from iumad_jax.data.synthetic.pasting import Pasted, paste
+from iumad_jax.data.synthetic.pasting import paste
 
-__all__ = ["Pasted", "paste"]
+__all__ = ["paste"]

@@ -1,22 +1,12 @@
 """Pastes synthetic defects into prepared images, whose masks have the size of anomaly maps."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from iumad_jax.data import transforms
 from iumad_jax.shapes import MAP_SIZE, Keys, Modality
-from iumad_jax.synthetic import make_defects, relief
-
-
-class Pasted(NamedTuple):
-    """Images with synthetic defects."""
-
-    images: dict[Modality, Float[Array, "b h w 3"]]
-    mask: Bool[Array, "b m m"]  # pixels of the defect, empty where the image stayed good
-    shown: dict[Modality, Bool[Array, " b"]]  # whether the modality shows the defect
+from iumad_jax.synthetic import Defective, make_defects, relief
 
 
 def paste(
@@ -25,8 +15,8 @@ def paste(
     foreground: Bool[Array, "b m m"] | None,
     depth_encoding: str,
     confined: bool = True,
-) -> Pasted:
-    """Paste a synthetic defect into each good image, as `make_defects` does.
+) -> Defective:
+    """Paste a synthetic defect into each good image, as `make_defects` does; masks have the size of anomaly maps.
 
     Textures may be cut from the next image of the batch.
 
@@ -47,4 +37,4 @@ def paste(
     others = jnp.roll(images["rgb"], 1, axis=0) if "rgb" in images and len(keys) > 1 else None
     made = make_defects(keys, images, allowed, depth_encoding, confined, others)
     mask = jax.vmap(lambda mask: transforms.resize_nearest(mask, MAP_SIZE))(made.mask)
-    return Pasted(made.images, mask, made.shown)
+    return made._replace(mask=mask)
