@@ -46,6 +46,17 @@ _LIMITS = {
     "destseg.decay": (0, math.inf),
     "destseg.gamma": (0, math.inf),
     "destseg.top": (1, 65536),
+    "diffusion.latent": (1, 65536),
+    "diffusion.blocks": (1, 16),
+    "diffusion.heads": (1, 1024),
+    "diffusion.groups": (1, 1024),
+    "diffusion.steps": (1, 900),
+    "diffusion.start": (1, 999),
+    "diffusion.masked.layers": (1, 64),
+    "diffusion.masked.hidden": (1, 65536),
+    "diffusion.masked.neighbourhood": (1, 255),
+    "diffusion.masked.dropout": (0, 0.99),
+    "diffusion.masked.corruption": (0, 1),
     "memory_bank.megabytes": (0.01, 100_000),
     "memory_bank.neighbourhood": (1, 256),
     "memory_bank.place": (0, 1000),
@@ -95,7 +106,7 @@ def paper(protocol: str) -> ConfigDict:
     """Return the config of IB-IUMAD as published, under a protocol such as "6-1" (see `iumad_jax.protocol`)."""
     config = ConfigDict()
     config.protocol = protocol
-    config.method = "ib_iumad"  # or uniad, iuf, simplenet, destseg; untrained: memory_bank, gaussian, feature_norm
+    config.method = "ib_iumad"  # or uniad, iuf, simplenet, destseg, diad, cdad, or one of these baselines
     config.baselines = "feature_norm,gaussian,memory_bank"  # methods without training, evaluated on the same inputs
     config.combine = "published"  # of modalities: maximum or sum (of calibrated errors), rgb, depth, published
     config.score = "window16"  # of images: common (one rule for all methods), window16 (paper), own (of each method)
@@ -182,6 +193,26 @@ def paper(protocol: str) -> ConfigDict:
     config.destseg.textures = ""  # folder of photographs of textures, such as DTD; "" draws textures
     config.destseg.map = "segmentation"  # or distance, between teacher and student (ablation)
     config.destseg.top = 100  # score own: number of pixels that it averages, of 256 x 256
+
+    config.diffusion = ConfigDict()  # of diad and cdad
+    config.diffusion.latent = 64  # channels of a latent: principal components of the features
+    config.diffusion.channels = "64,128,128"  # of the UNet's levels, each with half the side of the one before
+    config.diffusion.blocks = 1  # residual blocks of a level on the way down; one more on the way up
+    config.diffusion.attending = "1,2"  # levels with transformers, from 0; the middle always has one
+    config.diffusion.heads = 4  # of attention
+    config.diffusion.groups = 32  # of group norm
+    config.diffusion.prediction = "noise"  # what the UNet predicts: noise, or v
+    config.diffusion.steps = 10  # of sampling; 1 predicts the image at once
+    config.diffusion.start = 999  # level of the noise that an image gets before sampling, up to 999
+    config.diffusion.remat = False  # True recomputes the UNet's blocks for gradients, which saves memory
+    config.diffusion.sff = True  # diad: spatial-aware fusion; False as released, where its weights stay zero
+    config.diffusion.masked = ConfigDict()  # cdad: the anomaly-masked network
+    config.diffusion.masked.layers = 4
+    config.diffusion.masked.hidden = 256  # width of feed-forward layers
+    config.diffusion.masked.neighbourhood = 3  # side of what attention hides, in tokens
+    config.diffusion.masked.dropout = 0.1
+    config.diffusion.masked.corruption = 0.5  # probability that an image is corrupted in an update
+    config.diffusion.masked.target_gradient = True  # whether the masked loss also trains the clean features
 
     config.memory_bank = ConfigDict()
     config.memory_bank.megabytes = 4.0  # size of an object's patches, of all modalities together

@@ -6,7 +6,9 @@ from ml_collections import ConfigDict
 
 from iumad_jax import config as configs
 from iumad_jax.errors import UserError
+from iumad_jax.methods.cdad import cdad
 from iumad_jax.methods.destseg import destseg
+from iumad_jax.methods.diad import diad
 from iumad_jax.methods.feature_norm import feature_norm
 from iumad_jax.methods.gaussian import gaussian
 from iumad_jax.methods.ib_iumad import ib_iumad
@@ -43,6 +45,8 @@ def build(name: str, config: ConfigDict) -> Method:
         "iuf": lambda: iuf(config.model, configs.modalities(config)),
         "simplenet": lambda: simplenet(config.simplenet, config.backbone, configs.modalities(config)),
         "destseg": lambda: destseg(config),
+        "diad": lambda: diad(config),
+        "cdad": lambda: cdad(config),
         "feature_norm": feature_norm,
         "gaussian": gaussian,
         "memory_bank": lambda: memory_bank(config.memory_bank, math.prod(configs.tile_numbers(config.input.tiles))),

@@ -1,12 +1,10 @@
 """`from_network` turns a network for one image into a method: it adds batching, z-scores and averaged loss terms."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, PRNGKeyArray
 from ml_collections import ConfigDict
@@ -14,10 +12,11 @@ from ml_collections import ConfigDict
 from iumad_jax.errors import UserError
 from iumad_jax.methods import mahalanobis
 from iumad_jax.methods.error_maps import norm, upsample_errors
+from iumad_jax.methods.inputs import store_inputs
 from iumad_jax.methods.method import Loss, Method, of_objects, with_object, without_objects
 from iumad_jax.methods.moments import merge_moments, no_moments, standardise
 from iumad_jax.models.hashed_bits import hashed_keys
-from iumad_jax.models.object_head import ObjectHead, grow_heads
+from iumad_jax.models.object_head import grow_heads
 from iumad_jax.models.reconstruction import ReconstructionTransformer
 from iumad_jax.runtime.in_batches import predict_in_batches
 from iumad_jax.shapes import BY_OBJECT, Batch, Condition, ErrorMaps, Keys, Logits, Modality, Scalars, Tokens, Variables
@@ -88,16 +87,6 @@ def reconstruct(
         key = network.make_rng("jitter")
         tokens = jitter(key, tokens, scale=config.jitter.scale, probability=config.jitter.probability)
     return transformer(tokens, condition, deterministic=deterministic)
-
-
-def _store_inputs(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-    """Store the rows that the kernel of a dense layer multiplies as `rows` in the collection `inputs`."""
-    layer = context.module
-    if isinstance(layer, nn.Dense | nn.DenseGeneral | ObjectHead) and context.method_name == "__call__":
-        contracted = np.size(layer.axis) if isinstance(layer, nn.DenseGeneral) else 1  # the last axes
-        rows = args[0].reshape(-1, math.prod(args[0].shape[-contracted:]))
-        layer.sow("inputs", "rows", rows, reduce_fn=lambda _, new: new)
-    return call(*args, **kwargs)
 
 
 def from_network(
@@ -199,7 +188,7 @@ def from_network(
 
     def inputs(variables: Variables, batch: Batch) -> dict[str, Any]:
         def image_inputs(features: Any, images: Any) -> dict[str, Any]:
-            with nn.intercept_methods(_store_inputs):
+            with nn.intercept_methods(store_inputs):
                 _, state = apply(variables, features, images, deterministic=True, mutable=["inputs"])
             return state["inputs"]
 

@@ -331,7 +331,7 @@ class UNet(nn.Module):
             own, skips = skips[-sizes.blocks - 1 :], skips[: -sizes.blocks - 1]
             if i == 0 and guidance.coarsest:
                 own = tuple(skip + added for skip, added in zip(own, guidance.coarsest, strict=True))
-            size = skips[-1].shape[:2] if skips else None
+            size = (skips[-1].shape[0], skips[-1].shape[1]) if skips else None
             h = block(sizes, of_level, size, name=f"up_blocks_{i}")(h, own, noise, context)
         h = nn.silu(_group_norm(sizes.groups, "conv_norm_out")(h))
         return _conv(sizes.latent, "conv_out", zero=True)(h)
@@ -420,7 +420,7 @@ class AnomalyMasked(nn.Module):
     def __call__(
         self, image: Float[Array, "i j c"], *, deterministic: bool
     ) -> tuple[Float[Array, "h w d"], Float[Array, "h w d"]]:
-        """Return what is added to the output of the UNet's first convolution, and the hint's output before attention."""
+        """Return what is added to the output of the UNet's first convolution, and what attention received."""
         embedded = self.hint(image)
         h, w, d = embedded.shape
         mask = neighbour_mask(h, self.neighbourhood)

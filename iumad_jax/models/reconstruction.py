@@ -84,7 +84,7 @@ class ReconstructionTransformer(nn.Module):
         """
         mask = neighbour_mask(self.grid) if self.hide_neighbours else None
         layers = Layers(self.heads, self.hidden, self.dropout, mask, deterministic)
-        position = self._position()
+        attend, feed_forward, position = layers.attend, layers.feed_forward, self._position()
         x = nn.Dense(self.width, kernel_init=_xavier, name="embed")(tokens)
         x = layers.encode(x, position, self.layers, condition)
 
@@ -92,13 +92,9 @@ class ReconstructionTransformer(nn.Module):
         for i in range(self.layers):
             name = f"decoder_{i}"
             x = self.param(f"{name}_query", nn.initializers.normal(1.0), (self.grid**2, self.width))
-            x = norm(
-                x + layers.attend(x + position, memory + position, memory, f"{name}_attention_1"), f"{name}_norm_1"
-            )
-            x = norm(
-                x + layers.attend(x + position, previous + position, previous, f"{name}_attention_2"), f"{name}_norm_2"
-            )
-            previous = norm(x + layers.feed_forward(x, f"{name}_feed_forward"), f"{name}_norm_3")
+            x = norm(x + attend(x + position, memory + position, memory, f"{name}_attention_1"), f"{name}_norm_1")
+            x = norm(x + attend(x + position, previous + position, previous, f"{name}_attention_2"), f"{name}_norm_2")
+            previous = norm(x + feed_forward(x, f"{name}_feed_forward"), f"{name}_norm_3")
             outputs.append(previous)
         final_norm = nn.LayerNorm(epsilon=1e-5, name="final_norm")
         return tuple(final_norm(output) for output in outputs)
