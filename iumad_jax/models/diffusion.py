@@ -23,7 +23,7 @@ _BETAS = np.linspace(0.00085**0.5, 0.012**0.5, LEVELS_OF_NOISE) ** 2
 KEPT = np.cumprod(1 - _BETAS)  # share of the variance that is the latent's, by level of noise, in float64
 
 Latent = Float[Array, "h w c"]
-Context = Float[Array, "q d"]  # embedding of a text
+Context = Float[Array, "q width"]  # embedding of a text
 
 
 class Sizes(NamedTuple):
@@ -381,7 +381,7 @@ class SemanticGuide(nn.Module):
 
     @nn.compact
     def __call__(
-        self, z: Latent, level: Int[Array, ""] | Float[Array, ""], context: Context | None, image: Float[Array, "i j c"]
+        self, z: Latent, level: Int[Array, ""] | Float[Array, ""], context: Context | None, image: Float[Array, "i j f"]
     ) -> Guidance:
         """Guide a UNet that sees the same latent with noise; `image` is the hint's input."""
         sizes = self.sizes
