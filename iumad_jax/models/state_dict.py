@@ -26,6 +26,8 @@ from iumad_jax.errors import UserError
 
 MAX_BYTES = 2**32  # the file of ViT-B has 346 MB
 MAX_PICKLE = 2**19  # bytes; the pickle of Lite0 has 42,349
+MAX_CHECKPOINT_BYTES = 2**33  # that of Stable Diffusion 1.5 with averaged weights has 7,703,807,346
+MAX_CHECKPOINT_PICKLE = 2**21  # bytes; 1,816 tensors take 289,160
 MAX_PARTS = 8  # largest number of dimensions of a tensor, or of arguments of a call
 
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
@@ -85,6 +87,7 @@ _ALLOWED = {
     ("torch", "FloatStorage"): np.dtype("<f4"),
     ("torch", "HalfStorage"): np.dtype("<f2"),
     ("torch", "BFloat16Storage"): np.dtype(jnp.bfloat16),
+    ("torch", "IntStorage"): np.dtype("<i4"),
     ("torch", "LongStorage"): np.dtype("<i8"),
 }
 _SAFETENSORS = {
@@ -92,6 +95,7 @@ _SAFETENSORS = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(jnp.bfloat16),
+    "I32": np.dtype("<i4"),
     "I64": np.dtype("<i8"),
 }
 _OPERATIONS = """
@@ -104,7 +108,20 @@ _OPERATIONS = """
 class _Unpickler(pickle._Unpickler):
     """Unpickler of state dicts, which replaces the names in a pickle by safe substitutes from _ALLOWED."""
 
+    limit: ClassVar = MAX_PICKLE
     stack: list[Any]
+
+    def __init__(self, data: memoryview | bytes):
+        self.file = io.BytesIO(data[: self.limit])
+        super().__init__(self.file)
+        self.storages: dict[str, _Storage] = {}
+
+    def load(self) -> Any:
+        """Load the pickle at the file's position, and move the position past it."""
+        try:
+            return super().load()
+        except EOFError as error:
+            raise ValueError(f"its pickle is incomplete or has more than {self.limit} bytes") from error
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
@@ -114,7 +131,8 @@ class _Unpickler(pickle._Unpickler):
     def persistent_load(self, description: Any) -> _Storage:
         match description:
             case ("storage", np.dtype() as dtype, str(key), str(), int(count), *view) if view in ([], [None]):
-                return _Storage(key, dtype, count)
+                self.storages[key] = _Storage(key, dtype, count)
+                return self.storages[key]
         raise ValueError("it has a storage of an unknown number type or layout")
 
     def _reduce(self) -> None:
@@ -136,16 +154,59 @@ class _Unpickler(pickle._Unpickler):
     }
 
 
-def _unpickle(file: io.BytesIO) -> Any:
-    """Load the pickle at the file's position, and move the position past it."""
-    try:
-        return _Unpickler(file).load()
-    except EOFError as error:
-        raise ValueError(f"its pickle is incomplete or has more than {MAX_PICKLE} bytes") from error
+class _Ignored:
+    """Stands for every object of a checkpoint that a state dict does not need; calls and items have no effect."""
+
+    def __call__(self, *arguments: Any) -> "_Ignored":
+        return self
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, item: Any) -> None:
+        pass
+
+
+_IGNORED = _Ignored()
+
+
+class _DictOfCheckpoint(_StringKeyDict):
+    """A dictionary that drops items whose keys are no strings, such as numbers of optimised parameters."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if type(key) is str:
+            super().__setitem__(key, value)
+
+
+class _CheckpointUnpickler(_Unpickler):
+    """Unpickler of training checkpoints, which hold a state dict and other objects; these are not created."""
+
+    limit: ClassVar = MAX_CHECKPOINT_PICKLE
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return lambda: _DictOfCheckpoint()
+        return _ALLOWED.get((module, name), _IGNORED)
+
+    def _reduce(self) -> None:
+        if self.stack[-2] is _IGNORED:
+            self.stack.pop()
+        else:
+            super()._reduce()
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        **_Unpickler.dispatch,
+        pickle.BINFLOAT[0]: pickle._Unpickler.dispatch[pickle.BINFLOAT[0]],
+        pickle.EMPTY_DICT[0]: lambda self: self.append(_DictOfCheckpoint()),
+        pickle.REDUCE[0]: _reduce,
+        pickle.NEWOBJ[0]: _reduce,  # class and arguments: only of objects that are ignored
+    }
 
 
 def _state_dict(content: Any) -> dict[str, _Tensor]:
-    if type(content) is not _StringKeyDict:
+    if type(content) is _DictOfCheckpoint and type(content.get("state_dict")) is _DictOfCheckpoint:
+        content = content["state_dict"]
+    if not isinstance(content, _StringKeyDict):
         raise ValueError("it is not a dictionary of tensors")
     for name, value in content.items():
         if type(value) is not _Tensor:
@@ -153,7 +214,7 @@ def _state_dict(content: Any) -> dict[str, _Tensor]:
     return content
 
 
-def _read_zip(data: Data) -> tuple[dict[str, _Tensor], dict[str, memoryview]]:
+def _read_zip(data: Data, unpickler: type[_Unpickler]) -> tuple[dict[str, _Tensor], dict[str, memoryview]]:
     """Read PyTorch's format since 1.6: an uncompressed zip archive of the pickle and one file per storage."""
     file: Any = data if isinstance(data, _Map) else io.BytesIO(data)
     with zipfile.ZipFile(file) as archive:
@@ -177,27 +238,26 @@ def _read_zip(data: Data) -> tuple[dict[str, _Tensor], dict[str, memoryview]]:
         folder = pickles[0].removesuffix("data.pkl")
         if folder + "byteorder" in entries and part(folder + "byteorder") != b"little":
             raise ValueError("it is big-endian")
-        tensors = _state_dict(_unpickle(io.BytesIO(part(pickles[0])[:MAX_PICKLE])))
+        tensors = _state_dict(unpickler(part(pickles[0])).load())
         keys = {tensor.storage.key for tensor in tensors.values()}
         return tensors, {key: part(f"{folder}data/{key}") for key in keys}
 
 
-def _read_legacy(data: Data) -> tuple[dict[str, _Tensor], dict[str, memoryview]]:
+def _read_legacy(data: Data, unpickler: type[_Unpickler]) -> tuple[dict[str, _Tensor], dict[str, memoryview]]:
     """Read PyTorch's format before 1.6: five pickles, then each storage as an 8-byte count and its elements."""
-    file = io.BytesIO(data[:MAX_PICKLE])
-    if _unpickle(file) != _LEGACY_MAGIC:
+    reader = unpickler(data[: unpickler.limit])
+    if reader.load() != _LEGACY_MAGIC:
         raise ValueError("it is not a PyTorch file")
-    version, system, content, keys = (_unpickle(file) for _ in range(4))
+    version, system, content, keys = (reader.load() for _ in range(4))
     if version != _LEGACY_VERSION or system["little_endian"] is not True:
         raise ValueError("its version or byte order is not supported")
     tensors = _state_dict(content)
-    sizes = {tensor.storage.key: tensor.storage.dtype.itemsize for tensor in tensors.values()}
-    storages, end = {}, file.tell()
+    storages, end = {}, reader.file.tell()
     for key in keys:
         if type(key) is not str:
             raise ValueError("the key of a storage is not a string")
         (count,) = struct.unpack_from("<q", data, end)
-        begin, end = end + 8, end + 8 + count * sizes[key]
+        begin, end = end + 8, end + 8 + count * reader.storages[key].dtype.itemsize
         storages[key] = memoryview(data)[begin:end]
     return tensors, storages
 
@@ -217,8 +277,9 @@ def _as_array(tensor: _Tensor, data: memoryview) -> np.ndarray:
     return np.ndarray(tensor.shape, tensor.storage.dtype, data, tensor.offset * size, strides)
 
 
-def _read_pth(data: Data) -> dict[str, np.ndarray]:
-    tensors, storages = _read_zip(data) if data[:4] == b"PK\x03\x04" else _read_legacy(data)
+def _read_pth(data: Data, unpickler: type[_Unpickler]) -> dict[str, np.ndarray]:
+    read = _read_zip if data[:4] == b"PK\x03\x04" else _read_legacy
+    tensors, storages = read(data, unpickler)
     return {name: _as_array(tensor, storages[tensor.storage.key]) for name, tensor in tensors.items()}
 
 
@@ -239,31 +300,39 @@ def _read_safetensors(data: Data) -> dict[str, np.ndarray]:
     return tensors
 
 
-def parse(data: Data, path: Path) -> dict[str, np.ndarray]:
+def parse(data: Data, path: Path, *, checkpoint: bool = False) -> dict[str, np.ndarray]:
     """Parse a .pth (either format) or .safetensors file into the tensors of its state dict, by name: views of `data`.
+
+    Args:
+        data: Content of the file.
+        path: The file, for its suffix and error messages.
+        checkpoint: Whether a pickle may be a training checkpoint: a dictionary with `state_dict` and other entries,
+            which are ignored whatever they hold.
 
     Raises:
         UserError: If the file is damaged, or is not a flat dictionary of tensors.
     """
     try:
-        return _read_safetensors(data) if path.suffix == ".safetensors" else _read_pth(data)
+        if path.suffix == ".safetensors":
+            return _read_safetensors(data)
+        return _read_pth(data, _CheckpointUnpickler if checkpoint else _Unpickler)
     except Exception as error:  # hostile bytes may cause any exception
         reason = error if type(error) is ValueError else f"it is damaged ({type(error).__name__}: {error})"
         raise UserError(f"weights file {path} is refused: {reason}; use a plain state dict of tensors.") from error
 
 
-def map_file(path: Path) -> Data:
+def map_file(path: Path, limit: int = MAX_BYTES) -> Data:
     """Map a file for reading.
 
     Raises:
-        UserError: If the file cannot be read, or has more than MAX_BYTES.
+        UserError: If the file cannot be read, or has more bytes than the limit.
     """
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            if size > MAX_BYTES:
+            if size > limit:
                 raise UserError(
-                    f"weights file {path} has more than {MAX_BYTES} bytes; use the state dict of a single backbone."
+                    f"weights file {path} has more than {limit} bytes; use the state dict of a single network."
                 )
             return _Map(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
     except OSError as error:
