@@ -1,0 +1,42 @@
+"""Sizes, weights and inputs of the networks that are compared with torch and diffusers; all numbers from seeds."""
+
+import itertools
+import zlib
+
+import numpy as np
+
+from tests.models.seeded import seeded_state
+
+CHANNELS, GROUPS, HEADS = (8, 16, 16, 16), 4, 2
+CONTEXT = 5, 6  # tokens, width
+LEVELS = 1, 501, 901  # of noise
+HINT = 4, 4, 8, 8  # widths
+AMN_LAYERS, AMN_HIDDEN, NEIGHBOURHOOD = 2, 13, 5
+TEXT = {"width": 8, "layers": 3, "heads": 2}
+AUTOENCODER_SIZES = (64, 64), (44, 52)  # of images; the sides of the latter are odd at its coarser levels
+LATENT_SIZES = 16, 14  # of latents
+
+
+def normal(name: str, *shape: int) -> np.ndarray:
+    """Draw an input by its name, channels last."""
+    return np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape).astype(np.float32)
+
+
+def amn_state() -> dict[str, np.ndarray]:
+    """Draw all parameters of the anomaly-masked network, in the shapes of torch's layers.
+
+    Those of the hint are twice as large as others, so that its nine convolutions do not lose the image.
+    """
+    d = CHANNELS[0]
+    shapes: dict[str, tuple[int, ...]] = {"hint.conv_in.weight": (HINT[0], 3, 3, 3)}
+    for i, (width, wider) in enumerate(itertools.pairwise(HINT)):
+        shapes[f"hint.blocks.{2 * i}.weight"] = width, width, 3, 3
+        shapes[f"hint.blocks.{2 * i + 1}.weight"] = wider, width, 3, 3
+    shapes["hint.conv_out.weight"] = d, HINT[-1], 3, 3
+    for i in range(AMN_LAYERS):
+        for name in ("query", "key", "value", "out"):
+            shapes |= {f"{i}.{name}.weight": (d, d), f"{i}.{name}.bias": (d,)}
+        shapes |= {f"{i}.hidden.weight": (AMN_HIDDEN, d), f"{i}.hidden.bias": (AMN_HIDDEN,)}
+        shapes |= {f"{i}.output.weight": (d, AMN_HIDDEN), f"{i}.output.bias": (d,)}
+        shapes |= {f"{i}.norm{j}.{part}": (d,) for j in (1, 2) for part in ("weight", "bias")}
+    return {name: value * (2 if name.startswith("hint") else 1) for name, value in seeded_state(shapes).items()}
