@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from iumad_jax.errors import UserError
@@ -261,7 +260,7 @@ def load(path: str, networks: Networks = Networks()) -> dict[str, Any]:  # noqa:
     Raises:
         UserError: If a file cannot be read, or holds anything else; the message names the first wrong tensor.
     """
-    sources, shapes = files(path), _shapes(networks)
+    sources, shapes = files(path), _shapes(networks, *Networks._fields)
     states = {file: _read(file) for file in set(sources.values())}
     used: dict[Path, set[str]] = {file: set() for file in states}
     loaded = {}
@@ -288,23 +287,24 @@ def load_autoencoder(path: str, autoencoder: AutoencoderKL = AutoencoderKL()) ->
     """
     file = file_of_autoencoder(path)
     state = _read(file)
-    named = _names_in(state, "autoencoder", _shapes(Networks(autoencoder=autoencoder))["autoencoder"])
+    named = _names_in(state, "autoencoder", _shapes(Networks(autoencoder=autoencoder), "autoencoder")["autoencoder"])
     params = _convert(named, state, "autoencoder", file)
     prefix = _ONE_FILE["autoencoder"]
     _check_rest(state, named, prefix if any(name.startswith(prefix) for name in named) else "", file)
     return params
 
 
-def _shapes(networks: Networks) -> dict[str, Tree]:
-    """Return the shapes of all parameters, by network."""
-    unet, autoencoder, text_encoder = networks
-    inputs: dict[str, tuple[nn.Module, tuple[Any, ...]]] = {
-        "unet": (unet, (jnp.zeros((16, 16, unet.sizes.latent)), 0, jnp.zeros((1, text_encoder.width)))),
-        "autoencoder": (autoencoder, (jnp.zeros((64, 64, 3)),)),
-        "text_encoder": (text_encoder, (EMPTY_PROMPT,)),
+def _shapes(networks: Networks, *names: str) -> dict[str, Tree]:
+    """Return the shapes of all parameters of some networks, by name."""
+    inputs: dict[str, tuple[Any, ...]] = {
+        "unet": (jnp.zeros((16, 16, networks.unet.sizes.latent)), 0, jnp.zeros((1, networks.text_encoder.width))),
+        "autoencoder": (jnp.zeros((64, 64, 3)),),
+        "text_encoder": (EMPTY_PROMPT,),
     }
-    key = jax.random.key(0)
-    return {name: jax.eval_shape(module.init, key, *given)["params"] for name, (module, given) in inputs.items()}
+    initialised = {
+        name: jax.eval_shape(getattr(networks, name).init, jax.random.key(0), *inputs[name]) for name in names
+    }
+    return {name: variables["params"] for name, variables in initialised.items()}
 
 
 def _context(text_encoder: TextEncoder, params: Tree) -> np.ndarray:

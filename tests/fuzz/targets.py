@@ -51,7 +51,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "folder.py"
 
 
 def weights(folder: Path) -> Target:
-    """Return a target that reads both formats of .pth, and .safetensors."""
+    """Return a target that reads both formats of .pth, .safetensors, and a training checkpoint."""
     stored = {"0": np.arange(24, dtype=np.float32).tobytes()}
     whole = pth.storage("0", 24)
     views = {
@@ -60,15 +60,20 @@ def weights(folder: Path) -> Target:
         "scalar": pth.tensor(whole, 5, (), ()),
     }
     content = pth.state_dict(**views)
+    body = content[len(pth.HEAD) : -1]
+    optimizer = b"}" + pth.number(3) + b"ctorch.optim\nAdamW\n)\x81s"
+    entries = pth.text("state_dict") + body + pth.text("optimizer") + optimizer
+    checkpoint = pth.HEAD + b"}(" + entries + b"u."
     seeds = {
         "zip.pth": pth.zipped(content, stored),
         "legacy.pth": pth.legacy(content, stored),
+        "x.ckpt": pth.zipped(checkpoint, stored),
         "x.safetensors": safetensors.numpy.save({"a": np.ones((2, 3), np.float32), "b": np.arange(4)}),
     }
 
     def read(name: str, content: bytes) -> None:
         (folder / name).write_bytes(content)
-        for array in parse(map_file(folder / name), folder / name).values():
+        for array in parse(map_file(folder / name), folder / name, checkpoint=name.endswith(".ckpt")).values():
             array.sum()  # a read beyond the buffer would crash
 
     return Target(seeds, read)

@@ -1,10 +1,12 @@
 """Pickles that are not plain state dicts are refused, whatever they would do when loaded."""
 
+import contextlib
 import io
 import pickle
 import pickletools
 import zipfile
 
+import numpy as np
 import pytest
 
 from iumad_jax.errors import UserError
@@ -105,6 +107,17 @@ def test_malformed_pickles_are_refused(write, name):
         UserError, match=sentences.WEIGHTS_REFUSED_WITH_REASON.format(file=r"weights\.pth", reason=reason)
     ):
         parse(write(HEAD + content, STORED), PTH)
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+@FORMATS
+def test_malformed_pickles_of_checkpoints_are_refused_or_contain_tensors(write, name):
+    content, _ = MALFORMED[name]
+    for whole in (content, b"}" + text("state_dict") + content[:-1] + b"s."):
+        with contextlib.suppress(UserError):
+            assert all(
+                isinstance(x, np.ndarray) for x in parse(write(HEAD + whole, STORED), PTH, checkpoint=True).values()
+            )
 
 
 def test_operations_that_no_state_dict_needs_are_refused():

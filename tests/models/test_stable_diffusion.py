@@ -1,0 +1,437 @@
+"""Stable Diffusion's files: every layout gives the same parameters to the bit, and nothing else is accepted."""
+
+import os
+import pickle
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax.traverse_util import flatten_dict
+
+from iumad_jax.errors import UserError
+from iumad_jax.models import stable_diffusion
+from iumad_jax.models.autoencoder_kl import AutoencoderKL
+from iumad_jax.models.diffusion import Sizes, UNet
+from iumad_jax.models.stable_diffusion import Networks
+from iumad_jax.models.text_encoder import EMPTY_PROMPT, TextEncoder
+from tests import sentences
+from tests.models import pth
+from tests.models.seeded import seeded_state
+from tests.oracle.inputs import GROUPS, HEADS, TEXT
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+UNET = {"channels": (8, 16), "blocks": 1, "attending": (0,)}
+CHANNELS = 8, 16  # of the autoencoder
+NETWORKS = Networks(
+    UNet(Sizes(**UNET, heads=HEADS, groups=GROUPS)), AutoencoderKL(CHANNELS, groups=GROUPS), TextEncoder(**TEXT)
+)
+PREFIXES = {"unet": "model.diffusion_model.", "autoencoder": "first_stage_model."}
+FOLDERS = {"unet": "unet", "autoencoder": "vae", "text_encoder": "text_encoder"}
+PUBLISHED = {  # names in diffusers and in a single file
+    "unet": {
+        "time_embedding.linear_2.bias": "time_embed.2.bias",
+        "conv_in.weight": "input_blocks.0.0.weight",
+        "down_blocks.0.resnets.1.time_emb_proj.weight": "input_blocks.2.0.emb_layers.1.weight",
+        "down_blocks.0.downsamplers.0.conv.weight": "input_blocks.3.0.op.weight",
+        "down_blocks.1.resnets.0.conv_shortcut.weight": "input_blocks.4.0.skip_connection.weight",
+        "down_blocks.2.attentions.1.transformer_blocks.0.attn2.to_k.weight": (
+            "input_blocks.8.1.transformer_blocks.0.attn2.to_k.weight"
+        ),
+        "down_blocks.3.resnets.1.conv2.bias": "input_blocks.11.0.out_layers.3.bias",
+        "mid_block.resnets.0.norm1.weight": "middle_block.0.in_layers.0.weight",
+        "mid_block.attentions.0.proj_in.weight": "middle_block.1.proj_in.weight",
+        "mid_block.resnets.1.norm2.bias": "middle_block.2.out_layers.0.bias",
+        "up_blocks.0.upsamplers.0.conv.weight": "output_blocks.2.1.conv.weight",
+        "up_blocks.1.attentions.0.norm.weight": "output_blocks.3.1.norm.weight",
+        "up_blocks.1.upsamplers.0.conv.weight": "output_blocks.5.2.conv.weight",
+        "up_blocks.3.resnets.2.conv1.weight": "output_blocks.11.0.in_layers.2.weight",
+        "up_blocks.3.attentions.2.transformer_blocks.0.ff.net.0.proj.bias": (
+            "output_blocks.11.1.transformer_blocks.0.ff.net.0.proj.bias"
+        ),
+        "conv_norm_out.weight": "out.0.weight",
+        "conv_out.bias": "out.2.bias",
+    },
+    "autoencoder": {
+        "encoder.conv_in.weight": "encoder.conv_in.weight",
+        "encoder.down_blocks.2.resnets.0.conv_shortcut.weight": "encoder.down.2.block.0.nin_shortcut.weight",
+        "encoder.down_blocks.0.downsamplers.0.conv.bias": "encoder.down.0.downsample.conv.bias",
+        "encoder.mid_block.attentions.0.to_out.0.weight": "encoder.mid.attn_1.proj_out.weight",
+        "decoder.mid_block.attentions.0.group_norm.bias": "decoder.mid.attn_1.norm.bias",
+        "decoder.mid_block.resnets.1.conv1.weight": "decoder.mid.block_2.conv1.weight",
+        "decoder.up_blocks.0.resnets.2.norm1.weight": "decoder.up.3.block.2.norm1.weight",
+        "decoder.up_blocks.2.upsamplers.0.conv.weight": "decoder.up.1.upsample.conv.weight",
+        "decoder.conv_norm_out.bias": "decoder.norm_out.bias",
+        "post_quant_conv.weight": "post_quant_conv.weight",
+    },
+}
+
+
+def shapes(networks):
+    unet, autoencoder, text_encoder = networks
+    context = jnp.zeros((77, text_encoder.width))
+    key = jax.random.key(0)
+    initialised = {
+        "unet": jax.eval_shape(unet.init, key, jnp.zeros((16, 16, 4)), 0, context),
+        "autoencoder": jax.eval_shape(autoencoder.init, key, jnp.zeros((64, 64, 3))),
+        "text_encoder": jax.eval_shape(text_encoder.init, key, EMPTY_PROMPT),
+    }
+    return {name: variables["params"] for name, variables in initialised.items()}
+
+
+def compvis(network, names):
+    """Return the names in a single file by those in diffusers."""
+    translate = {
+        "unet": stable_diffusion.compvis_unet_name,
+        "autoencoder": stable_diffusion.compvis_autoencoder_name,
+        "text_encoder": lambda name, names: f"cond_stage_model.transformer.text_model.{name}",
+    }[network]
+    return {name: PREFIXES.get(network, "") + translate(name, names) for name in names}
+
+
+@pytest.mark.parametrize(("network", "count"), [("unet", 686), ("autoencoder", 248)])
+def test_names_in_a_single_file(network, count):
+    names = stable_diffusion.tensors(shapes(Networks())[network])
+    translated = compvis(network, names)
+    assert len(names) == len(set(translated.values())) == count
+    for name, expected in PUBLISHED[network].items():
+        assert translated[name] == PREFIXES[network] + expected
+
+
+class Renamed(str):
+    """A tensor that is its own name, for conversion by diffusers."""
+
+    shape = ()
+
+    def __getitem__(self, part):
+        return self
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["unet", "autoencoder"])
+def test_all_names_and_shapes_equal_those_of_diffusers(network):
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.loaders import single_file_utils
+
+    with torch.device("meta"):
+        if network == "unet":
+            model = diffusers.UNet2DConditionModel(cross_attention_dim=768)
+            convert = single_file_utils.convert_ldm_unet_checkpoint
+        else:
+            down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
+            channels = (128, 256, 512, 512)
+            model = diffusers.AutoencoderKL(
+                down_block_types=down, up_block_types=up, block_out_channels=channels, layers_per_block=2
+            )
+            convert = single_file_utils.convert_ldm_vae_checkpoint
+    tensors = stable_diffusion.tensors(shapes(Networks())[network])
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {
+        name: tuple(value.shape) for name, value in model.state_dict().items()
+    }
+    file = {theirs: Renamed(name) for name, theirs in compvis(network, tensors).items()}
+    assert convert(file, model.config) == {name: name for name in tensors}
+
+
+@pytest.fixture(scope="module")
+def states():
+    """Return the tensors of the small networks by their names in diffusers."""
+    return {
+        network: seeded_state({name: t.shape for name, t in stable_diffusion.tensors(params).items()})
+        for network, params in shapes(NETWORKS).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(states):
+    """Return the same as our parameters."""
+    return {
+        network: {
+            t.path: as_ours(states[network][name], t.path)
+            for name, t in stable_diffusion.tensors(shapes(NETWORKS)[network]).items()
+        }
+        for network in states
+    }
+
+
+def as_ours(value, path):
+    if path[-1] != "kernel":
+        return value
+    return np.transpose(value, (2, 3, 1, 0)) if value.ndim == 4 else value.T
+
+
+def single_file(states):
+    """Return the tensors of a single file, with those that are not used."""
+    state = {
+        theirs: states[network][name]
+        for network in states
+        for name, theirs in compvis(network, states[network]).items()
+    }
+    for name, value in state.items():
+        if ".mid.attn_1." in name and value.ndim == 2:
+            state[name] = value[..., None, None]
+    one = np.ones(3, np.float32)
+    return state | {
+        "cond_stage_model.transformer.text_model.embeddings.position_ids": np.arange(77)[None],
+        "model_ema.decay": np.array(0.5, np.float32),
+        "model_ema.num_updates": np.array(3, np.int32),
+        "model_ema.diffusion_modeltime_embed0weight": one,
+        "betas": one,
+        "alphas_cumprod_prev": one,
+        "sqrt_one_minus_alphas_cumprod": one,
+        "posterior_mean_coef1": one,
+        "logvar": one,
+        "scale_factor": np.array(0.18215, np.float32),
+    }
+
+
+KINDS = {np.float32: "Float", np.float16: "Half", jnp.bfloat16: "BFloat16", np.int64: "Long", np.int32: "Int"}
+
+
+def pickled(state):
+    """Return the pickle of a state dict without head and end, and its storages."""
+    kinds = {np.dtype(dtype): kind for dtype, kind in KINDS.items()}
+    views, storages = {}, {}
+    for key, (name, value) in enumerate(state.items()):
+        strides = tuple(stride // value.itemsize for stride in np.ascontiguousarray(value).strides)
+        storage = pth.storage(str(key), value.size, f"torch\n{kinds[value.dtype]}Storage")
+        views[name] = pth.tensor(storage, 0, value.shape, strides[-value.ndim :] if value.ndim else ())
+        storages[str(key)] = value.tobytes()
+    return pth.state_dict(**views)[len(pth.HEAD) : -1], storages
+
+
+class ModelCheckpoint:
+    """What Lightning stores of a callback."""
+
+    def __init__(self, trace=""):
+        self.trace = trace
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.trace}",)) if self.trace else super().__reduce__()
+
+
+def lightning(state, trace=""):
+    """Return the content of a checkpoint that Lightning writes; unpickled by Python, it creates the file `trace`."""
+    content, storages = pickled(state)
+
+    def body(value):
+        return pickle.dumps(value, 2)[2:-1]
+
+    moments = b"}(" + pth.number(0) + pth.tensor(pth.storage("0", 3), 0, (3,), (1,)) + b"u"
+    groups = [{"lr": 1e-5, "betas": (0.9, 0.999), "params": [0, 1]}]
+    entries = {
+        "epoch": pth.number(840),
+        "callbacks": body({ModelCheckpoint: {"best": np.float64(0.5), "path": Path("best")}, "x": ModelCheckpoint()}),
+        "called": body([ModelCheckpoint(trace)]) if trace else b"N",
+        "optimizer_states": body([{"state": {3: None}, "param_groups": groups}, {1, 2}, b"bytes"]),
+        "moments": moments,
+        "state_dict": content,
+        "hyper_parameters": b"ccollections\ndefaultdict\n)R(" + pth.text("a") + pth.number(1) + b"u",
+        "list": b"cmodule\nList\n)R(" + pth.number(1) + pth.number(2) + b"e",
+    }
+    items = b"".join(pth.text(name) + value for name, value in entries.items())
+    return pth.HEAD + b"}(" + items + b"u.", storages
+
+
+def save_pickle(path, content, storages, write=pth.zipped):
+    path.write_bytes(write(content, storages))
+
+
+def cast(states, dtype):
+    return {network: {name: value.astype(dtype) for name, value in state.items()} for network, state in states.items()}
+
+
+def as_safetensors(folder, states):
+    safetensors.numpy.save_file(single_file(states), folder / "v1-5-pruned.safetensors")
+    return folder / "v1-5-pruned.safetensors"
+
+
+def as_checkpoint(folder, states):
+    save_pickle(folder / "v1-5-pruned.ckpt", *lightning(single_file(states)))
+    return folder / "v1-5-pruned.ckpt"
+
+
+def as_folder(folder, states, variant=""):
+    for network, name in FOLDERS.items():
+        (folder / name).mkdir()
+        stem = "model" if network == "text_encoder" else "diffusion_pytorch_model"
+        safetensors.numpy.save_file(states[network], folder / name / f"{stem}{variant}.safetensors")
+    return folder
+
+
+def as_folder_of_2022(folder, states):
+    for network, name in FOLDERS.items():
+        (folder / name).mkdir()
+        state = states[network]
+        if network == "autoencoder":
+            state = {stable_diffusion.autoencoder_name_of_2022(key): value for key, value in state.items()}
+        if network == "text_encoder":
+            state = {f"text_model.{key}": value for key, value in state.items()}
+            state["text_model.embeddings.position_ids"] = np.arange(77)[None]
+        content, storages = pickled(state)
+        stem = "pytorch_model" if network == "text_encoder" else "diffusion_pytorch_model"
+        save_pickle(folder / name / f"{stem}.bin", pth.HEAD + content + b".", storages)
+    return folder
+
+
+LAYOUTS = {
+    "one file": as_safetensors,
+    "checkpoint": as_checkpoint,
+    "folder": as_folder,
+    "half": lambda folder, states: as_folder(folder, states, ".fp16"),
+    "2022": as_folder_of_2022,
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        *((layout, np.float32) for layout in LAYOUTS),
+        ("one file", np.float16),
+        ("half", np.float16),
+        ("checkpoint", np.float16),
+        ("one file", jnp.bfloat16),
+        ("2022", jnp.bfloat16),
+    ],
+)
+def test_every_layout_gives_the_same_parameters_to_the_bit(tmp_path, states, expected, layout, dtype):
+    path = str(LAYOUTS[layout](tmp_path, cast(states, dtype)))
+    loaded = stable_diffusion.load(path, NETWORKS)
+    assert set(loaded) == {"unet", "autoencoder", "context"}
+    for network in ("unet", "autoencoder"):
+        assert_same(loaded[network], expected[network], dtype)
+    assert_same(stable_diffusion.load_autoencoder(path, NETWORKS.autoencoder), expected["autoencoder"], dtype)
+
+
+def assert_same(params, expected, dtype=np.float32):
+    flat = flatten_dict(params)
+    assert flat.keys() == expected.keys()
+    for path, value in flat.items():
+        assert value.dtype == np.float32
+        np.testing.assert_array_equal(value, expected[path].astype(dtype).astype(np.float32))
+
+
+def test_context_is_that_of_the_empty_prompt(tmp_path, states):
+    with np.load(Path(__file__).parents[1] / "oracle" / "goldens.npz") as goldens:
+        context = goldens["text_encoder/context"]
+    loaded = stable_diffusion.load(str(as_safetensors(tmp_path, states)), NETWORKS)["context"]
+    assert loaded.shape == (77, TEXT["width"])
+    np.testing.assert_allclose(loaded, context, atol=1e-4 * np.abs(context).max(), rtol=0)
+
+
+def of_autoencoder_alone(states, trained):
+    """Return the state dict of KL-f8, as trained or in the layout of diffusers."""
+    if not trained:
+        return states["autoencoder"]
+    prefix = PREFIXES["autoencoder"]
+    state = {name.removeprefix(prefix): x for name, x in single_file(states).items() if name.startswith(prefix)}
+    return state | {
+        "loss.logvar": np.array(0.5, np.float32),
+        "loss.discriminator.main.3.num_batches_tracked": np.array(5),
+    }
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_autoencoder_alone(tmp_path, states, expected, trained):
+    state = of_autoencoder_alone(states, trained)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    safetensors.numpy.save_file(state, file)
+    save_pickle(tmp_path / "kl-f8.ckpt", *lightning(state))
+    for path in (file, tmp_path / "kl-f8.ckpt", tmp_path):
+        assert_same(stable_diffusion.load_autoencoder(str(path), NETWORKS.autoencoder), expected["autoencoder"])
+    with pytest.raises(UserError, match=sentences.TENSOR_MISSING.format(r"conv_in\.bias")):
+        stable_diffusion.load(str(file), NETWORKS)
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path, states, expected):
+    trace = tmp_path / "trace"
+    content, storages = lightning(of_autoencoder_alone(states, True), str(trace))
+    assert f"touch {trace}".encode() in content
+    for write in (pth.zipped, pth.legacy):
+        save_pickle(tmp_path / "kl-f8.ckpt", content, storages, write)
+        loaded = stable_diffusion.load_autoencoder(str(tmp_path / "kl-f8.ckpt"), NETWORKS.autoencoder)
+        assert_same(loaded, expected["autoencoder"])
+    assert not trace.exists()
+
+
+def test_files_written_by_diffusers_and_transformers(tmp_path, expected):
+    pytest.importorskip("diffusers")
+    from tests.oracle import make
+
+    models = {"unet": make.unet_model(**UNET, cross=TEXT["width"]), "autoencoder": make.autoencoder_model(CHANNELS)}
+    models["text_encoder"] = make.text_model()
+    for network, model in models.items():
+        make.seeded(model).save_pretrained(tmp_path / FOLDERS[network])
+    loaded = stable_diffusion.load(str(tmp_path), NETWORKS)
+    for network in ("unet", "autoencoder"):
+        assert_same(loaded[network], expected[network])
+
+
+def test_checkpoints_written_by_torch(tmp_path, states, expected):
+    torch = pytest.importorskip("torch")
+    state = {name: torch.from_numpy(np.array(value)) for name, value in single_file(states).items()}
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))])
+    content = {
+        "epoch": 3,
+        "callbacks": {ModelCheckpoint: ModelCheckpoint()},
+        "optimizer_states": [optimizer.state_dict()],
+    }
+    torch.save(content | {"state_dict": state, "created": Path("x")}, tmp_path / "model.ckpt")
+    loaded = stable_diffusion.load(str(tmp_path / "model.ckpt"), NETWORKS)
+    for network in ("unet", "autoencoder"):
+        assert_same(loaded[network], expected[network])
+
+
+WRONG = {
+    "missing": ("unet", "mid_block.attentions.0.proj_in.weight", None, sentences.TENSOR_MISSING),
+    "of stable diffusion 2": (
+        "unet",
+        "mid_block.attentions.0.proj_in.weight",
+        np.zeros((16, 16), np.float32),
+        sentences.TENSOR_OF_WRONG_SHAPE.format(expected=r"\(16, 16, 1, 1\)", found=r"\(16, 16\)"),
+    ),
+    "for painting": (
+        "unet",
+        "conv_in.weight",
+        np.zeros((8, 9, 3, 3), np.float32),
+        sentences.TENSOR_OF_WRONG_SHAPE.format(expected=r"\(8, 4, 3, 3\)", found=r"\(8, 9, 3, 3\)"),
+    ),
+    "not finite": ("autoencoder", "quant_conv.bias", np.full(8, np.inf, np.float32), sentences.TENSOR_NOT_FINITE),
+    "left over": ("autoencoder", "encoder.conv_more.bias", np.zeros(8, np.float32), sentences.TENSOR_UNKNOWN),
+    "text encoder's": ("text_encoder", "final_layer_norm.bias", None, sentences.TENSOR_MISSING),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("layout", ["one file", "folder", "2022"])
+def test_a_wrong_tensor_is_named(tmp_path, states, layout, wrong):
+    network, name, value, message = WRONG[wrong]
+    changed = states[network] | {name: value}
+    changed = states | {network: {key: x for key, x in changed.items() if x is not None}}
+    path = LAYOUTS[layout](tmp_path, changed)
+    names = {"folder": {name: name}, "2022": {name: f"text_model.{name}" if network == "text_encoder" else name}}
+    names["one file"] = compvis(network, states[network] | {name: value})
+    with pytest.raises(UserError, match=message.format(names[layout][name].replace(".", r"\."))):
+        stable_diffusion.load(str(path), NETWORKS)
+
+
+def test_missing_files_are_named(tmp_path, states):
+    as_folder(tmp_path, states)
+    (tmp_path / "text_encoder" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=sentences.NO_WEIGHTS_IN_FOLDER.format("text_encoder", r"model\.safetensors")):
+        stable_diffusion.load(str(tmp_path), NETWORKS)
+    with pytest.raises(UserError, match="No such file"):
+        stable_diffusion.load(str(tmp_path / "none.ckpt"), NETWORKS)
+    with pytest.raises(UserError, match=sentences.NO_WEIGHTS_IN_FOLDER.format("text_encoder", "diffusion_pytorch")):
+        stable_diffusion.load_autoencoder(str(tmp_path / "text_encoder"), NETWORKS.autoencoder)
+
+
+def test_files_tell_what_is_read(tmp_path, states):
+    as_folder(tmp_path, states)
+    files = stable_diffusion.files(str(tmp_path))
+    assert files["text_encoder"] == tmp_path / "text_encoder" / "model.safetensors"
+    assert stable_diffusion.file_of_autoencoder(str(tmp_path)) == files["autoencoder"]
+    assert set(stable_diffusion.files("v1-5-pruned.ckpt").values()) == {Path("v1-5-pruned.ckpt")}
