@@ -34,6 +34,7 @@ def _lite(native_size: int, width: float, depth: float) -> Backbone:
 
 
 _RESNET18 = resnet.Architecture(False, (2, 2, 2), (64, 128, 256), (64, 128, 256))
+_RESNET50 = resnet.Architecture(True, (3, 4, 6), (64, 128, 256), (256, 512, 1024))
 _WIDE_RESNET50_2 = resnet.Architecture(True, (3, 4, 6), (128, 256, 512), (256, 512, 1024))
 
 BACKBONES = {  # and the number of feature channels at the default levels
@@ -42,6 +43,7 @@ BACKBONES = {  # and the number of feature channels at the default levels
     "efficientnet_lite2": _lite(260, 1.1, 1.2),  # 208
     "efficientnet_b4": Backbone(efficientnet.EfficientNet, efficientnet.B4),  # 272
     "resnet18": Backbone(resnet.ResNet, _RESNET18),  # 384
+    "resnet50": Backbone(resnet.ResNet, _RESNET50),  # 1536
     "wide_resnet50_2": Backbone(resnet.ResNet, _WIDE_RESNET50_2),  # 1536
     "dinov2_vits14": Backbone(vit.VisionTransformer, vit.Architecture(384, 6)),  # 1536
     "dinov2_vitb14": Backbone(vit.VisionTransformer, vit.Architecture(768, 12)),  # 3072

@@ -155,7 +155,7 @@ def _unused_of_efficientnet(architecture: Any) -> tuple[str, ...]:
 
 _FAMILIES = {
     EfficientNet: _Family(_efficientnet, "EfficientNet-PyTorch or timm", _unused_of_efficientnet),
-    ResNet: _Family(_resnet, "torchvision", lambda architecture: ("layer4.", "fc.")),
+    ResNet: _Family(_resnet, "torchvision or timm", lambda architecture: ("layer4.", "fc.")),
     VisionTransformer: _Family(_vision_transformer, "DINOv2", lambda architecture: ("mask_token",)),
 }
 
@@ -243,7 +243,8 @@ def load(backbone: str, weights: str = "") -> Variables:
     Args:
         backbone: Key of BACKBONES.
         weights: Path of a .pth or .safetensors file, a state dict with the names of EfficientNet-PyTorch or timm, of
-            torchvision's ResNets, or of DINOv2; "random" for untrained weights; or "" for an installed package's.
+            torchvision's or timm's ResNets, or of DINOv2; "random" for untrained weights; or "" for an installed
+            package's.
 
     Raises:
         UserError: If the backbone is unknown, no package has its weights, or the file is not its state dict.

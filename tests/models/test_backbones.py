@@ -31,6 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
 GOLDENS = Path(__file__).with_name("backbone_goldens.json")
 SIZES = {  # of images
     "resnet18": (75, 64),  # odd at every stride
+    "resnet50": (75, 64),
     "wide_resnet50_2": (75, 64),
     "dinov2_vits14": (60, 72),  # resized to 56 x 70: 4 x 5 patches
     "dinov2_vitb14": (42, 42),
@@ -78,10 +79,17 @@ def dinov2_shapes(d: int) -> dict[str, tuple[int, ...]]:
 
 SHAPES = {
     "resnet18": resnet_shapes(False, (2, 2, 2), 64, 64),
+    "resnet50": resnet_shapes(True, (3, 4, 6), 64, 256),
     "wide_resnet50_2": resnet_shapes(True, (3, 4, 6), 128, 256),
     "dinov2_vits14": dinov2_shapes(384),
     "dinov2_vitb14": dinov2_shapes(768),
 }
+
+
+def levels(backbone: str) -> tuple[int, ...]:
+    """Return the levels that are compared: the default ones of DINOv2, all of others."""
+    architecture = BACKBONES[backbone].architecture
+    return architecture.default_levels if backbone in HEADS else architecture.levels
 
 
 @cache
@@ -111,7 +119,7 @@ def save_pth(folder: Path, state: dict[str, np.ndarray]) -> Path:
 
 
 def torch_resnet(backbone: str, images: Any) -> list[Any]:
-    """Return the outputs of layer2 and layer3 of torchvision's model."""
+    """Return the outputs of the layers 1 to 3 of torchvision's model."""
     torch = pytest.importorskip("torch")
     models = pytest.importorskip("torchvision.models")
     model = getattr(models, backbone)().eval()
@@ -120,9 +128,9 @@ def torch_resnet(backbone: str, images: Any) -> list[Any]:
     assert {name for name in model.state_dict() if not name.startswith(behind)} == shapes.keys()
     state = {name: torch.from_numpy(seeded(backbone)[name]) for name in shapes}
     model.load_state_dict(state, strict=False)
-    x = model.layer1(model.maxpool(model.relu(model.bn1(model.conv1(images)))))
-    layer2 = model.layer2(x)
-    return [layer2, model.layer3(layer2)]
+    layer1 = model.layer1(model.maxpool(model.relu(model.bn1(model.conv1(images)))))
+    layer2 = model.layer2(layer1)
+    return [layer1, layer2, model.layer3(layer2)]
 
 
 def torch_dinov2(backbone: str, images: Any) -> list[Any]:
@@ -162,7 +170,7 @@ def torch_dinov2(backbone: str, images: Any) -> list[Any]:
 
 
 def reference(backbone: str) -> list[np.ndarray]:
-    """Return channels-last outputs of PyTorch at the default levels for the seeded images."""
+    """Return channels-last outputs of PyTorch at `levels` for the seeded images."""
     torch = pytest.importorskip("torch")
     normalised = (seeded_images(*SIZES[backbone]) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     images = torch.from_numpy(normalised.transpose(0, 3, 1, 2).astype(np.float32))
@@ -173,12 +181,12 @@ def reference(backbone: str) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module", params=SIZES)
 def ours(request, compile_quickly) -> tuple[str, list[np.ndarray]]:
-    """Return a backbone, and its outputs at the default levels for the seeded images."""
+    """Return a backbone, and its outputs at `levels` for the seeded images."""
     backbone = request.param
     network, architecture, mean, std = BACKBONES[backbone]
     variables = pretrained.convert(seeded(backbone), backbone, Path("seeded.pth"))
     images = (seeded_images(*SIZES[backbone]) - np.float32(mean)) / np.float32(std)
-    module = network(architecture, architecture.default_levels)
+    module = network(architecture, levels(backbone))
     outputs = jax.jit(module.apply)({"params": variables["params"]["backbone"]}, images)
     return backbone, [np.asarray(x) for x in outputs]
 

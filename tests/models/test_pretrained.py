@@ -417,9 +417,9 @@ def test_errors_of_loading(tmp_path):
         file.truncate(MAX_BYTES + 1)
     for backbone, weights, message in [
         (
-            "resnet50",
+            "resnet34",
             "",
-            sentences.UNKNOWN_BACKBONE.format(found="resnet50", known="efficientnet_lite0, efficientnet_lite1"),
+            sentences.UNKNOWN_BACKBONE.format(found="resnet34", known="efficientnet_lite0, efficientnet_lite1"),
         ),
         ("efficientnet_b4", "", sentences.WEIGHTS_NEEDED.format("EfficientNet-PyTorch or timm")),
         ("resnet18", "", sentences.WEIGHTS_NEEDED.format("torchvision")),
