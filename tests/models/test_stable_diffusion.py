@@ -19,7 +19,7 @@ from iumad_jax.models.stable_diffusion import Networks
 from iumad_jax.models.text_encoder import EMPTY_PROMPT, TextEncoder
 from tests import sentences
 from tests.models import pth
-from tests.models.seeded import seeded_state
+from tests.oracle import inputs
 from tests.oracle.inputs import GROUPS, HEADS, TEXT
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -140,7 +140,7 @@ def test_all_names_and_shapes_equal_those_of_diffusers(network):
 def states():
     """Return the tensors of the small networks by their names in diffusers."""
     return {
-        network: seeded_state({name: t.shape for name, t in stable_diffusion.tensors(params).items()})
+        network: inputs.state_dict({name: t.shape for name, t in stable_diffusion.tensors(params).items()})
         for network, params in shapes(NETWORKS).items()
     }
 

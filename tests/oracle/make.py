@@ -22,7 +22,7 @@ functional = torch.nn.functional
 def seeded(model):
     """Give every tensor of a model a random value that depends on its name."""
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    model.load_state_dict({name: torch.from_numpy(value) for name, value in seeded_state(shapes).items()})
+    model.load_state_dict({name: torch.from_numpy(value) for name, value in inputs.state_dict(shapes).items()})
     return model.eval()
 
 
