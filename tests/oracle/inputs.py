@@ -3,7 +3,9 @@
 import itertools
 import zlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
 from tests.models.seeded import seeded_state
@@ -35,6 +37,14 @@ def state_dict(shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
 def normal(name: str, *shape: int) -> np.ndarray:
     """Draw an input by its name, channels last."""
     return np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape).astype(np.float32)
+
+
+def normal_tree(name: str, tree: Any) -> Any:
+    """Draw parameters of a module, given their shapes; kernels keep the size of what they multiply."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: normal(f"{name}{path}", *leaf.shape) * np.float32(max(np.prod(leaf.shape[:-1]), 4) ** -0.5),
+        tree,
+    )
 
 
 def amn_state() -> dict[str, np.ndarray]:
