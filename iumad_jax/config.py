@@ -47,6 +47,7 @@ _LIMITS = {
     "destseg.gamma": (0, math.inf),
     "destseg.top": (1, 65536),
     "diffusion.latent": (1, 65536),
+    "diffusion.context": (1, 65536),
     "diffusion.blocks": (1, 16),
     "diffusion.heads": (1, 1024),
     "diffusion.groups": (1, 1024),
@@ -195,6 +196,13 @@ def paper(protocol: str) -> ConfigDict:
     config.destseg.top = 100  # score own: number of pixels that it averages, of 256 x 256
 
     config.diffusion = ConfigDict()  # of diad and cdad
+    config.diffusion.space = "features"  # of what diffusion rebuilds: features, or pixels (published)
+    config.diffusion.weights = ""  # pixels: Stable Diffusion 1.5, a .safetensors or .ckpt file or a diffusers folder
+    config.diffusion.autoencoder = ""  # pixels: another autoencoder (KL-f8); "" is that of the weights
+    config.diffusion.autoencoder_channels = "128,256,512,512"  # pixels: of the autoencoder's levels
+    config.diffusion.context = 768  # pixels: width of the text encoder
+    config.diffusion.pixels = "symmetric"  # what the autoencoder receives: -1 to 1, or imagenet, as both releases
+    config.diffusion.compare = "autoencoded"  # pixels: rebuilt images with autoencoded ones, or with the input
     config.diffusion.latent = 64  # channels of a latent: principal components of the features
     config.diffusion.channels = "64,128,128"  # of the UNet's levels, each with half the side of the one before
     config.diffusion.blocks = 1  # residual blocks of a level on the way down; one more on the way up
@@ -274,6 +282,7 @@ def small(protocol: str) -> ConfigDict:
     config.simplenet.discriminator_rate = 2e-3
     config.destseg.student_width = 16
     config.destseg.segmentation_width = 64
+    config.diffusion.prediction = "v"
     config.train.epochs = 20
     config.train.batch_size = 8
     config.train.learning_rate = 2e-3

@@ -3,9 +3,12 @@
 The guide rebuilds each token of the image without its neighbourhood, and learns to repair corrupted images. It runs
 once per image; what it returns is added to the output of the UNet's first convolution.
 
-Our choices: the latents are principal components of frozen features, see `latents`, in which corruption copies
-rectangles; each image is corrupted with probability 1/2 in each update. Against forgetting, see `continual.isvd`.
+Our choices: without weights of Stable Diffusion, latents are principal components of frozen features, see `latents`.
+Each image is corrupted with probability 1/2 in each update. Against forgetting, see `continual.isvd`.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +17,14 @@ from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
 from iumad_jax.errors import UserError
-from iumad_jax.methods.diffusion import Latent, from_guided, sizes_of
-from iumad_jax.methods.latents import root_mean_square
+from iumad_jax.methods.diffusion import OF_THE_LEVEL, Latent, from_guided, sizes_of
+from iumad_jax.methods.latents import features, root_mean_square
 from iumad_jax.methods.method import Method
-from iumad_jax.models.diffusion import AnomalyMasked, Guidance, LatentHint, Sizes, UNet
+from iumad_jax.methods.pixels import pixels
+from iumad_jax.models.diffusion import AnomalyMasked, Context, Guidance, Sizes, UNet
 from iumad_jax.shapes import Scalars
 
-_PATCHES = 4  # at most, in a corrupted image
-_HALF_SIDE = (0.03, 0.4)  # half of a patch's side, in image sides
-
+View = Float[Array, "i j k"]  # what the guide sees: the latent, or the normalised image
 Seen = tuple[Float[Array, "g g d"], Float[Array, "g g d"]]  # output of the guide, and what its attention received
 
 
@@ -30,6 +32,7 @@ class Network(nn.Module):
     """UNet and guide of a modality, for one image."""
 
     sizes: Sizes
+    hint: Callable[[int, bool, bool], nn.Module]
     layers: int
     hidden: int
     neighbourhood: int
@@ -38,27 +41,27 @@ class Network(nn.Module):
 
     def setup(self) -> None:
         """Create both networks."""
-        hint = LatentHint(self.sizes.channels[0], zero=False, bias=False)
+        hint = self.hint(self.sizes.channels[0], False, False)
         self.unet = UNet(self.sizes)
         self.guide = AnomalyMasked(hint, self.layers, self.sizes.heads, self.hidden, self.neighbourhood, self.dropout)
 
-    def look(self, z: Latent, deterministic: bool) -> Seen:
+    def look(self, view: View, deterministic: bool) -> Seen:
         """Run the guide."""
-        return self.guide(z, deterministic=deterministic)
+        return self.guide(view, deterministic=deterministic)
 
-    def __call__(self, z: Latent, level: Int[Array, ""], seen: Seen) -> Latent:
+    def __call__(self, z: Latent, level: Int[Array, ""], seen: Seen, context: Context | None) -> Latent:
         """Predict the noise of a latent."""
-        return self.unet(z, level, None, Guidance(start=seen[0]))
+        return self.unet(z, level, context, Guidance(start=seen[0]))
 
-    def own_losses(self, z: Latent, seen: Seen) -> Scalars:
-        """Compare the guide's output with the features of the clean latent."""
-        clean = self.guide.hint(z)
+    def own_losses(self, view: View, seen: Seen) -> Scalars:
+        """Compare the guide's output with the embedding of the clean image."""
+        clean = self.guide.hint(view)
         clean = clean if self.target_gradient else jax.lax.stop_gradient(clean)
         return {"masked": jnp.mean(jnp.square(seen[0] - clean))}
 
-    def everything(self, z: Latent) -> Latent:
+    def everything(self, z: Latent, view: View, context: Context | None) -> Latent:
         """Run all layers, to initialise them."""
-        return self(z, jnp.int32(0), self.look(z, True))
+        return self(z, jnp.int32(0), self.look(view, True), context)
 
 
 def cdad(config: ConfigDict) -> Method:
@@ -67,39 +70,37 @@ def cdad(config: ConfigDict) -> Method:
     Raises:
         UserError: If a value of these is unknown, or sizes do not fit each other.
     """
-    settings = config.diffusion
-    if config.backbone.grid <= settings.masked.neighbourhood:
+    masked, sizes = config.diffusion.masked, sizes_of(config)
+    in_pixels = config.diffusion.space == "pixels"
+    space = pixels(config, sizes) if in_pixels else features(config)
+    side = config.input.size // 8 if in_pixels else config.backbone.grid
+    if side <= masked.neighbourhood // 2 + 1:
         raise UserError(
-            f"config.diffusion.masked.neighbourhood is {settings.masked.neighbourhood}, which hides all"
-            f" {config.backbone.grid} x {config.backbone.grid} tokens; use less, or a larger config.backbone.grid."
+            f"config.diffusion.masked.neighbourhood is {masked.neighbourhood}, which hides all {side} x {side} tokens;"
+            f" use less, or a larger config.{'input.size' if in_pixels else 'backbone.grid'}."
         )
-    masked = settings.masked
     network = Network(
-        sizes_of(settings), masked.layers, masked.hidden, masked.neighbourhood, masked.dropout, masked.target_gradient
+        sizes, space.hint, masked.layers, masked.hidden, masked.neighbourhood, masked.dropout, masked.target_gradient
+    )
+    return from_guided(
+        network,
+        space,
+        config,
+        difference=root_mean_square,
+        score=largest,
+        corrupt=corruption(masked.corruption, space.corrupt),
+        trained=lambda path: path[-1] == "kernel" and not OF_THE_LEVEL & set(path),
     )
 
-    def corrupt_some(key: Key[Array, ""], z: Latent) -> Latent:
+
+def corruption(probability: float, corrupt: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Return the function (key, view) -> view that corrupts a share of all images."""
+
+    def corrupt_some(key: Key[Array, ""], view: View) -> View:
         chosen, key = jax.random.split(key)
-        return jnp.where(jax.random.bernoulli(chosen, masked.corruption), corrupt(key, z), z)
+        return jnp.where(jax.random.bernoulli(chosen, probability), corrupt(key, view), view)
 
-    return from_guided(network, config, difference=root_mean_square, score=largest, corrupt=corrupt_some)
-
-
-def corrupt(key: Key[Array, ""], z: Latent) -> Latent:
-    """Copy one to four rectangles of a latent to other places in it, each further one with probability 1/2."""
-    side, source = len(z), z
-    places = jnp.arange(side)
-    for i, patch in enumerate(jax.random.split(key, _PATCHES)):
-        size_key, from_key, to_key, chance = jax.random.split(patch, 4)
-        half = side * jax.random.uniform(size_key, (2,), minval=_HALF_SIDE[0], maxval=_HALF_SIDE[1])
-        half = jnp.maximum(half, 0.5)  # a token at least
-        centre = jax.random.uniform(to_key, (2,)) * side
-        origin = half + jax.random.uniform(from_key, (2,)) * (side - 2 * half)  # so that the source is all inside
-        moved = jnp.clip(places + jnp.round(origin - centre).astype(int)[:, None], 0, side - 1)
-        inside = jnp.abs(places + 0.5 - centre[:, None]) <= half[:, None]
-        pasted = (i == 0) | jax.random.bernoulli(chance)
-        z = jnp.where((inside[0][:, None] & inside[1] & pasted)[..., None], source[moved[0]][:, moved[1]], z)
-    return z
+    return corrupt_some
 
 
 def largest(maps: Float[Array, "b m m"]) -> Float[Array, " b"]:

@@ -2,10 +2,12 @@
 
 Only the guide's coarse outputs reach the UNet. The guide's spatial-aware fusion (SFF) lets its finer outputs take part.
 
-Our choices: the latents are principal components of frozen features, see `latents`, and the whole UNet is trained.
-SFF's convolutions start at random: in the release they and what they multiply start at zero, and stay there.
+Our choices: without weights of Stable Diffusion, latents are principal components of frozen features, see `latents`,
+and the whole UNet is trained; with them, its way up, as in the release. SFF's convolutions start at random: in the
+release, they and what they multiply start at zero and stay there.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,10 +16,13 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from iumad_jax.methods.diffusion import Latent, from_guided, sizes_of
-from iumad_jax.methods.latents import cosine_distance
+from iumad_jax.methods.latents import cosine_distance, features
 from iumad_jax.methods.method import Method
-from iumad_jax.models.diffusion import LatentHint, SemanticGuide, Sizes, UNet
+from iumad_jax.methods.pixels import pixels
+from iumad_jax.models.diffusion import Context, SemanticGuide, Sizes, UNet
 from iumad_jax.shapes import Scalars
+
+View = Float[Array, "i j k"]  # what the guide sees: the latent, or the normalised image
 
 _POOLED = 8  # poolings over 8 x 8 pixels that an image score takes the largest value of
 
@@ -26,28 +31,29 @@ class Network(nn.Module):
     """UNet and guide of a modality, for one image."""
 
     sizes: Sizes
+    hint: Callable[[int, bool, bool], nn.Module]
     fuse: bool
 
     def setup(self) -> None:
         """Create both networks."""
         self.unet = UNet(self.sizes)
-        self.guide = SemanticGuide(self.sizes, LatentHint(self.sizes.channels[0], zero=True), self.fuse)
+        self.guide = SemanticGuide(self.sizes, self.hint(self.sizes.channels[0], True, True), self.fuse)
 
-    def look(self, z: Latent, deterministic: bool) -> Latent:
-        """Return what the guide needs at each level of noise: the latent of the image."""
-        return z
+    def look(self, view: View, deterministic: bool) -> View:
+        """Return what the guide needs at each level of noise: all that it sees."""
+        return view
 
-    def __call__(self, z: Latent, level: Int[Array, ""], seen: Latent) -> Latent:
+    def __call__(self, z: Latent, level: Int[Array, ""], seen: View, context: Context | None) -> Latent:
         """Predict the noise of a latent."""
-        return self.unet(z, level, None, self.guide(z, level, None, seen))
+        return self.unet(z, level, context, self.guide(z, level, context, seen))
 
-    def own_losses(self, z: Latent, seen: Latent) -> Scalars:
+    def own_losses(self, view: View, seen: View) -> Scalars:
         """Return no further losses."""
         return {}
 
-    def everything(self, z: Latent) -> Latent:
+    def everything(self, z: Latent, view: View, context: Context | None) -> Latent:
         """Run all layers, to initialise them."""
-        return self(z, jnp.int32(0), z)
+        return self(z, jnp.int32(0), view, context)
 
 
 def diad(config: ConfigDict) -> Method:
@@ -59,19 +65,20 @@ def diad(config: ConfigDict) -> Method:
 
     def begin(params: Any) -> Any:
         """Let the guide begin as a copy of the UNet's way down."""
-        return params | {"guide": params["guide"] | {name: params["unet"][name] for name in _shared(params)}}
+        shared = set(params["unet"]) & set(params["guide"])
+        return params | {"guide": params["guide"] | {name: params["unet"][name] for name in shared}}
 
+    sizes = sizes_of(config)
+    space = pixels(config, sizes) if config.diffusion.space == "pixels" else features(config)
     return from_guided(
-        Network(sizes_of(config.diffusion), config.diffusion.sff),
+        Network(sizes, space.hint, config.diffusion.sff),
+        space,
         config,
         difference=cosine_distance,
         score=pooled_maximum,
         begin=begin,
+        trained=lambda path: path[0].startswith(("up_blocks", "conv_norm_out", "conv_out")),
     )
-
-
-def _shared(params: Any) -> set[str]:
-    return set(params["unet"]) & set(params["guide"])
 
 
 def pooled_maximum(maps: Float[Array, "b m m"]) -> Float[Array, " b"]:

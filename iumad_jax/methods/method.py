@@ -39,6 +39,8 @@ class Method:
     Attributes:
         init: (key, batch) -> variables. Creates all variables except the frozen ones; the batch is an example of the
             shapes. Jitted by the caller.
+        start: (variables) -> variables. Called once, right after `init`: puts weights from files in the place of those
+            that were drawn. Not jitted.
         predict: (variables, batch) -> error maps. `batch.object_id` holds the recognised objects, which may be wrong.
             Jitted by the caller.
         loss: (variables, batch, keys) -> loss. Computes the training loss, with one random key per image. Jitted by
@@ -82,6 +84,7 @@ class Method:
     init: Callable[[jax.Array, Batch], Variables]
     predict: Callable[[Variables, Batch], ErrorMaps]
     loss: Callable[[Variables, Batch, Keys], Loss] | None = None
+    start: Callable[[Variables], Variables] = lambda variables: variables
     grow: Callable[[Variables, int, jax.Array], Variables] = lambda variables, objects, key: variables
     observe: Callable[[Variables, Batch, int], Variables] = lambda variables, batch, step: variables
     fit: Callable[[Variables, Batch, int, bool], Variables] = lambda variables, batch, object_id, further: variables

@@ -236,7 +236,7 @@ def _new_progress(config: ConfigDict, run_methods: dict[str, Method], store: Sto
     keys = jax.random.split(jax.random.key(config.seed), len(run_methods))
     return BEGINNING._replace(
         variables={
-            name: jax.jit(method.init)(key, example)
+            name: method.start(jax.jit(method.init)(key, example))
             for (name, method), key in zip(run_methods.items(), keys, strict=True)
         },
         frozen={name: tree_sha256(frozen) for name, method in run_methods.items() if (frozen := method.frozen())},

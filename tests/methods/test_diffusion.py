@@ -1,0 +1,465 @@
+"""DiAD and CDAD: what noise, sampling, guides, corruption and statistics do, against hand-worked results."""
+
+import functools
+import importlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+
+from iumad_jax.config import small
+from iumad_jax.errors import UserError
+from iumad_jax.methods import build, latents
+from iumad_jax.methods.diffusion import from_guided, sizes_of
+from iumad_jax.models import diffusion
+from iumad_jax.models.diffusion import AnomalyMasked, add_noise, ddim, sampling_levels, target
+from iumad_jax.shapes import BY_OBJECT, Batch
+
+GRID, CHANNELS, IMAGES = 8, 192, 4
+METHODS = ("diad", "cdad")
+
+diad, cdad = (importlib.import_module(f"iumad_jax.methods.{name}") for name in METHODS)  # the package names functions
+
+
+def config_of(method, modality="rgb+depth", **changes):
+    config = small("10-0")
+    config.update({"method": method, "modality": modality})
+    config.backbone.grid = GRID
+    settings = {"latent": 8, "channels": "8,16", "attending": "", "heads": 2, "groups": 4, "steps": 3} | changes
+    config.diffusion.update(settings)
+    config.diffusion.masked.update({"layers": 1, "hidden": 16, "dropout": 0.0})
+    return config
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Images of two objects, whose features are correlated and vary little between images of an object."""
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(12, CHANNELS))
+    objects = rng.normal(size=(2, GRID**2, 12))
+    ids = np.arange(IMAGES, dtype=np.int32) % 2
+    codes = {m: objects[ids] + 0.2 * rng.normal(size=(IMAGES, GRID**2, 12)) for m in ("rgb", "depth")}
+    features = {
+        m: (code @ mixing + 0.1 * rng.normal(size=(IMAGES, GRID**2, CHANNELS)) + 3) for m, code in codes.items()
+    }
+    images = {m: np.zeros((IMAGES, 16, 16, 3), np.float32) for m in codes}
+    return Batch({m: x.astype(np.float32) for m, x in features.items()}, images, ids)
+
+
+class Learned(NamedTuple):
+    """A method of one modality after training on two objects."""
+
+    method: Any
+    variables: Any
+    fresh: Any  # parameters before training
+    gradients: Any  # at the fifth update
+    losses: Any
+    predict: Any  # compiled
+
+
+@pytest.fixture(scope="module")
+def learned(batch):
+    """Return a method after 150 updates of AdamW, by name; each is trained once."""
+    optimizer = optax.adamw(3e-3)
+
+    @functools.cache
+    def of(name):
+        method = build(name, config_of(name, "rgb"))
+        variables = method.observe(jax.jit(method.init)(jax.random.key(0), batch), batch, 0)
+
+        @jax.jit
+        def update(params, moments, key):
+            def loss(params):
+                return method.loss(variables | {"params": params}, batch, jax.random.split(key, IMAGES)).total
+
+            value, gradients = jax.value_and_grad(loss)(params)
+            changes, moments = optimizer.update(gradients, moments, params)
+            return optax.apply_updates(params, changes), moments, value, gradients
+
+        params, moments, losses = variables["params"], optimizer.init(variables["params"]), []
+        for i, key in enumerate(jax.random.split(jax.random.key(7), 150)):
+            params, moments, value, gradients = update(params, moments, key)
+            losses.append(float(value))
+            fifth = gradients if i == 4 else None if i < 4 else fifth
+        return Learned(
+            method,
+            variables | {"params": params},
+            variables["params"],
+            fifth,
+            np.array(losses),
+            jax.jit(method.predict),
+        )
+
+    return of
+
+
+def test_shares_of_the_latent_are_those_of_stable_diffusion():
+    expected = {0: 0.999150, 1: 0.998296, 101: 0.892980, 501: 0.274999, 901: 0.014005, 999: 0.004660}
+    for level, share in expected.items():
+        assert diffusion.KEPT[level] == pytest.approx(share, abs=1e-6)
+
+
+@pytest.mark.parametrize(("steps", "start", "levels"), [
+    (10, 999, [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]), (1, 999, [901]),
+    (2, 999, [901, 1]), (2, 500, [500, 1]),
+])  # fmt: skip
+def test_sampling_levels(steps, start, levels):
+    assert sampling_levels(steps, start).tolist() == levels
+
+
+@pytest.mark.parametrize("kind", ["noise", "v"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_network_that_knows_the_latent_rebuilds_it(kind, steps):
+    rng = np.random.default_rng(steps)
+    z, noise = jnp.asarray(rng.normal(size=(2, 5, 5, 3)), jnp.float32)
+    levels = sampling_levels(steps, 999)
+
+    def exact(noisy, level):
+        share = jnp.asarray(diffusion.KEPT, jnp.float32)[level]
+        return target(z, (noisy - jnp.sqrt(share) * z) / jnp.sqrt(1 - share), level, kind)
+
+    rebuilt, received = ddim(exact, add_noise(z, noise, levels[0]), levels, kind)
+    kept = diffusion.KEPT[0]
+    np.testing.assert_allclose(rebuilt, np.sqrt(kept) * z + np.sqrt(1 - kept) * noise, atol=2e-4)
+    for level, noisy in zip(levels, received, strict=True):
+        np.testing.assert_allclose(noisy, add_noise(z, noise, level), atol=2e-4)
+
+
+def test_latents_are_white_and_their_map_is_a_projection():
+    rng = np.random.default_rng(1)
+    mixing = rng.normal(size=(20, 20)) * np.geomspace(3, 0.3, 20)
+    features = (rng.normal(size=(60, 16, 20)) @ mixing + 5).astype(np.float32)
+    space = latents.no_components(20, 6)
+    for part in (features[:10], features[10:]):
+        space = latents.observe(space, part)
+    encoded = jax.vmap(functools.partial(latents.encode, space))(features)
+    rows = np.asarray(encoded).reshape(-1, 6)
+    np.testing.assert_allclose(rows.mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(np.cov(rows, rowvar=False), np.eye(6), atol=1e-2)
+    again = np.asarray(jax.vmap(lambda z: latents.decode(space, z))(encoded))
+    spread, mean = features.reshape(-1, 20).std(0), features.reshape(-1, 20).mean(0)
+    once_more = jax.vmap(functools.partial(latents.encode, space))(again * spread + mean)
+    np.testing.assert_allclose(once_more, encoded, atol=1e-2)
+    z_scores = (features - mean) / spread
+    strongest = np.linalg.svd(z_scores.reshape(-1, 20), full_matrices=False)[2][:6]
+    np.testing.assert_allclose(again, z_scores @ strongest.T @ strongest, atol=2e-2)
+
+
+def test_later_steps_do_not_change_the_latents(batch):
+    method = build("diad", config_of("diad"))
+    before = method.observe(jax.jit(method.init)(jax.random.key(0), batch), batch, 0)
+    after = method.observe(before, jax.tree.map(lambda x: x + 1, batch), 1)
+    jax.tree.map(np.testing.assert_array_equal, before["statistics"], after["statistics"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_network_that_predicts_nothing_costs_1(batch, method):
+    built = build(method, config_of(method))
+    variables = jax.jit(built.init)(jax.random.key(0), batch)
+    terms = jax.jit(built.loss)(variables, batch, jax.random.split(jax.random.key(1), IMAGES)).terms
+    assert terms["denoising_rgb"] == pytest.approx(1, abs=0.1)
+    assert terms["denoising_rgb"] == terms["denoising_depth"]  # the same noise in both modalities
+
+
+def test_levels_of_noise_cover_their_range(batch):
+    class LevelOnly(nn.Module):
+        def look(self, z, deterministic):
+            return z
+
+        def __call__(self, z, level, seen, context):
+            return jnp.broadcast_to(level.astype(jnp.float32), z.shape)
+
+        def own_losses(self, view, seen):
+            return {}
+
+        @nn.compact
+        def everything(self, z, view, context):
+            return self.param("unused", nn.initializers.zeros, (1,))
+
+    config = config_of("diad", "rgb", prediction="noise")
+    method = from_guided(
+        LevelOnly(), latents.features(config), config, difference=latents.cosine_distance, score=cdad.largest
+    )
+    variables = method.init(jax.random.key(0), batch)
+    images = jax.tree.map(lambda x: np.repeat(x, 250, axis=0), batch)
+    total = jax.jit(method.loss)(variables, images, jax.random.split(jax.random.key(2), 4 * 250)).total
+    assert total == pytest.approx(np.mean(np.arange(1000.0) ** 2) + 1, rel=0.06)  # mean of (level - noise)^2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_learns_to_remove_noise(learned, method):
+    losses = learned(method).losses
+    assert losses[:10].mean() > 0.9
+    assert losses[-30:].mean() < 0.75 * losses[:10].mean()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_parameter_is_trained(learned, method):
+    fresh, params = flatten_dict(learned(method).fresh), flatten_dict(learned(method).variables["params"])
+    assert not [path for path, value in params.items() if np.array_equal(value, fresh[path])]
+
+
+def network_of(name, target_gradient=True):
+    sizes = sizes_of(config_of(name))
+    if name == "diad":
+        return diad.Network(sizes, diffusion.LatentHint, True)
+    return cdad.Network(sizes, diffusion.LatentHint, 1, 16, 3, 0.0, target_gradient)
+
+
+@pytest.fixture
+def networks():
+    """Return DiAD's and CDAD's networks, and a latent with noise and two images."""
+    return network_of("diad"), network_of("cdad"), *jax.random.normal(jax.random.key(3), (3, GRID, GRID, 8))
+
+
+def random_last_layer(params):
+    """Return parameters whose output is not zero."""
+    unet = params["unet"] | {"conv_out": jax.tree.map(lambda x: x + 0.1, params["unet"]["conv_out"])}
+    return params | {"unet": unet}
+
+
+def test_the_semantic_guide_starts_as_the_unet_and_without_effect(networks, learned):
+    guided, _, z, image, other = networks
+    params = learned("diad").fresh["rgb"]
+    for name in ("conv_in", "time_embedding", "down_blocks_0", "down_blocks_1", "mid_block"):
+        jax.tree.map(np.testing.assert_array_equal, params["guide"][name], params["unet"][name])
+    params = random_last_layer(params)
+    alone = diffusion.UNet(guided.sizes).apply({"params": params["unet"]}, z, jnp.int32(501))
+    for seen in (image, other):
+        np.testing.assert_array_equal(guided.apply({"params": params}, z, jnp.int32(501), seen, None), alone)
+
+
+def test_every_part_of_the_semantic_guide_gets_a_gradient_by_the_fifth_update(learned):
+    gradients = flatten_dict(learned("diad").gradients["rgb"]["guide"])
+    parts = {path[0] for path in gradients}
+    assert {"fusion_0_0", "fusion_1_1", "controlnet_down_blocks_1", "controlnet_mid_block", "hint"} <= parts
+    assert all(np.abs(gradient).max() > 0 for gradient in gradients.values())
+
+
+def test_spatial_aware_fusion_changes_what_the_guide_tells(networks):
+    guided, _, z, image, _ = networks
+    params = guided.init(jax.random.key(0), z, z, None, method="everything")["params"]["guide"]
+    params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+    for fuse in (True, False):
+        guide = diffusion.SemanticGuide(guided.sizes, diffusion.LatentHint(8, zero=True), fuse)
+        told = guide.apply({"params": params}, z, jnp.int32(1), None, image)
+        finest = params["controlnet_down_blocks_1"]  # of the second coarsest level, which fusion alone uses
+        changed = params | {"controlnet_down_blocks_1": jax.tree.map(lambda x: x + 1, finest)}
+        again = guide.apply({"params": changed}, z, jnp.int32(1), None, image)
+        assert fuse != all(np.array_equal(a, b) for a, b in zip(told.coarsest, again.coarsest, strict=True))
+        np.testing.assert_array_equal(told.middle, again.middle)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_trained_network_needs_the_guide_of_its_own_image(learned, batch, method):
+    variables = learned(method).variables
+    network = network_of(method)
+    own, space = {"params": variables["params"]["rgb"]}, variables["statistics"]["space"]["rgb"]
+    z = jax.vmap(functools.partial(latents.encode, space))(batch.features["rgb"])
+
+    @jax.jit
+    def error(z, image, key):
+        noise = jax.random.normal(key, z.shape)
+        seen = network.apply(own, image, True, method="look")
+        output = network.apply(own, add_noise(z, noise, 901), jnp.int32(901), seen, None)
+        return jnp.mean(jnp.square(output - target(z, noise, 901, "v")))
+
+    keys = jax.random.split(jax.random.key(5), 40)
+    right, wrong = (np.mean([error(z[0], z[other], key) for key in keys]) for other in (0, 1))
+    assert wrong > right * 1.2
+
+
+@pytest.mark.parametrize("changes", [{"steps": 1}, {"start": 300}, {"noise": 2.0}], ids=str)
+def test_steps_start_and_noise_change_the_map(learned, batch, changes):
+    variables = learned("diad").variables
+    noise = variables["statistics"]["noise"] * changes.pop("noise", 1)
+    variables = variables | {"statistics": variables["statistics"] | {"noise": noise}}
+    predict = (
+        jax.jit(build("diad", config_of("diad", "rgb", **changes)).predict) if changes else learned("diad").predict
+    )
+    before = learned("diad").predict(learned("diad").variables, batch).published
+    assert np.abs(predict(variables, batch).published - before).max() > 0.05 * before.max()
+
+
+def test_the_map_of_an_image_does_not_depend_on_its_batch(learned, batch):
+    cdad = learned("cdad")
+    together = cdad.predict(cdad.variables, batch)
+    rearranged = cdad.predict(cdad.variables, jax.tree.map(lambda x: x[[2, 2, 0, 3]], batch))
+    np.testing.assert_allclose(rearranged.maps["rgb"][1], together.maps["rgb"][2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_modality_is_judged_as_if_it_were_alone(batch, method):
+    both = build(method, config_of(method))
+    variables = both.observe(jax.jit(both.init)(jax.random.key(0), batch), batch, 0)
+    params = {m: random_last_layer(tree) for m, tree in variables["params"].items()}
+    variables = variables | {"params": params}
+    maps = jax.jit(both.predict)(variables, batch)
+    keys = jax.random.split(jax.random.key(1), IMAGES)
+    terms = jax.jit(both.loss)(variables, batch, keys).terms
+    total = 0
+    for m in ("rgb", "depth"):
+        single = build(method, config_of(method, m))
+        statistics = variables["statistics"] | {"space": {m: variables["statistics"]["space"][m]}}
+        alone = {"params": {m: params[m]}, "statistics": statistics, BY_OBJECT: ()}
+        own = jax.jit(single.predict)(alone, batch)
+        np.testing.assert_allclose(own.maps[m], maps.maps[m], rtol=1e-4, atol=1e-4)
+        total += own.published
+        for name, term in jax.jit(single.loss)(alone, batch, keys).terms.items():
+            assert term == pytest.approx(float(terms[name]), rel=1e-5)
+    np.testing.assert_allclose(total, maps.published, rtol=1e-4, atol=1e-4)
+
+
+def test_errors_are_distances_from_those_of_good_images(learned, batch):
+    method, variables = learned("diad").method, learned("diad").variables
+    fitted = method.fit(variables, batch, 0, False)
+    errors = learned("diad").predict(method.arrange(fitted), batch).maps["rgb"]
+    gaussian = fitted[BY_OBJECT][0]["rgb"]
+    space, noise = variables["statistics"]["space"]["rgb"], variables["statistics"]["noise"]
+    z = latents.encode(space, batch.features["rgb"][0])
+    network = network_of("diad")
+
+    def predict(noisy, level):
+        return network.apply({"params": variables["params"]["rgb"]}, noisy, level, z, None)
+
+    rebuilt, _ = ddim(predict, add_noise(z, noise, 999), sampling_levels(3, 999))
+    whitened = (np.asarray(rebuilt - z).reshape(-1, 8) - gaussian["mean"]) @ gaussian["whitening"]
+    corners = np.linalg.norm(whitened, axis=1).reshape(GRID, GRID)[[0, 0, -1, -1], [0, -1, 0, -1]]
+    np.testing.assert_allclose(errors[0][[0, 0, -1, -1], [0, -1, 0, -1]], corners, rtol=1e-3)
+
+
+def test_corruption_copies_rectangles():
+    z = jnp.arange(GRID**2 * 2.0).reshape(GRID, GRID, 2)
+    seen = set()
+    for key in jax.random.split(jax.random.key(0), 40):
+        changed = np.asarray(latents.paste(key, z))
+        rows = {tuple(row) for row in np.asarray(z).reshape(-1, 2)}
+        assert all(tuple(row) in rows for row in changed.reshape(-1, 2))  # tokens as they are
+        different = (changed != np.asarray(z)).any(-1)
+        assert different.mean() < 1
+        seen.add(different.tobytes())
+    assert len(seen) > 30
+
+
+def test_half_of_the_images_are_corrupted_and_the_target_is_the_clean_one(batch):
+    """The masked loss of a guide that passes on its input is zero for clean images, and only for these."""
+
+    class PassesOn(nn.Module):
+        def look(self, z, deterministic):
+            return z
+
+        def __call__(self, z, level, seen, context):
+            return jnp.zeros_like(z)
+
+        def own_losses(self, view, seen):
+            return {"corrupted": (jnp.abs(seen - view).max() > 0).astype(jnp.float32)}
+
+        @nn.compact
+        def everything(self, z, view, context):
+            return self.param("unused", nn.initializers.zeros, (1,))
+
+    share = {}
+    for corruption in (0.0, 0.5, 1.0):
+        config = config_of("cdad", "rgb")
+        method = from_guided(
+            PassesOn(),
+            latents.features(config),
+            config,
+            difference=latents.root_mean_square,
+            score=cdad.largest,
+            corrupt=cdad.corruption(corruption, latents.paste),
+        )
+        images = jax.tree.map(lambda x: np.repeat(x, 100, axis=0), batch)
+        variables = method.observe(method.init(jax.random.key(0), batch), batch, 0)
+        terms = jax.jit(method.loss)(variables, images, jax.random.split(jax.random.key(2), 400)).terms
+        share[corruption] = float(terms["corrupted_rgb"])
+    assert share[0.0] == 0
+    assert share[1.0] > 0.95
+    assert share[0.5] == pytest.approx(0.5 * share[1.0], abs=0.07)
+
+
+def test_the_masked_loss_compares_with_the_clean_image_and_trains_both_sides(networks):
+    _, masked, z, clean, other = networks
+    params = masked.init(jax.random.key(0), z, z, None, method="everything")["params"]
+
+    def loss(params, target_gradient=True):
+        network = network_of("cdad", target_gradient)
+        seen = network.apply({"params": params}, other, True, method="look")
+        return network.apply({"params": params}, clean, seen, method="own_losses")["masked"]
+
+    hint = diffusion.LatentHint(8, zero=False, bias=False).apply({"params": params["guide"]["hint"]}, clean)
+    added, _ = masked.apply({"params": params}, other, True, method="look")
+    assert loss(params) == pytest.approx(float(jnp.mean((added - hint) ** 2)), rel=1e-5)
+    zero = masked.apply({"params": params}, clean, (hint, hint), method="own_losses")["masked"]
+    assert zero == 0
+    both, one = (jax.grad(loss)(params, flag)["guide"]["hint"]["conv_out"]["kernel"] for flag in (True, False))
+    assert np.abs(both - one).max() > 0.01 * np.abs(both).max() > 0
+
+
+def test_attention_of_the_masked_network_does_not_see_neighbours():
+    """Token by token: what a token returns depends on itself, and on those outside of its neighbourhood."""
+
+    class PointWise(nn.Module):
+        @nn.compact
+        def __call__(self, z):
+            return nn.Dense(8)(z)
+
+    guide = AnomalyMasked(PointWise(), 1, 2, 16, 3, 0.0)
+    z = jax.random.normal(jax.random.key(0), (5, 5, 8))
+    variables = guide.init(jax.random.key(1), z, deterministic=True)
+    jacobian = jax.jacobian(lambda z: guide.apply(variables, z, deterministic=True)[0][2, 2])(z)
+    depends = np.abs(jacobian).max((0, 3)) > 1e-7
+    expected = np.ones((5, 5), bool)
+    expected[1:4, 1:4] = False
+    expected[2, 2] = True
+    np.testing.assert_array_equal(depends, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_times_kernel_plus_bias_are_the_outputs_of_every_layer(learned, batch, method):
+    variables = learned(method).variables
+    built = build(method, config_of(method, "rgb", steps=1))
+    inputs = flatten_dict(jax.jit(built.inputs)(variables, batch))
+    network = network_of(method)
+    own = {"params": variables["params"]["rgb"]}
+    z = latents.encode(variables["statistics"]["space"]["rgb"], batch.features["rgb"][1])
+    noisy = add_noise(z, variables["statistics"]["noise"], 999)
+    seen, looked = network.apply(own, z, True, method="look", capture_intermediates=True, mutable=["intermediates"])
+    _, called = network.apply(
+        own, noisy, jnp.int32(901), seen, None, capture_intermediates=True, mutable=["intermediates"]
+    )
+    outputs = flatten_dict(looked.get("intermediates", {})) | flatten_dict(called["intermediates"])
+    params = flatten_dict(own["params"])
+    for (_, *layer, _), rows in inputs.items():
+        kernel = params[*layer, "kernel"]
+        computed = rows[1] @ kernel.reshape(rows.shape[-1], -1)
+        if (*layer, "bias") in params:
+            computed += params[*layer, "bias"].reshape(1, -1)
+        output = np.asarray(outputs[*layer, "__call__"][-1]).reshape(-1, computed.shape[-1])
+        output = output[:: -(-len(output) // 16)]
+        np.testing.assert_allclose(computed, output, rtol=1e-3, atol=1e-4, err_msg=str(layer))
+    kernels = {path[:-1] for path in params if path[-1] == "kernel"}
+    unseen = kernels - {tuple(path[1:-1]) for path in inputs}
+    assert all({"time_embedding", "time_emb_proj"} & set(path) for path in unseen), unseen
+
+
+@pytest.mark.parametrize(("changes", "key"), [
+    ({"channels": "8,x"}, "diffusion.channels"), ({"heads": 3}, "diffusion.heads"), ({"groups": 5}, "diffusion.groups"),
+    ({"latent": 9}, "diffusion.latent"), ({"prediction": "x0"}, "diffusion.prediction"),
+    ({"attending": "2"}, "diffusion.attending"), ({"channels": "8,16,16,16"}, "backbone.grid"),
+])  # fmt: skip
+def test_sizes_that_do_not_fit_are_refused(batch, changes, key):
+    with pytest.raises(UserError, match=rf"config\.{key}"):
+        build("diad", config_of("diad", **changes)).init(jax.random.key(0), batch)
+
+
+def test_a_neighbourhood_as_large_as_the_image_is_refused():
+    config = config_of("cdad")
+    config.diffusion.masked.neighbourhood = 2 * GRID - 1
+    with pytest.raises(UserError, match=r"config\.diffusion\.masked\.neighbourhood"):
+        build("cdad", config)
