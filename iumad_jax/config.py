@@ -83,6 +83,11 @@ _LIMITS = {
 _MOST_TILES = 256  # of an image
 _BENCHMARK = {"variants", "modalities", "protocols", "seeds", "seeds_of_one_modality"}
 
+_DIFFUSION: dict[str, Any] = {  # each update sees one level of noise, so there are more of them
+    "train.epochs": 60,
+    "train.learning_rate": 1e-3,
+    "train.clip_norm": 1.0,
+}
 VARIANTS: dict[str, dict[str, Any]] = {  # method variants of benchmarks: the keys that each one changes
     "uniad": {"method": "uniad", "continual.strategy": "finetune"},
     "iuf": {"method": "iuf", "continual.strategy": "iuf"},
@@ -93,6 +98,11 @@ VARIANTS: dict[str, dict[str, Any]] = {  # method variants of benchmarks: the ke
     "destseg-group": {"method": "destseg", "continual.strategy": "finetune", "destseg.norm": "group"},
     "destseg-iuf": {"method": "destseg", "continual.strategy": "iuf"},
     "destseg-replay": {"method": "destseg", "continual.strategy": "replay", "continual.replay.image_size": 128},
+    "diad": _DIFFUSION | {"method": "diad", "continual.strategy": "finetune"},
+    "diad-replay": _DIFFUSION | {"method": "diad", "continual.strategy": "replay"},
+    "cdad": _DIFFUSION | {"method": "cdad", "continual.strategy": "isvd"},
+    "cdad-finetune": _DIFFUSION | {"method": "cdad", "continual.strategy": "finetune"},
+    "cdad-replay": _DIFFUSION | {"method": "cdad", "continual.strategy": "replay"},
     "ib_iumad": {"method": "ib_iumad", "continual.strategy": "iuf"},
     "ib_iumad-finetune": {"method": "ib_iumad", "continual.strategy": "finetune"},
     "ib_iumad-isvd": {"method": "ib_iumad", "continual.strategy": "isvd"},

@@ -61,7 +61,15 @@ def same_snapshots(first, second, step):
 
 
 @pytest.mark.parametrize(
-    ("method", "strategy"), [("ib_iumad", "replay"), ("uniad", "finetune"), ("iuf", "iuf"), ("destseg", "iuf")]
+    ("method", "strategy"),
+    [
+        ("ib_iumad", "replay"),
+        ("uniad", "finetune"),
+        ("iuf", "iuf"),
+        ("destseg", "iuf"),
+        ("diad", "replay"),
+        ("cdad", "isvd"),
+    ],
 )
 def test_an_object_that_comes_later_is_learned_as_if_it_had_been_there(tmp_path, monkeypatch, method, strategy):
     """The baselines are compared with it."""

@@ -160,7 +160,7 @@ def test_later_steps_do_not_change_the_latents(batch):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_network_that_predicts_nothing_costs_1(batch, method):
     built = build(method, config_of(method))
-    variables = jax.jit(built.init)(jax.random.key(0), batch)
+    variables = built.observe(jax.jit(built.init)(jax.random.key(0), batch), batch, 0)
     terms = jax.jit(built.loss)(variables, batch, jax.random.split(jax.random.key(1), IMAGES)).terms
     assert terms["denoising_rgb"] == pytest.approx(1, abs=0.1)
     assert terms["denoising_rgb"] == terms["denoising_depth"]  # the same noise in both modalities
@@ -327,7 +327,7 @@ def test_errors_are_distances_from_those_of_good_images(learned, batch):
     def predict(noisy, level):
         return network.apply({"params": variables["params"]["rgb"]}, noisy, level, z, None)
 
-    rebuilt, _ = ddim(predict, add_noise(z, noise, 999), sampling_levels(3, 999))
+    rebuilt, _ = ddim(predict, add_noise(z, noise, 999), sampling_levels(3, 999), "v")
     whitened = (np.asarray(rebuilt - z).reshape(-1, 8) - gaussian["mean"]) @ gaussian["whitening"]
     corners = np.linalg.norm(whitened, axis=1).reshape(GRID, GRID)[[0, 0, -1, -1], [0, -1, 0, -1]]
     np.testing.assert_allclose(errors[0][[0, 0, -1, -1], [0, -1, 0, -1]], corners, rtol=1e-3)

@@ -27,7 +27,7 @@ def test_unknown_method_is_refused():
     with pytest.raises(
         UserError,
         match=sentences.UNKNOWN_METHOD.format(
-            found="patchcore", known="ib_iumad, uniad, iuf, simplenet, destseg, feature"
+            found="patchcore", known="ib_iumad, uniad, iuf, simplenet, destseg, diad, cdad, feature"
         ),
     ):
         build("patchcore", paper("10-0"))
