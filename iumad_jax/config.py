@@ -83,11 +83,7 @@ _LIMITS = {
 _MOST_TILES = 256  # of an image
 _BENCHMARK = {"variants", "modalities", "protocols", "seeds", "seeds_of_one_modality"}
 
-_DIFFUSION: dict[str, Any] = {  # each update sees one level of noise, so there are more of them
-    "train.epochs": 60,
-    "train.learning_rate": 1e-3,
-    "train.clip_norm": 1.0,
-}
+_DIFFUSION: dict[str, Any] = {"train.epochs": 40}  # each update sees one level of noise, so there are more of them
 VARIANTS: dict[str, dict[str, Any]] = {  # method variants of benchmarks: the keys that each one changes
     "uniad": {"method": "uniad", "continual.strategy": "finetune"},
     "iuf": {"method": "iuf", "continual.strategy": "iuf"},

@@ -159,7 +159,7 @@ def test_later_steps_do_not_change_the_latents(batch):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_network_that_predicts_nothing_costs_1(batch, method):
-    built = build(method, config_of(method))
+    built = build(method, config_of(method, prediction="noise"))
     variables = built.observe(jax.jit(built.init)(jax.random.key(0), batch), batch, 0)
     terms = jax.jit(built.loss)(variables, batch, jax.random.split(jax.random.key(1), IMAGES)).terms
     assert terms["denoising_rgb"] == pytest.approx(1, abs=0.1)
