@@ -3,8 +3,8 @@
     python -m tests.harness.results --table=modalities --row='1 | `uniad` | rgb = runs/a,runs/b'
 
 A row has labels, one for each heading of the table, and the workdirs of runs that differ in their seeds only; of
-several, the table has means and standard deviations. `runs/a:gaussian` takes a baseline of the run. Rows are sorted by
-their labels. Without --row, the tables are written as they are recorded. Each table of RESULTS.md follows a line
+several, the table has means and standard deviations; of one, 95 % intervals in the columns for which it asks.
+`runs/a:gaussian` takes a baseline of the run. Rows are sorted by their labels. Without --row, the tables are written as they are recorded. Each table of RESULTS.md follows a line
 <!-- results NAME -->.
 """
 
@@ -55,17 +55,17 @@ def _write(values: flags.FlagValues) -> str:
             raise UserError(f"--table={values.table}: {file} does not exist; write its headings and columns first.")
         record = json.loads(file.read_text())
         rows = {tuple(row["labels"]): row for row in record["rows"]}
-        rows |= {tuple(row["labels"]): row for row in map(_measured, values.row)}
+        rows |= {tuple(row["labels"]): row for row in (_measured(text, record) for text in values.row)}
         ordered = sorted(rows.values(), key=lambda row: row["labels"])
         lines = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in ordered)
-        head = json.dumps({key: record[key] for key in ("headings", "columns")})
+        head = json.dumps({key: value for key, value in record.items() if key != "rows"})
         file.write_text(f'{head[:-1]}, "rows": [\n{lines}\n]}}\n')
     page = CONFIGS / "RESULTS.md"
     page.write_text(filled(page.read_text()))
     return f"{page} is written."
 
 
-def _measured(text: str) -> dict[str, Any]:
+def _measured(text: str, record: dict[str, Any]) -> dict[str, Any]:
     """Return the row that a value of --row describes."""
     labels, _, runs = text.rpartition("=")
     finished = []
@@ -73,11 +73,12 @@ def _measured(text: str) -> dict[str, Any]:
         workdir, _, baseline = run.partition(":")
         try:
             results = json.loads((Path(workdir) / "results.json").read_text())
-            summary = (results["baselines"][baseline] if baseline else results)["summary"]
+            judged = results["baselines"][baseline] if baseline else results
         except (OSError, KeyError) as error:
             raise UserError(f"--row={text}: {run} has no results ({error}); name a finished run.") from error
-        finished.append((Path(workdir) / "results.json", results["versions"], summary))
-    files, versions, summaries = zip(*finished, strict=True)
+        finished.append((Path(workdir) / "results.json", results["versions"], judged["summary"], judged.get("intervals")))
+    files, versions, summaries, intervals = zip(*finished, strict=True)
+    asked = record.get("intervals", []) if len(finished) == 1 else []
     day = max(datetime.fromtimestamp(file.stat().st_mtime, UTC).date() for file in files)
     return {
         "labels": [label.strip() for label in labels.split("|")],
@@ -86,6 +87,9 @@ def _measured(text: str) -> dict[str, Any]:
             heading: [round(summary[metric][figure], 4) for summary in summaries]
             for heading, (metric, figure) in _COLUMNS.items()
             if summaries[0][metric][figure] is not None
+        },
+        "intervals": {
+            heading: [round(limit, 4) for limit in intervals[0][_COLUMNS[heading][0]]["mean"]] for heading in asked
         },
     }
 
@@ -103,7 +107,7 @@ def filled(page: str) -> str:
 
 def _table(record: dict[str, Any]) -> str:
     rows = [
-        [*row["labels"], *(_cell(row["values"].get(column, [])) for column in record["columns"])]
+        [*row["labels"], *(_cell(row["values"].get(c, [])) + _interval(row, c) for c in record["columns"])]
         for row in record["rows"]
     ]
     lines = tabulate(rows, [*record["headings"], *record["columns"]], "github", disable_numparse=True).splitlines()
@@ -116,6 +120,12 @@ def _cell(values: list[float] | str) -> str:
         return values or "not measured"
     spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
     return f"{np.mean(values):.3f}{spread}"
+
+
+def _interval(row: dict[str, Any], column: str) -> str:
+    """Format the 95 % interval of a row's value, if it is recorded."""
+    limits = row.get("intervals", {}).get(column)
+    return f" [{limits[0]:.2f}, {limits[1]:.2f}]" if limits else ""
 
 
 if __name__ == "__main__":

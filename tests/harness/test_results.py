@@ -66,6 +66,20 @@ def test_rows_are_recorded_from_runs(configs, monkeypatch):
     assert (configs / "RESULTS.md").read_text().count("0.700 ± 0.141") == 1
 
 
+def test_a_table_may_ask_for_intervals_of_single_runs(configs):
+    record = json.loads((configs / "results" / "some.json").read_text())
+    (configs / "results" / "some.json").write_text(json.dumps(record | {"intervals": ["AUPRO"]}))
+    for name in ("a", "b"):
+        finish_run(configs / name, 0.6, 0.4)
+        content = json.loads((configs / name / "results.json").read_text())
+        content["intervals"] = {"aupro": {"mean": [0.512, 0.678]}}
+        (configs / name / "results.json").write_text(json.dumps(content))
+    results.main(["results", "--table=some", "--row=one | rgb = a", "--row=two | rgb = a,b"])
+    page = (configs / "RESULTS.md").read_text()
+    assert "| one | rgb | 0.600 [0.51, 0.68] | -0.010 |" in page
+    assert "| two | rgb | 0.600 ± 0.000 | -0.010 ± 0.000 |" in page
+
+
 def test_missing_runs_and_tables_are_reported(configs, capsys):
     finish_run(configs / "a", 0.6, 0.4)
     before = (configs / "RESULTS.md").read_text()
