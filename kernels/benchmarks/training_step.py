@@ -23,10 +23,11 @@ from configs import eyecandies, quickstart
 from iumad_jax import config as configs
 from iumad_jax import methods
 from iumad_jax.data.batches import DeviceBatches, single_update
+from iumad_jax.methods.method import Method
 from iumad_jax.models import mamba
 from iumad_jax.runtime import devices
-from iumad_jax.shapes import Batch
-from iumad_jax.training.optimization import make_optimizer
+from iumad_jax.shapes import Batch, Variables
+from iumad_jax.training.optimization import step_optimizer
 from iumad_jax.training.update import initial_state, make_update
 from kernels.benchmarks import baselines, command_line, machine
 from kernels.benchmarks.selective_scan import random_inputs
@@ -90,15 +91,21 @@ def on_devices(batch: Batch) -> DeviceBatches:
     return jax.device_put(single_update(batch), layout)
 
 
-def compile_update(config: ConfigDict, compiler_options: dict[str, Any] | None = None) -> Update:
-    """Compile the update of a config, with a learning rate of zero. The options are those of XLA's compiler."""
-    method, batch = methods.build(config.method, config), random_batch(config)
-    optimizer = make_optimizer(config.train)
-    rng = np.random.default_rng(1)  # noise, because compiling the initialisation takes as long as compiling the update
+def random_variables(method: Method, batch: Batch) -> Variables:
+    """Return variables of noise, because compiling the initialisation takes as long as compiling the update."""
+    rng = np.random.default_rng(1)
     shapes = jax.eval_shape(method.init, jax.random.key(0), batch)
     variables = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
     noise = jax.tree.map(lambda leaf: 0.05 * rng.standard_normal(leaf.shape, np.float32), shapes["params"])
-    variables = method.grow(variables | {"params": noise}, OBJECTS, jax.random.key(0))
+    grown = method.grow(variables | {"params": noise}, OBJECTS, jax.random.key(0))
+    return grown | ({"frozen": frozen} if (frozen := method.frozen()) else {})
+
+
+def compile_update(config: ConfigDict, compiler_options: dict[str, Any] | None = None) -> Update:
+    """Compile the update of a config, with a learning rate of zero. The options are those of XLA's compiler."""
+    method, batch = methods.build(config.method, config), random_batch(config)
+    optimizer = step_optimizer(method, config.train)
+    variables = random_variables(method, batch)
     state = devices.replicate(initial_state(variables, optimizer, 0, []))
     key, rates = jax.random.key(1), np.zeros(1, np.float32)
     device_batches = on_devices(batch)

@@ -4,7 +4,8 @@
 
 A row has labels, one for each heading of the table, and the workdirs of runs that differ in their seeds only; of
 several, the table has means and standard deviations; of one, 95 % intervals in the columns for which it asks.
-`runs/a:gaussian` takes a baseline of the run. Rows are sorted by their labels. Without --row, the tables are written as they are recorded. Each table of RESULTS.md follows a line
+`runs/a:gaussian` takes a baseline of the run. Rows are sorted by their labels. Without --row, the tables are written as
+they are recorded. Each table of RESULTS.md follows a line
 <!-- results NAME -->.
 """
 
@@ -76,8 +77,9 @@ def _measured(text: str, record: dict[str, Any]) -> dict[str, Any]:
             judged = results["baselines"][baseline] if baseline else results
         except (OSError, KeyError) as error:
             raise UserError(f"--row={text}: {run} has no results ({error}); name a finished run.") from error
-        finished.append((Path(workdir) / "results.json", results["versions"], judged["summary"], judged.get("intervals")))
-    files, versions, summaries, intervals = zip(*finished, strict=True)
+        file, intervals = Path(workdir) / "results.json", judged.get("intervals")
+        finished.append((file, results["versions"], judged["summary"], intervals))
+    files, versions, summaries, all_intervals = zip(*finished, strict=True)
     asked = record.get("intervals", []) if len(finished) == 1 else []
     day = max(datetime.fromtimestamp(file.stat().st_mtime, UTC).date() for file in files)
     return {
@@ -89,7 +91,7 @@ def _measured(text: str, record: dict[str, Any]) -> dict[str, Any]:
             if summaries[0][metric][figure] is not None
         },
         "intervals": {
-            heading: [round(limit, 4) for limit in intervals[0][_COLUMNS[heading][0]]["mean"]] for heading in asked
+            heading: [round(limit, 4) for limit in all_intervals[0][_COLUMNS[heading][0]]["mean"]] for heading in asked
         },
     }
 

@@ -10,6 +10,7 @@ The parts run in order of importance, each in a separate process with its share 
     d profile       the five kernels of that update that take most time
     e training      training at the paper's sizes for as many epochs as fit, with its results
     f prediction    time of a trained model on 1 and on 16 images
+    g methods       time of an update and of a prediction of every trained method, in the small configs' sizes
 
 Each part writes FOLDER/PART.json after every row. Run the same command again to complete missing or failed rows. Exit
 codes: 0 if everything is done; 1 if something is missing, with a sentence for each part; 2 for invalid arguments.
@@ -28,16 +29,17 @@ from kernels.benchmarks.gpu import scheduler
 from kernels.benchmarks.gpu.scheduler import Part
 from kernels.benchmarks.gpu.worker import Options
 
-_SHARES = {"correctness": 100, "scan": 100, "update": 150, "profile": 60, "training": 130, "prediction": 40}
+_SHARES = {"correctness": 100, "scan": 100, "update": 150, "profile": 60}
+_SHARES |= {"training": 130, "prediction": 40, "methods": 80}
 PARTS = {name: Part(f"kernels.benchmarks.gpu.{name}", share) for name, share in _SHARES.items()}
-_LETTERS = dict(zip("abcdef", PARTS, strict=True))
+_LETTERS = dict(zip("abcdefg", PARTS, strict=True))
 
 
 def _parse_parts(text: str) -> dict[str, Part]:
     """Parse names or letters of parts, separated by commas."""
     names = [_LETTERS.get(name, name) for name in text.split(",")]
     if unknown := [name for name in names if name not in PARTS]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not a part; choose a to f, or {', '.join(PARTS)}")
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not a part; choose a to g, or {', '.join(PARTS)}")
     return {name: PARTS[name] for name in PARTS if name in names}
 
 

@@ -126,8 +126,8 @@ def test_invalid_calls_are_explained(tmp_path, capfd):
     assert capfd.readouterr().err == sentences.NO_GPU + "\n"
     assert not out.exists()
     for arguments, message in {
-        "--parts=g": sentences.UNKNOWN_PART.format(
-            found="g", range="a to f", known="correctness, scan, update, profile, training, prediction"
+        "--parts=h": sentences.UNKNOWN_PART.format(
+            found="h", range="a to g", known="correctness, scan, update, profile, training, prediction, methods"
         ),
         "--minutes=0": sentences.MINUTES_WRONG.format(0),
         "--minutes=abc": sentences.MINUTES_WRONG.format("abc"),
