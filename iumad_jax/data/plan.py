@@ -59,7 +59,7 @@ def _check_entry(entry: dict[str, Any], earlier: Sequence[Step]) -> None:
         raise ValueError("an object is learned twice")
     if act != "learn" and not seen >= set(objects):
         raise ValueError(f"a step's act is {act!r} for an object that is not learned before")
-    known = configs.flat(configs.paper("1-0").to_dict())
+    known = configs.flat(configs.paper("1-0").to_dict()) if changes else {}
     for key, value in changes.items():
         if key.split(".")[0] not in CHANGEABLE or type(value) is not type(known.get(key)):
             raise ValueError(f"a step changes config.{key} to {value!r}")

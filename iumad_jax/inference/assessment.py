@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from iumad_jax.data import plan
@@ -43,6 +44,7 @@ def calibrate(
     progress: Progress,
     step: Step,
     calibrating: Callable[[str], CalibrationImages],
+    joint_means: Callable[[str], Float[np.ndarray, "n c"]],
 ) -> tuple[Progress, Model]:
     """Measure the scales of all methods and the calibration of the config's method on good images.
 
@@ -53,7 +55,9 @@ def calibrate(
         methods: Methods by name, the config's method first.
         progress: Progress with the methods' variables, frozen ones included.
         step: The step that ends.
-        calibrating: Returns the calibration images of an object.
+        calibrating: Returns the calibration images of an object. It is called only for those that the step may have
+            changed.
+        joint_means: Returns `recognition.joint_means` of the calibration images of an object.
 
     Returns:
         The progress with new scales and calibrations, and the model with the thresholds that follow from them.
@@ -68,14 +72,16 @@ def calibrate(
     for number, object_ in enumerate(progress.objects):
         preemption.check()
         earlier = calibration.get(object_)
-        good = None if earlier and earlier.retired else calibrating(object_)
-        if good is not None:
-            of_tiles = recognition.distances(model.recogniser, good.images.features)
+        retired = earlier is not None and earlier.retired
+        changed = [name for name, method in methods.items() if not retired and _is_changed(step, method, object_)]
+        if not retired:
+            of_tiles = recognition.distances_of_means(model.recogniser, joint_means(object_))
             distance = np.asarray(recognition.of_images(of_tiles, tiles))
-        if good is not None and earlier is not None:
-            calibration[object_] = earlier._replace(distance=nearest_distances(distance, number))
-        for name, method in methods.items():
-            if good is None or not _is_changed(step, method, object_):
+            if earlier is not None:
+                calibration[object_] = earlier._replace(distance=nearest_distances(distance, number))
+        good = calibrating(object_) if changed else None
+        for name in methods:
+            if good is None or name not in changed:
                 scales[name].append(jax.tree.map(lambda values, i=number: values[i], progress.scales[name]))
                 continue
             errors, judged = _error_maps(model, name, progress.variables[name], number, good)
