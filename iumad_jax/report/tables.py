@@ -80,7 +80,7 @@ def summarise(matrix: dict[str, Any]) -> dict[str, dict[str, float]]:
 class Effect(NamedTuple):
     """What a step did, in I-AUROC; "-" where undefined."""
 
-    outcome: str  # what became of the step's objects
+    outcome: str  # what became of the step's objects; their thresholds where test images do not tell
     change: str  # of the other object that changed most; "" without one
     mean: str  # of all objects learned so far
 
@@ -97,8 +97,10 @@ def effect(matrix: Any, acts: Sequence[dict[str, Any]], decisions: Sequence[dict
     learned = [name for act in acts[: step + 1] if act["act"] == "learn" for name in act["objects"]]
     values, act = np.asarray(matrix, float)[: step + 1, : len(learned)], acts[step]
     after = dict(zip(learned, values[step], strict=True))
+    around = [record["objects"] for record in decisions[max(step - 1, 0) : step + 1]]
     outcome = ", ".join(
-        _outcome(name, act, after[name], decisions[step]["objects"][name].get("test", {})) for name in act["objects"]
+        _outcome(name, act, after[name], [records[name] for records in around if name in records])
+        for name in act["objects"]
     )
     others = [column for column, name in enumerate(learned) if name not in act["objects"]]
     changes, change = values[step, others] - values[step - 1, others], ""
@@ -108,12 +110,18 @@ def effect(matrix: Any, acts: Sequence[dict[str, Any]], decisions: Sequence[dict
     return Effect(f"{_DONE[act['act']]} {outcome}", change, _cell(final(values)))
 
 
-def _outcome(name: str, act: dict[str, Any], value: float, rates: dict[str, Any]) -> str:
-    """Describe what became of an object: its I-AUROC, and what it and the error rates were before."""
-    if act["act"] == "learn":
-        return f"{name} {_cell(value)}"
-    if (before := act["before"].get(name)) is None:  # retired, or without test images
+def _outcome(name: str, act: dict[str, Any], value: float, records: Sequence[dict[str, Any]]) -> str:
+    """Describe what became of an object: its I-AUROC, and what it and the error rates were before.
+
+    Without an I-AUROC, it is the threshold in the object's records, which are that before the step, if any, and after.
+    """
+    if act["act"] == "retire":
         return name
+    if (before := act["before"].get(name)) is None:
+        if not _undefined(value):
+            return f"{name} {_cell(value)}"
+        return f"{name} (threshold {' to '.join(_cell(record['image']['threshold']) for record in records)})"
+    rates = records[-1].get("test", {})
     changes = [f"{name} {_cell(before['i_auroc'])} to {_cell(value)}"]
     for rate in ("false_alarms", "misses"):
         changes.append(f"{RATES[rate]} {_percent(before[rate])} to {_percent(rates.get(rate))}")
@@ -124,7 +132,8 @@ def effect_line(matrix: Any, acts: Sequence[dict[str, Any]], decisions: Sequence
     """Format `effect` in one line."""
     outcome, change, mean = effect(matrix, acts, decisions, step)
     others = f"; largest change of another object: {change}" if change else ""
-    return f"step {step}: {outcome}{others}; mean of all {mean} (I-AUROC)"
+    of_all = "" if mean == "-" else f"; mean of all {mean} (I-AUROC)"
+    return f"step {step}: {outcome}{others}{of_all}"
 
 
 def title(results: dict[str, Any]) -> str:
