@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from iumad_jax import config as configs
 from iumad_jax import protocol
 from iumad_jax.data import plan, readers
+from iumad_jax.data.formats.files import select
 from iumad_jax.errors import UserError
 from iumad_jax.protocol import Act, Step
 from iumad_jax.report import result_files
@@ -51,9 +52,8 @@ def with_new(
             unfinished step has other changes.
     """
     changed = _checked(config, changes)
-    changed.dataset.objects = names
     learned = set(itertools.chain.from_iterable(step.learned for step in steps[:finished]))
-    selected = readers.objects(changed)
+    selected = select(names, readers.available(changed), "--objects")
     known = [name for name in selected if name in learned]
     if known and (names != "all" or len(known) == len(selected)):
         raise UserError(
