@@ -141,8 +141,14 @@ def dataset_flags(config: ConfigDict, dataset: ConfigDict) -> list[str]:
 
 
 def retired(steps: Sequence[Step]) -> set[str]:
-    """Return the objects that the steps retire."""
-    return {name for step in steps if step.act == "retire" for name in step.objects}
+    """Return the objects that the steps retire and do not restore."""
+    names: set[str] = set()
+    for step in steps:
+        if step.act == "retire":
+            names |= set(step.objects)
+        elif step.act == "restore":
+            names -= set(step.objects)
+    return names
 
 
 def is_same_dataset(step: Step, other: Step) -> bool:

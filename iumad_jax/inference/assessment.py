@@ -63,8 +63,9 @@ def calibrate(
         The progress with new scales and calibrations, and the model with the thresholds that follow from them.
     """
     calibration = dict(progress.calibration)
-    if step.act == "retire":
-        calibration |= {name: calibration[name]._replace(retired=True) for name in step.objects}
+    if step.act in ("retire", "restore"):
+        retired = step.act == "retire"
+        calibration |= {name: calibration[name]._replace(retired=retired) for name in step.objects}
     progress = progress._replace(calibration=calibration)
     model, main = evaluation.make_model(config, methods, progress), next(iter(methods))
     tiles = model.tiling.count
@@ -99,7 +100,9 @@ def calibrate(
 
 def _is_changed(step: Step, method: Method, object_: str) -> bool:
     """Return whether a step changes a method's error maps of an object, or the images that they are calibrated on."""
-    return object_ in step.objects or (bool(step.trained) and not method.independent)
+    if method.independent:  # so that it has not changed while the object was retired
+        return object_ in step.objects and step.act != "restore"
+    return object_ in step.objects or bool(step.trained)
 
 
 def _error_maps(

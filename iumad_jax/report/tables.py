@@ -46,7 +46,13 @@ RATES = {
     "recognised": "recognised",
     "taken_as_unknown": "taken as unknown",
 }
-_DONE = {"learn": "learned", "update": "updated", "calibrate": "calibrated", "retire": "retired"}
+_DONE = {
+    "learn": "learned",
+    "update": "updated",
+    "calibrate": "calibrated",
+    "retire": "retired",
+    "restore": "restored",
+}
 _SHORT = ("i_auroc", "aupro", "p_auroc_object")  # metrics whose forgetting the console shows
 _METRICS_EXPLAINED = (
     "I-AUROC: how well scores rank anomalous above good images (0.5 is chance, 1 perfect); P-AUROC: the same for the\n"
@@ -430,7 +436,8 @@ def learned_objects(results: dict[str, Any]) -> list[tuple[int, str, int]]:
 def step_with_remarks(results: dict[str, Any], step: int, name: str) -> str:
     """Return the step that learned an object, and the one after which it was tested if that is not the last."""
     tested = results.get("tested", {}).get(name)
-    retired = any(act["act"] == "retire" and name in act["objects"] for act in results.get("acts", []))
+    acts = [act["act"] for act in results.get("acts", []) if name in act["objects"]]
+    retired = [act for act in acts if act in ("retire", "restore")][-1:] == ["retire"]
     remarks = ["retired"] * retired + [f"tested after {tested}"] * (tested is not None)
     return f"{step} ({', '.join(remarks)})" if remarks else str(step)
 

@@ -37,7 +37,7 @@ def assess(run: Run, step: Step, progress: Progress) -> Progress:
             return np.asarray(recognition.joint_means(calibrating(name).images.features))
         return kept_means(shared, tuple(sorted(progress.kept[name]["arrays"].items())))
 
-    for name in step.objects if step.act != "retire" else ():
+    for name in step.objects if step.act not in ("retire", "restore") else ():
         new, earlier = new_calibration_images(run, step, name), kept_images(name) if name in progress.kept else None
         count, tiles = run.config.decisions.kept_images, run.store.processing.tiling.count
         record = kept.keep(shared, new, count, earlier, tiles)
@@ -82,7 +82,7 @@ def new_calibration_images(run: Run, step: Step, name: str) -> CalibrationImages
 def changed_objects(step: Step, progress: Progress) -> tuple[str, ...]:
     """Return the objects whose anomaly maps a step may have changed, retired ones left out."""
     if not step.trained:
-        return step.objects if step.act == "calibrate" else ()
+        return step.objects if step.act in ("calibrate", "restore") else ()
     return tuple(name for name in step.seen if not progress.calibration[name].retired)
 
 

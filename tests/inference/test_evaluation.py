@@ -186,14 +186,15 @@ def test_images_that_were_trained_on_are_replaced_by_held_out_errors():
     assert after.from_training_images
 
 
-@pytest.mark.parametrize("act", ["learn", "update", "calibrate", "retire"])
+@pytest.mark.parametrize("act", ["learn", "update", "calibrate", "retire", "restore"])
 @pytest.mark.parametrize("independent", [False, True])
 def test_a_step_measures_anew_what_it_may_have_changed(act, independent):
     method, asked = Method(init=dict, predict=position, independent=independent), []
     earlier = calibrated(method, [2])
     step = protocol.next_step((BOTH,), ("B",), {}, act)
     after = calibrated(method, [4], step, earlier=earlier, asked=asked)
-    changed = {"A": act in ("learn", "update") and not independent, "B": act != "retire"}
+    changed = {"A": act in ("learn", "update") and not independent, "B": act not in ("retire", "restore")}
+    changed["B"] |= act == "restore" and not independent
     assert asked == [name for name in "AB" if changed[name]]  # reading images of every object costs time
     means = dict(zip("AB", after.scales["method"]["rgb"].mean, strict=True))
     assert {name: float(mean) for name, mean in means.items()} == {name: 4 if changed[name] else 2 for name in "AB"}
