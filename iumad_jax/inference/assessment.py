@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from iumad_jax.data import plan
@@ -44,7 +44,7 @@ def calibrate(
     progress: Progress,
     step: Step,
     calibrating: Callable[[str], CalibrationImages],
-    joint_means: Callable[[str], Float[np.ndarray, "n c"]],
+    joint_means: Callable[[str], Float[Array, "n c"]],
 ) -> tuple[Progress, Model]:
     """Measure the scales of all methods and the calibration of the config's method on good images.
 

@@ -2,8 +2,7 @@
 
 import functools
 
-import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from iumad_jax.data.prepared import copies, inventory, kept
 from iumad_jax.data.prepared.good_images import CalibrationImages, calibration_images, good_images
@@ -32,9 +31,9 @@ def assess(run: Run, step: Step, progress: Progress) -> Progress:
     def calibrating(name: str) -> CalibrationImages:
         return good_images(run.images, name).calibrating if name in step.learned else kept_images(name)
 
-    def joint_means(name: str) -> Float[np.ndarray, "n c"]:
+    def joint_means(name: str) -> Float[Array, "n c"]:
         if name in step.learned:
-            return np.asarray(recognition.joint_means(calibrating(name).images.features))
+            return recognition.joint_means(calibrating(name).images.features)
         return kept_means(shared, tuple(sorted(progress.kept[name]["arrays"].items())))
 
     for name in step.objects if step.act not in ("retire", "restore") else ():
@@ -64,10 +63,10 @@ def assess(run: Run, step: Step, progress: Progress) -> Progress:
 
 
 @functools.lru_cache(maxsize=1000)
-def kept_means(shared: SharedArrays, digests: tuple[tuple[str, str], ...]) -> Float[np.ndarray, "n c"]:
+def kept_means(shared: SharedArrays, digests: tuple[tuple[str, str], ...]) -> Float[Array, "n c"]:
     """Return `recognition.joint_means` of the calibration images kept of an object, of which each step needs them."""
     images = kept.load(shared, {"arrays": dict(digests), "few": False}, 0).images
-    return np.asarray(recognition.joint_means(images.features))
+    return recognition.joint_means(images.features)
 
 
 def new_calibration_images(run: Run, step: Step, name: str) -> CalibrationImages:
