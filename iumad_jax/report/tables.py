@@ -46,13 +46,6 @@ RATES = {
     "recognised": "recognised",
     "taken_as_unknown": "taken as unknown",
 }
-_DONE = {
-    "learn": "learned",
-    "update": "updated",
-    "calibrate": "calibrated",
-    "retire": "retired",
-    "restore": "restored",
-}
 _SHORT = ("i_auroc", "aupro", "p_auroc_object")  # metrics whose forgetting the console shows
 _METRICS_EXPLAINED = (
     "I-AUROC: how well scores rank anomalous above good images (0.5 is chance, 1 perfect); P-AUROC: the same for the\n"
@@ -103,31 +96,25 @@ def effect(matrix: Any, acts: Sequence[dict[str, Any]], decisions: Sequence[dict
     learned = [name for act in acts[: step + 1] if act["act"] == "learn" for name in act["objects"]]
     values, act = np.asarray(matrix, float)[: step + 1, : len(learned)], acts[step]
     after = dict(zip(learned, values[step], strict=True))
-    around = [record["objects"] for record in decisions[max(step - 1, 0) : step + 1]]
-    outcome = ", ".join(
-        _outcome(name, act, after[name], [records[name] for records in around if name in records])
-        for name in act["objects"]
-    )
+    records = [record["objects"] for record in decisions[max(step - 1, 0) : step + 1]]  # before and after the step
+    outcome = ", ".join(_outcome(name, act, after[name], records) for name in act["objects"])
     others = [column for column, name in enumerate(learned) if name not in act["objects"]]
     changes, change = values[step, others] - values[step - 1, others], ""
     if act["act"] in ("learn", "update") and np.isfinite(changes).any():
         largest = int(np.nanargmax(np.abs(changes)))
         change = f"{learned[others[largest]]} {changes[largest]:+.3f}"
-    return Effect(f"{_DONE[act['act']]} {outcome}", change, _cell(final(values)))
+    done = "learned" if act["act"] == "learn" else f"{act['act']}d"  # updated, calibrated, retired or restored
+    return Effect(f"{done} {outcome}", change, _cell(final(values)))
 
 
 def _outcome(name: str, act: dict[str, Any], value: float, records: Sequence[dict[str, Any]]) -> str:
-    """Describe what became of an object: its I-AUROC, and what it and the error rates were before.
-
-    Without an I-AUROC, it is the threshold in the object's records, which are that before the step, if any, and after.
-    """
+    """Describe what became of an object: its I-AUROC or threshold, with what this and error rates were before."""
     if act["act"] == "retire":
         return name
     if (before := act["before"].get(name)) is None:
-        if not _undefined(value):
-            return f"{name} {_cell(value)}"
-        return f"{name} (threshold {' to '.join(_cell(record['image']['threshold']) for record in records)})"
-    rates = records[-1].get("test", {})
+        thresholds = " to ".join(_cell(known[name]["image"]["threshold"]) for known in records if name in known)
+        return f"{name} (threshold {thresholds})" if _undefined(value) else f"{name} {_cell(value)}"
+    rates = records[-1][name].get("test", {})
     changes = [f"{name} {_cell(before['i_auroc'])} to {_cell(value)}"]
     for rate in ("false_alarms", "misses"):
         changes.append(f"{RATES[rate]} {_percent(before[rate])} to {_percent(rates.get(rate))}")
