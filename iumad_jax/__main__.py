@@ -5,7 +5,7 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-from iumad_jax.cli import summary_and_example
+from iumad_jax.cli import summary_and_example, until_closed
 from iumad_jax.errors import USER_ERROR, UserError
 
 COMMANDS = {  # modules of the commands by name
@@ -36,6 +36,11 @@ def main() -> int:
         remedy = f"did you mean {' or '.join(near)}?" if near else f"use one of {', '.join(COMMANDS)}."
         print(f"iumad_jax: {UserError(f'{name} is not a command; {remedy}')}", file=sys.stderr)
         return USER_ERROR
+    return until_closed(_list)
+
+
+def _list() -> int:
+    """List all commands."""
     print("Commands, with an example each; iumad COMMAND is short for it, and --help explains the flags:\n")
     for name in COMMANDS:
         summary, example = summary_and_example(str(_module(name).__doc__))

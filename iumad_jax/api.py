@@ -66,10 +66,11 @@ class Run:
         """Set the thresholds of a learned object anew: the images join those that the run keeps of it."""
         return self._add("calibrate", name, rgb, depth, camera)
 
-    def retire(self, name: str) -> str:
-        """Retire an object: it is no longer recognised or decided about. Its results stay."""
+    def retire(self, name: str, undo: bool = False) -> str:
+        """Retire an object: it is no longer recognised or decided about. Its results stay. `undo` takes it back."""
         steps, finished = additions.begun(self.workdir)
-        return self._go_on(additions.with_retired(steps, finished, name), finished)
+        add = additions.with_restored if undo else additions.with_retired
+        return self._go_on(add(steps, finished, name), finished)
 
     def history(self) -> str:
         """Return a table of what each step learned, when, and what it did to the other objects."""

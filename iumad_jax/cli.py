@@ -1,6 +1,7 @@
 """Shared parts of the commands: flags, --help, and errors as one sentence with an exit code."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,7 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from iumad_jax import config as configs
-from iumad_jax.errors import INTERRUPTED, USER_ERROR, UserError
+from iumad_jax.errors import CLOSED_OUTPUT, INTERRUPTED, USER_ERROR, UserError
 from iumad_jax.runtime import compilation_cache, memory, preemption
 from iumad_jax.runtime import workdir as workdirs
 
@@ -37,6 +38,28 @@ def execute(
             --workdir.
         resumable: Whether SIGTERM and SIGINT may interrupt the command, which then resumes when started again.
     """
+    return until_closed(lambda: _execute(doc, arguments, define, act, changeable, resumable))
+
+
+def until_closed(command: Callable[[], int]) -> int:
+    """Run a command and return its exit code; end it silently if the reader of its output, such as head, has ended."""
+    try:
+        code = command()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes the rest when it ends
+        return CLOSED_OUTPUT
+    return code
+
+
+def _execute(
+    doc: str,
+    arguments: list[str],
+    define: Callable[[flags.FlagValues], None],
+    act: Callable[[flags.FlagValues], str],
+    changeable: tuple[str, ...],
+    resumable: bool,
+) -> int:
     values = flags.FlagValues()
     define(values)
     _define_compilation_cache(values)

@@ -5,6 +5,7 @@ from collections.abc import Hashable
 
 USER_ERROR = 2  # a mistake of the user, reported in one sentence
 INTERRUPTED = 75  # interrupted; the same command resumes from the last saved state (EX_TEMPFAIL of sysexits.h)
+CLOSED_OUTPUT = 141  # the reader of standard output, such as head, ended first, as shells report SIGPIPE
 STOPPED_AT_ONCE = 130  # stopped at once by a second SIGINT, as shells report it
 
 _LONGEST = 4000  # characters

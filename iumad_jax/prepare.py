@@ -2,7 +2,8 @@
 
     python -m iumad_jax.prepare --config=quickstart
 
-Optional: a run prepares the images it needs and reuses those already prepared.
+Optional: a run prepares the images it needs and reuses those already prepared. Suspicious images are reported as by a
+run: black ones, duplicates, or training images among those for validation or tests.
 """
 
 import sys
@@ -42,9 +43,11 @@ def _prepare(values: flags.FlagValues) -> str:
     from iumad_jax import config as configs
     from iumad_jax.data import readers  # loads JAX, so wrong flags are reported first
     from iumad_jax.data.formats import archives
+    from iumad_jax.data.prepared.good_images import suspicious_images
     from iumad_jax.data.prepared.squash import describe_squash
     from iumad_jax.data.prepared.store import open_store
     from iumad_jax.data.prepared.survey import survey
+    from iumad_jax.runtime import live
 
     configs.check(config)
     if values.archive:
@@ -54,6 +57,9 @@ def _prepare(values: flags.FlagValues) -> str:
     store = open_store(config, readers.open_reader(config), workdir)
     sheets = store.folder / "contact_sheets"
     table = survey(store, sheets)
+    for name in store.reader.objects:
+        for message in suspicious_images(store, name):
+            live.log(message)
     if warning := describe_squash(store, store.reader.objects):
         tell_once(("squash", store.folder), warning)
     return f"{table}\nContact sheets are in {sheets}."

@@ -10,7 +10,7 @@ from iumad_jax.errors import UserError
 OPEN = "open"  # the protocol of runs that learn every object that the dataset has, or will have, one per step
 
 
-Act = Literal["learn", "update", "calibrate", "retire"]  # update: learn further images of learned objects
+Act = Literal["learn", "update", "calibrate", "retire", "restore"]  # update: learn further images of learned objects
 Images = Mapping[str, Mapping[str, Mapping[str, str]]]  # digests by object, split and image id
 
 
@@ -19,7 +19,7 @@ class Step:
     """A step of a run."""
 
     index: int
-    objects: tuple[str, ...]  # objects that the step learns, updates, calibrates or retires
+    objects: tuple[str, ...]  # objects that the step learns, updates, calibrates, retires or takes back into use
     seen: tuple[str, ...]  # objects learned so far, including those of this step
     changes: Mapping[str, Any] = field(default_factory=dict)  # config keys whose values differ from the run's
     act: Act = "learn"

@@ -59,7 +59,7 @@ def _check_entry(entry: dict[str, Any], earlier: Sequence[Step]) -> None:
         raise ValueError("an object is learned twice")
     if act != "learn" and not seen >= set(objects):
         raise ValueError(f"a step's act is {act!r} for an object that is not learned before")
-    known = configs.flat(configs.paper("1-0").to_dict())
+    known = configs.flat(configs.paper("1-0").to_dict()) if changes else {}
     for key, value in changes.items():
         if key.split(".")[0] not in CHANGEABLE or type(value) is not type(known.get(key)):
             raise ValueError(f"a step changes config.{key} to {value!r}")
@@ -141,8 +141,14 @@ def dataset_flags(config: ConfigDict, dataset: ConfigDict) -> list[str]:
 
 
 def retired(steps: Sequence[Step]) -> set[str]:
-    """Return the objects that the steps retire."""
-    return {name for step in steps if step.act == "retire" for name in step.objects}
+    """Return the objects that the steps retire and do not restore."""
+    names: set[str] = set()
+    for step in steps:
+        if step.act == "retire":
+            names |= set(step.objects)
+        elif step.act == "restore":
+            names -= set(step.objects)
+    return names
 
 
 def is_same_dataset(step: Step, other: Step) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from iumad_jax.data import plan
@@ -43,6 +44,7 @@ def calibrate(
     progress: Progress,
     step: Step,
     calibrating: Callable[[str], CalibrationImages],
+    joint_means: Callable[[str], Float[Array, "n c"]],
 ) -> tuple[Progress, Model]:
     """Measure the scales of all methods and the calibration of the config's method on good images.
 
@@ -53,14 +55,17 @@ def calibrate(
         methods: Methods by name, the config's method first.
         progress: Progress with the methods' variables, frozen ones included.
         step: The step that ends.
-        calibrating: Returns the calibration images of an object.
+        calibrating: Returns the calibration images of an object. It is called only for those that the step may have
+            changed.
+        joint_means: Returns `recognition.joint_means` of the calibration images of an object.
 
     Returns:
         The progress with new scales and calibrations, and the model with the thresholds that follow from them.
     """
     calibration = dict(progress.calibration)
-    if step.act == "retire":
-        calibration |= {name: calibration[name]._replace(retired=True) for name in step.objects}
+    if step.act in ("retire", "restore"):
+        retired = step.act == "retire"
+        calibration |= {name: calibration[name]._replace(retired=retired) for name in step.objects}
     progress = progress._replace(calibration=calibration)
     model, main = evaluation.make_model(config, methods, progress), next(iter(methods))
     tiles = model.tiling.count
@@ -68,14 +73,16 @@ def calibrate(
     for number, object_ in enumerate(progress.objects):
         preemption.check()
         earlier = calibration.get(object_)
-        good = None if earlier and earlier.retired else calibrating(object_)
-        if good is not None:
-            of_tiles = recognition.distances(model.recogniser, good.images.features)
+        retired = earlier is not None and earlier.retired
+        changed = [name for name, method in methods.items() if not retired and _is_changed(step, method, object_)]
+        if not retired:
+            of_tiles = recognition.distances_of_means(model.recogniser, joint_means(object_))
             distance = np.asarray(recognition.of_images(of_tiles, tiles))
-        if good is not None and earlier is not None:
-            calibration[object_] = earlier._replace(distance=nearest_distances(distance, number))
-        for name, method in methods.items():
-            if good is None or not _is_changed(step, method, object_):
+            if earlier is not None:
+                calibration[object_] = earlier._replace(distance=nearest_distances(distance, number))
+        good = calibrating(object_) if changed else None
+        for name in methods:
+            if good is None or name not in changed:
                 scales[name].append(jax.tree.map(lambda values, i=number: values[i], progress.scales[name]))
                 continue
             errors, judged = _error_maps(model, name, progress.variables[name], number, good)
@@ -93,7 +100,9 @@ def calibrate(
 
 def _is_changed(step: Step, method: Method, object_: str) -> bool:
     """Return whether a step changes a method's error maps of an object, or the images that they are calibrated on."""
-    return object_ in step.objects or (bool(step.trained) and not method.independent)
+    if method.independent:  # so that it has not changed while the object was retired
+        return object_ in step.objects and step.act != "restore"
+    return object_ in step.objects or bool(step.trained)
 
 
 def _error_maps(

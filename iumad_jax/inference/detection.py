@@ -23,7 +23,7 @@ class Detection(NamedTuple):
         probability: Probability that the image shows this object, assuming that it shows a learned one.
         distance: Distance of the image to this object, see `recognition.distances`.
         embedding: What the object is recognised by, c numbers that are close to those of like images, see
-            `recognition.embed`.
+            `recognition.whitened`.
         unknown: Whether `distance` exceeds `unknown_threshold`. If so, the image probably shows no learned object, and
             its score, map and object are meaningless.
         image_threshold: Threshold of the object for `score`.

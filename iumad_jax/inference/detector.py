@@ -84,7 +84,7 @@ def detect(
     grids: dict[Modality, Any] = {m: extractor.apply(state.backbone, x) for m, x in images.items()}
     features = {m: grid.reshape(len(grid), -1, grid.shape[-1]) for m, grid in grids.items()}
     distance = recognition.of_images(recognition.distances(state.recogniser, features), tiles)
-    embedding = recognition.embed(state.recogniser, features)
+    embedding = recognition.whitened(state.recogniser, recognition.joint_means(features))
     object_id = recognition.recognise(distance, specified_id)
     of_tiles = object_id if tiles == 1 else jnp.repeat(object_id, tiles)
     errors = method.predict(state.variables, Batch(features, images, of_tiles))

@@ -80,7 +80,7 @@ def predict(
         images: Images to predict; None where no further image is known yet, so that the results so far are finished.
         workdir: Workdir of the model, noted in predictions.json.
         object_: Name of the object that all images show; None to recognise it per image.
-        output: New or empty folder for the results.
+        output: New or empty folder for the results; a new one is removed if no image can be used.
         heatmaps: Key of `HEATMAPS`.
         tell: Called with the row of each image when its files are written, and with the name and reason of each
             unusable one, in place of messages. Unknown images, which may be gone by then, are not grouped.
@@ -88,6 +88,7 @@ def predict(
     Raises:
         UserError: If the depth unit is wrong and no image was predicted yet, or if a file cannot be written.
     """
+    is_new = not output.exists()
     make_folder(output)
     rows: list[dict[str, Any]] = []
     damaged: list[dict[str, str]] = []
@@ -160,6 +161,9 @@ def predict(
             write_whole(output / "predictions.json", (json.dumps(as_json(content), indent=1) + "\n").encode())
             summary = {"workdir": workdir, "step": detector.step, "count": len(rows), "damaged": damaged}
             page.write(output / "predictions.html", summary)
+        elif is_new:
+            with suppress(OSError):  # of a folder in which something is written
+                output.rmdir()
     return Predictions(rows, damaged, groups)
 
 

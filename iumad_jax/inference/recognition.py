@@ -95,16 +95,25 @@ def oas(covariance: Float[np.ndarray, "f f"], samples: float) -> Float[np.ndarra
     return (1 - share) * covariance + max(share * scale, 1e-6) * np.eye(size)
 
 
-def embed(recogniser: Recogniser, features: dict[Modality, Float[Array, "b p f"]]) -> Float[Array, "b c"]:
-    """Return the centred and whitened mean tokens of images: those of like images are close to each other."""
-    x = jnp.concatenate([jnp.asarray(tokens, jnp.float32).mean(1) for tokens in _sorted(features)], axis=-1)
+def joint_means(features: dict[Modality, Float[Array, "b p f"]]) -> Float[Array, "b c"]:
+    """Return the mean tokens of images, modalities concatenated: all that recognition depends on."""
+    return jnp.concatenate([jnp.asarray(tokens, jnp.float32).mean(1) for tokens in _sorted(features)], axis=-1)
+
+
+def whitened(recogniser: Recogniser, means: Float[Array, "b c"]) -> Float[Array, "b c"]:
+    """Centre and whiten `joint_means`: those of like images are then close to each other."""
     with jax.default_matmul_precision("float32"):
-        return (x - recogniser.centre[None]) @ recogniser.whiten
+        return (means - recogniser.centre[None]) @ recogniser.whiten
 
 
 def distances(recogniser: Recogniser, features: dict[Modality, Float[Array, "b p f"]]) -> Float[Array, "b k"]:
     """Compute the distance of each image to each learned object: the root mean square over whitened channels."""
-    return jnp.sqrt(jnp.square(embed(recogniser, features)[:, None] - recogniser.means[None]).mean(-1))
+    return distances_of_means(recogniser, joint_means(features))
+
+
+def distances_of_means(recogniser: Recogniser, means: Float[Array, "b c"]) -> Float[Array, "b k"]:
+    """Compute `distances` from `joint_means`."""
+    return jnp.sqrt(jnp.square(whitened(recogniser, means)[:, None] - recogniser.means[None]).mean(-1))
 
 
 def of_images(distance: Float[Array, "r k"], tiles: int) -> Float[Array, "b k"]:

@@ -51,7 +51,7 @@ def group(embeddings: Float[np.ndarray, "n c"], threshold: float) -> list[list[i
     threshold. Two of them are therefore sqrt(2) times as far from each other, as their deviations are independent.
 
     Args:
-        embeddings: What unknown images would be recognised by, see `recognition.embed`.
+        embeddings: What unknown images would be recognised by, see `recognition.whitened`.
         threshold: Distance to an object above which an image is unknown.
 
     Returns:
@@ -77,7 +77,7 @@ def write(
     Args:
         detector: Detector that does not know the images.
         images: Unknown images, at least one.
-        embeddings: What they would be recognised by, see `recognition.embed`.
+        embeddings: What they would be recognised by, see `recognition.whitened`.
         folder: Root of the dataset to write, new or empty.
 
     Raises:

@@ -95,8 +95,10 @@ def memory_bank(config: ConfigDict, tiles: int = 1) -> Method:
         largest = max(len(bank["patches"]) for banks in by_object for bank in banks.values())
 
         def searched(bank: Bank) -> Bank:
-            missing = largest - len(bank["patches"])
-            return {"moments": bank["moments"], "patches": np.pad(bank["patches"], ((0, missing), (0, 0)), "edge")}
+            patches = bank["patches"]
+            if missing := largest - len(patches):
+                patches = np.pad(patches, ((0, missing), (0, 0)), "edge")
+            return {"moments": bank["moments"], "patches": patches}
 
         banks = [{m: searched(bank) for m, bank in banks.items()} for banks in by_object]
         return variables | {BY_OBJECT: stack_objects(banks)}

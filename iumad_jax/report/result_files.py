@@ -5,8 +5,8 @@
     config, protocol   of the run
     objects            names of all objects; the columns of every matrix
     steps              the objects learned at each step
-    acts               by step: the `act` (learn, update, calibrate or retire), its `objects`, and what was measured
-                       `before` an update or calibration, by object: `i_auroc` and error rates
+    acts               by step: the `act` (learn, update, calibrate, retire or restore), its `objects`, and what was
+                       measured `before` an update or calibration, by object: `i_auroc` and error rates
     tested             object -> step after which it was tested last, if later steps may have changed its maps
     matrix             metric -> (finished steps, objects); NaN or None where not yet learned or undefined
     summary            metric -> figure -> value, see `summarise`

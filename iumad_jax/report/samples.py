@@ -136,6 +136,8 @@ def save_pictures(
 ) -> str:
     """Write small pictures of an object's test images atomically, and return the name of their file.
 
+    A file of the same images is left as it is, since most steps change no test image.
+
     Args:
         workdir: Folder that holds `samples/`.
         object_: Name of the object.
@@ -147,6 +149,12 @@ def save_pictures(
     Raises:
         UserError: If the disk is full or the folder is not writable.
     """
+    arrays = (np.ascontiguousarray(array) for array in (rgb, heights, masks, height_scale))
+    digest = hashlib.sha256(b"".join(f"{x.dtype}{x.shape}".encode() + x.tobytes() for x in arrays)).hexdigest()
+    name = f"pictures_{object_}_{digest[:8]}.npz"
+    path = workdir / "samples" / name
+    if path.exists():
+        return name
     pictures = [
         (
             _webp(image),
@@ -157,8 +165,7 @@ def save_pictures(
     ]
     parts = [part for picture in pictures for part in picture]
     content = np.frombuffer(b"".join(parts), np.uint8)
-    name = f"pictures_{object_}_{hashlib.sha256(content.tobytes()).hexdigest()[:8]}.npz"
-    _write(workdir / "samples" / name, content=content, lengths=list(map(len, parts)), size=rgb.shape[1:3])
+    _write(path, content=content, lengths=list(map(len, parts)), size=rgb.shape[1:3])
     return name
 
 

@@ -46,7 +46,6 @@ RATES = {
     "recognised": "recognised",
     "taken_as_unknown": "taken as unknown",
 }
-_DONE = {"learn": "learned", "update": "updated", "calibrate": "calibrated", "retire": "retired"}
 _SHORT = ("i_auroc", "aupro", "p_auroc_object")  # metrics whose forgetting the console shows
 _METRICS_EXPLAINED = (
     "I-AUROC: how well scores rank anomalous above good images (0.5 is chance, 1 perfect); P-AUROC: the same for the\n"
@@ -80,7 +79,7 @@ def summarise(matrix: dict[str, Any]) -> dict[str, dict[str, float]]:
 class Effect(NamedTuple):
     """What a step did, in I-AUROC; "-" where undefined."""
 
-    outcome: str  # what became of the step's objects
+    outcome: str  # what became of the step's objects; their thresholds where test images do not tell
     change: str  # of the other object that changed most; "" without one
     mean: str  # of all objects learned so far
 
@@ -97,23 +96,25 @@ def effect(matrix: Any, acts: Sequence[dict[str, Any]], decisions: Sequence[dict
     learned = [name for act in acts[: step + 1] if act["act"] == "learn" for name in act["objects"]]
     values, act = np.asarray(matrix, float)[: step + 1, : len(learned)], acts[step]
     after = dict(zip(learned, values[step], strict=True))
-    outcome = ", ".join(
-        _outcome(name, act, after[name], decisions[step]["objects"][name].get("test", {})) for name in act["objects"]
-    )
+    records = [record["objects"] for record in decisions[max(step - 1, 0) : step + 1]]  # before and after the step
+    outcome = ", ".join(_outcome(name, act, after[name], records) for name in act["objects"])
     others = [column for column, name in enumerate(learned) if name not in act["objects"]]
     changes, change = values[step, others] - values[step - 1, others], ""
     if act["act"] in ("learn", "update") and np.isfinite(changes).any():
         largest = int(np.nanargmax(np.abs(changes)))
         change = f"{learned[others[largest]]} {changes[largest]:+.3f}"
-    return Effect(f"{_DONE[act['act']]} {outcome}", change, _cell(final(values)))
+    done = "learned" if act["act"] == "learn" else f"{act['act']}d"  # updated, calibrated, retired or restored
+    return Effect(f"{done} {outcome}", change, _cell(final(values)))
 
 
-def _outcome(name: str, act: dict[str, Any], value: float, rates: dict[str, Any]) -> str:
-    """Describe what became of an object: its I-AUROC, and what it and the error rates were before."""
-    if act["act"] == "learn":
-        return f"{name} {_cell(value)}"
-    if (before := act["before"].get(name)) is None:  # retired, or without test images
+def _outcome(name: str, act: dict[str, Any], value: float, records: Sequence[dict[str, Any]]) -> str:
+    """Describe what became of an object: its I-AUROC or threshold, with what this and error rates were before."""
+    if act["act"] == "retire":
         return name
+    if (before := act["before"].get(name)) is None:
+        thresholds = " to ".join(_cell(known[name]["image"]["threshold"]) for known in records if name in known)
+        return f"{name} (threshold {thresholds})" if _undefined(value) else f"{name} {_cell(value)}"
+    rates = records[-1][name].get("test", {})
     changes = [f"{name} {_cell(before['i_auroc'])} to {_cell(value)}"]
     for rate in ("false_alarms", "misses"):
         changes.append(f"{RATES[rate]} {_percent(before[rate])} to {_percent(rates.get(rate))}")
@@ -124,7 +125,8 @@ def effect_line(matrix: Any, acts: Sequence[dict[str, Any]], decisions: Sequence
     """Format `effect` in one line."""
     outcome, change, mean = effect(matrix, acts, decisions, step)
     others = f"; largest change of another object: {change}" if change else ""
-    return f"step {step}: {outcome}{others}; mean of all {mean} (I-AUROC)"
+    of_all = "" if mean == "-" else f"; mean of all {mean} (I-AUROC)"
+    return f"step {step}: {outcome}{others}{of_all}"
 
 
 def title(results: dict[str, Any]) -> str:
@@ -421,7 +423,8 @@ def learned_objects(results: dict[str, Any]) -> list[tuple[int, str, int]]:
 def step_with_remarks(results: dict[str, Any], step: int, name: str) -> str:
     """Return the step that learned an object, and the one after which it was tested if that is not the last."""
     tested = results.get("tested", {}).get(name)
-    retired = any(act["act"] == "retire" and name in act["objects"] for act in results.get("acts", []))
+    acts = [act["act"] for act in results.get("acts", []) if name in act["objects"]]
+    retired = [act for act in acts if act in ("retire", "restore")][-1:] == ["retire"]
     remarks = ["retired"] * retired + [f"tested after {tested}"] * (tested is not None)
     return f"{step} ({', '.join(remarks)})" if remarks else str(step)
 

@@ -17,7 +17,13 @@ from PIL import Image
 from iumad_jax.errors import UserError
 from iumad_jax.runtime.ledger import Ledger
 
-_DOING = {"learn": "learning", "update": "updating", "calibrate": "calibrating", "retire": "retiring"}
+_DOING = {
+    "learn": "learning",
+    "update": "updating",
+    "calibrate": "calibrating",
+    "retire": "retiring",
+    "restore": "restoring",
+}
 _LOG_INTERVAL = 30.0  # minimum seconds between two log lines within a step
 
 
@@ -47,7 +53,7 @@ class Live:
             self._board = SummaryWriter(str(workdir / "tensorboard"))
 
     def log_step(self, step: int, act: str, names: tuple[str, ...], images: int, changes: Mapping[str, Any]) -> None:
-        """Record that a step begins to learn, update, calibrate or retire objects, with changed config keys."""
+        """Record that a step begins to do something to objects, with changed config keys."""
         self.log_event("step", step=step, act=act, objects=names, images=images, changes=changes)
         self._logged_at = time.monotonic()
         log(f"step {step}: {_DOING[act]} {', '.join(names)}" + (f" from {images} images" if images else ""))

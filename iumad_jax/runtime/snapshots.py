@@ -30,7 +30,7 @@ import orbax.checkpoint as ocp
 from iumad_jax.errors import UserError
 from iumad_jax.runtime import processes
 from iumad_jax.runtime.progress import LedgerMark, Position, Progress
-from iumad_jax.runtime.shared_arrays import Index, SharedArrays, join, separate
+from iumad_jax.runtime.shared_arrays import Index, Items, SharedArrays, join, separate
 from iumad_jax.runtime.storage import as_json, write_whole
 from iumad_jax.shapes import Calibration, Scale, Scales, Variables
 
@@ -51,7 +51,7 @@ class Snapshots:
             UserError: If the workdir is not writable.
         """
         logging.getLogger("absl").setLevel(logging.WARNING)
-        self._shared = shared_arrays(workdir)
+        self.shared = shared_arrays(workdir)
         self._finished, self._within = ((workdir / name).absolute() for name in ("snapshots", "snapshots_within_step"))
         for folder in (self._finished, self._within):
             try:
@@ -82,11 +82,14 @@ class Snapshots:
         folder = self._finished / str(step) if finished else self._within / str(step * _UPDATES + updates)
         variables = {name: stored(values) for name, values in progress.variables.items()}
         fields = progress._replace(variables=variables)._asdict()
-        arrays = jax.tree.map(np.array, {key: fields[key] for key in _ARRAYS})  # copies, as training reuses its buffers
+        arrays, by_object = separate({key: fields[key] for key in _ARRAYS})
+        arrays = jax.tree.map(np.array, arrays)  # copies, as training reuses its buffers
+        items = self.shared.copy(by_object)
         calibration = {
             name: (scores.score, scores.peak, scores.distance[:, :2]) for name, scores in progress.calibration.items()
         }
-        _check_finite(arrays | {"calibration": calibration, "scales": progress.scales}, folder)
+        new = jax.tree.map(lambda item: item.array, items)
+        _check_finite(arrays | new | {"calibration": calibration, "scales": progress.scales}, folder)
         record = {key: value for key, value in fields.items() if key not in _ARRAYS}
         record |= {name: value._asdict() for name, value in record.items() if name in ("position", "ledger")}
         record["calibration"] = {name: scores._asdict() for name, scores in progress.calibration.items()}
@@ -94,7 +97,7 @@ class Snapshots:
             name: {m: scale._asdict() for m, scale in scales.items()} for name, scales in progress.scales.items()
         }
         keep = None if finished else 2
-        self._saving = self._thread.submit(_write, folder, self._shared, arrays, as_json(record), keep)
+        self._saving = self._thread.submit(_write, folder, self.shared, arrays, items, as_json(record), keep)
 
     @property
     def failed(self) -> bool:
@@ -124,10 +127,10 @@ class Snapshots:
         folders += _numbered(self._within)
         damages: list[tuple[Path, str]] = []
         for _, folder in sorted(folders, reverse=True):
-            if (damage := _damage(folder, self._shared)) is None:
+            if (damage := _damage(folder, self.shared)) is None:
                 for damaged_folder, description in damages:
                     _set_aside(damaged_folder, description, folder)
-                return _restore(folder, self._shared)
+                return _restore(folder, self.shared)
             damages.append((folder, damage))
         if damages:
             reasons = "; ".join(f"{folder} {damage}" for folder, damage in damages)
@@ -221,12 +224,13 @@ def _checkpointer() -> Iterator[ocp.Checkpointer]:
         yield checkpointer
 
 
-def _write(folder: Path, shared: SharedArrays, arrays: Any, record: dict[str, Any], keep: int | None) -> None:
+def _write(
+    folder: Path, shared: SharedArrays, arrays: Any, items: Items, record: dict[str, Any], keep: int | None
+) -> None:
     """Write a snapshot and delete all but the `keep` newest ones beside it; None keeps all."""
     unfinished = folder.with_name(folder.name + _UNFINISHED)
-    arrays, by_object = separate(arrays)
     try:
-        index = shared.write(by_object)
+        index = shared.write(items)
         with _checkpointer() as checkpointer:
             args = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record))
             checkpointer.save(unfinished, args=args, force=True)

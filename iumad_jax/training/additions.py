@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from iumad_jax import config as configs
 from iumad_jax import protocol
 from iumad_jax.data import plan, readers
+from iumad_jax.data.formats.files import select
 from iumad_jax.errors import UserError
 from iumad_jax.protocol import Act, Step
 from iumad_jax.report import result_files
@@ -51,9 +52,8 @@ def with_new(
             unfinished step has other changes.
     """
     changed = _checked(config, changes)
-    changed.dataset.objects = names
     learned = set(itertools.chain.from_iterable(step.learned for step in steps[:finished]))
-    selected = readers.objects(changed)
+    selected = select(names, readers.available(changed), "--objects")
     known = [name for name in selected if name in learned]
     if known and (names != "all" or len(known) == len(selected)):
         raise UserError(
@@ -156,6 +156,22 @@ def with_retired(steps: tuple[Step, ...], finished: int, names: str) -> tuple[St
     return (*steps, protocol.next_step(steps, objects, {}, "retire"))
 
 
+def with_restored(steps: tuple[Step, ...], finished: int, names: str) -> tuple[Step, ...]:
+    """Add a step that takes retired objects back into use; a planned step that does the same is continued with.
+
+    Raises:
+        UserError: If an object is not retired.
+    """
+    if _planned(steps[finished:], "restore", names, {}):
+        return steps
+    retired, chosen = plan.retired(steps[:finished]), _split(names)
+    for name in chosen:
+        if name not in retired:
+            remedy = f"choose any of {', '.join(sorted(retired))}" if retired else "no object is"
+            raise UserError(f'"{name}" is not retired; {remedy}.')
+    return (*steps, protocol.next_step(steps, chosen, {}, "restore"))
+
+
 def in_use(steps: Sequence[Step], names: str = "all") -> tuple[str, ...]:
     """Return those of the named objects, separated by commas, that are learned and not retired.
 
@@ -169,7 +185,7 @@ def in_use(steps: Sequence[Step], names: str = "all") -> tuple[str, ...]:
     chosen = remaining if names == "all" else _split(names)
     for name in chosen:
         if name in retired:
-            raise UserError(f"{name} is retired; learn --after=STEP goes on from a step before that.")
+            raise UserError(f"{name} is retired; retire --undo takes it back into use.")
         if name not in remaining:
             raise UserError(f'the run has not learned "{name}"; choose any of {", ".join(remaining)}.')
     return chosen

@@ -1,9 +1,13 @@
 """The end of a step: calibration, evaluation and its snapshot."""
 
+import functools
+
+from jaxtyping import Array, Float
+
 from iumad_jax.data.prepared import copies, inventory, kept
 from iumad_jax.data.prepared.good_images import CalibrationImages, calibration_images, good_images
 from iumad_jax.data.sample import Split
-from iumad_jax.inference import assessment, decisions, evaluation
+from iumad_jax.inference import assessment, decisions, evaluation, recognition
 from iumad_jax.inference.evaluation import Judgement
 from iumad_jax.inference.thresholds import describe
 from iumad_jax.protocol import Step
@@ -12,13 +16,14 @@ from iumad_jax.report.history import history
 from iumad_jax.runtime import ledger as ledgers
 from iumad_jax.runtime import live, preemption, processes, snapshots
 from iumad_jax.runtime.progress import Position, Progress
+from iumad_jax.runtime.shared_arrays import SharedArrays
 from iumad_jax.training.run import Run
 
 
 @processes.process_zero_only
 def assess(run: Run, step: Step, progress: Progress) -> Progress:
     """Set thresholds, evaluate what the step may have changed on test images, and take the step's snapshot."""
-    shared = snapshots.shared_arrays(run.workdir)
+    shared = run.snapshots.shared
 
     def kept_images(name: str) -> CalibrationImages:
         return kept.load(shared, progress.kept[name], step.seen.index(name))
@@ -26,12 +31,17 @@ def assess(run: Run, step: Step, progress: Progress) -> Progress:
     def calibrating(name: str) -> CalibrationImages:
         return good_images(run.images, name).calibrating if name in step.learned else kept_images(name)
 
-    for name in step.objects if step.act != "retire" else ():
+    def joint_means(name: str) -> Float[Array, "n c"]:
+        if name in step.learned:
+            return recognition.joint_means(calibrating(name).images.features)
+        return kept_means(shared, tuple(sorted(progress.kept[name]["arrays"].items())))
+
+    for name in step.objects if step.act not in ("retire", "restore") else ():
         new, earlier = new_calibration_images(run, step, name), kept_images(name) if name in progress.kept else None
         count, tiles = run.config.decisions.kept_images, run.store.processing.tiling.count
         record = kept.keep(shared, new, count, earlier, tiles)
         progress = progress._replace(kept=progress.kept | {name: record})
-    progress, model = assessment.calibrate(run.config, run.methods, progress, step, calibrating)
+    progress, model = assessment.calibrate(run.config, run.methods, progress, step, calibrating, joint_means)
     described, scale = describe(progress.calibration, run.config.decisions.quantile), run.store.processing.height_scale
     numbers = {name: number for number, name in enumerate(step.seen)}
     tests = test_sets(run, changed_objects(step, progress))
@@ -52,6 +62,13 @@ def assess(run: Run, step: Step, progress: Progress) -> Progress:
     return run.save(progress._replace(position=position, optimizer=[]))
 
 
+@functools.lru_cache(maxsize=1000)
+def kept_means(shared: SharedArrays, digests: tuple[tuple[str, str], ...]) -> Float[Array, "n c"]:
+    """Return `recognition.joint_means` of the calibration images kept of an object, of which each step needs them."""
+    images = kept.load(shared, {"arrays": dict(digests), "few": False}, 0).images
+    return recognition.joint_means(images.features)
+
+
 def new_calibration_images(run: Run, step: Step, name: str) -> CalibrationImages:
     """Return the calibration images of an object that a step brings."""
     if step.act == "learn":
@@ -64,7 +81,7 @@ def new_calibration_images(run: Run, step: Step, name: str) -> CalibrationImages
 def changed_objects(step: Step, progress: Progress) -> tuple[str, ...]:
     """Return the objects whose anomaly maps a step may have changed, retired ones left out."""
     if not step.trained:
-        return step.objects if step.act == "calibrate" else ()
+        return step.objects if step.act in ("calibrate", "restore") else ()
     return tuple(name for name in step.seen if not progress.calibration[name].retired)
 
 

@@ -9,7 +9,7 @@ from iumad_jax import protocol
 from iumad_jax.data.prepared.good_images import CalibrationImages, calibration_images
 from iumad_jax.data.prepared.store import PreparedSet
 from iumad_jax.data.tiles import Tiling
-from iumad_jax.inference import assessment, decisions, evaluation, thresholds
+from iumad_jax.inference import assessment, decisions, evaluation, recognition, thresholds
 from iumad_jax.inference.anomaly_map import Rule
 from iumad_jax.inference.evaluation import Model
 from iumad_jax.inference.recognition import Recogniser
@@ -101,6 +101,13 @@ def test_the_tiles_of_an_image_are_judged_as_one(model):
     assert judgement.decision.mask[0, 0, [0, 223]].tolist() == [False, True]
 
 
+def calibrate(config, methods, progress, step, calibrating):
+    def joint_means(name):
+        return recognition.joint_means(calibrating(name).images.features)
+
+    return assessment.calibrate(config, methods, progress, step, calibrating, joint_means)
+
+
 def test_tiles_calibrate_the_thresholds_of_images():
     """Each of an image's two tiles has a score; the image has one distance."""
     config, good = configs.small("1-1"), {"A": [(1, 0), (2, 0), (3, 0), (1, 0)], "B": [(8, 0), (12, 0)]}
@@ -110,9 +117,7 @@ def test_tiles_calibrate_the_thresholds_of_images():
     def calibrating(name):
         return calibration_images(images(good[name], "AB".index(name)).batch, trained=False)
 
-    after, _ = assessment.calibrate(
-        config, {"method": Method(init=dict, predict=position)}, progress, BOTH, calibrating
-    )
+    after, _ = calibrate(config, {"method": Method(init=dict, predict=position)}, progress, BOTH, calibrating)
     assert [len(calibration.score) for calibration in after.calibration.values()] == [4, 2]
     assert [len(calibration.distance) for calibration in after.calibration.values()] == [2, 1]
     assert [calibration.tiles for calibration in after.calibration.values()] == [2, 2]
@@ -136,7 +141,7 @@ def test_errors_on_good_images_set_the_scales_and_then_the_thresholds(trained_on
     def calibrating(name):
         return calibration_images(images(good[name], "AB".index(name)).batch, trained_on)
 
-    after, model = assessment.calibrate(configs.small("1-1"), methods, progress, BOTH, calibrating)
+    after, model = calibrate(configs.small("1-1"), methods, progress, BOTH, calibrating)
     assert float(after.scales["baseline"]["rgb"].mean[0]) == pytest.approx(2)
     assert [float(x) for x in after.scales["baseline"]["rgb"].quantile] == [3, 12]
     quantiles = [60, 120] if trained_on else [3, 12]
@@ -149,15 +154,22 @@ def test_errors_on_good_images_set_the_scales_and_then_the_thresholds(trained_on
     np.testing.assert_allclose(model.thresholds.image, [max(values) for values in expected], rtol=1e-5)
 
 
-def calibrated(method, positions, step=BOTH, trained=(False,), earlier=None):
-    """Calibrate A and B with the same images, at the positions given."""
+def calibrated(method, positions, step=BOTH, trained=(False,), earlier=None, asked=None):
+    """Calibrate A and B with the same images, at the positions given; list the objects whose images are asked for."""
     progress = earlier or BEGINNING._replace(objects=("A", "B"), variables={"method": {}}, recognition=RECOGNITION)
 
     def calibrating(name):
         batch = images([(x, 0) for x in positions], "AB".index(name)).batch
         return CalibrationImages(batch, np.resize(trained, len(positions)))
 
-    return assessment.calibrate(configs.small("1-1"), {"method": method}, progress, step, calibrating)[0]
+    def asking(name):
+        (asked if asked is not None else []).append(name)
+        return calibrating(name)
+
+    def joint_means(name):
+        return recognition.joint_means(calibrating(name).images.features)
+
+    return assessment.calibrate(configs.small("1-1"), {"method": method}, progress, step, asking, joint_means)[0]
 
 
 def test_calibration_images_are_judged_as_their_own_object():
@@ -174,13 +186,16 @@ def test_images_that_were_trained_on_are_replaced_by_held_out_errors():
     assert after.from_training_images
 
 
-@pytest.mark.parametrize("act", ["learn", "update", "calibrate", "retire"])
+@pytest.mark.parametrize("act", ["learn", "update", "calibrate", "retire", "restore"])
 @pytest.mark.parametrize("independent", [False, True])
 def test_a_step_measures_anew_what_it_may_have_changed(act, independent):
-    method = Method(init=dict, predict=position, independent=independent)
+    method, asked = Method(init=dict, predict=position, independent=independent), []
     earlier = calibrated(method, [2])
-    after = calibrated(method, [4], protocol.next_step((BOTH,), ("B",), {}, act), earlier=earlier)
-    changed = {"A": act in ("learn", "update") and not independent, "B": act != "retire"}
+    step = protocol.next_step((BOTH,), ("B",), {}, act)
+    after = calibrated(method, [4], step, earlier=earlier, asked=asked)
+    changed = {"A": act in ("learn", "update") and not independent, "B": act not in ("retire", "restore")}
+    changed["B"] |= act == "restore" and not independent
+    assert asked == [name for name in "AB" if changed[name]]  # reading images of every object costs time
     means = dict(zip("AB", after.scales["method"]["rgb"].mean, strict=True))
     assert {name: float(mean) for name, mean in means.items()} == {name: 4 if changed[name] else 2 for name in "AB"}
     assert [after.calibration[name].retired for name in "AB"] == [False, act == "retire"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iumad_jax import Detector, calibrate, learn, retire
+from iumad_jax import Detector, calibrate, history, learn, retire
 from iumad_jax.errors import USER_ERROR, UserError
 from iumad_jax.inference.thresholds import thresholds
 from iumad_jax.runtime import snapshots
@@ -192,6 +192,31 @@ def test_a_retired_object_is_no_longer_recognised_and_its_results_stay(command):
     assert re.search(r"\| bolt\s+\|\s+0 \(retired, tested after 1\) \|", Path("run/results.md").read_text())
     later = snapshots.read(Path("run")).calibration
     assert [later[name].retired for name in ("bolt", "nut", "washer")] == [True, False, False]
+
+
+@pytest.mark.usefixtures("home")
+def test_a_retired_object_comes_back_as_it_was(command, capsys):
+    """The gaussian baseline and the bank are independent of other objects, of which one was learned meanwhile."""
+    with Image.open("objects/bolt/test/good/rgb/100.png") as image:
+        pixels = np.asarray(image)
+    before, calibration = Detector.load("run")(pixels), snapshots.read(Path("run")).calibration["bolt"]
+    assert command(retire, "--objects=bolt")[0] == 0
+    add("washer")
+    assert command(learn)[0] == 0
+    code, out, _ = command(retire, "--objects=bolt", "--undo")
+    results = json.loads(Path("run/results.json").read_text())
+    assert (code, results["acts"][4]["act"]) == (0, "restore")
+    assert out.startswith(f"step 4: restored bolt {results['matrix']['i_auroc'][4][0]:.3f}; mean of all")
+    assert results["matrix"]["i_auroc"][4][0] == results["matrix"]["i_auroc"][1][0]
+    assert re.search(r"\| bolt\s+\|\s+0 \|", Path("run/results.md").read_text())
+    after, detector = Detector.load("run")(pixels), Detector.load("run")
+    assert (detector.retired, after.object, after.score) == ((), "bolt", before.score)
+    assert after.image_threshold == before.image_threshold
+    assert snapshots.read(Path("run")).calibration["bolt"].score.tolist() == calibration.score.tolist()
+    assert history.main(["history", "--workdir=run"]) == 0
+    assert "restored bolt" in capsys.readouterr().out
+    code, _, err = command(retire, "--objects=bolt", "--undo")
+    assert (code, '"bolt" is not retired; no object is.' in err) == (USER_ERROR, True)
 
 
 @pytest.mark.usefixtures("home")

@@ -12,6 +12,7 @@ import pytest
 
 from iumad_jax import __main__ as commands
 from iumad_jax import cli
+from iumad_jax.errors import CLOSED_OUTPUT
 from tests import sentences
 from tests.integration.trained import QUICKSTART, in_process
 
@@ -37,6 +38,15 @@ def test_every_command_is_listed_in_two_lines():
     assert all(line.startswith("    ") and line.endswith(".") for line in lines[1::2])
     modules = {file.stem for file in (ROOT / "iumad_jax").glob("*.py") if "cli.execute(" in file.read_text()}
     assert set(NAMES) == modules - {"cli"} | {"export", "data.synthetic"}
+
+
+@pytest.mark.parametrize("arguments", [["iumad_jax"], ["iumad_jax.history", "--help"]])
+def test_a_command_ends_silently_if_its_output_is_closed(arguments):
+    """As in `python -m iumad_jax | head -0`."""
+    process = subprocess.Popen([sys.executable, "-m", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", CLOSED_OUTPUT)
+    process.stderr.close()
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,8 @@ def test_learning_an_object_changes_nothing_of_the_others_bank(command):
     [
         ([], sentences.OBJECTS_LEARNED_ALREADY.format(objects="bolt, nut", root="objects")),
         (["--objects=nut"], sentences.OBJECTS_LEARNED_ALREADY.format(objects="nut", root="objects")),
-        (["--objects=screw"], 'config.dataset.objects names "screw"; choose all or any of bolt, nut.'),
+        (["--objects=screw"], 'iumad_jax: --objects names "screw"; choose all or any of bolt, nut.'),
+        (["--objects=nut,nut"], "iumad_jax: --objects names nut twice"),
         (["--config.dataset.root=nowhere"], "config.dataset.root is nowhere, which is not a folder"),
         (["--config.model.width=16"], "--config.model.width is fixed by training"),
         (["--config.train.epochs=-1"], "config.train.epochs is -1; use 0 to"),
@@ -187,6 +188,23 @@ def test_a_mistake_is_told_and_changes_nothing(command, flags, sentence):
     assert code == USER_ERROR
     assert sentence in err
     assert files(Path("run")) == before
+
+
+def test_a_relative_dataset_is_looked_for_in_the_current_folder(home, command, monkeypatch):
+    """So a run and its dataset can be moved together; the message names the folder."""
+    add("anchor")
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    code, _, err = command("--workdir=../run")
+    assert (code, err.splitlines()[-1]) == (
+        USER_ERROR,
+        f"iumad_jax: config.dataset.root is objects, which is not a folder in {Path.cwd()}; choose the dataset's folder"
+        " with --config.dataset.root.",
+    )
+    code, _, err = command(
+        "--workdir=../run", f"--config.dataset.root={Path('../objects').resolve()}", "--objects=anchor"
+    )
+    assert (code, Detector.load("../run").objects) == (0, ("bolt", "nut", "anchor"))
 
 
 def test_a_process_killed_while_learning_resumes_to_the_same_result(tmp_path, monkeypatch):

@@ -1,15 +1,17 @@
 """With few or odd training images, a run reports them and ends with a usable model without NaN."""
 
+import sys
+
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from iumad_jax import Detector, experiment
+from iumad_jax import Detector, experiment, prepare
 from iumad_jax.config import small
 from iumad_jax.runtime import snapshots
 from tests import sentences
-from tests.integration.conftest import SMALL
+from tests.integration.conftest import SMALL, as_flags
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
 KEYS = SMALL | {
@@ -110,6 +112,7 @@ def test_odd_images_are_reported_and_learned(tmp_path, monkeypatch, capsys, imag
     assert message in capsys.readouterr().err.splitlines()
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections reads a config
 def test_training_images_that_set_or_test_thresholds_are_reported(tmp_path, monkeypatch, capsys):
     """A photograph with another name, but the same content, is the same; an image of another object is another."""
     monkeypatch.chdir(tmp_path)
@@ -120,9 +123,17 @@ def test_training_images_that_set_or_test_thresholds_are_reported(tmp_path, monk
     save(tmp_path / "objects/bolt/test/good/mask", [np.zeros((64, 64), np.uint8)] * 4)
     add_object(tmp_path / "objects", "nut", 1, [draw(1, number) for number in range(8)])
     save(tmp_path / "objects/nut/val/good/rgb", [training[1]])
+
+    def told():
+        return [line for line in capsys.readouterr().err.splitlines() if "training images too" in line]
+
     experiment.run(config(protocol="2-0", method="feature_norm"), tmp_path / "run")
-    told = [line for line in capsys.readouterr().err.splitlines() if "training images too" in line]
-    assert told == [
+    by_run = told()
+    flags = ["prepare", "--config=folder:2-0", "--workdir=prepared", *as_flags(KEYS)]
+    monkeypatch.setattr(sys, "argv", flags)  # config_flags reads the keys from here
+    assert prepare.main(flags) == 0
+    assert told() == by_run
+    assert by_run == [
         sentences.VALIDATION_REUSES.format(count=2, object="bolt", which="001, 002"),
         sentences.TEST_REUSES.format(count=1, object="bolt", which="good/001"),
     ]

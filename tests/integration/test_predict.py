@@ -90,6 +90,22 @@ def test_a_missing_unit_is_reported_once_and_nothing_is_written(home, command, r
     assert len(json.loads((home / "counted" / "predictions.json").read_text())["images"]) == 2
 
 
+@pytest.mark.parametrize("exists", [False, True])
+def test_without_a_usable_image_nothing_is_written(home, command, exists):
+    """A folder that was there stays."""
+    for folder in ("rgb", "depth"):
+        (home / f"broken{exists}" / folder).mkdir(parents=True)
+        (home / f"broken{exists}" / folder / "image.png").write_text("no image")
+    output = home / f"nothing{exists}"
+    if exists:
+        output.mkdir()
+    flags = f"--input=broken{exists}/rgb", f"--depth=broken{exists}/depth", f"--output={output.name}"
+    code, _, err = command("predict", "--workdir=run", *flags)
+    assert (code, "1 of 1 images cannot be used; correct them." in err) == (2, True)
+    assert output.exists() == exists
+    assert not exists or not list(output.iterdir())
+
+
 def test_predictions_before_a_file_cannot_be_written_are_listed(home, detector, reader):
     images = list(unlabelled.split_images(reader, "test"))[:4]
     blocked = home / "cut" / "heatmaps" / f"{images[2].name}.png"

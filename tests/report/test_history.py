@@ -126,3 +126,23 @@ def test_objects_that_were_not_tested_keep_their_last_values():
         " object: bee +0.000; mean of all 0.800 (I-AUROC)",
         "step 3: retired ant; mean of all 0.800 (I-AUROC)",
     ]
+
+
+def test_without_test_images_a_step_tells_the_threshold():
+    """Ant has no test images; its threshold is 0.5, and 0.75 after an update."""
+
+    def deciding(step, threshold):
+        return {"event": "decisions", "step": step, "objects": {"ant": {"image": {"threshold": threshold}}}}
+
+    events = [
+        {"event": "step", "step": 0, "act": "learn", "objects": ["ant"], "images": 5},
+        deciding(0, 0.5),
+        snapshot(0, 100),
+        {"event": "step", "step": 1, "act": "update", "objects": ["ant"], "images": 5},
+        deciding(1, 0.75),
+        snapshot(1, 100),
+    ]
+    past = history(events)
+    matrix = past.matrices["net"]["i_auroc"]
+    lines = [tables.effect_line(matrix, past.acts, past.decisions, step) for step in (0, 1)]
+    assert lines == ["step 0: learned ant (threshold 0.500)", "step 1: updated ant (threshold 0.500 to 0.750)"]

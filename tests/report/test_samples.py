@@ -134,6 +134,16 @@ def test_pictures_are_read_back(tmp_path, masks):
     assert [bool(picture.outline) for picture in pictures] == [False, False, True, True, True, False]
 
 
+def test_pictures_of_the_same_images_are_written_once(tmp_path, masks):
+    rgb, heights = np.zeros((COUNT, SIZE, SIZE, 3), np.uint8), np.zeros((COUNT, SIZE, SIZE), np.float32)
+    name = samples.save_pictures(tmp_path, "ant", rgb, heights, masks, height_scale=1)
+    written = (tmp_path / "samples" / name).stat()
+    assert samples.save_pictures(tmp_path, "ant", rgb, heights, masks, height_scale=1) == name
+    assert (tmp_path / "samples" / name).stat().st_ino == written.st_ino
+    for other in ((rgb, heights + 1, masks, 1), (rgb, heights, ~masks, 1), (rgb, heights, masks, 2)):
+        assert samples.save_pictures(tmp_path, "ant", *other) != name
+
+
 def test_missing_and_damaged_pictures_are_reported(tmp_path, masks):
     rgb, heights = np.zeros((COUNT, SIZE, SIZE, 3), np.uint8), np.zeros((COUNT, SIZE, SIZE), np.float32)
     name = samples.save_pictures(tmp_path, "ant", rgb, heights, masks, height_scale=1)

@@ -389,3 +389,19 @@ def test_numbers_that_are_not_finite_are_not_saved(tmp_path):
         ):
             snapshots.save(broken)
         assert_same(snapshots.latest(), snapshot(0, 0, finished=True))
+
+
+def test_arrays_of_an_object_are_looked_at_once(tmp_path):
+    """Their cost would grow with the number of objects: so they are taken to be the same while the array is."""
+    first, second = with_objects(0, 2), with_objects(1, 3)
+    second.strategy_state["by_object"] = (*first.strategy_state["by_object"], second.strategy_state["by_object"][2])
+    with opened(tmp_path) as snapshots:
+        snapshots.save(first)
+        first.strategy_state["by_object"][0]["mean"][:] = np.nan
+        snapshots.save(second)
+        assert_same(snapshots.latest(), with_objects(1, 3))
+    with opened(tmp_path) as snapshots:
+        restored = snapshots.latest()
+        restored.strategy_state["by_object"][1]["mean"][:] = np.nan
+        snapshots.save(restored._replace(position=Position(2, 0, finished=True)))
+        assert_same(snapshots.latest(), with_objects(1, 3)._replace(position=Position(2, 0, finished=True)))

@@ -25,12 +25,15 @@ _RESULTS = (  # files, together, that tell a folder of results: of a run, evalua
 )
 
 
-def select(objects: str | Sequence[str], available: Sequence[str]) -> tuple[str, ...]:
-    """Return the object names that `config.dataset.objects` selects, in the order of learning.
+def select(
+    objects: str | Sequence[str], available: Sequence[str], key: str = "config.dataset.objects"
+) -> tuple[str, ...]:
+    """Return the object names that a key or flag selects, in the order of learning.
 
     Args:
         objects: "all", names separated by commas, or a sequence of names.
         available: All objects of the dataset.
+        key: The key or flag, for messages.
 
     Raises:
         UserError: If a name is unknown or occurs twice.
@@ -40,9 +43,9 @@ def select(objects: str | Sequence[str], available: Sequence[str]) -> tuple[str,
     names = tuple(name.strip() for name in objects.split(",")) if isinstance(objects, str) else tuple(objects)
     for name in names:
         if name not in available:
-            raise UserError(f'config.dataset.objects names "{name}"; choose all or any of {", ".join(available)}.')
+            raise UserError(f'{key} names "{name}"; choose all or any of {", ".join(available)}.')
         if names.count(name) > 1:
-            raise UserError(f"config.dataset.objects names {name} twice; name it once.")
+            raise UserError(f"{key} names {name} twice; name it once.")
     return names
 
 
@@ -55,7 +58,11 @@ def opening(root: Path) -> Iterator[None]:
     """
     try:
         if not root.is_dir():
-            raise UserError(f"config.dataset.root is {root}, which is not a folder; choose the dataset's folder.")
+            place = "" if root.is_absolute() else f" in {Path.cwd()}"
+            raise UserError(
+                f"config.dataset.root is {root}, which is not a folder{place}; choose the dataset's folder with"
+                " --config.dataset.root."
+            )
         if not any(root.iterdir()):
             raise UserError(f"config.dataset.root is {root}, which is empty; choose the dataset's folder.")
         yield
