@@ -38,7 +38,14 @@ def scanned(x, reverse=False):
 FUNCTIONS = {
     "arithmetic": lambda x: (x + 1) * x / (jnp.abs(x) + 2) - x**3 + jnp.square(x),
     "functions": lambda x: (
-        jnp.exp(-x) + jnp.log1p(jnp.exp(x)) + jnp.expm1(x) + jnp.tanh(x) + lax.erf(x) - lax.erfc(2 * x)
+        jnp.exp(-x)
+        + jnp.log1p(jnp.exp(x))
+        + jnp.expm1(x)
+        + jnp.tanh(x)
+        + lax.erf(x)
+        - lax.erfc(2 * x)
+        + jnp.cos(x)
+        - jnp.sin(2 * x)
     ),
     "mask": lambda x: jnp.exp(jnp.where(x > 0, x, -jnp.inf)),
     "roots": lambda x: (

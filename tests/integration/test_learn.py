@@ -67,7 +67,6 @@ def same_snapshots(first, second, step):
         ("uniad", "finetune"),
         ("iuf", "iuf"),
         ("destseg", "iuf"),
-        ("diad", "replay"),
         ("cdad", "isvd"),
     ],
 )
