@@ -45,11 +45,13 @@ def pixels(config: ConfigDict, sizes: Sizes) -> Space:
     """Build the space of images for a run's config.
 
     Raises:
-        UserError: If no weights are given, the size does not fit, or replay is chosen.
+        UserError: If no weights are given or they do not fit, the size does not fit, or replay is chosen.
     """
     settings, size = config.diffusion, config.input.size
-    _check(config, sizes)
-    autoencoder: Any = networks(config, sizes).autoencoder
+    _check(config)
+    all_networks = networks(config, sizes)
+    stable_diffusion.check(settings.weights, all_networks, settings.autoencoder)  # before a run begins
+    autoencoder: Any = all_networks.autoencoder
     scorer = FeatureExtractor(config.backbone.name, 1, ",".join(map(str, LEVELS)))
 
     def normalise(images: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
@@ -90,9 +92,9 @@ def pixels(config: ConfigDict, sizes: Sizes) -> Space:
         corrupt=functools.partial(paste, blend=blend),
         published=published,
         fits=False,
-        weights=lambda: stable_diffusion.load(settings.weights, networks(config, sizes)),
+        weights=lambda: stable_diffusion.load(settings.weights, all_networks),
         frozen=lambda: {
-            "autoencoder": _autoencoder(config, sizes),
+            "autoencoder": stable_diffusion.load_autoencoder(settings.autoencoder or settings.weights, autoencoder),
             "scorer": pretrained.load(config.backbone.name, config.backbone.weights),
         },
     )
@@ -116,11 +118,6 @@ def blend(
         return jnp.einsum("ij,jkc,lk->ilc", rows, x, columns)
 
     return copy + blur(ring * (image - copy)) / jnp.maximum(blur(ring), 1e-12)
-
-
-def _autoencoder(config: ConfigDict, sizes: Sizes) -> Any:
-    file = config.diffusion.autoencoder or config.diffusion.weights
-    return stable_diffusion.load_autoencoder(file, networks(config, sizes).autoencoder)
 
 
 def _autoencoder_channels(settings: ConfigDict) -> tuple[int, ...]:
@@ -148,7 +145,7 @@ def _from_imagenet(x: Float[Array, "*b h w 3"]) -> Float[Array, "*b h w 3"]:
     return x * deviation + mean
 
 
-def _check(config: ConfigDict, sizes: Sizes) -> None:
+def _check(config: ConfigDict) -> None:
     settings = config.diffusion
     if not settings.weights:
         raise UserError(
