@@ -153,6 +153,21 @@ def test_an_update_moves_every_parameter_and_nothing_that_is_frozen(begun, train
     same({**before, "params": None}, {**after, "params": None})
 
 
+def test_latents_are_drawn_in_training_and_means_otherwise(begun, batch, file, weights):
+    config, variables = config_of("cdad", weights), begun("cdad")[1]
+    space = pixels.pixels(config, sizes_of(config))
+    autoencoder = pixels.networks(config, sizes_of(config)).autoencoder
+    image = jnp.asarray(batch.images["rgb"][0] / 127.5 - 1)
+    mean, log_variance = autoencoder.apply({"params": file["autoencoder"]}, image, method="encode")
+    repeated = jax.tree.map(lambda x: x[np.zeros(40, int)], batch)
+    drawn = jax.jit(space.encode, static_argnums=2)(variables, repeated, "rgb", jax.random.split(jax.random.key(0), 40))
+    noise = (np.asarray(drawn) / 0.18215 - mean[None]) / np.exp(log_variance / 2)[None]
+    assert abs(noise.mean()) < 0.05
+    assert noise.std() == pytest.approx(1, abs=0.03)
+    fixed = space.encode(variables, batch, "rgb", None)
+    np.testing.assert_allclose(fixed[0], 0.18215 * mean, atol=1e-5)
+
+
 def reference_map(method, variables, image, config):
     """Compute the published map of an image from modules."""
     sizes, settings = sizes_of(config), config.diffusion
