@@ -33,6 +33,8 @@ from iumad_jax.runtime import workdir as workdirs
 from iumad_jax.runtime.progress import Progress
 from iumad_jax.shapes import Batch, Modality, Scales, Variables
 
+_CHANGEABLE = "backbone.weights", "diffusion.weights", "diffusion.autoencoder", "model.scan", "model.dtype"
+
 
 class State(NamedTuple):
     """All arrays of a trained model."""
@@ -155,20 +157,19 @@ class Detector:
                 thresholds are computed anew from the scores of the calibration images.
             threshold: Threshold of anomaly scores for all objects, or thresholds by name. The threshold of the map
                 changes by the same factor. By default, thresholds follow from the quantile.
-            changes: Replaced values of the run's config, for three keys only: `**{"backbone.weights": PATH}` if
-                the backbone's weights were moved, and `model.scan` and `model.dtype`, which change how the same numbers
-                are computed.
+            changes: Replaced values of the run's config, for few keys: `**{"backbone.weights": PATH}`,
+                `diffusion.weights` and `diffusion.autoencoder` if these files were moved, and `model.scan` and
+                `model.dtype`, which change how the same numbers are computed.
 
         Raises:
-            UserError: If the snapshot is missing or damaged, if the backbone's weights cannot be found, if a threshold
+            UserError: If the snapshot is missing or damaged, if weights cannot be found or are others, if a threshold
                 or the quantile is out of range or of an unknown object, or if `changes` has another key.
         """
         if not isinstance(workdir, str | Path) or not isinstance(step, Integral | None):
             raise UserError(f"workdir is {_kind(workdir)} and step is {_kind(step)}; pass a path and an integer.")
-        if fixed := set(changes) - {"backbone.weights", "model.scan", "model.dtype"}:
-            raise UserError(
-                f"{', '.join(sorted(fixed))} cannot be changed; only backbone.weights, model.scan and model.dtype can."
-            )
+        if fixed := set(changes) - set(_CHANGEABLE):
+            known = f"{', '.join(_CHANGEABLE[:-1])} and {_CHANGEABLE[-1]}"
+            raise UserError(f"{', '.join(sorted(fixed))} cannot be changed; only {known} can.")
         progress = snapshots.read(Path(workdir), step)
         choose(threshold, quantile, progress.calibration)
         if quantile is not None:

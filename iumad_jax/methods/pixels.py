@@ -30,10 +30,13 @@ _IMAGENET = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # mean and stand
 
 
 def networks(config: ConfigDict, sizes: Sizes) -> stable_diffusion.Networks:
-    """Return the networks of Stable Diffusion, in the sizes of `config.diffusion`."""
+    """Return the networks of Stable Diffusion, in the sizes of `config.diffusion`.
+
+    Raises:
+        UserError: If the channels of the autoencoder do not fit.
+    """
     settings = config.diffusion
-    channels = tuple(map(int, settings.autoencoder_channels.split(",")))
-    autoencoder = AutoencoderKL(channels, settings.latent, sizes.groups)
+    autoencoder = AutoencoderKL(_autoencoder_channels(settings), settings.latent, sizes.groups)
     text_encoder = TextEncoder(width=settings.context, heads=max(settings.context // 64, 1))
     return stable_diffusion.Networks(UNet(sizes), autoencoder, text_encoder)
 
@@ -42,11 +45,13 @@ def pixels(config: ConfigDict, sizes: Sizes) -> Space:
     """Build the space of images for a run's config.
 
     Raises:
-        UserError: If no weights are given, the size does not fit, or replay is chosen.
+        UserError: If no weights are given or they do not fit, the size does not fit, or replay is chosen.
     """
     settings, size = config.diffusion, config.input.size
-    _check(config, sizes)
-    autoencoder: Any = networks(config, sizes).autoencoder
+    _check(config)
+    all_networks = networks(config, sizes)
+    stable_diffusion.check(settings.weights, all_networks, settings.autoencoder)  # before a run begins
+    autoencoder: Any = all_networks.autoencoder
     scorer = FeatureExtractor(config.backbone.name, 1, ",".join(map(str, LEVELS)))
 
     def normalise(images: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
@@ -62,7 +67,7 @@ def pixels(config: ConfigDict, sizes: Sizes) -> Space:
 
         return jax.vmap(of_image, in_axes=(0, None if keys is None else 0))(normalise(batch.images[m]), keys)
 
-    def decode(variables: Variables, z: Latents) -> Float[Array, "b h w 3"]:
+    def decode(variables: Variables, z: Latents) -> Float[Array, "b i j 3"]:
         params = {"params": variables["frozen"]["autoencoder"]}
         x = jax.vmap(lambda z: autoencoder.apply(params, z / _SCALE, method="decode"))(z)
         return (x + 1) * 127.5 if settings.pixels == "symmetric" else _from_imagenet(x)
@@ -87,9 +92,9 @@ def pixels(config: ConfigDict, sizes: Sizes) -> Space:
         corrupt=functools.partial(paste, blend=blend),
         published=published,
         fits=False,
-        weights=lambda: stable_diffusion.load(settings.weights, networks(config, sizes)),
+        weights=lambda: stable_diffusion.load(settings.weights, all_networks),
         frozen=lambda: {
-            "autoencoder": _autoencoder(config, sizes),
+            "autoencoder": stable_diffusion.load_autoencoder(settings.autoencoder or settings.weights, autoencoder),
             "scorer": pretrained.load(config.backbone.name, config.backbone.weights),
         },
     )
@@ -115,9 +120,19 @@ def blend(
     return copy + blur(ring * (image - copy)) / jnp.maximum(blur(ring), 1e-12)
 
 
-def _autoencoder(config: ConfigDict, sizes: Sizes) -> Any:
-    file = config.diffusion.autoencoder or config.diffusion.weights
-    return stable_diffusion.load_autoencoder(file, networks(config, sizes).autoencoder)
+def _autoencoder_channels(settings: ConfigDict) -> tuple[int, ...]:
+    numbers = settings.autoencoder_channels.split(",")
+    channels = tuple(int(number) for number in numbers if number.isdecimal())
+    if (
+        2 ** (len(numbers) - 1) != _REDUCTION
+        or len(channels) < len(numbers)
+        or any(c % settings.groups for c in channels)
+    ):
+        raise UserError(
+            f'config.diffusion.autoencoder_channels is "{settings.autoencoder_channels}"; use four multiples of'
+            f" config.diffusion.groups, {settings.groups}, such as 128,256,512,512."
+        )
+    return channels
 
 
 def _by_imagenet(images: Float[Array, "*b h w 3"]) -> Float[Array, "*b h w 3"]:
@@ -130,7 +145,7 @@ def _from_imagenet(x: Float[Array, "*b h w 3"]) -> Float[Array, "*b h w 3"]:
     return x * deviation + mean
 
 
-def _check(config: ConfigDict, sizes: Sizes) -> None:
+def _check(config: ConfigDict) -> None:
     settings = config.diffusion
     if not settings.weights:
         raise UserError(

@@ -5,6 +5,7 @@ holds a file per network under other names, of which those of the attention in t
 modules have the names of `diffusers`, with underscores for dots.
 """
 
+import functools
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -159,20 +160,31 @@ def _names_in(state: State, network: str, params: Tree) -> dict[str, Tensor]:
     return ours
 
 
-def _convert(named: dict[str, Tensor], state: State, network: str, file: Path) -> Tree:
+def _found(state: State, network: str, params: Tree, file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a network's parameters by their names in a file, which has them all.
+
+    Raises:
+        UserError: If a tensor is missing or has another shape; the message names the first.
+    """
+    named = _names_in(state, network, params)
+    for name, tensor in named.items():
+        found = state[name].shape if name in state else "missing"
+        if found != tensor.shape:
+            raise UserError(
+                f"weights file {file}: tensor {name!r} of the {network.replace('_', ' ')} should have shape"
+                f" {tensor.shape} and is {found}; use weights of Stable Diffusion 1.5."
+            )
+    return named
+
+
+def _convert(named: dict[str, Tensor], state: State, file: Path) -> Tree:
     """Convert the tensors of a file to our parameters in float32: views of the file where they are so there.
 
     Raises:
-        UserError: If a tensor is missing or not finite, or has another shape; the message names the first.
+        UserError: If a tensor is not finite; the message names the first.
     """
     params = {}
-    for name, (path, ours, shape) in named.items():
-        found = state[name].shape if name in state else "missing"
-        if found != shape:
-            raise UserError(
-                f"weights file {file}: tensor {name!r} of the {network.replace('_', ' ')} should have shape {shape} and"
-                f" is {found}; use weights of Stable Diffusion 1.5."
-            )
+    for name, (path, ours, _) in named.items():
         value = np.asarray(state[name], np.float32)
         if not np.isfinite(value).all():
             raise UserError(f"weights file {file}: tensor {name!r} is not finite; download it again.")
@@ -260,16 +272,7 @@ def load(path: str, networks: Networks = Networks()) -> dict[str, Any]:  # noqa:
     Raises:
         UserError: If a file cannot be read, or holds anything else; the message names the first wrong tensor.
     """
-    sources, shapes = files(path), _shapes(networks, *Networks._fields)
-    states = {file: _read(file) for file in set(sources.values())}
-    used: dict[Path, set[str]] = {file: set() for file in states}
-    loaded = {}
-    for network, file in sources.items():
-        named = _names_in(states[file], network, shapes[network])
-        loaded[network] = _convert(named, states[file], network, file)
-        used[file] |= named.keys()
-    for file, state in states.items():
-        _check_rest(state, used[file], "", file)
+    loaded = {network: _convert(*opened) for network, opened in _open(path, networks).items()}
     context = _context(networks.text_encoder, loaded.pop("text_encoder"))
     return loaded | {"context": context}
 
@@ -285,15 +288,44 @@ def load_autoencoder(path: str, autoencoder: AutoencoderKL = AutoencoderKL()) ->
     Raises:
         UserError: As in `load`.
     """
+    return _convert(*_open_autoencoder(path, autoencoder))
+
+
+def check(path: str, networks: Networks, autoencoder: str = "") -> None:
+    """Check names and shapes of all tensors, without reading them, in what `load` and `load_autoencoder` are given.
+
+    Raises:
+        UserError: As in `load`, except that numbers may not be finite.
+    """
+    _open(path, networks)
+    if autoencoder:
+        _open_autoencoder(autoencoder, networks.autoencoder)
+
+
+def _open(path: str, networks: Networks) -> dict[str, tuple[dict[str, Tensor], State, Path]]:
+    """Return tensors, state and file by the name of the network, as `load` needs them."""
+    sources, shapes = files(path), _shapes(networks, *Networks._fields)
+    states = {file: _read(file) for file in set(sources.values())}
+    found = {network: _found(states[file], network, shapes[network], file) for network, file in sources.items()}
+    for file, state in states.items():
+        _check_rest(
+            state, {name for network in sources if sources[network] == file for name in found[network]}, "", file
+        )
+    return {network: (found[network], states[file], file) for network, file in sources.items()}
+
+
+def _open_autoencoder(path: str, autoencoder: AutoencoderKL) -> tuple[dict[str, Tensor], State, Path]:
+    """Return tensors, state and file, as `load_autoencoder` needs them."""
     file = file_of_autoencoder(path)
     state = _read(file)
-    named = _names_in(state, "autoencoder", _shapes(Networks(autoencoder=autoencoder), "autoencoder")["autoencoder"])
-    params = _convert(named, state, "autoencoder", file)
+    shapes = _shapes(Networks(autoencoder=autoencoder), "autoencoder")["autoencoder"]
+    named = _found(state, "autoencoder", shapes, file)
     prefix = _ONE_FILE["autoencoder"]
     _check_rest(state, named, prefix if any(name.startswith(prefix) for name in named) else "", file)
-    return params
+    return named, state, file
 
 
+@functools.lru_cache(maxsize=4)  # tracing the networks takes seconds
 def _shapes(networks: Networks, *names: str) -> dict[str, Tree]:
     """Return the shapes of all parameters of some networks, by name."""
     inputs: dict[str, tuple[Any, ...]] = {

@@ -17,7 +17,7 @@ from tests.integration.trained import LEARNED, NEVER_LEARNED, results_of, sample
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
 
-CHANGEABLE = "backbone.weights, model.scan and model.dtype"
+CHANGEABLE = "backbone.weights, diffusion.weights, diffusion.autoencoder, model.scan and model.dtype"
 
 
 def test_a_detector_decides_like_the_run(home, detector, reader):
