@@ -3,8 +3,8 @@
 python -m iumad_jax.main --config=diffusion --config.diffusion.weights=v1-5-pruned.safetensors \
   --config.backbone.weights=resnet50-0676ba61.pth --config.dataset.root=FOLDER
 
---config.method=cdad --config.continual.strategy=isvd --config.train.batch_size=12 is CDAD. The weights are yours to
-fetch, and their licences to read. Never run at this size.
+CDAD: --config.method=cdad --config.continual.strategy=isvd --config.train.batch_size=12 --config.train.epochs=500. The
+weights are yours to fetch, and their licences to read. Never run at this size.
 """
 
 import math

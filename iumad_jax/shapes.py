@@ -32,7 +32,7 @@ Variables = dict[
 ]  # "params" (trained by gradients), "statistics" (gathered), BY_OBJECT, "frozen": see `Method`
 Scalars = dict[str, Float[Array, ""]]
 StrategyState = dict[str, Any]  # nested dictionary of arrays
-BY_OBJECT = "by_object"  # key of a tuple with one item per object; items rarely change, so snapshots store each once
+BY_OBJECT = "by_object"  # key of a tuple with one item per object, never changed in place: snapshots store each once
 
 
 def capacity(objects: int) -> int:

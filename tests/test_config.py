@@ -59,7 +59,7 @@ def test_every_config_can_be_run(file):
     types = {key: type(value) for key, value in flat(paper("10-0")).items()}
     assert {key: type(value) for key, value in flat(config).items()} == types
     assert protocol.steps(config.protocol, OBJECTS)
-    config.diffusion.weights = "FILE"  # the user's, which is read when a run begins
+    config.diffusion.space = "features"  # pixels need files of the user
     for name in (config.method, "feature_norm", "memory_bank"):
         methods.build(name, config)
     learning_rates(config.train, 10)

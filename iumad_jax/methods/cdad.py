@@ -18,9 +18,9 @@ from ml_collections import ConfigDict
 
 from iumad_jax.errors import UserError
 from iumad_jax.methods.diffusion import OF_THE_LEVEL, Latent, from_guided, sizes_of
-from iumad_jax.methods.latents import features, root_mean_square
+from iumad_jax.methods.latents import feature_space, root_mean_square
 from iumad_jax.methods.method import Method
-from iumad_jax.methods.pixels import pixels
+from iumad_jax.methods.pixels import pixel_space
 from iumad_jax.models.diffusion import AnomalyMasked, Context, Guidance, Sizes, UNet
 from iumad_jax.shapes import Scalars
 
@@ -72,12 +72,12 @@ def cdad(config: ConfigDict) -> Method:
     """
     masked, sizes = config.diffusion.masked, sizes_of(config)
     in_pixels = config.diffusion.space == "pixels"
-    space = pixels(config, sizes) if in_pixels else features(config)
+    space = pixel_space(config, sizes) if in_pixels else feature_space(config)
     side = config.input.size // 8 if in_pixels else config.backbone.grid
-    if side <= masked.neighbourhood // 2 + 1:
+    if side <= 2 * (masked.neighbourhood // 2) + 1:
         raise UserError(
-            f"config.diffusion.masked.neighbourhood is {masked.neighbourhood}, which hides all {side} x {side} tokens;"
-            f" use less, or a larger config.{'input.size' if in_pixels else 'backbone.grid'}."
+            f"config.diffusion.masked.neighbourhood is {masked.neighbourhood}, which hides all {side} x {side} tokens"
+            f" from some; use less, or a larger config.{'input.size' if in_pixels else 'backbone.grid'}."
         )
     network = Network(
         sizes, space.hint, masked.layers, masked.hidden, masked.neighbourhood, masked.dropout, masked.target_gradient

@@ -15,10 +15,11 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
+from iumad_jax.errors import UserError
 from iumad_jax.methods.diffusion import Latent, from_guided, sizes_of
-from iumad_jax.methods.latents import cosine_distance, features
+from iumad_jax.methods.latents import cosine_distance, feature_space
 from iumad_jax.methods.method import Method
-from iumad_jax.methods.pixels import pixels
+from iumad_jax.methods.pixels import pixel_space
 from iumad_jax.models.diffusion import Context, SemanticGuide, Sizes, UNet
 from iumad_jax.shapes import Scalars
 
@@ -69,7 +70,12 @@ def diad(config: ConfigDict) -> Method:
         return params | {"guide": params["guide"] | {name: params["unet"][name] for name in shared}}
 
     sizes = sizes_of(config)
-    space = pixels(config, sizes) if config.diffusion.space == "pixels" else features(config)
+    if config.diffusion.sff and len(sizes.channels) < 2:
+        raise UserError(
+            f'config.diffusion.channels is "{config.diffusion.channels}", but the fusion of two levels needs two; add'
+            " one, or set --config.diffusion.sff=False."
+        )
+    space = pixel_space(config, sizes) if config.diffusion.space == "pixels" else feature_space(config)
     return from_guided(
         Network(sizes, space.hint, config.diffusion.sff),
         space,

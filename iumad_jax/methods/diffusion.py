@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Key, PRNGKeyArray
@@ -86,8 +87,8 @@ def from_guided(
     """Build the method of a guided UNet for a run's config, of which it uses `diffusion` and `modality`.
 
     Every modality has a network of its own. The error of a modality is the Mahalanobis distance of the difference of
-    latents from those of the object's training images; before any are fitted, its norm. As published, it is the sum of
-    the differences at several levels, which alone counts in pixels, and that of two modalities the sum of both.
+    latents from those of the object's training images; before any are fitted, its norm. The published error is the sum
+    of the differences over levels and modalities. In pixels, only this one is used.
 
     Args:
         network: Flax module for one image. `look(view, deterministic)` computes once what it needs of the image; the
@@ -109,13 +110,14 @@ def from_guided(
         _check_sides(len(z), settings)
         context = jnp.zeros((1, settings.context)) if space.weights else None
         params = {}
-        for m, own in zip(modalities, jax.random.split(key, len(modalities)), strict=True):
+        noise_key, *keys = jax.random.split(key, 1 + len(modalities))
+        for m, own in zip(modalities, keys, strict=True):
             view = jax.tree.map(lambda x: jnp.zeros(x.shape[1:]), space.view(batch, m, z[None]))
             drawn = network.init(own, z, view, context, method="everything")["params"]
             if space.weights:  # which `load` will put there
                 drawn |= {"unet": jax.tree.map(jnp.zeros_like, _trained(drawn["unet"], trained))}
             params[m] = drawn if space.weights else begin(drawn)
-        noise = jax.random.normal(jax.random.fold_in(key, 1), z.shape)
+        noise = jax.random.normal(noise_key, z.shape)
         spaces = {m: space.begin(batch, m) for m in modalities}
         return {"params": params, "statistics": {"space": spaces, "noise": noise}, BY_OBJECT: ()}
 
@@ -231,7 +233,8 @@ def from_guided(
 
             by_step = jax.lax.map(at_step, (received, jnp.asarray(levels)))
             _, state = network.apply(own, view, True, method="look", mutable=[collection])
-            return jax.tree.map(_joined, by_step) | _some_rows(state.get(collection, {}), layers)
+            once = _some_rows(state.get(collection, {}), layers)  # of other parts of the network
+            return jax.tree.map(_joined, by_step) | once
 
         with nn.intercept_methods(store_inputs):
             z = {m: space.encode(variables, batch, m, None) for m in modalities}
@@ -261,10 +264,17 @@ def _trained(unet: Any, trained: Callable[[tuple[str, ...]], bool]) -> Any:
 
 
 def _some_rows(stored: dict[str, Any], trained: set[tuple[str, ...]]) -> dict[str, Any]:
-    """Return evenly spaced rows of each trained layer, but of none that sees the level of noise instead of an image."""
+    """Return some rows of each trained layer, but of none that sees the level of noise instead of an image."""
+
+    def some(x: Float[Array, "*n d"]) -> Float[Array, "*k d"]:
+        if x.ndim == 1:  # a mean
+            return x
+        return x[np.sort(np.random.default_rng(0).permutation(len(x))[:_ROWS])]  # a stride would keep few columns
+
     flat = flatten_dict(stored)
-    flat = {path: x for path, x in flat.items() if path[:-1] in trained and not OF_THE_LEVEL & set(path)}
-    return unflatten_dict({path: x[:: -(-len(x) // _ROWS)] if x.ndim == 2 else x for path, x in flat.items()})
+    return unflatten_dict(
+        {path: some(x) for path, x in flat.items() if path[:-1] in trained and not OF_THE_LEVEL & set(path)}
+    )
 
 
 def _joined(by_step: Float[Array, "s *n d"]) -> Float[Array, "*k d"]:

@@ -24,7 +24,7 @@ from iumad_jax.shapes import Batch, Keys, Modality, Tokens, Variables
 
 Components = dict[str, Any]  # moments, see `Covariance`; encode (f, c), decode (c, f)
 Latents = Float[Array, "b h w c"]
-Difference = Callable[[Any, Any], Any]  # of features (*n, f), token by token
+Difference = Callable[[Float[Array, "*n f"], Float[Array, "*n f"]], Float[Array, "*n"]]  # of features, token by token
 
 _PATCHES = 4  # at most, in a corrupted image
 _HALF_SIDE = (0.03, 0.4)  # half of a patch's side, in image sides
@@ -61,7 +61,7 @@ class Space(NamedTuple):
     weights: Callable[[], Any] | None = None
 
 
-def features(config: ConfigDict) -> Space:
+def feature_space(config: ConfigDict) -> Space:
     """Build the space of the frozen features for a run's config."""
     components = config.diffusion.latent
     channels = np.cumsum(channels_of_levels(config.backbone))[:-1]
@@ -74,7 +74,7 @@ def features(config: ConfigDict) -> Space:
         return jax.vmap(functools.partial(encode, variables["statistics"]["space"][m]))(batch.features[m])
 
     def published(
-        variables: Variables, _: Batch, m: Modality, z: Latents, rebuilt: Latents, difference: Difference
+        variables: Variables, batch: Batch, m: Modality, z: Latents, rebuilt: Latents, difference: Difference
     ) -> Float[Array, "b m m"]:
         decoded = (jax.vmap(functools.partial(decode, variables["statistics"]["space"][m]))(x) for x in (z, rebuilt))
         levels = zip(*(jnp.split(x, channels, axis=-1) for x in decoded), strict=True)

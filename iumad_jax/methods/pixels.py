@@ -41,7 +41,7 @@ def networks(config: ConfigDict, sizes: Sizes) -> stable_diffusion.Networks:
     return stable_diffusion.Networks(UNet(sizes), autoencoder, text_encoder)
 
 
-def pixels(config: ConfigDict, sizes: Sizes) -> Space:
+def pixel_space(config: ConfigDict, sizes: Sizes) -> Space:
     """Build the space of images for a run's config.
 
     Raises:
@@ -82,6 +82,17 @@ def pixels(config: ConfigDict, sizes: Sizes) -> Space:
         smooth = smoothing_matrix(MAP_SIZE, _SMOOTHING)
         return jnp.einsum("ij,bjk,lk->bil", smooth, functools.reduce(jnp.add, maps), smooth)
 
+    @functools.cache
+    def weights() -> dict[str, Any]:
+        return stable_diffusion.load(settings.weights, all_networks)
+
+    def frozen() -> dict[str, Any]:
+        if settings.autoencoder:
+            loaded = stable_diffusion.load_autoencoder(settings.autoencoder, autoencoder)
+        else:
+            loaded = weights()["autoencoder"]
+        return {"autoencoder": loaded, "scorer": pretrained.load(config.backbone.name, config.backbone.weights)}
+
     return Space(
         shape=lambda batch: (size // _REDUCTION, size // _REDUCTION, settings.latent),
         hint=PixelHint,
@@ -92,11 +103,8 @@ def pixels(config: ConfigDict, sizes: Sizes) -> Space:
         corrupt=functools.partial(paste, blend=blend),
         published=published,
         fits=False,
-        weights=lambda: stable_diffusion.load(settings.weights, all_networks),
-        frozen=lambda: {
-            "autoencoder": stable_diffusion.load_autoencoder(settings.autoencoder or settings.weights, autoencoder),
-            "scorer": pretrained.load(config.backbone.name, config.backbone.weights),
-        },
+        weights=weights,
+        frozen=frozen,
     )
 
 

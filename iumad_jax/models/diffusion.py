@@ -135,11 +135,10 @@ class ResBlock(nn.Module):
     groups: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "h w c"], level: Float[Array, " e"] | None) -> Float[Array, "h w d"]:
+    def __call__(self, x: Float[Array, "h w c"], level: Float[Array, " e"]) -> Float[Array, "h w d"]:
         """Transform the image."""
         h = _conv(self.channels, "conv1")(nn.silu(_group_norm(self.groups, "norm1")(x)))
-        if level is not None:
-            h += nn.Dense(self.channels, name="time_emb_proj")(nn.silu(level)).reshape(1, 1, -1)
+        h += nn.Dense(self.channels, name="time_emb_proj")(nn.silu(level)).reshape(1, 1, -1)
         h = _conv(self.channels, "conv2", zero=True)(nn.silu(_group_norm(self.groups, "norm2")(h)))
         return h + (x if x.shape == h.shape else _conv(self.channels, "conv_shortcut", size=1)(x))
 

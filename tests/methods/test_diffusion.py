@@ -17,7 +17,7 @@ from iumad_jax.errors import UserError
 from iumad_jax.methods import build, latents
 from iumad_jax.methods.diffusion import from_guided, sizes_of
 from iumad_jax.models import diffusion
-from iumad_jax.models.diffusion import AnomalyMasked, add_noise, ddim, sampling_levels, target
+from iumad_jax.models.diffusion import add_noise, ddim, sampling_levels, target
 from iumad_jax.shapes import BY_OBJECT, Batch
 
 GRID, CHANNELS, IMAGES = 8, 192, 4
@@ -57,7 +57,6 @@ class Learned(NamedTuple):
     method: Any
     variables: Any
     fresh: Any  # parameters before training
-    gradients: Any  # at the fifth update
     losses: Any
     predict: Any  # compiled
 
@@ -65,7 +64,7 @@ class Learned(NamedTuple):
 @pytest.fixture(scope="module")
 def learned(batch):
     """Return a method after 150 updates of AdamW, by name; each is trained once."""
-    optimizer = optax.adamw(3e-3)
+    optimizer = optax.adam(3e-3)  # without decay, which moves what has no gradient
 
     @functools.cache
     def of(name):
@@ -79,55 +78,21 @@ def learned(batch):
 
             value, gradients = jax.value_and_grad(loss)(params)
             changes, moments = optimizer.update(gradients, moments, params)
-            return optax.apply_updates(params, changes), moments, value, gradients
+            return optax.apply_updates(params, changes), moments, value
 
         params, moments, losses = variables["params"], optimizer.init(variables["params"]), []
-        for i, key in enumerate(jax.random.split(jax.random.key(7), 150)):
-            params, moments, value, gradients = update(params, moments, key)
+        for key in jax.random.split(jax.random.key(7), 150):
+            params, moments, value = update(params, moments, key)
             losses.append(float(value))
-            fifth = gradients if i == 4 else None if i < 4 else fifth
         return Learned(
             method,
             variables | {"params": params},
             variables["params"],
-            fifth,
             np.array(losses),
             jax.jit(method.predict),
         )
 
     return of
-
-
-def test_shares_of_the_latent_are_those_of_stable_diffusion():
-    expected = {0: 0.999150, 1: 0.998296, 101: 0.892980, 501: 0.274999, 901: 0.014005, 999: 0.004660}
-    for level, share in expected.items():
-        assert diffusion.KEPT[level] == pytest.approx(share, abs=1e-6)
-
-
-@pytest.mark.parametrize(("steps", "start", "levels"), [
-    (10, 999, [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]), (1, 999, [901]),
-    (2, 999, [901, 1]), (2, 500, [500, 1]),
-])  # fmt: skip
-def test_sampling_levels(steps, start, levels):
-    assert sampling_levels(steps, start).tolist() == levels
-
-
-@pytest.mark.parametrize("kind", ["noise", "v"])
-@pytest.mark.parametrize("steps", [1, 4])
-def test_a_network_that_knows_the_latent_rebuilds_it(kind, steps):
-    rng = np.random.default_rng(steps)
-    z, noise = jnp.asarray(rng.normal(size=(2, 5, 5, 3)), jnp.float32)
-    levels = sampling_levels(steps, 999)
-
-    def exact(noisy, level):
-        share = jnp.asarray(diffusion.KEPT, jnp.float32)[level]
-        return target(z, (noisy - jnp.sqrt(share) * z) / jnp.sqrt(1 - share), level, kind)
-
-    rebuilt, received = ddim(exact, add_noise(z, noise, levels[0]), levels, kind)
-    kept = diffusion.KEPT[0]
-    np.testing.assert_allclose(rebuilt, np.sqrt(kept) * z + np.sqrt(1 - kept) * noise, atol=2e-4)
-    for level, noisy in zip(levels, received, strict=True):
-        np.testing.assert_allclose(noisy, add_noise(z, noise, level), atol=2e-4)
 
 
 def test_latents_are_white_and_their_map_is_a_projection():
@@ -183,7 +148,7 @@ def test_levels_of_noise_cover_their_range(batch):
 
     config = config_of("diad", "rgb", prediction="noise")
     method = from_guided(
-        LevelOnly(), latents.features(config), config, difference=latents.cosine_distance, score=cdad.largest
+        LevelOnly(), latents.feature_space(config), config, difference=latents.cosine_distance, score=cdad.largest
     )
     variables = method.init(jax.random.key(0), batch)
     images = jax.tree.map(lambda x: np.repeat(x, 250, axis=0), batch)
@@ -232,13 +197,6 @@ def test_the_semantic_guide_starts_as_the_unet_and_without_effect(networks, lear
     alone = diffusion.UNet(guided.sizes).apply({"params": params["unet"]}, z, jnp.int32(501))
     for seen in (image, other):
         np.testing.assert_array_equal(guided.apply({"params": params}, z, jnp.int32(501), seen, None), alone)
-
-
-def test_every_part_of_the_semantic_guide_gets_a_gradient_by_the_fifth_update(learned):
-    gradients = flatten_dict(learned("diad").gradients["rgb"]["guide"])
-    parts = {path[0] for path in gradients}
-    assert {"fusion_0_0", "fusion_1_1", "controlnet_down_blocks_1", "controlnet_mid_block", "hint"} <= parts
-    assert all(np.abs(gradient).max() > 0 for gradient in gradients.values())
 
 
 def test_spatial_aware_fusion_changes_what_the_guide_tells(networks):
@@ -334,16 +292,23 @@ def test_errors_are_distances_from_those_of_good_images(learned, batch):
 
 
 def test_corruption_copies_rectangles():
-    z = jnp.arange(GRID**2 * 2.0).reshape(GRID, GRID, 2)
-    seen = set()
-    for key in jax.random.split(jax.random.key(0), 40):
-        changed = np.asarray(latents.paste(key, z))
-        rows = {tuple(row) for row in np.asarray(z).reshape(-1, 2)}
-        assert all(tuple(row) in rows for row in changed.reshape(-1, 2))  # tokens as they are
-        different = (changed != np.asarray(z)).any(-1)
-        assert different.mean() < 1
-        seen.add(different.tobytes())
-    assert len(seen) > 30
+    """Each pasted token has the number of its source; within a rectangle, all have the same distance from it."""
+    number = np.arange(GRID**2)
+    z = jnp.asarray(np.stack([number // GRID, number % GRID], -1).reshape(GRID, GRID, 2), jnp.float32)
+    changed_shares, single = [], 0
+    for key in jax.random.split(jax.random.key(0), 60):
+        shift = np.asarray(latents.paste(key, z)) - np.asarray(z)
+        changed = (shift != 0).any(-1)
+        changed_shares.append(changed.mean())
+        shifts = {tuple(s) for s in shift[changed]}
+        assert len(shifts) <= 4
+        if len(shifts) == 1:
+            single += 1
+            rows, columns = np.nonzero(changed)
+            assert changed[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].all()
+    assert single > 3
+    assert np.mean(np.array(changed_shares) > 0) > 0.9  # the first always, unless source and place are the same
+    assert len(set(changed_shares)) > 20
 
 
 def test_half_of_the_images_are_corrupted_and_the_target_is_the_clean_one(batch):
@@ -368,7 +333,7 @@ def test_half_of_the_images_are_corrupted_and_the_target_is_the_clean_one(batch)
         config = config_of("cdad", "rgb")
         method = from_guided(
             PassesOn(),
-            latents.features(config),
+            latents.feature_space(config),
             config,
             difference=latents.root_mean_square,
             score=cdad.largest,
@@ -401,65 +366,87 @@ def test_the_masked_loss_compares_with_the_clean_image_and_trains_both_sides(net
     assert np.abs(both - one).max() > 0.01 * np.abs(both).max() > 0
 
 
-def test_attention_of_the_masked_network_does_not_see_neighbours():
-    """Token by token: what a token returns depends on itself, and on those outside of its neighbourhood."""
-
-    class PointWise(nn.Module):
-        @nn.compact
-        def __call__(self, z):
-            return nn.Dense(8)(z)
-
-    guide = AnomalyMasked(PointWise(), 1, 2, 16, 3, 0.0)
-    z = jax.random.normal(jax.random.key(0), (5, 5, 8))
-    variables = guide.init(jax.random.key(1), z, deterministic=True)
-    jacobian = jax.jacobian(lambda z: guide.apply(variables, z, deterministic=True)[0][2, 2])(z)
-    depends = np.abs(jacobian).max((0, 3)) > 1e-7
-    expected = np.ones((5, 5), bool)
-    expected[1:4, 1:4] = False
-    expected[2, 2] = True
-    np.testing.assert_array_equal(depends, expected)
-
-
 @pytest.mark.parametrize("method", METHODS)
-def test_rows_times_kernel_plus_bias_are_the_outputs_of_every_layer(learned, batch, method):
+def test_rows_times_kernel_plus_bias_are_outputs_of_every_layer_at_each_step(learned, batch, method):
     variables = learned(method).variables
-    built = build(method, config_of(method, "rgb", steps=1))
-    inputs = flatten_dict(jax.jit(built.inputs)(variables, batch))
-    network = network_of(method)
-    own = {"params": variables["params"]["rgb"]}
+    inputs = flatten_dict(jax.jit(learned(method).method.inputs)(variables, batch))
+    network, own = network_of(method), {"params": variables["params"]["rgb"]}
     z = latents.encode(variables["statistics"]["space"]["rgb"], batch.features["rgb"][1])
-    noisy = add_noise(z, variables["statistics"]["noise"], 999)
     seen, looked = network.apply(own, z, True, method="look", capture_intermediates=True, mutable=["intermediates"])
-    _, called = network.apply(
-        own, noisy, jnp.int32(901), seen, None, capture_intermediates=True, mutable=["intermediates"]
-    )
-    outputs = flatten_dict(looked.get("intermediates", {})) | flatten_dict(called["intermediates"])
+    levels = sampling_levels(3, 999)
+    start = add_noise(z, variables["statistics"]["noise"], 999)
+    _, received = ddim(lambda z, level: network.apply(own, z, level, seen, None), start, levels, "v")
+    outputs = {path: [value] for path, value in flatten_dict(looked.get("intermediates", {})).items()}
+    for noisy, level in zip(received, levels, strict=True):
+        _, called = network.apply(
+            own, noisy, jnp.int32(level), seen, None, capture_intermediates=True, mutable=["intermediates"]
+        )
+        for path, value in flatten_dict(called["intermediates"]).items():
+            outputs.setdefault(path, []).append(value)
     params = flatten_dict(own["params"])
     for (_, *layer, _), rows in inputs.items():
-        kernel = params[*layer, "kernel"]
-        computed = rows[1] @ kernel.reshape(rows.shape[-1], -1)
-        if (*layer, "bias") in params:
-            computed += params[*layer, "bias"].reshape(1, -1)
-        output = np.asarray(outputs[*layer, "__call__"][-1]).reshape(-1, computed.shape[-1])
-        output = output[:: -(-len(output) // 16)]
-        np.testing.assert_allclose(computed, output, rtol=1e-3, atol=1e-4, err_msg=str(layer))
+        kernel, bias = params[*layer, "kernel"], params.get((*layer, "bias"), np.zeros(1))
+        of_steps = [np.asarray(value[-1]).reshape(-1, kernel.shape[-1]) for value in outputs[*layer, "__call__"]]
+        computed = rows[1] @ kernel.reshape(rows.shape[-1], -1) + bias.reshape(1, -1)
+        if len(of_steps[0]) != len(of_steps[0].reshape(-1, computed.shape[-1])):  # heads of attention
+            of_steps = [output.reshape(-1, computed.shape[-1]) for output in of_steps]
+        for part, output in zip(np.split(computed, len(of_steps)), of_steps, strict=True):
+            distances = np.abs(part[:, None] - output[None]).max(-1).min(1)
+            assert distances.max() < 1e-3 * max(np.abs(output).max(), 1e-2), layer
     kernels = {path[:-1] for path in params if path[-1] == "kernel"}
     unseen = kernels - {tuple(path[1:-1]) for path in inputs}
     assert all({"time_embedding", "time_emb_proj"} & set(path) for path in unseen), unseen
 
 
+def test_rows_come_from_all_over_the_image(batch):
+    """Outside of the image, inputs of a convolution are 0; no input is so in all rows."""
+
+    class Convolution(nn.Module):
+        def setup(self):
+            self.layer = nn.Conv(8, (3, 3), padding=((1, 1), (1, 1)))
+
+        def look(self, z, deterministic):
+            return z
+
+        def __call__(self, z, level, seen, context):
+            return self.layer(z)
+
+        def own_losses(self, view, seen):
+            return {}
+
+        def everything(self, z, view, context):
+            return self.layer(z)
+
+    config = config_of("diad", "rgb", steps=1)
+    method = from_guided(
+        Convolution(), latents.feature_space(config), config, difference=latents.cosine_distance, score=cdad.largest
+    )
+    for grid in (8, 16, 32):
+        features = np.random.default_rng(0).normal(size=(1, grid**2, CHANNELS)).astype(np.float32)
+        images = Batch({"rgb": features}, {"rgb": np.zeros((1, 16, 16, 3), np.float32)}, np.zeros(1, np.int32))
+        variables = method.observe(method.init(jax.random.key(0), images), images, 0)
+        rows = method.inputs(variables, images)["rgb"]["layer"]["rows"][0]
+        assert rows.shape == (16, 9 * 8)
+        assert np.abs(rows).max(0).min() > 0
+
+
 @pytest.mark.parametrize(("changes", "key"), [
     ({"channels": "8,x"}, "diffusion.channels"), ({"heads": 3}, "diffusion.heads"), ({"groups": 5}, "diffusion.groups"),
     ({"latent": 9}, "diffusion.latent"), ({"prediction": "x0"}, "diffusion.prediction"),
-    ({"attending": "2"}, "diffusion.attending"), ({"channels": "8,16,16,16"}, "backbone.grid"),
+    ({"attending": "2"}, "diffusion.attending"), ({"channels": "8"}, "diffusion.channels"),
+    ({"channels": "8,16,16,16"}, "backbone.grid"),
 ])  # fmt: skip
 def test_sizes_that_do_not_fit_are_refused(batch, changes, key):
     with pytest.raises(UserError, match=rf"config\.{key}"):
         build("diad", config_of("diad", **changes)).init(jax.random.key(0), batch)
 
 
-def test_a_neighbourhood_as_large_as_the_image_is_refused():
-    config = config_of("cdad")
-    config.diffusion.masked.neighbourhood = 2 * GRID - 1
+def test_a_neighbourhood_as_large_as_the_image_is_refused(batch):
+    config = config_of("cdad", "rgb")
+    config.diffusion.masked.neighbourhood = GRID - 1  # the largest odd one in which every token sees some
+    method = build("cdad", config)
+    variables = method.observe(jax.jit(method.init)(jax.random.key(0), batch), batch, 0)
+    assert np.isfinite(jax.jit(method.loss)(variables, batch, jax.random.split(jax.random.key(1), IMAGES)).total)
+    config.diffusion.masked.neighbourhood = GRID + 1
     with pytest.raises(UserError, match=r"config\.diffusion\.masked\.neighbourhood"):
         build("cdad", config)

@@ -49,7 +49,7 @@ def cases(options: Options) -> Cases:
 
 
 def measure(config: ConfigDict, seconds: float) -> Row:
-    """Measure an update of a batch, and a prediction of one image."""
+    """Measure an update of a batch, and a prediction of one image, before anything is fitted to an object."""
     update = training_step.compile_update(config)
     update.run().block_until_ready()
     ms = _median_ms(lambda: update.run().block_until_ready(), seconds)
