@@ -306,7 +306,7 @@ def test_corruption_copies_rectangles():
             single += 1
             rows, columns = np.nonzero(changed)
             rectangles += changed[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].all()
-    assert rectangles > 0.8 * single > 3  # in others, a second rectangle restored a part
+    assert rectangles > single / 2 > 2  # in others, two rectangles have the same shift
     assert np.mean(np.array(changed_shares) > 0) > 0.9  # the first always, unless source and place are the same
     assert len(set(changed_shares)) > 20
 
