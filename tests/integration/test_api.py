@@ -78,7 +78,7 @@ def test_arrays_are_learned_as_from_a_folder():
     before = opened.detector
     line = opened.learn("washer", *washer())
     same_snapshots("run", "by_command", 1)
-    assert line.startswith("step 1: learned washer -")
+    assert line.startswith("step 1: learned washer (threshold ")
     assert "\n" not in line
     assert "learned washer" in opened.history().splitlines()[-1]
     assert (before.objects, opened.detector.objects) == (("bolt", "nut"), ("bolt", "nut", "washer"))

@@ -57,8 +57,8 @@ def test_cells():
 
 
 def test_an_unknown_variant_is_refused():
-    with pytest.raises(UserError, match=sentences.UNKNOWN_VARIANTS.format(found="uniad,cdad", known="uniad, iuf")):
-        list(cells(plan(variants="uniad,cdad")))
+    with pytest.raises(UserError, match=sentences.UNKNOWN_VARIANTS.format(found="uniad,draem", known="uniad, iuf")):
+        list(cells(plan(variants="uniad,draem")))
 
 
 def test_failed_cells_are_reported_after_all_cells_were_tried(tmp_path):
