@@ -80,7 +80,7 @@ def test_help_begins_with_the_example(capsys, name):
 def test_the_example_is_accepted_from_the_repository_root(name):
     """All its flags are valid, so a wrong value added to them is what is reported."""
     if name == "benchmark":
-        wrong, message = "--config.benchmark.variants=cdad", sentences.UNKNOWN_VARIANTS.format(found="cdad", known="")
+        wrong, message = "--config.benchmark.variants=draem", sentences.UNKNOWN_VARIANTS.format(found="draem", known="")
     else:
         wrong, message = "--config.seed=-1", re.escape(sentences.SEED_OUT_OF_RANGE.format(found=-1, most=4000000))
     code, _, err = in_process(ROOT, name, *example(name), wrong)
