@@ -134,10 +134,9 @@ def from_guided(
 
     def frozen() -> Any:
         if not space.weights:
-            return space.frozen()
+            return {}
         weights = space.weights()
-        unet = _trained(weights["unet"], lambda path: not trained(path))
-        return space.frozen() | {"unet": unet, "context": weights["context"]}
+        return weights | {"unet": _trained(weights["unet"], lambda path: not trained(path))}
 
     def observe(variables: Variables, batch: Batch, step: int) -> Variables:
         if step > 0:

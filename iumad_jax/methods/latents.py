@@ -44,8 +44,8 @@ class Space(NamedTuple):
         corrupt: (key, what the guide sees of an image) -> the same, with a defect.
         published: (variables, batch, m, latents, rebuilt latents, difference) -> anomaly maps as published.
         fits: Whether errors are Mahalanobis distances of rebuilt latents, instead of the published maps.
-        frozen: () -> arrays that are neither trained nor stored.
-        weights: () -> parameters of the UNet, `unet`, and the embedding of the text, `context`; None to draw them.
+        weights: () -> parameters of the UNet, `unet`, and what is neither trained nor stored: `context`, the embedding
+            of the text, and further arrays that the functions above need. None if the UNet's parameters are drawn.
     """
 
     shape: Callable[[Batch], tuple[int, int, int]]
@@ -57,7 +57,6 @@ class Space(NamedTuple):
     corrupt: Callable[[Any, Any], Any]
     published: Callable[[Variables, Batch, Modality, Latents, Latents, Difference], Float[Array, "b m m"]]
     fits: bool
-    frozen: Callable[[], Any] = dict
     weights: Callable[[], Any] | None = None
 
 

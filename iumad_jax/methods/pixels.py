@@ -82,16 +82,11 @@ def pixel_space(config: ConfigDict, sizes: Sizes) -> Space:
         smooth = smoothing_matrix(MAP_SIZE, _SMOOTHING)
         return jnp.einsum("ij,bjk,lk->bil", smooth, functools.reduce(jnp.add, maps), smooth)
 
-    @functools.cache
     def weights() -> dict[str, Any]:
-        return stable_diffusion.load(settings.weights, all_networks)
-
-    def frozen() -> dict[str, Any]:
+        loaded = stable_diffusion.load(settings.weights, all_networks)
         if settings.autoencoder:
-            loaded = stable_diffusion.load_autoencoder(settings.autoencoder, autoencoder)
-        else:
-            loaded = weights()["autoencoder"]
-        return {"autoencoder": loaded, "scorer": pretrained.load(config.backbone.name, config.backbone.weights)}
+            loaded["autoencoder"] = stable_diffusion.load_autoencoder(settings.autoencoder, autoencoder)
+        return loaded | {"scorer": pretrained.load(config.backbone.name, config.backbone.weights)}
 
     return Space(
         shape=lambda batch: (size // _REDUCTION, size // _REDUCTION, settings.latent),
@@ -104,7 +99,6 @@ def pixel_space(config: ConfigDict, sizes: Sizes) -> Space:
         published=published,
         fits=False,
         weights=weights,
-        frozen=frozen,
     )
 
 

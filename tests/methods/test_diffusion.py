@@ -251,6 +251,19 @@ def test_the_map_of_an_image_does_not_depend_on_its_batch(learned, batch):
     np.testing.assert_allclose(rearranged.maps["rgb"][1], together.maps["rgb"][2], rtol=1e-4, atol=1e-4)
 
 
+def test_the_loss_does_not_depend_on_how_devices_share_the_batch(learned, batch):
+    """Devices average the losses of their shares. Noise, corruption and level of an image come from its key alone."""
+    method, variables = learned("cdad").method, learned("cdad").variables
+    keys, loss = jax.random.split(jax.random.key(4), IMAGES), jax.jit(method.loss)
+    whole = loss(variables, batch, keys).terms
+    shares = [
+        loss(variables, jax.tree.map(lambda x, rows=rows: x[np.array(rows)], batch), keys[np.array(rows)]).terms
+        for rows in ([3, 0], [1, 2])
+    ]
+    for name, value in whole.items():
+        assert value == pytest.approx(float(shares[0][name] + shares[1][name]) / 2, rel=1e-4)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_each_modality_is_judged_as_if_it_were_alone(batch, method):
     both = build(method, config_of(method))
