@@ -333,11 +333,11 @@ def _stored(results: dict[str, Any]) -> Iterator[str]:
             "Strategy joint is not incremental: every step trains on the images of all objects learned so far"
             f" ({kilobytes:.1f} kB per object). It is an upper bound for the other strategies."
         )
-    elif name == "replay":
-        yield f"Strategy replay stores {kilobytes:.1f} kB per object in addition to the weights."
-    else:
+    elif name in ("iuf", "isvd"):
         total = results["strategy_bytes"] / 1e3
         yield f"Strategy {name} stores {total:.1f} kB in addition to the weights, whatever the number of objects."
+    else:
+        yield f"Strategy {name} stores {kilobytes:.1f} kB per object in addition to the weights."
 
 
 def _decisions_after_every_step(results: dict[str, Any]) -> Iterator[str]:

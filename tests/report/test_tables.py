@@ -234,6 +234,7 @@ def test_bytes_that_the_strategy_stores_per_object(console):
         return line
 
     assert line_about("replay") == sentences.STRATEGY_STORES.format(strategy="replay", size="2.0 kB")
+    assert line_about("isvd") == sentences.STRATEGY_STORES_IN_ALL.format(strategy="isvd", size="6.0 kB")
     assert line_about("joint").startswith(sentences.STRATEGY_JOINT)
     assert sentences.STRATEGY_JOINT_STORES.format("2.0 kB") in line_about("joint")
     assert f"\n{sentences.STRATEGY}" not in console(run())
