@@ -62,21 +62,15 @@ def flags_of(method, strategy):
 
 
 @pytest.mark.usefixtures("home")
-def test_cdad_protects_what_it_trains_of_the_file(command):
-    assert command(*flags_of("cdad", "isvd"))[0] == 0
+def test_a_run_resumes_and_is_used_with_the_same_file_alone(command):
+    flags = flags_of("cdad", "isvd")
+    assert command(*flags)[0] == 0
+    shutil.copytree("run", "whole")
     progress = snapshots.read(Path("run"))
     assert set(progress.variables["cdad"]) == {"params", "statistics", "by_object"}
     protected = {path[:-1] for path in flatten_dict(progress.strategy_state["layers"]) if path[-1] == "basis"}
     trained = {path[:-1] for path in flatten_dict(progress.variables["cdad"]["params"]) if path[-1] == "kernel"}
     assert protected == trained
-
-
-@pytest.mark.usefixtures("home")
-def test_a_run_resumes_and_is_used_with_the_same_file_alone(command):
-    flags = flags_of("diad", "finetune")
-    assert command(*flags)[0] == 0
-    shutil.copytree("run", "whole")
-    assert set(snapshots.read(Path("run")).variables["diad"]) == {"params", "statistics", "by_object"}
     undo()
     assert command(*flags)[0] == 0
     same_snapshots("run", "whole", 1)
@@ -90,7 +84,7 @@ def test_a_run_resumes_and_is_used_with_the_same_file_alone(command):
     np.testing.assert_array_equal(moved(image).map, detector(image).map)
     other = {name: np.asarray(value + 1) for name, value in safetensors.numpy.load_file("moved.safetensors").items()}
     safetensors.numpy.save_file(other, FILE)
-    expected = "the frozen arrays of diad are not those that this run was trained with"
+    expected = "the frozen arrays of cdad are not those that this run was trained with"
     with pytest.raises(UserError, match=expected):
         Detector.load("run")
     undo()
