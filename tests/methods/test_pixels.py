@@ -155,7 +155,7 @@ def test_an_update_moves_every_parameter_and_nothing_that_is_frozen(begun, train
 
 def test_latents_are_drawn_in_training_and_means_otherwise(begun, batch, file, weights):
     config, variables = config_of("cdad", weights), begun("cdad")[1]
-    space = pixels.pixels(config, sizes_of(config))
+    space = pixels.pixel_space(config, sizes_of(config))
     autoencoder = pixels.networks(config, sizes_of(config)).autoencoder
     image = jnp.asarray(batch.images["rgb"][0] / 127.5 - 1)
     mean, log_variance = autoencoder.apply({"params": file["autoencoder"]}, image, method="encode")
