@@ -313,6 +313,8 @@ def parse(data: Data, path: Path, *, checkpoint: bool = False) -> dict[str, np.n
         UserError: If the file is damaged, or is not a flat dictionary of tensors.
     """
     try:
+        if not len(data):
+            raise ValueError("it is empty")
         if path.suffix == ".safetensors":
             return _read_safetensors(data)
         return _read_pth(data, _CheckpointUnpickler if checkpoint else _Unpickler)

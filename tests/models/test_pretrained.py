@@ -279,6 +279,12 @@ WRITTEN = {
 }
 
 
+@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
+def test_empty_files_are_refused(name):
+    with pytest.raises(UserError, match="it is empty"):
+        parse(b"", Path(name))
+
+
 @pytest.mark.parametrize("name", WRITTEN)
 def test_truncated_files_are_refused(name):
     data, path = WRITTEN[name]
