@@ -113,10 +113,12 @@ def results(config: Mapping[str, Any], history: History, seconds: float) -> dict
         history: History of the run's ledger.
         seconds: Run time.
     """
+    following = [act["act"] for act in history.acts[1:]] + ["learn"]
+    ends = [step for step, act in enumerate(following) if act in ("learn", "update")]  # others train nothing
     by_method = {
         name: {
             "matrix": matrix,
-            "summary": summarise(matrix),
+            "summary": summarise({metric: np.asarray(rows)[ends] for metric, rows in matrix.items()}),
             "intervals": history.intervals[name],
             "bytes": history.bytes[name],
         }

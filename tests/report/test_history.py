@@ -92,6 +92,21 @@ def test_results_contain_the_history():
     assert round(run["summary"]["i_auroc"]["fm"], 6) == 0.2
 
 
+def test_steps_that_train_nothing_do_not_count_in_forgetting():
+    """Bee lost 0.2 when cow was learned; that ant is retired afterwards changes no figure."""
+    retired = [
+        {"event": "step", "step": 2, "act": "retire", "objects": ["ant"], "images": 0},
+        {"event": "decisions", "step": 2, "objects": {name: {"image": 3} for name in ("bee", "ant", "cow")}},
+        snapshot(2, 200),
+    ]
+    before, after = (
+        results({"method": "net", "protocol": "2-1"}, history(events), 1.0)["summary"]["i_auroc"]
+        for events in (EVENTS[:15], EVENTS[:15] + retired)
+    )
+    assert after == before
+    assert round(after["fm"], 6) == 0.2
+
+
 def test_objects_that_were_not_tested_keep_their_last_values():
     """Only cow is updated, and then tested, in step 2; step 3 retires ant."""
     rates = {"false_alarms": 0.2, "misses": 0.0}
