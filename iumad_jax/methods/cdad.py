@@ -17,14 +17,13 @@ from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
 from iumad_jax.errors import UserError
-from iumad_jax.methods.diffusion import OF_THE_LEVEL, Latent, from_guided, sizes_of
-from iumad_jax.methods.latents import feature_space, root_mean_square
+from iumad_jax.methods.diffusion import OF_THE_LEVEL, Latent, View, from_guided, sizes_of
+from iumad_jax.methods.latents import root_mean_square
 from iumad_jax.methods.method import Method
-from iumad_jax.methods.pixels import pixel_space
+from iumad_jax.methods.pixels import space_of
 from iumad_jax.models.diffusion import AnomalyMasked, Context, Guidance, Sizes, UNet
 from iumad_jax.shapes import Scalars
 
-View = Float[Array, "i j k"]  # what the guide sees: the latent, or the normalised image
 Seen = tuple[Float[Array, "g g d"], Float[Array, "g g d"]]  # output of the guide, and what its attention received
 
 
@@ -72,7 +71,7 @@ def cdad(config: ConfigDict) -> Method:
     """
     masked, sizes = config.diffusion.masked, sizes_of(config)
     in_pixels = config.diffusion.space == "pixels"
-    space = pixel_space(config, sizes) if in_pixels else feature_space(config)
+    space = space_of(config, sizes)
     side = config.input.size // 8 if in_pixels else config.backbone.grid
     if side <= 2 * (masked.neighbourhood // 2) + 1:
         raise UserError(

@@ -16,14 +16,12 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from iumad_jax.errors import UserError
-from iumad_jax.methods.diffusion import Latent, from_guided, sizes_of
-from iumad_jax.methods.latents import cosine_distance, feature_space
+from iumad_jax.methods.diffusion import Latent, View, from_guided, sizes_of
+from iumad_jax.methods.latents import cosine_distance
 from iumad_jax.methods.method import Method
-from iumad_jax.methods.pixels import pixel_space
+from iumad_jax.methods.pixels import space_of
 from iumad_jax.models.diffusion import Context, SemanticGuide, Sizes, UNet
 from iumad_jax.shapes import Scalars
-
-View = Float[Array, "i j k"]  # what the guide sees: the latent, or the normalised image
 
 _POOLED = 8  # poolings over 8 x 8 pixels that an image score takes the largest value of
 
@@ -75,7 +73,7 @@ def diad(config: ConfigDict) -> Method:
             f'config.diffusion.channels is "{config.diffusion.channels}", but the fusion of two levels needs two; add'
             " one, or set --config.diffusion.sff=False."
         )
-    space = pixel_space(config, sizes) if config.diffusion.space == "pixels" else feature_space(config)
+    space = space_of(config, sizes)
     return from_guided(
         Network(sizes, space.hint, config.diffusion.sff),
         space,

@@ -29,6 +29,7 @@ from iumad_jax.runtime.in_batches import predict_in_batches
 from iumad_jax.shapes import BY_OBJECT, Batch, ErrorMaps, Keys, Modality, Scalars, Variables
 
 Latent = Float[Array, "h w c"]
+View = Float[Array, "i j k"]  # what the guide sees of an image: its latent, or the normalised image
 
 _ROWS = 16  # of the inputs of a layer, of an image and a step of sampling, that strategies get
 OF_THE_LEVEL = {"time_embedding", "time_emb_proj"}
@@ -226,13 +227,14 @@ def from_guided(
             _, received, seen = sample((own, context), variables["statistics"]["noise"], z, view)
             layers = {path[:-1] for path in flatten_dict(variables["params"][m])}
 
-            def at_step(received_and_level: tuple[Latent, Array]) -> dict[str, Any]:
-                _, state = network.apply(own, *received_and_level, seen, context, mutable=[collection])
-                return _some_rows(state.get(collection, {}), layers)
+            def at_step(inputs: tuple[Array, Latent, Array]) -> dict[str, Any]:
+                step, z, level = inputs
+                _, state = network.apply(own, z, level, seen, context, mutable=[collection])
+                return _some_rows(state.get(collection, {}), layers, step)
 
-            by_step = jax.lax.map(at_step, (received, jnp.asarray(levels)))
+            by_step = jax.lax.map(at_step, (jnp.arange(len(levels)), received, jnp.asarray(levels)))
             _, state = network.apply(own, view, True, method="look", mutable=[collection])
-            once = _some_rows(state.get(collection, {}), layers)  # of other parts of the network
+            once = _some_rows(state.get(collection, {}), layers, 0)  # of other parts of the network
             return jax.tree.map(_joined, by_step) | once
 
         with nn.intercept_methods(store_inputs):
@@ -262,13 +264,18 @@ def _trained(unet: Any, trained: Callable[[tuple[str, ...]], bool]) -> Any:
     return unflatten_dict({path: x for path, x in flatten_dict(unet).items() if trained(path)})
 
 
-def _some_rows(stored: dict[str, Any], trained: set[tuple[str, ...]]) -> dict[str, Any]:
-    """Return some rows of each trained layer, but of none that sees the level of noise instead of an image."""
+def _some_rows(stored: dict[str, Any], trained: set[tuple[str, ...]], step: Array | int) -> dict[str, Any]:
+    """Return some rows of each trained layer, others at each step of sampling.
+
+    Layers that see the level of noise instead of an image are left out.
+    """
 
     def some(x: Float[Array, "*n d"]) -> Float[Array, "*k d"]:
         if x.ndim == 1:  # a mean
             return x
-        return x[np.sort(np.random.default_rng(0).permutation(len(x))[:_ROWS])]  # a stride would keep few columns
+        order = jnp.asarray(np.random.default_rng(0).permutation(len(x)))  # a stride would keep few columns
+        count = min(_ROWS, len(x))
+        return x[order[(step * count + jnp.arange(count)) % len(x)]]
 
     flat = flatten_dict(stored)
     return unflatten_dict(

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
 from iumad_jax.errors import UserError
-from iumad_jax.methods.latents import Difference, Latents, Space, paste
+from iumad_jax.methods.latents import Difference, Latents, Space, feature_space, paste
 from iumad_jax.methods.simplenet import smoothing_matrix
 from iumad_jax.models import pretrained, stable_diffusion
 from iumad_jax.models.autoencoder_kl import AutoencoderKL
@@ -39,6 +39,11 @@ def networks(config: ConfigDict, sizes: Sizes) -> stable_diffusion.Networks:
     autoencoder = AutoencoderKL(_autoencoder_channels(settings), settings.latent, sizes.groups)
     text_encoder = TextEncoder(width=settings.context, heads=max(settings.context // 64, 1))
     return stable_diffusion.Networks(UNet(sizes), autoencoder, text_encoder)
+
+
+def space_of(config: ConfigDict, sizes: Sizes) -> Space:
+    """Build the space that a run's config selects; for errors see `pixel_space`."""
+    return pixel_space(config, sizes) if config.diffusion.space == "pixels" else feature_space(config)
 
 
 def pixel_space(config: ConfigDict, sizes: Sizes) -> Space:

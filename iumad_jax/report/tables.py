@@ -327,17 +327,16 @@ def _stored(results: dict[str, Any]) -> Iterator[str]:
     if "strategy_bytes" not in results:
         return
     learned = results.get("evaluated", {}).get("learned", len(results["objects"]))
-    name, kilobytes = results["config"]["continual"]["strategy"], results["strategy_bytes"] / learned / 1e3
+    name, kilobytes = results["config"]["continual"]["strategy"], results["strategy_bytes"] / 1e3
     if name == "joint":
         yield (
             "Strategy joint is not incremental: every step trains on the images of all objects learned so far"
-            f" ({kilobytes:.1f} kB per object). It is an upper bound for the other strategies."
+            f" ({kilobytes / learned:.1f} kB per object). It is an upper bound for the other strategies."
         )
     elif name in ("iuf", "isvd"):
-        total = results["strategy_bytes"] / 1e3
-        yield f"Strategy {name} stores {total:.1f} kB in addition to the weights, whatever the number of objects."
+        yield f"Strategy {name} stores {kilobytes:.1f} kB in addition to the weights, whatever the number of objects."
     else:
-        yield f"Strategy {name} stores {kilobytes:.1f} kB per object in addition to the weights."
+        yield f"Strategy {name} stores {kilobytes / learned:.1f} kB per object in addition to the weights."
 
 
 def _decisions_after_every_step(results: dict[str, Any]) -> Iterator[str]:

@@ -412,7 +412,10 @@ def test_rows_times_kernel_plus_bias_are_outputs_of_every_layer_at_each_step(lea
 
 
 def test_rows_come_from_all_over_the_image(batch):
-    """Outside of the image, inputs of a convolution are 0; no input is so in all rows."""
+    """Outside of the image, inputs of a convolution are 0: no input is so in all rows, and each corner comes up once.
+
+    16 steps of 16 rows see each of 16 x 16 places.
+    """
 
     class Convolution(nn.Module):
         def setup(self):
@@ -430,17 +433,19 @@ def test_rows_come_from_all_over_the_image(batch):
         def everything(self, z, view, context):
             return self.layer(z)
 
-    config = config_of("diad", "rgb", steps=1)
-    method = from_guided(
-        Convolution(), latents.feature_space(config), config, difference=latents.cosine_distance, score=cdad.largest
-    )
-    for grid in (8, 16, 32):
+    for grid, steps in ((8, 1), (16, 1), (32, 1), (16, 16)):
+        config = config_of("diad", "rgb", steps=steps)
+        method = from_guided(
+            Convolution(), latents.feature_space(config), config, difference=latents.cosine_distance, score=cdad.largest
+        )
         features = np.random.default_rng(0).normal(size=(1, grid**2, CHANNELS)).astype(np.float32)
         images = Batch({"rgb": features}, {"rgb": np.zeros((1, 16, 16, 3), np.float32)}, np.zeros(1, np.int32))
         variables = method.observe(method.init(jax.random.key(0), images), images, 0)
         rows = method.inputs(variables, images)["rgb"]["layer"]["rows"][0]
-        assert rows.shape == (16, 9 * 8)
+        assert rows.shape == (16 * steps, 9 * 8)
         assert np.abs(rows).max(0).min() > 0
+        outside = (np.abs(rows).reshape(len(rows), 9, 8).max(-1) == 0).sum(1)
+        assert steps == 1 or np.count_nonzero(outside == 5) == 4
 
 
 @pytest.mark.parametrize(("changes", "key"), [
