@@ -432,7 +432,7 @@ def test_errors_of_loading(tmp_path):
         ("dinov2_vitb14", "", sentences.WEIGHTS_NEEDED.format("DINOv2")),
         ("efficientnet_b4", str(tmp_path / "none.pth"), "No such file"),
         ("efficientnet_b4", str(tmp_path), "Is a directory"),
-        ("efficientnet_b4", str(empty), sentences.PICKLE_INCOMPLETE),
+        ("efficientnet_b4", str(empty), "it is empty"),
         ("efficientnet_b4", str(large), sentences.WEIGHTS_TOO_LARGE.format(4294967296)),
     ]:
         with pytest.raises(UserError, match=message):
