@@ -5,6 +5,9 @@ good image exceeds it is at most 1 - k / (n + 1), averaged over calibration sets
 conformal prediction; Vovk et al., 2005). With fewer than quantile / (1 - quantile) images (199 for 0.995), k would be
 larger than n: the threshold is then the maximum, which guarantees only 1 / (n + 1).
 
+Images and pixels are compared with a threshold that is larger by a share of 1e-4. Otherwise, rounding (another batch,
+device or precision) could make an anomalous image of the calibration image that set it.
+
 An image of t tiles exceeds a threshold if one of them does. Its thresholds are therefore those that a tile exceeds with
 a probability of at most (1 - quantile) / t, so that the image does so with at most 1 - quantile, however its tiles
 depend on each other (Bonferroni).
@@ -28,6 +31,7 @@ from iumad_jax.inference.recognition import RETIRED
 from iumad_jax.shapes import Calibration
 
 _RESAMPLES, _COVERAGE, _SEED = 1000, 0.95, 0
+_ROUNDING = 1e-4
 
 Record = dict[str, Any]  # JSON
 Chosen = Mapping[str, float]  # thresholds of anomaly scores that a user chose, by object
@@ -177,10 +181,10 @@ def describe(calibrations: Mapping[str, Calibration], quantile: float, chosen: C
             "image": describe_threshold(calibration.score, quantile, calibration.tiles) | no_bound,
             "pixel": describe_threshold(calibration.peak, quantile, calibration.tiles) | no_bound,
         }
-        if name in chosen:
-            for kind, value in zip(record, _limits(calibration, quantile, chosen[name]), strict=True):
-                own = {"threshold": value, "interval": [value, value], "false_alarm_bound": None, "chosen": True}
-                record[kind] |= own
+        for kind, value in zip(record, _limits(calibration, quantile, chosen.get(name)), strict=True):
+            record[kind]["threshold"] = value
+            if name in chosen:
+                record[kind] |= {"interval": [value, value], "false_alarm_bound": None, "chosen": True}
         if calibration.few:
             record["unknown"] = _UnknownThreshold.fit([calibration], quantile).describe(quantile, single)
         return record
@@ -221,7 +225,7 @@ def _limits(calibration: Calibration, quantile: float, chosen: float | None) -> 
     share = _of_tile(quantile, calibration.tiles)
     image, pixel = (_conformal(values, share)[0] for values in (calibration.score, calibration.peak))
     if chosen is None:
-        return image, pixel
+        return image * (1 + _ROUNDING), pixel * (1 + _ROUNDING)
     return chosen, pixel * chosen / image if image > 0 else chosen
 
 

