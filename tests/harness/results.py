@@ -1,19 +1,27 @@
-"""Record results of finished runs in configs/results, and write the tables of configs/RESULTS.md from them.
+"""Record results in configs/results, and write the tables of configs/RESULTS.md from them.
 
     python -m tests.harness.results --table=modalities --row='1 | `uniad` | rgb = runs/a,runs/b'
+    python -m tests.harness.results --table=robustness --printed=FILE
 
 A row has labels, one for each heading of the table, and the workdirs of runs that differ in their seeds only; of
 several, the table has means and standard deviations; of one, 95 % intervals in the columns for which it asks.
-`runs/a:gaussian` takes a baseline of the run. Rows are sorted by their labels. Without --row, the tables are written as
-they are recorded. Each table of RESULTS.md follows a line
+`runs/a:gaussian` takes a baseline of the run. Rows are sorted by their labels.
+
+A table with a command has the cells of a Markdown table that this command printed into a file. The day is that of the
+file, and the versions are those of this process.
+
+Without --row and --printed, the tables are written as they are recorded. Each table of RESULTS.md follows a line
 <!-- results NAME -->.
 """
 
 import json
 import os
+import platform
 import re
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +33,7 @@ from iumad_jax import cli
 from iumad_jax.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+TABLE = re.compile(r"<!-- results (\w+) -->\n(?:\|.*\n)*(?:\n\*Measured [^*]*\*\n)?")
 _COLUMNS = {  # heading of a column: metric and figure of results.json
     "I-AUROC": ("i_auroc", "final"),
     "P-AUROC": ("p_auroc", "final"),
@@ -47,23 +56,50 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string(
         "row", [], "'LABEL | LABEL = RUN,RUN': a row, new or in place of one.", flag_values=values
     )
+    flags.DEFINE_string("printed", None, "File with the table that the table's command printed.", flag_values=values)
 
 
 def _write(values: flags.FlagValues) -> str:
-    if values.row:
+    if values.row or values.printed:
         file = CONFIGS / "results" / f"{values.table}.json"
         if not file.is_file():
             raise UserError(f"--table={values.table}: {file} does not exist; write its headings and columns first.")
         record = json.loads(file.read_text())
-        rows = {tuple(row["labels"]): row for row in record["rows"]}
-        rows |= {tuple(row["labels"]): row for row in (_measured(text, record) for text in values.row)}
-        ordered = sorted(rows.values(), key=lambda row: row["labels"])
-        lines = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in ordered)
-        head = json.dumps({key: value for key, value in record.items() if key != "rows"})
+        if values.row if "command" in record else values.printed:
+            raise UserError(f"--table={values.table}: with a command in {file}, give --printed; without one, --row.")
+        record = _printed(Path(values.printed), record) if values.printed else _with_rows(values.row, record)
+        lines = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in record["rows"])
+        head = json.dumps({key: value for key, value in record.items() if key != "rows"}, ensure_ascii=False)
         file.write_text(f'{head[:-1]}, "rows": [\n{lines}\n]}}\n')
     page = CONFIGS / "RESULTS.md"
     page.write_text(filled(page.read_text()))
     return f"{page} is written."
+
+
+def _printed(file: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Return the record with the table that its command printed into a file."""
+    try:
+        lines = [line for line in file.read_text().splitlines() if line.startswith("|")]
+    except OSError as error:
+        raise UserError(f"--printed={file} cannot be read ({error}); name the file with the output.") from error
+    tables = sum(not line.strip("|:- ") and "-" in line for line in lines)
+    if tables != 1:
+        raise UserError(f"--printed={file} has {tables} tables in Markdown; leave one.")
+    headings, _, *rows = ([cell.strip() for cell in line.strip().removesuffix("|")[1:].split("|")] for line in lines)
+    measured = _origin([file], platform.python_version(), metadata.version("jax"))
+    return record | {"measured": measured, "headings": headings, "rows": rows}
+
+
+def _with_rows(texts: list[str], record: dict[str, Any]) -> dict[str, Any]:
+    """Return the record with the rows that values of --row describe, sorted."""
+    rows = {tuple(row["labels"]): row for row in record["rows"]}
+    rows |= {tuple(row["labels"]): row for row in (_measured(text, record) for text in texts)}
+    return record | {"rows": sorted(rows.values(), key=lambda row: row["labels"])}
+
+
+def _origin(files: Sequence[Path], python: str, jax: str) -> str:
+    day = max(datetime.fromtimestamp(file.stat().st_mtime, UTC).date() for file in files)
+    return f"{day}, {os.cpu_count()} CPU cores, Python {python}, jax {jax}"
 
 
 def _measured(text: str, record: dict[str, Any]) -> dict[str, Any]:
@@ -81,10 +117,9 @@ def _measured(text: str, record: dict[str, Any]) -> dict[str, Any]:
         finished.append((file, results["versions"], judged["summary"], intervals))
     files, versions, summaries, all_intervals = zip(*finished, strict=True)
     asked = record.get("intervals", []) if len(finished) == 1 else []
-    day = max(datetime.fromtimestamp(file.stat().st_mtime, UTC).date() for file in files)
     return {
         "labels": [label.strip() for label in labels.split("|")],
-        "measured": f"{day}, {os.cpu_count()} CPU cores, Python {versions[0]['python']}, jax {versions[0]['jax']}",
+        "measured": _origin(files, versions[0]["python"], versions[0]["jax"]),
         "values": {
             heading: [round(summary[metric][figure], 4) for summary in summaries]
             for heading, (metric, figure) in _COLUMNS.items()
@@ -101,18 +136,20 @@ def filled(page: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         record = json.loads((CONFIGS / "results" / f"{match[1]}.json").read_text())
-        origins = dict.fromkeys(row["measured"] for row in record["rows"])
+        origins = {record["measured"]} if "command" in record else {row["measured"] for row in record["rows"]}
         return f"<!-- results {match[1]} -->\n{_table(record)}\n\n*Measured {'; '.join(sorted(origins))}.*\n"
 
-    return re.sub(r"<!-- results (\w+) -->\n(?:\|.*\n)*(?:\n\*Measured [^*]*\*\n)?", table, page)
+    return TABLE.sub(table, page)
 
 
 def _table(record: dict[str, Any]) -> str:
-    rows = [
-        [*row["labels"], *(_cell(row["values"].get(c, [])) + _interval(row, c) for c in record["columns"])]
-        for row in record["rows"]
-    ]
-    lines = tabulate(rows, [*record["headings"], *record["columns"]], "github", disable_numparse=True).splitlines()
+    columns = record.get("columns", [])
+    rows = record["rows"]
+    if "command" not in record:
+        rows = [
+            [*row["labels"], *(_cell(row["values"].get(c, [])) + _interval(row, c) for c in columns)] for row in rows
+        ]
+    lines = tabulate(rows, [*record["headings"], *columns], "github", disable_numparse=True).splitlines()
     return "\n".join(re.sub(r" +\|", " |", re.sub("-{3,}", "---", line)) for line in lines)
 
 

@@ -2,16 +2,29 @@
 
 import json
 import os
+import platform
+import re
 
+import jax
 import pytest
 
 from tests.harness import results
 
+PAGE = (results.CONFIGS / "RESULTS.md").read_text()
+RECORDS = {file.stem: json.loads(file.read_text()) for file in (results.CONFIGS / "results").glob("*.json")}
 
-def test_the_page_has_the_recorded_tables():
-    page = (results.CONFIGS / "RESULTS.md").read_text()
-    assert page.count("<!-- results ") == len(list((results.CONFIGS / "results").glob("*.json")))
-    assert results.filled(page) == page
+
+def test_the_page_has_the_recorded_tables_and_no_others():
+    """But for those of benchmarks, which `comparison.md` records."""
+    assert sorted(results.TABLE.findall(PAGE)) == sorted(RECORDS)
+    assert results.filled(PAGE) == PAGE
+    rest = re.sub(r"^## Who forgets what$.*?^(?=## )", "", results.TABLE.sub("", PAGE), flags=re.M | re.S)
+    assert not re.findall(r"^\|.*", rest, re.M)
+
+
+def test_recorded_commands_stand_on_the_page():
+    page = re.sub(r"\\\n\s*", "", PAGE)
+    assert [name for name, record in RECORDS.items() if record.get("command", "") not in page] == []
 
 
 @pytest.fixture
@@ -80,10 +93,47 @@ def test_a_table_may_ask_for_intervals_of_single_runs(configs):
     assert "| two | rgb | 0.600 ± 0.000 | -0.010 ± 0.000 |" in page
 
 
+PRINTED = "Two columns:\n\n| of | ms |\n|:---|-----:|\n| all |  3.50 |\n| | n. a. |\n"
+
+
+def test_a_table_is_recorded_as_its_command_printed_it(configs, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    file = configs / "results" / "some.json"
+    file.write_text(json.dumps({"command": "time", "measured": "", "headings": ["old"], "rows": [["é"]]}))
+    (configs / "printed").write_text(PRINTED)
+    os.utime(configs / "printed", (1767225600, 1767225600))  # 2026-01-01
+    assert results.main(["results", "--table=some", "--printed=printed"]) == 0
+    assert (configs / "RESULTS.md").read_text().splitlines()[2:] == [
+        "<!-- results some -->",
+        "| of | ms |",
+        "|---|---|",
+        "| all | 3.50 |",
+        "| | n. a. |",
+        "",
+        f"*Measured 2026-01-01, 3 CPU cores, Python {platform.python_version()}, jax {jax.__version__}.*",
+        "",
+        "After.",
+    ]
+    assert json.loads(file.read_text())["command"] == "time"
+
+
 def test_missing_runs_and_tables_are_reported(configs, capsys):
     finish_run(configs / "a", 0.6, 0.4)
+    (configs / "printed").write_text(PRINTED)
+    (configs / "two").write_text(PRINTED + PRINTED)
+    record = {"command": "time", "measured": "", "headings": ["old"], "rows": []}
+    (configs / "results" / "printed.json").write_text(json.dumps(record))
     before = (configs / "RESULTS.md").read_text()
-    for flags in (["--table=some", "--row=x | y = b"], ["--table=some", "--row=x | y = a:c"], ["--row=x | y = a"]):
+    for flags in (
+        ["--table=some", "--row=x | y = b"],
+        ["--table=some", "--row=x | y = a:c"],
+        ["--row=x | y = a"],
+        ["--table=some", "--printed=printed"],
+        ["--table=printed", "--row=x | y = a"],
+        ["--table=printed", "--printed=two"],
+        ["--table=printed", "--printed=absent"],
+        ["--table=printed", "--printed=results/some.json"],
+    ):
         assert results.main(["results", *flags]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
     assert (configs / "RESULTS.md").read_text() == before
