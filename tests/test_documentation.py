@@ -7,6 +7,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ PAGES = {
     str(file.relative_to(ROOT)): file.read_text()
     for file in [*ROOT.glob("*.md"), *sorted(file for room in ROOMS for file in (ROOT / room).rglob("*.md"))]
 }
+DESCRIPTION = "pyproject.toml"  # the wheel's, which package indexes show without this repository
+PAGES[DESCRIPTION] = tomllib.loads((ROOT / DESCRIPTION).read_text())["project"]["readme"]["text"]
 CLUSTER = ROOT / "configs" / "cluster"
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`+[^`]+`+")
@@ -51,6 +54,7 @@ def test_links_lead_to_files_and_headings(name):
     for target in LINK.findall(CODE.sub("", FENCED.sub("", PAGES[name]))):
         if "://" in target:
             continue
+        assert name != DESCRIPTION, target
         path, _, anchor = target.partition("#")
         file = (ROOT / name).parent / path if path else ROOT / name
         assert file.exists(), target
