@@ -1,5 +1,8 @@
 """Public function: accepted arguments, errors for invalid arguments, and transformations by JAX."""
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +48,18 @@ def test_the_state_carries_on_from_one_call_to_the_next(args):
     y, state = selective_scan(**first, return_final_state=True)
     second_y = selective_scan(**second | {"initial_state": state})
     np.testing.assert_allclose(jnp.concatenate([y, second_y], axis=1), selective_scan(**args), rtol=1e-5, atol=1e-5)
+
+
+def test_example_of_the_readme():
+    """With constant arguments, a state is a geometric series: d (1 + q + q^2 + ...), with q = exp(-d)."""
+    page = (Path(__file__).parents[3] / "kernels" / "README.md").read_text()
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], found := {})
+    d = np.log1p(np.e)  # softplus(1)
+    state = d * (1 - np.exp(-1000 * d)) / (1 - np.exp(-d))
+    assert found["y"].shape == (2, 1000, 512)
+    np.testing.assert_allclose(found["state"], np.full((2, 512, 16), state), rtol=1e-5)
+    np.testing.assert_allclose(found["y"][:, -1], 16 * state, rtol=1e-5)  # without D
+    np.testing.assert_allclose(found["gradient"][:, 0], 16 * state + 1, rtol=1e-5)  # an input reaches all later outputs
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 4), (2, 5, 0)])
