@@ -10,6 +10,7 @@ import shlex
 import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from iumad_jax.data.readers.folder import Folder
 from iumad_jax.errors import UserError
 from iumad_jax.inference import predictions, unknown_images
 from tests import sentences
-from tests.integration.trained import NEVER_LEARNED, in_process, samples, train
+from tests.integration.trained import NEVER_LEARNED, QUICKSTART, in_process, samples, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
 
@@ -72,6 +73,30 @@ def test_predict_writes_the_results_of_the_detector(home, command, detector, rea
     code, _, err = command("predict", "--workdir=run", *flags)
     assert (code, err) == (2, f"iumad_jax: {sentences.OUTPUT_NOT_EMPTY.format('out')}\n")
     assert {path: path.stat().st_mtime_ns for path in (home / "out").rglob("*")} == before
+
+
+@pytest.mark.parametrize(("page", "unit"), [("README.md", 1), ("iumad_jax/inference/README.md", 0.001)])
+def test_command_and_python_of_the_readmes_agree(home, command, reader, capsys, tmp_path, monkeypatch, page, unit):
+    """As they are printed, in a folder that has what they name."""
+    text = (QUICKSTART.parents[1] / page).read_text()
+    flags = re.search(r"^python -m iumad_jax\.predict (.+)$", text, re.MULTILINE)[1]
+    python = re.search(r"```python\n(from iumad_jax import Detector\n.*?)```", text, re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    for run in {*re.findall(r"--workdir=(\S+)", flags), *re.findall(r'load\("(.+?)"', python)}:
+        Path(run).parent.mkdir(exist_ok=True)
+        Path(run).symlink_to(home / "run")
+    Path("PHOTOS").mkdir()
+    Path("DEPTHS").mkdir()
+    sample = samples(reader, "CandyCane")[1]
+    Image.fromarray(sample.rgb).save("PHOTOS/1.png")
+    np.save("DEPTHS/1.npy", sample.depth / unit)
+    code, _, err = command("predict", *shlex.split(flags))
+    assert code == 0, err
+    (row,) = json.loads(Path("RESULTS/predictions.json").read_text())["images"]
+    exec(python, {"rgb": sample.rgb, "depth": sample.depth})
+    decision, object_, score = capsys.readouterr().out.split()
+    assert (decision, object_) == (row["decision"], row["object"])
+    assert float(score) == pytest.approx(row["score"], rel=1e-3)
 
 
 def test_a_missing_unit_is_reported_once_and_nothing_is_written(home, command, reader):
