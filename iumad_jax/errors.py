@@ -1,4 +1,4 @@
-"""The error for mistakes of users, what they are told once, and the exit codes of commands."""
+"""The error for mistakes of users, numbers in sentences, what is told once, and the exit codes of commands."""
 
 import sys
 from collections.abc import Hashable
@@ -22,6 +22,11 @@ class UserError(Exception):
         shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in sentence)
         half = _LONGEST // 2
         super().__init__(shown if len(shown) <= _LONGEST else f"{shown[:half]} ... {shown[-half:]}")
+
+
+def counted(number: int, things: str) -> str:
+    """Return a number of things, such as "1 image" or "3 images", of the plural."""
+    return f"{number} {things.removesuffix('s') if number == 1 else things}"
 
 
 _told: set[Hashable] = set()

@@ -16,7 +16,7 @@ from iumad_jax.data.prepared import copies, inventory
 from iumad_jax.data.prepared.good_images import good_images, quality_shifts, several_kinds, suspicious_images
 from iumad_jax.data.prepared.squash import describe_squash
 from iumad_jax.data.sample import Split
-from iumad_jax.errors import UserError, tell_once
+from iumad_jax.errors import UserError, counted, tell_once
 from iumad_jax.inference import decisions, recognition
 from iumad_jax.inference.thresholds import thresholds
 from iumad_jax.methods.method import without_objects
@@ -183,7 +183,7 @@ def learn(run: Run, step: Step, progress: Progress) -> Progress:
     run.live.log_step(step.index, step.act, step.objects, images if step.trained else step.new_images, step.changes)
     trained = run.trained and bool(objects)
     if trained and batch_size < run.config.train.batch_size:
-        live.log(f"step {step.index}: batches of {batch_size}, because there are only {images} training images")
+        live.log(f"step {step.index}: batches of {batch_size}, for only {counted(images, 'training images')}")
     for epoch in epochs(run, training, progress) if trained else ():
         progress = record(run, training, epoch, progress)
     strategy_state, variables = progress.strategy_state, without_objects(progress.variables[run.config.method])

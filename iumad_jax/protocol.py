@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from iumad_jax.errors import UserError
+from iumad_jax.errors import UserError, counted
 
 OPEN = "open"  # the protocol of runs that learn every object that the dataset has, or will have, one per step
 
@@ -59,8 +59,8 @@ def steps(protocol: str, objects: tuple[str, ...]) -> tuple[Step, ...]:
     remaining = len(objects) - base
     if base < 1 or remaining < 0 or (remaining % new if new else remaining):
         raise UserError(
-            f"protocol {protocol} does not fit {len(objects)} objects: X must be 1 to {len(objects)} and Y must divide"
-            f" the number of remaining objects (or be 0 if none remain); {len(objects)}-0 always fits."
+            f"protocol {protocol} does not fit {counted(len(objects), 'objects')}: X must be 1 to {len(objects)} and Y"
+            f" must divide the number of remaining objects (or be 0 if none remain); {len(objects)}-0 always fits."
         )
     ends = [base, *range(base + new, len(objects) + 1, new)] if new else [base]
     starts = [0, *ends[:-1]]

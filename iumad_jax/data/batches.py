@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from iumad_jax.errors import UserError
+from iumad_jax.errors import UserError, counted
 from iumad_jax.runtime import devices, processes
 from iumad_jax.shapes import Batch
 
@@ -58,8 +58,8 @@ def updates_per_epoch(images: int, batch_size: int) -> int:
     """
     if images < batch_size:
         raise UserError(
-            f"config.train.batch_size is {batch_size} but a step has only {images} training images; use {images} or"
-            " less."
+            f"config.train.batch_size is {batch_size} but a step has only {counted(images, 'training images')}; use"
+            f" {images} or less."
         )
     return images // batch_size
 

@@ -8,10 +8,11 @@ import io
 import json
 import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from iumad_jax.data.formats.depth_files import WrongUnit
 from iumad_jax.data.readers import watching
 from iumad_jax.data.readers.unlabelled import InputImage
-from iumad_jax.errors import UserError
+from iumad_jax.errors import UserError, counted
 from iumad_jax.inference import unknown_images
 from iumad_jax.inference.detection import Detection, Processed
 from iumad_jax.inference.detector import Detector
@@ -33,7 +34,8 @@ from iumad_jax.runtime import preemption
 from iumad_jax.runtime.storage import as_json, make_folder, write_whole
 
 HEATMAPS = {"none": 0, "small": 640, "full": None}  # pixels of the longer side at most
-_THREADS = min(4, os.cpu_count() or 1)  # more would hold more large photographs in memory
+_THREADS = min(4, os.cpu_count() or 1)
+_LARGE = 12_000_000  # pixels of photographs that are read one after another, or several would fill the memory
 _QUICKLY = 1  # level of PNG compression, which at the default of 6 takes four times as long
 
 _Item = TypeVar("_Item")
@@ -98,10 +100,13 @@ def predict(
     units_fit = False
     side = HEATMAPS[heatmaps] if heatmaps != "none" else predictions_page.SIDE
 
+    large = threading.Lock()
+
     def read(image: InputImage) -> _Ready:
-        rgb, depth, camera = image.read()
-        height, width = rgb.shape[:2]
-        return _Ready(detector.process(rgb, depth, camera), (width, height), _reduced(rgb, side))
+        with large if image.pixels() > _LARGE else nullcontext():
+            rgb, depth, camera = image.read()
+            height, width = rgb.shape[:2]
+            return _Ready(detector.process(rgb, depth, camera), (width, height), _reduced(rgb, side))
 
     def judge(readings: Iterable[tuple[InputImage, Future[_Ready]] | None]) -> Iterator[_Judged | None]:
         nonlocal units_fit
@@ -206,7 +211,7 @@ def summary(rows: Iterable[dict[str, Any]]) -> str:
     """Count the images and their decisions."""
     decisions = [row["decision"] for row in rows]
     counts = ", ".join(f"{decisions.count(name)} {name}" for name in ("good", "anomalous", "unknown"))
-    return f"{len(decisions)} images: {counts}"
+    return f"{counted(len(decisions), 'images')}: {counts}"
 
 
 def check_output(output: Path, input_: str | None) -> None:

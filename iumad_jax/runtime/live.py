@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from iumad_jax.errors import UserError
+from iumad_jax.errors import UserError, counted
 from iumad_jax.runtime.ledger import Ledger
 
 _DOING = {
@@ -56,7 +56,7 @@ class Live:
         """Record that a step begins to do something to objects, with changed config keys."""
         self.log_event("step", step=step, act=act, objects=names, images=images, changes=changes)
         self._logged_at = time.monotonic()
-        log(f"step {step}: {_DOING[act]} {', '.join(names)}" + (f" from {images} images" if images else ""))
+        log(f"step {step}: {_DOING[act]} {', '.join(names)}" + (f" from {counted(images, 'images')}" if images else ""))
 
     def log_epoch(
         self,

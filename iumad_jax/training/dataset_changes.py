@@ -166,19 +166,25 @@ def describe_changes(config: ConfigDict, workdir: Path, new_objects: bool = True
                 store = open_store(dataset, readers.open_reader(dataset, present), workdir)
                 messages += inventory.exchange_messages({name: noted[name] for name in names if name in noted}, store)
                 more: dict[str, list[str]] = {"learn --update": [], "calibrate": []}
+                tested = False
                 for name in present:
                     splits = [split for split in inventory.SPLIT_NAMES if split in noted[name]]
-                    changes = [inventory.changed_images(noted, store, name, split) for split in splits]
-                    messages += [f"{change} since the run used them." for change in changes if change]
-                    new = new_images(workdir, steps, store.reader, name) if any(changes) else {}
+                    changes = {split: inventory.changed_images(noted, store, name, split) for split in splits}
+                    messages += [f"{change} since the run used them." for change in changes.values() if change]
+                    tested |= bool(changes.get("test"))
+                    new = new_images(workdir, steps, store.reader, name) if any(changes.values()) else {}
                     if any(new.values()):
                         more["learn --update" if new["train"] else "calibrate"].append(name)
+                own_flags = plan.dataset_flags(config, dataset)
                 messages += [
                     f"For the new images, run python -m iumad_jax.{command} --workdir={workdir}"
-                    f" {' '.join((f'--objects={chr(44).join(objects)}', *plan.dataset_flags(config, dataset)))}."
+                    f" {' '.join((f'--objects={chr(44).join(objects)}', *own_flags))}."
                     for command, objects in more.items()
                     if objects
                 ]
+                if tested:
+                    flags = " ".join((f"--workdir={workdir}", *own_flags))
+                    messages.append(f"For the test images, run python -m iumad_jax.evaluate {flags}.")
     except UserError as error:
         messages.append(str(error))
     return " ".join(messages)

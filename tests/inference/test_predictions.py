@@ -47,6 +47,17 @@ def test_items_are_worked_on_at_the_same_time():
         assert [future.result() for _, future in results] == [True, True]
 
 
+@pytest.mark.parametrize(
+    ("decisions", "expected"),
+    [
+        (["good"], "1 image: 1 good, 0 anomalous, 0 unknown"),
+        (["good", "unknown"], "2 images: 1 good, 0 anomalous, 1 unk"),
+    ],
+)
+def test_the_summary_counts_in_words(decisions, expected):
+    assert predictions.summary({"decision": decision} for decision in decisions).startswith(expected)
+
+
 @pytest.mark.parametrize("shape", [(30, 20), (1944, 2592), (700, 200)])
 def test_pictures_are_bounded_and_keep_their_proportions(shape):
     rgb = np.zeros((*shape, 3), np.uint8)

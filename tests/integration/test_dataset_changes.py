@@ -121,6 +121,7 @@ def test_a_finished_run_reports_changed_images(home):
     messages = [sentences.DATASET_CHANGED.format("run"), *map(sentences.CHANGED_SINCE_USE.format, changed)]
     messages.append(sentences.NEW_IMAGES.format(command="learn --update", objects="bolt"))
     messages.append(sentences.NEW_IMAGES.format(command="calibrate", objects="nut"))  # it has no new training images
+    messages.append(sentences.TEST_IMAGES_CHANGED)
     assert str(error.value) == " ".join(messages)
     assert files(home / "run") == before
 

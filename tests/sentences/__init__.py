@@ -112,7 +112,7 @@ STEP_EVALUATED_WITH_OTHERS = (
 )
 EPOCH_DONE = "step {step}: epoch {epoch} of {epochs}, loss {loss}, {rate} images/s, {minutes} min left"
 EPOCH_PART = ": epoch "
-BATCHES_OF_ONE = "step {}: batches of 1, because there are only 1 training images"
+BATCHES_OF_ONE = "step {}: batches of 1, for only 1 training image"
 BAR_OF_TRAINING = "training"
 BARS = (("preparing {object} {split}", "image"), (BAR_OF_TRAINING, "update"), ("evaluating", "object"))
 RUN_FINISHED = "{}: this run is finished."

@@ -104,21 +104,25 @@ RANGE_REVERSED = "min {low} above max {high}"
 LABELS_DISAGREE = "make them agree"
 LABELLED_DEFECT_OUTSIDE_TEST = "{file} labels a {split} image {defect}; move it to test_public"
 LIGHT_UNKNOWN = "config.dataset.light is {}"
-SPLIT_OF_EYECANDIES_MISSING = "{path} is missing; add {object} there or remove it from config.dataset.objects"
+SPLIT_OF_EYECANDIES_MISSING = (
+    "{path} is missing; add {object} there, or list objects without it as config.dataset.objects"
+)
 SPLIT_WITHOUT_SAMPLES = "{} holds no samples"
 SAMPLE_FILE_MISSING = "{} is missing; add it, since every sample needs"
 UNKNOWN_VALIDATION = r'config\.dataset\.validation is "{found}"; use {known}\.'
 ENCODING_UNAVAILABLE = "which {reader} lacks; use {known}"
 ROOT_WITHOUT_OBJECTS = "holds no folder; add one for every object"
-SPLIT_MISSING = "{path} is missing; add it or remove {object} from config.dataset.objects"
+SPLIT_MISSING = "{path} is missing; add it, or list objects without {object} as config.dataset.objects"
 GOOD_IMAGES_MISSING = "{} is missing; add the good images there"
 FOLDER_WITHOUT_IMAGES = "{folder} holds no images; add files such as {example}"
+FOLDER_OF_DEPTH_ALONE = "{folder} holds no images; add files such as 000.png, or use --config.modality=depth"
 TEST_WITHOUT_FOLDERS = "{} holds no folder good or named after a defect"
 DEFECT_OUTSIDE_TEST = "{} is not good; move images with defects to test"
 UNKNOWN_NAME = "{path} is not one of {known}"
 UNKNOWN_SUFFIX = "{path} does not end in one of {known}"
 NAMES_DIFFER_IN_SUFFIX = "{file} and {other} differ only in suffix; rename or remove either"
 FILE_OF_IMAGE_MISSING = "{} is missing; add it, as every image in"
+DEPTH_NOT_THERE = "{folder} has no {kind}; add a folder {kind}, or use --config.modality=rgb"
 FILE_WITHOUT_IMAGE = "{} has no image of its name"
 GOOD_TOLD = 'folders named "{}" hold good images'
 TESTING_TOLD = "of good images, one of 5 tests"
@@ -126,6 +130,7 @@ FOLDER_NAMED_MISSING = "{} is missing; add it, or correct normal and abnormal in
 NORMAL_NOT_NAMED = "names folders but not one of normal images"
 SPLIT_UNKNOWN = "does not say whether .*{} is of train or test"
 TABLE_DAMAGED = "is not a table with the columns image and split"
+DEPTH_WITH_OWN_RANGE = "has a range of its own, in {}; predict Eyecandies without --input"
 MASKS_NOT_PREDICTED = "masks and depth images beside photographs are not predicted"
 SAME_MEANING = "{} mean the same; keep one"
 BOTH_GOOD = "which all mean good; keep one folder"
@@ -162,7 +167,7 @@ REGION_NEEDS_DEPTH = "config.input.region is workpiece, which depth tells, but c
 NO_WORKPIECE = "{image} shows no workpiece that stands {height} mm above its background"
 UNKNOWN_RESIDENT = 'config.input.resident is "{found}"; use {known}.'
 BATCH_LARGER_THAN_STEP = (
-    r"train\.batch_size is {size} but a step has only {count} training images; use {count} or less\."
+    r"train\.batch_size is {size} but a step has only {count} training images?; use {count} or less\."
 )
 ANOTHER_PROCESS_PREPARES = r".*{}: waiting for another process that prepares the same images\.\n"
 PREPARED_AGAIN = "{lost} of {all} images are damaged and will be prepared again."
@@ -210,6 +215,7 @@ LATER_STEPS_NEED_IMAGES = (
     "{} since the run learned this object, and later steps train on these images; undo the change, or choose another"
     " --workdir."
 )
+TEST_IMAGES_CHANGED = "For the test images, run python -m iumad_jax.evaluate --workdir=run."
 NEW_IMAGES = "For the new images, run python -m iumad_jax.{command} --workdir=run --objects={objects}."
 DATASET_MISSING = "{} no longer exists, so its changes cannot be detected."
 DATASET_MISSING_PART = "{} no longer exists"

@@ -52,6 +52,7 @@ _CONVERTED = {"LA": "RGBA", "RGBX": "RGB", "YCbCr": "RGB", "CMYK": "RGB"}  # mod
 _OTHER_BYTES = {";16B": ";16L", ";16L": ";16B", ";16N": ";16B"}  # N is L on little-endian machines
 _DEPTHS = (8, 10, 12, 14, 16)  # bits per channel of sensors
 _SOFT_VALUES = 16  # a mask with more values has soft edges; one with fewer has a value per defect
+_BAND_ROWS = 256  # rows that are copied at once; a copy of a large photograph at once would triple its memory
 _BITS_TAG, _ORIENTATION_TAG, _PLANES_TAG = 0x0102, 0x0112, 0x011C  # of TIFF; EXIF has the same orientation
 warnings.filterwarnings("ignore", module=r"PIL\.")  # odd EXIF data does not affect the pixels
 
@@ -99,6 +100,16 @@ def read_photograph(file: Path, bits: int | None = None) -> UInt8[np.ndarray, "h
     if rgb.dtype == np.uint16:
         rgb = _to_8_bits(file, rgb, bits)
     return rgb if rgb.shape[2] == 3 else np.repeat(rgb, 3, axis=2)
+
+
+def pixels(file: Path) -> int:
+    """Return the number of pixels that an image's header says.
+
+    Raises:
+        UserError: If the header cannot be read or says too many.
+    """
+    with _opened(file) as (_, _, image):
+        return image.width * image.height
 
 
 def used_bits(files: Sequence[Path]) -> int | None:
@@ -229,8 +240,15 @@ def _decode(image: Any) -> np.ndarray:
         image = image.convert("RGBA" if "transparency" in image.info else "RGB")
     elif image.mode in _CONVERTED:
         image = image.convert(_CONVERTED[image.mode])
-    pixels = np.ascontiguousarray(upright(np.array(image), orientation))
-    return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
+    width, height = image.size
+    sides = (width, height) if orientation in (5, 6, 7, 8) else (height, width)
+    one = np.asarray(image.crop((0, 0, 1, 1)))
+    pixels = np.empty((*sides, *one.shape[2:]), one.dtype.newbyteorder("="))
+    as_stored = upright(pixels, {6: 8, 8: 6}.get(orientation, orientation))  # 6 and 8 undo each other
+    for top in range(0, height, _BAND_ROWS):
+        bottom = min(top + _BAND_ROWS, height)
+        as_stored[top:bottom] = np.asarray(image.crop((0, top, width, bottom)))
+    return pixels
 
 
 def _other_bytes(arguments: Any) -> Any:

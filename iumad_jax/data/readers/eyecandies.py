@@ -141,7 +141,9 @@ class Eyecandies:
         if not folder.is_dir():
             if split == "unlabelled":
                 return ()
-            raise UserError(f"{folder} is missing; add {object} there or remove it from config.dataset.objects.")
+            raise UserError(
+                f"{folder} is missing; add {object} there, or list objects without it as config.dataset.objects."
+            )
         entries = list_entries(folder, self._within)
         numbered = {match[1] for match in map(_SAMPLE_FILE.fullmatch, entries) if match}
         ids = tuple(sorted(numbered, key=lambda id_: (int(id_), id_)))

@@ -27,12 +27,12 @@ class Item(NamedTuple):
     defect: str
     rgb: Path | None
     depth: Path | None
-    mask: Path | None
+    masks: tuple[Path, ...]  # one per defect, or one of all
 
     @property
     def files(self) -> tuple[Path, ...]:
         """Existing files of the sample."""
-        return tuple(file for file in self[1:] if isinstance(file, Path))
+        return tuple(file for file in (self.rgb, self.depth, *self.masks) if file is not None)
 
 
 def means_good(folder: Path) -> bool:
@@ -118,7 +118,8 @@ def list_items(
     """List the samples in `<folder>/<kind>/<name>.<suffix>` by name, sorted.
 
     Photographs may be in the folder itself, and files of all kinds in further subfolders, which belong to their names.
-    `<name>_mask.<suffix>` is the mask of the photograph, in a folder of masks or beside it.
+    `<name>_mask.<suffix>` is the mask of the photograph, in a folder of masks or beside it; `<name>/<any>.<suffix>` in
+    the folder of masks are several of them.
 
     Args:
         defect: Defect of the images in the folder; "good" for none, "unknown" for images without labels.
@@ -155,29 +156,43 @@ def list_items(
         image_kind = other_kinds[0]
     image_folder = by_kind.pop(image_kind, folder)
     images = _files_by_name(image_folder, within, kinds[image_kind], [path.name for path in by_kind.values()])
-    beside = [name for name in images if _masked(name, images) != name]
-    masks_beside = {_masked(name, images): images.pop(name) for name in beside}
+    beside = [name for name in images if name.endswith("_mask") and name.removesuffix("_mask") in images]
+    masks_beside = {name: images.pop(name) for name in beside}
     if not images:
-        raise UserError(f"{folder / image_kind} holds no images; add files such as 000{kinds[image_kind][0]}.")
-    files = {image_kind: images}
+        alone = ", or use --config.modality=depth" if "depth" in by_kind else ""
+        raise UserError(f"{folder / image_kind} holds no images; add files such as 000{kinds[image_kind][0]}{alone}.")
+    files = {image_kind: {name: [file] for name, file in images.items()}}
     for kind in kinds:
         if kind == image_kind:
             continue
         by_name = _files_by_name(by_kind[kind], within, kinds[kind]) if kind in by_kind else {}
         if kind == mask_kind:
-            by_name = {_masked(name, images): file for name, file in by_name.items()} or masks_beside
-        files[kind] = by_name
+            by_name = by_name or masks_beside
         if not by_name and kind not in needed:
             continue
+        if kind not in by_kind and kind != mask_kind:
+            raise UserError(f"{folder} has no {kind}; add a folder {kind}, or use --config.modality=rgb.")
+        found: dict[str, list[Path]] = {}
+        files[kind] = found
         for name, file in by_name.items():
-            if name not in images:
+            image = _masked(name, images) if kind == mask_kind else name
+            if image not in images:
                 raise UserError(f"{file} has no image of its name in {image_folder}; add it or remove the file.")
+            found.setdefault(image, []).append(file)
         for name in images:
-            if name not in by_name:
+            if name not in found:
                 missing = by_kind.get(kind, folder / kind) / (name + kinds[kind][0])
                 raise UserError(f"{missing} is missing; add it, as every image in {image_folder} needs one.")
-    rgb, depth, mask, *_ = *(files[kind] for kind in kinds), {}
-    return {name: Item(defect, rgb.get(name), depth.get(name), mask.get(name)) for name in images}
+    rgb, depth, own_masks, *_ = *(files.get(kind, {}) for kind in kinds), {}
+    return {
+        name: Item(
+            defect,
+            next(iter(rgb.get(name, ())), None),
+            next(iter(depth.get(name, ())), None),
+            tuple(own_masks.get(name, ())),
+        )
+        for name in images
+    }
 
 
 def read_item(
@@ -222,19 +237,22 @@ def read_item(
     assert rgb is not None
     anomalous = item.defect not in ("good", "unknown")
     mask = np.zeros(rgb.shape[:2], bool) if item.defect == "good" else None
-    if item.mask is not None:
-        mask = read_mask(item.mask)
-        check_mask_size(item.mask, mask, item.files[0], rgb)
-        if mask.any() and not anomalous:
-            raise UserError(f"{item.mask} marks a defect but its image is good; clear the mask or move the image.")
-        if anomalous and not mask.any():
-            raise UserError(f"{item.mask} marks nothing but its image has the defect {item.defect}; mark the defect.")
+    for file in item.masks:
+        part = read_mask(file)
+        check_mask_size(file, part, item.files[0], rgb)
+        if part.any() and not anomalous:
+            raise UserError(f"{file} marks a defect but its image is good; clear the mask or move the image.")
+        if anomalous and not part.any():
+            raise UserError(f"{file} marks nothing but its image has the defect {item.defect}; mark the defect.")
+        mask = part if mask is None else mask | part
     return Sample(object_, id_, item.defect, rgb, depth, mask, anomalous, depth_camera, bits=bits)
 
 
 def _check_exists(split: Path) -> None:
     if not split.is_dir():
-        raise UserError(f"{split} is missing; add it or remove {split.parent.name} from config.dataset.objects.")
+        raise UserError(
+            f"{split} is missing; add it, or list objects without {split.parent.name} as config.dataset.objects."
+        )
 
 
 def _files_by_name(
@@ -269,5 +287,5 @@ def _files_by_name(
 
 def _masked(name: str, images: Collection[str]) -> str:
     """Return the name of the photograph that a mask's name stands for; the name itself if there is none."""
-    photograph = name.removesuffix("_mask")
-    return photograph if photograph in images else name
+    names = name, name.removesuffix("_mask"), name.rpartition("/")[0]
+    return next((photograph for photograph in names if photograph in images), name)

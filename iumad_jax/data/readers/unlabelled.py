@@ -11,7 +11,7 @@ from iumad_jax.data.depth import picture
 from iumad_jax.data.formats.alignment import align
 from iumad_jax.data.formats.depth_files import DEPTH_IMAGES, read_depth
 from iumad_jax.data.formats.files import Within, check_inside, is_clutter, is_output, tell
-from iumad_jax.data.formats.images import PHOTOGRAPHS, read_photograph
+from iumad_jax.data.formats.images import PHOTOGRAPHS, pixels, read_photograph
 from iumad_jax.data.readers.layout import DEPTHS, MASKS
 from iumad_jax.data.sample import Camera, DepthFormat, Reader, Split
 from iumad_jax.errors import UserError
@@ -26,6 +26,7 @@ class InputImage(NamedTuple):
     read: Callable[[], tuple[np.ndarray, np.ndarray | None, Camera | None]]  # RGB, depth, camera of a `Sample`
     files: Callable[[], tuple[Path | None, Path | None]]  # RGB, depth; None if it is not in one file of its own
     format_: DepthFormat = DepthFormat()  # what the numbers in the depth file mean
+    pixels: Callable[[], int] = lambda: 0  # of the photograph, as its header says; 0 if that is not known
 
 
 def photographs(
@@ -67,6 +68,10 @@ def photographs(
         def files(file: Path = file, name: str = name) -> tuple[Path, Path | None]:
             return file, _find_depth_file(depth_path, name) if needs_depth and depth_path else None
 
+        def count(file: Path = file) -> int:
+            check_inside(file, within)
+            return pixels(file)
+
         def read(
             file: Path = file, files: Callable[[], tuple[Path, Path | None]] = files
         ) -> tuple[np.ndarray, np.ndarray | None, Camera | None]:
@@ -75,11 +80,12 @@ def photographs(
             if depth_file is None or depth_path is None:
                 return rgb, None, None
             check_inside(depth_file, (depth_path, *trusted))
+            _check_no_own_range(depth_file)
             depth, cloud_camera = read_depth(depth_file, format_, rgb.shape[:2], _REMEDY, camera)
             depth, cloud_camera = align(depth, cloud_camera, format_.align, rgb.shape[:2], depth_file, file)
             return rgb, depth, camera or cloud_camera
 
-        yield InputImage(name, read, files, format_)
+        yield InputImage(name, read, files, format_, count)
 
 
 def depth_files(
@@ -102,6 +108,7 @@ def depth_files(
 
         def read(file: Path = file) -> tuple[np.ndarray, np.ndarray, Camera | None]:
             check_inside(file, within)
+            _check_no_own_range(file)
             depth, cloud_camera = read_depth(file, format_, None, _REMEDY, camera)
             camera_ = camera or cloud_camera or default_camera(depth.shape[1])
             return picture(depth, camera_), depth, camera_
@@ -122,6 +129,16 @@ def _check_depth(path: Path | None, unit: float | None, root: Path) -> None:
         raise UserError(f"--depth is {path}, one file for all of {root}; choose a folder of depth files.")
     if unit is not None and not 0 < unit < math.inf:
         raise UserError(f"--depth_unit is {unit:g}; use metres per unit, such as 0.001 for millimetres.")
+
+
+def _check_no_own_range(file: Path) -> None:
+    """Raise UserError for a depth image of Eyecandies, the numbers of which mean something else in every image."""
+    range_file = file.with_name(f"{file.stem}.yaml".replace("depth", "info_depth"))
+    if range_file != file and range_file.exists():
+        raise UserError(
+            f"{file} has a range of its own, in {range_file.name}; predict Eyecandies without --input and --depth, with"
+            " --config.dataset.root and --split."
+        )
 
 
 def _list_photographs(within: Within) -> list[Path]:

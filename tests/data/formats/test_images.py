@@ -14,7 +14,15 @@ from PIL import Image, ImageOps
 
 from iumad_jax import errors
 from iumad_jax.data.formats.depth_files import read_depth
-from iumad_jax.data.formats.images import check_mask_size, read_image, read_mask, read_photograph, upright, used_bits
+from iumad_jax.data.formats.images import (
+    check_mask_size,
+    pixels,
+    read_image,
+    read_mask,
+    read_photograph,
+    upright,
+    used_bits,
+)
 from iumad_jax.data.sample import DepthFormat
 from iumad_jax.errors import UserError
 from tests import sentences
@@ -50,6 +58,28 @@ def exif(orientation: int) -> Image.Exif:
     tags = Image.Exif()
     tags[0x0112] = orientation
     return tags
+
+
+# Memory
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_large_photograph_is_held_once_beside_what_pillow_holds(tmp_path: Path, orientation: int) -> None:
+    """24 megapixels: 4 bytes per pixel in Pillow, 3 in the result."""
+    file = tmp_path / "photograph.jpg"
+    Image.new("RGB", (6000, 4000), (200, 90, 30)).save(file, exif=exif(orientation))
+    code = f"""
+from pathlib import Path
+from iumad_jax.data.formats.images import read_photograph
+def peak():
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+before = peak()
+photograph = read_photograph(Path({str(file)!r}))
+print((peak() - before) / 1024)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(result.stdout) < 24e6 * 7 / 2**20 + 20
+    assert pixels(file) == 24_000_000
 
 
 # Orientation and pages

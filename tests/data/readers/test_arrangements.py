@@ -13,8 +13,8 @@ from iumad_jax.config import paper
 from iumad_jax.data import readers
 from iumad_jax.data.readers.folder import Folder
 from iumad_jax.data.readers.mvtec3d import MVTec3D
-from iumad_jax.data.readers.unlabelled import photographs
-from iumad_jax.data.sample import DepthFormat
+from iumad_jax.data.readers.unlabelled import depth_files, photographs
+from iumad_jax.data.sample import Camera, DepthFormat
 from iumad_jax.errors import UserError
 from iumad_jax.runtime import workdir as workdirs
 from tests import sentences
@@ -36,6 +36,23 @@ TREES: dict[str, tuple[tuple[str, ...], dict[tuple[str, str], tuple[str, ...]]]]
             ("train", "000"): ("bolt/train/good/rgb/000.png",),
             ("calibration", "000"): ("bolt/validation/good/rgb/000.png",),
             ("test", "cut/000"): ("bolt/test/cut/rgb/000.png", "bolt/test/cut/gt/000.png"),
+        },
+    ),
+    "MVTec LOCO AD": (
+        ("bolt/defects_config.json",),
+        {
+            ("train", "000"): ("bolt/train/good/000.png",),
+            ("calibration", "000"): ("bolt/validation/good/000.png",),
+            ("test", "good/000"): ("bolt/test/good/000.png",),
+            ("test", "logical_anomalies/000"): (
+                "bolt/test/logical_anomalies/000.png",
+                "bolt/ground_truth/logical_anomalies/000/000.png",
+                "bolt/ground_truth/logical_anomalies/000/001.png",
+            ),
+            ("test", "structural_anomalies/000"): (
+                "bolt/test/structural_anomalies/000.png",
+                "bolt/ground_truth/structural_anomalies/000/000.png",
+            ),
         },
     ),
     "one object": ((), {("train", "000"): ("train/good/rgb/000.png",)}),
@@ -64,6 +81,10 @@ TREES: dict[str, tuple[tuple[str, ...], dict[tuple[str, str], tuple[str, ...]]]]
         },
     ),
     "a photograph called mask": ((), {("train", "a_mask"): (f"{TRAIN}/a_mask.png",)}),
+    "a photograph and a folder of its name": (
+        (),
+        {("train", "000"): (f"{TRAIN}/000.png",), ("train", "000/0"): (f"{TRAIN}/000/0.png",)},
+    ),
 }
 
 
@@ -87,7 +108,8 @@ def contents(root: Path) -> dict[tuple[str, str], tuple[str, ...]]:
             found[split, id_] = tuple(str(file.relative_to(root)) for file in own)
             sample = reader.read(name, split, id_)
             if len(own) > 1:
-                np.testing.assert_array_equal(sample.mask, np.asarray(Image.open(own[1])) > 0)
+                masks = [np.asarray(Image.open(file)) > 0 for file in own[1:]]
+                np.testing.assert_array_equal(sample.mask, np.any(masks, axis=0))
             assert sample.anomalous == (split == "test" and not id_.startswith("good/"))
     return found
 
@@ -300,6 +322,18 @@ def test_masks_and_depth_beside_photographs_are_not_predicted(tmp_path: Path, mo
     assert [image.name for image in photographs(tmp_path / "a_mask.png", False, None, DepthFormat(), None)] == [
         "a_mask"
     ]
+
+
+def test_depth_of_eyecandies_has_no_unit_for_all_images(tmp_path: Path) -> None:
+    write(tmp_path, "000_image_4.png", "000_depth.png")
+    (tmp_path / "000_info_depth.yaml").write_text("normalization: {min: 1.0, max: 2.0}")
+    rgb, depth = tmp_path / "000_image_4.png", tmp_path / "000_depth.png"
+    for (image,) in (
+        photographs(rgb, True, depth, DepthFormat(0.001), None),
+        depth_files(depth, DepthFormat(0.001), None, lambda width: Camera(width, width, 0, 0)),
+    ):
+        with pytest.raises(UserError, match=sentences.DEPTH_WITH_OWN_RANGE.format("000_info_depth.yaml")):
+            image.read()
 
 
 REFUSED = {

@@ -111,7 +111,7 @@ def test_photographs_alone(tmp_path: Path, scan, read_all) -> None:
     assert (samples["dent/000"].mask, samples["dent/000"].anomalous) == (None, True)
     arrays = Processing(("rgb",), 32, "normals", 0.1, 0.005)(samples["dent/000"])
     assert not arrays["masked"]
-    with pytest.raises(UserError, match=re.escape(sentences.FILE_OF_IMAGE_MISSING.format("good/depth/JPEG image.png"))):
+    with pytest.raises(UserError, match=sentences.DEPTH_NOT_THERE.format(folder="bolt/train/good", kind="depth")):
         Folder(tmp_path, needs_depth=True)
 
 

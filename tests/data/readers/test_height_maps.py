@@ -177,7 +177,7 @@ def test_depth_needs_no_photograph_in_use(tmp_path: Path) -> None:
 
 def test_depth_alone_is_refused_where_photographs_are_needed(tmp_path: Path) -> None:
     write(tmp_path, Scene().heights.astype(np.float32), "kind: height\npitch: [0.1, 0.25]\nunit: mm\n")
-    with pytest.raises(UserError, match=sentences.FOLDER_WITHOUT_IMAGES.format(folder="good/rgb", example="000.png")):
+    with pytest.raises(UserError, match=sentences.FOLDER_OF_DEPTH_ALONE.format(folder="good/rgb")):
         Folder(tmp_path, needs_depth=True, needs_rgb=True)
 
 
