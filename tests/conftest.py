@@ -98,18 +98,33 @@ def candies(shared) -> Callable[..., Path]:
     return fill
 
 
-@pytest.fixture(scope="module")
-def compile_quickly(compiled):
-    """Compile without optimisation and with the shared compilation cache."""
-    settings = {
-        "jax_disable_most_optimizations": (True, False),
-        "jax_compilation_cache_dir": (str(compiled), None),
-        "jax_persistent_cache_min_compile_time_secs": (0.1, 1.0),
-        "jax_persistent_cache_min_entry_size_bytes": (0, 0),
+@pytest.fixture(scope="session")
+def quick_settings(compiled) -> dict[str, object]:
+    """Return settings of JAX that compile without optimisation and with the shared compilation cache."""
+    return {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(compiled),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
     }
-    for name, (value, _) in settings.items():
+
+
+@pytest.fixture(scope="module")
+def compile_quickly(quick_settings):
+    """Compile without optimisation and with the shared compilation cache."""
+    before = {name: jax.config.values[name] for name in quick_settings}
+    for name, value in quick_settings.items():
         jax.config.update(name, value)
     yield
-    for name, (_, default) in settings.items():
-        jax.config.update(name, default)
+    for name, value in before.items():
+        jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def processes_compile_quickly(quick_settings):
+    """Let the processes that tests start compile like `compile_quickly`."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in quick_settings.items():
+            patch.setenv(name.upper(), str(value))
+        yield

@@ -16,15 +16,9 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 
 
 @pytest.fixture(scope="module")
-def execute(tmp_path_factory):
+def execute(tmp_path_factory, processes_compile_quickly):
     """Return a function that runs a notebook with changed parameters and returns its folder and outputs."""
     home = tmp_path_factory.mktemp("home")
-    environment = pytest.MonkeyPatch()
-    environment.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    environment.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
-    environment.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))  # shared by all notebooks
-    environment.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-    environment.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
     def execute(name, **parameters):
         notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
@@ -35,8 +29,9 @@ def execute(tmp_path_factory):
         NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": home}}).execute()
         return home, [output for cell in notebook.cells for output in cell.get("outputs", [])]
 
-    yield execute
-    environment.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+        yield execute
 
 
 def displayed(outputs, kind):

@@ -36,18 +36,8 @@ def as_flags(keys):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def processes_compile_quickly(compiled):
-    """Let the processes that tests start compile without optimisation and share their compilation cache."""
-    settings = {
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(compiled),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        yield
+def quick_processes(processes_compile_quickly):
+    """Let the processes that tests start compile quickly."""
 
 
 @pytest.fixture(scope="module")

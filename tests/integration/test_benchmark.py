@@ -28,6 +28,7 @@ KEYS = SMALL | {
     "model.states": 1,
     "model.class_grid": 8,
     "train.epochs": 1,
+    "report.pictures_per_object": 0,
     "benchmark.variants": "uniad,iuf",
     "benchmark.modalities": "rgb",
     "benchmark.protocols": "1-1",

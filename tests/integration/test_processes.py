@@ -29,7 +29,7 @@ KEYS = SMALL | {
     "baselines": "",
     "modality": "rgb",
     "model.dropout": 0.1,
-    "train.epochs": 12,
+    "train.epochs": 6,
     "train.batch_size": 3,  # fewer images than the four devices
     "snapshots.every_minutes": 0.0,
 }

@@ -1,4 +1,4 @@
-"""Further benchmark commands, each run like by a user, at its smallest size."""
+"""Further benchmark commands, each at its smallest size."""
 
 import importlib.util
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels.benchmarks import tables
+from kernels.benchmarks import tables, training_step
 from tests import sentences
 
 pytestmark = pytest.mark.slow
@@ -23,11 +23,11 @@ def run(command, *arguments):
     )
 
 
-def test_training_step():
-    process = run("training_step", "--small", "--seconds=0")
-    assert process.returncode == 0, process.stderr
+@pytest.mark.usefixtures("compile_quickly")
+def test_training_step(capsys):
+    assert training_step.main(["--small", "--seconds=0"]) == 0
     expected = sentences.TRAINING_STEP_TIMED.format(system="quickstart", batch=2, number=NUMBER) + r"\n"
-    assert re.fullmatch(expected, process.stdout), process.stdout
+    assert re.fullmatch(expected, out := capsys.readouterr().out), out
 
 
 def test_compile_selective_scan():
