@@ -155,7 +155,7 @@ def paper(protocol: str) -> ConfigDict:
     config.model.heads = 8  # of attention
     config.model.layers = 4  # of the Mamba decoder or class network, and of the transformer's encoder and decoder each
     config.model.hidden = 1024  # width of feed-forward layers
-    config.model.dtype = "float32"  # bfloat16: networks compute in it; weights, statistics, losses stay float32
+    config.model.dtype = "float32"  # bfloat16: transformers and UNets compute in it, weights and losses stay float32
     config.model.dropout = 0.1
     config.model.patch_size = 8  # side of a patch in the Mamba decoder's stem, pixels
     config.model.states = 16  # states per channel of the selective scan
@@ -178,6 +178,8 @@ def paper(protocol: str) -> ConfigDict:
 
     config.simplenet = ConfigDict()
     config.simplenet.levels = "8,16"  # of the backbone's levels (backbone.levels), those that are used
+    config.simplenet.aggregation = "mean"  # of 3 x 3 neighbours, by channel; release: as released, from images
+    config.simplenet.fusion = "late"  # a discriminator per modality; early: one for both
     config.simplenet.standardise = True  # z-score features; False as published, for WideResNet50-2 with noise 0.015
     config.simplenet.noise = 0.5  # standard deviation of the noise that makes features anomalous; by `choose`
     config.simplenet.margin = 0.5  # of the hinge loss
@@ -226,7 +228,7 @@ def paper(protocol: str) -> ConfigDict:
     config.diffusion.masked = ConfigDict()  # cdad: the anomaly-masked network
     config.diffusion.masked.layers = 8
     config.diffusion.masked.hidden = 1025  # width of feed-forward layers
-    config.diffusion.masked.neighbourhood = 7  # side of what attention hides, in tokens
+    config.diffusion.masked.neighbourhood = 7  # side of what attention hides, in tokens; odd
     config.diffusion.masked.dropout = 0.1
     config.diffusion.masked.corruption = 0.5  # probability that an image is corrupted in an update
     config.diffusion.masked.target_gradient = True  # whether the masked loss also trains the clean features

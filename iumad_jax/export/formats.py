@@ -35,7 +35,8 @@ def export(detector: Detector, format_: str, batch: int | None) -> bytes:
         Content of the file.
 
     Raises:
-        UserError: If the run divides images into tiles, or a package is missing (`pip install iumad-jax[export]`).
+        UserError: If the run divides images into tiles, a package is missing (`pip install iumad-jax[export]`), or the
+            method has an operation that is not translated to ONNX.
     """
     if detector.processing.tiling.count > 1:
         raise UserError(
@@ -55,7 +56,11 @@ def export(detector: Detector, format_: str, batch: int | None) -> bytes:
             f"--format={format_} needs the package {error.name}; run pip install 'iumad-jax[export]'."
         ) from error
     inputs = input_specs(detector, onnx_converter.ANY if batch is None else batch)
-    model = onnx_converter.convert(function, inputs, Outputs._fields)
+    try:
+        model = onnx_converter.convert(function, inputs, Outputs._fields)
+    except NotImplementedError as error:
+        problem, _, _ = str(error).partition(":")  # an equation follows
+        raise UserError(f"this run cannot be exported to ONNX, because {problem}; use --format=stablehlo.") from error
     for key, value in describe(detector, batch).items():
         entry = model.metadata_props.add()
         entry.key, entry.value = key, json.dumps(value)

@@ -57,6 +57,8 @@ def make_rule(config: ConfigDict) -> Rule:
         judged = {config.model.target}
     if config.method == "destseg" and config.destseg.map == "segmentation":
         judged = {config.modality}  # jointly
+    if config.method == "simplenet" and config.simplenet.fusion == "early":
+        judged = {config.modality}
     if config.combine in ("rgb", "depth") and config.combine not in judged:
         raise UserError(f"config.combine is {config.combine}, but only {', '.join(judged)} is judged; use maximum.")
     return Rule(config.combine, config.score)

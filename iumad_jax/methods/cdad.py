@@ -72,8 +72,13 @@ def cdad(config: ConfigDict) -> Method:
     masked, sizes = config.diffusion.masked, sizes_of(config)
     in_pixels = config.diffusion.space == "pixels"
     space = space_of(config, sizes)
+    if masked.neighbourhood % 2 == 0:
+        raise UserError(
+            f"config.diffusion.masked.neighbourhood is {masked.neighbourhood}, an even side, in whose middle no token"
+            " lies; use an odd number."
+        )
     side = config.input.size // 8 if in_pixels else config.backbone.grid
-    if side <= 2 * (masked.neighbourhood // 2) + 1:
+    if side <= masked.neighbourhood:
         raise UserError(
             f"config.diffusion.masked.neighbourhood is {masked.neighbourhood}, which hides all {side} x {side} tokens"
             f" from some; use less, or a larger config.{'input.size' if in_pixels else 'backbone.grid'}."

@@ -23,6 +23,7 @@ from iumad_jax.methods.error_maps import norm, upsample_errors
 from iumad_jax.methods.inputs import store_inputs
 from iumad_jax.methods.latents import Difference, Space
 from iumad_jax.methods.method import Loss, Method, of_objects, with_object, without_objects
+from iumad_jax.methods.network import apply_in
 from iumad_jax.models.diffusion import LEVELS_OF_NOISE, Sizes, add_noise, ddim, sampling_levels, target
 from iumad_jax.models.hashed_bits import hashed_keys
 from iumad_jax.runtime.in_batches import predict_in_batches
@@ -85,7 +86,7 @@ def from_guided(
     begin: Callable[[Any], Any] = lambda params: params,
     trained: Callable[[tuple[str, ...]], bool] = lambda path: True,
 ) -> Method:
-    """Build the method of a guided UNet for a run's config, of which it uses `diffusion` and `modality`.
+    """Build the method of a guided UNet for a run's config, of which it uses `diffusion`, `model.dtype` and `modality`.
 
     Every modality has a network of its own. The error of a modality is the Mahalanobis distance of the difference of
     latents from those of the object's training images; before any are fitted, its norm. The published error is the sum
@@ -102,9 +103,12 @@ def from_guided(
         corrupt: (key, view) -> the view that the network looks at in training.
         begin: (parameters) -> parameters, once the UNet has its first weights.
         trained: (path of a parameter of the UNet) -> whether it is trained where weights were loaded.
+
+    Raises:
+        UserError: If `config.model.dtype` is unknown.
     """
     settings, modalities = config.diffusion, configs.modalities(config)
-    levels = sampling_levels(settings.steps, settings.start)
+    levels, apply = sampling_levels(settings.steps, settings.start), apply_in(config.model.dtype, network)
 
     def init(key: PRNGKeyArray, batch: Batch) -> Variables:
         z = jnp.zeros(space.shape(batch))
@@ -126,17 +130,18 @@ def from_guided(
         """Put the weights of the files in the place of the UNet's."""
         if not space.weights:
             return variables
-        unet = space.weights()["unet"]
+        weights = space.weights()
         params = {}
         for m in modalities:
-            begun = begin(variables["params"][m] | {"unet": unet})
-            params[m] = begun | {"unet": _trained(unet, trained)}
-        return variables | {"params": params}
+            begun = begin(variables["params"][m] | {"unet": weights["unet"]})
+            params[m] = begun | {"unet": _trained(weights["unet"], trained)}
+        return variables | {"params": params, "frozen": rest_of(weights)}
 
     def frozen() -> Any:
-        if not space.weights:
-            return {}
-        weights = space.weights()
+        return rest_of(space.weights()) if space.weights else {}
+
+    def rest_of(weights: dict[str, Any]) -> dict[str, Any]:
+        """Return what is not trained."""
         return weights | {"unet": _trained(weights["unet"], lambda path: not trained(path))}
 
     def observe(variables: Variables, batch: Batch, step: int) -> Variables:
@@ -160,10 +165,10 @@ def from_guided(
             level = jax.random.randint(level_key, (), 0, LEVELS_OF_NOISE)
             noise = jax.random.normal(noise_key, z.shape)
             corrupted = corrupt(corruption_key, view)
-            seen = network.apply(own, corrupted, False, method="look", rngs={"dropout": dropout_key})
-            output = network.apply(own, add_noise(z, noise, level), level, seen, context)
+            seen = apply(own, corrupted, False, method="look", rngs={"dropout": dropout_key})
+            output = apply(own, add_noise(z, noise, level), level, seen, context)
             error = jnp.mean(jnp.square(target(z, noise, level, settings.prediction) - output))
-            return {"denoising": error} | network.apply(own, view, seen, method="own_losses")
+            return {"denoising": error} | apply(own, view, seen, method="own_losses")
 
         terms: Scalars = {}
         for m in modalities:  # with the same noise and the same corruption
@@ -178,10 +183,10 @@ def from_guided(
     ) -> tuple[Latent, Float[Array, "s h w c"], Any]:
         """Return the rebuilt latent, what the network received at each step, and what it saw of the image."""
         own, context = weights
-        seen = network.apply(own, view, True, method="look")
+        seen = apply(own, view, True, method="look")
 
         def predict(z: Latent, level: Array) -> Latent:
-            return network.apply(own, z, level, seen, context)
+            return apply(own, z, level, seen, context)
 
         start = add_noise(z, jnp.asarray(noise), settings.start)
         rebuilt, received = ddim(predict, start, levels, settings.prediction)
@@ -229,11 +234,11 @@ def from_guided(
 
             def at_step(inputs: tuple[Array, Latent, Array]) -> dict[str, Any]:
                 step, z, level = inputs
-                _, state = network.apply(own, z, level, seen, context, mutable=[collection])
+                _, state = apply(own, z, level, seen, context, mutable=[collection])
                 return _some_rows(state.get(collection, {}), layers, step)
 
             by_step = jax.lax.map(at_step, (jnp.arange(len(levels)), received, jnp.asarray(levels)))
-            _, state = network.apply(own, view, True, method="look", mutable=[collection])
+            _, state = apply(own, view, True, method="look", mutable=[collection])
             once = _some_rows(state.get(collection, {}), layers, 0)  # of other parts of the network
             return jax.tree.map(_joined, by_step) | once
 

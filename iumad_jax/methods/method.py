@@ -40,7 +40,7 @@ class Method:
         init: (key, batch) -> variables. Creates all variables except the frozen ones; the batch is an example of the
             shapes. Jitted by the caller.
         start: (variables) -> variables. Called once, right after `init`: puts weights from files in the place of those
-            that were drawn. Not jitted.
+            that were drawn, and may add the frozen arrays, if they come from the same files. Not jitted.
         predict: (variables, batch) -> error maps. `batch.object_id` holds the recognised objects, which may be wrong.
             Jitted by the caller.
         loss: (variables, batch, keys) -> loss. Computes the training loss, with one random key per image. Jitted by
@@ -121,12 +121,12 @@ def without_objects(variables: Variables) -> Variables:
 
 
 def with_frozen(name: str, method: Method, variables: Variables, sha256: str | None = None) -> Variables:
-    """Add the method's frozen arrays, if it has any, to its variables.
+    """Add the method's frozen arrays, if it has any, to its variables, unless `Method.start` did.
 
     Raises:
         UserError: If the SHA-256 of the arrays differs from `sha256`, that of the arrays that a run was trained with.
     """
-    frozen = method.frozen()
+    frozen = variables["frozen"] if "frozen" in variables else method.frozen()
     if sha256 is not None and tree_sha256(frozen) != sha256:
         raise UserError(
             f"the frozen arrays of {name} are not those that this run was trained with; use the original file."

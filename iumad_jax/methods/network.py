@@ -37,20 +37,28 @@ def jitter(key: PRNGKeyArray, tokens: Tokens, *, scale: float, probability: floa
     return (tokens + applied * strength * jax.random.normal(noise_key, tokens.shape)).astype(tokens.dtype)
 
 
-def _apply_in(dtype: str, network: Any) -> Callable[..., Any]:
+def apply_in(dtype: str, network: Any) -> Callable[..., Any]:
     """Return `network.apply` with weights and inputs converted to a dtype, and float32 outputs.
 
     Parameters of the scan that are exponents stay float32.
+
+    Raises:
+        UserError: If `dtype`, the value of `config.model.dtype`, is unknown.
     """
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f'config.model.dtype is "{dtype}"; use float32 or bfloat16.')
 
     def convert(tree: Any, to: Any) -> Any:
-        return jax.tree.map(lambda leaf: leaf.astype(to) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
+        def of_leaf(x: Any) -> Any:
+            return x.astype(to) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x
 
-    def apply(variables: Variables, features: Any, images: Any, **options: Any) -> Any:
+        return jax.tree.map(of_leaf, tree)
+
+    def apply(variables: Variables, *inputs: Any, **options: Any) -> Any:
         params = jax.tree.map_with_path(
             lambda path, leaf: leaf if path[-1].key in EXPONENTS else leaf.astype(dtype), variables["params"]
         )
-        outputs = network.apply(variables | {"params": params}, *convert((features, images), dtype), **options)
+        outputs = network.apply(variables | {"params": params}, *convert(inputs, dtype), **options)
         return convert(outputs, jnp.float32)
 
     def apply_to(variables: Variables, *inputs: Any, **options: Any) -> Any:
@@ -112,10 +120,7 @@ def from_network(
     Raises:
         UserError: If `config.dtype` is unknown.
     """
-
-    if config.dtype not in ("float32", "bfloat16"):
-        raise UserError(f'config.model.dtype is "{config.dtype}"; use float32 or bfloat16.')
-    apply = _apply_in(config.dtype, network)
+    apply = apply_in(config.dtype, network)
 
     def normalised(variables: Variables, batch: Batch) -> dict[Modality, Float[Array, "b p f"]]:
         return (

@@ -424,7 +424,7 @@ class AnomalyMasked(nn.Module):
         h, w, d = embedded.shape
         mask = neighbour_mask(h, self.neighbourhood)
         layers = Layers(self.heads, self.hidden, self.dropout, mask, deterministic)
-        x = layers.encode(embedded.reshape(h * w, d), jnp.asarray(sine_positions(h, d)), self.layers)
+        x = layers.encode(embedded.reshape(h * w, d), jnp.asarray(sine_positions(h, d), embedded.dtype), self.layers)
         return x.reshape(h, w, d), embedded
 
 

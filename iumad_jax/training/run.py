@@ -144,14 +144,14 @@ def start(config: ConfigDict, workdir: Path, steps: tuple[Step, ...], stack: Exi
     snapshots = stack.enter_context(closing(Snapshots(workdir)))
     if progress := snapshots.latest():
         store = dataclasses.replace(store, processing=Processing.recorded(progress.inputs))
+        progress = progress._replace(
+            variables={
+                name: with_frozen(name, method, progress.variables[name], progress.frozen.get(name))
+                for name, method in run_methods.items()
+            }
+        )
     else:
         progress = _new_progress(config, run_methods, store)
-    progress = progress._replace(
-        variables={
-            name: with_frozen(name, method, progress.variables[name], progress.frozen.get(name))
-            for name, method in run_methods.items()
-        }
-    )
     noted = {name: images for name, images in used_images(workdir, steps).items() if name in steps[-1].seen}
     check_images(noted, store, strategy, steps, progress, workdir)
     ledger = processes.on_process_zero(Ledger, workdir / "ledger.jsonl")
@@ -234,12 +234,13 @@ def _new_progress(config: ConfigDict, run_methods: dict[str, Method], store: Sto
     """Create the progress of a run that has learned nothing yet."""
     example = jax.tree.map(lambda array: array[:1], store.get(store.reader.objects[0], "train").batch)
     keys = jax.random.split(jax.random.key(config.seed), len(run_methods))
+    variables = {
+        name: with_frozen(name, method, method.start(jax.jit(method.init)(key, example)))
+        for (name, method), key in zip(run_methods.items(), keys, strict=True)
+    }
     return BEGINNING._replace(
-        variables={
-            name: method.start(jax.jit(method.init)(key, example))
-            for (name, method), key in zip(run_methods.items(), keys, strict=True)
-        },
-        frozen={name: tree_sha256(frozen) for name, method in run_methods.items() if (frozen := method.frozen())},
+        variables=variables,
+        frozen={name: tree_sha256(own["frozen"]) for name, own in variables.items() if "frozen" in own},
         recognition=recognition.empty_statistics(example),
         inputs=store.describe(),
     )

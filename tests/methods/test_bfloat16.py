@@ -11,6 +11,8 @@ from iumad_jax.config import small
 from iumad_jax.errors import UserError
 from iumad_jax.shapes import Batch
 from tests import sentences
+from tests.methods.test_diffusion import CHANNELS as LITE0
+from tests.methods.test_diffusion import GRID, config_of
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -84,3 +86,39 @@ def test_an_error_map_is_float32(name, variables, batch):
 def test_an_unknown_dtype_is_refused(name):
     with pytest.raises(UserError, match=re.escape(sentences.UNKNOWN_DTYPE.format("float8"))):
         build(name, "float8")
+
+
+def diffusion(name, dtype):
+    config = config_of(name, "rgb", attending="1", steps=2)
+    config.model.dtype = dtype
+    return methods.build(name, config)
+
+
+@pytest.mark.parametrize("name", ["diad", "cdad"])
+def test_diffusion_is_nearly_that_of_float32(name):
+    """Losses, gradients and rebuilt latents; all products of the UNet and its guide are computed in bfloat16."""
+    rng = np.random.default_rng(0)
+    features = {"rgb": rng.normal(0, 2, (IMAGES, GRID**2, LITE0)).astype(np.float32)}
+    images = {"rgb": np.zeros((IMAGES, SIZE, SIZE, 3), np.float32)}
+    batch = Batch(features, images, np.zeros(IMAGES, np.int32))
+    exact_method, rounded_method = (diffusion(name, dtype) for dtype in ("float32", "bfloat16"))
+    variables = exact_method.observe(jax.jit(exact_method.init)(jax.random.key(0), batch), batch, 0)
+    drawn = jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape, np.float32), variables["params"])
+    variables |= {"params": drawn}
+    results = []
+    for method in (exact_method, rounded_method):
+        value, gradients = jax.jit(jax.value_and_grad(loss(method, variables, batch)))(drawn)
+        assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {np.dtype("float32")}
+        maps = jax.jit(method.predict)(variables, batch).maps["rgb"]
+        results.append((value, np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradients)]), maps))
+    (exact, exact_gradient, exact_maps), (rounded, gradient, maps) = results
+    assert 0 < abs(exact - rounded) < 0.02 * exact
+    cosine = exact_gradient @ gradient / np.linalg.norm(exact_gradient) / np.linalg.norm(gradient)
+    assert 0.9 < cosine < 1 - 1e-6
+    assert maps.dtype == np.float32
+    assert 0 < np.abs(maps - exact_maps).max() < 0.05 * exact_maps.max()
+    program = str(jax.make_jaxpr(loss(rounded_method, variables, batch))(drawn))
+    dtypes = re.findall(r":(\w+)\[[^\]]*\] = (?:dot_general|conv_general_dilated)", program)
+    assert dtypes.count("bf16") > 20
+    assert dtypes.count("f32") == 1  # of the latents
+    assert set(re.findall(r":(\w+)\[[^\]]*\] = (?:exp|reduce_max)", program)) == {"f32"}  # of softmaxes

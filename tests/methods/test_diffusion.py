@@ -459,12 +459,18 @@ def test_sizes_that_do_not_fit_are_refused(batch, changes, key):
         build("diad", config_of("diad", **changes)).init(jax.random.key(0), batch)
 
 
-def test_a_neighbourhood_as_large_as_the_image_is_refused(batch):
+@pytest.mark.parametrize("side", [2, GRID - 2, GRID + 1])
+def test_an_even_neighbourhood_and_one_as_large_as_the_image_are_refused(side):
+    config = config_of("cdad", "rgb")
+    config.diffusion.masked.neighbourhood = side
+    reason = "an even side" if side < GRID else "which hides all"
+    with pytest.raises(UserError, match=rf"^config\.diffusion\.masked\.neighbourhood is {side}, {reason}"):
+        build("cdad", config)
+
+
+def test_a_neighbourhood_may_leave_each_token_few_others(batch):
     config = config_of("cdad", "rgb")
     config.diffusion.masked.neighbourhood = GRID - 1  # the largest odd one in which every token sees some
     method = build("cdad", config)
     variables = method.observe(jax.jit(method.init)(jax.random.key(0), batch), batch, 0)
     assert np.isfinite(jax.jit(method.loss)(variables, batch, jax.random.split(jax.random.key(1), IMAGES)).total)
-    config.diffusion.masked.neighbourhood = GRID + 1
-    with pytest.raises(UserError, match=r"config\.diffusion\.masked\.neighbourhood"):
-        build("cdad", config)

@@ -2,6 +2,8 @@
 
 import functools
 import re
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -137,6 +139,18 @@ def test_what_is_trained_and_what_is_frozen_are_the_file(begun, file, method):
     same(frozen["context"], file["context"])
     same(frozen["scorer"], pretrained.load("efficientnet_lite0", "random"))
     assert set(frozen) == {"unet", "autoencoder", "context", "scorer"}
+
+
+def test_what_starts_a_run_is_read_once(begun, weights, tmp_path):
+    """The file is not needed again for what is frozen."""
+    file = Path(shutil.copy(weights, tmp_path))
+    method = build("cdad", config_of("cdad", file))
+    drawn = {name: value for name, value in begun("cdad")[1].items() if name != "frozen"}
+    started, frozen = method.start(drawn), method.frozen()
+    file.unlink()
+    same(with_frozen("cdad", method, started)["frozen"], frozen)
+    with pytest.raises(UserError):
+        with_frozen("cdad", method, drawn)
 
 
 def test_the_semantic_guide_starts_as_the_files_way_down(begun, file):

@@ -11,9 +11,18 @@ from scipy import ndimage
 from iumad_jax.config import paper, small
 from iumad_jax.errors import UserError
 from iumad_jax.methods import build
+from iumad_jax.methods.method import with_frozen
 from iumad_jax.methods.moments import merge_covariance, no_covariance
-from iumad_jax.methods.simplenet import average_neighbours, hidden_variance, make_optimizer, smoothing_matrix
-from iumad_jax.models.backbone import channels_of
+from iumad_jax.methods.simplenet import (
+    average_consecutive,
+    average_neighbours,
+    hidden_variance,
+    make_optimizer,
+    noisy_channels,
+    released_tokens,
+    smoothing_matrix,
+)
+from iumad_jax.models.backbone import FeatureExtractor, channels_of
 from iumad_jax.shapes import Batch
 from iumad_jax.training.optimization import optimizer_name, step_config
 from tests.methods.reference import grown_variables
@@ -23,7 +32,7 @@ GRID, TOKENS, CHANNELS, SIZE = 7, 49, 192, 4
 
 def make(modality="rgb", **keys):
     config = small("1-0")
-    config.modality = modality
+    config.modality, config.backbone.weights = modality, "random"
     config.simplenet.update({"hidden": 12, "noise": 0.1, **keys})
     return build("simplenet", config)
 
@@ -68,6 +77,115 @@ def test_neighbours_outside_of_the_grid_count_as_zero():
     expected[1:-1, 1:-1] = 1
     expected[[0, 0, -1, -1], [0, -1, 0, -1]] = 4 / 9
     np.testing.assert_allclose(averages, expected, rtol=1e-6)
+
+
+def released(levels, size):
+    """Compute the release's tokens of one image by loops, in float64; sizes that divide alone."""
+    side = len(levels[0])
+    parts = []
+    for x in levels:
+        n, padded = len(x), np.pad(x, [(1, 1), (1, 1), (0, 0)])
+        patches = np.zeros((n, n, x.shape[-1] * 9))
+        for row, column, c, i, j in np.ndindex(n, n, x.shape[-1], 3, 3):
+            patches[row, column, 9 * c + 3 * i + j] = padded[row + i, column + j, c]
+        resized = np.asarray(jax.image.resize(patches, (side, side, patches.shape[-1]), "bilinear", antialias=False))
+        parts.append(resized.reshape(side, side, size, -1).mean(-1))
+    return np.concatenate(parts, -1).reshape(side * side, size, -1).mean(-1)
+
+
+def test_aggregation_of_the_release_is_that_of_loops():
+    """Of levels with 4 and 8 channels: means of 6 and 12 elements of the patches."""
+    rng = np.random.default_rng(0)
+    levels = [rng.normal(size=(2, side, side, c)).astype(np.float32) for side, c in ((6, 4), (3, 8))]
+    actual = released_tokens(levels, 12)
+    for image in range(2):
+        np.testing.assert_allclose(actual[image], released([x[image] for x in levels], 12), atol=1e-5)
+
+
+@pytest.mark.parametrize(("level", "channel", "outputs"), [
+    (0, 0, {0: 6, 1: 3}), (0, 3, {4: 3, 5: 6}), (1, 0, {6: 9}), (1, 1, {6: 3, 7: 6}), (1, 7, {11: 9}),
+])  # fmt: skip
+def test_a_channel_reaches_the_outputs_that_its_elements_are_part_of(level, channel, outputs):
+    """Within the grid, all nine elements of a channel that is 1 everywhere are 1; `outputs` counts them."""
+    levels = [np.zeros((1, side, side, c), np.float32) for side, c in ((8, 4), (4, 8))]
+    levels[level][..., channel] = 1
+    expected = np.zeros(12)
+    for output, count in outputs.items():
+        expected[output] = count / (6, 12)[level]
+    np.testing.assert_allclose(released_tokens(levels, 12)[0].reshape(8, 8, 12)[4, 4], expected, atol=1e-6)
+
+
+def test_channels_that_do_not_divide_are_averaged_as_by_adaptive_pooling():
+    np.testing.assert_allclose(average_consecutive(jnp.arange(5.0), 3), [0.5, 2, 3.5])
+
+
+def test_tokens_of_the_release_are_those_of_images():
+    """Moments, losses, errors and what strategies see."""
+    method, rng = make(aggregation="release"), np.random.default_rng(3)
+    images = batch(0, 2)._replace(images={"rgb": rng.uniform(0, 255, (2, 32, 32, 3)).astype(np.float32)})
+    variables = with_frozen("simplenet", method, jax.jit(method.init)(jax.random.key(0), images))
+    variables = method.observe(variables, images, 0)
+    outputs = FeatureExtractor("efficientnet_lite0", 1, "8,16").apply(
+        variables["frozen"], images.images["rgb"], method="outputs"
+    )
+    tokens = np.asarray(released_tokens(outputs, 152), np.float64)
+    assert tokens.shape == (2, 16, 152)
+    np.testing.assert_allclose(variables["statistics"]["rgb"]["mean"], tokens.mean((0, 1)), atol=1e-4)
+    good = discriminate(variables, "rgb", tokens, 0.1)
+    errors = jax.jit(method.predict)(variables, images)
+    np.testing.assert_allclose(errors.score, np.log1p(np.exp(-good.min(-1))), rtol=1e-3)
+    assert errors.maps["rgb"].shape == (2, 224, 224)
+    loss = jax.jit(method.loss)(variables, images, jax.random.split(jax.random.key(0), 2))
+    np.testing.assert_allclose(loss.terms["true_rgb"], np.maximum(0.5 - good, 0).mean(), rtol=1e-3)
+    assert set(method.activations(variables, images)) == {"adaptor_rgb", "hidden_rgb"}
+
+
+def test_the_published_network_has_the_published_size():
+    """As of Liu et al.: WideResNet50-2 at the strides 8 and 16, 3.94 million parameters."""
+    config = paper("1-0")
+    config.update({"method": "simplenet", "modality": "rgb"})
+    config.backbone.name = "wide_resnet50_2"
+    config.simplenet.update({"aggregation": "release", "standardise": False, "noise": 0.015})
+    method = build("simplenet", config)
+    params = jax.eval_shape(method.init, jax.random.key(0), batch(0))["params"]
+    assert params["adaptor_rgb"]["kernel"].shape == (1536, 1536)
+    assert params["hidden_rgb"]["kernel"].shape == (1536, 1024)
+    assert sum(x.size for x in jax.tree.leaves(params)) == pytest.approx(3.94e6, rel=2e-3)
+
+
+@pytest.mark.parametrize("key", ["aggregation", "fusion"])
+def test_an_unknown_choice_is_refused(key):
+    with pytest.raises(UserError, match=rf'^config\.simplenet\.{key} is "x"; use \w+ or \w+\.$'):
+        make(**{key: "x"})
+
+
+def test_early_fusion_judges_both_modalities_together():
+    """Against a computation in float64."""
+    method, images = make("rgb+depth", fusion="early", noise=2.0), batch(5, 4, ("rgb", "depth"))
+    variables = variables_of(method, images)
+    tokens = np.concatenate([used_tokens(images.features[m]) for m in ("rgb", "depth")], axis=-1)
+    zeros = np.zeros((152, 152))
+    own = [np.asarray(variables["params"][f"adaptor_{m}"]["kernel"]) for m in ("rgb", "depth")]
+    params = variables["params"] | {"adaptor_rgb+depth": {"kernel": np.block([[own[0], zeros], [zeros, own[1]]])}}
+    noise = 2 * np.sqrt(2 / 3)  # each modality has noise in two thirds of the copies
+    good = discriminate(variables | {"params": params}, "rgb+depth", tokens, noise)
+    errors = jax.jit(method.predict)(variables, images)
+    np.testing.assert_allclose(errors.score, np.log1p(np.exp(-good.min(-1))), rtol=1e-4)
+    assert set(errors.maps) == {"rgb+depth"}
+    loss = jax.jit(method.loss)(variables, images, jax.random.split(jax.random.key(0), 4))
+    np.testing.assert_allclose(loss.terms["true_rgb+depth"], np.maximum(0.5 - good, 0).mean(), rtol=1e-3)
+    watched = method.activations(variables, images)
+    assert {name: layer["mean"].shape[-1] for name, layer in watched.items()} == {
+        "adaptor_rgb": 152, "adaptor_depth": 152, "hidden_rgb+depth": 12,
+    }  # fmt: skip
+
+
+def test_noise_is_in_either_modality_or_in_both():
+    drawn = np.asarray(noisy_channels(jax.random.key(0), 9000, 2))
+    kinds, counts = np.unique(drawn, axis=0, return_counts=True)
+    assert kinds.tolist() == [[False, True], [True, False], [True, True]]
+    np.testing.assert_allclose(counts / 9000, 1 / 3, atol=0.02)
+    assert noisy_channels(jax.random.key(0), 9, 1).all()
 
 
 @pytest.mark.parametrize(

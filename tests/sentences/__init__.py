@@ -165,6 +165,7 @@ GROUP_OF_ONE = "{name}: 1 image, too few to learn; see {root}/{name}.jpg."
 
 # export
 PRIMITIVE_NOT_TRANSLATED = "the primitive {} is not translated to ONNX"
+NO_ONNX_OF_RUN = "this run cannot be exported to ONNX, because {} to ONNX; use --format=stablehlo."
 NOT_TRANSLATED = r"is not translated to ONNX|only a take with constant indices"
 EXPORT_PATH_WRONG = "--output={}: choose a file ending in .stablehlo in an existing folder."
 

@@ -29,6 +29,7 @@ class CalibrationImages(NamedTuple):
 
 def calibration_images(images: Batch, trained: bool, few: bool = False) -> CalibrationImages:
     """Return calibration images, on all or none of which the method is trained."""
+    images = images._replace(foreground=None)  # which training images alone may have
     return CalibrationImages(images, np.full(len(images.object_id), trained), few)
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iumad_jax.data.prepared.good_images import CalibrationImages
+from iumad_jax.data.prepared.good_images import CalibrationImages, calibration_images
 from iumad_jax.data.prepared.kept import keep, load
 from iumad_jax.errors import UserError
 from iumad_jax.runtime.shared_arrays import SharedArrays
@@ -66,3 +66,11 @@ def test_images_that_are_trained_on_leave_half_of_the_places_to_held_out_ones(tm
     kept = load(shared, keep(shared, trained, 4, earlier), 0)
     numbers = kept.images.features["rgb"][:, 0, 0].astype(int).tolist()
     assert (numbers, kept.trained.tolist()) == ([0, 7, 100, 104], [True, True, False, False])
+
+
+def test_training_images_with_foreground_join_those_kept_earlier(tmp_path):
+    """As those of an update, of a method that puts defects on objects."""
+    shared, images = SharedArrays(tmp_path), good(0, 2).images
+    new = calibration_images(images._replace(foreground=np.ones((2, 224, 224), bool)), trained=True)
+    kept = load(shared, keep(shared, new, 8, good(100, 3)), 0)
+    assert kept.images.features["rgb"][:, 0, 0].tolist() == [0, 1, 100, 102, 101]  # untrained ones first
