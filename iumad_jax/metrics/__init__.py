@@ -1,7 +1,7 @@
 """Metrics of detection, localisation and forgetting, from NumPy arrays to Python floats; NaN where undefined."""
 
 from iumad_jax.metrics.aupro import aupro, aupro_exact, pixel_metrics, pro_curve
-from iumad_jax.metrics.auroc import image_auroc, pixel_auroc
+from iumad_jax.metrics.auroc import image_auroc, image_roc, pixel_auroc
 from iumad_jax.metrics.bootstrap import (
     Spread,
     image_replicates,
@@ -23,6 +23,7 @@ __all__ = [
     "forgetting",
     "image_auroc",
     "image_replicates",
+    "image_roc",
     "interval_of_mean",
     "pixel_auroc",
     "pixel_metrics",

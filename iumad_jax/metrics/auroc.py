@@ -25,6 +25,24 @@ def image_auroc(labels: ArrayLike, scores: ArrayLike) -> float:
     return sorted_auroc(np.sort(scores[anomalous]), np.sort(scores[~anomalous]))
 
 
+def image_roc(labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray, NDArray]:
+    """Compute the ROC curve of image scores, with one point per distinct score, after (0, 0).
+
+    Args:
+        labels: Labels, shape (n,), above 0 for anomalous images; both kinds must occur.
+        scores: Anomaly scores, shape (n,), finite.
+
+    Returns:
+        False and true positive rates, 0 to 1, ascending, each of shape (1 + number of distinct scores,).
+    """
+    scores = as_scores(scores)
+    order = np.argsort(-scores)
+    last = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)  # positions of the last of equal scores
+    found = np.append(0, np.cumsum(np.asarray(labels)[order] > 0)[last])
+    alarms = np.append(0, last + 1) - found
+    return alarms / alarms[-1], found / found[-1]
+
+
 def pixel_auroc(masks: ArrayLike, maps: ArrayLike, region: ArrayLike | None = None) -> float:
     """Compute the AUROC over the pixels of all images together.
 

@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from iumad_jax.metrics import image_roc
 from iumad_jax.report import history, samples, tables
 from iumad_jax.report.samples import Samples
 from iumad_jax.runtime import ledger, storage
@@ -152,13 +153,11 @@ def _quantised(object_samples: Samples, row: int) -> dict[str, Any]:
 
 
 def _curves(object_samples: Samples) -> dict[str, Any]:
-    """Return, by method, the corners of the ROC curve of images and the overlaps of the PRO curve."""
-    from sklearn.metrics import roc_curve  # loads slowly, and few commands need it
-
+    """Return, by method, the points of the ROC curve of images and the overlaps of the PRO curve."""
     curves = {}
     for method, scores in object_samples.scores.items():
         defined = 0 < np.count_nonzero(object_samples.anomalous) < len(object_samples.anomalous)
-        roc = roc_curve(object_samples.anomalous, scores)[:2] if defined else ([], [])
+        roc = np.array(image_roc(object_samples.anomalous, scores) if defined else ([], []))
         curves[method] = {
             "roc": np.round(roc, _DIGITS),
             "overlap": np.round(object_samples.overlap[method], _DIGITS),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from sklearn.metrics import auc, roc_auc_score, roc_curve
 
-from iumad_jax.metrics import aupro, aupro_exact, image_auroc, pixel_auroc, pixel_metrics, pro_curve
+from iumad_jax.metrics import aupro, aupro_exact, image_auroc, image_roc, pixel_auroc, pixel_metrics, pro_curve
 from tests import sentences
 
 PIXEL_FUNCTIONS = (pixel_auroc, aupro, aupro_exact)
@@ -96,6 +96,8 @@ def test_auroc_equals_sklearn(levels, dtype):
     assert pixel_auroc(masks, maps) == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-12)
     labels, scores = masks[:, :, 20].ravel(), maps[:, :, 20].ravel()
     assert image_auroc(labels, scores) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+    expected = roc_curve(labels, scores, drop_intermediate=False)[:2]
+    np.testing.assert_allclose(image_roc(labels, scores), expected, rtol=0, atol=1e-12)
 
 
 def test_auroc_is_not_flipped_below_one_half():
