@@ -17,7 +17,7 @@ from tests.harness import growth, input_pipeline, metrics, saving, scaling
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.usefixtures("compile_quickly"),
+    pytest.mark.usefixtures("compile_quickly", "processes_compile_quickly"),
     pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),  # ml_collections reads a config
 ]
 KEYS = {
