@@ -94,22 +94,25 @@ def diffusion(name, dtype):
     return methods.build(name, config)
 
 
-@pytest.mark.parametrize("name", ["diad", "cdad"])
-def test_diffusion_is_nearly_that_of_float32(name):
-    """Losses, gradients and rebuilt latents; all products of the UNet and its guide are computed in bfloat16."""
-    rng = np.random.default_rng(0)
-    features = {"rgb": rng.normal(0, 2, (IMAGES, GRID**2, LITE0)).astype(np.float32)}
-    images = {"rgb": np.zeros((IMAGES, SIZE, SIZE, 3), np.float32)}
-    batch = Batch(features, images, np.zeros(IMAGES, np.int32))
-    exact_method, rounded_method = (diffusion(name, dtype) for dtype in ("float32", "bfloat16"))
-    variables = exact_method.observe(jax.jit(exact_method.init)(jax.random.key(0), batch), batch, 0)
+@pytest.fixture(scope="module")
+def latents_batch():
+    features = np.random.default_rng(0).normal(0, 2, (IMAGES, GRID**2, LITE0)).astype(np.float32)
+    images = np.zeros((IMAGES, SIZE, SIZE, 3), np.float32)
+    return Batch({"rgb": features}, {"rgb": images}, np.zeros(IMAGES, np.int32))
+
+
+def test_diffusion_is_nearly_that_of_float32(latents_batch):
+    """Losses, gradients and error maps."""
+    rng, methods_ = np.random.default_rng(1), [diffusion("cdad", dtype) for dtype in ("float32", "bfloat16")]
+    variables = jax.jit(methods_[0].init)(jax.random.key(0), latents_batch)
+    variables = methods_[0].observe(variables, latents_batch, 0)
     drawn = jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape, np.float32), variables["params"])
     variables |= {"params": drawn}
     results = []
-    for method in (exact_method, rounded_method):
-        value, gradients = jax.jit(jax.value_and_grad(loss(method, variables, batch)))(drawn)
+    for method in methods_:
+        value, gradients = jax.jit(jax.value_and_grad(loss(method, variables, latents_batch)))(drawn)
         assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {np.dtype("float32")}
-        maps = jax.jit(method.predict)(variables, batch).maps["rgb"]
+        maps = jax.jit(method.predict)(variables, latents_batch).maps["rgb"]
         results.append((value, np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradients)]), maps))
     (exact, exact_gradient, exact_maps), (rounded, gradient, maps) = results
     assert 0 < abs(exact - rounded) < 0.02 * exact
@@ -117,8 +120,22 @@ def test_diffusion_is_nearly_that_of_float32(name):
     assert 0.9 < cosine < 1 - 1e-6
     assert maps.dtype == np.float32
     assert 0 < np.abs(maps - exact_maps).max() < 0.05 * exact_maps.max()
-    program = str(jax.make_jaxpr(loss(rounded_method, variables, batch))(drawn))
+
+
+@pytest.mark.parametrize("name", ["diad", "cdad"])
+def test_unet_and_guide_compute_in_bfloat16(latents_batch, name):
+    method = diffusion(name, "bfloat16")
+    variables = jax.eval_shape(method.init, jax.random.key(0), latents_batch)
+    program = str(
+        jax.make_jaxpr(lambda v: method.loss(v, latents_batch, jax.random.split(jax.random.key(2), IMAGES)))(variables)
+    )
     dtypes = re.findall(r":(\w+)\[[^\]]*\] = (?:dot_general|conv_general_dilated)", program)
     assert dtypes.count("bf16") > 20
     assert dtypes.count("f32") == 1  # of the latents
     assert set(re.findall(r":(\w+)\[[^\]]*\] = (?:exp|reduce_max)", program)) == {"f32"}  # of softmaxes
+
+
+@pytest.mark.parametrize("name", ["diad", "cdad"])
+def test_diffusion_refuses_an_unknown_dtype(name):
+    with pytest.raises(UserError, match=re.escape(sentences.UNKNOWN_DTYPE.format("float8"))):
+        diffusion(name, "float8")
