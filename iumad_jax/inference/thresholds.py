@@ -225,7 +225,8 @@ def _limits(calibration: Calibration, quantile: float, chosen: float | None) -> 
     share = _of_tile(quantile, calibration.tiles)
     image, pixel = (_conformal(values, share)[0] for values in (calibration.score, calibration.peak))
     if chosen is None:
-        return image * (1 + _ROUNDING), pixel * (1 + _ROUNDING)
+        image, pixel = (float(np.float32(value * (1 + _ROUNDING))) for value in (image, pixel))  # as they are compared
+        return image, pixel
     return chosen, pixel * chosen / image if image > 0 else chosen
 
 
