@@ -155,7 +155,7 @@ def paper(protocol: str) -> ConfigDict:
     config.model.heads = 8  # of attention
     config.model.layers = 4  # of the Mamba decoder or class network, and of the transformer's encoder and decoder each
     config.model.hidden = 1024  # width of feed-forward layers
-    config.model.dtype = "float32"  # bfloat16: transformers and UNets compute in it, weights and losses stay float32
+    config.model.dtype = "float32"  # bfloat16: networks compute in it, except those of simplenet and destseg
     config.model.dropout = 0.1
     config.model.patch_size = 8  # side of a patch in the Mamba decoder's stem, pixels
     config.model.states = 16  # states per channel of the selective scan

@@ -25,7 +25,7 @@ class UserError(Exception):
 
 
 def counted(number: int, things: str) -> str:
-    """Return a number of things, such as "1 image" or "3 images", of the plural."""
+    """Return a number with a noun, such as "1 image" or "3 images", given in the plural."""
     return f"{number} {things.removesuffix('s') if number == 1 else things}"
 
 

@@ -135,6 +135,16 @@ def set_key(config, key):
     config[name] = "x"
 
 
+def test_variants_that_converge_slowly_train_for_a_multiple_of_the_epochs():
+    config = load(next(file for file in CONFIGS if file.stem == "benchmark")).get_config()
+    config.train.epochs = 7
+    config.benchmark.update(
+        {"variants": "uniad,simplenet-replay,destseg,diad", "modalities": "rgb", "protocols": "10-0", "seeds": 1}
+    )
+    assert [cell.train.epochs for cell, _ in cells(config)] == [7, 28, 14, 21]
+    assert config.train.epochs == 7
+
+
 def test_a_benchmark_with_keys_of_an_older_version_is_refused():
     config = load(next(file for file in CONFIGS if file.stem == "benchmark")).get_config()
     check(config)

@@ -55,10 +55,9 @@ def make_rule(config: ConfigDict) -> Rule:
     judged = set(modalities(config))
     if config.method == "ib_iumad" and len(judged) == 2 and config.model.target != "both":
         judged = {config.model.target}
-    if config.method == "destseg" and config.destseg.map == "segmentation":
+    segmented = config.method == "destseg" and config.destseg.map == "segmentation"
+    if segmented or (config.method == "simplenet" and config.simplenet.fusion == "early"):
         judged = {config.modality}  # jointly
-    if config.method == "simplenet" and config.simplenet.fusion == "early":
-        judged = {config.modality}
     if config.combine in ("rgb", "depth") and config.combine not in judged:
         raise UserError(f"config.combine is {config.combine}, but only {', '.join(judged)} is judged; use maximum.")
     return Rule(config.combine, config.score)

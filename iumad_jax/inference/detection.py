@@ -52,7 +52,8 @@ class Detection(NamedTuple):
     @property
     def relative_score(self) -> Float[np.ndarray, "*b"]:
         """The score from 0 to 1, score / (score + image_threshold): above 1/2 where the image is anomalous."""
-        return self.score / np.maximum(self.score + self.image_threshold, np.finfo(np.float32).tiny)
+        score = self.score.astype(np.float64)  # in which the smallest score of float32 is far from zero
+        return (score / np.maximum(score + self.image_threshold, np.finfo(np.float64).tiny)).astype(np.float32)
 
 
 class Processed(NamedTuple):

@@ -35,7 +35,7 @@ from iumad_jax.runtime.storage import as_json, make_folder, write_whole
 
 HEATMAPS = {"none": 0, "small": 640, "full": None}  # pixels of the longer side at most
 _THREADS = min(4, os.cpu_count() or 1)
-_LARGE = 12_000_000  # pixels of photographs that are read one after another, or several would fill the memory
+_LARGE = 12_000_000  # photographs with more pixels are read one after another, or several would fill the memory
 _QUICKLY = 1  # level of PNG compression, which at the default of 6 takes four times as long
 
 _Item = TypeVar("_Item")

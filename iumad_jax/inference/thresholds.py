@@ -5,8 +5,8 @@ good image exceeds it is at most 1 - k / (n + 1), averaged over calibration sets
 conformal prediction; Vovk et al., 2005). With fewer than quantile / (1 - quantile) images (199 for 0.995), k would be
 larger than n: the threshold is then the maximum, which guarantees only 1 / (n + 1).
 
-Images and pixels are compared with a threshold that is larger by a share of 1e-4. Otherwise, rounding (another batch,
-device or precision) could make an anomalous image of the calibration image that set it.
+Images and pixels are compared with a threshold that is larger by a share of 1e-4. Otherwise, float32 rounding (another
+batch or device) could make an anomalous image of the calibration image that set it.
 
 An image of t tiles exceeds a threshold if one of them does. Its thresholds are therefore those that a tile exceeds with
 a probability of at most (1 - quantile) / t, so that the image does so with at most 1 - quantile, however its tiles
@@ -168,10 +168,10 @@ def describe(calibrations: Mapping[str, Calibration], quantile: float, chosen: C
     Returns:
         `quantile`; `rms_distance`, the root mean square distance of an image to its object; `unknown`, the distance
         `threshold` shared by all objects, computed from `good` (the threshold of good images) and `others` (the
-        distance to other objects); `objects`, by name the `image` and `pixel` thresholds (see `describe_threshold`)
-        and, if the object has few images, an `unknown` threshold of its own. `false_alarm_bound` is None for
-        thresholds from training images, which guarantee nothing, and for thresholds that a user chose, which are marked
-        `chosen`.
+        distance to other objects); `objects`, by name the `image` and `pixel` thresholds (see `describe_threshold`,
+        with the margin for rounding) and, if the object has few images, an `unknown` threshold of its own.
+        `false_alarm_bound` is None for thresholds from training images, which guarantee nothing, and for thresholds
+        that a user chose, which are marked `chosen`.
     """
     single = sum(not calibration.retired for calibration in calibrations.values()) == 1
 
@@ -182,7 +182,8 @@ def describe(calibrations: Mapping[str, Calibration], quantile: float, chosen: C
             "pixel": describe_threshold(calibration.peak, quantile, calibration.tiles) | no_bound,
         }
         for kind, value in zip(record, _limits(calibration, quantile, chosen.get(name)), strict=True):
-            record[kind]["threshold"] = value
+            scale = value / record[kind]["threshold"] if record[kind]["threshold"] else 1.0
+            record[kind] |= {"threshold": value, "interval": [scale * end for end in record[kind]["interval"]]}
             if name in chosen:
                 record[kind] |= {"interval": [value, value], "false_alarm_bound": None, "chosen": True}
         if calibration.few:

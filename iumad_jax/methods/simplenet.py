@@ -190,9 +190,10 @@ def noisy_share(modalities: int) -> float:
 
 def noisy_channels(key: Key[Array, ""], tokens: int, modalities: int) -> Bool[Array, "p m"]:
     """Draw which modalities of each token get noise: the only one; or the first, the second or both alike."""
-    left_out = jax.random.randint(key, (tokens, 1), 0, 3 if modalities == 2 else 1)
-    numbers = jnp.arange(modalities)[None]
-    return (left_out != numbers) | (modalities == 1)
+    if modalities == 1:
+        return jnp.ones((tokens, 1), bool)
+    left_out = jax.random.randint(key, (tokens, 1), 0, 3)  # 2: none
+    return left_out != jnp.arange(2)[None]
 
 
 def hidden_variance(

@@ -146,7 +146,7 @@ def test_decisions_use_the_thresholds_of_the_recognised_object(calibration):
 
 
 def test_rounding_makes_no_alarm_of_the_image_that_set_the_threshold(calibration):
-    """A batch of another size, float16 storage of features and another device change scores by a few 1e-6."""
+    """Another batch or device changes scores by about float32's precision."""
     decision = decide(calibration, [3 * (1 + 1e-5)] * 6, [6 * (1 + 1e-5)] * 2 + [1] * 4)
     assert decision.anomalous.tolist() == [False] * 6
     assert not decision.mask.any()

@@ -58,7 +58,9 @@ def test_cells():
 
 
 def test_an_unknown_variant_is_refused():
-    with pytest.raises(UserError, match=sentences.UNKNOWN_VARIANTS.format(found="uniad,draem", known="uniad, uniad-iuf")):
+    with pytest.raises(
+        UserError, match=sentences.UNKNOWN_VARIANTS.format(found="uniad,draem", known="uniad, uniad-iuf")
+    ):
         list(cells(plan(variants="uniad,draem")))
 
 

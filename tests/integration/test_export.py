@@ -43,9 +43,10 @@ def features(detector, extractor, images):
 def with_method(detector, extractor, images, features):
     """Return a function that gives the detector another method, of random weights, which judges RGB alone."""
 
-    def make(name, change=lambda method: method):
+    def make(name, change=lambda method: method, **keys):
         config = workdirs.read(detector.workdir)
         config.update({"method": name, "modality": "rgb"})
+        config.simplenet.update(keys)
         method, rule = change(methods.build(name, config)), make_rule(config)
         batch = Batch(features, images, np.arange(len(LEARNED), dtype=np.int32))
         variables = with_frozen(name, method, jax.jit(method.init)(jax.random.key(0), batch))
@@ -63,9 +64,12 @@ def with_method(detector, extractor, images, features):
     return make
 
 
-@pytest.mark.parametrize("method", ["simplenet", "destseg", "diad", "cdad"])
-def test_a_file_of_a_method_predicts_what_its_detector_does(with_method, images, method):
-    detector = with_method(method)
+@pytest.mark.parametrize(
+    ("method", "keys"),
+    [("simplenet", {}), ("simplenet", {"aggregation": "release"}), ("destseg", {}), ("diad", {}), ("cdad", {})],
+)
+def test_a_file_of_a_method_predicts_what_its_detector_does(with_method, images, method, keys):
+    detector = with_method(method, **keys)
     expected = detector.judge(images)
     assert expected.map.std() > 0.01 * expected.map.max()
     for format_, batch in (("onnx", None), ("stablehlo", len(LEARNED))):

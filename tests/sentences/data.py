@@ -105,14 +105,14 @@ LABELS_DISAGREE = "make them agree"
 LABELLED_DEFECT_OUTSIDE_TEST = "{file} labels a {split} image {defect}; move it to test_public"
 LIGHT_UNKNOWN = "config.dataset.light is {}"
 SPLIT_OF_EYECANDIES_MISSING = (
-    "{path} is missing; add {object} there, or list objects without it as config.dataset.objects"
+    "{path} is missing; add {object} there, or name the other objects in config.dataset.objects"
 )
 SPLIT_WITHOUT_SAMPLES = "{} holds no samples"
 SAMPLE_FILE_MISSING = "{} is missing; add it, since every sample needs"
 UNKNOWN_VALIDATION = r'config\.dataset\.validation is "{found}"; use {known}\.'
 ENCODING_UNAVAILABLE = "which {reader} lacks; use {known}"
 ROOT_WITHOUT_OBJECTS = "holds no folder; add one for every object"
-SPLIT_MISSING = "{path} is missing; add it, or list objects without {object} as config.dataset.objects"
+SPLIT_MISSING = "{path} is missing; add it, or name the other objects in config.dataset.objects"
 GOOD_IMAGES_MISSING = "{} is missing; add the good images there"
 FOLDER_WITHOUT_IMAGES = "{folder} holds no images; add files such as {example}"
 FOLDER_OF_DEPTH_ALONE = "{folder} holds no images; add files such as 000.png, or use --config.modality=depth"

@@ -102,7 +102,7 @@ def read_photograph(file: Path, bits: int | None = None) -> UInt8[np.ndarray, "h
     return rgb if rgb.shape[2] == 3 else np.repeat(rgb, 3, axis=2)
 
 
-def pixels(file: Path) -> int:
+def pixel_count(file: Path) -> int:
     """Return the number of pixels that an image's header says.
 
     Raises:

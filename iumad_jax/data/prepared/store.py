@@ -230,7 +230,7 @@ class Store:
         files = {id_: copies.files(self.reader, object_, split, id_) for id_ in copies.ids(self.reader, object_, split)}
         if not files:
             raise UserError(
-                f"{object_} has no {split} images; add some, or list objects without it as config.dataset.objects."
+                f"{object_} has no {split} images; add some, or name the other objects in config.dataset.objects."
             )
         previous = {
             file: source

@@ -142,7 +142,7 @@ class Eyecandies:
             if split == "unlabelled":
                 return ()
             raise UserError(
-                f"{folder} is missing; add {object} there, or list objects without it as config.dataset.objects."
+                f"{folder} is missing; add {object} there, or name the other objects in config.dataset.objects."
             )
         entries = list_entries(folder, self._within)
         numbered = {match[1] for match in map(_SAMPLE_FILE.fullmatch, entries) if match}

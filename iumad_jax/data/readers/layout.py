@@ -159,7 +159,7 @@ def list_items(
     beside = [name for name in images if name.endswith("_mask") and name.removesuffix("_mask") in images]
     masks_beside = {name: images.pop(name) for name in beside}
     if not images:
-        alone = ", or use --config.modality=depth" if "depth" in by_kind else ""
+        alone = ", or use --config.modality=depth" if "depth" in by_kind and image_folder == folder else ""
         raise UserError(f"{folder / image_kind} holds no images; add files such as 000{kinds[image_kind][0]}{alone}.")
     files = {image_kind: {name: [file] for name, file in images.items()}}
     for kind in kinds:
@@ -250,9 +250,7 @@ def read_item(
 
 def _check_exists(split: Path) -> None:
     if not split.is_dir():
-        raise UserError(
-            f"{split} is missing; add it, or list objects without {split.parent.name} as config.dataset.objects."
-        )
+        raise UserError(f"{split} is missing; add it, or name the other objects in config.dataset.objects.")
 
 
 def _files_by_name(

@@ -11,7 +11,7 @@ from iumad_jax.data.depth import picture
 from iumad_jax.data.formats.alignment import align
 from iumad_jax.data.formats.depth_files import DEPTH_IMAGES, read_depth
 from iumad_jax.data.formats.files import Within, check_inside, is_clutter, is_output, tell
-from iumad_jax.data.formats.images import PHOTOGRAPHS, pixels, read_photograph
+from iumad_jax.data.formats.images import PHOTOGRAPHS, pixel_count, read_photograph
 from iumad_jax.data.readers.layout import DEPTHS, MASKS
 from iumad_jax.data.sample import Camera, DepthFormat, Reader, Split
 from iumad_jax.errors import UserError
@@ -70,7 +70,7 @@ def photographs(
 
         def count(file: Path = file) -> int:
             check_inside(file, within)
-            return pixels(file)
+            return pixel_count(file)
 
         def read(
             file: Path = file, files: Callable[[], tuple[Path, Path | None]] = files
