@@ -7,8 +7,9 @@ A row has labels, one for each heading of the table, and the workdirs of runs th
 several, the table has means and standard deviations; of one, 95 % intervals in the columns for which it asks.
 `runs/a:gaussian` takes a baseline of the run. Rows are sorted by their labels.
 
-A table with a command has the cells of a Markdown table that this command printed into a file. The day is that of the
-file, and the versions are those of this process.
+A table with a command has the cells of a Markdown table: written by hand from what the command reports, or with
+--printed as the command printed it into a file. Then the day is that of the file, and the versions are those of this
+process.
 
 Without --row and --printed, the tables are written as they are recorded. Each table of RESULTS.md follows a line
 <!-- results NAME -->.
@@ -42,7 +43,9 @@ _COLUMNS = {  # heading of a column: metric and figure of results.json
     "object AUPRO": ("aupro_object", "final"),
     "`fm` I-AUROC": ("i_auroc", "fm"),
     "`fm` AUPRO": ("aupro", "fm"),
+    "`fm` object P-AUROC": ("p_auroc_object", "fm"),
     "`new` I-AUROC": ("i_auroc", "new"),
+    "`new` AUPRO": ("aupro", "new"),
 }
 
 
@@ -80,7 +83,7 @@ def _printed(file: Path, record: dict[str, Any]) -> dict[str, Any]:
     """Return the record with the table that its command printed into a file."""
     try:
         lines = [line for line in file.read_text().splitlines() if line.startswith("|")]
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"--printed={file} cannot be read ({error}); name the file with the output.") from error
     tables = sum(not line.strip("|:- ") and "-" in line for line in lines)
     if tables != 1:
