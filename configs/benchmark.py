@@ -24,7 +24,7 @@ def get_config(protocol: str = "6-4") -> ConfigDict:
     config.report.pictures_per_object = 0
 
     config.benchmark = ConfigDict()
-    config.benchmark.variants = "uniad,iuf,ib_iumad"  # names of iumad_jax.config.VARIANTS
+    config.benchmark.variants = "uniad,iuf,ib_iumad"  # names of iumad_jax.benchmark.VARIANTS
     config.benchmark.modalities = "rgb,depth,rgb+depth"
     config.benchmark.protocols = "10-0,9-1,6-4,6-1"
     config.benchmark.seeds = 3

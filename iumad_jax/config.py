@@ -2,8 +2,6 @@
 
 import functools
 import math
-from collections.abc import Iterator
-from itertools import product
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -81,35 +79,6 @@ _LIMITS = {
     "report.pictures_per_object": (0, 1000),
 }
 _MOST_TILES = 256  # of an image
-_BENCHMARK = {"variants", "modalities", "protocols", "seeds", "seeds_of_one_modality"}
-
-_EPOCHS = {"simplenet": 4, "destseg": 2, "diad": 3, "cdad": 3}  # times config.train.epochs in benchmarks, to converge
-VARIANTS: dict[str, dict[str, Any]] = {  # method variants of benchmarks: the keys that each one changes
-    "uniad": {"method": "uniad", "continual.strategy": "finetune"},
-    "uniad-iuf": {"method": "uniad", "continual.strategy": "iuf"},
-    "uniad-isvd": {"method": "uniad", "continual.strategy": "isvd"},
-    "uniad-replay": {"method": "uniad", "continual.strategy": "replay"},
-    "iuf": {"method": "iuf", "continual.strategy": "iuf"},
-    "simplenet": {"method": "simplenet", "continual.strategy": "finetune"},
-    "simplenet-iuf": {"method": "simplenet", "continual.strategy": "iuf"},
-    "simplenet-replay": {"method": "simplenet", "continual.strategy": "replay", "continual.replay.residual": True},
-    "destseg": {"method": "destseg", "continual.strategy": "finetune"},
-    "destseg-group": {"method": "destseg", "continual.strategy": "finetune", "destseg.norm": "group"},
-    "destseg-iuf": {"method": "destseg", "continual.strategy": "iuf"},
-    "destseg-replay": {"method": "destseg", "continual.strategy": "replay", "continual.replay.image_size": 128},
-    "diad": {"method": "diad", "continual.strategy": "finetune"},
-    "diad-replay": {"method": "diad", "continual.strategy": "replay"},
-    "cdad": {"method": "cdad", "continual.strategy": "isvd"},
-    "cdad-finetune": {"method": "cdad", "continual.strategy": "finetune"},
-    "cdad-replay": {"method": "cdad", "continual.strategy": "replay"},
-    "ib_iumad": {"method": "ib_iumad", "continual.strategy": "iuf"},
-    "ib_iumad-finetune": {"method": "ib_iumad", "continual.strategy": "finetune"},
-    "ib_iumad-isvd": {"method": "ib_iumad", "continual.strategy": "isvd"},
-    "ib_iumad-replay": {"method": "ib_iumad", "continual.strategy": "replay"},
-    "ib_iumad-joint": {"method": "ib_iumad", "continual.strategy": "joint"},
-    "ib_iumad-no_mamba": {"method": "ib_iumad", "continual.strategy": "iuf", "model.mamba": False},
-    "ib_iumad-no_bottleneck": {"method": "ib_iumad", "continual.strategy": "iuf", "model.bottleneck": False},
-}
 
 
 def paper(protocol: str) -> ConfigDict:
@@ -318,40 +287,6 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return values
-
-
-def cells(config: ConfigDict) -> Iterator[tuple[ConfigDict, tuple[str, str, str, int]]]:
-    """Yield the config of every run of a benchmark, seed by seed.
-
-    Baselines do not depend on the variant, so only runs of the first variant include them.
-
-    Yields:
-        The config and its (variant, modality, protocol, seed).
-
-    Raises:
-        UserError: If a key or a variant is unknown.
-    """
-    plan = config.benchmark
-    if set(plan) != _BENCHMARK:
-        raise UserError(f"config.benchmark has the keys {', '.join(plan)}; use {', '.join(sorted(_BENCHMARK))}.")
-    variants, modalities, protocols = (plan[key].split(",") for key in ("variants", "modalities", "protocols"))
-    if not set(variants) <= set(VARIANTS):
-        raise UserError(
-            f'config.benchmark.variants is "{plan.variants}"; use comma-separated names of {", ".join(VARIANTS)}.'
-        )
-    seeds = max(plan.seeds, plan.seeds_of_one_modality)
-    for seed, protocol, modality, variant in product(range(seeds), protocols, modalities, variants):
-        if seed >= (plan.seeds if "+" in modality else plan.seeds_of_one_modality):
-            continue
-        cell = config.copy_and_resolve_references()
-        with cell.unlocked():
-            del cell.benchmark
-        changes = VARIANTS[variant] | {"protocol": protocol, "modality": modality, "seed": seed}
-        cell.update_from_flattened_dict(changes)
-        cell.train.epochs *= _EPOCHS.get(cell.method, 1)
-        if variant != variants[0]:
-            cell.baselines = ""
-        yield cell, (variant, modality, protocol, seed)
 
 
 def check(config: ConfigDict) -> None:

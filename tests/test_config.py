@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from iumad_jax import continual, methods, protocol
-from iumad_jax.config import cells, check, paper
+from iumad_jax.benchmark import cells
+from iumad_jax.config import check, paper
 from iumad_jax.data.readers.eyecandies import OBJECTS
 from iumad_jax.errors import UserError
 from iumad_jax.training.optimization import learning_rates, make_optimizer

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from absl import flags
 
+from iumad_jax import benchmark
 from iumad_jax import config as configs
 from iumad_jax.runtime import workdir as workdirs
 
@@ -93,7 +94,7 @@ def test_script_for_slurm_parses():
 
 @pytest.mark.parametrize("name", PAGES)
 def test_config_keys_exist(name):
-    keys = [*configs.flat(configs.paper("1-0").to_dict()), *(f"benchmark.{key}" for key in configs._BENCHMARK)]
+    keys = [*configs.flat(configs.paper("1-0").to_dict()), *(f"benchmark.{key}" for key in benchmark._KEYS)]
     groups = {key[:end] for key in keys for end in range(len(key)) if key[end] == "."}
     for key in re.findall(r"--config\.([a-z_.\d]*[a-z_\d])(?![A-Z])", PAGES[name]):
         assert key in keys or key in groups, key

@@ -8,11 +8,10 @@ import io
 import json
 import os
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -34,8 +33,7 @@ from iumad_jax.runtime import preemption
 from iumad_jax.runtime.storage import as_json, make_folder, write_whole
 
 HEATMAPS = {"none": 0, "small": 640, "full": None}  # pixels of the longer side at most
-_THREADS = min(4, os.cpu_count() or 1)
-_LARGE = 12_000_000  # photographs with more pixels are read one after another, or several would fill the memory
+_THREADS = min(4, os.cpu_count() or 1)  # more would hold more large photographs in memory
 _QUICKLY = 1  # level of PNG compression, which at the default of 6 takes four times as long
 
 _Item = TypeVar("_Item")
@@ -100,13 +98,10 @@ def predict(
     units_fit = False
     side = HEATMAPS[heatmaps] if heatmaps != "none" else predictions_page.SIDE
 
-    large = threading.Lock()
-
     def read(image: InputImage) -> _Ready:
-        with large if image.pixels() > _LARGE else nullcontext():
-            rgb, depth, camera = image.read()
-            height, width = rgb.shape[:2]
-            return _Ready(detector.process(rgb, depth, camera), (width, height), _reduced(rgb, side))
+        rgb, depth, camera = image.read()
+        height, width = rgb.shape[:2]
+        return _Ready(detector.process(rgb, depth, camera), (width, height), _reduced(rgb, side))
 
     def judge(readings: Iterable[tuple[InputImage, Future[_Ready]] | None]) -> Iterator[_Judged | None]:
         nonlocal units_fit

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from iumad_jax.config import cells, small
+from iumad_jax.benchmark import cells
+from iumad_jax.config import small
 from iumad_jax.errors import UserError
 from iumad_jax.report import comparison
 from tests import sentences

@@ -198,26 +198,6 @@ def test_heatmaps_are_of_the_chosen_size(home, command, reader):
     assert not (home / "of_none" / "heatmaps").exists()
 
 
-@pytest.mark.skipif(predictions._THREADS == 1, reason="needs two CPU cores")
-@pytest.mark.parametrize(("pixels", "meetings"), [(24_000_000, 0), (5_000_000, 2)])
-def test_large_photographs_are_read_one_after_another(home, detector, reader, tmp_path, pixels, meetings):
-    sample = samples(reader, "CandyCane")[0]
-    meeting, met = threading.Barrier(2), []
-
-    def read():
-        try:
-            meeting.wait(1)
-            met.append(True)
-        except threading.BrokenBarrierError:
-            meeting.reset()
-        return sample.rgb, sample.depth, sample.camera
-
-    images = [unlabelled.InputImage(name, read, lambda: (None, None), pixels=lambda: pixels) for name in "ab"]
-    rows = predictions.predict(detector, images, "run", None, tmp_path / "out", "none").rows
-    assert [row["image"] for row in rows] == ["a", "b"]
-    assert len(met) == meetings
-
-
 def test_predict_reads_a_dataset(home, command, detector, reader):
     code, out, err = command("predict", "--workdir=run", "--output=all", f"--config.dataset.objects={NEVER_LEARNED}")
     assert code == 0, err

@@ -102,16 +102,6 @@ def read_photograph(file: Path, bits: int | None = None) -> UInt8[np.ndarray, "h
     return rgb if rgb.shape[2] == 3 else np.repeat(rgb, 3, axis=2)
 
 
-def pixel_count(file: Path) -> int:
-    """Return the number of pixels that an image's header says.
-
-    Raises:
-        UserError: If the header cannot be read or says too many.
-    """
-    with _opened(file) as (_, _, image):
-        return image.width * image.height
-
-
 def used_bits(files: Sequence[Path]) -> int | None:
     """Return the bits that all photographs together use, which is told; None if the first one, if any, has 8 bits each.
 

@@ -11,7 +11,7 @@ from iumad_jax.data.depth import picture
 from iumad_jax.data.formats.alignment import align
 from iumad_jax.data.formats.depth_files import DEPTH_IMAGES, read_depth
 from iumad_jax.data.formats.files import Within, check_inside, is_clutter, is_output, tell
-from iumad_jax.data.formats.images import PHOTOGRAPHS, pixel_count, read_photograph
+from iumad_jax.data.formats.images import PHOTOGRAPHS, read_photograph
 from iumad_jax.data.readers.layout import DEPTHS, MASKS
 from iumad_jax.data.sample import Camera, DepthFormat, Reader, Split
 from iumad_jax.errors import UserError
@@ -26,7 +26,6 @@ class InputImage(NamedTuple):
     read: Callable[[], tuple[np.ndarray, np.ndarray | None, Camera | None]]  # RGB, depth, camera of a `Sample`
     files: Callable[[], tuple[Path | None, Path | None]]  # RGB, depth; None if it is not in one file of its own
     format_: DepthFormat = DepthFormat()  # what the numbers in the depth file mean
-    pixels: Callable[[], int] = lambda: 0  # of the photograph, as its header says; 0 if that is not known
 
 
 def photographs(
@@ -68,10 +67,6 @@ def photographs(
         def files(file: Path = file, name: str = name) -> tuple[Path, Path | None]:
             return file, _find_depth_file(depth_path, name) if needs_depth and depth_path else None
 
-        def count(file: Path = file) -> int:
-            check_inside(file, within)
-            return pixel_count(file)
-
         def read(
             file: Path = file, files: Callable[[], tuple[Path, Path | None]] = files
         ) -> tuple[np.ndarray, np.ndarray | None, Camera | None]:
@@ -85,7 +80,7 @@ def photographs(
             depth, cloud_camera = align(depth, cloud_camera, format_.align, rgb.shape[:2], depth_file, file)
             return rgb, depth, camera or cloud_camera
 
-        yield InputImage(name, read, files, format_, count)
+        yield InputImage(name, read, files, format_)
 
 
 def depth_files(
