@@ -22,6 +22,7 @@ from iumad_jax.data.depth import project
 from iumad_jax.data.formats.clouds import read_pcd, read_ply
 from iumad_jax.data.formats.files import read_error
 from iumad_jax.data.formats.images import check_size, read_image, upright
+from iumad_jax.data.formats.retry import after_system_error
 from iumad_jax.data.sample import Camera, DepthFormat
 from iumad_jax.errors import UserError, tell_once
 
@@ -64,7 +65,7 @@ def read_depth(
         UserError: If the file cannot be read, holds no depth, or its unit is missing or wrong.
     """
     try:
-        values = _decode(file, size)
+        values = after_system_error(_decode, file, size)
     except UserError:
         raise
     except Exception as error:  # damaged files make the decoders raise errors of any type
