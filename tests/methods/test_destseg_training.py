@@ -145,13 +145,15 @@ def test_it_learns_to_find_fresh_defects(fast_compilation):
     method = build("destseg", config)
     images = smooth_images(8)
     variables = variables_of(method, images)
-    optimizer = method.optimizer(config.train)
+    optimizer, updates = method.optimizer(config.train), 400
+    jax.config.update("jax_disable_most_optimizations", False)  # so many updates take longer than compilation
     update = make_update(method, optimizer)
     state = devices.replicate(initial_state(variables, optimizer, 0, []))
-    for number in range(600):
+    for number in range(updates):
         inputs = single_update(images)
-        inputs = inputs._replace(progress=np.full((len(inputs.indices), 1), number / 600, np.float32))
+        inputs = inputs._replace(progress=np.full((len(inputs.indices), 1), number / updates, np.float32))
         state, _ = update(state, inputs, jax.random.key(1), np.float32([config.train.learning_rate]))
+    jax.config.update("jax_disable_most_optimizations", True)
     trained = devices.unreplicate(state).variables
     keys = jax.random.split(jax.random.key(99), 8)
     fresh = make_defects(keys, images.images, None, "normals", False)
