@@ -45,6 +45,16 @@ epochs, images, pixels = 10, 12, 192
 size = 128  # input size of the network in pixels; a token covers 16 x 16
 
 # %% [markdown]
+# ## The images
+#
+# They are stored like those of Eyecandies. Every second test image has a defect.
+
+# %%
+from iumad_jax.data import candies
+
+candies.render(f"{workdir}_candies", objects=objects, train=images, test=2 * images // 3, size=pixels)
+
+# %% [markdown]
 # ## The experiment
 #
 # `configs.paper` has the paper's values; `configs.small` suits few images and small machines. The protocol `2-1` learns
@@ -54,10 +64,9 @@ size = 128  # input size of the network in pixels; a token covers 16 x 16
 from iumad_jax import config as configs
 
 config = configs.small("2-1")
-config.dataset.name = "candies"
+config.dataset.name = "eyecandies"
 config.dataset.root = f"{workdir}_candies"
 config.dataset.objects = objects
-config.dataset.render.update(train=images, test=2 * images // 3, size=pixels)  # every second test image has a defect
 config.input.size = size
 config.backbone.grid = size // 16
 config.train.epochs = epochs
@@ -66,8 +75,8 @@ config.baselines = "memory_bank"  # evaluated on the same images
 # %% [markdown]
 # ## The run
 #
-# The run renders missing images, learns and evaluates step by step, and stores everything in the workdir. Running
-# the cell again resumes an interrupted run, or reports that the run is finished.
+# The run learns and evaluates step by step, and stores everything in the workdir. Running the cell again resumes an
+# interrupted run, or reports that the run is finished.
 
 # %%
 from pathlib import Path

@@ -48,14 +48,15 @@ from pathlib import Path
 
 from iumad_jax import config as configs
 from iumad_jax import experiment
+from iumad_jax.data import candies
 
 if not (Path(workdir) / "results.json").exists():
     config = configs.paper("1-1")
     config.method = "memory_bank"
-    config.dataset.name = "candies"
+    config.dataset.name = "eyecandies"  # rendered sweets are stored like the images of Eyecandies
     config.dataset.root = f"{workdir}_candies"
     config.dataset.objects = "CandyCane,GummyBear"
-    config.dataset.render.update(train=6, test=6, size=64)
+    candies.render(config.dataset.root, objects=config.dataset.objects, train=6, test=6, size=64)
     config.input.size, config.backbone.grid = 64, 4
     experiment.run(config, Path(workdir))
 
