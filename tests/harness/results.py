@@ -1,10 +1,12 @@
 """Record results in configs/results, and write the tables of configs/RESULTS.md from them.
 
     python -m tests.harness.results --table=modalities --row='1 | `uniad` | rgb = runs/a,runs/b'
+    python -m tests.harness.results --table=modalities --row='1 | `uniad` | rgb += runs/c'
     python -m tests.harness.results --table=robustness --printed=FILE
 
 A row has labels, one for each heading of the table, and the workdirs of runs that differ in their seeds only; of
 several, the table has means and standard deviations; of one, 95 % intervals in the columns for which it asks.
+With += they are further seeds of a recorded row.
 `runs/a:gaussian` takes a baseline of the run. Rows are sorted by their labels.
 
 A table with a command has the cells of a Markdown table: written by hand from what the command reports, or with
@@ -57,7 +59,7 @@ def main(arguments: list[str]) -> int:
 def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("table", None, "Name of the table that gets the rows.", flag_values=values)
     flags.DEFINE_multi_string(
-        "row", [], "'LABEL | LABEL = RUN,RUN': a row, new or in place of one.", flag_values=values
+        "row", [], "'LABEL | LABEL = RUN,RUN': a row, new or in place of one; += adds seeds to one.", flag_values=values
     )
     flags.DEFINE_string("printed", None, "File with the table that the table's command printed.", flag_values=values)
 
@@ -96,8 +98,30 @@ def _printed(file: Path, record: dict[str, Any]) -> dict[str, Any]:
 def _with_rows(texts: list[str], record: dict[str, Any]) -> dict[str, Any]:
     """Return the record with the rows that values of --row describe, sorted."""
     rows = {tuple(row["labels"]): row for row in record["rows"]}
-    rows |= {tuple(row["labels"]): row for row in (_measured(text, record) for text in texts)}
+    for text in texts:
+        row = _measured(text, record)
+        labels = tuple(row["labels"])
+        rows[labels] = _further_seeds(text, rows.get(labels), row) if _adds(text) else row
     return record | {"rows": sorted(rows.values(), key=lambda row: row["labels"])}
+
+
+def _adds(text: str) -> bool:
+    return text.rpartition("=")[0].endswith("+")
+
+
+def _further_seeds(text: str, recorded: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]:
+    """Return a recorded row with the values of further seeds."""
+    if recorded is None or "seeds" not in recorded:
+        raise UserError(f"--row={text}: no such row is recorded with its seeds; write = in place of +=.")
+    if again := set(recorded["seeds"]) & set(row["seeds"]):
+        raise UserError(f"--row={text}: seed {min(again)} is recorded already; name runs with other seeds.")
+    measured = dict.fromkeys([*recorded["measured"].split("; "), row["measured"]])
+    return recorded | {
+        "measured": "; ".join(measured),
+        "seeds": recorded["seeds"] + row["seeds"],
+        "values": {column: values + row["values"][column] for column, values in recorded["values"].items()},
+        "intervals": {},
+    }
 
 
 def _origin(files: Sequence[Path], python: str, jax: str) -> str:
@@ -117,12 +141,13 @@ def _measured(text: str, record: dict[str, Any]) -> dict[str, Any]:
         except (OSError, KeyError) as error:
             raise UserError(f"--row={text}: {run} has no results ({error}); name a finished run.") from error
         file, intervals = Path(workdir) / "results.json", judged.get("intervals")
-        finished.append((file, results["versions"], judged["summary"], intervals))
-    files, versions, summaries, all_intervals = zip(*finished, strict=True)
+        finished.append((file, results["config"]["seed"], results["versions"], judged["summary"], intervals))
+    files, seeds, versions, summaries, all_intervals = zip(*finished, strict=True)
     asked = record.get("intervals", []) if len(finished) == 1 else []
     return {
-        "labels": [label.strip() for label in labels.split("|")],
+        "labels": [label.strip() for label in labels.removesuffix("+").split("|")],
         "measured": _origin(files, versions[0]["python"], versions[0]["jax"]),
+        "seeds": list(seeds),
         "values": {
             heading: [round(summary[metric][figure], 4) for summary in summaries]
             for heading, (metric, figure) in _COLUMNS.items()
@@ -139,7 +164,8 @@ def filled(page: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         record = json.loads((CONFIGS / "results" / f"{match[1]}.json").read_text())
-        origins = {record["measured"]} if "command" in record else {row["measured"] for row in record["rows"]}
+        measured = [record["measured"]] if "command" in record else [row["measured"] for row in record["rows"]]
+        origins = {origin for text in measured for origin in text.split("; ")}
         return f"<!-- results {match[1]} -->\n{_table(record)}\n\n*Measured {'; '.join(sorted(origins))}.*\n"
 
     return TABLE.sub(table, page)

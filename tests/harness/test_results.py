@@ -38,7 +38,7 @@ def configs(tmp_path, monkeypatch):
     return tmp_path
 
 
-def finish_run(folder, aupro, baseline):
+def finish_run(folder, aupro, baseline, seed=0):
     """Write the results of a run in which nothing but AUPRO is defined."""
 
     def summary(value):
@@ -49,6 +49,7 @@ def finish_run(folder, aupro, baseline):
     folder.mkdir()
     versions = {"python": "3.11.0", "jax": "0.10.2"}
     content = {"summary": summary(aupro), "baselines": {"bank": {"summary": summary(baseline)}}, "versions": versions}
+    content |= {"config": {"seed": seed}}
     (folder / "results.json").write_text(json.dumps(content))
     os.utime(folder / "results.json", (1767225600, 1767225600))  # 2026-01-01
 
@@ -57,7 +58,7 @@ def test_rows_are_recorded_from_runs(configs, monkeypatch):
     """The mean of 0.6 and 0.8 is 0.7, and their standard deviation 0.1 times the root of 2."""
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     finish_run(configs / "a", 0.6, 0.4)
-    finish_run(configs / "b", 0.8, 0.4)
+    finish_run(configs / "b", 0.8, 0.4, seed=1)
     rows = ["--row=old | rgb = a:bank", "--row=new=ish | depth = a,b"]
     assert results.main(["results", "--table=some", *rows]) == 0
     assert (configs / "RESULTS.md").read_text().splitlines() == [
@@ -75,6 +76,23 @@ def test_rows_are_recorded_from_runs(configs, monkeypatch):
     ]
     assert results.main(["results"]) == 0  # again, from what is recorded
     assert (configs / "RESULTS.md").read_text().count("0.700 ± 0.141") == 1
+
+
+def test_seeds_are_added_to_a_recorded_row(configs, capsys):
+    """The mean of 0.6, 0.8 and 0.7 is 0.7, and their standard deviation 0.1."""
+    for name, aupro, seed in (("a", 0.6, 0), ("b", 0.8, 1), ("c", 0.7, 2)):
+        finish_run(configs / name, aupro, 0.4, seed)
+    os.utime(configs / "c" / "results.json", (1767312000, 1767312000))  # 2026-01-02
+    assert results.main(["results", "--table=some", "--row=a += | rgb = a,b"]) == 0
+    assert results.main(["results", "--table=some", "--row=a += | rgb += c"]) == 0
+    page = (configs / "RESULTS.md").read_text()
+    assert "| a += | rgb | 0.700 ± 0.100 | -0.010 ± 0.000 |" in page
+    assert "2026-01-01" in page
+    assert "2026-01-02" in page
+    for runs in ("a += | rgb += b", "a += | depth += c", "old | rgb += c"):
+        assert results.main(["results", "--table=some", f"--row={runs}"]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert (configs / "RESULTS.md").read_text() == page
 
 
 def test_a_table_may_ask_for_intervals_of_single_runs(configs):
