@@ -118,12 +118,16 @@ class Folder:
         Raises:
             UserError: If one of its files is unusable or they contradict each other.
         """
+        file = self.root / SETTINGS
+        correct = f"set the unit in {file}, for example unit: mm"
+        if "unit" in self._settings:
+            correct = f"correct the unit in {file}"
         return read_item(
             object,
             id,
             self._items[object, split][id],
             self.depth_format,
-            remedy=f"set the unit in {self.root / SETTINGS}, for example unit: mm (kind: height if larger is higher)",
+            remedy=f"{correct} (kind: height if larger is higher)",
             camera=self._settings.get("camera"),
             bits=self._bits,
         )
