@@ -123,6 +123,7 @@ UNKNOWN_SUFFIX = "{path} does not end in one of {known}"
 NAMES_DIFFER_IN_SUFFIX = "{file} and {other} differ only in suffix; rename or remove either"
 FILE_OF_IMAGE_MISSING = "{} is missing; add it, as every image in"
 DEPTH_NOT_THERE = "{folder} has no {kind}; add a folder {kind}, or use --config.modality=rgb"
+ENDINGS_DIFFER = "files whose names differ only in _rgb, _color, _depth or _mask belong together"
 FILE_WITHOUT_IMAGE = "{} has no image of its name"
 GOOD_TOLD = 'folders named "{}" hold good images'
 TESTING_TOLD = "of good images, one of 5 tests"

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -12,6 +13,7 @@ from iumad_jax.data.formats.alignment import align
 from iumad_jax.data.formats.depth_files import DEPTH_IMAGES, read_depth
 from iumad_jax.data.formats.files import Within, check_inside, is_clutter, is_output, tell
 from iumad_jax.data.formats.images import PHOTOGRAPHS, read_photograph
+from iumad_jax.data.readers import matching
 from iumad_jax.data.readers.layout import DEPTHS, MASKS
 from iumad_jax.data.sample import Camera, DepthFormat, Reader, Split
 from iumad_jax.errors import UserError
@@ -44,7 +46,8 @@ def photographs(
     Args:
         root: An image, or a folder of images.
         needs_depth: Whether to read depth.
-        depth_path: Depth file of the image, or a folder with depth files of the images' names.
+        depth_path: Depth file of the image, or a folder with depth files of the images' names, or such as `matching`
+            accepts.
         format_: What the numbers in the depth files mean.
         camera: Camera of the depth files; by default it is estimated from clouds.
         bits: Bits that photographs of 16 bits per channel use; None refuses such photographs.
@@ -65,7 +68,7 @@ def photographs(
     for name, file in _by_name(root, images).items():
 
         def files(file: Path = file, name: str = name) -> tuple[Path, Path | None]:
-            return file, _find_depth_file(depth_path, name) if needs_depth and depth_path else None
+            return file, _find_depth_file(depth_path, name, file) if needs_depth and depth_path else None
 
         def read(
             file: Path = file, files: Callable[[], tuple[Path, Path | None]] = files
@@ -140,12 +143,12 @@ def _list_photographs(within: Within) -> list[Path]:
     """List the photographs in a folder and its subfolders, without masks and depth images, which are told."""
     root = within[0]
     files = {file.relative_to(root): file for file in _list(root, PHOTOGRAPHS, within)}
-    stems = {path.with_suffix("") for path in files}
+    names = [str(path.with_suffix("")) for path in files]
+    beside = {*matching.beside(names, matching.MASK), *matching.beside(names, matching.DEPTH)}
     others = [
         path
         for path in files
-        if {part.casefold() for part in path.parent.parts} & {*MASKS, *DEPTHS}
-        or (path.stem.endswith("_mask") and path.with_name(path.stem.removesuffix("_mask")) in stems)
+        if {part.casefold() for part in path.parent.parts} & {*MASKS, *DEPTHS} or str(path.with_suffix("")) in beside
     ]
     if others:
         tell("masks and depth images beside photographs are not predicted", root / others[0])
@@ -192,14 +195,21 @@ def _by_name(root: Path, files: Sequence[Path]) -> dict[str, Path]:
     return names
 
 
-def _find_depth_file(path: Path, name: str) -> Path:
+def _find_depth_file(path: Path, name: str, photograph: Path) -> Path:
     if path.is_file():
         return path
-    files = [file for suffix in DEPTH_IMAGES if (file := path / f"{name}{suffix}").is_file()]
-    if len(files) != 1:
-        suffixes = " ".join(DEPTH_IMAGES)
-        raise UserError(f"{path} has {len(files)} depth files named {name}; keep exactly one, ending in {suffixes}.")
-    return files[0]
+    for like in matching.depth_names(name):
+        files = [file for suffix in DEPTH_IMAGES if (file := path / f"{like}{suffix}").is_file() and file != photograph]
+        if len(files) == 1:
+            return files[0]
+        if files:
+            raise UserError(f"{files[0]} and {files[1].name} both are the depth of {name}; keep one.")
+    folder = (path / name).parent
+    found = [file.name for file in folder.iterdir() if file.suffix.lower() in DEPTH_IMAGES] if folder.is_dir() else []
+    nearest = "".join(f" (nearest: {other})" for other in get_close_matches(Path(name).name, found, 1, 0))
+    raise UserError(
+        f"{folder} has no depth of {name}{nearest}; add a file of its name, ending in {' '.join(DEPTH_IMAGES)}."
+    )
 
 
 def parse_camera(values: list[str]) -> Camera:
