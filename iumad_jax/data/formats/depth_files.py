@@ -28,9 +28,16 @@ from iumad_jax.errors import UserError, tell_once
 
 DEPTH_IMAGES = (".png", ".tiff", ".tif", ".npy", ".ply", ".pcd", ".pgm", ".exr")  # file suffixes
 
+UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001, "um": 1e-6}  # in metres
+
 _MIN_MEDIAN = 0.005  # metres; a smaller median depth means a wrong unit
 _MIN_DEPTH, _MAX_DEPTH = 1e-4, 20.0  # metres; depths outside count as missing; a larger median means a wrong unit
-_UNITS: dict[float, str] = {0: "metres", -2: "centimetres", -3: "millimetres", -6: "micrometres"}  # by the power of ten
+_NAMES: dict[float, str] = {
+    0: "metres",
+    -2: "centimetres",
+    -3: "millimetres",
+    -6: "micrometres",
+}  # by the power of ten
 _MAX_ERROR = 0.01  # largest distance of points from the rays of their pixels over the image's longer side
 _MAX_NEGATIVE = 0.05  # a larger share of negative depths does not mean missing pixels but another axis, as do
 _NEAR_ZERO = 0.1  # positive ones below this share of their median
@@ -203,7 +210,7 @@ def check_distance(depth: Float[np.ndarray, "h w"], file: Path, remedy: str, uni
         exponent = 3 * round(magnitude / 3)  # most units differ by thousands
         if not -1 <= magnitude - exponent <= 1:
             exponent = round(magnitude)  # to be about a metre
-        read, true = (_UNITS.get(round(math.log10(unit or 1) - difference, 6)) for difference in (0, exponent))
+        read, true = (_NAMES.get(round(math.log10(unit or 1) - difference, 6)) for difference in (0, exponent))
         size = "large" if exponent > 0 else "small"
         wrong = (
             f"{true} were read as {read}" if read and true else f"the unit were {10 ** abs(exponent)} times too {size}"

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -10,7 +11,7 @@ import numpy as np
 
 from iumad_jax.data.depth import picture
 from iumad_jax.data.formats.alignment import align
-from iumad_jax.data.formats.depth_files import DEPTH_IMAGES, read_depth
+from iumad_jax.data.formats.depth_files import DEPTH_IMAGES, UNITS, read_depth
 from iumad_jax.data.formats.files import Within, check_inside, is_clutter, is_output, tell
 from iumad_jax.data.formats.images import PHOTOGRAPHS, read_photograph
 from iumad_jax.data.readers import matching
@@ -18,7 +19,7 @@ from iumad_jax.data.readers.layout import DEPTHS, MASKS
 from iumad_jax.data.sample import Camera, DepthFormat, Reader, Split
 from iumad_jax.errors import UserError
 
-_REMEDY = "use --depth_unit=METRES, such as 0.001 for millimetres"
+_REMEDY = "use --depth_unit=UNIT, such as mm"
 
 
 class InputImage(NamedTuple):
@@ -60,7 +61,7 @@ def photographs(
     if not root.exists():
         raise UserError(f"--input is {root}, which does not exist; choose an image or a folder of images.")
     if needs_depth:
-        _check_depth(depth_path, format_.unit, root)
+        _check_depth(depth_path, root)
     within = (root, *trusted)
     images = [root] if root.is_file() else _list_photographs(within)
     if (images and images[0].suffix.lower() not in PHOTOGRAPHS) or (not images and not may_be_empty):
@@ -117,16 +118,14 @@ def depth_files(
         yield InputImage(name, read, files_, format_)
 
 
-def _check_depth(path: Path | None, unit: float | None, root: Path) -> None:
-    """Raise UserError unless --depth and --depth_unit are valid; a folder of images needs a folder of depth files."""
+def _check_depth(path: Path | None, root: Path) -> None:
+    """Raise UserError unless --depth is valid; a folder of images needs a folder of depth files."""
     if path is None:
         raise UserError("--depth is missing; add it, since this model was trained with depth.")
     if not path.exists():
         raise UserError(f"--depth is {path}, which does not exist; choose a depth file or a folder of depth files.")
     if root.is_dir() and not path.is_dir():
         raise UserError(f"--depth is {path}, one file for all of {root}; choose a folder of depth files.")
-    if unit is not None and not 0 < unit < math.inf:
-        raise UserError(f"--depth_unit is {unit:g}; use metres per unit, such as 0.001 for millimetres.")
 
 
 def _check_no_own_range(file: Path) -> None:
@@ -210,6 +209,18 @@ def _find_depth_file(path: Path, name: str, photograph: Path) -> Path:
     raise UserError(
         f"{folder} has no depth of {name}{nearest}; add a file of its name, ending in {' '.join(DEPTH_IMAGES)}."
     )
+
+
+def parse_unit(value: str) -> float:
+    """Return the metres of the unit in --depth_unit.
+
+    Raises:
+        UserError: If it is neither the name of a unit nor a number above 0.
+    """
+    with suppress(ValueError):
+        if 0 < (unit := UNITS.get(value.lower()) or float(value)) < math.inf:
+            return unit
+    raise UserError(f"--depth_unit is {value}; use {', '.join(UNITS)}, or metres per unit such as 0.001.")
 
 
 def parse_camera(values: list[str]) -> Camera:
