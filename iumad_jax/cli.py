@@ -263,6 +263,11 @@ def _parse(
     except flags.Error as error:
         raise UserError(f"{str(error).rstrip('.')}; see --help.") from error
     if positional[1:] and not known_only:
+        if len(positional[1]) < 256 and Path(positional[1]).exists():
+            raise UserError(
+                f"argument {positional[1]} is not a flag; each flag takes one file or folder, and shells replace * by"
+                " several."
+            )
         raise UserError(f"argument {positional[1]} is not a flag; see --help.")
 
 

@@ -118,6 +118,16 @@ def test_a_flag_that_means_no_single_key_is_refused(monkeypatch, capsys, flag):
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+def test_the_names_that_a_shell_put_for_a_pattern_are_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("b.png").touch()
+    assert run(monkeypatch, "--config=folder", "--workdir=a.png", "b.png") == (2,)
+    assert "b.png is not a flag; each flag takes one file or folder, and shells replace * by" in capsys.readouterr().err
+    assert run(monkeypatch, "--config=folder", "--workdir=a.png", "c.png") == (2,)
+    assert capsys.readouterr().err == f"iumad_jax: {sentences.NOT_A_FLAG.format('c.png')}\n"
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
 def test_a_key_of_another_group_is_named(monkeypatch, capsys):
     assert run(monkeypatch, "--config=folder", "--config.epochs=5") == (2,)
     assert capsys.readouterr().err == "iumad_jax: --config has no key 'epochs'; use --config.train.epochs.\n"

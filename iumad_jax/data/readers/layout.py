@@ -306,6 +306,6 @@ def _by_image(files: dict[str, Path], images: dict[str, Path], masks: bool) -> d
         if image in found and not masks:
             raise UserError(f"{file} and {found[image][0].name} both belong to {images[image]}; keep one.")
         if image not in (name, matching.bare(name, matching.MASK), folder):
-            tell("files whose names differ only in _rgb, _color, _depth or _mask belong together", file)
+            matching.tell_likeness(file)
         found.setdefault(image, []).append(file)
     return found

@@ -1,6 +1,9 @@
 """Says which files belong together by their names, such as 000_rgb.png, 000_depth.png and 000_mask.png."""
 
 from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from iumad_jax.data.formats.files import tell
 
 DEPTH, MASK = ("_depth", "_Depth"), ("_mask",)  # endings of names
 
@@ -10,6 +13,11 @@ _RGB = ("_rgb", "_RGB", "_color", "_Color")
 def bare(name: str, endings: Sequence[str]) -> str:
     """Return a name without the ending that it has of these, if any."""
     return next((name.removesuffix(ending) for ending in endings if name.endswith(ending)), name)
+
+
+def tell_likeness(file: Path) -> None:
+    """Tell once that a file belongs to a photograph of another name."""
+    tell("files whose names differ only in _rgb, _color, _depth or _mask belong together", file)
 
 
 def depth_names(name: str) -> list[str]:

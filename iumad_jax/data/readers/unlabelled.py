@@ -200,6 +200,8 @@ def _find_depth_file(path: Path, name: str, photograph: Path) -> Path:
     for like in matching.depth_names(name):
         files = [file for suffix in DEPTH_IMAGES if (file := path / f"{like}{suffix}").is_file() and file != photograph]
         if len(files) == 1:
+            if like != name:
+                matching.tell_likeness(files[0])
             return files[0]
         if files:
             raise UserError(f"{files[0]} and {files[1].name} both are the depth of {name}; keep one.")
