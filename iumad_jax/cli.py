@@ -71,7 +71,7 @@ def _execute(
             _define_changes(values, arguments, changeable)
         elif "config" in values:
             arguments = _with_config_file(arguments)
-        _parse(values, arguments)
+        _parse(values, arguments, changeable)
         memory.keep_buffers()
         compilation_cache.enable(values.compilation_cache)
         with preemption.handle_signals() if resumable else nullcontext():
@@ -247,16 +247,36 @@ def _define_changes(values: flags.FlagValues, arguments: list[str], changeable: 
         config_flags.DEFINE_config_dict("config", config, flag_values=values)
 
 
-def _parse(values: flags.FlagValues, arguments: list[str], known_only: bool = False) -> None:
+def _parse(
+    values: flags.FlagValues, arguments: list[str], changeable: tuple[str, ...] = (), *, known_only: bool = False
+) -> None:
     try:
         with _config_errors():
             positional = values(arguments, known_only=known_only)
             if "config" in values:
                 getattr(values.config, "seed", None)  # raises the error of an unreadable file
+    except flags.UnrecognizedFlagError as error:
+        flag, separator, value = str(error.flagvalue).lstrip("-").partition("=")
+        if "config" in values and (key := _key_ending_in(flag, changeable)):
+            raise UserError(f"--{flag} is no flag; use --config.{key}={value if separator else 'VALUE'}.") from error
+        raise UserError(f"{str(error).rstrip('.')}; see --help.") from error
     except flags.Error as error:
         raise UserError(f"{str(error).rstrip('.')}; see --help.") from error
     if positional[1:] and not known_only:
+        if len(positional[1]) < 256 and Path(positional[1]).exists():
+            raise UserError(
+                f"argument {positional[1]} is not a flag; each flag takes one file or folder, and shells replace * by"
+                " several."
+            )
         raise UserError(f"argument {positional[1]} is not a flag; see --help.")
+
+
+def _key_ending_in(parts: str, groups: tuple[str, ...] = ()) -> str | None:
+    """Return the one key, of these groups if any are given, that is or ends in these parts; None without one."""
+    wanted = parts.replace("-", "_")
+    keys = [key for key in configs.flat(configs.paper("1-0").to_dict()) if not groups or key.split(".")[0] in groups]
+    ending = [key for key in keys if key.endswith(f".{wanted}")]
+    return wanted if wanted in keys else ending[0] if len(ending) == 1 else None
 
 
 @contextmanager
@@ -267,7 +287,9 @@ def _config_errors() -> Iterator[None]:
     except (AttributeError, KeyError) as error:
         inner = error.args[0]
         key, _, hint = str(inner.args[0] if isinstance(inner, KeyError) else inner).partition("\n")
-        hint = hint[:1].lower() + hint[1:] or "every key is explained in iumad_jax/config.py."
+        meant = _key_ending_in(key.strip("'"))
+        hint = f"use --config.{meant}." if meant else hint[:1].lower() + hint[1:]
+        hint = hint or "every key is explained in iumad_jax/config.py."
         raise UserError(f"--config has no key {key}; {hint}") from error
     except (OSError, RecursionError, SyntaxError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[-1].strip(" .")

@@ -49,8 +49,8 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_enum(
         "split", splits[0], splits, "Split of the dataset to predict without --input.", flag_values=values
     )
-    help_ = "Metres per unit of the depth files, such as 0.001. Default: that of the training images."
-    flags.DEFINE_float("depth_unit", None, help_, flag_values=values)
+    help_ = "Unit of the depth files: m, cm, mm, um, or metres. Default: that of the training images."
+    flags.DEFINE_string("depth_unit", None, help_, flag_values=values)
     sizes = ["none", "small", "full"]
     help_ = "Size of the heatmaps: at most 640 pixels per side, or that of the photographs."
     flags.DEFINE_enum("heatmaps", sizes[1], sizes, help_, flag_values=values)
@@ -81,7 +81,7 @@ def _predict(values: flags.FlagValues) -> str:
         format_, bits = detector.depth_format, detector.processing.bits
         trusted = files.trusted(values.config.dataset.trust)
         if values.depth_unit is not None:
-            format_ = replace(format_, unit=values.depth_unit)
+            format_ = replace(format_, unit=unlabelled.parse_unit(values.depth_unit))
         if depth or "rgb" in detector.processing.modalities:
             return unlabelled.photographs(
                 Path(values.input), needs_depth, depth, format_, camera, bits, trusted, may_be_empty=values.watch

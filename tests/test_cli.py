@@ -92,6 +92,63 @@ def test_what_is_trusted_holds_for_the_run_and_is_no_change_of_a_step(tmp_path, 
     assert changes == {"dataset.root": "later"}
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+@pytest.mark.parametrize(
+    ("flag", "key"),
+    [
+        ("--epochs=5", "train.epochs=5"),
+        ("--train.epochs=5", "train.epochs=5"),
+        ("--batch-size=2", "train.batch_size=2"),
+        ("--root=a=b", "dataset.root=a=b"),
+        ("--epochs", "train.epochs=VALUE"),
+        ("--seed=1", "seed=1"),  # a key as a whole, though others end in it
+    ],
+)
+def test_a_key_without_its_prefix_is_named(monkeypatch, capsys, flag, key):
+    assert run(monkeypatch, "--config=folder", flag) == (2,)
+    assert capsys.readouterr().err == f"iumad_jax: {flag.partition('=')[0]} is no flag; use --config.{key}.\n"
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+@pytest.mark.parametrize("flag", ["--heads=2", "--nothing=1"])  # several keys end in heads, none in nothing
+def test_a_flag_that_means_no_single_key_is_refused(monkeypatch, capsys, flag):
+    assert run(monkeypatch, "--config=folder", flag) == (2,)
+    unknown = f"Unknown command line flag '{flag[2:-2]}'"
+    assert capsys.readouterr().err == f"iumad_jax: {sentences.SEE_HELP.format(unknown)}\n"
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+def test_the_names_that_a_shell_put_for_a_pattern_are_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("b.png").touch()
+    assert run(monkeypatch, "--config=folder", "--workdir=a.png", "b.png") == (2,)
+    assert "b.png is not a flag; each flag takes one file or folder, and shells replace * by" in capsys.readouterr().err
+    assert run(monkeypatch, "--config=folder", "--workdir=a.png", "c.png") == (2,)
+    assert capsys.readouterr().err == f"iumad_jax: {sentences.NOT_A_FLAG.format('c.png')}\n"
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+def test_a_key_of_another_group_is_named(monkeypatch, capsys):
+    assert run(monkeypatch, "--config=folder", "--config.epochs=5") == (2,)
+    assert capsys.readouterr().err == "iumad_jax: --config has no key 'epochs'; use --config.train.epochs.\n"
+
+
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        ("--trust=/nas", "--trust is no flag; use --config.dataset.trust=/nas."),
+        ("--epochs=5", sentences.SEE_HELP.format("Unknown command line flag 'epochs'")),  # fixed by training
+    ],
+)
+def test_only_a_key_that_a_run_may_change_is_named(tmp_path, monkeypatch, capsys, flag, sentence):
+    with workdirs.claimed(tmp_path, paper("6-1")):
+        pass
+    arguments = ["command", f"--workdir={tmp_path}", flag]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert cli.execute("", arguments, cli.define_trained, lambda _: "", changeable=("dataset",)) == 2
+    assert capsys.readouterr().err == f"iumad_jax: {sentence}\n"
+
+
 def test_the_package_has_the_configs_of_the_repository():
     """One copy of each, which wheels take along as a part of the package."""
     shipped = Path(cli.__file__).with_name("configs")

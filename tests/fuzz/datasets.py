@@ -260,6 +260,10 @@ _NAMES = (
     "mask",
     "00_x_mask.png",
     "__MACOSX",
+    "a b_depth.png",
+    "a b_rgb.png",
+    "0_color.png",
+    "0_depth.png",
 )
 
 

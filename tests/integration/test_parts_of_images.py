@@ -1,6 +1,7 @@
 """Runs that see parts of photographs: the region that matters, or tiles."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from iumad_jax import Detector, choose, latency, main, predict
+from iumad_jax import Detector, calibrate, choose, latency, main, predict
 from iumad_jax.export import __main__ as export_command
 from tests import sentences
 from tests.integration.conftest import as_flags
@@ -87,13 +88,17 @@ def test_a_region_is_cut_in_training_and_prediction(home, monkeypatch):
     assert batch.score[1] < batch.score[0] / 2
 
 
-def test_tiles_are_judged_together(home, monkeypatch, capsys):
-    """A defect is found where it is, within a tile or in the overlap of two; run, `predict` and detector agree.
-
-    Tiles have 512 / 6.25 = 82 rows: the fourth begins at 184, the fifth at 246.
-    """
+@pytest.fixture(scope="module")
+def tiles(home):
+    """Train a run on tiles of 512 / 6.25 = 82 rows: the fourth begins at 184, the fifth at 246."""
     keys = KEYS | {"method": "memory_bank", "memory_bank.megabytes": 0.3, "input.tiles": "8x1", "input.overlap": 0.25}
-    assert run(home, monkeypatch, main, f"--config={CONFIG}:1-0", "--workdir=tiles", *as_flags(keys)) == 0
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert run(home, monkeypatch, main, f"--config={CONFIG}:1-0", "--workdir=tiles", *as_flags(keys)) == 0
+    return home / "tiles"
+
+
+def test_tiles_are_judged_together(home, tiles, monkeypatch, capsys):
+    """A defect is found where it is, within a tile or in the overlap of two; run, `predict` and detector agree."""
     results = json.loads((home / "tiles/results.json").read_text())
     assert results["matrix"]["i_auroc"] == [[1.0]]
     assert results["matrix"]["aupro"][0][0] > 0.9
@@ -124,3 +129,34 @@ def test_tiles_are_judged_together(home, monkeypatch, capsys):
         assert run(home, monkeypatch, command, "--workdir=tiles", *flags) == 2
         assert sentence in capsys.readouterr().err
     assert not (home / "tiles/detector.onnx").exists()
+
+
+def test_calibration_knows_tiles(home, tiles, monkeypatch):
+    """What a person calls good is no alarm after `calibrate`, though its size differs; a real defect is one."""
+    shutil.copytree(tiles, home / "calibrated")
+    (home / "more/strip/train/good/rgb").mkdir(parents=True)
+    (home / "judged").mkdir()
+    odd = np.asarray(strip(8), float)
+    odd[100:112, 16:48] += 60, -60, -60  # in the second of eight tiles
+    large = Image.fromarray(odd.clip(0, 255).astype(np.uint8)).resize((96, 768), Image.Resampling.BICUBIC)
+    for file in (home / "more/strip/train/good/rgb/odd.png", home / "judged/odd.png"):
+        large.save(file)
+    strip(9, (272,)).save(home / "judged/spot.png")
+    rows = []
+    for output in ("before", "after"):
+        flags = "--workdir=calibrated", "--input=judged", f"--output={output}"
+        assert run(home, monkeypatch, predict, *flags) == 0
+        images = json.loads((home / output / "predictions.json").read_text())["images"]
+        rows.append({row["image"]: row for row in images})
+        detector = Detector.load(home / "calibrated")
+        for name, row in rows[-1].items():
+            detection = detector(np.asarray(Image.open(home / f"judged/{name}.png")))
+            assert row["decision"] == detection.decision
+            assert row["score"] == pytest.approx(float(detection.score), rel=1e-5)
+        if output == "before":
+            flags = "--workdir=calibrated", "--config.dataset.root=more"
+            assert run(home, monkeypatch, calibrate, *flags) == 0
+    before, after = rows
+    assert [before[name]["decision"] for name in ("odd", "spot")] == ["anomalous", "anomalous"]
+    assert [after[name]["decision"] for name in ("odd", "spot")] == ["good", "anomalous"]
+    assert after["odd"]["score"] < after["odd"]["threshold"] < 1.001 * after["odd"]["score"]

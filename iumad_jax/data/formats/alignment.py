@@ -43,8 +43,8 @@ def align(
     if alignment is None:
         if depth.shape != size:
             raise UserError(
-                f"{sizes}; save both in one size, or write align: into dataset.yaml: resize if they show one view, else"
-                " the camera of the photographs and a matrix."
+                f"{sizes}; save both in one size, or, before training, write align: into dataset.yaml: resize if they"
+                " show one view, else the camera of the photographs and a matrix."
             )
         return depth, camera
     if alignment == "resize":

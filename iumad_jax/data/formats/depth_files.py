@@ -28,8 +28,16 @@ from iumad_jax.errors import UserError, tell_once
 
 DEPTH_IMAGES = (".png", ".tiff", ".tif", ".npy", ".ply", ".pcd", ".pgm", ".exr")  # file suffixes
 
+UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001, "um": 1e-6}  # in metres
+
 _MIN_MEDIAN = 0.005  # metres; a smaller median depth means a wrong unit
 _MIN_DEPTH, _MAX_DEPTH = 1e-4, 20.0  # metres; depths outside count as missing; a larger median means a wrong unit
+_NAMES: dict[float, str] = {
+    0: "metres",
+    -2: "centimetres",
+    -3: "millimetres",
+    -6: "micrometres",
+}  # by the power of ten
 _MAX_ERROR = 0.01  # largest distance of points from the rays of their pixels over the image's longer side
 _MAX_NEGATIVE = 0.05  # a larger share of negative depths does not mean missing pixels but another axis, as do
 _NEAR_ZERO = 0.1  # positive ones below this share of their median
@@ -81,7 +89,7 @@ def read_depth(
     if format_.heights:
         depth[np.abs(depth) > _MAX_DEPTH] = np.nan
     else:
-        check_distance(depth, file, remedy)
+        check_distance(depth, file, remedy, format_.unit)
         depth[(depth < _MIN_DEPTH) | (depth > _MAX_DEPTH)] = np.nan
     if metres.ndim == 2:
         return depth, None
@@ -185,19 +193,29 @@ def _constants_apart(levels: Float64[np.ndarray, " n"], heights: bool) -> Iterat
             levels = others
 
 
-def check_distance(depth: Float[np.ndarray, "h w"], file: Path, remedy: str) -> None:
-    """Raise UserError unless the valid pixels of a depth image are plausible distances in metres."""
-    nearest, median = np.nanmin(depth), np.nanmedian(depth)
+def check_distance(depth: Float[np.ndarray, "h w"], file: Path, remedy: str, unit: float | None = None) -> None:
+    """Raise UserError unless the valid pixels of a depth image are plausible distances in metres.
+
+    Args:
+        depth: Depth in metres, NaN where missing.
+        file: File of the image.
+        remedy: Advice on a wrong unit, the end of the error message.
+        unit: Metres per unit with which the file was read; None for metres.
+    """
+    nearest, median = np.nanmin(depth), float(np.nanmedian(depth))
     if nearest < 0:
         raise UserError(f"{file} has a depth of {nearest:.3g} m; depth must be the distance from the sensor, above 0.")
-    if median > _MAX_DEPTH:
-        times = 10 ** round(math.log10(median))  # to be about a metre
-        wrong = "millimetres were read as metres" if median > 100 else f"the unit were {times} times too large"
-        raise WrongUnit(f"{file} has a median depth of {median:.4g} m, as if {wrong}; {remedy}.")
-    if median < _MIN_MEDIAN:
-        raise WrongUnit(
-            f"{file} has a median depth of {median:.2g} m, as if metres were read as millimetres; {remedy}."
+    if not _MIN_MEDIAN <= median <= _MAX_DEPTH:
+        magnitude = math.log10(max(median, float(np.finfo(np.float32).tiny)))
+        exponent = 3 * round(magnitude / 3)  # most units differ by thousands
+        if not -1 <= magnitude - exponent <= 1:
+            exponent = round(magnitude)  # to be about a metre
+        read, true = (_NAMES.get(round(math.log10(unit or 1) - difference, 6)) for difference in (0, exponent))
+        size = "large" if exponent > 0 else "small"
+        wrong = (
+            f"{true} were read as {read}" if read and true else f"the unit were {10 ** abs(exponent)} times too {size}"
         )
+        raise WrongUnit(f"{file} has a median depth of {median:.4g} m, as if {wrong}; {remedy}.")
 
 
 def fit_camera(cloud: Float32[np.ndarray, "h w 3"], file: Path) -> Camera:

@@ -43,6 +43,8 @@ def select(
     names = tuple(name.strip() for name in objects.split(",")) if isinstance(objects, str) else tuple(objects)
     for name in names:
         if name not in available:
+            if whole := [other for other in available if isinstance(objects, str) and "," in other and name in other]:
+                raise UserError(f'{key} divides names at commas; rename "{whole[0]}".')
             raise UserError(f'{key} names "{name}"; choose all or any of {", ".join(available)}.')
         if names.count(name) > 1:
             raise UserError(f"{key} names {name} twice; name it once.")
@@ -59,6 +61,8 @@ def opening(root: Path) -> Iterator[None]:
     try:
         if not root.is_dir():
             place = "" if root.is_absolute() else f" in {Path.cwd()}"
+            if root.parts[:1] == ("~",):
+                place += " (shells leave ~ behind = as it is: write $HOME)"
             raise UserError(
                 f"config.dataset.root is {root}, which is not a folder{place}; choose the dataset's folder with"
                 " --config.dataset.root."

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+from scipy import ndimage
 
 from iumad_jax.data.formats.files import read_error, tell
 from iumad_jax.errors import UserError
@@ -51,7 +52,7 @@ _PHOTOGRAPHIC = (
 _CONVERTED = {"LA": "RGBA", "RGBX": "RGB", "YCbCr": "RGB", "CMYK": "RGB"}  # modes
 _OTHER_BYTES = {";16B": ";16L", ";16L": ";16B", ";16N": ";16B"}  # N is L on little-endian machines
 _DEPTHS = (8, 10, 12, 14, 16)  # bits per channel of sensors
-_SOFT_VALUES = 16  # a mask with more values has soft edges; one with fewer has a value per defect
+_SOFT_VALUES = 16  # a mask with more values has soft edges; one with fewer may have a value per defect
 _BAND_ROWS = 256  # rows that are copied at once; a copy of a large photograph at once would triple its memory
 _BITS_TAG, _ORIENTATION_TAG, _PLANES_TAG = 0x0102, 0x0112, 0x011C  # of TIFF; EXIF has the same orientation
 warnings.filterwarnings("ignore", module=r"PIL\.")  # odd EXIF data does not affect the pixels
@@ -122,7 +123,8 @@ def used_bits(files: Sequence[Path]) -> int | None:
 def read_mask(file: Path) -> Bool[np.ndarray, "h w"]:
     """Read a mask, which is True where any channel of the file is not 0.
 
-    Soft edges, which JPEG leaves, are cut at half of the largest value. Both this and several values are told.
+    Soft edges, of JPEGs, of many values, or one pixel wide around the largest value, are cut at half of it. Masks of
+    other values are taken to have one per defect. Both are told.
 
     Args:
         file: An image of any kind; transparent pixels are not marked.
@@ -136,7 +138,7 @@ def read_mask(file: Path) -> Bool[np.ndarray, "h w"]:
     values = np.unique(level[mask])
     with file.open("rb") as stream:
         soft = len(values) > _SOFT_VALUES or (len(values) > 1 and _format(file, stream) == "JPEG")
-    if soft:
+    if soft or (len(values) > 1 and _only_edges(level)):
         tell("masks with soft edges are cut at half of their largest value", file)
         mask = level > values[-1] / 2
     elif len(values) > 1:
@@ -144,6 +146,12 @@ def read_mask(file: Path) -> Bool[np.ndarray, "h w"]:
     if mask.mean() > 0.5:
         tell("masks mark more than half of the image; what is not 0 must be the defect", file)
     return mask
+
+
+def _only_edges(level: np.ndarray) -> bool:
+    """Whether every pixel between 0 and the largest value touches one of it, as when shapes are drawn without steps."""
+    largest = level == level.max()
+    return not (~ndimage.binary_dilation(largest, np.ones((3, 3))) & (level > 0)).any()
 
 
 def check_size(file: Path, width: int, height: int) -> None:
@@ -252,9 +260,13 @@ def _to_8_bits(file: Path, rgb: np.ndarray, bits: int | None) -> np.ndarray:
     """Scale levels of which 2^bits - 1 is the largest to 0..255."""
     if bits is None:
         raise UserError(
-            f"{file} has 16 bits per channel; set bits in dataset.yaml, such as bits: 12, or save it as 8-bit."
+            f"{file} has 16 bits per channel; save it as 8-bit, or, before training, set bits in dataset.yaml, such as"
+            " bits: 12."
         )
     top = (1 << bits) - 1
     if rgb.max() > top:
-        raise UserError(f"{file} has the level {rgb.max()}, which {bits} bits cannot hold; set bits in dataset.yaml.")
+        raise UserError(
+            f"{file} has the level {rgb.max()}, which {bits} bits cannot hold; before training, set bits in"
+            " dataset.yaml."
+        )
     return ((rgb.astype(np.uint32) * 255 + top // 2) // top).astype(np.uint8)

@@ -64,7 +64,8 @@ def object_folders(root: Path, trusted: Sequence[Path] = ()) -> dict[str, Path]:
     with opening(root):
         names = folders(root, (root, *trusted))
         if (root / _VISA.normal[0]).is_dir() or any(
-            name.casefold() == "train" or layout.means_good(root / name) for name in names
+            layout.means_good(root / name) or (name.casefold() == "train" and not (root / name / "train").is_dir())
+            for name in names
         ):
             return {root.resolve().name: root}
     objects = {name: root / name for name in names if name != _TABLES}

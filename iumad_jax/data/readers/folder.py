@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from iumad_jax.data import depth
+from iumad_jax.data.formats.depth_files import UNITS
 from iumad_jax.data.formats.files import abbreviate, opening, read_yaml, select
 from iumad_jax.data.formats.images import used_bits
 from iumad_jax.data.readers.arrangements import Named, list_object, object_folders
@@ -19,7 +20,6 @@ from iumad_jax.errors import UserError, tell_once
 
 SETTINGS = "dataset.yaml"
 
-_UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001, "um": 1e-6}
 _CAMERA = ("fx", "fy", "cx", "cy")
 _LENGTHS = ("object_height", "height_range")
 _DEFAULTS = {"object_height": 0.005, "height_range": 0.1, "normals_window": 3}  # metres, metres, pixels
@@ -118,12 +118,16 @@ class Folder:
         Raises:
             UserError: If one of its files is unusable or they contradict each other.
         """
+        file = self.root / SETTINGS
+        correct = f"set the unit in {file}, for example unit: mm"
+        if "unit" in self._settings:
+            correct = f"correct the unit in {file}"
         return read_item(
             object,
             id,
             self._items[object, split][id],
             self.depth_format,
-            remedy=f"set the unit in {self.root / SETTINGS}, for example unit: mm (kind: height if larger is higher)",
+            remedy=f"{correct} (kind: height if larger is higher)",
             camera=self._settings.get("camera"),
             bits=self._bits,
         )
@@ -160,7 +164,7 @@ def _check_settings(file: Path, content: dict[Any, Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {key: _check_number(file, key, content[key]) for key in _LENGTHS if key in content}
     if "unit" in content:
         unit = content["unit"]
-        settings["unit"] = _UNITS.get(str(unit).lower()) or _check_number(file, "unit", unit)
+        settings["unit"] = UNITS.get(str(unit).lower()) or _check_number(file, "unit", unit)
     if "missing" in content:
         missing = content["missing"]
         values = missing if isinstance(missing, list) else [missing]
@@ -237,6 +241,6 @@ def _check_number(file: Path, key: str, value: Any, above: float = 0) -> float:
             value = float(value)
     if not isinstance(value, int | float) or isinstance(value, bool) or not above < value < sys.float_info.max:
         number = "a finite number" if above == -math.inf else f"a number above {above}"
-        expected = f"{', '.join(_UNITS)} or metres per level" if key == "unit" else number
+        expected = f"{', '.join(UNITS)} or metres per level" if key == "unit" else number
         raise UserError(f"{file} has {abbreviate(value)} as {key}; use {expected}.")
     return float(value)

@@ -1,6 +1,7 @@
 """Lists and reads files of the layout `<object>/<split>/<good or defect>/[<kind>/]<name>.<suffix>`."""
 
 from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from iumad_jax.data.formats.alignment import align
 from iumad_jax.data.formats.depth_files import read_depth
 from iumad_jax.data.formats.files import Within, check_file, folders, list_entries, tell
 from iumad_jax.data.formats.images import check_mask_size, read_mask, read_photograph
+from iumad_jax.data.readers import matching
 from iumad_jax.data.sample import Camera, DepthFormat, Sample
 from iumad_jax.errors import UserError
 
@@ -118,8 +120,8 @@ def list_items(
     """List the samples in `<folder>/<kind>/<name>.<suffix>` by name, sorted.
 
     Photographs may be in the folder itself, and files of all kinds in further subfolders, which belong to their names.
-    `<name>_mask.<suffix>` is the mask of the photograph, in a folder of masks or beside it; `<name>/<any>.<suffix>` in
-    the folder of masks are several of them.
+    `<name>_mask.<suffix>` and `<name>_depth.<suffix>` belong to the photograph `<name>`, `<name>_rgb` or
+    `<name>_color`, in their folders or beside it; `<name>/<any>.<suffix>` in the folder of masks are several of them.
 
     Args:
         defect: Defect of the images in the folder; "good" for none, "unknown" for images without labels.
@@ -131,7 +133,7 @@ def list_items(
         masks: Another folder of masks, for which a folder within `folder` is preferred.
 
     Raises:
-        UserError: If a file is missing, is empty, has an unknown suffix, belongs to no image, or differs
+        UserError: If a file is missing, is empty, has an unknown suffix, belongs to no image or to several, or differs
             from another only in suffix.
         OSError: If a folder or file cannot be read.
     """
@@ -156,8 +158,10 @@ def list_items(
         image_kind = other_kinds[0]
     image_folder = by_kind.pop(image_kind, folder)
     images = _files_by_name(image_folder, within, kinds[image_kind], [path.name for path in by_kind.values()])
-    beside = [name for name in images if name.endswith("_mask") and name.removesuffix("_mask") in images]
-    masks_beside = {name: images.pop(name) for name in beside}
+    depth_kind = other_kinds[0]
+    beside = {mask_kind: {name: images.pop(name) for name in matching.beside(images, matching.MASK)}}
+    if image_kind != depth_kind and depth_kind not in by_kind:
+        beside[depth_kind] = {name: images.pop(name) for name in matching.beside(images, matching.DEPTH)}
     if not images:
         alone = ", or use --config.modality=depth" if "depth" in by_kind and image_folder == folder else ""
         raise UserError(f"{folder / image_kind} holds no images; add files such as 000{kinds[image_kind][0]}{alone}.")
@@ -166,19 +170,14 @@ def list_items(
         if kind == image_kind:
             continue
         by_name = _files_by_name(by_kind[kind], within, kinds[kind]) if kind in by_kind else {}
-        if kind == mask_kind:
-            by_name = by_name or masks_beside
+        by_name = by_name or beside.get(kind, {})
         if not by_name and kind not in needed:
             continue
-        if kind not in by_kind and kind != mask_kind:
+        if not by_name and kind not in by_kind and kind != mask_kind:
             raise UserError(f"{folder} has no {kind}; add a folder {kind}, or use --config.modality=rgb.")
-        found: dict[str, list[Path]] = {}
-        files[kind] = found
-        for name, file in by_name.items():
-            image = _masked(name, images) if kind == mask_kind else name
-            if image not in images:
-                raise UserError(f"{file} has no image of its name in {image_folder}; add it or remove the file.")
-            found.setdefault(image, []).append(file)
+        for file in by_name.values():
+            _check_suffix(file, kinds[kind])
+        files[kind] = found = _by_image(by_name, images, kind == mask_kind)
         for name in images:
             if name not in found:
                 missing = by_kind.get(kind, folder / kind) / (name + kinds[kind][0])
@@ -269,13 +268,12 @@ def _files_by_name(
         file = folder / name
         if name in besides:
             continue
-        if file.suffix.lower() in suffixes:
-            check_file(entry)
-            inner = {file.stem: file}
-        elif entry.is_dir() and not entry.is_symlink():
+        if entry.is_dir() and not entry.is_symlink() and file.suffix.lower() not in suffixes:
             inner = {f"{name}/{id_}": path for id_, path in _files_by_name(file, within, suffixes).items()}
         else:
-            raise UserError(f"{file} does not end in one of {' '.join(suffixes)}; convert or remove it.")
+            _check_suffix(file, suffixes)
+            check_file(entry)
+            inner = {file.stem: file}
         for id_, path in inner.items():
             if id_ in files:
                 raise UserError(f"{path} and {files[id_].name} differ only in suffix; rename or remove either.")
@@ -283,7 +281,31 @@ def _files_by_name(
     return files
 
 
-def _masked(name: str, images: Collection[str]) -> str:
-    """Return the name of the photograph that a mask's name stands for; the name itself if there is none."""
-    names = name, name.removesuffix("_mask"), name.rpartition("/")[0]
-    return next((photograph for photograph in names if photograph in images), name)
+def _check_suffix(file: Path, suffixes: Sequence[str]) -> None:
+    if file.suffix.lower() not in suffixes:
+        raise UserError(f"{file} does not end in one of {' '.join(suffixes)}; convert or remove it.")
+
+
+def _by_image(files: dict[str, Path], images: dict[str, Path], masks: bool) -> dict[str, list[Path]]:
+    """List the files of depth, or the masks, of each image, all by name; an image may have several masks."""
+    photographs, found = matching.Photographs(images), dict[str, list[Path]]()
+    for name, file in files.items():
+        of = photographs.of(name, matching.MASK if masks else matching.DEPTH)
+        folder, _, _ = name.rpartition("/")
+        if not of and masks and folder in images:
+            of = [folder]
+        if not of:
+            (nearest,) = get_close_matches(name, images, 1, 0)
+            raise UserError(
+                f"{file} has no image of its name, the nearest is {images[nearest]}; rename either, add an image or"
+                " remove the file."
+            )
+        image, *others = of
+        if others:
+            raise UserError(f"{file} may belong to {images[image]} or {images[others[0]].name}; rename it like either.")
+        if image in found and not masks:
+            raise UserError(f"{file} and {found[image][0].name} both belong to {images[image]}; keep one.")
+        if image not in (name, matching.bare(name, matching.MASK), folder):
+            matching.tell_likeness(file)
+        found.setdefault(image, []).append(file)
+    return found

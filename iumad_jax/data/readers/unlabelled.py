@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -9,14 +11,15 @@ import numpy as np
 
 from iumad_jax.data.depth import picture
 from iumad_jax.data.formats.alignment import align
-from iumad_jax.data.formats.depth_files import DEPTH_IMAGES, read_depth
+from iumad_jax.data.formats.depth_files import DEPTH_IMAGES, UNITS, read_depth
 from iumad_jax.data.formats.files import Within, check_inside, is_clutter, is_output, tell
 from iumad_jax.data.formats.images import PHOTOGRAPHS, read_photograph
+from iumad_jax.data.readers import matching
 from iumad_jax.data.readers.layout import DEPTHS, MASKS
 from iumad_jax.data.sample import Camera, DepthFormat, Reader, Split
 from iumad_jax.errors import UserError
 
-_REMEDY = "use --depth_unit=METRES, such as 0.001 for millimetres"
+_REMEDY = "use --depth_unit=UNIT, such as mm"
 
 
 class InputImage(NamedTuple):
@@ -44,7 +47,8 @@ def photographs(
     Args:
         root: An image, or a folder of images.
         needs_depth: Whether to read depth.
-        depth_path: Depth file of the image, or a folder with depth files of the images' names.
+        depth_path: Depth file of the image, or a folder with depth files of the images' names, or such as `matching`
+            accepts.
         format_: What the numbers in the depth files mean.
         camera: Camera of the depth files; by default it is estimated from clouds.
         bits: Bits that photographs of 16 bits per channel use; None refuses such photographs.
@@ -57,7 +61,7 @@ def photographs(
     if not root.exists():
         raise UserError(f"--input is {root}, which does not exist; choose an image or a folder of images.")
     if needs_depth:
-        _check_depth(depth_path, format_.unit, root)
+        _check_depth(depth_path, root)
     within = (root, *trusted)
     images = [root] if root.is_file() else _list_photographs(within)
     if (images and images[0].suffix.lower() not in PHOTOGRAPHS) or (not images and not may_be_empty):
@@ -65,7 +69,7 @@ def photographs(
     for name, file in _by_name(root, images).items():
 
         def files(file: Path = file, name: str = name) -> tuple[Path, Path | None]:
-            return file, _find_depth_file(depth_path, name) if needs_depth and depth_path else None
+            return file, _find_depth_file(depth_path, name, file) if needs_depth and depth_path else None
 
         def read(
             file: Path = file, files: Callable[[], tuple[Path, Path | None]] = files
@@ -114,16 +118,14 @@ def depth_files(
         yield InputImage(name, read, files_, format_)
 
 
-def _check_depth(path: Path | None, unit: float | None, root: Path) -> None:
-    """Raise UserError unless --depth and --depth_unit are valid; a folder of images needs a folder of depth files."""
+def _check_depth(path: Path | None, root: Path) -> None:
+    """Raise UserError unless --depth is valid; a folder of images needs a folder of depth files."""
     if path is None:
         raise UserError("--depth is missing; add it, since this model was trained with depth.")
     if not path.exists():
         raise UserError(f"--depth is {path}, which does not exist; choose a depth file or a folder of depth files.")
     if root.is_dir() and not path.is_dir():
         raise UserError(f"--depth is {path}, one file for all of {root}; choose a folder of depth files.")
-    if unit is not None and not 0 < unit < math.inf:
-        raise UserError(f"--depth_unit is {unit:g}; use metres per unit, such as 0.001 for millimetres.")
 
 
 def _check_no_own_range(file: Path) -> None:
@@ -140,12 +142,12 @@ def _list_photographs(within: Within) -> list[Path]:
     """List the photographs in a folder and its subfolders, without masks and depth images, which are told."""
     root = within[0]
     files = {file.relative_to(root): file for file in _list(root, PHOTOGRAPHS, within)}
-    stems = {path.with_suffix("") for path in files}
+    names = [str(path.with_suffix("")) for path in files]
+    beside = {*matching.beside(names, matching.MASK), *matching.beside(names, matching.DEPTH)}
     others = [
         path
         for path in files
-        if {part.casefold() for part in path.parent.parts} & {*MASKS, *DEPTHS}
-        or (path.stem.endswith("_mask") and path.with_name(path.stem.removesuffix("_mask")) in stems)
+        if {part.casefold() for part in path.parent.parts} & {*MASKS, *DEPTHS} or str(path.with_suffix("")) in beside
     ]
     if others:
         tell("masks and depth images beside photographs are not predicted", root / others[0])
@@ -192,14 +194,35 @@ def _by_name(root: Path, files: Sequence[Path]) -> dict[str, Path]:
     return names
 
 
-def _find_depth_file(path: Path, name: str) -> Path:
+def _find_depth_file(path: Path, name: str, photograph: Path) -> Path:
     if path.is_file():
         return path
-    files = [file for suffix in DEPTH_IMAGES if (file := path / f"{name}{suffix}").is_file()]
-    if len(files) != 1:
-        suffixes = " ".join(DEPTH_IMAGES)
-        raise UserError(f"{path} has {len(files)} depth files named {name}; keep exactly one, ending in {suffixes}.")
-    return files[0]
+    for like in matching.depth_names(name):
+        files = [file for suffix in DEPTH_IMAGES if (file := path / f"{like}{suffix}").is_file() and file != photograph]
+        if len(files) == 1:
+            if like != name:
+                matching.tell_likeness(files[0])
+            return files[0]
+        if files:
+            raise UserError(f"{files[0]} and {files[1].name} both are the depth of {name}; keep one.")
+    folder = (path / name).parent
+    found = [file.name for file in folder.iterdir() if file.suffix.lower() in DEPTH_IMAGES] if folder.is_dir() else []
+    nearest = "".join(f" (nearest: {other})" for other in get_close_matches(Path(name).name, found, 1, 0))
+    raise UserError(
+        f"{folder} has no depth of {name}{nearest}; add a file of its name, ending in {' '.join(DEPTH_IMAGES)}."
+    )
+
+
+def parse_unit(value: str) -> float:
+    """Return the metres of the unit in --depth_unit.
+
+    Raises:
+        UserError: If it is neither the name of a unit nor a number above 0.
+    """
+    with suppress(ValueError):
+        if 0 < (unit := UNITS.get(value.lower()) or float(value)) < math.inf:
+            return unit
+    raise UserError(f"--depth_unit is {value}; use {', '.join(UNITS)}, or metres per unit such as 0.001.")
 
 
 def parse_camera(values: list[str]) -> Camera:

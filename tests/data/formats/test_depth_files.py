@@ -347,10 +347,10 @@ BAD = {
         pcd(CLOUD, "binary", SIZE="3 3 3 1 4 1"),
         sentences.FILE_UNREADABLE.format("000.pcd"),
     ),
-    "metres called millimetres": (
+    "far too small": (
         "npy",
         npy(np.full((48, 64), 0.0004)),
-        sentences.UNIT_WRONG.format(true="metres", called="millimetres") + "; give the unit",
+        sentences.UNIT_WRONG_BY.format(median=0.0004, times=1000, size="small") + "; give the unit",
     ),
     "behind the sensor": ("npy", npy(np.full((48, 64), -0.4)), sentences.DEPTH_NEGATIVE),
     "heights above a table": (
@@ -367,7 +367,7 @@ BAD = {
     "far too large": (
         "npy",
         npy(np.full((48, 64), 41.2)),
-        sentences.UNIT_TOO_LARGE.format(median=41.2, times=100),
+        sentences.UNIT_WRONG_BY_MEDIAN.format(median=41.2, true="centimetres", called="metres"),
     ),
     "no unit": ("npy", npy(np.full((48, 64), 412)), sentences.UNIT_UNKNOWN.format(remedy="give the unit")),
 }
@@ -385,6 +385,25 @@ def test_bad_file(tmp_path: Path, ending: str, content: bytes, expected: str) ->
     assert message.endswith(".")
     assert "\n" not in message
     assert ". " not in message
+
+
+@pytest.mark.parametrize(
+    ("unit", "value", "expected"),
+    [
+        (1e-6, 500, sentences.UNIT_WRONG_BY_MEDIAN.format(median=0.0005, true="millimetres", called="micrometres")),
+        (1e-6, 0.5, sentences.UNIT_WRONG_BY_MEDIAN.format(median=5e-07, true="metres", called="micrometres")),
+        (0.001, 0.5, sentences.UNIT_WRONG_BY_MEDIAN.format(median=0.0005, true="metres", called="millimetres")),
+        (0.001, 500_000, sentences.UNIT_WRONG_BY_MEDIAN.format(median=500, true="micrometres", called="millimetres")),
+        (0.01, 3000, sentences.UNIT_WRONG_BY_MEDIAN.format(median=30, true="millimetres", called="centimetres")),
+        (0.00025, 20_000_000, sentences.UNIT_WRONG_BY.format(median=5000, times=1000, size="large")),
+        (1e-6, 1e-42, sentences.UNIT_WRONG_BY.format(median=0, times=10**38, size="small")),
+    ],
+)
+def test_a_wrong_unit_is_told_as_it_was_read(tmp_path: Path, unit: float, value: float, expected: str) -> None:
+    file = tmp_path / "000.npy"
+    file.write_bytes(npy(np.full((48, 64), value, np.float32)))
+    with pytest.raises(UserError, match=re.escape(expected)):
+        read_depth(file, DepthFormat(unit), (48, 64), "give the unit")
 
 
 def test_a_damaged_tiff_is_not_logged_as_well(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -251,6 +251,30 @@ def test_soft_edges_are_cut_at_half(tmp_path: Path, told, largest: int) -> None:
     assert told().count(sentences.SOFT_EDGES_TOLD) == 1
 
 
+@pytest.mark.parametrize("radius", [2, 5, 20])
+@pytest.mark.parametrize("supersampling", [2, 4])
+def test_edges_of_few_values_are_cut_at_half(tmp_path: Path, told, radius: int, supersampling: int) -> None:
+    """Edge pixels of a disc hold the share that it covers; its area is met better than by all that it touches."""
+    rows, columns = np.mgrid[: 50 * supersampling, : 50 * supersampling] / supersampling - 25
+    disc = np.hypot(rows + 0.2, columns + 0.3) < radius
+    shares = disc.reshape(50, supersampling, 50, supersampling).mean((1, 3))
+    Image.fromarray((255 * shares).astype(np.uint8)).save(tmp_path / "a.png")
+    assert len(np.unique(shares)) <= 17
+    mask = read_mask(tmp_path / "a.png")
+    np.testing.assert_array_equal(mask, (255 * shares).astype(np.uint8) > 127.5)
+    assert abs(mask.sum() - shares.sum()) < ((shares > 0).sum() - shares.sum()) / 2
+    assert sentences.SOFT_EDGES_TOLD in told()
+
+
+def test_a_thin_defect_of_its_own_value_is_kept(tmp_path: Path, told) -> None:
+    """Though it touches another of a larger value."""
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    mask[2:5, 2:5], mask[3, 5:8] = 2, 1
+    Image.fromarray(mask).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "a.png"), mask > 0)
+    assert sentences.MASK_VALUES_TOLD in told()
+
+
 def test_a_mask_of_the_background_is_asked_about(tmp_path: Path, told) -> None:
     Image.fromarray((1 - DEFECT) * 255).save(tmp_path / "a.png")
     read_mask(tmp_path / "a.png")

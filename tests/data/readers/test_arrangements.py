@@ -283,6 +283,11 @@ def test_what_commands_wrote_into_a_dataset_is_no_part_of_it(
     assert Folder(Path()).objects == ("bolt",)
 
 
+def test_an_object_may_be_called_train(tmp_path: Path) -> None:
+    write(tmp_path, "train/train/good/0.png", "train/test/good/0.png", "bolt/train/good/0.png")
+    assert Folder(tmp_path).objects == ("bolt", "train")
+
+
 def test_an_object_is_not_taken_for_results(tmp_path: Path) -> None:
     """Whatever it is called, and if a run lies beside its images."""
     write(tmp_path, "lock/0.png", "runs/train/good/0.png", "prepared/train/good/lock/0.png", "ledger.jsonl/good/0.png")

@@ -305,7 +305,12 @@ BAD = {
     "millimetres called metres": (
         "dataset.yaml",
         ("write", "unit: m"),
-        sentences.UNIT_WRONG.format(true="millimetres", called="metres"),
+        sentences.UNIT_WRONG.format(true="millimetres", called="metres") + "; correct the unit in ",
+    ),
+    "millimetres called micrometres": (
+        "dataset.yaml",
+        ("write", "unit: um"),
+        sentences.UNIT_WRONG.format(true="millimetres", called="micrometres") + "; correct the unit in ",
     ),
     "broken YAML": ("dataset.yaml", ("write", "unit: [mm"), sentences.YAML_REFUSED.format("dataset.yaml")),
     "YAML that runs": (

@@ -299,7 +299,7 @@ BAD = {
     "kilometres": (
         f"{GOOD}/xyz/000.tiff",
         change(to=lambda cloud: cloud / 1000),
-        sentences.UNIT_WRONG.format(true="metres", called="millimetres"),
+        "as if the unit were 1000 times too small",
     ),
     "nothing valid": (f"{GOOD}/xyz/000.tiff", change(to=np.zeros_like), sentences.DEPTH_ALL_MISSING.format("000.tiff")),
     "all NaN": (
