@@ -32,12 +32,7 @@ UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001, "um": 1e-6}  # in metres
 
 _MIN_MEDIAN = 0.005  # metres; a smaller median depth means a wrong unit
 _MIN_DEPTH, _MAX_DEPTH = 1e-4, 20.0  # metres; depths outside count as missing; a larger median means a wrong unit
-_NAMES: dict[float, str] = {
-    0: "metres",
-    -2: "centimetres",
-    -3: "millimetres",
-    -6: "micrometres",
-}  # by the power of ten
+_NAMES: dict[float, str] = {0: "metres", -2: "centimetres", -3: "millimetres", -6: "micrometres"}  # 10**key metres
 _MAX_ERROR = 0.01  # largest distance of points from the rays of their pixels over the image's longer side
 _MAX_NEGATIVE = 0.05  # a larger share of negative depths does not mean missing pixels but another axis, as do
 _NEAR_ZERO = 0.1  # positive ones below this share of their median
