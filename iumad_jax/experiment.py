@@ -252,6 +252,8 @@ def epochs(run: Run, training: Training, progress: Progress) -> Iterator[Epoch]:
     )
     key = jax.random.fold_in(jax.random.key(config.seed), index)
     update, count = run.updates[name], config.train.epochs
+    if first and processes.is_process_zero():
+        live.log(f"step {index}: going on after {first} of {training.per_epoch * count} updates")
     passes = train_epochs(update, state, stream, rates, key, training.per_epoch, count, progress.losses, run.due)
     return nonfinite.explain(passes, index, training.per_epoch, training.names)
 

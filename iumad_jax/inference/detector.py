@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 from ml_collections import ConfigDict
 
 from iumad_jax import methods
+from iumad_jax.data.formats.depth_files import check_distance
 from iumad_jax.data.prepared.processing import Processing
 from iumad_jax.data.region import Box
 from iumad_jax.data.sample import Camera, DepthFormat, Sample
@@ -263,6 +264,8 @@ class Detector:
                 depth cannot be used.
         """
         processed = self.process(rgb, depth, camera)
+        if depth is not None:
+            self.check_metres(depth)
         detection = processed.place(self.judge(processed.images, object))
         single = depth.ndim == 2 if rgb is None and depth is not None else rgb is not None and rgb.ndim == 3
         return Detection(*(field[0] for field in detection)) if single else detection
@@ -328,6 +331,12 @@ class Detector:
         boxes = tuple(Box(*arrays["box"]) for arrays in processed)
         whole = not self.processing.region and self.processing.tiling.count == 1
         return Processed(images, boxes, photographs.shape[1:3], self.processing.tiling, whole)
+
+    def check_metres(self, depth: Float[np.ndarray, "*b h w"]) -> None:
+        """Raise UserError if the median of depth is no plausible distance in metres, as in a wrong unit."""
+        measured = depth[np.isfinite(depth) & (depth != 0)]
+        if "depth" in self.processing.modalities and not self.depth_format.heights and measured.size:
+            check_distance(measured[None], Path("depth"), "pass metres")
 
     def _by_tile(self, image: np.ndarray) -> Float32[np.ndarray, "t s s 3"]:
         return image.reshape(self.processing.tiling.count, *image.shape[-3:]).astype(np.float32)

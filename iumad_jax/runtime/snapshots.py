@@ -181,6 +181,8 @@ def read(workdir: Path, step: int | None = None, after: int = -1) -> Progress:
         raise UserError(
             f"{'; '.join(problems)}; restore it from a backup, or choose another --step or another --workdir."
         )
+    if not workdir.is_dir():
+        raise UserError(f"{workdir} does not exist; choose the --workdir of a run.")
     if not folder_by_step:
         raise UserError(f"{folder} holds no snapshot of a finished step; let the run finish its first step.")
     steps = ", ".join(map(str, sorted(folder_by_step)))

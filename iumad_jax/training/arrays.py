@@ -20,7 +20,6 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from iumad_jax.data.depth import backproject
-from iumad_jax.data.formats.depth_files import check_distance
 from iumad_jax.data.formats.images import check_size
 from iumad_jax.data.readers.folder import SETTINGS
 from iumad_jax.data.sample import Camera
@@ -94,9 +93,8 @@ def _checked(detector: Detector, rgb: Any, depth: Any, camera: Camera | None) ->
             for image in (photograph, metres):
                 if image is not None:
                     check_size(Path("it"), image.shape[1], image.shape[0])
-            if metres is not None and not detector.depth_format.heights:
-                measured = metres[np.isfinite(metres) & (metres != 0)]
-                check_distance(measured[None], Path("its depth"), "pass metres")
+            if metres is not None:
+                detector.check_metres(metres)
         except UserError as error:
             problem = str(error).removeprefix("image 0: ")
             raise UserError(f"image {number} of {count}: {problem}") from error

@@ -190,6 +190,7 @@ WRONG = {
         lambda rgb, depth: (rgb, depth[1:]),
         sentences.ARRAY_WRONG.format(name="depth", dtype="float32", shape="(63, 64)"),
     ),
+    "depth in millimetres": (lambda rgb, depth: (rgb, depth * 1000), sentences.DEPTH_ARGUMENT_OF_ANOTHER_UNIT),
     "depth without valid pixels": (lambda rgb, depth: (rgb, depth * np.nan), sentences.DEPTH_ARGUMENT_ALL_MISSING),
     "a file name": (
         lambda rgb, depth: ("cane.png", depth),

@@ -295,6 +295,7 @@ def test_a_stopped_run_saves_and_ends_like_an_uninterrupted_run(start, run, fini
     assert 12 in saved_updates()
     code, _, err = run(workdir, **changes)
     assert code == 0, err
+    assert sentences.GOING_ON.format(step=0, updates=12, all=12) in err
     assert ledger.read_bytes() == (finished_run[0] / "ledger.jsonl").read_bytes()
 
 

@@ -313,3 +313,5 @@ def test_a_run_without_a_finished_step(home, tmp_path):
     shutil.copy(home / "run" / "config.json", tmp_path)
     with pytest.raises(UserError, match=sentences.NO_SNAPSHOT_OF_ANY_STEP):
         snapshots.read(tmp_path)
+    with pytest.raises(UserError, match=sentences.NO_WORKDIR.format("absent")):
+        Detector.load(tmp_path / "absent")
