@@ -351,7 +351,9 @@ def test_arrays_of_an_object_are_stored_once(tmp_path):
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
     folder = tmp_path / "snapshots"
-    assert size(folder / "19") < size(folder / "1") + 20 * 200  # for the names of the arrays
+    first, last = (folder / step / "by_object.json" for step in ("1", "19"))
+    assert last.stat().st_size < first.stat().st_size + 20 * 200  # for the names of the arrays
+    assert size(folder / "19") < 100_000  # half an array; the files of Orbax vary by kilobytes with its threads
     assert 20 * 200_000 < size(folder / "by_object") < 20 * 201_000
     assert_same(read(tmp_path, 1), with_objects(1, 2))
     assert_same(read(tmp_path), with_objects(19, 20))
