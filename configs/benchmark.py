@@ -1,4 +1,4 @@
-"""Compares method variants and two training-free baselines under the paper's protocols, on ten rendered sweets.
+"""Compares method variants and three training-free baselines under the paper's protocols, on ten rendered sweets.
 
 python -m iumad_jax.benchmark --config=benchmark
 

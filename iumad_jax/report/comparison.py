@@ -31,7 +31,7 @@ _LEGEND = (
     "step; [low, high]: 95 % bootstrap interval over test images, not over seeds; mean of each end over seeds.\n"
     "FM: mean drop of objects from their best earlier value (Chaudhry et al.). aggregate FM: how far the mean over\n"
     "the objects learned so far lies below its value after the base step, averaged over later steps.\n"
-    "new: value right after an object was learned. `feature_norm` and `memory_bank` are training-free\n"
+    "new: value right after an object was learned. `feature_norm`, `gaussian` and `memory_bank` are training-free\n"
     "baselines. `joint` is not incremental: it trains on all objects learned so far."
 )
 
