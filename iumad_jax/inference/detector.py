@@ -336,7 +336,7 @@ class Detector:
         """Raise UserError if the median of depth is no plausible distance in metres, as in a wrong unit."""
         measured = depth[np.isfinite(depth) & (depth != 0)]
         if "depth" in self.processing.modalities and not self.depth_format.heights and measured.size:
-            check_distance(measured[None], Path("depth"), "pass metres")
+            check_distance(measured[None], Path("the depth image"), "pass metres")
 
     def _by_tile(self, image: np.ndarray) -> Float32[np.ndarray, "t s s 3"]:
         return image.reshape(self.processing.tiling.count, *image.shape[-3:]).astype(np.float32)

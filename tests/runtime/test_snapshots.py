@@ -351,9 +351,11 @@ def test_arrays_of_an_object_are_stored_once(tmp_path):
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
     folder = tmp_path / "snapshots"
-    first, last = (folder / step / "by_object.json" for step in ("1", "19"))
-    assert last.stat().st_size < first.stat().st_size + 20 * 200  # for the names of the arrays
-    assert size(folder / "19") < 100_000  # half an array; the files of Orbax vary by kilobytes with its threads
+    # Orbax divides what it stores into more or fewer small files, which are hashed, as its threads happen to run.
+    first, last = (size(folder / step) - size(folder / step / "arrays") for step in ("1", "19"))
+    hashes = 20 * 100
+    assert last < first + 20 * 200 + hashes  # 200 bytes for the names of the arrays of an object
+    assert size(folder / "19" / "arrays") < 20_000  # a tenth of an array
     assert 20 * 200_000 < size(folder / "by_object") < 20 * 201_000
     assert_same(read(tmp_path, 1), with_objects(1, 2))
     assert_same(read(tmp_path), with_objects(19, 20))

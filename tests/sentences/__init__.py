@@ -126,7 +126,7 @@ CELLS_STOPPED = "{count} of {all} cells stopped: {cells};"
 # inference and predictions
 ARRAY_WRONG = "{name} is {dtype} of shape {shape}"
 NOT_AN_ARRAY = "{name} is a {type}; pass a NumPy array of {content}"
-DEPTH_ARGUMENT_OF_ANOTHER_UNIT = "depth has a median depth of "
+DEPTH_ARGUMENT_OF_ANOTHER_UNIT = "the depth image has a median depth of "
 DEPTH_ARGUMENT_MISSING = "depth is missing; pass it, since this model was trained with depth."
 DEPTH_ARGUMENT_ALL_MISSING = "image 0: the depth image has no valid"
 NOT_A_CAMERA = "camera is a {}; pass a Camera(fx, fy, cx, cy)"

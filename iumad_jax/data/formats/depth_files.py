@@ -19,10 +19,10 @@ from jaxtyping import Bool, Float, Float32, Float64
 from PIL import TiffImagePlugin
 
 from iumad_jax.data.depth import project
+from iumad_jax.data.formats import retry
 from iumad_jax.data.formats.clouds import read_pcd, read_ply
 from iumad_jax.data.formats.files import read_error
 from iumad_jax.data.formats.images import check_size, read_image, upright
-from iumad_jax.data.formats.retry import after_system_error
 from iumad_jax.data.sample import Camera, DepthFormat
 from iumad_jax.errors import UserError, tell_once
 
@@ -68,7 +68,7 @@ def read_depth(
         UserError: If the file cannot be read, holds no depth, or its unit is missing or wrong.
     """
     try:
-        values = after_system_error(_decode, file, size)
+        values = retry.after_system_error(_decode, file, size)
     except UserError:
         raise
     except Exception as error:  # damaged files make the decoders raise errors of any type

@@ -5,6 +5,7 @@ for the header of every `.npy` and `.npz` file. Reading again succeeds.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import ParamSpec, TypeVar
 
 _Parameters = ParamSpec("_Parameters")
@@ -18,8 +19,6 @@ def after_system_error(
 ) -> _Result:
     """Call a function that reads a file, up to five times if it raises `SystemError`."""
     for _ in range(_ATTEMPTS - 1):
-        try:
+        with suppress(SystemError):
             return read(*args, **kwargs)
-        except SystemError:
-            continue
     return read(*args, **kwargs)

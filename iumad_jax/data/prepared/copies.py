@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from iumad_jax.data.degradation import degrade, vary
-from iumad_jax.data.formats.retry import after_system_error
+from iumad_jax.data.formats import retry
 from iumad_jax.data.sample import Reader, Sample, Split
 
 PreparedSplit = Split | Literal["degraded", "varied"]
@@ -62,8 +62,8 @@ def read(
         UserError: If a source file is missing or unusable.
     """
     if split != "degraded" and split != "varied":
-        return after_system_error(reader.read, object, split, id)
-    sample = after_system_error(reader.read, object, "train", original_id(id))
+        return retry.after_system_error(reader.read, object, split, id)
+    sample = retry.after_system_error(reader.read, object, "train", original_id(id))
     number = int(id.partition(" ")[0])
     if split == "degraded":
         altered = degrade(sample, number, reader.object_height)

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from iumad_jax.data.depth import picture
+from iumad_jax.data.formats import retry
 from iumad_jax.data.formats.alignment import align
 from iumad_jax.data.formats.depth_files import DEPTH_IMAGES, UNITS, read_depth
 from iumad_jax.data.formats.files import Within, check_inside, is_clutter, is_output, tell
@@ -252,7 +253,7 @@ def split_images(reader: Reader, split: Split) -> Iterator[InputImage]:
     for name, id_ in ids:
 
         def read(name: str = name, id_: str = id_) -> tuple[np.ndarray, np.ndarray | None, Camera | None]:
-            sample = reader.read(name, split, id_)
+            sample = retry.after_system_error(reader.read, name, split, id_)
             return sample.rgb, sample.depth, sample.camera
 
         def files(name: str = name, id_: str = id_) -> tuple[Path, None]:
