@@ -1,5 +1,6 @@
 """Settings and fixtures shared by all tests."""
 
+import gc
 import os
 import resource
 import shutil
@@ -11,8 +12,13 @@ from pathlib import Path
 # With 2 cores and jax <= 0.11, updates on emulated devices deadlock unless this is set before jax is imported.
 os.environ.setdefault("NPROC", "8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# XLA's new fusion emitters take most of the time to compile for CPUs; versions without this option ignore it.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters")
+# XLA's new fusion emitters take most of the time to compile for CPUs; versions without this option ignore it. Workers
+# have one core, so that dividing a program into parts to compile them at a time takes time only.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters --xla_cpu_parallel_codegen_split_count=1",
+)
+gc.set_threshold(100_000, 50)  # tracing makes so many objects that the default takes a tenth of the tests' time
 # Every worker uses a single core: small models train no faster on two cores, and much slower on shared ones.
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
