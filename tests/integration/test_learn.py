@@ -72,7 +72,7 @@ def prepared(tmp_path_factory):
         ("ib_iumad", "replay", ""),
         ("uniad", "finetune", "gaussian,memory_bank"),
         ("iuf", "iuf", ""),
-        ("destseg", "iuf", ""),
+        ("destseg", "finetune", ""),
         ("cdad", "isvd", ""),
     ],
 )
