@@ -18,7 +18,6 @@ os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters --xla_cpu_parallel_codegen_split_count=1",
 )
-gc.set_threshold(100_000, 50)  # tracing makes so many objects that the default takes a tenth of the tests' time
 # Every worker uses a single core: small models train no faster on two cores, and much slower on shared ones.
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
@@ -36,6 +35,7 @@ install_import_hook(["iumad_jax", "iumad_kernels"], f"{tests.shape_checks.__name
 jax.config.update("jax_num_cpu_devices", 4)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # commands that tests start neither read nor fill the user's folder
 jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.set_threshold(100_000, 50)  # tracing makes so many objects that the default takes a tenth of the tests' time
 
 
 def pytest_collection_modifyitems(items):

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from absl import flags
 
+from configs.benchmark import get_config
 from iumad_jax import benchmark
 from iumad_jax import config as configs
 from iumad_jax.runtime import workdir as workdirs
@@ -114,6 +115,11 @@ def test_table_of_keys_is_that_of_the_package():
         for key, value in paper.items()
         if key != "protocol"
     }
+
+
+def test_table_of_benchmark_keys_is_that_of_its_config():
+    rows = re.findall(r"^\| `benchmark\.(\w+)` \| `(.*?)` \|", PAGES["configs/README.md"], re.MULTILINE)
+    assert dict(rows) == {key: str(value) for key, value in get_config().benchmark.items()}
 
 
 def test_the_front_page_is_short():
