@@ -1,5 +1,7 @@
 """Properties of the diffusion's parts: the sampler is exact, the guide begins without effect and learns, masks hide."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +10,12 @@ import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
+from iumad_jax.models.autoencoder_kl import AutoencoderKL
 from iumad_jax.models.diffusion import (
     KEPT,
     AnomalyMasked,
     LatentHint,
+    PixelHint,
     SemanticGuide,
     Sizes,
     UNet,
@@ -20,6 +24,7 @@ from iumad_jax.models.diffusion import (
     sampling_levels,
     target,
 )
+from iumad_jax.models.text_encoder import EMPTY_PROMPT, TextEncoder
 from tests.oracle import inputs
 from tests.oracle.inputs import normal
 
@@ -27,6 +32,30 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 SIZES = Sizes((8, 16), blocks=1, attending=(1,), heads=2, groups=4, latent=4)
 CLEAN, NOISE = normal("clean", 6, 6, 4), normal("noise", 6, 6, 4)
+
+
+def test_published_sizes_have_the_published_numbers_of_parameters():
+    """The UNet's, autoencoder's and text encoder's are Stable Diffusion 1.5's; the masked network's is CDAD's.
+
+    DiAD's guide is a ControlNet without the outputs of its six finest skips, which DiAD does not use, and with nine
+    convolutions of SFF.
+    """
+    latent, image, level = jnp.zeros((32, 32, 4)), jnp.zeros((256, 256, 3)), jnp.int32(0)
+    context, channels = jnp.zeros((77, 768)), Sizes().channels
+    masked = AnomalyMasked(PixelHint(channels[0], False, bias=False))
+
+    def count(module, *inputs, **keys):
+        params = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs, **keys)["params"])
+        return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+
+    unused = 4 * (320**2 + 320) + 2 * (640**2 + 640)
+    fusion = 9 * 1280 * (3 * 640 + 6 * 1280)  # 3 x 3, from one output of 640 channels and two of 1280
+    guide = SemanticGuide(Sizes(), PixelHint(channels[0], True))
+    assert count(UNet(Sizes()), latent, level, context) == 859_520_964
+    assert count(guide, latent, level, context, image) == 361_279_120 - unused + fusion
+    assert count(masked, image, deterministic=True) == pytest.approx(9.64e6, abs=5e3)
+    assert count(AutoencoderKL(), image) == 83_653_863
+    assert count(TextEncoder(), EMPTY_PROMPT) == 123_060_480
 
 
 @pytest.mark.parametrize("kind", ["noise", "v"])
@@ -102,7 +131,7 @@ def test_a_new_guide_changes_nothing_and_all_its_parts_learn(unet_params):
         values.append(value)
     assert values[-1] < values[0]
     parts = {path[0] for path in flatten_dict(params)}
-    fusion = {f"fusion_{j}_{k}" for j in range(2) for k in range(2)}
+    fusion = 9 * 1280 * (3 * 640 + 6 * 1280)  # 3 x 3, from one output of 640 channels and two of 1280
     assert fusion | {"hint", "controlnet_mid_block"} | {f"controlnet_down_blocks_{i}" for i in range(4)} <= parts
     still = [path for path, g in flatten_dict(gradients).items() if not np.abs(g).max() > 0]
     assert not still
