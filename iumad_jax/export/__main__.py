@@ -2,7 +2,8 @@
 
     python -m iumad_jax.export --workdir=runs/quickstart_6-4_ib_iumad_rgb+depth_replay_seed0
 
---format=stablehlo is for JAX, --format=onnx for ONNX runtimes. The exported predictions are compared with JAX's.
+--format=stablehlo is for JAX, --format=onnx for ONNX runtimes; without it, the ending of --output decides. The exported
+predictions are compared with JAX's.
 """
 
 import json
@@ -17,6 +18,9 @@ from iumad_jax.runtime import workdir as workdirs
 from iumad_jax.runtime.storage import write_whole
 
 
+_FORMATS = ["stablehlo", "onnx"]
+
+
 def main(arguments: list[str]) -> int:
     """Run the command and return its exit code."""
     return cli.execute(str(__doc__), arguments, _define, _export)
@@ -25,15 +29,16 @@ def main(arguments: list[str]) -> int:
 def _define(values: flags.FlagValues) -> None:
     cli.define_trained(values)
     cli.define_thresholds(values)
-    names = ["stablehlo", "onnx"]
-    flags.DEFINE_enum("format", names[0], names, "Format of the file.", flag_values=values)
+    help_ = "Format of the file. Default: the ending of --output, or stablehlo."
+    flags.DEFINE_enum("format", None, _FORMATS, help_, flag_values=values)
     flags.DEFINE_string("output", None, "File to write. Default: WORKDIR/detector.FORMAT.", flag_values=values)
     help_ = "Number of images per call. Default: any number in ONNX, 1 in StableHLO."
     flags.DEFINE_integer("batch", None, help_, lower_bound=1, flag_values=values)
 
 
 def _export(values: flags.FlagValues) -> str:
-    workdir, format_ = cli.path(values, "workdir"), values.format
+    workdir, ending = cli.path(values, "workdir"), Path(values.output or "").suffix[1:]
+    format_ = values.format or (ending if ending in _FORMATS else _FORMATS[0])
     batch = 1 if values.batch is None and format_ == "stablehlo" else values.batch
     workdirs.read(workdir)
     output = Path(values.output or workdir / f"detector.{format_}")

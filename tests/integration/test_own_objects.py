@@ -92,8 +92,9 @@ def test_choose_needs_good_images_that_were_not_learned(home):
 
 
 def test_an_exported_memory_bank_computes_the_same_maps(home):
-    """The command compares them."""
-    command = [sys.executable, "-m", "iumad_jax.export", "--workdir=run", "--format=onnx", "--batch=2"]
+    """The command compares them; the ending tells the format."""
+    command = [sys.executable, "-m", "iumad_jax.export", "--workdir=run", "--output=bank.onnx", "--batch=2"]
     process = subprocess.run(command, cwd=home, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert float(re.search(r"at most (\S+) of", process.stdout)[1]) < 1e-5
+    assert json.loads((home / "bank.onnx.json").read_text())["format"] == "onnx"
