@@ -17,7 +17,6 @@ from iumad_jax.errors import UserError
 from iumad_jax.runtime import workdir as workdirs
 from iumad_jax.runtime.storage import write_whole
 
-
 _FORMATS = ["stablehlo", "onnx"]
 
 

@@ -23,7 +23,7 @@ from iumad_jax.inference.decisions import Decision, decide
 from iumad_jax.inference.recognition import Recogniser
 from iumad_jax.inference.thresholds import NONE, Chosen, Thresholds, thresholds
 from iumad_jax.methods.method import Method, with_frozen
-from iumad_jax.metrics import image_auroc, image_replicates, pixel_metrics, pixel_replicates, resample, spread
+from iumad_jax.metrics import image_auroc, image_replicates, pixel_metrics_of_groups, pixel_replicates, resample, spread
 from iumad_jax.runtime.in_batches import predict_in_batches
 from iumad_jax.runtime.progress import Progress
 from iumad_jax.shapes import Batch, ErrorMaps, GroundTruth, Prediction, Scales, Variables
@@ -82,10 +82,32 @@ class Judgement:
         assert self.images.truth is not None
         return self.images.truth
 
-    @functools.cached_property
+    @property
     def metrics(self) -> dict[str, float]:
         """All metrics, see `metrics_of`."""
-        return metrics_of(self.prediction, self.truth)
+        return self._metrics[""]
+
+    @property
+    def kinds(self) -> dict[str, dict[str, float]]:
+        """By kind of defect: its number of `images`, their share of `alarms` if decisions were made, and all metrics.
+
+        The I-AUROC ranks the images of the kind against the good images. Pixel metrics measure the kind's defects
+        against the normal pixels of all images.
+        """
+        kinds = {kind: {"images": len(rows)} | self._metrics[kind] for kind, rows in self._rows.items()}
+        if self.decision is not None:
+            for kind, rows in self._rows.items():
+                kinds[kind]["alarms"] = float(np.mean(self.decision.anomalous[rows]))
+        return kinds
+
+    @functools.cached_property
+    def _metrics(self) -> dict[str, dict[str, float]]:
+        return metrics_of_groups(self.prediction, self.truth, {"": np.arange(len(self.images.ids))} | self._rows)
+
+    @functools.cached_property
+    def _rows(self) -> dict[str, np.ndarray]:
+        kinds = np.where(self.truth.anomalous, self.images.defects, "")
+        return {str(kind): np.flatnonzero(kinds == kind) for kind in np.unique(kinds) if kind}
 
     @functools.cached_property
     def spread(self) -> dict[str, dict[str, Any]]:
@@ -176,11 +198,22 @@ def metrics_of(prediction: Prediction, truth: GroundTruth) -> dict[str, float]:
     Pixel metrics are undefined unless every defect is masked. The negatives of object-only metrics are pixels above
     the background plane; the stricter `workpiece` metrics exclude regions cut off by the image border, such as walls.
     """
+    return metrics_of_groups(prediction, truth, {"all": np.arange(len(truth.anomalous))})["all"]
+
+
+def metrics_of_groups(
+    prediction: Prediction, truth: GroundTruth, groups: Mapping[str, np.ndarray]
+) -> dict[str, dict[str, float]]:
+    """Compute `metrics_of` for the defects in groups of images, given by rows, against all good images and pixels."""
     regions = {"object": truth.object, "workpiece": truth.workpiece}
-    pixels = pixel_metrics(truth.mask, prediction.map, regions)
-    if not truth.masked.all():
-        pixels = dict.fromkeys(pixels, math.nan)
-    return {"i_auroc": image_auroc(truth.anomalous, prediction.score), **pixels}
+    metrics = pixel_metrics_of_groups(truth.mask, prediction.map, groups, regions)
+    good = np.flatnonzero(~truth.anomalous)
+    for group, rows in groups.items():
+        if not truth.masked.all():
+            metrics[group] = dict.fromkeys(metrics[group], math.nan)
+        rows = np.union1d(good, rows)
+        metrics[group] = {"i_auroc": image_auroc(truth.anomalous[rows], prediction.score[rows]), **metrics[group]}
+    return metrics
 
 
 def spread_of(prediction: Prediction, truth: GroundTruth) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Metrics of detection, localisation and forgetting, from NumPy arrays to Python floats; NaN where undefined."""
 
-from iumad_jax.metrics.aupro import aupro, aupro_exact, pixel_metrics, pro_curve
+from iumad_jax.metrics.aupro import aupro, aupro_exact, pixel_metrics, pixel_metrics_of_groups, pro_curve
 from iumad_jax.metrics.auroc import image_auroc, image_roc, pixel_auroc
 from iumad_jax.metrics.bootstrap import (
     Spread,
@@ -27,6 +27,7 @@ __all__ = [
     "interval_of_mean",
     "pixel_auroc",
     "pixel_metrics",
+    "pixel_metrics_of_groups",
     "pixel_replicates",
     "plasticity",
     "pro_curve",

@@ -67,19 +67,45 @@ def pixel_metrics(
         `p_auroc`, `aupro` and `aupro_exact` with all negatives, and for every region `p_auroc_NAME` and `aupro_NAME`
         with the negatives inside it only.
     """
+    return pixel_metrics_of_groups(masks, maps, {"all": np.arange(len(np.asarray(masks)))}, regions, limit)["all"]
+
+
+def pixel_metrics_of_groups(
+    masks: ArrayLike,
+    maps: ArrayLike,
+    groups: Mapping[str, NDArray],
+    regions: Mapping[str, ArrayLike] | None = None,
+    limit: float = 0.3,
+) -> dict[str, dict[str, float]]:
+    """Compute `pixel_metrics` for the defects in groups of images, each against the negatives of all images.
+
+    The metrics of groups that share no defect thus average to those of all: AUPRO weighted by their numbers of defects,
+    P-AUROC by their numbers of defective pixels.
+
+    Args:
+        masks: As in `aupro`.
+        maps: As in `aupro`.
+        groups: Row numbers by name of the group.
+        regions: As in `pixel_metrics`.
+        limit: As in `aupro`.
+    """
     limit = _validated_limit(limit)
     masks, maps, _ = as_pixels(masks, maps, None)
-    positives, weights = _defects(masks, maps)
+    defects = {group: _defects(masks[rows], maps[rows]) for group, rows in groups.items()}
     negatives = sorted_negatives(masks, maps, None)
     metrics = {
-        "p_auroc": sorted_auroc(positives, negatives),
-        "aupro": _aupro(positives, weights, negatives, limit),
-        "aupro_exact": _aupro_exact(positives, weights, negatives, limit),
+        group: {
+            "p_auroc": sorted_auroc(positives, negatives),
+            "aupro": _aupro(positives, weights, negatives, limit),
+            "aupro_exact": _aupro_exact(positives, weights, negatives, limit),
+        }
+        for group, (positives, weights) in defects.items()
     }
     for name, region in (regions or {}).items():
         inside = sorted_negatives(*as_pixels(masks, maps, region))
-        metrics[f"p_auroc_{name}"] = sorted_auroc(positives, inside)
-        metrics[f"aupro_{name}"] = _aupro(positives, weights, inside, limit)
+        for group, (positives, weights) in defects.items():
+            metrics[group][f"p_auroc_{name}"] = sorted_auroc(positives, inside)
+            metrics[group][f"aupro_{name}"] = _aupro(positives, weights, inside, limit)
     return metrics
 
 

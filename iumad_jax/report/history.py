@@ -22,6 +22,7 @@ _KINDS = ("step", "before", "evaluation", "decisions", "snapshot")
 
 Matrices = dict[str, Float[np.ndarray, "steps objects"]]  # by metric; NaN where not yet learned or undefined
 Intervals = dict[str, dict[str, Any]]  # by metric: see `result_files`
+Kinds = dict[str, dict[str, float | None]]  # by kind of defect: see `evaluation.Judgement.kinds`
 
 
 class History(NamedTuple):
@@ -32,6 +33,7 @@ class History(NamedTuple):
     tested: dict[str, int]  # by object: the step after which it was tested last, if its maps may have changed since
     matrices: dict[str, Matrices]  # by method: the run's method first, then its baselines
     intervals: dict[str, Intervals]  # by method
+    kinds: dict[str, dict[str, Kinds]]  # by method and object, after its last test
     decisions: list[dict[str, Any]]  # by step: `inference.thresholds.describe`, with test rates
     bytes: dict[str, int]  # by method: bytes that it stores
     strategy_bytes: int  # bytes that the strategy stores in addition
@@ -75,6 +77,9 @@ def history(events: Iterable[Mapping[str, Any]], last_step: int | None = None) -
         method: _intervals(matrix, [last_evaluations.get((method, name)) for name in objects])
         for method, matrix in matrices.items()
     }
+    kinds: dict[str, dict[str, Kinds]] = {method: {} for method in matrices}
+    for (method, name), event in last_evaluations.items():
+        kinds[method][name] = event.get("kinds", {})  # missing in ledgers of older versions
     decisions = [
         {key: value for key, value in event.items() if key not in ("event", "step")}
         for event in by_kind["decisions"][:count]
@@ -91,7 +96,7 @@ def history(events: Iterable[Mapping[str, Any]], last_step: int | None = None) -
     changed = max((step for step, event in enumerate(begun) if event["act"] in ("learn", "update")), default=0)
     last_tests = {name: event["step"] for (_, name), event in last_evaluations.items()}
     tested = {name: step for name, step in last_tests.items() if step < changed}
-    return History(steps, acts, tested, matrices, intervals, decisions, last["bytes"], last["strategy_bytes"])
+    return History(steps, acts, tested, matrices, intervals, kinds, decisions, last["bytes"], last["strategy_bytes"])
 
 
 def _intervals(matrices: Matrices, evaluations: Sequence[Mapping[str, Any] | None]) -> Intervals:
@@ -120,6 +125,7 @@ def results(config: Mapping[str, Any], history: History, seconds: float) -> dict
             "matrix": matrix,
             "summary": summarise({metric: np.asarray(rows)[ends] for metric, rows in matrix.items()}),
             "intervals": history.intervals[name],
+            "kinds": history.kinds[name],
             "bytes": history.bytes[name],
         }
         for name, matrix in history.matrices.items()

@@ -56,6 +56,7 @@ def write(workdir: Path, results: dict[str, Any]) -> None:
         "columns": columns,
         "learned": {name: tables.step_with_remarks(results, step, name) for step, name, _ in columns},
         "history": [history.HEADERS, *rows],
+        "kinds": tables.kinds_of_defects(results),
         "metrics": {metric: tables.METRICS[metric] for metric in tables.measured(results)},
         "figures": tables.FIGURES,
         "methods": {

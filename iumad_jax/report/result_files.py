@@ -12,7 +12,9 @@
     summary            metric -> figure -> value, see `summarise`
     intervals          metric -> `objects`, the 95 % bootstrap interval over test images of every object after the last
                        step, shape (objects, 2), and `mean`, that of their mean; NaN or None where undefined
-    baselines          name -> `matrix`, `summary`, `intervals` and `bytes` of each training-free method
+    kinds              object -> kind of defect -> number of `images`, share of `alarms` and all metrics, in the last
+                       test of the object, see `inference.evaluation.Judgement`
+    baselines          name -> `matrix`, `summary`, `intervals`, `kinds` and `bytes` of each training-free method
     bytes              bytes that the method stores
     strategy_bytes     bytes that the strategy against forgetting stores in addition
     decisions          one record per step, see `inference.thresholds.describe`; `test` holds the rates on test images

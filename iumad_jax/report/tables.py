@@ -166,6 +166,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"# {title(results)}",
         *_decisions_on_test_images(results, "github"),
         *_metrics_of_objects(results, "github"),
+        *_kinds_section(results),
         *_learning_and_forgetting(results, "github", measured(results)),
         *_stored(results),
     ]
@@ -300,6 +301,33 @@ def remarks(results: dict[str, Any]) -> Iterator[str]:
             yield f"No better than the training-free baseline {name} in {', '.join(unbeaten)}."
 
 
+def _kinds_section(results: dict[str, Any]) -> Iterator[str]:
+    headers, *rows = kinds_of_defects(results)
+    if rows:
+        yield "## Kinds of defects"
+        yield _table(rows, headers, "github")
+        yield (
+            "In the last test of each object, the images of a kind against the good images (I-AUROC), and its defects"
+            " against the normal pixels of all test images; means of the objects that have the kind. Alarms: share of"
+            " its images whose scores exceed the threshold."
+        )
+
+
+def kinds_of_defects(results: dict[str, Any]) -> list[list[str]]:
+    """Return the headers and rows of a table of how well each method finds each kind; no rows for a single kind."""
+    by_method = {name: list(method.get("kinds", {}).values()) for name, method in methods_of(results).items()}
+    kinds = sorted({kind for records in by_method.values() for record in records for kind in record})
+    columns = [metric for metric in measured(results) if metric != "aupro_exact"]
+    table = [["kind", "method", "images", "alarms", *(METRICS[metric] for metric in columns)]]
+    for kind, (method, records) in itertools.product(kinds if len(kinds) > 1 else [], by_method.items()):
+        found = [record[kind] for record in records if kind in record]
+        images = sum(record["images"] for record in found)
+        alarms = sum(record["images"] * record.get("alarms", math.nan) for record in found) / images
+        means = (_cell(_mean([record[metric] for record in found])) for metric in columns)
+        table.append([kind, method, str(images), _percent(alarms), *means])
+    return table
+
+
 def _learning_and_forgetting(results: dict[str, Any], style: str, metrics: list[str]) -> Iterator[str]:
     """Yield the figures of `SUMMARY` by metric and method; with a single step they all equal the means above."""
     if not metrics:
@@ -395,7 +423,9 @@ def _percent(value: float | None) -> str:
 
 
 def _mean(values: list[float | None]) -> float:
-    return float(np.mean([value for value in values if not _undefined(value)]))
+    """Return the mean of the defined values, NaN without any."""
+    defined = [value for value in values if value is not None and not math.isnan(value)]
+    return float(np.mean(defined)) if defined else math.nan
 
 
 def methods_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:

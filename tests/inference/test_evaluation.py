@@ -229,6 +229,28 @@ def test_metrics_agree_with_hand_computation(model):
     assert primary.metrics["i_auroc"] == 1
 
 
+def test_kinds_of_defects_are_measured_by_themselves(model):
+    """Scores are distances to 0. The threshold of A is 0.5; the first dent's score lies below a good image's."""
+    prepared = images([(0, 0), (1, 0), (0.45, 0), (0.4, 0), (0.3, 0), (2, 0)], true_object=0)
+    prepared = prepared._replace(defects=("good", "bump", "good", "dent", "good", "dent"))
+    model = model._replace(methods=dict.fromkeys(model.methods, Method(init=lambda key, batch: {}, predict=position)))
+    primary, baseline = evaluation.judge(model, {"A": lambda: prepared})
+    assert {kind: record["images"] for kind, record in primary.kinds.items()} == {"bump": 1, "dent": 2}
+    assert {kind: record["alarms"] for kind, record in primary.kinds.items()} == {"bump": 1, "dent": 0.5}
+    ranked = {kind: record["i_auroc"] for kind, record in primary.kinds.items()}
+    assert ranked == {"bump": 1, "dent": pytest.approx(5 / 6)}
+    # One pixel of each defect is marked, and every image has the same value everywhere; 6 x 256 - 3 negatives.
+    below = {0.4: 2 * 256, 1: 3 * 256 + 255, 2: 3 * 256 + 2 * 255}  # and half of the 255 equal ones
+    share = {value: (count + 255 / 2) / (6 * 256 - 3) for value, count in below.items()}
+    assert primary.kinds["bump"]["p_auroc"] == pytest.approx(share[1])
+    assert primary.kinds["dent"]["p_auroc"] == pytest.approx((share[0.4] + share[2]) / 2)
+    assert set(baseline.kinds["dent"]) == {"images", *primary.metrics}  # baselines have no thresholds
+    unmarked = prepared._replace(truth=prepared.truth._replace(masked=np.arange(6) != 5))
+    primary, _ = evaluation.judge(model, {"A": lambda: unmarked})
+    assert np.isnan(primary.kinds["bump"]["aupro"])
+    assert primary.kinds["bump"]["i_auroc"] == 1
+
+
 def test_the_spread_of_metrics_over_test_images(model):
     """The good images have scores 0 and 0.5, the anomalous ones 1 and 0.4.
 

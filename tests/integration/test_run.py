@@ -115,7 +115,7 @@ def test_results_have_the_documented_form(finished_run):
     workdir, _ = finished_run
     results = results_of(workdir)
     required = {"config", "protocol", "objects", "steps", "matrix", "summary", "seconds", "versions"}
-    required |= {"acts", "tested", "baselines", "bytes", "intervals", "strategy_bytes", "decisions"}
+    required |= {"acts", "tested", "baselines", "bytes", "intervals", "kinds", "strategy_bytes", "decisions"}
     assert set(results) == required
     assert results["acts"] == [{"act": "learn", "objects": [name], "before": {}} for name in OBJECTS]
     assert results["tested"] == {}

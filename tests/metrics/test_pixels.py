@@ -5,12 +5,22 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import scipy.ndimage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from sklearn.metrics import auc, roc_auc_score, roc_curve
 
-from iumad_jax.metrics import aupro, aupro_exact, image_auroc, image_roc, pixel_auroc, pixel_metrics, pro_curve
+from iumad_jax.metrics import (
+    aupro,
+    aupro_exact,
+    image_auroc,
+    image_roc,
+    pixel_auroc,
+    pixel_metrics,
+    pixel_metrics_of_groups,
+    pro_curve,
+)
 from tests import sentences
 
 PIXEL_FUNCTIONS = (pixel_auroc, aupro, aupro_exact)
@@ -189,6 +199,26 @@ def test_pixel_metrics_equal_the_single_functions():
         abs=1e-12,
         nan_ok=True,
     )
+
+
+def test_groups_of_defects_share_their_negatives():
+    """Each group equals all defects but the others erased from the negatives; the means of groups equal the whole."""
+    masks, maps = blobs(6, levels=30)
+    groups = {"first": np.arange(2), "rest": np.arange(2, len(masks))}
+    left = np.broadcast_to(np.arange(24) < 12, masks.shape)
+    found = pixel_metrics_of_groups(masks, maps, groups, {"left": left})
+    defects, pixels = [], []
+    for name, rows in groups.items():
+        of_group = np.zeros_like(masks)
+        of_group[rows] = masks[rows]
+        pixels.append(of_group.sum())
+        defects.append(scipy.ndimage.label(of_group, np.pad(np.ones((1, 3, 3)), ((1, 1), (0, 0), (0, 0))))[1])
+        assert found[name]["p_auroc"] == pytest.approx(pixel_auroc(of_group, maps, ~masks), abs=1e-12)
+        assert found[name]["aupro_exact"] == pytest.approx(aupro_exact(of_group, maps, region=~masks), abs=1e-12)
+        assert found[name]["aupro_left"] == pytest.approx(aupro(of_group, maps, region=left & ~masks), abs=1e-12)
+    whole, parts = pixel_metrics(masks, maps, {"left": left}), found.values()
+    for metric, weights in {"p_auroc": pixels, "p_auroc_left": pixels, "aupro_exact": defects}.items():
+        assert np.average([part[metric] for part in parts], weights=weights) == pytest.approx(whole[metric], abs=1e-12)
 
 
 @pytest.mark.parametrize("function", PIXEL_FUNCTIONS)

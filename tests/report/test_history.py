@@ -14,6 +14,7 @@ def evaluation(step, object_, method, value, error=0.03):
     """Return an evaluation whose intervals end 0.1 below and 0.2 above the value."""
     ends = [None, None] if value is None else [value - 0.1, value + 0.2]
     spread = {"intervals": dict.fromkeys(METRICS, ends), "standard_errors": dict.fromkeys(METRICS, error)}
+    spread["kinds"] = {"dent": {"images": 2, "i_auroc": value}}
     place = {"step": step, "object": object_, "method": method}
     return {"event": "evaluation", **place, **dict.fromkeys(METRICS, value), **spread}
 
@@ -69,6 +70,18 @@ def test_intervals_are_those_of_the_last_finished_step():
     run = results({"method": "net", "protocol": "2-1"}, history(EVENTS), seconds=3.5)
     assert run["intervals"]["aupro"]["mean"] == intervals["mean"]
     np.testing.assert_allclose(run["baselines"]["baseline"]["intervals"]["aupro"]["objects"][2], [0.1, 0.4])
+
+
+def test_kinds_of_defects_are_those_of_each_objects_last_test():
+    run = results({"method": "net", "protocol": "2-1"}, history(EVENTS), seconds=3.5)
+    assert {name: kinds["dent"]["i_auroc"] for name, kinds in run["kinds"].items()} == {
+        "bee": 0.7,
+        "ant": None,
+        "cow": 0.8,
+    }
+    assert run["baselines"]["baseline"]["kinds"]["cow"] == {"dent": {"images": 2, "i_auroc": 0.2}}
+    before_kinds = [{key: value for key, value in event.items() if key != "kinds"} for event in EVENTS]
+    assert not any(results({"method": "net", "protocol": "2-1"}, history(before_kinds), 3.5)["kinds"].values())
 
 
 def test_history_until_an_earlier_step():

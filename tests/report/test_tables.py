@@ -259,6 +259,24 @@ def test_markdown_holds_every_matrix():
     assert cells(parts["AUPRO"], "feature_norm", "1") == [["0.650"] * 4]
 
 
+def test_kinds_of_defects_have_a_table_of_their_own():
+    def record(images, value, **others):
+        return {"images": images, **dict.fromkeys(MATRIX, value), **others}
+
+    of_ant = {"dent": record(4, 0.8, alarms=0.25), "stain": record(2, 0.6, alarms=1.0)}
+    kinds = {"ant": of_ant, "zebra": {"dent": record(1, 0.9, alarms=1.0)}}
+    of_baseline = {name: {kind: {**r, "aupro": None} for kind, r in found.items()} for name, found in kinds.items()}
+    results = run_with_baseline(kinds=kinds)
+    results["baselines"]["feature_norm"]["kinds"] = of_baseline
+    part = tables.markdown(results).split("## Kinds of defects")[1].split("\n## ")[0]
+    assert cells(part, "kind") == [["method", "images", "alarms", "I-AUROC", "P-AUROC", "AUPRO"]]
+    assert cells(part, "dent", "ib_iumad") == [["5", "40.0%", "0.850", "0.850", "0.850"]]  # 2 of 5 images, 2 objects
+    assert cells(part, "stain", "ib_iumad") == [["2", "100.0%", "0.600", "0.600", "0.600"]]
+    assert cells(part, "stain", "feature_norm")[0][2:] == ["0.600", "0.600", "-"]
+    one = {name: {"dent": found["dent"]} for name, found in kinds.items()}
+    assert "Kinds of defects" not in tables.markdown(run(kinds=one))  # it would repeat the metrics of objects
+
+
 def test_results_read_back_with_null_for_undefined(tmp_path, console):
     results = run()
     assert result_files.read(tmp_path) is None

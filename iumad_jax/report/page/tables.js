@@ -100,17 +100,16 @@ function forgetting(metric) {
   });
 }
 
-// ---- what each step did ----
+// ---- tables of text ----
 
-function historyTable() {
-  const [headers, ...rows] = page.history;
-  $("history-table").append(
+function plainTable(table, [headers, ...rows]) {
+  table.append(
     h("thead", {}, h("tr", {}, ...headers.map((name) => h("th", { scope: "col" }, name)))),
     h(
       "tbody",
       {},
-      ...rows.map(([step, ...cells]) =>
-        h("tr", {}, h("th", { scope: "row" }, step), ...cells.map((cell) => h("td", {}, cell))),
+      ...rows.map(([first, ...cells]) =>
+        h("tr", {}, h("th", { scope: "row" }, first), ...cells.map((cell) => h("td", {}, cell))),
       ),
     ),
   );

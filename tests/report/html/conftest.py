@@ -216,6 +216,10 @@ def matrix(method):
         "matrix": metrics,
         "summary": tables.summarise(metrics),
         "intervals": {metric: intervals(rows[-1]) for metric, rows in metrics.items()},
+        "kinds": {
+            name: {kind: {"images": 3, "alarms": 1 / 3} | dict.fromkeys(metrics, 0.5 + column / 10) for kind in kinds}
+            for column, (name, kinds) in enumerate([("ant", ["bump", EVIL]), ("cat", ["bump"])])
+        },
         "bytes": 1_500_000,
     }
 

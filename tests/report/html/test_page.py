@@ -48,6 +48,13 @@ def test_what_was_learned_when(page, zoo):
     ]
 
 
+def test_each_kind_of_defect_is_shown_by_method(page, zoo):
+    headers, *rows = page.rows("#kind-table")
+    assert headers[:5] == ["kind", "method", "images", "alarms", "I-AUROC"]
+    assert [row[:5] for row in rows[3:]] == [["bump", method, "6", "33.3%", "0.550"] for method in zoo.VARIANTS]
+    assert [row[:5] for row in rows[:3]] == [[zoo.EVIL, method, "3", "33.3%", "0.500"] for method in zoo.VARIANTS]
+
+
 def test_a_retired_object_is_shown_as_it_was_tested_last(browser, tmp_path, zoo):
     zoo.write(tmp_path)
     (tmp_path / "samples" / "step1_cat.npz").unlink()
@@ -246,7 +253,7 @@ def test_a_single_step_without_depth_masks_decisions_training_or_test_images(bro
 def test_a_run_without_any_test_images(browser, tmp_path, zoo):
     matrices = {metric: np.full((1, 1), math.nan) for metric in tables.METRICS}
     intervals = {metric: zoo.intervals(rows[-1]) for metric, rows in matrices.items()}
-    method = {"matrix": matrices, "summary": tables.summarise(matrices), "intervals": intervals}
+    method = {"matrix": matrices, "summary": tables.summarise(matrices), "intervals": intervals, "kinds": {}}
     results = zoo.run(
         objects=["cat"], steps=[["cat"]], baselines={"feature_norm": method}, decisions=zoo.decisions()[:1], **method
     )
