@@ -5,9 +5,9 @@ const runMethod = names[0]; // the method of the run's config
 const baselines = names.slice(1);
 const objects = columns.map(([, name]) => name);
 const steps = results.matrix.i_auroc.length;
-const colour = (method) => `--color: var(--method-${names.indexOf(method) % 3});`;
-const DASHES = ["", "--dash: dashed; --stroke-dash: 7 4;", "--dash: dotted; --stroke-dash: 2 4;"];
-const dashed = (method) => DASHES[names.indexOf(method) % 3];
+const colour = (method) => `--color: var(--method-${names.indexOf(method) % 4});`;
+const DASHES = ["", "--dash: dashed; --stroke-dash: 7 4;", "--dash: dotted; --stroke-dash: 2 4;", "--dash: dashed; --stroke-dash: 12 3 2 3;"];
+const dashed = (method) => DASHES[names.indexOf(method) % 4];
 const row = (method, metric, step) => columns.map(([, , column]) => methods[method].matrix[metric][step][column]);
 
 // ---- overview ----
@@ -20,7 +20,8 @@ function overview() {
   const count = (number, name) => `${number} ${name}${number === 1 ? "" : "s"}`;
   $("subtitle").textContent =
     `${count(objects.length, "object")} in ${count(steps, "step")} · seed ${config.seed} · ${time}`;
-  const baselineNote = `${baselines.join(" and ")}: training-free ${baselines.length > 1 ? "baselines" : "baseline"}.`;
+  const list = new Intl.ListFormat("en", { style: "long" }).format(baselines);
+  const baselineNote = `${list}: training-free ${baselines.length > 1 ? "baselines" : "baseline"}.`;
   $("key").hidden = $("ranking").hidden = !Object.keys(metrics).length;
   $("key").textContent =
     "Means over objects after the last step; 1 is perfect. I-AUROC: anomalous above good images (0.5 is chance)." +

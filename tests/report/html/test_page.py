@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from iumad_jax.config import small
 from iumad_jax.report import html, samples, tables
 from iumad_jax.runtime.ledger import Ledger
 from tests import sentences
@@ -46,6 +47,17 @@ def test_what_was_learned_when(page, zoo):
             f"dataset.root={zoo.EVIL}",
         ],
     ]
+
+
+def test_the_default_number_of_methods_have_different_colours(browser, tmp_path, zoo):
+    zoo.write(tmp_path)
+    baselines = {name: zoo.matrix("memory_bank") for name in small("6-4").baselines.split(",")}
+    html.write(tmp_path, zoo.run(baselines=baselines))
+    browser.open(tmp_path / "report.html")
+    colours = browser.run(
+        "[...document.querySelectorAll('.tile:first-child i')].map(e => getComputedStyle(e).backgroundColor)"
+    )
+    assert len(set(colours)) == len(colours) == 1 + len(baselines) == 4
 
 
 def test_each_kind_of_defect_is_shown_by_method(page, zoo):
