@@ -7,7 +7,8 @@
 A row has labels, one for each heading of the table, and the workdirs of runs that differ in their seeds only; of
 several, the table has means and standard deviations; of one, 95 % intervals in the columns for which it asks.
 With += they are further seeds of a recorded row.
-`runs/a:gaussian` takes a baseline of the run. Rows are sorted by their labels.
+`runs/a:gaussian` takes a baseline of the run. Rows are sorted by their labels. A column such as "AUPRO of dents" is the
+mean over the objects that have this kind of defect.
 
 A table with a command has the cells of a Markdown table: written by hand from what the command reports, or with
 --printed as the command printed it into a file. Then the day is that of the file, and the versions are those of this
@@ -141,8 +142,9 @@ def _measured(text: str, record: dict[str, Any]) -> dict[str, Any]:
         except (OSError, KeyError) as error:
             raise UserError(f"--row={text}: {run} has no results ({error}); name a finished run.") from error
         file, intervals = Path(workdir) / "results.json", judged.get("intervals")
-        finished.append((file, results["config"]["seed"], results["versions"], judged["summary"], intervals))
-    files, seeds, versions, summaries, all_intervals = zip(*finished, strict=True)
+        kinds = {column: _of_kind(judged, column) for column in record.get("columns", []) if " of " in column}
+        finished.append((file, results["config"]["seed"], results["versions"], judged["summary"], intervals, kinds))
+    files, seeds, versions, summaries, all_intervals, all_kinds = zip(*finished, strict=True)
     asked = record.get("intervals", []) if len(finished) == 1 else []
     return {
         "labels": [label.strip() for label in labels.removesuffix("+").split("|")],
@@ -152,11 +154,19 @@ def _measured(text: str, record: dict[str, Any]) -> dict[str, Any]:
             heading: [round(summary[metric][figure], 4) for summary in summaries]
             for heading, (metric, figure) in _COLUMNS.items()
             if summaries[0][metric][figure] is not None
-        },
+        }
+        | {column: [round(kinds[column], 4) for kinds in all_kinds] for column in all_kinds[0]},
         "intervals": {
             heading: [round(limit, 4) for limit in all_intervals[0][_COLUMNS[heading][0]]["mean"]] for heading in asked
         },
     }
+
+
+def _of_kind(judged: dict[str, Any], column: str) -> float:
+    """Return a metric of a kind of defect, the mean over the objects that have it."""
+    heading, _, kind = column.partition(" of ")
+    metric, _ = _COLUMNS[heading]
+    return float(np.mean([kinds[kind][metric] for kinds in judged["kinds"].values() if kind in kinds]))
 
 
 def filled(page: str) -> str:

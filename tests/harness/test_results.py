@@ -95,6 +95,20 @@ def test_seeds_are_added_to_a_recorded_row(configs, capsys):
     assert (configs / "RESULTS.md").read_text() == page
 
 
+def test_a_table_may_have_columns_of_kinds_of_defects(configs):
+    record = json.loads((configs / "results" / "some.json").read_text())
+    (configs / "results" / "some.json").write_text(
+        json.dumps(record | {"columns": ["AUPRO of dents", "AUPRO of bumps"]})
+    )
+    finish_run(configs / "a", 0.6, 0.4)
+    content = json.loads((configs / "a" / "results.json").read_text())
+    bumps, dents = {"aupro": 0.9}, {"aupro": 0.5}
+    content["kinds"] = {"ant": {"bumps": bumps, "dents": dents}, "bee": {"dents": {"aupro": 0.7}}}
+    (configs / "a" / "results.json").write_text(json.dumps(content))
+    assert results.main(["results", "--table=some", "--row=one | rgb = a"]) == 0
+    assert "| one | rgb | 0.600 | 0.900 |" in (configs / "RESULTS.md").read_text()
+
+
 def test_a_table_may_ask_for_intervals_of_single_runs(configs):
     record = json.loads((configs / "results" / "some.json").read_text())
     (configs / "results" / "some.json").write_text(json.dumps(record | {"intervals": ["AUPRO"]}))
