@@ -161,7 +161,7 @@ def assess(
     for judgement in evaluation.judge(model, test_sets):
         name = judgement.object
         if name in object_numbers:
-            measured = judgement.metrics | judgement.spread | {"kinds": judgement.kinds}
+            measured = judgement.metrics | judgement.details
             ledger.append("evaluation", step=step, object=name, method=judgement.method, **measured)
             if judgement.decision is not None:
                 rates = decisions.rates(judgement.decision, judgement.truth, object_numbers[name])

@@ -110,9 +110,9 @@ class Judgement:
         return {str(kind): np.flatnonzero(kinds == kind) for kind in np.unique(kinds) if kind}
 
     @functools.cached_property
-    def spread(self) -> dict[str, dict[str, Any]]:
-        """How far the metrics depend on the choice of test images, see `spread_of`."""
-        return spread_of(self.prediction, self.truth)
+    def details(self) -> dict[str, dict[str, Any]]:
+        """How far the metrics depend on the choice of test images, see `spread_of`, and the metrics of `kinds`."""
+        return spread_of(self.prediction, self.truth) | {"kinds": self.kinds}
 
 
 TestSets = Mapping[str, Callable[[], PreparedSet]]  # by object: a function that reads its test images

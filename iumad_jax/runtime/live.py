@@ -96,10 +96,10 @@ class Live:
             )
 
     def log_evaluation(
-        self, step: int, object_: str, method: str, values: dict[str, float], spread: dict[str, dict[str, Any]]
+        self, step: int, object_: str, method: str, values: dict[str, float], details: dict[str, dict[str, Any]]
     ) -> None:
-        """Record the metrics of one object and method after a step, and their intervals."""
-        self.log_event("evaluation", step=step, object=object_, method=method, **values, **spread)
+        """Record the metrics of one object and method after a step, and the details that the ledger has of them."""
+        self.log_event("evaluation", step=step, object=object_, method=method, **values, **details)
         if self._board:
             for metric, value in values.items():
                 if np.isfinite(value):

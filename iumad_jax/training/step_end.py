@@ -106,7 +106,7 @@ def judge_before(run: Run, step: Step, progress: Progress) -> None:
 def show(run: Run, step: Step, judgement: Judgement) -> None:
     """Show the metrics of an object and a method in the live view, and draw heatmaps of the run's method."""
     name, method = judgement.object, judgement.method
-    run.live.log_evaluation(step.index, name, method, judgement.metrics, judgement.spread)
+    run.live.log_evaluation(step.index, name, method, judgement.metrics, judgement.details)
     rows = figures.choose(judgement.images.defects, run.config.report.pictures_per_object)
     if judgement.decision is None or not rows:
         return
