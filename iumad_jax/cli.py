@@ -104,6 +104,8 @@ def _help(doc: str, values: flags.FlagValues, changeable: tuple[str, ...], resum
     lines += [
         f"  --config.{group}.KEY  Changes a key of the {group} config, see iumad_jax/config.py." for group in changeable
     ]
+    if changeable:
+        lines += [f"  --config.{key}  Names the file of weights, if it was moved." for key in workdirs.FILES]
     if not changeable and "config" in values:
         lines.append("  --config.KEY  Changes a key of the config; iumad_jax/config.py explains all keys.")
     if resumable:
@@ -213,13 +215,21 @@ def path(values: flags.FlagValues, name: str) -> Path:
 def run_and_changes(values: flags.FlagValues) -> tuple[ConfigDict, dict[str, Any]]:
     """Return the config of the run in --workdir, and the keys to which --config.KEY=VALUE gives another value.
 
-    What --config.dataset.trust names is trusted in addition, by the run itself, whose datasets are read together.
+    What --config.dataset.trust names is trusted in addition, by the run itself, whose datasets are read together; and
+    the run itself uses files that were moved.
     """
     run = workdirs.read(path(values, "workdir"))
+    run.update_from_flattened_dict(moved_files(values))
     named = *run.dataset.trust.split(","), *values.config.dataset.trust.split(",")
     run.dataset.trust = values.config.dataset.trust = ",".join(filter(None, dict.fromkeys(named)))
     before, now = (configs.flat(json.loads(config.to_json())) for config in (run, values.config))
     return run, {key: value for key, value in now.items() if value != before[key]}
+
+
+def moved_files(values: flags.FlagValues) -> dict[str, Any]:
+    """Return where the weights files of the run in --workdir are, by key."""
+    current = configs.flat(values.config.to_dict())
+    return {key: current[key] for key in workdirs.FILES}
 
 
 def _define_compilation_cache(values: flags.FlagValues) -> None:
@@ -239,7 +249,8 @@ def _define_changes(values: flags.FlagValues, arguments: list[str], changeable: 
         key = argument.lstrip("-").partition("=")[0]
         if key == "config.decisions.quantile" and "quantile" in values:
             raise UserError("--config.decisions.quantile is fixed by training; use --quantile to decide anew.")
-        if key.startswith("config.") and key.split(".")[1] not in changeable:
+        group = key.removeprefix("config.")
+        if key != group and group.split(".")[0] not in changeable and group not in workdirs.FILES:
             allowed = " and ".join(f"--config.{group}.KEY" for group in changeable)
             raise UserError(f"--{key} is fixed by training; only {allowed} can be changed here.")
     config = workdirs.read(path(only_workdir, "workdir"))

@@ -69,6 +69,7 @@ def run(config: ConfigDict, workdir: Path, steps: tuple[Step, ...] = ()) -> dict
     if finished and (changes := describe_changes(config, workdir, new_objects=not chosen)):
         raise DatasetChanged(f"{workdir}: the run is finished, but its dataset has changed since. {changes}", finished)
     if nothing_to_do:
+        processes.on_process_zero(workdirs.keep_files, workdir, config)
         print(f"{workdir}: this run is finished.")
     return finished
 

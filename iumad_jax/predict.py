@@ -71,7 +71,8 @@ def _predict(values: flags.FlagValues) -> str:
     if values.watch and not (values.input and Path(values.input).is_dir()):
         raise UserError(f"--watch needs a folder, but --input is {values.input}; name the folder that receives images.")
     threshold = thresholds.parse(values.threshold)
-    detector = Detector.load(cli.path(values, "workdir"), values.step, quantile=values.quantile, threshold=threshold)
+    workdir, files_ = cli.path(values, "workdir"), cli.moved_files(values)
+    detector = Detector.load(workdir, values.step, quantile=values.quantile, threshold=threshold, **files_)
     detector.object_number(values.object)
 
     def photographs() -> Iterator[unlabelled.InputImage]:

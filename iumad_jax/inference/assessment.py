@@ -238,7 +238,12 @@ def evaluate_snapshot(
     as_one_step = config.to_dict() | {"protocol": f"{len(learned)}-0"}
     content = results(as_one_step, history(ledgers.read(ledger.path)), time.monotonic() - began)
     content["unknown"] = unknown
-    content["evaluated"] = {"workdir": str(workdir), "step": step, "learned": len(progress.calibration)}
+    content["evaluated"] = {
+        "workdir": str(workdir),
+        "step": step,
+        "learned": len(progress.calibration),
+        "steps": {name: number for number, names in enumerate(before.steps) for name in names},
+    }
     html.write(output, content)
     result_files.write(output, content)
     return content

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from iumad_jax import methods
 from iumad_jax.data.formats.depth_files import check_distance
 from iumad_jax.data.prepared.processing import Processing
+from iumad_jax.data.prepared.store import check_weights
 from iumad_jax.data.region import Box
 from iumad_jax.data.sample import Camera, DepthFormat, Sample
 from iumad_jax.errors import UserError
@@ -34,7 +35,7 @@ from iumad_jax.runtime import workdir as workdirs
 from iumad_jax.runtime.progress import Progress
 from iumad_jax.shapes import Batch, Modality, Scales, Variables
 
-_CHANGEABLE = "backbone.weights", "diffusion.weights", "diffusion.autoencoder", "model.scan", "model.dtype"
+_CHANGEABLE = *workdirs.FILES, "model.scan", "model.dtype"
 
 
 class State(NamedTuple):
@@ -176,8 +177,9 @@ class Detector:
         if quantile is not None:
             changes = changes | {"decisions.quantile": float(quantile)}
         config = _read_config(Path(workdir), changes)
-        backbone = jax.device_put(pretrained.load(config.backbone.name, config.backbone.weights))
-        return cls._build(Path(workdir).absolute(), changes, threshold, config, progress, backbone)
+        backbone = pretrained.load(config.backbone.name, config.backbone.weights)
+        check_weights(config, pretrained.sha256(backbone), progress.inputs)
+        return cls._build(Path(workdir).absolute(), changes, threshold, config, progress, jax.device_put(backbone))
 
     @classmethod
     def _build(

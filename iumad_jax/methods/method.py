@@ -129,7 +129,8 @@ def with_frozen(name: str, method: Method, variables: Variables, sha256: str | N
     frozen = variables["frozen"] if "frozen" in variables else method.frozen()
     if sha256 is not None and tree_sha256(frozen) != sha256:
         raise UserError(
-            f"the frozen arrays of {name} are not those that this run was trained with; use the original file."
+            f"the frozen arrays of {name} are not those that this run was trained with; name the original files with"
+            " --config.diffusion.weights, --config.diffusion.autoencoder and --config.backbone.weights."
         )
     return variables | {"frozen": frozen} if frozen else variables
 

@@ -199,6 +199,14 @@ def convert(state: dict[str, np.ndarray], backbone: str, path: Path) -> Variable
     return _variables(params)
 
 
+def sha256(weights: Variables) -> str:
+    """Compute the SHA-256 of the numbers of all weights."""
+    digest = hashlib.sha256()
+    for array in jax.tree.leaves(weights):
+        digest.update(np.asarray(array).tobytes())
+    return digest.hexdigest()
+
+
 def _variables(params: dict[tuple[str, ...], np.ndarray]) -> Variables:
     return {"params": {"backbone": unflatten_dict(params)}}
 

@@ -242,6 +242,9 @@ def files(path: str) -> dict[str, Path]:
         UserError: If the path is a folder that lacks one of them.
     """
     if Path(path).is_dir():
+        single = sorted(file for file in Path(path).iterdir() if file.suffix in (".safetensors", ".ckpt"))
+        if single and not (Path(path) / _FOLDERS["unet"]).is_dir():
+            raise UserError(f"weights folder {path} has no folder {_FOLDERS['unet']}; name a file in it, {single[0]}.")
         return {network: _file_in(Path(path) / name, name == "text_encoder") for network, name in _FOLDERS.items()}
     return dict.fromkeys(_FOLDERS, Path(path))
 

@@ -43,6 +43,10 @@ class _Map(mmap.mmap):
 Data = bytes | _Map
 
 
+class _Incomplete(ValueError):
+    """A download that failed: part of the file, or something in its place."""
+
+
 @dataclass(frozen=True)
 class _Storage:
     key: str
@@ -217,7 +221,11 @@ def _state_dict(content: Any) -> dict[str, _Tensor]:
 def _read_zip(data: Data, unpickler: type[_Unpickler]) -> tuple[dict[str, _Tensor], dict[str, memoryview]]:
     """Read PyTorch's format since 1.6: an uncompressed zip archive of the pickle and one file per storage."""
     file: Any = data if isinstance(data, _Map) else io.BytesIO(data)
-    with zipfile.ZipFile(file) as archive:
+    try:
+        archive = zipfile.ZipFile(file)
+    except zipfile.BadZipFile as error:  # its directory comes last
+        raise _Incomplete(f"it ends after {len(data)} bytes, without the directory of its parts") from error
+    with archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
         if sum(entry.file_size for entry in entries.values()) > len(data):
             raise ValueError("its parts are compressed or overlap, which PyTorch never does")
@@ -288,13 +296,17 @@ def _read_safetensors(data: Data) -> dict[str, np.ndarray]:
     (length,) = struct.unpack_from("<Q", data)
     if length > MAX_PICKLE:
         raise ValueError(f"its header has more than {MAX_PICKLE} bytes")
+    if len(data) < 8 + length:
+        raise _Incomplete(f"it ends after {len(data)} bytes, within its header")
     header = json.loads(data[8 : 8 + length])
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
         begin, end = (8 + length + offset for offset in entry["data_offsets"])
+        if end > len(data):
+            raise _Incomplete(f"it ends after {len(data)} bytes, before tensor {name[:80]!r}")
         array = np.ndarray(entry["shape"], _SAFETENSORS[entry["dtype"]], memoryview(data)[begin:end])
-        if not 8 + length <= begin <= end <= len(data) or array.nbytes != end - begin:
+        if not 8 + length <= begin <= end or array.nbytes != end - begin:
             raise ValueError(f"the offsets of tensor {name[:80]!r} do not fit its shape")
         tensors[name] = array
     return tensors
@@ -303,9 +315,11 @@ def _read_safetensors(data: Data) -> dict[str, np.ndarray]:
 def parse(data: Data, path: Path, *, checkpoint: bool = False) -> dict[str, np.ndarray]:
     """Parse a .pth (either format) or .safetensors file into the tensors of its state dict, by name: views of `data`.
 
+    The format is told by the content, whatever the file is called.
+
     Args:
         data: Content of the file.
-        path: The file, for its suffix and error messages.
+        path: The file, for error messages.
         checkpoint: Whether a pickle may be a training checkpoint: a dictionary with `state_dict` and other entries,
             which are ignored whatever they hold.
 
@@ -314,13 +328,20 @@ def parse(data: Data, path: Path, *, checkpoint: bool = False) -> dict[str, np.n
     """
     try:
         if not len(data):
-            raise ValueError("it is empty")
-        if path.suffix == ".safetensors":
+            raise _Incomplete("it is empty")
+        if data[:15] == b"version https:/":
+            raise _Incomplete("it is a pointer to a file in Git LFS")
+        if data[:64].lstrip()[:1] == b"<":
+            raise _Incomplete("it is a web page")
+        if data[8:9] == b"{":
             return _read_safetensors(data)
         return _read_pth(data, _CheckpointUnpickler if checkpoint else _Unpickler)
     except Exception as error:  # hostile bytes may cause any exception
-        reason = error if type(error) is ValueError else f"it is damaged ({type(error).__name__}: {error})"
-        raise UserError(f"weights file {path} is refused: {reason}; use a plain state dict of tensors.") from error
+        remedy = "download the file again" if isinstance(error, _Incomplete) else "use a plain state dict of tensors"
+        reason = (
+            error if type(error) in (ValueError, _Incomplete) else f"it is damaged ({type(error).__name__}: {error})"
+        )
+        raise UserError(f"weights file {path} is refused: {reason}; {remedy}.") from error
 
 
 def map_file(path: Path, limit: int = MAX_BYTES) -> Data:

@@ -20,7 +20,8 @@
     decisions          one record per step, see `inference.thresholds.describe`; `test` holds the rates on test images
     seconds, versions  of the run
     unknown            evaluations only: see `inference.decisions.unknown_rates`
-    evaluated          evaluations only: the run's `workdir`, the `step`, and how many objects were `learned` by then
+    evaluated          evaluations only: the run's `workdir`, the `step`, how many objects were `learned` by then, and
+                       in which of its `steps` each was
 """
 
 import csv
@@ -84,7 +85,10 @@ def comma_separated(results: dict[str, Any]) -> str:
             columns += [[ends[end] for ends in interval["objects"]] for interval in intervals]
             means += [interval["mean"][end] for interval in intervals]
         for step, object_, column in tables.learned_objects(results):
-            writer.writerow([name, spreadsheet_text(object_), step, *(_number(values[column]) for values in columns)])
+            learned = tables.learned_in(results, step, object_)
+            writer.writerow(
+                [name, spreadsheet_text(object_), learned, *(_number(values[column]) for values in columns)]
+            )
         writer.writerow([name, "mean", "", *map(_number, means)])
     return file.getvalue()
 

@@ -458,7 +458,13 @@ def step_with_remarks(results: dict[str, Any], step: int, name: str) -> str:
     acts = [act["act"] for act in results.get("acts", []) if name in act["objects"]]
     retired = [act for act in acts if act in ("retire", "restore")][-1:] == ["retire"]
     remarks = ["retired"] * retired + [f"tested after {tested}"] * (tested is not None)
+    step = learned_in(results, step, name)
     return f"{step} ({', '.join(remarks)})" if remarks else str(step)
+
+
+def learned_in(results: dict[str, Any], step: int, name: str) -> int:
+    """Return the step of the run that learned an object, given the step of the results, an evaluation's being one."""
+    return results.get("evaluated", {}).get("steps", {}).get(name, step)
 
 
 def _undefined(value: float | None) -> bool:

@@ -14,20 +14,22 @@ from iumad_jax.runtime.storage import locked, write_whole
 
 FORMAT = 10  # version of all files in a workdir; a change must convert or refuse older versions
 _NAME = "config.json"
-_FREE = ("debug.", "dataset.trust")  # keys that may change when a run is continued
+FILES = "backbone.weights", "diffusion.weights", "diffusion.autoencoder"  # which may move; their content is checked
+_FREE = ("debug.", "dataset.trust", *FILES)  # keys that may change when a run is continued
 
 
 def check(workdir: Path, config: ConfigDict) -> None:
-    """Check that the workdir is new or was claimed by an earlier run of this config.
+    """Check that no run of another config has begun in the workdir.
 
     Raises:
-        UserError: If it belongs to another config or cannot be read.
+        UserError: If one has, or the workdir cannot be read.
     """
     if not (workdir / _NAME).exists():
         return
     before, now = configs.flat(read(workdir).to_dict()), configs.flat(json.loads(config.to_json()))
     differing = [key for key in before | now if before.get(key) != now.get(key) and not key.startswith(_FREE)]
-    if differing:
+    begun = set(content(workdir)) > {_NAME} or (workdir / "dataset.json").exists()
+    if differing and begun:  # what was refused before its first step may be corrected
         changes = ", ".join(f"config.{key} was {before.get(key)} and is now {now.get(key)}" for key in differing)
         raise UserError(f"{workdir} holds a run of another config: {changes}; choose another --workdir.")
 
@@ -37,6 +39,17 @@ def content(workdir: Path) -> dict[str, str]:
     patterns = (_NAME, "plan.json", "results.json", "snapshots/*/sha256.json", "snapshots_within_step/*/sha256.json")
     files = sorted(file for pattern in patterns for file in workdir.glob(pattern))
     return {str(file.relative_to(workdir)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def keep_files(workdir: Path, config: ConfigDict) -> None:
+    """Keep where the files of a finished run were moved to.
+
+    Raises:
+        UserError: If the workdir is in use by another process, or cannot be written.
+    """
+    if any(configs.flat(read(workdir).to_dict())[key] != configs.flat(config.to_dict())[key] for key in FILES):
+        with claimed(workdir, config):
+            pass
 
 
 def read(workdir: Path) -> ConfigDict:

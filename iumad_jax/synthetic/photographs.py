@@ -17,13 +17,22 @@ def load(folder: Path, count: int, size: int, seed: int) -> UInt8[np.ndarray, "n
     Raises:
         UserError: If there are none, or one cannot be read.
     """
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES)
-    if not files:
-        raise UserError(
-            f'config.destseg.textures is "{folder}", where no .jpg, .jpeg or .png is; name a folder of textures.'
-        )
-    chosen = np.random.default_rng(seed).permutation(len(files))[:count]
-    return np.stack([_read(files[number], size) for number in sorted(chosen)])
+    found = files(folder)
+    chosen = np.random.default_rng(seed).permutation(len(found))[:count]
+    return np.stack([_read(found[number], size) for number in sorted(chosen)])
+
+
+def files(folder: Path) -> list[Path]:
+    """List the photographs in a folder and its subfolders, sorted.
+
+    Raises:
+        UserError: If there are none.
+    """
+    if found := sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES):
+        return found
+    raise UserError(
+        f'config.destseg.textures is "{folder}", where no .jpg, .jpeg or .png is; name a folder of textures.'
+    )
 
 
 def _read(file: Path, size: int) -> UInt8[np.ndarray, "s s 3"]:

@@ -17,7 +17,7 @@ from iumad_jax.continual.strategy import Strategy
 from iumad_jax.data import plan, readers
 from iumad_jax.data.prepared import inventory
 from iumad_jax.data.prepared.processing import Processing
-from iumad_jax.data.prepared.store import Store, open_store
+from iumad_jax.data.prepared.store import Store, check_weights, open_store
 from iumad_jax.data.readers.joined import Selected
 from iumad_jax.errors import UserError
 from iumad_jax.inference import recognition
@@ -30,6 +30,7 @@ from iumad_jax.runtime.ledger import Ledger
 from iumad_jax.runtime.live import Live
 from iumad_jax.runtime.progress import BEGINNING, LedgerMark, Progress
 from iumad_jax.runtime.snapshots import Snapshots, last_step
+from iumad_jax.synthetic import photographs
 from iumad_jax.training.dataset_changes import check_images, check_new_images, compare_names, used_images
 from iumad_jax.training.optimization import learning_rates, make_optimizer, optimizer_name, step_config, step_optimizer
 from iumad_jax.training.update import make_update
@@ -100,9 +101,12 @@ def check(config: ConfigDict, workdir: Path, steps: tuple[Step, ...]) -> None:
     """Check a run before a dataset is rendered.
 
     Raises:
-        UserError: If a dataset no longer has an object of the run, or the config or a step's changes are invalid.
+        UserError: If a dataset no longer has an object of the run, or the config or a step's changes are invalid, or a
+            new run's textures are missing.
     """
     _, strategy = _build_methods(config)
+    if config.method == "destseg" and config.destseg.textures and not plan.read(workdir):
+        photographs.files(Path(config.destseg.textures))
     unneeded = spared(config, workdir, steps, strategy)
     if not strategy.incremental and any(step.act == "update" for step in steps):
         raise UserError(
@@ -143,6 +147,7 @@ def start(config: ConfigDict, workdir: Path, steps: tuple[Step, ...], stack: Exi
         stack.enter_context(workdirs.claimed(workdir, config))
     snapshots = stack.enter_context(closing(Snapshots(workdir)))
     if progress := snapshots.latest():
+        check_weights(config, store.settings["weights"], progress.inputs)
         store = dataclasses.replace(store, processing=Processing.recorded(progress.inputs))
         progress = progress._replace(
             variables={

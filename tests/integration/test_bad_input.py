@@ -143,6 +143,10 @@ WRONG_VALUES = {
         keys(continual__strategy="ewc"),
         sentences.UNKNOWN_STRATEGY.format(found="ewc", known="finetune"),
     ),
+    "textures that are not there": (
+        keys(method="destseg", modality="rgb", destseg__textures="nowhere"),
+        sentences.NO_TEXTURES.format("nowhere"),
+    ),
     "an unknown optimiser": (
         keys(continual__optimizer="lion"),
         sentences.UNKNOWN_OPTIMIZER.format(found="lion", known="adamw, sgd"),

@@ -43,6 +43,11 @@ def test_a_detector_decides_like_the_run(home, detector, reader):
         assert calibration.map.max() == pytest.approx(pixel, rel=1e-2)
 
 
+def test_other_weights_of_the_backbone_are_refused(home):
+    with pytest.raises(UserError, match="the weights of efficientnet_lite0 in the file random are not those"):
+        Detector.load(home / "run", **{"backbone.weights": "random"})
+
+
 def test_a_batch_gives_the_results_of_its_images(detector, reader):
     images = samples(reader, "CandyCane")[:2] + samples(reader, "GummyBear")[:1] + samples(reader, NEVER_LEARNED)[:1]
     batch = detector(*stacked(images))

@@ -1,5 +1,6 @@
 """Runs of DiAD and CDAD in pixels, with a small file of Stable Diffusion."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
-from iumad_jax import Detector, main
+from iumad_jax import Detector, evaluate, main
 from iumad_jax.data.readers.eyecandies import Eyecandies
 from iumad_jax.errors import USER_ERROR, UserError
 from iumad_jax.runtime import snapshots
@@ -50,9 +51,9 @@ def home(tmp_path, candies, monkeypatch):
 def command(home, monkeypatch, capsys):
     """Run in this process, and return its exit code and standard error."""
 
-    def run(*flags):
-        monkeypatch.setattr(sys, "argv", arguments := ["main", "--workdir=run", *flags])  # ml_collections reads it
-        return main.main(arguments), capsys.readouterr().err
+    def run(*flags, module=main):
+        monkeypatch.setattr(sys, "argv", arguments := ["command", "--workdir=run", *flags])  # ml_collections reads it
+        return module.main(arguments), capsys.readouterr().err
 
     return run
 
@@ -66,6 +67,7 @@ def test_a_run_resumes_and_is_used_with_the_same_file_alone(command):
     flags = flags_of("cdad", "isvd")
     assert command(*flags)[0] == 0
     shutil.copytree("run", "whole")
+    results = json.loads(Path("run/results.json").read_bytes())["matrix"]
     progress = snapshots.read(Path("run"))
     assert set(progress.variables["cdad"]) == {"params", "statistics", "by_object"}
     protected = {path[:-1] for path in flatten_dict(progress.strategy_state["layers"]) if path[-1] == "basis"}
@@ -82,6 +84,12 @@ def test_a_run_resumes_and_is_used_with_the_same_file_alone(command):
         Detector.load("run")
     moved = Detector.load("run", **{"diffusion.weights": "moved.safetensors"})
     np.testing.assert_array_equal(moved(image).map, detector(image).map)
+    new = "--config.diffusion.weights=moved.safetensors"
+    assert command("--output=elsewhere", new, module=evaluate) == (0, "")
+    assert json.loads(Path("elsewhere/results.json").read_bytes())["matrix"]["i_auroc"][-1] == results["i_auroc"][-1]
+    assert command(*flags, new)[0] == 0  # which keeps where the file is
+    np.testing.assert_array_equal(Detector.load("run")(image).map, moved(image).map)
+    assert command(*flags)[0] == 0
     other = {name: np.asarray(value + 1) for name, value in safetensors.numpy.load_file("moved.safetensors").items()}
     safetensors.numpy.save_file(other, FILE)
     expected = "the frozen arrays of cdad are not those that this run was trained with"

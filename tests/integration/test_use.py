@@ -47,7 +47,12 @@ def test_evaluate_repeats_the_results_of_training(home, command):
     assert command("evaluate", "--workdir=run")[1].endswith(
         sentences.RESULTS_ARE_IN.format("run/evaluations/eyecandies_step1") + "\n"
     )
-    assert evaluation["evaluated"] == {"workdir": "run", "step": 1, "learned": 2}
+    steps = {"CandyCane": 0, "GummyBear": 1}
+    assert evaluation["evaluated"] == {"workdir": "run", "step": 1, "learned": 2, "steps": steps}
+    assert {name: re.search(rf"^{name} +(\d) ", out, re.MULTILINE)[1] for name in steps} == {
+        "CandyCane": "0",
+        "GummyBear": "1",
+    }
     output = command("evaluate", "--workdir=run", "--output=one", "--config.dataset.objects=CandyCane")[1]
     per_object = f"{results['strategy_bytes'] / 2 / 1e3:.1f} kB"  # the strategy stores both learned objects
     assert sentences.STRATEGY_STORES_PART.format(per_object) in output

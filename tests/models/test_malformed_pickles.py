@@ -156,11 +156,11 @@ def test_odd_archives_are_refused():
         (big_endian.getvalue(), sentences.BIG_ENDIAN),
         (bomb, sentences.COMPRESSED),
         (flipped, "CRC"),
-        (b"PK\x03\x04", "zip file"),
+        (b"PK\x03\x04", sentences.DOWNLOAD_AGAIN.format("it ends after 4 bytes")),
         (LEGACY_HEAD.replace(b"\x88", b"\x89") + good + pickle.dumps(["0"], 2), sentences.BYTE_ORDER_WRONG),
         (LEGACY_HEAD + good + HEAD + several(BOMB) + b".", sentences.STORAGE_KEY_NOT_A_STRING),
-        (b"<!DOCTYPE html>", sentences.REFUSED),
-        (b"version https://git-lfs.github.com/spec/v1", sentences.REFUSED),
+        (b"\n<!DOCTYPE html>", sentences.DOWNLOAD_AGAIN.format("a web page")),
+        (b"version https://git-lfs.github.com/spec/v1", sentences.DOWNLOAD_AGAIN.format("Git LFS")),
     ]:
         with pytest.raises(UserError, match=reason):
             parse(data, PTH)

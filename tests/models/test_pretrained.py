@@ -294,6 +294,22 @@ def test_truncated_files_are_refused(name):
             parse(data[:end], path)
 
 
+@pytest.mark.parametrize("name", ["zip", "safetensors"])
+def test_an_unfinished_download_is_told(name):
+    data, path = WRITTEN[name]
+    for end in (len(data) // 2, len(data) - 1):
+        with pytest.raises(UserError, match=sentences.DOWNLOAD_AGAIN.format(f"it ends after {end} bytes")):
+            parse(data[:end], path)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_the_content_tells_the_format(name):
+    data, path = WRITTEN[name]
+    other = path.with_suffix(".ckpt" if path.suffix == ".safetensors" else ".safetensors")
+    for tensor_name, value in parse(data, path).items():
+        np.testing.assert_array_equal(parse(data, other)[tensor_name], value)
+
+
 @pytest.mark.parametrize("name", WRITTEN)
 @settings(max_examples=300, deadline=None)
 @given(changes=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4))

@@ -303,6 +303,12 @@ def test_missing_files_are_named(tmp_path, states):
         stable_diffusion.load_autoencoder(str(tmp_path / "text_encoder"), NETWORKS.autoencoder)
 
 
+def test_a_folder_of_a_single_file_is_told_which_one(tmp_path):
+    (tmp_path / "v1-5-pruned.safetensors").touch()
+    with pytest.raises(UserError, match=r"has no folder unet; name a file in it, .*v1-5-pruned\.safetensors"):
+        stable_diffusion.load(str(tmp_path), NETWORKS)
+
+
 def test_files_tell_what_is_read(tmp_path, states):
     as_folder(tmp_path, states)
     files = stable_diffusion.files(str(tmp_path))

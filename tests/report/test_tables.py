@@ -259,6 +259,14 @@ def test_markdown_holds_every_matrix():
     assert cells(parts["AUPRO"], "feature_norm", "1") == [["0.650"] * 4]
 
 
+def test_an_evaluation_tells_when_objects_were_learned(console):
+    evaluated = {"workdir": "run", "step": 3, "learned": 4, "steps": {"zebra": 0, "ant": 2, "cat": 3}}
+    once = run({metric: rows[1:] for metric, rows in MATRIX.items()}, [["zebra", "ant", "cat"]], evaluated=evaluated)
+    assert [cells(console(once), name)[0][0] for name in ("zebra", "ant", "cat")] == ["0", "2", "3"]
+    rows = list(csv.reader(io.StringIO(result_files.comma_separated(once))))
+    assert [row[2] for row in rows[1:]] == ["0", "2", "3", ""]
+
+
 def test_kinds_of_defects_have_a_table_of_their_own():
     def record(images, value, **others):
         return {"images": images, **dict.fromkeys(MATRIX, value), **others}

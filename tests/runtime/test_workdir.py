@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from iumad_jax import config as configs
 from iumad_jax.config import paper
 from iumad_jax.errors import UserError
 from iumad_jax.runtime import workdir as workdirs
@@ -25,6 +26,12 @@ def claim(folder, config):
         pass
 
 
+def begin(folder, config):
+    """Claim a workdir, and begin its first step."""
+    claim(folder, config)
+    (folder / "plan.json").write_text("[]")
+
+
 def test_a_new_workdir_accepts_any_config_until_it_is_claimed(tmp_path):
     folder = tmp_path / "runs" / "new"
     workdirs.check(folder, paper("6-1"))
@@ -37,8 +44,26 @@ def test_a_new_workdir_accepts_any_config_until_it_is_claimed(tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "lock", "pictures"]
 
 
-def test_a_run_may_trust_other_folders_when_it_is_continued(tmp_path):
+@pytest.mark.parametrize("file", ["plan.json", "dataset.json", "snapshots/0/sha256.json"])
+def test_a_config_may_be_corrected_until_the_first_step_begins(tmp_path, file):
     claim(tmp_path, paper("6-1"))
+    claim(tmp_path, changed_config(seed=1))
+    assert workdirs.read(tmp_path).seed == 1
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).touch()
+    with pytest.raises(UserError, match=sentences.KEY_DIFFERS.format(key="config.seed", stored=1, now=0)):
+        claim(tmp_path, paper("6-1"))
+
+
+@pytest.mark.parametrize("key", ["backbone.weights", "diffusion.weights", "diffusion.autoencoder"])
+def test_files_of_weights_may_move(tmp_path, key):
+    begin(tmp_path, changed_config(**{key: "before"}))
+    workdirs.keep_files(tmp_path, changed_config(**{key: "after"}))
+    assert configs.flat(workdirs.read(tmp_path).to_dict())[key] == "after"
+
+
+def test_a_run_may_trust_other_folders_when_it_is_continued(tmp_path):
+    begin(tmp_path, paper("6-1"))
     claim(tmp_path, changed_config(**{"dataset.trust": "/nas"}))
     assert workdirs.read(tmp_path).dataset.trust == "/nas"
     with pytest.raises(UserError, match=sentences.KEY_DIFFERS.format(key="dataset.root", stored=".*", now="x")):
@@ -88,7 +113,7 @@ def test_one_process_holds_a_workdir_until_it_ends(tmp_path):
     ],
 )
 def test_another_config_is_refused_naming_every_key_that_differs(tmp_path, changes, differences):
-    claim(tmp_path, paper("6-1"))
+    begin(tmp_path, paper("6-1"))
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(UserError) as error:
         workdirs.check(tmp_path, changed_config(**changes))
@@ -102,7 +127,7 @@ def test_another_config_is_refused_naming_every_key_that_differs(tmp_path, chang
 
 def test_a_key_that_only_one_config_has_differs(tmp_path):
     config = paper("6-1")
-    claim(tmp_path, config)
+    begin(tmp_path, config)
     del config.report.pictures_per_object
     config.unlock()
     config.train.momentum = 0.9

@@ -11,7 +11,6 @@ Random access to memory-mapped files is several times faster than to records tha
 """
 
 import dataclasses
-import hashlib
 import os
 import shutil
 import sys
@@ -177,6 +176,7 @@ class Store:
             "depth": dataclasses.asdict(self.reader.depth_format),
             "camera": camera,
             "camera_width": sample.depth if sample.depth is None else sample.depth.shape[1],
+            "weights": self.settings.get("weights"),
         }
 
     def encode(self, samples: Iterable[Sample]) -> PreparedSet:
@@ -426,6 +426,25 @@ def _features(extractor: FeatureExtractor, weights: Variables, images: Float[Arr
     return features
 
 
+def check_weights(config: ConfigDict, sha256: str, inputs: Mapping[str, Any]) -> None:
+    """Check that a run goes on with the weights of the backbone that it began with.
+
+    Args:
+        config: Config of the run.
+        sha256: Result of `pretrained.sha256` for its weights.
+        inputs: How the run has prepared images so far, see `Store.describe`.
+
+    Raises:
+        UserError: If they are others.
+    """
+    if sha256 != inputs.get("weights", sha256):  # missing in snapshots of older versions
+        source = f"the file {config.backbone.weights}" if config.backbone.weights else "the installed package"
+        raise UserError(
+            f"the weights of {config.backbone.name} in {source} are not those that this run was trained with; name the"
+            " original file with --config.backbone.weights."
+        )
+
+
 def open_store(config: ConfigDict, reader: Reader, workdir: Path, inputs: Mapping[str, Any] | None = None) -> Store:
     """Open the store of images prepared for the config's backbone, with the weights loaded.
 
@@ -434,17 +453,19 @@ def open_store(config: ConfigDict, reader: Reader, workdir: Path, inputs: Mappin
         reader: Reader of the images.
         workdir: Workdir of the run.
         inputs: How the run has prepared images so far, see `Store.describe`; None derives it from the reader.
+
+    Raises:
+        UserError: If weights cannot be loaded, or the run has used others.
     """
     extractor = FeatureExtractor(config.backbone.name, config.backbone.grid, config.backbone.levels)
     weights = pretrained.load(config.backbone.name, config.backbone.weights)
-    digest = hashlib.sha256()
-    for array in jax.tree.leaves(weights):
-        digest.update(np.asarray(array).tobytes())
+    sha256 = pretrained.sha256(weights)
+    check_weights(config, sha256, inputs or {})
     return Store(
         folder=Path(config.dataset.prepared or workdir / "prepared"),
         reader=reader,
         processing=Processing.recorded(inputs) if inputs else Processing.of(config, reader),
         encoder=partial(_features, extractor, jax.device_put(weights)),
-        settings={**config.backbone, "weights": digest.hexdigest()},
+        settings={**config.backbone, "weights": sha256},
         keeps_foreground=configs.keeps_foreground(config),
     )
