@@ -64,7 +64,7 @@ def read(workdir: Path) -> dict[str, Any] | None:
             raise UserError(f"{path} was written by an older version of iumad_jax; run again in another folder.")
         tables.markdown(results)  # results that cannot be shown are damaged
         return results
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except (OSError, ArithmeticError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}); remove the file and run the command again.") from error
 
 

@@ -173,9 +173,11 @@ def workdir(folder: Path) -> Target:
     matrices = dict.fromkeys(("ib_iumad", "feature_norm"), matrix)
     interval = {"objects": [[0.7, 0.9], [None, None]], "mean": [0.6, 0.8]}
     intervals = {name: dict.fromkeys(tables.METRICS, interval) for name in matrices}
+    of_kind = {"images": 2, "alarms": 0.5} | dict.fromkeys(tables.METRICS, 0.75)
+    kinds = {name: {"a": {"dent": of_kind, "stain": of_kind}} for name in matrices}
     steps = (("a",), ("b",))
     acts = [{"act": "learn", "objects": list(learned), "before": {}} for learned in steps]
-    record = History(steps, acts, {}, matrices, intervals, [decisions] * 2, dict.fromkeys(matrices, 8), 0)
+    record = History(steps, acts, {}, matrices, intervals, kinds, [decisions] * 2, dict.fromkeys(matrices, 8), 0)
     results = history.results(config.to_dict(), record, 1.0)
     result_files.write(folder, results)
     rng = np.random.default_rng(0)

@@ -51,7 +51,7 @@ def _measure() -> str:
     unknown = {"objects": np.full((len(objects), 2), np.nan), "mean": (np.nan, np.nan)}
     intervals = {"random": dict.fromkeys(tables.METRICS, unknown)}
     acts = [{"act": "learn", "objects": objects, "before": {}}]
-    history = History((tuple(objects),), acts, {}, {"random": matrix}, intervals, [], {"random": 0}, 0)
+    history = History((tuple(objects),), acts, {}, {"random": matrix}, intervals, {"random": {}}, [], {"random": 0}, 0)
     tables.markdown(results(config, history, seconds))
     seconds += time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kB on Linux

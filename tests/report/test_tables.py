@@ -13,6 +13,7 @@ import pytest
 
 from iumad_jax.errors import UserError
 from iumad_jax.report import latex, result_files, tables
+from iumad_jax.runtime.storage import as_json
 from tests import sentences
 
 nan = math.nan
@@ -314,6 +315,13 @@ def test_results_of_an_older_version_are_refused(tmp_path):
         json.dumps({key: value for key, value in run().items() if key != "intervals"})
     )
     with pytest.raises(UserError, match=sentences.RESULTS_BY_OLDER_VERSION.format(r"results\.json")):
+        result_files.read(tmp_path)
+
+
+def test_results_with_kinds_of_defects_without_images_are_refused(tmp_path):
+    kinds = {"ant": {kind: {"images": 0, "alarms": 0.0, **dict.fromkeys(MATRIX, 0.5)} for kind in ("dent", "stain")}}
+    (tmp_path / "results.json").write_text(json.dumps(as_json(run(kinds=kinds))))
+    with pytest.raises(UserError, match=r"results\.json cannot be read .*; remove the file"):
         result_files.read(tmp_path)
 
 
