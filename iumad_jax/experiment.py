@@ -18,6 +18,7 @@ from iumad_jax.data.prepared.squash import describe_squash
 from iumad_jax.data.sample import Split
 from iumad_jax.errors import UserError, counted, tell_once
 from iumad_jax.inference import decisions, recognition
+from iumad_jax.inference.detector import Detector
 from iumad_jax.inference.thresholds import thresholds
 from iumad_jax.methods.method import without_objects
 from iumad_jax.protocol import Step
@@ -69,7 +70,10 @@ def run(config: ConfigDict, workdir: Path, steps: tuple[Step, ...] = ()) -> dict
     if finished and (changes := describe_changes(config, workdir, new_objects=not chosen)):
         raise DatasetChanged(f"{workdir}: the run is finished, but its dataset has changed since. {changes}", finished)
     if nothing_to_do:
-        processes.on_process_zero(workdirs.keep_files, workdir, config)
+        if processes.is_process_zero() and (moved := workdirs.moved_files(workdir, config)):
+            Detector.load(workdir, **moved)  # which refuses files with other content
+            with workdirs.claimed(workdir, config):
+                pass
         print(f"{workdir}: this run is finished.")
     return finished
 

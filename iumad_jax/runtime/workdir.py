@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -41,15 +42,10 @@ def content(workdir: Path) -> dict[str, str]:
     return {str(file.relative_to(workdir)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def keep_files(workdir: Path, config: ConfigDict) -> None:
-    """Keep where the files of a finished run were moved to.
-
-    Raises:
-        UserError: If the workdir is in use by another process, or cannot be written.
-    """
-    if any(configs.flat(read(workdir).to_dict())[key] != configs.flat(config.to_dict())[key] for key in FILES):
-        with claimed(workdir, config):
-            pass
+def moved_files(workdir: Path, config: ConfigDict) -> dict[str, Any]:
+    """Return the files of weights that the config names elsewhere than the run in a workdir, by key."""
+    before, now = (configs.flat(values.to_dict()) for values in (read(workdir), config))
+    return {key: now[key] for key in FILES if now[key] != before[key]}
 
 
 def read(workdir: Path) -> ConfigDict:

@@ -87,8 +87,10 @@ def test_a_run_resumes_and_is_used_with_the_same_file_alone(command):
     new = "--config.diffusion.weights=moved.safetensors"
     assert command("--output=elsewhere", new, module=evaluate) == (0, "")
     assert json.loads(Path("elsewhere/results.json").read_bytes())["matrix"]["i_auroc"][-1] == results["i_auroc"][-1]
+    assert command(*flags, "--config.backbone.weights=random")[0] == USER_ERROR  # other ones, which it does not keep
     assert command(*flags, new)[0] == 0  # which keeps where the file is
     np.testing.assert_array_equal(Detector.load("run")(image).map, moved(image).map)
+    shutil.copy("moved.safetensors", FILE)
     assert command(*flags)[0] == 0
     other = {name: np.asarray(value + 1) for name, value in safetensors.numpy.load_file("moved.safetensors").items()}
     safetensors.numpy.save_file(other, FILE)

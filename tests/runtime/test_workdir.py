@@ -58,7 +58,9 @@ def test_a_config_may_be_corrected_until_the_first_step_begins(tmp_path, file):
 @pytest.mark.parametrize("key", ["backbone.weights", "diffusion.weights", "diffusion.autoencoder"])
 def test_files_of_weights_may_move(tmp_path, key):
     begin(tmp_path, changed_config(**{key: "before"}))
-    workdirs.keep_files(tmp_path, changed_config(**{key: "after"}))
+    assert workdirs.moved_files(tmp_path, changed_config(**{key: "before"})) == {}
+    assert workdirs.moved_files(tmp_path, changed_config(**{key: "after"})) == {key: "after"}
+    claim(tmp_path, changed_config(**{key: "after"}))
     assert configs.flat(workdirs.read(tmp_path).to_dict())[key] == "after"
 
 
