@@ -219,17 +219,11 @@ def run_and_changes(values: flags.FlagValues) -> tuple[ConfigDict, dict[str, Any
     the run itself uses files that were moved.
     """
     run = workdirs.read(path(values, "workdir"))
-    run.update_from_flattened_dict(moved_files(values))
+    run.update_from_flattened_dict(workdirs.moved_files(Path(values.workdir), values.config))
     named = *run.dataset.trust.split(","), *values.config.dataset.trust.split(",")
     run.dataset.trust = values.config.dataset.trust = ",".join(filter(None, dict.fromkeys(named)))
     before, now = (configs.flat(json.loads(config.to_json())) for config in (run, values.config))
     return run, {key: value for key, value in now.items() if value != before[key]}
-
-
-def moved_files(values: flags.FlagValues) -> dict[str, Any]:
-    """Return where the weights files of the run in --workdir are, by key."""
-    current = configs.flat(values.config.to_dict())
-    return {key: current[key] for key in workdirs.FILES}
 
 
 def _define_compilation_cache(values: flags.FlagValues) -> None:

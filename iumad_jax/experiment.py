@@ -54,6 +54,9 @@ def run(config: ConfigDict, workdir: Path, steps: tuple[Step, ...] = ()) -> dict
     processes.check_same(lambda: {"config": config.to_dict(), "workdir": workdirs.content(workdir)})
     configs.check(config)
     workdirs.check(workdir, config)
+    moved = workdirs.moved_files(workdir, config)
+    if moved and snapshots.last_step(workdir) >= 0:
+        Detector.load(workdir, **moved)  # which refuses files with other content
     chosen, steps = bool(steps), steps or plan.current(config, workdir)
     processes.check_same(lambda: {"objects": [step.objects for step in steps]})
     finished = result_files.read(workdir)
@@ -70,8 +73,7 @@ def run(config: ConfigDict, workdir: Path, steps: tuple[Step, ...] = ()) -> dict
     if finished and (changes := describe_changes(config, workdir, new_objects=not chosen)):
         raise DatasetChanged(f"{workdir}: the run is finished, but its dataset has changed since. {changes}", finished)
     if nothing_to_do:
-        if processes.is_process_zero() and (moved := workdirs.moved_files(workdir, config)):
-            Detector.load(workdir, **moved)  # which refuses files with other content
+        if moved and processes.is_process_zero():
             with workdirs.claimed(workdir, config):
                 pass
         print(f"{workdir}: this run is finished.")

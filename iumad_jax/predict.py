@@ -28,6 +28,7 @@ from absl import flags
 
 from iumad_jax import cli
 from iumad_jax.errors import UserError
+from iumad_jax.runtime import workdir as workdirs
 
 
 def main(arguments: list[str]) -> int:
@@ -71,8 +72,9 @@ def _predict(values: flags.FlagValues) -> str:
     if values.watch and not (values.input and Path(values.input).is_dir()):
         raise UserError(f"--watch needs a folder, but --input is {values.input}; name the folder that receives images.")
     threshold = thresholds.parse(values.threshold)
-    workdir, files_ = cli.path(values, "workdir"), cli.moved_files(values)
-    detector = Detector.load(workdir, values.step, quantile=values.quantile, threshold=threshold, **files_)
+    workdir = cli.path(values, "workdir")
+    moved = workdirs.moved_files(workdir, values.config)
+    detector = Detector.load(workdir, values.step, quantile=values.quantile, threshold=threshold, **moved)
     detector.object_number(values.object)
 
     def photographs() -> Iterator[unlabelled.InputImage]:

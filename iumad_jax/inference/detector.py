@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 from iumad_jax import methods
 from iumad_jax.data.formats.depth_files import check_distance
 from iumad_jax.data.prepared.processing import Processing
-from iumad_jax.data.prepared.store import check_weights
 from iumad_jax.data.region import Box
 from iumad_jax.data.sample import Camera, DepthFormat, Sample
 from iumad_jax.errors import UserError
@@ -178,7 +177,7 @@ class Detector:
             changes = changes | {"decisions.quantile": float(quantile)}
         config = _read_config(Path(workdir), changes)
         backbone = pretrained.load(config.backbone.name, config.backbone.weights)
-        check_weights(config, pretrained.sha256(backbone), progress.inputs)
+        pretrained.check_same(config.backbone, pretrained.sha256(backbone), progress.inputs)
         return cls._build(Path(workdir).absolute(), changes, threshold, config, progress, jax.device_put(backbone))
 
     @classmethod

@@ -5,7 +5,7 @@ Names and layouts of PyTorch's tensors are converted to those of the modules in 
 
 import hashlib
 import math
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
 
 from iumad_jax.errors import UserError
 from iumad_jax.models import vit
@@ -205,6 +206,25 @@ def sha256(weights: Variables) -> str:
     for array in jax.tree.leaves(weights):
         digest.update(np.asarray(array).tobytes())
     return digest.hexdigest()
+
+
+def check_same(backbone: ConfigDict, sha256: str, inputs: Mapping[str, Any]) -> None:
+    """Check that a run goes on with the weights of the backbone that it began with.
+
+    Args:
+        backbone: Config of the backbone.
+        sha256: Result of `sha256` for its weights.
+        inputs: How the run has prepared images so far, see `Store.describe`.
+
+    Raises:
+        UserError: If they are others.
+    """
+    if sha256 != inputs.get("weights", sha256):  # missing in snapshots of older versions
+        source = f"the file {backbone.weights}" if backbone.weights else "the installed package"
+        raise UserError(
+            f"the weights of {backbone.name} in {source} are not those that this run was trained with; name the"
+            " original file with --config.backbone.weights."
+        )
 
 
 def _variables(params: dict[tuple[str, ...], np.ndarray]) -> Variables:

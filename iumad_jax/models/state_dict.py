@@ -329,12 +329,12 @@ def parse(data: Data, path: Path, *, checkpoint: bool = False) -> dict[str, np.n
     try:
         if not len(data):
             raise _Incomplete("it is empty")
+        if data[8:9] == b"{":
+            return _read_safetensors(data)
         if data[:15] == b"version https:/":
             raise _Incomplete("it is a pointer to a file in Git LFS")
         if data[:64].lstrip()[:1] == b"<":
             raise _Incomplete("it is a web page")
-        if data[8:9] == b"{":
-            return _read_safetensors(data)
         return _read_pth(data, _CheckpointUnpickler if checkpoint else _Unpickler)
     except Exception as error:  # hostile bytes may cause any exception
         remedy = "download the file again" if isinstance(error, _Incomplete) else "use a plain state dict of tensors"

@@ -44,6 +44,8 @@ def content(workdir: Path) -> dict[str, str]:
 
 def moved_files(workdir: Path, config: ConfigDict) -> dict[str, Any]:
     """Return the files of weights that the config names elsewhere than the run in a workdir, by key."""
+    if not (workdir / _NAME).exists():
+        return {}
     before, now = (configs.flat(values.to_dict()) for values in (read(workdir), config))
     return {key: now[key] for key in FILES if now[key] != before[key]}
 

@@ -17,12 +17,13 @@ from iumad_jax.continual.strategy import Strategy
 from iumad_jax.data import plan, readers
 from iumad_jax.data.prepared import inventory
 from iumad_jax.data.prepared.processing import Processing
-from iumad_jax.data.prepared.store import Store, check_weights, open_store
+from iumad_jax.data.prepared.store import Store, open_store
 from iumad_jax.data.readers.joined import Selected
 from iumad_jax.errors import UserError
 from iumad_jax.inference import recognition
 from iumad_jax.inference.anomaly_map import make_rule
 from iumad_jax.methods.method import Method, tree_sha256, with_frozen
+from iumad_jax.models import pretrained
 from iumad_jax.protocol import Step
 from iumad_jax.runtime import live, preemption, processes
 from iumad_jax.runtime import workdir as workdirs
@@ -147,7 +148,7 @@ def start(config: ConfigDict, workdir: Path, steps: tuple[Step, ...], stack: Exi
         stack.enter_context(workdirs.claimed(workdir, config))
     snapshots = stack.enter_context(closing(Snapshots(workdir)))
     if progress := snapshots.latest():
-        check_weights(config, store.settings["weights"], progress.inputs)
+        pretrained.check_same(config.backbone, store.settings["weights"], progress.inputs)
         store = dataclasses.replace(store, processing=Processing.recorded(progress.inputs))
         progress = progress._replace(
             variables={

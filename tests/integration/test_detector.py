@@ -43,7 +43,11 @@ def test_a_detector_decides_like_the_run(home, detector, reader):
         assert calibration.map.max() == pytest.approx(pixel, rel=1e-2)
 
 
-def test_other_weights_of_the_backbone_are_refused(home):
+def test_other_weights_of_the_backbone_are_refused(home, command):
+    before = (home / "run" / "config.json").read_bytes()
+    code, _, error = command("learn", "--workdir=run", "--config.backbone.weights=random")
+    assert (code, "are not those that this run was trained with" in error) == (2, True)
+    assert (home / "run" / "config.json").read_bytes() == before
     with pytest.raises(UserError, match="the weights of efficientnet_lite0 in the file random are not those"):
         Detector.load(home / "run", **{"backbone.weights": "random"})
 

@@ -302,6 +302,17 @@ def test_an_unfinished_download_is_told(name):
             parse(data[:end], path)
 
 
+def test_a_header_of_any_length_is_no_web_page():
+    """The file begins with the length of its header, whose first byte may be that of <, and others of spaces."""
+    data = safetensors.numpy.save({"x": VALUES})
+    (length,) = struct.unpack_from("<Q", data)
+    for wanted in (ord("<"), 256 * ord("<") + ord(" ")):
+        header = data[8 : 8 + length].rstrip().ljust((wanted - length) % 65536 + length)
+        padded = struct.pack("<Q", len(header)) + header + data[8 + length :]
+        assert padded.lstrip()[:1] == b"<"
+        np.testing.assert_array_equal(parse(padded, Path("x.safetensors"))["x"], VALUES)
+
+
 @pytest.mark.parametrize("name", WRITTEN)
 def test_the_content_tells_the_format(name):
     data, path = WRITTEN[name]

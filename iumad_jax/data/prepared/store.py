@@ -426,25 +426,6 @@ def _features(extractor: FeatureExtractor, weights: Variables, images: Float[Arr
     return features
 
 
-def check_weights(config: ConfigDict, sha256: str, inputs: Mapping[str, Any]) -> None:
-    """Check that a run goes on with the weights of the backbone that it began with.
-
-    Args:
-        config: Config of the run.
-        sha256: Result of `pretrained.sha256` for its weights.
-        inputs: How the run has prepared images so far, see `Store.describe`.
-
-    Raises:
-        UserError: If they are others.
-    """
-    if sha256 != inputs.get("weights", sha256):  # missing in snapshots of older versions
-        source = f"the file {config.backbone.weights}" if config.backbone.weights else "the installed package"
-        raise UserError(
-            f"the weights of {config.backbone.name} in {source} are not those that this run was trained with; name the"
-            " original file with --config.backbone.weights."
-        )
-
-
 def open_store(config: ConfigDict, reader: Reader, workdir: Path, inputs: Mapping[str, Any] | None = None) -> Store:
     """Open the store of images prepared for the config's backbone, with the weights loaded.
 
@@ -460,7 +441,7 @@ def open_store(config: ConfigDict, reader: Reader, workdir: Path, inputs: Mappin
     extractor = FeatureExtractor(config.backbone.name, config.backbone.grid, config.backbone.levels)
     weights = pretrained.load(config.backbone.name, config.backbone.weights)
     sha256 = pretrained.sha256(weights)
-    check_weights(config, sha256, inputs or {})
+    pretrained.check_same(config.backbone, sha256, inputs or {})
     return Store(
         folder=Path(config.dataset.prepared or workdir / "prepared"),
         reader=reader,
