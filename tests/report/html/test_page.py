@@ -58,6 +58,7 @@ def test_the_default_number_of_methods_have_different_colours(browser, tmp_path,
         "[...document.querySelectorAll('.tile:first-child i')].map(e => getComputedStyle(e).backgroundColor)"
     )
     assert len(set(colours)) == len(colours) == 1 + len(baselines) == 4
+    assert "rgba(0, 0, 0, 0)" not in colours  # a colour that is not defined
 
 
 def test_each_kind_of_defect_is_shown_by_method(page, zoo):
