@@ -23,6 +23,7 @@ from iumad_jax.inference.thresholds import thresholds
 from iumad_jax.methods.method import without_objects
 from iumad_jax.protocol import Step
 from iumad_jax.report import figures, html, result_files, tables
+from iumad_jax.report.effects import in_one_line
 from iumad_jax.report.history import history, results
 from iumad_jax.runtime import ledger as ledgers
 from iumad_jax.runtime import live, processes, snapshots
@@ -102,7 +103,7 @@ def go_on(config: ConfigDict, workdir: Path, steps: tuple[Step, ...], finished: 
 def effects(results: dict[str, Any], finished: int) -> str:
     """Describe in one line each what the steps after the finished ones did."""
     matrix, acts, limits = results["matrix"]["i_auroc"], results["acts"], results["decisions"]
-    return "\n".join(tables.effect_line(matrix, acts, limits, step) for step in range(finished, len(acts)))
+    return "\n".join(in_one_line(matrix, acts, limits, step) for step in range(finished, len(acts)))
 
 
 def finished_seconds(workdir: Path, steps: tuple[Step, ...]) -> float | None:

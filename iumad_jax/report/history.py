@@ -13,7 +13,7 @@ from tabulate import tabulate
 
 from iumad_jax.errors import UserError
 from iumad_jax.metrics import interval_of_mean
-from iumad_jax.report import tables
+from iumad_jax.report import effects
 from iumad_jax.report.tables import METRICS, summarise
 from iumad_jax.runtime.ledger import read
 
@@ -169,7 +169,7 @@ def table_of_steps(method: str, workdir: Path) -> str:
 def rows_of_steps(
     workdir: Path, matrix: Any, acts: Sequence[dict[str, Any]], decisions: Sequence[dict[str, Any]]
 ) -> list[list[str]]:
-    """Describe each finished step of a run under `HEADERS`; for the other arguments see `tables.effect`.
+    """Describe each finished step of a run under `HEADERS`; for the other arguments see `effects.effect`.
 
     Raises:
         UserError: If the ledger cannot be read.
@@ -181,6 +181,6 @@ def rows_of_steps(
     for step in range(len(acts)):
         changes = " ".join(f"{key}={value}" for key, value in begun[step]["changes"].items())
         time = ends.get(step, "")[:16].replace("T", " ")
-        effect = tables.effect(matrix, acts, decisions, step)
+        effect = effects.effect(matrix, acts, decisions, step)
         rows.append([str(step), time, str(begun[step]["images"]), *effect, changes or "-"])
     return rows

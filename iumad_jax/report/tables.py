@@ -4,9 +4,9 @@ import html
 import itertools
 import math
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tabulate import tabulate
@@ -76,59 +76,6 @@ def summarise(matrix: dict[str, Any]) -> dict[str, dict[str, float]]:
     return {metric: {name: figure(rows) for name, figure in SUMMARY.items()} for metric, rows in matrix.items()}
 
 
-class Effect(NamedTuple):
-    """What a step did, in I-AUROC; "-" where undefined."""
-
-    outcome: str  # what became of the step's objects; their thresholds where test images do not tell
-    change: str  # of the other object that changed most; "" without one
-    mean: str  # of all objects learned so far
-
-
-def effect(matrix: Any, acts: Sequence[dict[str, Any]], decisions: Sequence[dict[str, Any]], step: int) -> Effect:
-    """Measure what a step did to its own objects and to those learned before.
-
-    Args:
-        matrix: I-AUROC of every object after every step; NaN or None where undefined.
-        acts: What was done at each step, see `result_files`.
-        decisions: Thresholds and rates of each step, see `result_files`.
-        step: Number of the step.
-    """
-    learned = [name for act in acts[: step + 1] if act["act"] == "learn" for name in act["objects"]]
-    values, act = np.asarray(matrix, float)[: step + 1, : len(learned)], acts[step]
-    after = dict(zip(learned, values[step], strict=True))
-    records = [record["objects"] for record in decisions[max(step - 1, 0) : step + 1]]  # before and after the step
-    outcome = ", ".join(_outcome(name, act, after[name], records) for name in act["objects"])
-    others = [column for column, name in enumerate(learned) if name not in act["objects"]]
-    changes, change = values[step, others] - values[step - 1, others], ""
-    if act["act"] in ("learn", "update") and np.isfinite(changes).any():
-        largest = int(np.nanargmax(np.abs(changes)))
-        change = f"{learned[others[largest]]} {changes[largest]:+.3f}"
-    done = "learned" if act["act"] == "learn" else f"{act['act']}d"  # updated, calibrated, retired or restored
-    return Effect(f"{done} {outcome}", change, _cell(final(values)))
-
-
-def _outcome(name: str, act: dict[str, Any], value: float, records: Sequence[dict[str, Any]]) -> str:
-    """Describe what became of an object: its I-AUROC or threshold, with what this and error rates were before."""
-    if act["act"] == "retire":
-        return name
-    if (before := act["before"].get(name)) is None:
-        thresholds = " to ".join(_cell(known[name]["image"]["threshold"]) for known in records if name in known)
-        return f"{name} (threshold {thresholds})" if _undefined(value) else f"{name} {_cell(value)}"
-    rates = records[-1][name].get("test", {})
-    changes = [f"{name} {_cell(before['i_auroc'])} to {_cell(value)}"]
-    for rate in ("false_alarms", "misses"):
-        changes.append(f"{RATES[rate]} {_percent(before[rate])} to {_percent(rates.get(rate))}")
-    return f"{changes[0]} ({', '.join(changes[1:])})"
-
-
-def effect_line(matrix: Any, acts: Sequence[dict[str, Any]], decisions: Sequence[dict[str, Any]], step: int) -> str:
-    """Format `effect` in one line."""
-    outcome, change, mean = effect(matrix, acts, decisions, step)
-    others = f"; largest change of another object: {change}" if change else ""
-    of_all = "" if mean == "-" else f"; mean of all {mean} (I-AUROC)"
-    return f"step {step}: {outcome}{others}{of_all}"
-
-
 def title(results: dict[str, Any]) -> str:
     """Describe the run or evaluation in one line."""
     config, evaluated = results["config"], results.get("evaluated")
@@ -172,7 +119,7 @@ def markdown(results: dict[str, Any]) -> str:
     ]
     for metric in measured(results):
         rows = [
-            [name, step, *(_cell(row[c]) if first <= step else "" for first, _, c in learned), _cell(final([row]))]
+            [name, step, *(cell(row[c]) if first <= step else "" for first, _, c in learned), cell(final([row]))]
             for name, method in methods_of(results).items()
             for step, row in enumerate(method["matrix"][metric])
         ]
@@ -196,12 +143,12 @@ def _decisions_on_test_images(results: dict[str, Any], style: str) -> Iterator[s
                 step_with_remarks(results, step, name),
                 image["images"],
                 _bound(image),
-                *(_percent(test.get(rate)) for rate in rates),
+                *(percent(test.get(rate)) for rate in rates),
             ]
         )
     if rates:
         values = [[record.get("test", {}).get(rate) for record in decided.values()] for rate in rates]
-        rows.append(["mean", "", "", "", *(_percent(_mean(column)) for column in values)])
+        rows.append(["mean", "", "", "", *(percent(_mean(column)) for column in values)])
     headers = ["object", "step", "calibration images", "false-alarm bound", *(RATES[rate] for rate in rates)]
     yield _table(rows, headers, style)
     if rates:
@@ -247,7 +194,7 @@ def _metrics_of_objects(results: dict[str, Any], style: str) -> Iterator[str]:
 
     def cells(values: list[float | None], intervals: list[Any]) -> list[str]:
         pairs = zip(values, intervals, strict=True)
-        return [f"{_cell(value)} {_interval(ends)}".strip() if one_line else _cell(value) for value, ends in pairs]
+        return [f"{cell(value)} {_interval(ends)}".strip() if one_line else cell(value) for value, ends in pairs]
 
     rows: list[list[Any]] = [
         [
@@ -281,7 +228,7 @@ def remarks(results: dict[str, Any]) -> Iterator[str]:
     last = {metric: results["matrix"][metric][-1] for metric in columns}
     gaps: dict[tuple[int, str], list[str]] = {}
     for metric in columns:
-        if count := sum(_undefined(last[metric][column]) for _, _, column in learned):
+        if count := sum(undefined(last[metric][column]) for _, _, column in learned):
             gaps.setdefault((count, _UNDEFINED[metric]), []).append(METRICS[metric])
     if gaps:
         reasons = (
@@ -293,9 +240,9 @@ def remarks(results: dict[str, Any]) -> Iterator[str]:
     for name, baseline in results.get("baselines", {}).items():
         pairs = [(results["summary"][m]["final"], baseline["summary"][m]["final"], METRICS[m]) for m in columns]
         unbeaten = [
-            f"{metric} ({_cell(value)} against {_cell(baseline_value)})"
+            f"{metric} ({cell(value)} against {cell(baseline_value)})"
             for value, baseline_value, metric in pairs
-            if not _undefined(value) and value <= baseline_value
+            if not undefined(value) and value <= baseline_value
         ]
         if unbeaten:
             yield f"No better than the training-free baseline {name} in {', '.join(unbeaten)}."
@@ -323,8 +270,8 @@ def kinds_of_defects(results: dict[str, Any]) -> list[list[str]]:
         found = [record[kind] for record in records if kind in record]
         images = sum(record["images"] for record in found)
         alarms = sum(record["images"] * record.get("alarms", math.nan) for record in found) / images
-        means = (_cell(_mean([record[metric] for record in found])) for metric in columns)
-        table.append([kind, method, str(images), _percent(alarms), *means])
+        means = (cell(_mean([record[metric] for record in found])) for metric in columns)
+        table.append([kind, method, str(images), percent(alarms), *means])
     return table
 
 
@@ -339,7 +286,7 @@ def _learning_and_forgetting(results: dict[str, Any], style: str, metrics: list[
         yield "With a single step nothing can be forgotten."
         return
     rows = [
-        [METRICS[metric], name, *(_cell(method["summary"][metric][figure]) for figure in SUMMARY)]
+        [METRICS[metric], name, *(cell(method["summary"][metric][figure]) for figure in SUMMARY)]
         for metric in metrics
         for name, method in methods_of(results).items()
     ]
@@ -383,7 +330,7 @@ def _decisions_after_every_step(results: dict[str, Any]) -> Iterator[str]:
             image, test = record["image"], record.get("test", {})
             interval = " to ".join(f"{end:.4g}" for end in image["interval"])
             threshold = f"{image['threshold']:.4g} ({interval})"
-            cells = (_percent(test.get(rate)) for rate in rates)
+            cells = (percent(test.get(rate)) for rate in rates)
             rows.append([name, step, image["images"], threshold, _bound(image), *cells])
     headers = ["object", "after step", "calibration images", "score threshold", "false-alarm bound"]
     headers += [RATES[rate] for rate in rates]
@@ -397,19 +344,19 @@ def _unknown_objects(results: dict[str, Any], style: str) -> Iterator[str]:
     """Yield how well images of objects that were never learned are flagged as unknown."""
     unknown = results.get("unknown", {"objects": {}})
     if unknown["objects"]:
-        shares = [[name, _percent(share)] for name, share in unknown["objects"].items()]
+        shares = [[name, percent(share)] for name, share in unknown["objects"].items()]
         yield _table(shares, ["object never learned", "taken as unknown"], style)
         yield (
-            f"Of the images of learned objects, {_percent(unknown['taken_as_unknown'])} are taken as unknown. AUROC of"
-            f" objects never learned against learned ones: {_cell(unknown['auroc_distance'])} by the distance to the"
-            f" nearest learned object, {_cell(unknown['auroc_logits'])} by the method's own object logits."
+            f"Of the images of learned objects, {percent(unknown['taken_as_unknown'])} are taken as unknown. AUROC of"
+            f" objects never learned against learned ones: {cell(unknown['auroc_distance'])} by the distance to the"
+            f" nearest learned object, {cell(unknown['auroc_logits'])} by the method's own object logits."
         )
 
 
 def _defined_rates(decisions: list[dict[str, Any]]) -> list[str]:
     """Return the rates that are defined for any object after any step."""
     tests = [record.get("test", {}) for decided in decisions for record in decided["objects"].values()]
-    return [rate for rate in RATES if not all(_undefined(test.get(rate)) for test in tests)]
+    return [rate for rate in RATES if not all(undefined(test.get(rate)) for test in tests)]
 
 
 def _bound(image: dict[str, Any]) -> str:
@@ -418,8 +365,9 @@ def _bound(image: dict[str, Any]) -> str:
     return "none" if image["false_alarm_bound"] is None else f"{image['false_alarm_bound']:.1%}"
 
 
-def _percent(value: float | None) -> str:
-    return "-" if _undefined(value) else f"{value:.1%}"
+def percent(value: float | None) -> str:
+    """Format a share; "-" if it is undefined."""
+    return "-" if undefined(value) else f"{value:.1%}"
 
 
 def _mean(values: list[float | None]) -> float:
@@ -441,7 +389,7 @@ def metrics_of(results: dict[str, Any]) -> list[str]:
 def measured(results: dict[str, Any]) -> list[str]:
     """Return the metrics that are defined for any object after any step, in the order of `METRICS`."""
     matrices = [method["matrix"] for method in methods_of(results).values()]
-    defined = {m for matrix in matrices for m in matrix if not all(map(_undefined, itertools.chain(*matrix[m])))}
+    defined = {m for matrix in matrices for m in matrix if not all(map(undefined, itertools.chain(*matrix[m])))}
     return [metric for metric in METRICS if metric in defined]
 
 
@@ -467,17 +415,19 @@ def learned_in(results: dict[str, Any], step: int, name: str) -> int:
     return results.get("evaluated", {}).get("steps", {}).get(name, step)
 
 
-def _undefined(value: float | None) -> bool:
+def undefined(value: float | None) -> bool:
+    """Return whether a value is NaN or None."""
     return value is None or math.isnan(value)
 
 
-def _cell(value: float | None) -> str:
-    return "-" if _undefined(value) else f"{value:z.3f}"
+def cell(value: float | None) -> str:
+    """Format a value; "-" if it is undefined."""
+    return "-" if undefined(value) else f"{value:z.3f}"
 
 
 def _interval(ends: tuple[float | None, float | None]) -> str:
     low, high = ends
-    return "" if _undefined(low) or _undefined(high) else f"[{low:.2f}, {high:.2f}]"
+    return "" if undefined(low) or undefined(high) else f"[{low:.2f}, {high:.2f}]"
 
 
 def _table(rows: list[list[Any]], headers: list[str], style: str) -> str:

@@ -11,7 +11,7 @@ from iumad_jax.inference import assessment, decisions, evaluation, recognition
 from iumad_jax.inference.evaluation import Judgement
 from iumad_jax.inference.thresholds import describe
 from iumad_jax.protocol import Step
-from iumad_jax.report import figures, tables
+from iumad_jax.report import effects, figures
 from iumad_jax.report.history import history
 from iumad_jax.runtime import ledger as ledgers
 from iumad_jax.runtime import live, preemption, processes, snapshots
@@ -56,7 +56,7 @@ def assess(run: Run, step: Step, progress: Progress) -> Progress:
         append("snapshot", step=step.index, **stored)
     measured = history(ledgers.read(run.workdir / "ledger.jsonl"))
     matrix = measured.matrices[run.config.method]["i_auroc"]
-    live.log(tables.effect_line(matrix, measured.acts, measured.decisions, step.index))
+    live.log(effects.in_one_line(matrix, measured.acts, measured.decisions, step.index))
     inventory.record_images(run.workdir, run.store, tests, ("test",))
     position = Position(step.index, 0, finished=True)
     return run.save(progress._replace(position=position, optimizer=[]))

@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from iumad_jax.metrics import forgetting
-from iumad_jax.report import tables
+from iumad_jax.report.effects import in_one_line
 from iumad_jax.report.history import history, results
 from iumad_jax.report.tables import METRICS
 
@@ -148,7 +148,7 @@ def test_objects_that_were_not_tested_keep_their_last_values():
     assert past.acts[2] == {"act": "update", "objects": ["cow"], "before": {"cow": {"i_auroc": 0.8, **rates}}}
     assert past.decisions[3]["objects"]["bee"] == {"image": 3, "test": rates}
     matrix = past.matrices["net"]["i_auroc"]
-    lines = [tables.effect_line(matrix, past.acts, past.decisions, step) for step in (2, 3)]
+    lines = [in_one_line(matrix, past.acts, past.decisions, step) for step in (2, 3)]
     assert lines == [
         "step 2: updated cow 0.800 to 0.900 (false alarms 20.0% to -, misses 0.0% to -); largest change of another"
         " object: bee +0.000; mean of all 0.800 (I-AUROC)",
@@ -172,5 +172,5 @@ def test_without_test_images_a_step_tells_the_threshold():
     ]
     past = history(events)
     matrix = past.matrices["net"]["i_auroc"]
-    lines = [tables.effect_line(matrix, past.acts, past.decisions, step) for step in (0, 1)]
+    lines = [in_one_line(matrix, past.acts, past.decisions, step) for step in (0, 1)]
     assert lines == ["step 0: learned ant (threshold 0.500)", "step 1: updated ant (threshold 0.500 to 0.750)"]
